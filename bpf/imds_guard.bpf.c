@@ -1,0 +1,541 @@
+// SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
+/*
+ * The hooks: cgroup connect4, connect6, sendmsg4 and sendmsg6, and the one decision that they share.
+ *
+ * policy.py's decide() is the specification of decide() below. No header of the kernel is included: the offsets of the
+ * kernel's structs come in as IG_OFF_* from its BTF (kernel/btf.py). On doubt, a locked endpoint is denied.
+ *
+ * bcc compiles this as plain C; none of its map or tracing extensions is used, so that clang alone can check it.
+ */
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include "imds_guard.h"
+
+#define ig_inline static inline __attribute__((always_inline))
+#define ig_likely(x) __builtin_expect(!!(x), 1)
+
+/* Helpers by their number in include/uapi/linux/bpf.h; names of our own, since bcc declares the usual ones. */
+static void *(*ig_lookup)(const void *map, const void *key) = (void *)1;
+static __u64 (*ig_current_task)(void) = (void *)35;
+static long (*ig_read_kernel)(void *to, __u32 octets, const void *from) = (void *)113;
+
+__u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
+#define IG_MAP(number) ((const void *)ig_pseudo(1, IG_MAP_BASE + (number))) /* 1: BPF_PSEUDO_MAP_FD */
+
+#define IG_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
+#define IG_IPPROTO_TCP 6
+#define IG_IPPROTO_UDP 17
+#define IG_IPPROTO_MPTCP 262
+
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define ig_be16(x) ((__u16)__builtin_bswap16(x))
+#define ig_be32(x) __builtin_bswap32(x)
+#else
+#define ig_be16(x) ((__u16)(x))
+#define ig_be32(x) (x)
+#endif
+#define IG_MAPPED ig_be32(0xffff) /* word[2] of ::ffff:a.b.c.d */
+#define IG_LOOPBACK4 ig_be32(0x7f000001)
+
+/* What one connect or sendmsg asks for. */
+struct ig_request {
+	struct ig_address to;
+	struct ig_address from; /* the socket's own address, zero when it has none */
+	__u32 from_device; /* the kernel would take the address of an interface that we don't know */
+	__u32 port; /* host byte order */
+	__u32 protocol; /* enum ig_protocol, 0 for any other */
+};
+
+/* The credentials of the connecting task: what the kernel itself checks access to files with (credentials(7)). */
+struct ig_caller {
+	const char *cred;
+	__u32 fsuid;
+	__u32 fsgid;
+};
+
+/* --- is the address locked at all? -------------------------------------------------------------------------------- */
+
+/* abi.py: host_bit(). Any spread will do; a collision costs one look-up in the trie, never a wrong answer. */
+ig_inline __u32 ig_host_bit(const struct ig_address *address)
+{
+	__u32 hash = address->word[0] * 0x9e3779b1u + address->word[1] * 0x85ebca77u +
+		     address->word[2] * 0xc2b2ae3du + address->word[3] * 0x27d4eb2fu;
+
+	hash ^= hash >> 15;
+	hash *= 0x2c1b3c6du;
+	return hash >> (32 - IG_HOST_BITS_LOG2);
+}
+
+ig_inline bool ig_is_ipv4(const struct ig_address *address)
+{
+	return address->word[0] == 0 && address->word[1] == 0 && address->word[2] == IG_MAPPED;
+}
+
+/* :: or ::ffff:0.0.0.0 */
+ig_inline bool ig_is_unspecified(const struct ig_address *address)
+{
+	return address->word[3] == 0 && address->word[0] == 0 && address->word[1] == 0 &&
+	       (address->word[2] == 0 || address->word[2] == IG_MAPPED);
+}
+
+/* The path of nearly every connect of the machine: two bits, no hash look-up. */
+ig_inline bool ig_may_be_locked(__u32 generation, const struct ig_address *address)
+{
+	const struct ig_first_look *first = ig_lookup(IG_MAP(IG_MAP_FIRST_LOOK), &generation);
+	__u32 host = ig_host_bit(address);
+	__u32 network, bits;
+
+	if (!first)
+		return true;
+	bits = first->hosts[(host >> 5) & (IG_HOST_WORDS - 1)] >> (host & 31);
+	if (ig_is_ipv4(address)) {
+		network = ig_be32(address->word[3]) >> 16;
+		bits |= first->networks4[(network >> 5) & (IG_NETWORK_WORDS - 1)] >> (network & 31);
+	} else {
+		network = ig_be32(address->word[0]) >> 16;
+		bits |= first->networks6[(network >> 5) & (IG_NETWORK_WORDS - 1)] >> (network & 31);
+	}
+	return bits & 1;
+}
+
+/*
+ * 0.0.0.0 leads to the socket's own source address, or to loopback when it has none: ip_route_output_key_hash_rcu() in
+ * net/ipv4/route.c. With an interface given (SO_BINDTODEVICE, IP_UNICAST_IF, IP_PKTINFO) it leads to that interface's
+ * address, which no hook can see: then the address stays 0.0.0.0, and the trie has an entry for it that denies what is
+ * locked anywhere. :: leads to loopback: tcp_v6_connect() in net/ipv6/tcp_ipv6.c.
+ */
+ig_inline void ig_resolve_unspecified(struct ig_request *request)
+{
+	struct ig_address *to = &request->to;
+	const struct ig_address *from = &request->from;
+
+	if (ig_likely(!ig_is_unspecified(to)))
+		return;
+	if (!ig_is_unspecified(from)) {
+		*to = *from;
+		return;
+	}
+	if (to->word[2] == 0)
+		to->word[3] = ig_be32(1);
+	else if (!request->from_device)
+		to->word[3] = IG_LOOPBACK4;
+}
+
+/* The range of the most specific endpoint that has this port: ranges of shorter prefixes were copied into longer ones. */
+ig_inline bool ig_find_range(__u32 generation, const struct ig_request *request, struct ig_port_range *found)
+{
+	struct ig_endpoint_key key = { .prefixlen = 32 + 128, .generation = generation, .address = request->to };
+	const struct ig_endpoint *endpoint = ig_lookup(IG_MAP(IG_MAP_ENDPOINTS), &key);
+	__u32 i;
+
+	if (!endpoint)
+		return false;
+	for (i = 0; i < IG_RANGES; i++) {
+		const struct ig_port_range *range = &endpoint->ranges[i];
+
+		if (i >= endpoint->ranges_len)
+			break;
+		if (request->port >= range->low && request->port <= range->high &&
+		    (range->protocols & request->protocol)) {
+			*found = *range;
+			return true;
+		}
+	}
+	return false;
+}
+
+/* --- who asks? ---------------------------------------------------------------------------------------------------- */
+
+/*
+ * IG_ALLOW, IG_DENY, both or 0. The 0 is read from the list's record: a constant would be one more state for the
+ * verifier to follow through everything that comes after.
+ */
+ig_inline __u32 ig_member(__u32 generation, __u32 number, const struct ig_list *list, __u32 kind, __u32 id)
+{
+	struct ig_member key = { .generation = generation, .kind = kind, .list = number, .id = id };
+	const __u32 *verdict = ig_lookup(IG_MAP(IG_MAP_MEMBERS), &key);
+
+	return verdict ? *verdict : list->zero;
+}
+
+/* Most groups of most callers are on no list: one bit spares the look-up. */
+ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *list, __u32 gid)
+{
+	if (!(list->filter[(gid >> 5) & (IG_FILTER_WORDS - 1)] >> (gid & 31) & 1))
+		return list->zero;
+	return ig_member(generation, number, list, IG_GROUP, gid);
+}
+
+#define IG_UNREAD 4 /* beside IG_ALLOW and IG_DENY */
+#define IG_TOO_MANY 8
+
+#define IG_CHUNK 16
+
+ig_inline __u32 ig_chunk(__u32 generation, __u32 number, const struct ig_list *list, const __u32 *gids)
+{
+	__u32 seen = list->zero, i;
+
+	for (i = 0; i < IG_CHUNK; i++)
+		seen |= ig_group(generation, number, list, gids[i]);
+	return seen;
+}
+
+/*
+ * Up to IG_WALKED groups of the caller, a chunk at a time, against a list of any length. The chunk that is not full
+ * comes first and is filled with fsgid, which was looked at already: the verifier then has one path through all chunks.
+ */
+ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len,
+			       __u32 fsgid)
+{
+	__u32 gids[IG_CHUNK], odd = len % IG_CHUNK, seen = list->zero, i;
+
+	for (i = 0; i < IG_CHUNK; i++)
+		gids[i] = fsgid;
+	if (odd) {
+		if (ig_read_kernel(gids, odd * sizeof(gids[0]), gid))
+			return IG_UNREAD;
+		seen |= ig_chunk(generation, number, list, gids);
+	}
+	gid += odd * sizeof(gids[0]);
+	for (i = 0; i < IG_WALKED / IG_CHUNK; i++) {
+		if (i >= len / IG_CHUNK)
+			break;
+		if (ig_read_kernel(gids, sizeof(gids), gid + i * sizeof(gids)))
+			return IG_UNREAD;
+		seen |= ig_chunk(generation, number, list, gids);
+	}
+	return seen;
+}
+
+/*
+ * Whether a sorted array of len (1 to 65,536) group IDs has one; *failed becomes non-zero when it can't be read.
+ * Branch-free, so that the verifier sees one path: position moves by half times a computed 0 or 1, which the empty asm
+ * keeps clang from turning back into a branch. With half 0 it reads the word before the array, to no effect:
+ * that is group_info's ngroups.
+ */
+ig_inline bool ig_has_group(const char *gid, __u32 len, __u32 wanted, __u64 *failed)
+{
+	__u64 position = 0, left = len;
+	__u32 step, value = 0;
+
+	for (step = 0; step < 17; step++) {
+		__u64 half = left >> 1;
+		__u64 below;
+
+		*failed |= ig_read_kernel(&value, sizeof(value), gid + (position + half) * 4 - 4);
+		below = (__u64)value - wanted;
+		asm volatile("" : "+r"(below));
+		below >>= 63;
+		asm volatile("" : "+r"(below));
+		position += half * below;
+		left -= half;
+	}
+	*failed |= ig_read_kernel(&value, sizeof(value), gid + position * 4);
+	return value == wanted;
+}
+
+/* More than IG_WALKED groups: look for each listed group among them. Denied ones come first, so the first hit decides. */
+ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid, __u32 len)
+{
+	struct ig_list_key key = { .generation = generation, .list = number };
+	const struct ig_groups *groups = ig_lookup(IG_MAP(IG_MAP_GROUPS), &key);
+	__u64 failed = 0;
+	__u32 i;
+
+	if (!groups)
+		return IG_UNREAD;
+	for (i = 0; i < IG_SEARCHED; i++) {
+		bool has;
+
+		if (i >= groups->len)
+			break;
+		has = ig_has_group(gid, len, groups->gid[i], &failed);
+		if (failed)
+			return IG_UNREAD;
+		if (has)
+			return i < groups->denied ? IG_DENY : IG_ALLOW;
+	}
+	return 0;
+}
+
+/* What the lists say of the caller's supplementary groups: struct group_info, whose gid[] is sorted (groups_sort()). */
+ig_inline __u32 ig_supplementary(__u32 generation, __u32 number, const struct ig_list *list,
+				const struct ig_caller *caller)
+{
+	const char *group_info = 0;
+	__u32 len = 0;
+
+	if (ig_read_kernel(&group_info, sizeof(group_info), caller->cred + IG_OFF_CRED_GROUP_INFO) ||
+	    ig_read_kernel(&len, sizeof(len), group_info + IG_OFF_GROUP_INFO_NGROUPS))
+		return IG_UNREAD;
+	if (len > IG_MAX_GROUPS)
+		return IG_UNREAD;
+	if (len <= IG_WALKED)
+		return ig_walk_groups(generation, number, list, group_info + IG_OFF_GROUP_INFO_GID, len,
+				      caller->fsgid);
+	if (!(list->flags & IG_LIST_SMALL))
+		return IG_TOO_MANY;
+	return ig_search_groups(generation, number, group_info + IG_OFF_GROUP_INFO_GID, len);
+}
+
+/* 1 when the caller lives in the initial user namespace, 0 when not, -1 when that can't be read. */
+ig_inline int ig_in_initial_user_namespace(const char *cred)
+{
+	const char *namespace = 0;
+	__s32 level = 0;
+
+	if (ig_read_kernel(&namespace, sizeof(namespace), cred + IG_OFF_CRED_USER_NS) ||
+	    ig_read_kernel(&level, sizeof(level), namespace + IG_OFF_USER_NAMESPACE_LEVEL))
+		return -1;
+	return level == 0;
+}
+
+/* The same for the active PID namespace: that of the task itself, not the one that its children would get. */
+ig_inline int ig_in_initial_pid_namespace(const char *task)
+{
+	const char *pid = 0;
+	__u32 level = 0;
+
+	if (ig_read_kernel(&pid, sizeof(pid), task + IG_OFF_TASK_STRUCT_THREAD_PID) ||
+	    ig_read_kernel(&level, sizeof(level), pid + IG_OFF_PID_LEVEL))
+		return -1;
+	return level == 0;
+}
+
+/* --- the decision ------------------------------------------------------------------------------------------------- */
+
+/* Deny lists, then allow lists, then the default. */
+ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_list *list, const struct ig_caller *caller)
+{
+	__u32 user = ig_member(generation, number, list, IG_USER, caller->fsuid);
+	__u32 group = 0;
+
+	if (user & IG_DENY)
+		return IG_DENIED_USER;
+	if ((user & IG_ALLOW) && !(list->flags & IG_LIST_DENY_GROUPS))
+		return IG_ALLOWED_USER;
+	if (list->flags & IG_LIST_GROUPS) {
+		/* fsgid need not be in group_info: in_group_p() in kernel/groups.c looks at both. */
+		group = ig_group(generation, number, list, caller->fsgid);
+		if (group & IG_DENY)
+			return IG_DENIED_GROUP;
+		if ((group & IG_ALLOW) && !(list->flags & IG_LIST_DENY_GROUPS))
+			return IG_ALLOWED_GROUP;
+		/* Without these clang carries the tests above on as constants: a path each through all that follows. */
+		asm volatile("" : "+r"(user));
+		asm volatile("" : "+r"(group));
+		group |= ig_supplementary(generation, number, list, caller);
+		if (group & IG_UNREAD)
+			return IG_UNREADABLE;
+		if (group & IG_TOO_MANY)
+			return IG_TOO_MANY_GROUPS;
+		if (group & IG_DENY)
+			return IG_DENIED_GROUP;
+		if (user & IG_ALLOW)
+			return IG_ALLOWED_USER;
+		if (group & IG_ALLOW)
+			return IG_ALLOWED_GROUP;
+	}
+	if (!(list->flags & IG_LIST_DEFAULT_ALLOW))
+		return IG_NOT_LISTED;
+	switch (ig_in_initial_user_namespace(caller->cred)) {
+	case 1:
+		return IG_DEFAULT_ALLOW;
+	case 0:
+		return IG_USER_NAMESPACE;
+	}
+	return IG_UNREADABLE;
+}
+
+/* 0 when the caller is one of the host's own processes, else the reason to deny it. */
+ig_inline __u32 ig_judge_place(const struct ig_settings *settings, const char *task, const char *cred)
+{
+	__u32 flags = 0;
+	int user, pid;
+
+	if (ig_read_kernel(&flags, sizeof(flags), task + IG_OFF_TASK_STRUCT_FLAGS))
+		return IG_UNREADABLE;
+	if (flags & IG_PF_KTHREAD)
+		return IG_KERNEL_THREAD;
+	if (settings->allow_containers)
+		return 0;
+	user = ig_in_initial_user_namespace(cred);
+	pid = ig_in_initial_pid_namespace(task);
+	if (user < 0 || pid < 0)
+		return IG_UNREADABLE;
+	return user && pid ? 0 : IG_CONTAINER;
+}
+
+ig_inline __u32 ig_judge(__u32 generation, const struct ig_settings *settings, __u32 number)
+{
+	__u32 record = (generation - 1) * IG_LISTS + number;
+	const struct ig_list *list = ig_lookup(IG_MAP(IG_MAP_LISTS), &record);
+	const char *task = (const char *)ig_current_task();
+	struct ig_caller caller = {};
+	__u32 ids[2] = {}; /* fsuid, fsgid: neighbours in struct cred, which kernel/btf.py makes sure of */
+	__u32 reason;
+
+	if (number == IG_NO_LIST)
+		return IG_UNSPECIFIED_DESTINATION;
+	if (!list || !(list->flags & IG_LIST_VALID))
+		return IG_UNREADABLE;
+	if (ig_read_kernel(&caller.cred, sizeof(caller.cred), task + IG_OFF_TASK_STRUCT_CRED) ||
+	    ig_read_kernel(ids, sizeof(ids), caller.cred + IG_OFF_CRED_FSUID))
+		return IG_UNREADABLE;
+	caller.fsuid = ids[0];
+	caller.fsgid = ids[1];
+	reason = ig_judge_place(settings, task, caller.cred);
+	return reason ? reason : ig_judge_lists(generation, number, list, &caller);
+}
+
+ig_inline void ig_count(__u32 reason, bool audited)
+{
+	struct ig_counter *counter = ig_lookup(IG_MAP(IG_MAP_COUNTERS), &reason);
+
+	if (!counter)
+		return;
+	__sync_fetch_and_add(&counter->enforced, audited ? 0 : 1);
+	__sync_fetch_and_add(&counter->audited, audited ? 1 : 0);
+}
+
+#ifdef IG_WIDEN
+/* For the tests alone: holds the gap open between reading the generation and using it. */
+ig_inline void ig_dawdle(void)
+{
+	__u32 i, key = IG_REASONS;
+
+	for (i = 0; i < IG_WIDEN; i++)
+		ig_lookup(IG_MAP(IG_MAP_MEMBERS), &(struct ig_member){ .id = i });
+}
+#else
+ig_inline void ig_dawdle(void)
+{
+}
+#endif
+
+/* 1 lets the connect through, 0 makes it EPERM. */
+ig_inline int ig_decide(struct ig_request *request)
+{
+	__u32 zero = 0, generation, reason;
+	const struct ig_config *config = ig_lookup(IG_MAP(IG_MAP_CONFIG), &zero);
+	const struct ig_settings *settings;
+	struct ig_port_range range;
+	bool audited;
+
+	if (!config)
+		return 1;
+	/* Once, and everything else by this value: a second read could see another generation. */
+	generation = *(const volatile __u8 *)&config->generation;
+	if (generation == 0)
+		return 1;
+	ig_dawdle();
+	ig_resolve_unspecified(request);
+	if (ig_likely(!ig_may_be_locked(generation, &request->to)))
+		return 1;
+	if (!ig_find_range(generation, request, &range))
+		return 1;
+	settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
+	if (!settings || !settings->valid) {
+		ig_count(IG_NO_SETTINGS, false);
+		return 0;
+	}
+	reason = ig_judge(generation, settings, range.list);
+	audited = reason > IG_DEFAULT_ALLOW && settings->mode == IG_AUDIT;
+	ig_count(reason, audited);
+	return reason <= IG_DEFAULT_ALLOW || audited;
+}
+
+/* --- the hooks ---------------------------------------------------------------------------------------------------- */
+
+ig_inline __u32 ig_protocol_of(__u32 protocol)
+{
+	if (protocol == IG_IPPROTO_TCP || protocol == IG_IPPROTO_MPTCP)
+		return IG_TCP;
+	return protocol == IG_IPPROTO_UDP ? IG_UDP : 0;
+}
+
+ig_inline void ig_set_ipv4(struct ig_address *address, __u32 word)
+{
+	address->word[0] = 0;
+	address->word[1] = 0;
+	address->word[2] = IG_MAPPED;
+	address->word[3] = word;
+}
+
+/*
+ * No hook sees IP_UNICAST_IF or IP_PKTINFO's interface, and only UDP sockets heed them: a UDP socket without an address
+ * of its own counts as one whose address comes from an interface.
+ */
+ig_inline void ig_fill(struct ig_request *request, struct bpf_sock_addr *ctx, __u32 bound_device)
+{
+	request->port = ig_be16((__u16)ctx->user_port);
+	request->protocol = ig_protocol_of(ctx->protocol);
+	request->from_device = bound_device || request->protocol == IG_UDP;
+}
+
+ig_inline int ig_ipv4(struct bpf_sock_addr *ctx, __u32 message_source)
+{
+	struct ig_request request = {};
+	struct bpf_sock *sk = ctx->sk;
+
+	ig_set_ipv4(&request.to, ctx->user_ip4);
+	if (!sk) /* the verifier wants it; the kernel always gives one */
+		return 0;
+	ig_fill(&request, ctx, sk->bound_dev_if);
+	ig_set_ipv4(&request.from, message_source ? message_source : sk->src_ip4);
+	return ig_decide(&request);
+}
+
+ig_inline int ig_ipv6(struct bpf_sock_addr *ctx, const struct ig_address *message_source)
+{
+	struct ig_request request = {};
+	struct bpf_sock *sk = ctx->sk;
+
+	request.to.word[0] = ctx->user_ip6[0];
+	request.to.word[1] = ctx->user_ip6[1];
+	request.to.word[2] = ctx->user_ip6[2];
+	request.to.word[3] = ctx->user_ip6[3];
+	if (!sk)
+		return 0;
+	ig_fill(&request, ctx, sk->bound_dev_if);
+	request.from = *message_source;
+	if (ig_is_unspecified(&request.from)) {
+		request.from.word[0] = sk->src_ip6[0];
+		request.from.word[1] = sk->src_ip6[1];
+		request.from.word[2] = sk->src_ip6[2];
+		request.from.word[3] = sk->src_ip6[3];
+	}
+	return ig_decide(&request);
+}
+
+int ig_connect4(struct bpf_sock_addr *ctx)
+{
+	return ig_ipv4(ctx, 0);
+}
+
+int ig_connect6(struct bpf_sock_addr *ctx)
+{
+	struct ig_address none = {};
+
+	return ig_ipv6(ctx, &none);
+}
+
+int ig_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return ig_ipv4(ctx, ctx->msg_src_ip4);
+}
+
+int ig_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct ig_address source;
+
+	source.word[0] = ctx->msg_src_ip6[0];
+	source.word[1] = ctx->msg_src_ip6[1];
+	source.word[2] = ctx->msg_src_ip6[2];
+	source.word[3] = ctx->msg_src_ip6[3];
+	return ig_ipv6(ctx, &source);
+}
+
+#ifndef BCC_SEC /* bcc adds one of its own; the loader names the licence to the kernel */
+char _license[] __attribute__((section("license"), used)) = "Dual BSD/GPL";
+#endif

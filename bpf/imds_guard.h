@@ -1,0 +1,183 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
+/*
+ * The ABI between the hooks and user space: what lies in the maps, and which map is which.
+ *
+ * src/imds_guard/backends/ebpf/abi.py says the same in Python; tests/unit/test_abi.py compares the two through BTF.
+ * A change here that alters a size, an offset or a meaning raises IG_ABI.
+ *
+ * Every record belongs to a generation (1 or 2). config.generation names the one in force; 0 means nothing is locked.
+ */
+#ifndef IMDS_GUARD_H
+#define IMDS_GUARD_H
+
+#define IG_ABI 1
+
+/* Stands where a map's file descriptor goes; the loader puts the real one there (IG_MAP_BASE + the number below). */
+#define IG_MAP_BASE 0x494d4400
+enum ig_map {
+	IG_MAP_CONFIG,
+	IG_MAP_SETTINGS,
+	IG_MAP_FIRST_LOOK,
+	IG_MAP_ENDPOINTS,
+	IG_MAP_LISTS,
+	IG_MAP_MEMBERS,
+	IG_MAP_GROUPS,
+	IG_MAP_LOCKS,
+	IG_MAP_COUNTERS,
+	IG_MAPS
+};
+
+#define IG_GENERATIONS 3 /* 0, 1 and 2: array maps have a record for each */
+
+/* ARRAY, one record. The flip is a change of the one octet .generation. */
+struct ig_config {
+	__u8 generation;
+	__u8 pad[7];
+};
+
+enum ig_mode { IG_ENFORCE = 1, IG_AUDIT = 2 };
+
+/* ARRAY by generation. One that is not .valid denies every connect to a locked endpoint. */
+struct ig_settings {
+	__u32 valid;
+	__u32 mode; /* enum ig_mode */
+	__u32 allow_containers;
+	__u32 abi; /* IG_ABI of who wrote the generation */
+	__u8 digest[16]; /* of all records of the generation; the hooks don't look at it */
+};
+
+/*
+ * ARRAY by generation: may this address be locked? No false "no".
+ * hosts: one bit for each locked single address, at ig_host_bit(). networks4, networks6: one bit for each value of the
+ * address's first 16 bits that a locked prefix covers.
+ */
+#define IG_HOST_BITS_LOG2 18
+#define IG_HOST_WORDS (1 << (IG_HOST_BITS_LOG2 - 5))
+#define IG_NETWORK_WORDS (65536 / 32)
+struct ig_first_look {
+	__u32 hosts[IG_HOST_WORDS];
+	__u32 networks4[IG_NETWORK_WORDS];
+	__u32 networks6[IG_NETWORK_WORDS];
+};
+
+/* Any IPv4 address is ::ffff:a.b.c.d, in network byte order. */
+struct ig_address {
+	__u32 word[4];
+};
+
+/* LPM_TRIE. .generation and .pad are part of the prefix: prefixlen is 32 + the bits of the address. */
+struct ig_endpoint_key {
+	__u32 prefixlen;
+	__u8 generation;
+	__u8 pad[3];
+	struct ig_address address;
+};
+
+enum ig_protocol { IG_TCP = 1, IG_UDP = 2 };
+
+#define IG_INHERITED 1 /* the range comes from a shorter prefix, not from this endpoint */
+#define IG_NO_LIST 0xffff /* the destination is unspecified and the range locked somewhere: deny */
+
+struct ig_port_range {
+	__u16 low; /* inclusive, host byte order */
+	__u16 high;
+	__u16 lock;
+	__u16 list;
+	__u8 protocols; /* bits of enum ig_protocol */
+	__u8 flags;
+	__u16 pad;
+};
+
+/* Ranges of one protocol are disjoint: the ranges of shorter prefixes were cut to fit when they were written. */
+#define IG_RANGES 24
+struct ig_endpoint {
+	__u32 ranges_len;
+	__u32 pad;
+	struct ig_port_range ranges[IG_RANGES];
+};
+
+/* ARRAY: record (generation - 1) * IG_LISTS + list. Who may pass; locks with the same lists share one. */
+#define IG_LISTS 4096
+#define IG_LIST_VALID 1
+#define IG_LIST_DEFAULT_ALLOW 2
+#define IG_LIST_GROUPS 4 /* some group is listed */
+#define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allow list are not let through early */
+#define IG_LIST_SMALL 16 /* at most IG_SEARCHED groups: they stand in the map of groups, too */
+#define IG_FILTER_WORDS 16
+struct ig_list {
+	__u32 flags;
+	__u32 zero; /* always 0 */
+	__u32 filter[IG_FILTER_WORDS]; /* bit gid % 512 is set for each listed group */
+};
+
+enum ig_kind { IG_USER = 1, IG_GROUP = 2 };
+#define IG_ALLOW 1
+#define IG_DENY 2
+
+/* HASH: the value is IG_ALLOW, IG_DENY or both. */
+struct ig_member {
+	__u8 generation;
+	__u8 kind; /* enum ig_kind: gid 0 is not uid 0 */
+	__u16 list;
+	__u32 id;
+};
+#define IG_MEMBERS 262144 /* both generations together */
+
+/* HASH: the groups of a list once more, in order, for callers with more than IG_WALKED groups. */
+struct ig_list_key {
+	__u8 generation;
+	__u8 pad;
+	__u16 list;
+};
+#define IG_SEARCHED 128
+struct ig_groups {
+	__u32 denied; /* gid[0 .. denied) are denied, gid[denied .. len) allowed */
+	__u32 len;
+	__u32 gid[IG_SEARCHED];
+};
+
+/* HASH: for people and for reading the policy back. The hooks don't look at it. */
+#define IG_LOCKS 32768 /* both generations together */
+#define IG_LOCK_NAME 64
+struct ig_lock_key {
+	__u8 generation;
+	__u8 pad;
+	__u16 lock;
+};
+struct ig_lock {
+	__u16 list;
+	__u16 pad;
+	char name[IG_LOCK_NAME]; /* UTF-8, padded with NUL */
+};
+
+#define IG_ENDPOINTS 65536 /* both generations together, entries made by rendering included */
+
+/* policy.py: Reason */
+enum ig_reason {
+	IG_NOT_LOCKED,
+	IG_ALLOWED_USER,
+	IG_ALLOWED_GROUP,
+	IG_DEFAULT_ALLOW,
+	IG_DENIED_USER,
+	IG_DENIED_GROUP,
+	IG_NOT_LISTED,
+	IG_CONTAINER,
+	IG_USER_NAMESPACE,
+	IG_KERNEL_THREAD,
+	IG_TOO_MANY_GROUPS,
+	IG_UNSPECIFIED_DESTINATION,
+	IG_UNREADABLE,
+	IG_NO_SETTINGS,
+	IG_REASONS
+};
+
+/* PERCPU_ARRAY by reason: connects to locked endpoints. The others are not counted, it would cost them time. */
+struct ig_counter {
+	__u64 enforced;
+	__u64 audited; /* of these, the ones that audit mode let through */
+};
+
+#define IG_WALKED 1024 /* supplementary groups of a caller that are compared one by one */
+#define IG_MAX_GROUPS 65536 /* NGROUPS_MAX, include/uapi/linux/limits.h */
+
+#endif

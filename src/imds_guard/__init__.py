@@ -1,0 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
+"""imds-guard: only the right users and groups reach the instance metadata service."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The eBPF backend: programs at the cgroup hooks, links and maps, all pinned; no process of ours stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Iterator, List, Optional, Tuple
+
+from imds_guard.backends.ebpf import hooks, probe, program
+from imds_guard.backends.ebpf.folder import Folder
+from imds_guard.backends.ebpf.hooks import Hook
+from imds_guard.backends.ebpf.program import Defines
+from imds_guard.backends.ebpf.render import parse, render
+from imds_guard.backends.ebpf.store import Maps, Snapshot
+from imds_guard.errors import GuardError, NotPermitted, trying
+from imds_guard.kernel import bpffs, compiler, lockfile, privileges
+from imds_guard.kernel.cgroup import Cgroup, open_cgroup
+from imds_guard.policy import Policy
+
+
+@dataclass(frozen=True)
+class State:
+    """What the kernel holds and runs. ``policy`` is None when nothing is locked or the maps can't be read."""
+
+    cgroup: str
+    cgroup_is_root: bool
+    pins: Optional[str]
+    generation: int
+    policy: Optional[Policy]
+    hooks: Tuple[Hook, ...]
+    counters: Tuple[Tuple[int, int], ...]
+    faults: Tuple[str, ...]
+
+    @property
+    def active(self) -> bool:
+        """True when a policy is in force, or some program of ours is attached without one that can be read."""
+        attached = any(p.version is not None for hook in self.hooks for p in hook.attached)
+        return self.generation != 0 or (attached and self.pins is None)
+
+    @property
+    def versions(self) -> List[str]:
+        """The versions of our programs that are attached."""
+        return sorted({p.version for hook in self.hooks for p in hook.attached if p.version is not None})
+
+
+class EbpfBackend:
+    """Enforces at the root of the cgroup2 hierarchy, or in the subtree that ``cgroup`` is the path of.
+
+    ``defines`` are for tests: IG_WIDEN.
+    """
+
+    name = "ebpf"
+
+    def __init__(self, cgroup: Optional[str] = None, defines: Defines = ()) -> None:
+        self._cgroup_path = cgroup
+        self._defines = defines
+
+    # --- Backend ---
+
+    def check(self, policy: Optional[Policy]) -> None:
+        """Backend.check(); compiles nothing, attaches nothing."""
+        with self._cgroup() as cgroup:
+            self._check_running_or_compilable(cgroup)
+        if policy is not None:
+            render(policy, 1)
+
+    def apply(self, policy: Policy) -> List[str]:
+        """Backend.apply()."""
+        render(policy, 1)  # what does not fit is refused before anything is touched
+        with self._cgroup() as cgroup, self._exclusive(cgroup) as folder:
+            lines = ["cleaned up after a command that was killed"] if folder.recover() else []
+            if folder.exists():
+                return lines + self._change_running(cgroup, folder, policy)
+            return lines + self._install(cgroup, folder, policy)
+
+    def change(self, policy: Policy) -> List[str]:
+        """As apply(), of a guard that is there: hooks that are whole stay, whatever their version."""
+        render(policy, 1)
+        with self._cgroup() as cgroup, self._exclusive(cgroup) as folder:
+            folder.recover()
+            if not folder.exists():
+                raise GuardError("changing the policy in force: none is; run imds-guard start first")
+            return self._change_running(cgroup, folder, policy, keep_version=True)
+
+    def read(self) -> Optional[Policy]:
+        """Backend.read()."""
+        return self.state().policy
+
+    def remove(self) -> List[str]:
+        """Backend.remove()."""
+        with self._cgroup() as cgroup, self._exclusive(cgroup) as folder:
+            found = folder.recover()
+            if folder.exists():
+                self._open_the_lock(folder)
+                folder.remove()
+                found = True
+            found = bool(hooks.detach_strays(cgroup, None)) or found
+        return [f"removed every hook, link and map from {cgroup.path}"] if found else []
+
+    def faults(self) -> List[str]:
+        """Backend.faults()."""
+        return list(self.state().faults)
+
+    # --- the state ---
+
+    def state(self) -> State:
+        """Read from the kernel without a lock; read again when a change came in between."""
+        with self._cgroup() as cgroup:
+            path = bpffs.find_bpffs()
+            folder = Folder(path, cgroup.id, cgroup.is_root) if path else None
+            for _ in range(20):
+                try:
+                    state = self._state(cgroup, folder)
+                except FileNotFoundError:
+                    state = None  # removed since we looked
+                if state is not None:
+                    return state
+                time.sleep(0.01)
+        raise GuardError("reading the state of the guard: it kept changing; try again")
+
+    def _state(self, cgroup: Cgroup, folder: Optional[Folder]) -> Optional[State]:
+        """None when the generation changed while it was read."""
+        pins = folder.path if folder is not None and folder.exists() else None
+        found = tuple(hooks.inspect(cgroup, pins))
+        if pins is None:
+            faults = tuple(_pinless(found))
+            return State(cgroup.path, cgroup.is_root, None, 0, None, found, (), faults)
+        with Maps.open(pins) as maps:
+            if maps.misfits():
+                faults = ("the maps are of another version of imds-guard: run imds-guard start",)
+                return State(cgroup.path, cgroup.is_root, pins, 0, None, found, (), faults)
+            generation = maps.generation()
+            snapshot = maps.snapshot(generation) if generation else None
+            if maps.generation() != generation:
+                return None
+            counters, ids = tuple(maps.counters()), maps.ids()
+        policy, faults_of_maps = _policy_of(snapshot)
+        faults = tuple(_faults_of_hooks(found, ids)) + tuple(faults_of_maps) if generation else ()
+        return State(cgroup.path, cgroup.is_root, pins, generation, policy, found, counters, faults)
+
+    # --- steps ---
+
+    @contextmanager
+    def _cgroup(self) -> Iterator[Cgroup]:
+        if os.geteuid() != 0 and privileges.missing_capabilities([privileges.CAP_NET_ADMIN, privileges.CAP_BPF]):
+            raise NotPermitted("working with eBPF: only root may; run this with sudo")
+        with open_cgroup(self._cgroup_path) as cgroup:
+            yield cgroup
+
+    @contextmanager
+    def _exclusive(self, cgroup: Cgroup) -> Iterator[Folder]:
+        probe.require_place()
+        folder = Folder(bpffs.require_bpffs(), cgroup.id, cgroup.is_root)
+        with lockfile.exclusive(folder.name):
+            yield folder
+
+    def _check_running_or_compilable(self, cgroup: Cgroup) -> None:
+        """A guard that runs this version needs no compiler."""
+        probe.require_place()
+        probe.require_bpf()
+        path = bpffs.find_bpffs()
+        if path is not None and os.statvfs(path).f_flag & os.ST_RDONLY:
+            bpffs.require_bpffs()
+        folder = Folder(path, cgroup.id, cgroup.is_root) if path else None
+        found = hooks.inspect(cgroup, folder.path if folder is not None and folder.exists() else None)
+        if not all(hook.ours and hook.ours.version == program.source_version(self._defines) for hook in found):
+            compiler.require_bcc()
+            program.kernel_offsets()
+
+    def _install(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
+        """Maps at generation 0, then all hooks, then the policy: until the flip nothing is locked."""
+        privileges.lift_memory_lock_limit()
+        hooks.detach_strays(cgroup, None)
+        try:
+            place = folder.begin()
+            with Maps.create(place) as maps:
+                hooks.put_in_place(cgroup, place, maps.fds(), hooks.inspect(cgroup, None), self._defines)
+                hooks.verify(cgroup, place, maps.ids())
+                folder.commit()
+                maps.change(policy)
+        except GuardError:
+            folder.abandon()
+            if folder.exists():
+                folder.remove()
+            raise
+        return [f"attached {len(hooks.abi.HOOKS)} hooks to {cgroup.path}, version {self._version()}"]
+
+    def _change_running(
+        self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False
+    ) -> List[str]:
+        try:
+            maps = Maps.open(folder.path)
+        except FileNotFoundError:
+            maps = None
+        if maps is None:
+            return self._replace_maps(cgroup, folder, policy)
+        with maps:
+            if maps.misfits():
+                return self._replace_maps(cgroup, folder, policy)
+            lines = self._renew_hooks(cgroup, folder, maps, keep_version)
+            snapshot = maps.snapshot(maps.generation()) if maps.generation() else None
+            if snapshot is not None and _policy_of(snapshot) == (policy, []):
+                return [*lines, "the policy was in force already"]
+            maps.change(policy)
+        return lines
+
+    def _renew_hooks(self, cgroup: Cgroup, folder: Folder, maps: Maps, keep_version: bool) -> List[str]:
+        """Loads the programs anew, on the same maps and with the policy unchanged, unless they are as they should be."""
+        ids = set(maps.ids())
+        found = hooks.inspect(cgroup, folder.path)
+        version = self._version()
+        whole = all(hook.ours is not None and set(hook.ours.map_ids) <= ids for hook in found)
+        current = keep_version or all(hook.ours is not None and hook.ours.version == version for hook in found)
+        lines = [f"detached {name}, which nothing pinned" for name in hooks.detach_strays(cgroup, folder.path)]
+        if whole and current:
+            return lines
+        privileges.lift_memory_lock_limit()
+        hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines)
+        hooks.verify(cgroup, folder.path, maps.ids())
+        return [*lines, f"put version {version} of the programs in place" if whole else "repaired the hooks"]
+
+    def _replace_maps(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
+        """Maps of another layout: new ones are filled before any hook uses them, then hook by hook moves over."""
+        privileges.lift_memory_lock_limit()
+        found = hooks.inspect(cgroup, folder.path)
+        try:
+            place = folder.begin()
+            with Maps.create(place) as maps:
+                maps.change(policy)
+                hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines, place)
+                hooks.verify(cgroup, place, maps.ids())
+        except GuardError:
+            folder.abandon()
+            raise
+        folder.swap()
+        return [f"replaced maps of another version; the programs are version {self._version()} now"]
+
+    def _open_the_lock(self, folder: Folder) -> None:
+        """Generation 0 first, so that all hooks let everyone through at the same moment."""
+        try:
+            with Maps.open(folder.path) as maps, trying("opening the lock", "run imds-guard stop again"):
+                maps.flip(0)
+        except FileNotFoundError:
+            return  # a map's pin is gone: detaching the hooks will do
+
+    def _version(self) -> str:
+        return program.source_version(self._defines)
+
+
+def _policy_of(snapshot: Optional[Snapshot]) -> Tuple[Optional[Policy], List[str]]:
+    """The policy that the maps hold, and what is wrong with them."""
+    if snapshot is None:
+        return None, []
+    if snapshot.settings is None:
+        return None, ["the settings of the generation in force are gone: every locked endpoint is denied to everyone"]
+    try:
+        policy = parse(snapshot.image, snapshot.settings)
+    except (GuardError, ValueError) as error:
+        return None, [f"the maps contradict themselves ({error}): someone else wrote to them"]
+    if snapshot.digest != snapshot.image.digest() or not _renders_to(policy, snapshot):
+        return policy, ["the maps are not as imds-guard wrote them: someone else changed them"]
+    return policy, []
+
+
+def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
+    """A record that a digest was made up for, too, does not pass for one of ours."""
+    return render(policy, snapshot.image.generation).digest() == snapshot.image.digest()
+
+
+def _faults_of_hooks(found: Tuple[Hook, ...], map_ids: List[int]) -> Iterator[str]:
+    for hook in found:
+        if hook.ours is None:
+            yield f"the hook {hook.name} is not attached: what goes through it is not checked"
+        elif not set(hook.ours.map_ids) <= set(map_ids):
+            yield f"the hook {hook.name} uses other maps than the pinned ones: a change of policy does not reach it"
+        for other in hook.behind:
+            yield f"program {other.name or '(unnamed)'} (id {other.id}) runs behind ours at {hook.name} and may rewrite addresses"
+    yield from _strays(found)
+
+
+def _strays(found: Tuple[Hook, ...]) -> Iterator[str]:
+    for hook in found:
+        for stray in hook.strays:
+            yield f"program {stray.name} (id {stray.id}) is attached at {hook.name} without a pin of ours"
+
+
+def _pinless(found: Tuple[Hook, ...]) -> Iterator[str]:
+    yield from _strays(found)

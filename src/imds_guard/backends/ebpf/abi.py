@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf/imds_guard.h in Python: the maps, their records, and how an address is keyed.
+
+Integers are in the machine's byte order, addresses in network byte order. tests/unit/test_abi.py compares sizes and
+offsets with those that clang gives the C structs.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Dict, Tuple
+
+from imds_guard.kernel import bpf
+from imds_guard.policy import Address
+
+ABI = 1
+MAP_BASE = 0x494D4400
+
+
+class Map(enum.IntEnum):
+    """enum ig_map."""
+
+    CONFIG = 0
+    SETTINGS = 1
+    FIRST_LOOK = 2
+    ENDPOINTS = 3
+    LISTS = 4
+    MEMBERS = 5
+    GROUPS = 6
+    LOCKS = 7
+    COUNTERS = 8
+
+
+GENERATIONS = (1, 2)
+
+CONFIG = struct.Struct("=B7x")
+SETTINGS = struct.Struct("=4I16s")  # valid, mode, allow_containers, abi, digest
+MODE_ENFORCE, MODE_AUDIT = 1, 2
+
+HOST_BITS_LOG2 = 18
+HOST_OCTETS = 1 << (HOST_BITS_LOG2 - 3)
+NETWORK_OCTETS = 65536 // 8
+FIRST_LOOK_OCTETS = HOST_OCTETS + 2 * NETWORK_OCTETS
+
+ENDPOINT_KEY = struct.Struct("=IB3x16s")  # prefixlen, generation, address
+ENDPOINT_KEY_FIXED_BITS = 32
+RANGE = struct.Struct("=4HBB2x")  # low, high, lock, list, protocols, flags
+RANGES = 24
+ENDPOINT_HEAD = struct.Struct("=I4x")
+ENDPOINT_OCTETS = ENDPOINT_HEAD.size + RANGES * RANGE.size
+TCP, UDP = 1, 2
+INHERITED = 1
+NO_LIST = 0xFFFF
+
+LISTS = 4096
+LIST_VALID, LIST_DEFAULT_ALLOW, LIST_GROUPS, LIST_DENY_GROUPS, LIST_SMALL = 1, 2, 4, 8, 16
+FILTER_WORDS = 16
+LIST = struct.Struct(f"=II{FILTER_WORDS}I")  # flags, zero, filter
+
+MEMBER = struct.Struct("=BBHI")  # generation, kind, list, id
+USER, GROUP = 1, 2
+MEMBER_VALUE = struct.Struct("=I")
+ALLOW, DENY = 1, 2
+MEMBERS = 262144
+
+SMALL_KEY = struct.Struct("=BxH")  # generation, and the number of a list or a lock
+SEARCHED = 128
+GROUPS = struct.Struct(f"=II{SEARCHED}I")  # denied, len, gid
+
+LOCKS = 32768
+LOCK_NAME_OCTETS = 64
+LOCK = struct.Struct(f"=HH{LOCK_NAME_OCTETS}s")  # list, pad, name
+
+ENDPOINTS = 65536
+
+REASONS = 14
+COUNTER = struct.Struct("=QQ")  # enforced, audited
+
+SHAPES: Dict[Map, bpf.MapShape] = {
+    Map.CONFIG: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, CONFIG.size, 1),
+    Map.SETTINGS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, SETTINGS.size, 3),
+    Map.FIRST_LOOK: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, FIRST_LOOK_OCTETS, 3),
+    Map.ENDPOINTS: bpf.MapShape(
+        bpf.MAP_TYPE_LPM_TRIE, ENDPOINT_KEY.size, ENDPOINT_OCTETS, ENDPOINTS, bpf.F_NO_PREALLOC
+    ),
+    Map.LISTS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, LIST.size, 2 * LISTS),
+    Map.MEMBERS: bpf.MapShape(bpf.MAP_TYPE_HASH, MEMBER.size, MEMBER_VALUE.size, MEMBERS, bpf.F_NO_PREALLOC),
+    Map.GROUPS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, GROUPS.size, 2 * LISTS, bpf.F_NO_PREALLOC),
+    Map.LOCKS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, LOCK.size, LOCKS, bpf.F_NO_PREALLOC),
+    Map.COUNTERS: bpf.MapShape(bpf.MAP_TYPE_PERCPU_ARRAY, 4, COUNTER.size, REASONS),
+}
+
+HOOKS: Dict[str, Tuple[int, str]] = {
+    "connect4": (bpf.ATTACH_CONNECT4, "ig_c4"),
+    "connect6": (bpf.ATTACH_CONNECT6, "ig_c6"),
+    "sendmsg4": (bpf.ATTACH_SENDMSG4, "ig_s4"),
+    "sendmsg6": (bpf.ATTACH_SENDMSG6, "ig_s6"),
+}
+"""Each hook's attach type, and what the name of our program there begins with."""
+
+_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
+
+
+def address_octets(address: Address) -> bytes:
+    """16 octets in network byte order; IPv4 as ``::ffff:a.b.c.d``."""
+    return _MAPPED_PREFIX + address.packed if address.version == 4 else address.packed
+
+
+def host_bit(octets: bytes) -> int:
+    """ig_host_bit() of 16 octets: an index below 2 ** HOST_BITS_LOG2."""
+    a, b, c, d = struct.unpack("=4I", octets)
+    mixed = (a * 0x9E3779B1 + b * 0x85EBCA77 + c * 0xC2B2AE3D + d * 0x27D4EB2F) & 0xFFFFFFFF
+    mixed ^= mixed >> 15
+    return (mixed * 0x2C1B3C6D & 0xFFFFFFFF) >> (32 - HOST_BITS_LOG2)
+
+
+def set_bit(words: bytearray, base: int, bit: int) -> None:
+    """Sets a bit of an array of 32-bit words in the machine's byte order that begins at octet ``base``."""
+    at = base + (bit >> 5) * 4
+    word = struct.unpack_from("=I", words, at)[0]
+    struct.pack_into("=I", words, at, word | 1 << (bit & 31))

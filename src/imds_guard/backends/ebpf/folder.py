@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of pins of one guard, and the traces that a killed command leaves beside it.
+
+``NAME`` is the guard itself. ``NAME~new`` is one being built, or, after a swap of layouts, the one before.
+``NAME~old`` is one being taken down. bpffs refuses names with a dot (bpf_lookup() in kernel/bpf/inode.c).
+"""
+
+from __future__ import annotations
+
+import os
+
+from imds_guard.backends.ebpf import hooks
+from imds_guard.errors import trying
+from imds_guard.kernel import syscalls
+
+
+class Folder:
+    """Paths, and the moves between them that keep a whole guard at one of them."""
+
+    def __init__(self, bpffs: str, cgroup_id: int, is_root: bool) -> None:
+        self.name = "imds-guard" if is_root else f"imds-guard-{cgroup_id}"
+        self.path = os.path.join(bpffs, self.name)
+        self.building = self.path + "~new"
+        self.leaving = self.path + "~old"
+
+    def exists(self) -> bool:
+        """True when there is a guard."""
+        return os.path.isdir(self.path)
+
+    def recover(self) -> bool:
+        """Finishes or undoes what a killed command left; True when there was anything."""
+        left = [path for path in (self.building, self.leaving) if os.path.isdir(path)]
+        if not self.exists() and len(left) == 2:
+            # Killed between the two renames of swap() where the kernel can't exchange: the new one is complete.
+            os.rename(self.building, self.path)
+        for path in left:
+            self._discard(path, detach=not self.exists())
+        return bool(left)
+
+    def begin(self) -> str:
+        """Makes the folder to build in."""
+        with trying(f"making {self.building}", "nothing was changed"):
+            os.mkdir(self.building, 0o700)
+        return self.building
+
+    def commit(self) -> None:
+        """What was built becomes the guard."""
+        with trying(f"renaming {self.building}", "nothing is locked; run the command again"):
+            os.rename(self.building, self.path)
+
+    def abandon(self) -> None:
+        """What was built goes away again."""
+        if os.path.isdir(self.building):
+            self._discard(self.building, detach=not self.exists())
+
+    def swap(self) -> None:
+        """What was built takes the place of the guard, whose links it shares."""
+        with trying(f"exchanging {self.path} and {self.building}", "the policy before stays in force; run it again"):
+            try:
+                syscalls.exchange(self.path, self.building)
+            except OSError:  # bpffs can exchange since v5.16: simple_rename_exchange()
+                os.rename(self.path, self.leaving)
+                os.rename(self.building, self.path)
+        self.recover()
+
+    def remove(self) -> None:
+        """The guard goes away: its links are detached at once, then everything is unpinned."""
+        with trying(f"renaming {self.path}", "run the command again"):
+            os.rename(self.path, self.leaving)
+        self._discard(self.leaving, detach=True)
+
+    def _discard(self, path: str, *, detach: bool) -> None:
+        if not os.path.isdir(path):
+            return
+        if detach:
+            hooks.detach_all(path)
+        with trying(f"removing {path}", "run the command again"):
+            for name in os.listdir(path):
+                os.unlink(os.path.join(path, name))
+            os.rmdir(path)

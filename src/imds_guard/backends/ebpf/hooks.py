@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks: attached, updated and detached by links, and what the kernel says of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from imds_guard.backends.ebpf import abi, program
+from imds_guard.backends.ebpf.program import Defines
+from imds_guard.errors import GuardError, trying
+from imds_guard.kernel import bpf
+from imds_guard.kernel.cgroup import Cgroup
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A program at a hook, in the order in which they run. ``version`` is None for somebody else's program."""
+
+    id: int
+    name: str
+    version: Optional[str]
+    map_ids: Tuple[int, ...] = ()
+    run_count: int = 0
+    run_time_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One hook as the kernel has it: every program attached to this cgroup there, and the one our link holds."""
+
+    name: str
+    attached: Tuple[Attached, ...]
+    linked: Optional[int] = None
+    """The ID of the program that our pinned link holds; None when there is no link, or it is no longer attached."""
+
+    @property
+    def ours(self) -> Optional[Attached]:
+        """Our program, if the pinned link holds it and the kernel runs it here."""
+        return next((p for p in self.attached if p.id == self.linked and p.version is not None), None)
+
+    @property
+    def strays(self) -> List[Attached]:
+        """Programs of ours that no pinned link holds."""
+        return [p for p in self.attached if p.version is not None and p.id != self.linked]
+
+    @property
+    def behind(self) -> List[Attached]:
+        """Other people's programs that run after ours."""
+        if self.ours is None:
+            return []
+        return [p for p in self.attached[self.attached.index(self.ours) + 1 :] if p.version is None]
+
+
+def link_pin(folder: str, hook: str) -> str:
+    """Where a hook's link is pinned."""
+    return os.path.join(folder, f"link_{hook}")
+
+
+def inspect(cgroup: Cgroup, folder: Optional[str]) -> List[Hook]:
+    """What is attached to the cgroup, by BPF_PROG_QUERY, beside what our links say."""
+    return [
+        Hook(name, tuple(_attached(name, cgroup, kind)), _linked(name, cgroup, folder) if folder else None)
+        for name, (kind, _) in abi.HOOKS.items()
+    ]
+
+
+def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> List[Attached]:
+    with trying(f"asking what is attached to {cgroup.path} at {hook}", "the state is not known"):
+        identities = bpf.attached_programs(cgroup.fd, attach_type)
+    return [found for found in (_describe(hook, identity) for identity in identities) if found is not None]
+
+
+def _describe(hook: str, identity: int) -> Optional[Attached]:
+    with trying(f"asking about eBPF program {identity}", "the state is not known"):
+        fd = bpf.program_by_id(identity)
+        if fd is None:
+            return None
+        try:
+            found = bpf.describe_program(fd)
+        finally:
+            os.close(fd)
+    version = program.version_in_name(hook, found.name)
+    return Attached(identity, found.name, version, found.map_ids, found.run_count, found.run_time_ns)
+
+
+def _linked(hook: str, cgroup: Cgroup, folder: str) -> Optional[int]:
+    """A link whose cgroup is another, or gone, counts as none."""
+    fd = _open_link(hook, folder)
+    if fd is None:
+        return None
+    try:
+        link = bpf.describe_link(fd)
+    finally:
+        os.close(fd)
+    return link.prog_id if link.cgroup_id == cgroup.id else None
+
+
+def _open_link(hook: str, folder: str) -> Optional[int]:
+    try:
+        return bpf.pinned(link_pin(folder, hook))
+    except FileNotFoundError:
+        return None
+
+
+def put_in_place(
+    cgroup: Cgroup, folder: str, map_fds: Sequence[int], found: Sequence[Hook], defines: Defines, pins: str = ""
+) -> None:
+    """Compiles the programs and puts one at each hook: by LINK_UPDATE where a link of ours is, else by a new link.
+
+    All are loaded before the first is attached. ``pins`` is the folder that the links are pinned in, if another.
+    """
+    code = program.compile_hooks(defines)
+    version = program.source_version(defines)
+    loaded: Dict[str, int] = {}
+    try:
+        for hook in found:
+            loaded[hook.name] = program.load_hook(hook.name, code, map_fds, version)
+        for hook in found:
+            _attach(hook, loaded[hook.name], cgroup, folder, pins or folder)
+    finally:
+        for fd in loaded.values():
+            os.close(fd)
+
+
+def _attach(hook: Hook, program_fd: int, cgroup: Cgroup, folder: str, pins: str) -> None:
+    what = f"attaching the eBPF program for {hook.name} to {cgroup.path}"
+    with trying(what, "what was in force before stays in force"):
+        link_fd = _open_link(hook.name, folder) if hook.linked is not None else None
+        if link_fd is None:
+            link_fd = bpf.link_create(program_fd, cgroup.fd, abi.HOOKS[hook.name][0])
+        else:
+            bpf.link_update(link_fd, program_fd)
+        try:
+            _pin(link_fd, link_pin(pins, hook.name))
+        finally:
+            os.close(link_fd)
+
+
+def _pin(link_fd: int, path: str) -> None:
+    """Pins beside and renames, since a pin that is there (of a link that lost its cgroup, say) refuses another."""
+    beside = path + "~"
+    _unlink(beside)
+    bpf.pin(link_fd, beside)
+    os.rename(beside, path)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def verify(cgroup: Cgroup, folder: str, map_ids: Sequence[int]) -> None:
+    """Raises GuardError unless each hook runs our program on these maps."""
+    for hook in inspect(cgroup, folder):
+        if hook.ours is None or not set(hook.ours.map_ids) <= set(map_ids):
+            raise GuardError(
+                f"checking the hook {hook.name} of {cgroup.path}: the kernel does not run the program that was just "
+                "attached; run imds-guard check, and see what else manages programs there (bpftool cgroup show)"
+            )
+
+
+def detach_all(folder: str) -> None:
+    """Detaches every link that is pinned in a folder, at once."""
+    for hook in abi.HOOKS:
+        fd = _open_link(hook, folder)
+        if fd is not None:
+            _detach(fd)
+
+
+def detach_strays(cgroup: Cgroup, folder: Optional[str]) -> List[str]:
+    """Detaches programs of ours that no pinned link holds: left by a bpffs that is gone. Returns their names."""
+    strays = {p.id: p.name for hook in inspect(cgroup, folder) for p in hook.strays}
+    if not strays:
+        return []
+    with trying("looking for links that nothing pins", "they can be seen with bpftool link"):
+        for fd, link in bpf.links_of_cgroup(cgroup.id):
+            if link.prog_id in strays:
+                _detach(fd)
+            else:
+                os.close(fd)
+    return sorted(strays.values())
+
+
+def _detach(fd: int) -> None:
+    try:
+        with trying("detaching a hook", "run imds-guard stop again"):
+            bpf.link_detach(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether this kernel, and this process, can do what the backend needs: the smallest real thing, asked once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from imds_guard.backends.ebpf import abi
+from imds_guard.errors import NotPermitted, Unsupported, system_words
+from imds_guard.kernel import bpf, privileges
+
+_ELSEWHERE = "the iptables backend can serve instead"
+
+
+def require_place() -> None:
+    """Raises unless this process may do it and lives in the host's PID namespace."""
+    missing = privileges.missing_capabilities(
+        [privileges.CAP_BPF, privileges.CAP_PERFMON, privileges.CAP_NET_ADMIN]
+    )
+    if missing:
+        raise NotPermitted(
+            f"working with eBPF: this process lacks {', '.join(missing)}; run it as root, or give it the capabilities"
+        )
+    if privileges.namespace_inode("pid") != privileges.INITIAL_PID_NAMESPACE:
+        raise Unsupported(
+            "looking at the PID namespace: this process is in a container, where the host's processes would all count "
+            "as strangers; run it on the host, or in the host's PID namespace"
+        )
+
+
+def require_bpf() -> None:
+    """Raises unless bpf(2) makes maps and loads programs that read credentials."""
+    privileges.lift_memory_lock_limit()
+    _require_maps()
+    _require_reading_programs()
+
+
+def _require_maps() -> None:
+    try:
+        os.close(bpf.map_create(bpf.MapShape(bpf.MAP_TYPE_LPM_TRIE, 8, 4, 1, bpf.F_NO_PREALLOC), "ig_probe"))
+    except OSError as error:
+        why = {
+            errno.ENOSYS: "the kernel was built without it, or a seccomp filter forbids it",
+            errno.EPERM: "a seccomp filter, a security module or RLIMIT_MEMLOCK forbids it",
+        }.get(error.errno or 0, "the kernel lacks something that it needs")
+        raise Unsupported(f"making an eBPF map: {system_words(error)}; {why}; {_ELSEWHERE}") from error
+
+
+def _require_reading_programs() -> None:
+    attach_type, prefix = abi.HOOKS["connect4"]
+    try:
+        fd, refusal = bpf.prog_load_explained(_READS_KERNEL_MEMORY, f"{prefix}_probe", attach_type)
+    except OSError as error:
+        raise Unsupported(f"loading an eBPF program: {system_words(error)}; {_ELSEWHERE}") from error
+    if fd < 0:
+        raise Unsupported(
+            f"loading an eBPF program that reads the caller's credentials: the kernel refused it ({refusal}); it is "
+            f"likely booted with lockdown=confidentiality, or has no CONFIG_CGROUP_BPF; {_ELSEWHERE}"
+        )
+    os.close(fd)
+
+
+def _instruction(opcode: int, registers: int, offset: int, immediate: int) -> bytes:
+    return struct.pack("=BBhi", opcode, registers, offset, immediate)
+
+
+_READS_KERNEL_MEMORY = b"".join(
+    (
+        _instruction(0x85, 0, 0, 35),  # r0 = bpf_get_current_task()
+        _instruction(0xBF, 0x03, 0, 0),  # r3 = r0
+        _instruction(0xBF, 0xA1, 0, 0),  # r1 = r10
+        _instruction(0x07, 0x01, 0, -8),  # r1 += -8
+        _instruction(0xB7, 0x02, 0, 8),  # r2 = 8
+        _instruction(0x85, 0, 0, 113),  # bpf_probe_read_kernel(r1, r2, r3)
+        _instruction(0xB7, 0x00, 0, 1),  # r0 = 1
+        _instruction(0x95, 0, 0, 0),  # exit
+    )
+)

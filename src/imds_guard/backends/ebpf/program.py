@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks' programs: where the source is, which version it is, and how it gets into the kernel."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Dict, Mapping, Optional, Sequence, Tuple
+
+from imds_guard.backends.ebpf import abi
+from imds_guard.errors import GuardError, Unsupported, trying
+from imds_guard.kernel import bpf, btf, compiler
+
+Defines = Tuple[Tuple[str, int], ...]
+
+_OFFSETS = (
+    ("task_struct", "cred"),
+    ("task_struct", "flags"),
+    ("task_struct", "thread_pid"),
+    ("cred", "fsuid"),
+    ("cred", "fsgid"),
+    ("cred", "group_info"),
+    ("cred", "user_ns"),
+    ("group_info", "ngroups"),
+    ("group_info", "gid"),
+    ("user_namespace", "level"),
+    ("pid", "level"),
+)
+
+VERSION_DIGITS = 8
+
+
+def source_folder() -> Path:
+    """The bpf/ folder: inside the installed package, or beside src/ in a checkout."""
+    installed = Path(__file__).resolve().parents[2] / "bpf"
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[4] / "bpf"
+
+
+def source_version(defines: Defines = ()) -> str:
+    """8 hexadecimal digits that change with the source of the hooks; part of the programs' names in the kernel."""
+    state = hashlib.sha256()
+    for name in ("imds_guard.h", "imds_guard.bpf.c"):
+        state.update((source_folder() / name).read_bytes())
+    state.update(repr(defines).encode())
+    return state.hexdigest()[:VERSION_DIGITS]
+
+
+def program_name(hook: str, version: str) -> str:
+    """``ig_c4_0123abcd``: what bpftool shows, and what tells our programs from others'."""
+    return f"{abi.HOOKS[hook][1]}_{version}"
+
+
+def version_in_name(hook: str, name: str) -> Optional[str]:
+    """The version in the name of one of our programs, or None for somebody else's program."""
+    prefix = abi.HOOKS[hook][1] + "_"
+    return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
+
+
+def kernel_offsets() -> Defines:
+    """IG_OFF_* from the running kernel's BTF. Raises Unsupported where it has none that serve."""
+    offsets = btf.read_kernel_btf().offsets(_OFFSETS)
+    if offsets["cred", "fsgid"] != offsets["cred", "fsuid"] + 4:
+        raise Unsupported(f"reading {btf.PATH}: fsuid and fsgid are not neighbours in struct cred of this kernel")
+    return tuple((f"IG_OFF_{struct}_{member}".upper(), offset) for (struct, member), offset in offsets.items())
+
+
+def compile_hooks(defines: Defines = ()) -> Dict[str, bytes]:
+    """The instructions of each hook, maps not yet put in."""
+    folder = source_folder()
+    code = compiler.compile_functions(
+        (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
+        str(folder),
+        str(folder / "include"),
+        tuple(f"ig_{hook}" for hook in abi.HOOKS),
+        kernel_offsets() + defines,
+    )
+    return {hook: code[f"ig_{hook}"] for hook in abi.HOOKS}
+
+
+def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:
+    """The fd of a hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
+    instructions = compiler.with_map_fds(code[hook], abi.MAP_BASE, map_fds)
+    name = program_name(hook, version)
+    with trying(f"loading the eBPF program {name}", "nothing was changed"):
+        fd, refusal = bpf.prog_load_explained(instructions, name, abi.HOOKS[hook][0])
+    if fd < 0:
+        raise GuardError(
+            f"loading the eBPF program {name}: the kernel's verifier refused it: {refusal}; nothing was changed, "
+            "please report it with the kernel's version"
+        )
+    return fd

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where iptables judges otherwise than decide() and eBPF do: known, said by check(), and shown by rows of the tests."""
+
+from __future__ import annotations
+
+from typing import Dict, List
+
+from imds_guard.policy import Policy, Protocol, Verdict
+
+DIFFERENCES: Dict[str, str] = {
+    "refusal": "a denied connect ends with ECONNREFUSED, where eBPF gives EPERM",
+    "opener": "who counts is who opened the socket (its credentials at socket(2)), not who connects it",
+    "network-namespace": "only this network namespace is judged: containers and others with a network of their own "
+    "pass FORWARD, where no owner is known",
+    "containers": "callers in containers that share this network are judged by their IDs as if they were the host's",
+    "user-namespace": "a caller in a user namespace is judged by its IDs on the host, also where the default is allow",
+    "udp-connect": "connect() of a UDP socket sends nothing and succeeds; its first datagram is refused",
+    "unspecified": "0.0.0.0 is judged by the address that the kernel took for it, which is exact where eBPF must deny",
+    "groups": "all groups of a caller are compared, however many they are",
+    "rewritten": "a DNAT rule in table nat acts before ours: the address that it wrote is the one that is judged",
+    "open": "a TCP connection is judged by its first packet: one that was open before goes on",
+}
+"""Key -> sentence. The keys are what tests name."""
+
+
+def notes(policy: Policy) -> List[str]:
+    """What someone who puts this policy in force with iptables should know, the difference in a refusal aside."""
+    keys = ["opener", "network-namespace"]
+    if policy.containers is Verdict.DENY:
+        keys.append("containers")
+    lines = [DIFFERENCES[key] for key in keys]
+    lenient = sorted(lock.name for lock in policy.locks if lock.default is Verdict.ALLOW)
+    if lenient:
+        lines.append(
+            f"lock {', '.join(map(repr, lenient))} allows by default: a listed user who may use /etc/subuid can take "
+            "another ID in a user namespace and slip past its deny lists, which eBPF prevents"
+        )
+    if any(endpoint.ports(Protocol.UDP) for lock in policy.locks for endpoint in lock.endpoints):
+        lines.append(DIFFERENCES["udp-connect"])
+    return [f"iptables: {line}" for line in lines]

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Policy as the rules of one address family. Nothing here touches the system.
+
+IMDS-GUARD       tells TCP from UDP; a TCP packet goes on only with a lone SYN
+IMDS-GUARD-T, -U find the lock: the most specific endpoint stands first
+IMDS-GUARD-L0    the first lock: deny lists, allow lists, default
+IMDS-GUARD-L0-A3 a node in the tree of the users that this lock allows (-D3: denies)
+IMDS-GUARD-DENY  what a denial is
+
+All steps but the one into a tree of denied users are -g, so RETURN leads behind the jump in OUTPUT at once: an allowed
+packet meets everybody else's rules as it would without ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import urllib.parse
+from dataclasses import dataclass, field
+from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple
+
+from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
+from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+
+HEAD = "IMDS-GUARD"
+TCP = "IMDS-GUARD-T"
+UDP = "IMDS-GUARD-U"
+DENY = "IMDS-GUARD-DENY"
+FORMAT = "imds-guard/1"
+"""First word of the comment in IMDS-GUARD. Another layout of the rules gets another number."""
+
+FAN_OUT = 4
+"""Ranges in a leaf and children of a node. 1,000 ranges are five levels, and about eleven rules meet a packet.
+
+nft counts a goto as a level and takes 16 (NFT_JUMP_STACK_SIZE, nft_chain_validate() in Linux
+net/netfilter/nf_tables_api.c); with OUTPUT and our own steps that leaves ten levels, a million ranges.
+"""
+FLAT = 8
+"""So many ranges stand in the lock's own chain, without a tree."""
+
+MEMBER = "member"
+"""Comment of a rule for users whom the name service named as members of a listed group."""
+
+Chains = Dict[str, List[Rule]]
+Members = Mapping[Tuple[str, str], FrozenSet[int]]
+"""("lock name", "allow" or "deny") -> the members of that list's groups."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What is to be in force. ``members`` is None where the kernel itself matches supplementary groups."""
+
+    policy: Policy
+    members: Optional[Members] = field(default=None)
+
+
+def digest(policy: Policy) -> str:
+    """Sixteen hex digits that tell one policy from another; both families carry them."""
+    words = [policy.mode.value, policy.containers.value]
+    for lock in policy.locks:
+        words += [lock.name, lock.default.value]
+        words += [f"{e.network} {e.tcp} {e.udp}" for e in lock.endpoints]
+        for identities in (lock.allow, lock.deny):
+            words += [repr(sorted(identities.users)), repr(sorted(identities.groups))]
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def render(holding: Holding, version: int) -> Chains:
+    """The chains of the IP ``version`` 4 or 6 by name; none when no endpoint is of that version."""
+    policy = holding.policy
+    chains: Chains = {}
+    entries = _entries(policy, version)
+    if not entries:
+        return chains
+    header = f"{FORMAT} containers={policy.containers.value} policy={digest(policy)}"
+    chains[HEAD] = []
+    for protocol, name in ((Protocol.TCP, TCP), (Protocol.UDP, UDP)):
+        finders = [rule for entry in entries for rule in _find_lock(*entry, protocol)]
+        if finders:
+            syn = protocol is Protocol.TCP
+            chains[HEAD].append(Rule(name, goto=True, protocol=protocol.value, syn=syn, comment=header))
+            chains[name] = finders
+    for number in sorted({number for number, _, _ in entries}):
+        _render_lock(chains, holding, number)
+    chains[DENY] = _denial(policy.mode, version)
+    return chains
+
+
+def lock_chain(number: int) -> str:
+    """The chain of the lock in that place of the policy."""
+    return f"{HEAD}-L{number}"
+
+
+def lock_comment(name: str) -> str:
+    """A lock's name in ASCII without quotes or spaces: at most 194 of a comment's 255 octets."""
+    return "lock=" + urllib.parse.quote(name, safe="")
+
+
+def _entries(policy: Policy, version: int) -> List[Tuple[int, Lock, Endpoint]]:
+    """(number of the lock, lock, endpoint), the most specific first."""
+    entries = [
+        (number, lock, endpoint)
+        for number, lock in enumerate(policy.locks)
+        for endpoint in lock.endpoints
+        if endpoint.network.version == version
+    ]
+    return sorted(entries, key=lambda entry: (-entry[2].network.prefixlen, entry[2].sort_key(), entry[0]))
+
+
+def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) -> List[Rule]:
+    ports = endpoint.ports(protocol)
+    ranges: Sequence[Optional[Range]] = [None] if ports == ALL_PORTS else list(ports)
+    everywhere = endpoint.network.prefixlen == 0
+    return [
+        Rule(
+            lock_chain(number),
+            goto=True,
+            destination=None if everywhere else endpoint.network,
+            protocol=protocol.value,
+            ports=range_,
+            comment=lock_comment(lock.name),
+        )
+        for range_ in ranges
+    ]
+
+
+def _denial(mode: Mode, version: int) -> List[Rule]:
+    if mode is Mode.AUDIT:
+        return [Rule(LOG)]
+    unreachable = "icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"
+    return [Rule(REJECT, protocol="tcp", reject_with="tcp-reset"), Rule(REJECT, reject_with=unreachable)]
+
+
+# --- one lock -------------------------------------------------------------------------------------------------------
+
+
+def _render_lock(chains: Chains, holding: Holding, number: int) -> None:
+    lock = holding.policy.locks[number]
+    name = lock_chain(number)
+    rules = chains[name] = []
+    if lock.default is Verdict.ALLOW:
+        # A socket of the kernel itself is on no list and must not profit from that.
+        rules.append(Rule(DENY, goto=True, ownerless=True))
+    supplementary = holding.members is None
+    denied = _listed_users(holding, lock, "deny", lock.deny)
+    if len(denied) > FLAT:
+        # -j, since who is not in the tree must come back. In audit mode who is in it comes back too, behind its line
+        # in the log, and may get a second one from a later rule.
+        rules.append(Rule(_tree(chains, f"{name}-D", denied, Rule(DENY, goto=True), [])))
+    else:
+        rules += [_user_rule(users, Rule(DENY, goto=True)) for users in denied]
+    rules += [Rule(DENY, goto=True, gids=g, supplementary=supplementary) for g in id_ranges(lock.deny.groups)]
+    rules += [Rule(RETURN, gids=g, supplementary=supplementary) for g in id_ranges(lock.allow.groups)]
+    default = Rule(DENY, goto=True) if lock.default is Verdict.DENY else Rule(RETURN)
+    allowed = _listed_users(holding, lock, "allow", lock.allow)
+    if len(allowed) > FLAT:
+        rules.append(Rule(_tree(chains, f"{name}-A", allowed, Rule(RETURN), [default]), goto=True))
+    else:
+        rules += [_user_rule(users, Rule(RETURN)) for users in allowed] + [default]
+
+
+Users = Tuple[int, int, str]
+"""First and last uid, and the comment: MEMBER or nothing."""
+
+
+def _listed_users(holding: Holding, lock: Lock, which: str, identities: Identities) -> List[Users]:
+    """Listed users and resolved members in ascending, disjoint ranges. Who is both counts as listed."""
+    members = (holding.members or {}).get((lock.name, which), frozenset()) - identities.users
+    listed = [(low, high, "") for low, high in id_ranges(identities.users)]
+    return sorted(listed + [(low, high, MEMBER) for low, high in id_ranges(members)])
+
+
+def id_ranges(ids: Iterable[int]) -> List[Range]:
+    """The ids as ascending ranges that do not touch."""
+    ranges: List[Range] = []
+    for number in sorted(ids):
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
+
+
+def _user_rule(users: Users, hit: Rule) -> Rule:
+    return Rule(hit.target, hit.goto, uids=users[:2], comment=users[2])
+
+
+def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: List[Rule]) -> str:
+    """Adds the chains that lead a uid to the one leaf where it may stand; returns the root's name."""
+    numbers = itertools.count()
+
+    def node(part: Sequence[Users]) -> str:
+        name = f"{prefix}{next(numbers)}"
+        rules = chains[name] = []
+        if len(part) <= FAN_OUT:
+            rules += [_user_rule(one, hit) for one in part] + miss
+            return name
+        children = _split(part)
+        for child in children[:-1]:
+            rules.append(Rule(node(child), goto=True, uids=(child[0][0], child[-1][1])))
+        rules.append(Rule(node(children[-1]), goto=True))
+        return name
+
+    return node(users)
+
+
+def _split(users: Sequence[Users]) -> List[Sequence[Users]]:
+    """At most FAN_OUT parts, of which all but the last fill their leaves."""
+    size = FAN_OUT
+    while size * FAN_OUT < len(users):
+        size *= FAN_OUT
+    return [users[low : low + size] for low in range(0, len(users), size)]

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains of our own in table filter, through iptables-save and iptables-restore. Knows rules, but no Policy.
+
+Other people's rules are read, to know where ours stand, and never written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, NoReturn, Sequence, Tuple
+
+from imds_guard.backends.iptables.rules import Rule
+from imds_guard.errors import GuardError, NotPermitted, Unsupported
+from imds_guard.kernel.run import Completed, find_program, run
+
+NFT = "nf_tables"
+LEGACY = "legacy"
+
+LOCK_WAIT_S = 10
+"""How long we wait for another program that holds the xtables lock (iptables(8), -w)."""
+
+RESTORE_TIMEOUT_S = 300
+
+_IN_USE = {4: "/proc/self/net/ip_tables_names", 6: "/proc/self/net/ip6_tables_names"}
+
+
+@dataclass(frozen=True)
+class Program:
+    """One of the iptables commands: its IP version, its name, and whether it writes nf_tables or legacy tables."""
+
+    version: int
+    command: str
+    kind: str
+
+    @property
+    def title(self) -> str:
+        """``ip6tables (nf_tables)``."""
+        return f"{self.command} ({self.kind})"
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A built-in chain and the chain of ours that its first rule jumps to."""
+
+    builtin: str
+    head: str
+
+    @property
+    def jump(self) -> str:
+        """The jump as iptables-save prints it."""
+        return f"-j {self.head}"
+
+    def owns(self, chain: str) -> bool:
+        """True for the head and every chain whose name begins with it and a dash."""
+        return chain == self.head or chain.startswith(self.head + "-")
+
+
+Table = Mapping[str, Tuple[str, ...]]
+"""Chain -> its rules as iptables-save prints them, after ``-A CHAIN``."""
+
+
+def default_program(version: int, command: str = "") -> Program:
+    """What ``iptables`` or ``ip6tables`` is on this machine. Raises Unsupported when it is absent or does not run."""
+    command = command or {4: "iptables", 6: "ip6tables"}[version]
+    completed = run([command, "--version"])
+    if completed.status != 0:
+        raise Unsupported(f"{command} --version failed: {completed.complaint}")
+    # "iptables v1.8.9 (nf_tables)"; before 1.8 there was no word in brackets and legacy was all there was.
+    return Program(version, command, NFT if NFT in completed.stdout else LEGACY)
+
+
+def other_program(program: Program) -> List[Program]:
+    """The command for the other kind of tables, when it is there and its tables may hold something."""
+    kind = LEGACY if program.kind == NFT else NFT
+    base = {4: "iptables", 6: "ip6tables"}[program.version]
+    command = f"{base}-{'legacy' if kind == LEGACY else 'nft'}"
+    # iptables-legacy-save makes the table that it is asked for; one that nobody uses is not in this list.
+    if kind == LEGACY and "filter" not in _legacy_tables(program.version):
+        return []
+    return [Program(program.version, command, kind)] if find_program(command) else []
+
+
+def _legacy_tables(version: int) -> List[str]:
+    try:
+        with open(_IN_USE[version], encoding="ascii") as names:
+            return names.read().split()
+    except FileNotFoundError:
+        return []
+
+
+def read_table(program: Program) -> Table:
+    """Table filter as it is now."""
+    completed = run([_with(program, "save"), "-t", "filter"], timeout_s=RESTORE_TIMEOUT_S)
+    if completed.status != 0:
+        _refuse(program, "could not be read", completed)
+    return parse_save(completed.stdout)
+
+
+def parse_save(text: str) -> Table:
+    """The chains in what iptables-save printed, in its order."""
+    chains: Dict[str, List[str]] = {}
+    for line in text.splitlines():
+        if line.startswith(":"):
+            chains.setdefault(line[1:].split(" ")[0], [])
+        elif line.startswith("-A "):
+            _, chain, rule = line.split(" ", 2)
+            chains.setdefault(chain, []).append(rule)
+    return {chain: tuple(rules) for chain, rules in chains.items()}
+
+
+def owned(table: Table, anchor: Anchor) -> Table:
+    """Our chains."""
+    return {chain: rules for chain, rules in table.items() if anchor.owns(chain)}
+
+
+def rule_texts(chains: Mapping[str, Sequence[Rule]]) -> Table:
+    """Rules as the text that replace() takes."""
+    return {chain: tuple(rule.text() for rule in rules) for chain, rules in chains.items()}
+
+
+def restore_text(table: Table, anchor: Anchor, chains: Table) -> str:
+    """What turns our chains in ``table`` into ``chains``, for iptables-restore --noflush; "" when nothing is to do.
+
+    No chains at all takes the jump and every chain of ours away.
+    """
+    stale = [chain for chain in owned(table, anchor) if chain not in chains]
+    jumps = _jumps(table, anchor)
+    lines = [f":{chain} - [0:0]" for chain in chains]
+    if not chains or not is_first(table, anchor):
+        lines += [f"-D {anchor.builtin} {anchor.jump}"] * jumps
+        lines += [f"-I {anchor.builtin} 1 {anchor.jump}"] if chains else []
+    lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
+    lines += [f"-F {chain}" for chain in stale] + [f"-X {chain}" for chain in stale]
+    return "\n".join(["*filter", *lines, "COMMIT", ""]) if lines else ""
+
+
+def is_first(table: Table, anchor: Anchor) -> bool:
+    """True when our jump is the first rule of the built-in chain and the only one of its kind."""
+    return table.get(anchor.builtin, ())[:1] == (anchor.jump,) and _jumps(table, anchor) == 1
+
+
+def is_reached(table: Table, anchor: Anchor) -> bool:
+    """True when the built-in chain jumps to us at all."""
+    return _jumps(table, anchor) > 0
+
+
+def _jumps(table: Table, anchor: Anchor) -> int:
+    return table.get(anchor.builtin, ()).count(anchor.jump)
+
+
+def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = LOCK_WAIT_S) -> bool:
+    """Puts ``chains`` in place of ours in one step; False when nothing of ours was or is to be there.
+
+    For legacy tables the whole table is exchanged at once, for nf_tables it is one batch of netlink: a packet is judged
+    by the old rules or by the new ones. Raises GuardError, with the old rules in force.
+    """
+    text = restore_text(read_table(program), anchor, chains)
+    if not text:
+        return False
+    argv = [_with(program, "restore"), "--noflush", "-w", str(lock_wait_s)]
+    completed = run(argv, stdin=text, timeout_s=RESTORE_TIMEOUT_S)
+    if completed.status != 0:
+        _refuse(program, f"did not take the rules{_culprit(text, completed)}", completed)
+    return True
+
+
+def _with(program: Program, verb: str) -> str:
+    return f"{program.command}-{verb}"
+
+
+def _culprit(text: str, completed: Completed) -> str:
+    """The rule that iptables-restore names by its line."""
+    lines = text.splitlines()
+    for word in completed.stderr.replace(":", " ").split():
+        if word.isdigit() and 1 < int(word) < len(lines):
+            return f" at {lines[int(word) - 1]!r}"
+    return ""
+
+
+def _refuse(program: Program, what: str, completed: Completed) -> NoReturn:
+    complaint = completed.complaint
+    if "xtables lock" in complaint:
+        raise GuardError(
+            f"{program.title} {what}, since another program holds the xtables lock: "
+            f"try again when it is done ({complaint})"
+        )
+    if "you must be root" in complaint or "Permission denied" in complaint:
+        raise NotPermitted(f"{program.title} {what} without root and CAP_NET_ADMIN: {complaint}")
+    if "is incompatible, use 'nft' tool" in complaint:
+        raise Unsupported(f"{program.title} {what}: somebody's nft rules are in its table filter ({complaint})")
+    raise GuardError(f"{program.title} {what}: {complaint}")

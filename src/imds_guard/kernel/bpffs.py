@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BPF filesystem that pins live in: the one of PID 1, or the lock would go away with somebody's mount namespace."""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
+from imds_guard.kernel import syscalls
+from imds_guard.kernel.mounts import Mount, mounts, same_namespace_as_pid1
+
+USUAL_PATH = "/sys/fs/bpf"
+
+
+def find_bpffs() -> Optional[str]:
+    """A path to the bpffs of PID 1 that works from here, or None when PID 1 has none.
+
+    Raises Unsupported when it has one that can't be reached from this mount namespace.
+    """
+    of_host = _of_pid1()
+    if of_host is None:
+        return None
+    for path in (of_host.path, USUAL_PATH, f"/proc/1/root{of_host.path}"):
+        if _device(path) == of_host.device:
+            return path
+    raise Unsupported(
+        f"looking for the BPF filesystem that PID 1 has at {of_host.path}: this process lives in another mount "
+        "namespace and can't reach it, and a pin in a private one would be gone with the namespace; run this in "
+        "the host's mount namespace"
+    )
+
+
+def require_bpffs() -> str:
+    """A path to the bpffs of PID 1, mounted in PID 1's mount namespace if need be, and writable."""
+    path = find_bpffs()
+    if path is None:
+        _mount_for_pid1()
+        path = find_bpffs()
+    if path is None:
+        raise Unsupported(f"mounting a BPF filesystem at {USUAL_PATH}: PID 1 does not see it afterwards; mount it there")
+    if os.statvfs(path).f_flag & os.ST_RDONLY:
+        raise Unsupported(f"using the BPF filesystem at {path}: it is read-only; mount -o remount,rw {path}")
+    return path
+
+
+def _of_pid1() -> Optional[Mount]:
+    try:
+        found = [mount for mount in mounts("bpf", "1") if mount.root == "/"]
+    except OSError as error:
+        raise NotPermitted(f"reading /proc/1/mountinfo: {system_words(error)}; run this as root") from error
+    usual = [mount for mount in found if mount.path == USUAL_PATH]
+    return (usual or found or [None])[-1]
+
+
+def _device(path: str) -> Optional[int]:
+    try:
+        return os.stat(path).st_dev
+    except OSError:
+        return None
+
+
+def _mount_for_pid1() -> None:
+    """In a child process, since setns(2) can't be undone without keeping an fd of where we came from."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(_mount_in_pid1s_namespace())
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code == 0:
+        return
+    words = system_words(OSError(code, ""))
+    text = f"mounting a BPF filesystem at {USUAL_PATH} in PID 1's mount namespace: {words}"
+    if code in (1, 13):  # EPERM, EACCES
+        raise NotPermitted(f"{text}; run this as root (CAP_SYS_ADMIN)")
+    raise GuardError(f"{text}; mount it by hand: mount -t bpf bpf {USUAL_PATH}")
+
+
+def _mount_in_pid1s_namespace() -> int:
+    """An errno, or 0."""
+    try:
+        if not same_namespace_as_pid1():
+            fd = os.open("/proc/1/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            syscalls.enter_mount_namespace(fd)
+        syscalls.mount("bpf", USUAL_PATH, "bpf")
+    except OSError as error:
+        return error.errno or 255
+    return 0

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the members of the kernel's structs lie, from /sys/kernel/btf/vmlinux.
+
+Format: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Optional, Tuple
+
+from imds_guard.errors import Unsupported, system_words
+
+PATH = "/sys/kernel/btf/vmlinux"
+
+_MAGIC = 0xEB9F
+_KIND_STRUCT, _KIND_UNION = 4, 5
+# Octets after struct btf_type, by kind: fixed, and for each of vlen elements.
+_EXTRA: Dict[int, Tuple[int, int]] = {
+    1: (4, 0),  # INT
+    3: (12, 0),  # ARRAY
+    4: (0, 12),  # STRUCT
+    5: (0, 12),  # UNION
+    6: (0, 8),  # ENUM
+    13: (0, 8),  # FUNC_PROTO
+    14: (4, 0),  # VAR
+    15: (0, 12),  # DATASEC
+    17: (4, 0),  # DECL_TAG
+    19: (0, 12),  # ENUM64
+}
+_KNOWN_KINDS = 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of a struct: its name ("" when it is anonymous), the type's ID, its offset in bits."""
+
+    name: str
+    type_id: int
+    offset_bits: int
+
+
+class Btf:
+    """The structs of one BTF blob: looked up by name, members by offset."""
+
+    def __init__(self, blob: bytes) -> None:
+        """Raises Unsupported when the blob is no BTF that this reader knows."""
+        if len(blob) < 24 or struct.unpack_from("=H", blob)[0] != _MAGIC:
+            raise Unsupported(f"reading {PATH}: it does not begin like BTF, so the offsets of the kernel are not known")
+        header, type_at, type_len, string_at, string_len = struct.unpack_from("=5I", blob, 4)
+        self._types = blob[header + type_at : header + type_at + type_len]
+        self._strings = blob[header + string_at : header + string_at + string_len]
+        self._positions = self._walk()
+
+    def _walk(self) -> List[int]:
+        """The position of each type, by ID; type 0 is void."""
+        positions, at, types = [0], 0, self._types
+        unpack = struct.Struct("=I").unpack_from
+        while at < len(types):
+            positions.append(at)
+            word = unpack(types, at + 4)[0]
+            kind, vlen = word >> 24 & 0x1F, word & 0xFFFF
+            if kind >= _KNOWN_KINDS:
+                raise Unsupported(f"reading {PATH}: BTF kind {kind} is unknown to this version, a newer one is needed")
+            fixed, each = _EXTRA.get(kind, (0, 0))
+            at += 12 + fixed + each * vlen
+        return positions
+
+    def _text(self, offset: int) -> str:
+        return self._strings[offset : self._strings.index(b"\0", offset)].decode()
+
+    def _find(self, names: Iterable[str]) -> Dict[str, int]:
+        """The IDs of structs, by name; a name that has none is missing."""
+        wanted = {offset: name for name in names for offset in self._offsets_of(name)}
+        found: Dict[str, int] = {}
+        unpack = struct.Struct("=II").unpack_from
+        for identity, at in enumerate(self._positions[1:], 1):
+            name_at, word = unpack(self._types, at)
+            if name_at in wanted and word >> 24 & 0x1F == _KIND_STRUCT:
+                found.setdefault(wanted[name_at], identity)
+        return found
+
+    def _offsets_of(self, name: str) -> List[int]:
+        needle, offsets, at = b"\0" + name.encode() + b"\0", [], 0
+        while (at := self._strings.find(needle, at)) >= 0:
+            at += 1
+            offsets.append(at)
+        return offsets
+
+    def _members(self, identity: int) -> List[Member]:
+        at = self._positions[identity]
+        word = struct.unpack_from("=I", self._types, at + 4)[0]
+        if word >> 24 & 0x1F not in (_KIND_STRUCT, _KIND_UNION):
+            return []
+        has_bitfields = word >> 31
+        members = []
+        for i in range(word & 0xFFFF):
+            name_at, type_id, offset = struct.unpack_from("=III", self._types, at + 12 + 12 * i)
+            members.append(Member(self._text(name_at), type_id, offset & 0xFFFFFF if has_bitfields else offset))
+        return members
+
+    def _offset_bits(self, identity: int, name: str) -> Optional[int]:
+        """Members of anonymous structs and unions count as members of what they are in."""
+        for member in self._members(identity):
+            if member.name == name:
+                return member.offset_bits
+            inner = self._offset_bits(member.type_id, name) if not member.name else None
+            if inner is not None:
+                return member.offset_bits + inner
+        return None
+
+    def offsets(self, wanted: Iterable[Tuple[str, str]]) -> Dict[Tuple[str, str], int]:
+        """The offset in octets of each (struct, member). Raises Unsupported for one that is not there."""
+        pairs = list(wanted)
+        structs = self._find({name for name, _ in pairs})
+        result = {}
+        for name, member in pairs:
+            bits = self._offset_bits(structs[name], member) if name in structs else None
+            if bits is None or bits % 8:
+                raise Unsupported(
+                    f"looking up {member} of struct {name} in {PATH}: this kernel has no such member, "
+                    "so the caller's credentials can't be read here; the iptables backend can serve instead"
+                )
+            result[name, member] = bits // 8
+        return result
+
+    def struct_size(self, name: str) -> Optional[int]:
+        """A struct's size in octets, or None."""
+        identity = self._find([name]).get(name)
+        if identity is None:
+            return None
+        return int(struct.unpack_from("=I", self._types, self._positions[identity] + 8)[0])
+
+    def members(self, name: str) -> Dict[str, int]:
+        """The offsets in octets of a struct's named members; empty when there is no such struct."""
+        identity = self._find([name]).get(name)
+        return {} if identity is None else {m.name: m.offset_bits // 8 for m in self._members(identity) if m.name}
+
+
+def read_kernel_btf() -> Btf:
+    """The running kernel's BTF. Raises Unsupported when it has none."""
+    try:
+        with open(PATH, "rb") as file:
+            return Btf(file.read())
+    except OSError as error:
+        raise Unsupported(
+            f"opening {PATH} for the offsets of the kernel's structs: {system_words(error)}; this kernel was built or "
+            "booted without BTF (CONFIG_DEBUG_INFO_BTF), the iptables backend can serve instead"
+        ) from error

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only importer of bcc: C in, instructions out.
+
+bcc compiles and nothing more; maps, loading and links are bpf(2) (kernel/bpf.py). So every version of bcc serves.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import struct
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
+
+from imds_guard.errors import GuardError, Unsupported
+
+_LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
+
+
+def has_bcc() -> bool:
+    """True when Python finds bcc; it is not imported, which takes up to a third of a second."""
+    return importlib.util.find_spec("bcc") is not None
+
+
+def require_bcc() -> None:
+    """Raises Unsupported when bcc is not there."""
+    if not has_bcc():
+        raise Unsupported(
+            "looking for bcc, which compiles the eBPF programs: this Python has no module of that name; install the "
+            "distribution's package (apt install python3-bpfcc, dnf install python3-bcc) and use the system's Python "
+            "(the bcc on PyPI is another thing)"
+        )
+
+
+@functools.lru_cache(maxsize=None)
+def compile_functions(
+    source: str, include: str, stubs: str, functions: Tuple[str, ...], defines: Tuple[Tuple[str, int], ...]
+) -> Mapping[str, bytes]:
+    """The instructions (8 octets each) of each function.
+
+    ``include`` is the folder of the source's own headers, ``stubs`` the tree that stands in for the kernel's.
+    """
+    require_bcc()
+    flags = [f"-I{include}", *(f"-D{name}={value}" for name, value in defines)]
+    with _environment(BCC_KERNEL_SOURCE=stubs), _stderr_of_c() as words:
+        try:
+            return _compile(source, flags, functions)
+        # bcc raises a bare Exception and leaves the reason on C's stderr.
+        except (Exception, SystemExit) as error:  # noqa: BLE001
+            raise GuardError(
+                f"compiling the eBPF programs with bcc: {error}: {_last_words(words)}; please report it with the "
+                "version of bcc and of the kernel"
+            ) from error
+
+
+def _compile(source: str, flags: List[str], functions: Sequence[str]) -> Dict[str, bytes]:
+    from bcc import BPF  # noqa: PLC0415  (a change of policy must not pay for it)
+
+    module = BPF(text=source, cflags=flags)
+    try:
+        return {name: bytes(module.dump_func(name)) for name in functions}
+    finally:
+        module.cleanup()
+
+
+def _last_words(file: str) -> str:
+    text = Path(file).read_text(errors="replace").strip()
+    return "; ".join(text.splitlines()[-6:]) or "it gave no reason"
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _stderr_of_c() -> Iterator[str]:
+    """Collects what C code writes to file descriptor 2; yields the name of the file."""
+    with tempfile.NamedTemporaryFile() as file:
+        saved = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file.name
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def with_map_fds(instructions: bytes, base: int, fds: Sequence[int]) -> bytes:
+    """The same instructions with the fd of map n wherever they name map ``base`` + n.
+
+    Raises GuardError when they name a map that is not ours. Encoding: struct bpf_insn, include/uapi/linux/bpf.h.
+    """
+    code = bytearray(instructions)
+    at = 0
+    while at < len(code):
+        opcode, registers, _, immediate = struct.unpack_from("=BBhi", code, at)
+        if opcode == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD:
+            number = immediate - base
+            if not 0 <= number < len(fds):
+                raise GuardError(f"linking the eBPF programs: instruction {at // 8} names an unknown map ({immediate})")
+            struct.pack_into("=i", code, at + 4, fds[number])
+        at += 16 if opcode == _LD_IMM64 else 8
+    return bytes(code)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the firmware says of the machine (/sys/class/dmi/id, drivers/firmware/dmi-id.c in Linux)."""
+
+from __future__ import annotations
+
+import os
+from typing import List
+
+DMI_FOLDER = "/sys/class/dmi/id"
+
+# Neither serial numbers nor UUIDs: they are for root alone and name no cloud.
+_FIELDS = (
+    "sys_vendor",
+    "product_name",
+    "product_version",
+    "product_family",
+    "bios_vendor",
+    "bios_version",
+    "board_vendor",
+    "board_name",
+    "board_asset_tag",
+    "chassis_vendor",
+    "chassis_asset_tag",
+)
+
+
+def dmi_words(folder: str = DMI_FOLDER) -> str:
+    """The fields that name a maker or a product, one a line; empty where there is no DMI (containers, some ARM)."""
+    found: List[str] = []
+    for field in _FIELDS:
+        try:
+            with open(os.path.join(folder, field), encoding="utf-8", errors="replace") as file:
+                found.append(file.read().strip())
+        except OSError:
+            continue
+    return "\n".join(word for word in found if word)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listening sockets for a sandbox: TCP that takes every connection, UDP that sends back what it gets."""
+
+from __future__ import annotations
+
+import ipaddress
+import selectors
+import socket
+from typing import Any, Iterable, List, Sequence, Tuple
+
+from imds_guard.kernel.netns import LOOPBACK_INDEX
+
+SocketAddress = Tuple[Any, ...]
+
+
+def sockaddr(address: str, port: int) -> SocketAddress:
+    """What the socket module takes for ``address``; a link-local one goes with the interface, which is lo."""
+    parsed = ipaddress.ip_address(address)
+    if parsed.version == 4:
+        return (address, port)
+    return (address, port, 0, LOOPBACK_INDEX if parsed.is_link_local else 0)
+
+
+def family(address: str) -> socket.AddressFamily:
+    """AF_INET or AF_INET6; a mapped address is AF_INET6."""
+    return socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
+
+
+def listen(addresses: Iterable[str], ports: Sequence[int]) -> List[socket.socket]:
+    """A listening TCP socket and a UDP socket for each address and port."""
+    sockets = []
+    for address in addresses:
+        for port in ports:
+            for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                one = socket.socket(family(address), kind)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if one.family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind(sockaddr(address, port))
+                if kind == socket.SOCK_STREAM:
+                    one.listen(64)
+                sockets.append(one)
+    return sockets
+
+
+def answer_forever(sockets: Iterable[socket.socket]) -> None:
+    """Takes and closes TCP connections and echoes datagrams, until the process is killed."""
+    selector = selectors.DefaultSelector()
+    for one in sockets:
+        one.setblocking(False)
+        selector.register(one, selectors.EVENT_READ)
+    while True:
+        for key, _ in selector.select():
+            _answer(key.fileobj)  # type: ignore[arg-type]
+
+
+def _answer(one: socket.socket) -> None:
+    try:
+        if one.type == socket.SOCK_STREAM:
+            one.accept()[0].close()
+        else:
+            message, sender = one.recvfrom(65536)
+            one.sendto(message, sender)
+    except OSError:
+        # The peer is gone, or a filter under test keeps the answer back: that must not end the listener.
+        return

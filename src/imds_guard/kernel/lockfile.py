@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command at a time: flock(2) on a file that only root can open."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from contextlib import contextmanager
+from typing import Iterator
+
+from imds_guard.errors import GuardError, NotPermitted, system_words
+
+FOLDER = "/run/imds-guard"
+WAIT_S = 30.0
+_POLL_S = 0.05
+
+
+@contextmanager
+def exclusive(name: str, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Holds ``/run/imds-guard/NAME.lock``; the kernel lets go of it when the process dies.
+
+    An unprivileged process can't open the file, so it can't hold the lock against us.
+    """
+    fd = _open(name)
+    try:
+        _wait(fd, name, wait_s)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open(name: str) -> int:
+    path = os.path.join(FOLDER, f"{name}.lock")
+    try:
+        os.makedirs(FOLDER, mode=0o700, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except PermissionError as error:
+        raise NotPermitted(f"opening {path}: {system_words(error)}; run this as root") from error
+    except OSError as error:
+        raise GuardError(f"opening {path}: {system_words(error)}; make room in, or repair, {FOLDER}") from error
+
+
+def _wait(fd: int, name: str, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
+                raise GuardError(f"locking {FOLDER}/{name}.lock: {system_words(error)}") from error
+        if time.monotonic() > deadline:
+            raise GuardError(
+                f"waiting for {FOLDER}/{name}.lock: another imds-guard has been at work for {wait_s:.0f} s; "
+                "nothing was changed, try again when it is done"
+            )
+        time.sleep(_POLL_S)

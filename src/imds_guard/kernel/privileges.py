@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this process may do, and where it lives."""
+
+from __future__ import annotations
+
+import os
+import resource
+from typing import Iterable, List
+
+CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 21, 38, 39
+_NAMES = {
+    CAP_NET_ADMIN: "CAP_NET_ADMIN",
+    CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
+    CAP_PERFMON: "CAP_PERFMON",
+    CAP_BPF: "CAP_BPF",
+}
+
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO
+
+
+def effective_capabilities() -> int:
+    """CapEff of this process, a bit a capability (capabilities(7))."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("CapEff:"):
+                return int(line.split()[1], 16)
+    return 0
+
+
+def missing_capabilities(wanted: Iterable[int]) -> List[str]:
+    """The names of those we lack; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7))."""
+    held = effective_capabilities()
+    if held >> CAP_SYS_ADMIN & 1:
+        held |= 1 << CAP_BPF | 1 << CAP_PERFMON
+    return [_NAMES[capability] for capability in wanted if not held >> capability & 1]
+
+
+def namespace_inode(kind: str) -> int:
+    """The inode of one of this process's namespaces (namespaces(7)): ``pid``, ``user``, ..."""
+    return os.stat(f"/proc/self/ns/{kind}").st_ino
+
+
+def lift_memory_lock_limit() -> None:
+    """Takes RLIMIT_MEMLOCK away if we may: before v5.11 maps count against it, and it is 64 KiB by default."""
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+    except (ValueError, OSError):
+        hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))

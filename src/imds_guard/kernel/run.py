@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The only door to other programs. Never a shell, never a discarded stderr."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass
+from typing import Dict, Optional, Sequence
+
+from imds_guard.errors import GuardError, Unsupported, system_words
+
+SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where programs are looked for. The caller's PATH is not asked: we run as root."""
+
+_KEPT_ENVIRONMENT = ("SOURCE_DATE_EPOCH", "TERM")
+
+_PACKAGES: Dict[str, str] = {
+    "iptables": "iptables",
+    "ip6tables": "iptables",
+    "ip": "iproute2 (iproute on Fedora and RHEL)",
+    "nft": "nftables",
+    "systemctl": "systemd",
+    "systemd-analyze": "systemd",
+    "journalctl": "systemd",
+    "groupadd": "passwd (shadow-utils on Fedora and RHEL)",
+    "groupdel": "passwd (shadow-utils on Fedora and RHEL)",
+    "clang": "clang",
+    "mount": "mount (util-linux on Fedora and RHEL)",
+    "umount": "mount (util-linux on Fedora and RHEL)",
+    "nsenter": "util-linux",
+    "unshare": "util-linux",
+    "modprobe": "kmod",
+}
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a program that has ended said. ``status`` is negative when a signal ended it (-9 for SIGKILL)."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def complaint(self) -> str:
+        """The reason of a failure as part of one sentence: stderr's lines joined, or the status."""
+        lines = [line.strip() for line in (self.stderr or self.stdout).splitlines() if line.strip()]
+        return "; ".join(lines) or _status_words(self.status)
+
+
+def find_program(name: str) -> Optional[str]:
+    """The absolute path of a program in SAFE_PATH, or None. An absolute name is only checked."""
+    return shutil.which(name, path=SAFE_PATH)
+
+
+def run(argv: Sequence[str], stdin: str = "", *, timeout_s: float = 60) -> Completed:
+    """Runs one program to its end. Its locale is C and its environment holds little more than PATH.
+
+    A status other than 0 is for the caller to judge. Raises Unsupported when the program is absent, GuardError when
+    it can't be started or does not end in ``timeout_s`` (it is then killed).
+    """
+    path = find_program(argv[0])
+    if path is None:
+        raise Unsupported(f"{argv[0]} is not in {SAFE_PATH}: install {_package_words(argv[0])}")
+    try:
+        process = subprocess.Popen(
+            [path, *argv[1:]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
+    except OSError as error:
+        raise GuardError(f"{path} could not be started: {system_words(error)}") from error
+    return _finish(process, argv, stdin, timeout_s)
+
+
+def _finish(process: subprocess.Popen[str], argv: Sequence[str], stdin: str, timeout_s: float) -> Completed:
+    with process:
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            _, stderr = process.communicate()
+            said = f" (it said: {stderr.strip()})" if stderr.strip() else ""
+            raise GuardError(f"{' '.join(argv)} did not end within {timeout_s:g} s and was killed{said}") from None
+        except BaseException:
+            process.kill()
+            raise
+    return Completed(process.returncode, stdout, stderr)
+
+
+def _environment() -> Dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+    return {**kept, "PATH": SAFE_PATH, "LC_ALL": "C"}
+
+
+def _package_words(program: str) -> str:
+    base = os.path.basename(program)
+    for prefix, package in _PACKAGES.items():
+        if base == prefix or base.startswith(prefix + "-"):
+            return f"the package {package}"
+    return f"the package that has {base}"
+
+
+def _status_words(status: int) -> str:
+    if status >= 0:
+        return f"it exited with status {status} and said nothing"
+    try:
+        return f"it was ended by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"it was ended by signal {-status}"

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A throw-away network namespace and child cgroup, for tests and for the demonstration.
+
+Nothing in it reaches the machine's network, and nothing of it is left after the ``with`` block.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import socket
+import time
+from types import TracebackType
+from typing import Callable, Iterable, List, Optional, Sequence, Type, TypeVar
+
+from imds_guard.errors import Unsupported, system_words
+from imds_guard.kernel import children, listeners, netns
+from imds_guard.kernel.children import ChildFailed
+
+T = TypeVar("T")
+
+_EMPTY_WITHIN_S = 10.0
+
+
+class Sandbox:
+    """A context manager; ``addresses`` are on the namespace's lo, beside the loopback ones.
+
+    ``cgroup`` is the path of the child cgroup, ``netns_fd`` a descriptor of the network namespace.
+    """
+
+    def __init__(self, addresses: Iterable[str] = ()) -> None:
+        self.addresses = tuple(addresses)
+        self.cgroup = ""
+        self.netns_fd = -1
+        self._spawned: List[int] = []
+
+    def __enter__(self) -> Sandbox:
+        self.cgroup = _new_cgroup()
+        try:
+            self.netns_fd = _new_namespace(self.addresses)
+        except BaseException:
+            _remove_cgroup(self.cgroup)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        os.close(self.netns_fd)
+        for pid in self._spawned:
+            children.end(pid)
+        self._spawned.clear()
+        _remove_cgroup(self.cgroup)
+
+    def join(self) -> None:
+        """Moves the calling process into the cgroup, then its thread into the namespace.
+
+        In this order, and before any socket: a socket belongs to the cgroup of the task that made it, and the path
+        of the cgroup is this mount namespace's.
+        """
+        with open(os.path.join(self.cgroup, "cgroup.procs"), "w", encoding="ascii") as procs:
+            procs.write(str(os.getpid()))
+        netns.enter(self.netns_fd)
+
+    def call(self, fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
+        """What ``fn`` returns in a forked child of this cgroup and namespace; the value must be picklable.
+
+        Raises ChildFailed with the text of what ``fn`` raised, or when it has no result after ``timeout_s``.
+        """
+
+        def inside() -> T:
+            self.join()
+            return fn()
+
+        return children.run_in_child(inside, timeout_s=timeout_s)
+
+    def spawn(self, fn: Callable[[], object]) -> int:
+        """The process ID of a forked child that runs ``fn`` in this cgroup and namespace; killed at exit."""
+
+        def inside() -> None:
+            self.join()
+            fn()
+
+        pid = children.fork(inside)
+        self._spawned.append(pid)
+        return pid
+
+    def serve(self, addresses: Sequence[str], ports: Sequence[int]) -> int:
+        """The process ID of a child that takes TCP connections and echoes UDP; it listens when this returns."""
+        return self.serve_with(lambda: listeners.listen(addresses, ports), listeners.answer_forever)
+
+    def serve_with(self, listen: Callable[[], T], answer: Callable[[T], object]) -> int:
+        """The process ID of a child that runs ``answer(listen())``; ``listen`` is through when this returns."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+
+            def serve() -> None:
+                ours.close()
+                listening = listen()
+                theirs.send(b".")
+                theirs.close()
+                answer(listening)
+
+            pid = self.spawn(serve)
+            theirs.close()
+            ours.settimeout(_EMPTY_WITHIN_S)
+            if not ours.recv(1):
+                raise ChildFailed("a listener of the sandbox could not start; what it was told stands on stderr")
+        return pid
+
+
+# --- the namespace --------------------------------------------------------------------------------------------------
+
+
+def _new_namespace(addresses: Sequence[str]) -> int:
+    """A descriptor of a new network namespace. The child that made it is gone; the descriptor keeps it alive."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def make() -> None:
+            netns.unshare_network(addresses)
+            with open("/proc/self/ns/net", "rb") as namespace:
+                socket.send_fds(theirs, [b"."], [namespace.fileno()])
+
+        children.run_in_child(make)
+        (fd,) = socket.recv_fds(ours, 1, 1)[1]
+    os.set_inheritable(fd, False)
+    return fd
+
+
+# --- the cgroup -----------------------------------------------------------------------------------------------------
+
+
+def _cgroup2_mount() -> str:
+    """Where cgroup2 is mounted: the file system's type stands behind the " - " of a line (mountinfo in proc(5))."""
+    with open("/proc/self/mountinfo", encoding="utf-8") as lines:
+        for line in lines:
+            left, _, right = line.partition(" - ")
+            if right.split()[0] == "cgroup2":
+                return left.split()[4]
+    raise Unsupported("no cgroup2 file system is mounted; mount one with: mount -t cgroup2 none DIRECTORY")
+
+
+def _new_cgroup() -> str:
+    path = os.path.join(_cgroup2_mount(), f"imds-guard-sandbox-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        os.mkdir(path, 0o755)
+    except OSError as error:
+        raise Unsupported(f"could not make the cgroup {path}: {system_words(error)}; run it as root") from error
+    return path
+
+
+def _remove_cgroup(path: str) -> None:
+    """Ends whatever is still in the cgroup, waits until it is empty and removes it."""
+    deadline = time.monotonic() + _EMPTY_WITHIN_S
+    with open(os.path.join(path, "cgroup.events"), "rb", buffering=0) as events:
+        changes = select.poll()
+        changes.register(events, select.POLLPRI)
+        _kill_all(path)
+        while b"populated 1" in os.pread(events.fileno(), 4096, 0):
+            if not changes.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise ChildFailed(f"the cgroup {path} still has processes after {_EMPTY_WITHIN_S:g} s")
+            _kill_all(path)
+    os.rmdir(path)
+
+
+def _kill_all(path: str) -> None:
+    """Kills every process of the cgroup; only what a sandbox started can be in it.
+
+    cgroup.kill: since Linux 661ee6281892 ("cgroup: introduce cgroup.kill") (in v5.14).
+    """
+    kill = os.path.join(path, "cgroup.kill")
+    if os.path.exists(kill):
+        with open(kill, "w", encoding="ascii") as switch:
+            switch.write("1")
+        return
+    with open(os.path.join(path, "cgroup.procs"), encoding="ascii") as procs:
+        for pid in procs:
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue

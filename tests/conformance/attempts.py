@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways to connect. Each runs in the sandbox's child and comes out as an errno's name or ``connected``."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import ipaddress
+import os
+import select
+import socket
+import struct
+from typing import Callable, Dict, Tuple
+
+from imds_guard.kernel.listeners import sockaddr
+from imds_guard.kernel.netns import LOOPBACK_INDEX
+from tests.conformance import uring
+from tests.conformance.families import IPV4, IPV6
+from tests.conformance.model import Attempt
+
+CONNECTED = "connected"
+_WAIT_S = 5
+
+# Source: include/uapi/linux/in.h, in6.h, tcp.h and socket.h
+IPPROTO_MPTCP = 262
+TCP_FASTOPEN_CONNECT = 30
+IP_PKTINFO = 8
+IPV6_PKTINFO = 50
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def outcome(attempt: Attempt, one: socket.socket) -> str:
+    """``connected`` when the peer was reached, else the name of the errno that said no."""
+    try:
+        FORMS[attempt.form](one, attempt)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, repr(error))
+    finally:
+        one.close()
+    return CONNECTED
+
+
+def make_socket(attempt: Attempt) -> socket.socket:
+    """A blocking socket for the attempt that gives up after a while, bound as the attempt says."""
+    ipv6 = ":" in attempt.to or "ipv6-socket" in attempt.form
+    datagram = attempt.form.startswith("udp")
+    one = socket.socket(
+        socket.AF_INET6 if ipv6 else socket.AF_INET,
+        socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM,
+        IPPROTO_MPTCP if attempt.form == "mptcp" else 0,
+    )
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        one.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", _WAIT_S, 0))
+    if attempt.device:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    if attempt.bind is not None:
+        one.bind(sockaddr(attempt.bind, 0))
+    return one
+
+
+def _there(attempt: Attempt) -> Tuple[object, ...]:
+    return sockaddr(attempt.to, attempt.port)
+
+
+def _packed(attempt: Attempt) -> bytes:
+    """The address as a struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7))."""
+    address = ipaddress.ip_address(attempt.to)
+    if address.version == 4:
+        return struct.pack("=H", socket.AF_INET) + struct.pack("!H", attempt.port) + address.packed + bytes(8)
+    scope = LOOPBACK_INDEX if address.is_link_local else 0
+    head = struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", attempt.port, 0)
+    return head + address.packed + struct.pack("=I", scope)
+
+
+def _raw(name: str, *arguments: object) -> int:
+    result = int(getattr(_libc, name)(*arguments))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
+
+
+# --- TCP ------------------------------------------------------------------------------------------------------------
+
+
+def _connect(one: socket.socket, attempt: Attempt) -> None:
+    one.connect(_there(attempt))
+
+
+def _nonblocking(one: socket.socket, attempt: Attempt) -> None:
+    one.setblocking(False)
+    number = one.connect_ex(_there(attempt))
+    if number == errno.EINPROGRESS:
+        if not select.select([], [one], [], _WAIT_S)[1]:
+            raise TimeoutError(errno.ETIMEDOUT, "no answer")
+        number = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+
+
+def _fastopen_sendto(one: socket.socket, attempt: Attempt) -> None:
+    """Data in the SYN, without connect(2); a refusal by the peer is told here, too."""
+    one.sendto(b"?", socket.MSG_FASTOPEN, _there(attempt))
+
+
+def _fastopen_connect(one: socket.socket, attempt: Attempt) -> None:
+    """connect(2) that sends nothing yet (tcp(7)), then data in the SYN."""
+    one.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+    one.connect(_there(attempt))
+    one.send(b"?")
+
+
+def _after_unspec(one: socket.socket, attempt: Attempt) -> None:
+    """Connected to an open address, disconnected by AF_UNSPEC (connect(2)), then connected."""
+    one.connect(sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port))
+    _raw("connect", one.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16)
+    one.connect(_there(attempt))
+
+
+def _ring(one: socket.socket, attempt: Attempt, *, flags: int = 0, sqpoll: bool = False) -> None:
+    ring = uring.Ring(sqpoll=sqpoll)
+    try:
+        ring.connect(one.fileno(), _packed(attempt), flags=flags)
+    finally:
+        ring.close()
+
+
+def _ring_worker(one: socket.socket, attempt: Attempt) -> None:
+    """The connect is made by a worker thread of the kernel."""
+    _ring(one, attempt, flags=uring.IOSQE_ASYNC)
+
+
+def _ring_sqpoll(one: socket.socket, attempt: Attempt) -> None:
+    """The connect is made by the thread of the kernel that polls the queue."""
+    _ring(one, attempt, sqpoll=True)
+
+
+# --- UDP ------------------------------------------------------------------------------------------------------------
+
+
+def _echo(one: socket.socket) -> None:
+    """Waits for the peer's answer: a filter on packets lets connect(2) through."""
+    if one.recv(16) != b"?":
+        raise AssertionError("the echo is not what was sent")
+
+
+def _udp_connect(one: socket.socket, attempt: Attempt) -> None:
+    one.connect(_there(attempt))
+    one.send(b"?")
+    _echo(one)
+
+
+def _udp_after_unspec(one: socket.socket, attempt: Attempt) -> None:
+    _after_unspec(one, attempt)
+    one.send(b"?")
+    _echo(one)
+
+
+def _udp_sendto(one: socket.socket, attempt: Attempt) -> None:
+    one.sendto(b"?", _there(attempt))
+    _echo(one)
+
+
+def _udp_sendto_on_connected(one: socket.socket, attempt: Attempt) -> None:
+    """Connected to an open address; the datagram goes elsewhere, and the answer is not for the socket."""
+    one.connect(sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port))
+    one.sendto(b"?", _there(attempt))
+
+
+def _udp_sendmsg_on_connected(one: socket.socket, attempt: Attempt) -> None:
+    one.connect(sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port))
+    one.sendmsg([b"?"], [], 0, _there(attempt))
+
+
+def _udp_sendmmsg(one: socket.socket, attempt: Attempt) -> None:
+    """The second message of one call, behind one to an open address."""
+    first = Attempt((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port)
+    keep = []
+    headers = b""
+    for target in (first, attempt):
+        name = ctypes.create_string_buffer(_packed(target), len(_packed(target)))
+        text = ctypes.create_string_buffer(b"?", 1)
+        vector = ctypes.create_string_buffer(struct.pack("@PN", ctypes.addressof(text), 1))
+        keep += [name, text, vector]
+        headers += struct.pack("@PI4xPNPNi4xI4x", ctypes.addressof(name), len(name), ctypes.addressof(vector), 1, 0, 0, 0, 0)
+    sent = _raw("sendmmsg", one.fileno(), headers, 2, 0)
+    _echo(one)
+    if sent == 1:
+        # sendmmsg(2) tells of an error behind the first message only in the next call.
+        one.sendto(b"?", _there(attempt))
+        raise AssertionError("sendmmsg() sent one of two, and nothing says why")
+    _echo(one)
+
+
+def _ancillary(attempt: Attempt) -> Tuple[int, int, bytes]:
+    """IP_PKTINFO or IPV6_PKTINFO, by the family of the address (ip(7), ipv6(7))."""
+    info = attempt.packet_info
+    if info is None:
+        raise AssertionError(f"{attempt} has no packet_info")
+    index = LOOPBACK_INDEX if info.interface else 0
+    if ":" in attempt.to:
+        source = ipaddress.ip_address(info.source or "::").packed
+        return (socket.IPPROTO_IPV6, IPV6_PKTINFO, source + struct.pack("=I", index))
+    source = ipaddress.ip_address(info.source or "0.0.0.0").packed
+    return (socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i", index) + source + bytes(4))
+
+
+def _udp_packet_info(one: socket.socket, attempt: Attempt) -> None:
+    one.sendmsg([b"?"], [_ancillary(attempt)], 0, _there(attempt))
+    if attempt.bind is None:
+        _echo(one)
+
+
+def _udp_connected_packet_info(one: socket.socket, attempt: Attempt) -> None:
+    """No address in the call: the one that the socket is connected to."""
+    one.connect(_there(attempt))
+    one.sendmsg([b"?"], [_ancillary(attempt)])
+
+
+def _udp_connect_ipv4_on_ipv6(one: socket.socket, attempt: Attempt) -> None:
+    _raw("connect", one.fileno(), _packed(attempt), 16)
+    one.send(b"?")
+    _echo(one)
+
+
+def _udp_sendto_ipv4_on_ipv6(one: socket.socket, attempt: Attempt) -> None:
+    _raw("sendto", one.fileno(), b"?", 1, 0, _packed(attempt), 16)
+    _echo(one)
+
+
+def _udp_sendto_as_unspec(one: socket.socket, attempt: Attempt) -> None:
+    """The kernel takes AF_UNSPEC for AF_INET here (udp_sendmsg() in net/ipv4/udp.c)."""
+    unspec = struct.pack("=H", socket.AF_UNSPEC) + _packed(attempt)[2:]
+    _raw("sendto", one.fileno(), b"?", 1, 0, unspec, 16)
+    _echo(one)
+
+
+def _udp_ring(one: socket.socket, attempt: Attempt) -> None:
+    _ring(one, attempt)
+    one.send(b"?")
+    _echo(one)
+
+
+FORMS: Dict[str, Callable[[socket.socket, Attempt], None]] = {
+    "connect": _connect,
+    "nonblocking": _nonblocking,
+    "fastopen-sendto": _fastopen_sendto,
+    "fastopen-connect": _fastopen_connect,
+    "mptcp": _connect,
+    "io_uring": _ring,
+    "io_uring-worker": _ring_worker,
+    "io_uring-sqpoll": _ring_sqpoll,
+    "connect-after-unspec": _after_unspec,
+    "udp-connect": _udp_connect,
+    "udp-connect-after-unspec": _udp_after_unspec,
+    "udp-sendto": _udp_sendto,
+    "udp-sendto-on-connected": _udp_sendto_on_connected,
+    "udp-sendmsg-on-connected": _udp_sendmsg_on_connected,
+    "udp-sendmmsg": _udp_sendmmsg,
+    "udp-sendmsg-pktinfo": _udp_packet_info,
+    "udp-connected-pktinfo": _udp_connected_packet_info,
+    "udp-connect-ipv4-on-ipv6-socket": _udp_connect_ipv4_on_ipv6,
+    "udp-sendto-ipv4-on-ipv6-socket": _udp_sendto_ipv4_on_ipv6,
+    "udp-sendto-as-unspec": _udp_sendto_as_unspec,
+    "udp-io_uring": _udp_ring,
+}

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance table: what is expected of ``decide()`` and of every backend, written by hand."""
+
+from __future__ import annotations
+
+from typing import Tuple
+
+from tests.conformance import cases_how, cases_where, cases_who
+from tests.conformance.model import Case, unique
+
+CASES: Tuple[Case, ...] = unique([*cases_who.CASES, *cases_where.CASES, *cases_how.CASES])
+
+MODEL_CASES: Tuple[Case, ...] = unique([*CASES, *cases_who.KERNEL_THREADS])
+"""The table with the rows that no test can bring about in a kernel."""

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows that a backend judges otherwise, as data: each must come out the other way round, or the table is stale."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Dict, Optional, Tuple
+
+_OPENER = "the identity that counts is the one that opened the socket"
+_NAMESPACE = "one network namespace is judged, not those made later"
+_CONTAINERS = "callers in containers are judged as the host's own"
+_EXACT = "packets are judged by the address that the kernel took for 0.0.0.0, which the hook can't know"
+_GROUPS = "any number of groups is compared"
+
+# Backend -> (pattern of row ids, why). The first pattern that fits decides.
+KNOWN: Dict[str, Tuple[Tuple[str, str], ...]] = {
+    "ebpf": (),
+    "iptables": (
+        ("socket-made-by-*", _OPENER),
+        ("network-namespace-not-listed/*", _NAMESPACE),
+        ("pid-namespace/*", _CONTAINERS),
+        ("pid-namespace-root/*", _CONTAINERS),
+        ("pid-namespace-default-allow/*", _CONTAINERS),
+        ("userns-uid-listed-outside/*", _CONTAINERS),
+        ("userns-deny-list/*", _CONTAINERS),
+        ("userns-slips-past-no-deny-list/*", _CONTAINERS),
+        ("1025-groups-129-*", _GROUPS),
+    ),
+}
+
+
+def difference(backend: str, row_id: str) -> Optional[str]:
+    """Why ``backend`` gives the opposite of what the table says for the row, or None when it must agree."""
+    for pattern, why in KNOWN[backend]:
+        if fnmatchcase(row_id, pattern):
+            return why
+    return None

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a row of the conformance table is made of, and what ``decide()`` is told of it."""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from dataclasses import dataclass
+from typing import Iterable, Optional, Tuple
+
+from imds_guard.policy import Caller, Destination, Policy, Protocol, Reason, Source
+
+USER_NAMESPACE_OFFSET = 500_000
+"""An ID inside the user namespaces of the table is this much more outside."""
+
+
+class Setting(enum.Enum):
+    """In what kind of task the caller takes its IDs and connects."""
+
+    PROCESS = "a process"
+    THREAD = "a thread with IDs of its own; its process stays root"
+    CHILD = "a child of a process with other groups"
+    UNSHARED_PID = "a process that called unshare(CLONE_NEWPID): its children will live there, it does not"
+    PID_NAMESPACE = "the first process of a PID namespace"
+    USER_NAMESPACE = "a process in a user namespace with mapped IDs"
+    NETWORK_NAMESPACE = "a process in a network namespace that was made after the policy"
+    KERNEL_THREAD = "a kernel thread, which no test can make"
+
+
+@dataclass(frozen=True)
+class Who:
+    """How the child takes its IDs: real, effective and saved; then the fs IDs, which follow the effective ones."""
+
+    uids: Tuple[int, int, int]
+    gids: Tuple[int, int, int]
+    groups: Tuple[int, ...] = ()
+    fsuid: Optional[int] = None
+    fsgid: Optional[int] = None
+    setting: Setting = Setting.PROCESS
+    socket_first: bool = False
+    """The socket is made by root, before the IDs are taken."""
+    parent_groups: Tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PacketInfo:
+    """The ancillary message IP_PKTINFO (ip(7)): the interface is lo, or left to the kernel."""
+
+    interface: bool = False
+    source: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How the child connects. ``form`` is a key of attempts.FORMS."""
+
+    to: str
+    port: int = 80
+    form: str = "connect"
+    bind: Optional[str] = None
+    device: bool = False
+    """SO_BINDTODEVICE to lo, whose primary IPv4 address is the locked one."""
+    packet_info: Optional[PacketInfo] = None
+
+    @property
+    def protocol(self) -> Protocol:
+        """UDP for the forms whose name says so."""
+        return Protocol.UDP if self.form.startswith("udp") else Protocol.TCP
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: under this policy, this caller, trying this, is judged so."""
+
+    name: str
+    family: str
+    policy: Policy
+    who: Who
+    attempt: Attempt
+    expected: Reason
+    allowed: bool
+    requires: Tuple[str, ...] = ()
+    """Keys of probes.PROBES: what the kernel must have for the row to be run."""
+
+    @property
+    def id(self) -> str:
+        """``name/family``, unique in the table."""
+        return f"{self.name}/{self.family}"
+
+
+def model_caller(case: Case) -> Caller:
+    """The credentials that the kernel has for the connecting task, as IDs of the initial user namespace."""
+    who = case.who
+    inside_user_namespace = who.setting is Setting.USER_NAMESPACE
+    offset = USER_NAMESPACE_OFFSET if inside_user_namespace else 0
+    return Caller(
+        fsuid=offset + (who.uids[1] if who.fsuid is None else who.fsuid),
+        fsgid=offset + (who.gids[1] if who.fsgid is None else who.fsgid),
+        groups=frozenset(offset + gid for gid in who.groups),
+        pid_namespace_is_initial=who.setting is not Setting.PID_NAMESPACE,
+        user_namespace_is_initial=not inside_user_namespace,
+        kernel_thread=who.setting is Setting.KERNEL_THREAD,
+    )
+
+
+def model_destination(case: Case) -> Destination:
+    """Where the attempt says that it goes."""
+    attempt = case.attempt
+    return Destination(ipaddress.ip_address(attempt.to), attempt.port, attempt.protocol)
+
+
+def model_source(case: Case) -> Source:
+    """What the kernel takes as the source: an IP_PKTINFO replaces the socket's own address, also by none.
+
+    Source: udp_sendmsg() in Linux net/ipv4/udp.c, ``ipc.addr``, and ip_cmsg_send() in net/ipv4/ip_sockglue.c.
+    """
+    attempt = case.attempt
+    own = attempt.bind if attempt.packet_info is None else attempt.packet_info.source
+    by_device = attempt.device or attempt.protocol is Protocol.UDP
+    return Source(None if own is None else ipaddress.ip_address(own), by_device)
+
+
+def unique(cases: Iterable[Case]) -> Tuple[Case, ...]:
+    """The cases as they are; two with the same id are an error of the table."""
+    table = tuple(cases)
+    ids = [case.id for case in table]
+    repeated = sorted({one for one in ids if ids.count(one) > 1})
+    if repeated:
+        raise ValueError(f"rows with the same id: {', '.join(repeated)}")
+    return table

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words in which the rows of the table are written."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Callable, Iterable, List, Optional, Sequence, Tuple
+
+from imds_guard.policy import (
+    ALL_PORTS,
+    NO_PORTS,
+    Endpoint,
+    Identities,
+    Lock,
+    Mode,
+    Policy,
+    Ports,
+    Reason,
+    Verdict,
+    make_policy,
+)
+from tests.conformance.families import FAMILIES, IPV4, IPV6, Family
+from tests.conformance.model import Attempt, Case, PacketInfo, Setting, Who
+
+# IDs that no machine has, each one only a user's or only a group's unless a row says otherwise.
+ALICE, BOB, STRANGER = 40_001, 40_002, 40_003
+STAFF, CREW, OTHERS = 50_001, 50_002, 50_003
+
+PORT_80: Ports = ((80, 80),)
+NOT_DNS: Ports = ((0, 52), (54, 65535))
+
+IfFamily = Callable[[Family], Policy]
+ThisWay = Callable[[Family], Attempt]
+_PERMITTING = (Reason.NOT_LOCKED, Reason.ALLOWED_USER, Reason.ALLOWED_GROUP, Reason.DEFAULT_ALLOW)
+
+
+def who(
+    uid: int,
+    gid: int = OTHERS,
+    groups: Iterable[int] = (),
+    *,
+    setting: Setting = Setting.PROCESS,
+    uids: Optional[Tuple[int, int, int]] = None,
+    gids: Optional[Tuple[int, int, int]] = None,
+    fsuid: Optional[int] = None,
+    fsgid: Optional[int] = None,
+    socket_first: bool = False,
+    parent_groups: Tuple[int, ...] = (),
+) -> Who:
+    """A caller with one user ID and one group ID, unless the four are given one by one."""
+    return Who(
+        uids=uids or (uid, uid, uid),
+        gids=gids or (gid, gid, gid),
+        groups=tuple(groups),
+        fsuid=fsuid,
+        fsgid=fsgid,
+        setting=setting,
+        socket_first=socket_first,
+        parent_groups=parent_groups,
+    )
+
+
+def lock(
+    where: Sequence[str],
+    name: str = "imds",
+    *,
+    users: Iterable[int] = (),
+    groups: Iterable[int] = (),
+    deny_users: Iterable[int] = (),
+    deny_groups: Iterable[int] = (),
+    default: Verdict = Verdict.DENY,
+    tcp: Ports = ALL_PORTS,
+    udp: Ports = NO_PORTS,
+) -> Lock:
+    """A lock on addresses or prefixes; TCP on all ports unless said otherwise."""
+    return Lock(
+        name=name,
+        endpoints=tuple(Endpoint(ipaddress.ip_network(one), tcp, udp) for one in where),
+        allow=Identities(frozenset(users), frozenset(groups)),
+        deny=Identities(frozenset(deny_users), frozenset(deny_groups)),
+        default=default,
+    )
+
+
+def imds(
+    *,
+    mode: Mode = Mode.ENFORCE,
+    containers: Verdict = Verdict.DENY,
+    users: Iterable[int] = (),
+    groups: Iterable[int] = (),
+    deny_users: Iterable[int] = (),
+    deny_groups: Iterable[int] = (),
+    default: Verdict = Verdict.DENY,
+    tcp: Ports = ALL_PORTS,
+    udp: Ports = NO_PORTS,
+) -> IfFamily:
+    """One lock on the IPv4 and the IPv6 address, whatever the family of the row."""
+    one = lock(
+        (IPV4.locked, IPV6.locked),
+        users=users,
+        groups=groups,
+        deny_users=deny_users,
+        deny_groups=deny_groups,
+        default=default,
+        tcp=tcp,
+        udp=udp,
+    )
+    return fixed(one, mode=mode, containers=containers)
+
+
+def fixed(*locks: Lock, mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY) -> IfFamily:
+    """The same policy for each family."""
+    policy = make_policy(locks, mode, containers)
+    return lambda _: policy
+
+
+def locks(make: Callable[[Family], Sequence[Lock]]) -> IfFamily:
+    """A policy with other addresses for each family."""
+    return lambda family: make_policy(make(family))
+
+
+def go(
+    to: str = "locked",
+    port: int = 80,
+    form: str = "connect",
+    *,
+    bind: Optional[str] = None,
+    device: bool = False,
+    interface: bool = False,
+    source: Optional[str] = None,
+) -> ThisWay:
+    """An attempt; ``to``, ``bind`` and ``source`` are names of Family's addresses.
+
+    ``interface`` and ``source`` make an IP_PKTINFO.
+    """
+
+    def attempt(family: Family) -> Attempt:
+        info = PacketInfo(interface, None if source is None else getattr(family, source))
+        return Attempt(
+            to=getattr(family, to),
+            port=port,
+            form=form,
+            bind=None if bind is None else getattr(family, bind),
+            device=device,
+            packet_info=info if interface or source else None,
+        )
+
+    return attempt
+
+
+def row(
+    name: str,
+    policy: IfFamily,
+    caller: Who,
+    attempt: ThisWay,
+    expected: Reason,
+    *,
+    allowed: Optional[bool] = None,
+    families: Sequence[Family] = FAMILIES,
+    requires: Tuple[str, ...] = (),
+) -> List[Case]:
+    """One row for each family. ``allowed`` need only be said where the reason does not tell it (audit)."""
+    let_through = expected in _PERMITTING if allowed is None else allowed
+    return [
+        Case(name, family.name, policy(family), caller, attempt(family), expected, let_through, requires)
+        for family in families
+    ]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``decide()`` gives what the table says, and no mutant of it does."""
+
+from __future__ import annotations
+
+import pytest
+
+from imds_guard.policy import Decision, decide
+from tests.conformance.cases import MODEL_CASES
+from tests.conformance.model import Case, model_caller, model_destination, model_source
+from tests.conformance.mutants import MUTANTS
+
+
+@pytest.mark.parametrize("case", MODEL_CASES, ids=lambda case: case.id)
+def test_decide(case: Case) -> None:
+    """The specification gives the expected reason for the row."""
+    decision = decide(case.policy, model_caller(case), model_destination(case), model_source(case))
+    assert (decision.reason.word, decision.allowed) == (case.expected.word, case.allowed)
+
+
+@pytest.mark.parametrize("name", sorted(MUTANTS))
+def test_the_table_catches(name: str) -> None:
+    """A broken version of decide() fails at least one row; the first of them are named in the output."""
+    mutant = MUTANTS[name]
+    killers = [case.id for case in MODEL_CASES if not _as_expected(case, mutant(case))]
+    print(f"{name}: {len(killers)} rows, {', '.join(killers[:5])}")
+    assert killers, f"no row tells {name!r} ({mutant.__doc__}) from decide()"
+
+
+def _as_expected(case: Case, decision: Decision) -> bool:
+    return (decision.reason, decision.allowed) == (case.expected, case.allowed)

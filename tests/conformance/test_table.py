@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table is whole, and every row would connect if nothing were locked."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+import pytest
+
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import Reason
+from tests.conformance.attempts import CONNECTED, FORMS
+from tests.conformance.cases import CASES, MODEL_CASES
+from tests.conformance.differences import KNOWN
+from tests.conformance.enforcers import ENFORCERS
+from tests.conformance.model import Setting
+from tests.conformance.perform import SETTINGS, perform
+from tests.conformance.probes import PROBES
+
+
+def test_every_reason_of_the_specification_is_expected_somewhere() -> None:
+    """UNREADABLE and NO_SETTINGS are the hook's own: decide() can't give them."""
+    assert set(Reason) - {case.expected for case in MODEL_CASES} == {Reason.UNREADABLE, Reason.NO_SETTINGS}
+
+
+def test_every_form_and_setting_is_used() -> None:
+    """No way to connect lies unused, and a kernel thread is the one setting that can't be made."""
+    assert {case.attempt.form for case in CASES} == set(FORMS)
+    assert {case.who.setting for case in CASES} == set(SETTINGS)
+    assert set(Setting) - set(SETTINGS) == {Setting.KERNEL_THREAD}
+
+
+def test_every_requirement_can_be_probed() -> None:
+    """A row that requires what nobody asks the kernel for would never be run."""
+    assert {need for case in CASES for need in case.requires} == set(PROBES)
+
+
+@pytest.mark.parametrize("backend", sorted(ENFORCERS))
+def test_every_known_difference_names_a_row(backend: str) -> None:
+    """A pattern that fits no row is a mistake."""
+    idle = [pattern for pattern, _ in KNOWN[backend] if not any(fnmatchcase(case.id, pattern) for case in CASES)]
+    assert idle == []
+
+
+def test_ids_of_users_and_groups_differ() -> None:
+    """A test whose caller has uid == gid can't tell one from the other; root's rows have both kinds."""
+    same = {case.name for case in CASES if case.who.uids == case.who.gids and case.who.uids != (0, 0, 0)}
+    assert same == set()
+
+
+def test_a_way_of_each_kind_connects_when_nothing_is_locked(sandbox: Sandbox) -> None:
+    """Otherwise a denial would prove nothing."""
+    seen = {(case.attempt.form, case.family): case for case in CASES if not case.requires}
+    outcomes = {key: sandbox.call(lambda case=case: perform(case)) for key, case in seen.items()}  # type: ignore[misc]
+    assert {key: outcome for key, outcome in outcomes.items() if outcome != CONNECTED} == {}

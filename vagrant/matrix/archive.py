@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages from the distribution's archive, checked by apt, with a state of our own: the host's apt is not touched."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import List, Sequence
+
+from vagrant.matrix import cache
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.process import run
+from vagrant.matrix.table import Archive
+
+LISTS_LAST_S = 7 * 24 * 3600
+"""How long package lists are taken as current. Debian replaces a kernel's ABI about once in two weeks."""
+
+_CONFIG = """\
+Dir::State "{state}";
+Dir::State::status "{state}/status";
+Dir::Cache "{state}/cache";
+Dir::Etc::sourcelist "{state}/sources.list";
+Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::preferencesparts "/dev/null";
+Dir::Etc::preferences "/dev/null";
+APT::Architecture "amd64";
+APT::Sandbox::User "";
+Acquire::Languages "none";
+Acquire::Retries "5";
+Acquire::Check-Valid-Until "false";
+"""
+
+
+def sources(archive: Archive, suite: str) -> List[str]:
+    """The sources.list lines for a suite: its release, that release's security updates, and backports if asked for."""
+    release = suite.split("-")[0]
+    signed = f"deb [arch=amd64 signed-by={archive.keyring}]"
+    lines = [f"{signed} {archive.mirror} {release} main", f"{signed} {archive.security} {release}-security main"]
+    if suite.endswith("-backports"):
+        lines.append(f"{signed} {archive.mirror} {suite} main")
+    return lines
+
+
+class Suite:
+    """One suite of the archive, with package lists that are at most a week old."""
+
+    def __init__(self, archive: Archive, name: str) -> None:
+        self._state = cache.root() / "apt" / f"{name}-{cache.digest({'sources': sources(archive, name)})}"
+        self._env = {"APT_CONFIG": str(self._state / "apt.conf")}
+        with cache.locked(f"apt-{self._state.name}"):
+            self._prepare(sources(archive, name))
+
+    def _prepare(self, lines: List[str]) -> None:
+        stamp = self._state / "updated"
+        if stamp.exists() and time.time() - stamp.stat().st_mtime < LISTS_LAST_S:
+            return
+        for folder in ("lists/partial", "cache/archives/partial"):
+            (self._state / folder).mkdir(parents=True, exist_ok=True)
+        (self._state / "status").touch()
+        (self._state / "sources.list").write_text("\n".join(lines) + "\n", encoding="ascii")
+        (self._state / "apt.conf").write_text(_CONFIG.format(state=self._state), encoding="utf-8")
+        run(["apt-get", "update", "--error-on=any"], env=self._env)
+        stamp.touch()
+
+    def names(self, prefix: str) -> List[str]:
+        """The packages whose names begin so."""
+        return run(["apt-cache", "pkgnames", prefix], env=self._env).split()
+
+    def version(self, package: str) -> str:
+        """The version that a download would bring. Raises MatrixError when there is none."""
+        for line in run(["apt-cache", "show", "--no-all-versions", package], env=self._env).splitlines():
+            if line.startswith("Version: "):
+                return line.split(": ", 1)[1]
+        raise MatrixError(f"apt knows no version of {package}")
+
+    def unpack(self, packages: Sequence[str], into: Path) -> None:
+        """Downloads packages, checked against the signed lists, and unpacks them; nothing of theirs is run."""
+        debs = into / ".debs"
+        debs.mkdir(parents=True)
+        run(["apt-get", "download", *packages], env=self._env, cwd=debs)
+        for deb in sorted(debs.iterdir()):
+            run(["dpkg-deb", "-x", str(deb), str(into)])
+            deb.unlink()
+        debs.rmdir()

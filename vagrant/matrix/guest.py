@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One boot of one guest, from the start of QEMU to what came out of it. A guest that is lost says so itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Optional
+
+from vagrant.matrix.disk import blank
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.kernel import KernelFiles
+from vagrant.matrix.process import find
+
+RESULTS_MIB = 64
+_CONTROL = re.compile(r"\x1b[\[(][0-9;?]*[a-zA-Z]|[\r\x00-\x08\x0e-\x1f]")
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What is booted: the files are only read, so that one image serves many guests at once."""
+
+    kernel: KernelFiles
+    userland: Path
+    cmdline: str = ""
+    memory_mib: int = 1024
+    accel: str = "tcg"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a boot ended: ``lost`` says why nothing came back, else ``status`` is the job's exit status."""
+
+    seconds: float
+    status: Optional[int] = None
+    lost: str = ""
+
+
+def boot(guest: Guest, job: Path, folder: Path, deadline_s: float, progress: Callable[[bytes], None] = lambda _: None) -> Outcome:
+    """Runs ``job`` (a tar with job.sh) and leaves console.log, output.log and results/ in ``folder``.
+
+    ``progress`` gets the job's output while it comes. QEMU never outlives this call.
+    """
+    results = folder / "results.tar"
+    blank(results, RESULTS_MIB)
+    for name in ("console.log", "output.log"):
+        (folder / name).touch()
+    began = time.monotonic()
+    reason = _run(_argv(guest, job, folder, results), folder, began + deadline_s, progress)
+    seconds = time.monotonic() - began
+    status = _collect(results, folder / "results")
+    results.unlink()
+    if status is None:
+        return Outcome(seconds, lost=reason or _last_words(folder / "console.log"))
+    return Outcome(seconds, status=status)
+
+
+def console_tail(folder: Path, lines: int = 25) -> str:
+    """The end of a guest's console, without control characters."""
+    text = _CONTROL.sub("", (folder / "console.log").read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> List[str]:
+    accel = ["-accel", "kvm", "-cpu", "host"] if guest.accel == "kvm" else ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    # oops=panic: a kernel that stumbles must not go on and pass. panic=-1 with -no-reboot ends QEMU at once.
+    words = f"console=ttyS0 panic=-1 oops=panic random.trust_cpu=on net.ifnames=0 {guest.cmdline}".strip()
+    return [
+        find("qemu-system-x86_64"), *accel, "-machine", "pc", "-smp", "1", "-m", str(guest.memory_mib),
+        "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot", "-device", "virtio-rng-pci",
+        "-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'output.log'}",
+        "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", words,
+        "-drive", f"file={guest.userland},if=virtio,format=raw,readonly=on",
+        "-drive", f"file={guest.kernel.modules},if=virtio,format=raw,readonly=on",
+        "-drive", f"file={job},if=virtio,format=raw,readonly=on",
+        "-drive", f"file={results},if=virtio,format=raw,cache=unsafe",
+    ]  # fmt: skip
+
+
+def _run(argv: List[str], folder: Path, deadline: float, progress: Callable[[bytes], None]) -> str:
+    """Waits for QEMU to end; returns why it had to be ended, or nothing."""
+    with open(folder / "qemu.log", "wb") as said, open(folder / "output.log", "rb") as output:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        try:
+            while True:
+                try:
+                    process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    pass
+                progress(output.read())
+                if process.returncode is not None:
+                    break
+                if time.monotonic() > deadline:
+                    return "deadline passed, QEMU was killed"
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode != 0:
+        raise MatrixError(f"QEMU exited with {process.returncode}: {(folder / 'qemu.log').read_text(errors='replace').strip()}")
+    return ""
+
+
+def _last_words(console: Path) -> str:
+    text = console.read_text(encoding="utf-8", errors="replace")
+    for sign in (r"Kernel panic[^\r\n]*", r"imds-guard-matrix: [^\r\n]*", r"Out of memory: [^\r\n]*"):
+        found = re.search(sign, text)
+        if found:
+            return found[0]
+    return "it ended before it handed out results" if text else "it never wrote to its console"
+
+
+def _collect(results: Path, folder: Path) -> Optional[int]:
+    """Unpacks what the guest wrote; its job's exit status, or None when it wrote nothing whole."""
+    folder.mkdir(exist_ok=True)
+    try:
+        with tarfile.open(results, "r:") as archive:
+            for member in archive:
+                target = folder / member.name
+                if not member.isfile() or folder.resolve() not in target.resolve().parents:
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                target.write_bytes(content.read())
+        return int((folder / "status").read_text(encoding="ascii"))
+    except (tarfile.TarError, OSError, ValueError):
+        return None

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The initramfs: busybox, the modules on the way to the root disk, and our init. Written as cpio, so nobody must be root."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import stat
+from pathlib import Path
+from typing import Dict, List
+
+from vagrant.matrix.errors import MatrixError
+
+INIT = Path(__file__).resolve().parent.parent / "guest" / "initramfs-init"
+
+NEEDED = ("virtio_pci", "virtio_blk", "ext4", "overlay")
+"""Modules without which the root is not reached; where a kernel has one built in there is nothing to load."""
+
+
+def expand_modules(folder: Path) -> None:
+    """Unpacks .ko.xz in place (Debian packs them since 6.12). The signature is part of the module and stays."""
+    for packed in folder.rglob("*.ko.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+
+
+def load_order(folder: Path) -> List[Path]:
+    """The files of NEEDED and of what they need, in the order in which insmod takes them."""
+    dependencies: Dict[str, List[str]] = {}
+    for line in (folder / "modules.dep").read_text(encoding="ascii").splitlines():
+        path, _, needs = line.partition(":")
+        dependencies[path] = needs.split()
+    by_name = {Path(path).name[: -len(".ko")].replace("-", "_"): path for path in dependencies}
+    builtin = {Path(line).stem.replace("-", "_") for line in (folder / "modules.builtin").read_text(encoding="ascii").split()}
+    ordered: List[str] = []
+    for name in NEEDED:
+        if name in by_name:
+            # modules.dep lists what a module needs with the deepest last (depmod(8), modules.dep(5)).
+            ordered += [*reversed(dependencies[by_name[name]]), by_name[name]]
+        elif name not in builtin:
+            raise MatrixError(f"the kernel in {folder.name} has no {name}, neither as a module nor built in")
+    return [folder / path for path in dict.fromkeys(ordered)]
+
+
+def write(target: Path, busybox: Path, modules: List[Path]) -> None:
+    """Writes the gzipped cpio archive that QEMU hands to the kernel."""
+    archive = _Cpio()
+    for folder in ("bin", "dev", "modules"):
+        archive.add(folder, stat.S_IFDIR | 0o755)
+    archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
+    archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
+    archive.add("init", stat.S_IFREG | 0o755, INIT.read_bytes())
+    for place, module in enumerate(modules):
+        archive.add(f"modules/{place:02}-{module.name}", stat.S_IFREG | 0o644, module.read_bytes())
+    target.write_bytes(gzip.compress(archive.finish(), compresslevel=5, mtime=0))
+
+
+class _Cpio:
+    """A "newc" archive in memory; the format is in Documentation/driver-api/early-userspace/buffer-format.rst."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._inode = 0
+
+    def add(self, name: str, mode: int, content: bytes = b"", device: "tuple[int, int]" = (0, 0)) -> None:
+        self._inode += 1
+        raw = name.encode() + b"\0"
+        numbers = (self._inode, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(raw), 0)
+        self._put(b"070701" + b"".join(b"%08X" % number for number in numbers) + raw)
+        self._put(content)
+
+    def finish(self) -> bytes:
+        self.add("TRAILER!!!", 0)
+        return bytes(self._bytes)
+
+    def _put(self, chunk: bytes) -> None:
+        self._bytes += chunk
+        self._bytes += b"\0" * (-len(self._bytes) % 4)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into a guest: one tar with job.sh and what that needs."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import tarfile
+from pathlib import Path
+from typing import Dict, Iterable, Mapping, Optional, Sequence
+
+PID1 = Path(__file__).resolve().parent.parent / "guest" / "pid1"
+TREE = Path(__file__).resolve().parent.parent.parent
+_LEFT_OUT = frozenset({".git", "__pycache__", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "dist", "build"})
+
+
+def write(target: Path, script: str, files: Mapping[str, Path], env: Optional[Dict[str, str]] = None) -> None:
+    """A tar with job.sh and files or folders under the given names. ``env`` is exported before the script."""
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted((env or {}).items()))
+    with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive:
+        _add_text(archive, "pid1", PID1.read_text(encoding="utf-8"))
+        _add_text(archive, "job.sh", exports + script)
+        for name, path in files.items():
+            archive.add(path, arcname=name, filter=_sources_only)
+
+
+def command(argv: Sequence[str], folder: str) -> str:
+    """A script that runs one command in a folder of the job and ends with its status."""
+    return f"cd {shlex.quote(folder)}\n{' '.join(shlex.quote(word) for word in argv)}\n"
+
+
+def tree(leave_out: Iterable[str] = ()) -> Dict[str, Path]:
+    """The working tree for write(), without what a build or a tool has left in it."""
+    skipped = _LEFT_OUT | set(leave_out)
+    return {f"tree/{name}": TREE / name for name in sorted(os.listdir(TREE)) if name not in skipped}
+
+
+def _add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(text.encode())
+    member.mode = 0o755
+    archive.addfile(member, io.BytesIO(text.encode()))
+
+
+def _sources_only(member: tarfile.TarInfo) -> Optional[tarfile.TarInfo]:
+    if _LEFT_OUT & set(Path(member.name).parts):
+        return None
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    return member

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix' only door to other programs. What they say is kept and shown when they fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Dict, Optional, Sequence
+
+from vagrant.matrix.errors import MatrixError
+
+PACKAGES: Dict[str, str] = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-img": "qemu-utils",
+    "mmdebstrap": "mmdebstrap",
+    "mke2fs": "e2fsprogs",
+    "depmod": "kmod",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "tar": "tar",
+    "unshare": "util-linux",
+    "vagrant": "vagrant and vagrant-libvirt",
+}
+"""Program -> the Debian package that has it."""
+
+
+def find(name: str) -> str:
+    """The absolute path of a program; /usr/sbin counts even where PATH leaves it out (mke2fs and depmod are there)."""
+    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin")
+    if path is None:
+        raise MatrixError(f"{name} is not installed: apt-get install {PACKAGES.get(name, name)}")
+    return path
+
+
+def run(argv: Sequence[str], env: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, deadline_s: float = 900) -> str:
+    """Runs a program to its end and returns its standard output. Raises MatrixError with its stderr when it fails."""
+    merged = {**os.environ, "LC_ALL": "C", **(env or {})}
+    try:
+        done = subprocess.run(
+            [find(argv[0]), *argv[1:]],
+            env=merged, cwd=cwd, timeout=deadline_s, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise MatrixError(f"{' '.join(argv[:3])} did not end within {deadline_s:g} s and was killed") from error
+    if done.returncode != 0:
+        said = "; ".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise MatrixError(f"{' '.join(argv[:3])} exited with {done.returncode}: {said or 'it said nothing'}")
+    return done.stdout

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kernels.toml as frozen values. Unknown keys and words are errors: a misspelt expectation would expect nothing."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Dict, FrozenSet, List, Mapping, Tuple, Type, TypeVar
+
+from vagrant.matrix.errors import MatrixError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PATH = Path(__file__).resolve().parent.parent / "kernels.toml"
+EXPECTATIONS = frozenset({"ebpf", "iptables", "groups"})
+SETUPS = frozenset({"iptables-legacy", "without-bcc", "without-iptables", "legacy-cgroups", "refuse-bpf"})
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Where packages come from, and the keys that their signatures are checked with."""
+
+    mirror: str
+    security: str
+    keyring: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel by its first two numbers; the newest package of that series in ``suite`` is taken."""
+
+    series: str
+    suite: str
+    flavour: str = "cloud-amd64"
+
+
+@dataclass(frozen=True)
+class Userland:
+    """A distribution's release: its Python, its bcc, its iptables."""
+
+    name: str
+    suite: str
+    python: str
+    bcc: str
+    packages: Tuple[str, ...]
+    stands_for: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One guest: a kernel with a userland, what is made of it, and what must then work."""
+
+    name: str
+    kernel: Kernel
+    userland: Userland
+    expect: FrozenSet[str]
+    why: str
+    cmdline: str = ""
+    setup: FrozenSet[str] = frozenset()
+    memory_mib: int = 1024
+    deadline_s: int = 900
+
+    @property
+    def expectation_words(self) -> str:
+        """What the guest's IMDS_GUARD_EXPECT holds; "none" where no backend can work."""
+        return ",".join(sorted(self.expect)) or "none"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The whole of kernels.toml."""
+
+    archive: Archive
+    kernels: Mapping[str, Kernel]
+    userlands: Mapping[str, Userland]
+    rows: Tuple[Row, ...]
+
+    def row(self, name: str) -> Row:
+        """The row of that name, or KERNEL+USERLAND as a row of its own that expects nothing. Raises MatrixError."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        series, _, userland = name.partition("+")
+        if series in self.kernels and userland in self.userlands:
+            return Row(name, self.kernels[series], self.userlands[userland], frozenset(), "asked for by hand")
+        raise MatrixError(f"there is no row {name!r} in {PATH.name}; there are: {', '.join(r.name for r in self.rows)}")
+
+
+def load(path: Path = PATH) -> Matrix:
+    """Reads kernels.toml. Raises MatrixError with the key that is wrong."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise MatrixError(f"{path} could not be read: {error}") from error
+    return parse(document)
+
+
+def parse(document: Mapping[str, Any]) -> Matrix:
+    """A decoded kernels.toml -> Matrix. Raises MatrixError."""
+    _only(document, {"archive", "common", "kernel", "userland", "row"}, "the file")
+    common = tuple(document["common"]["packages"])
+    kernels = {name: _make(Kernel, {"series": name, **body}, f"kernel {name}") for name, body in document["kernel"].items()}
+    userlands = {name: _userland(name, body, common) for name, body in document["userland"].items()}
+    rows = tuple(_row(body, kernels, userlands) for body in document["row"])
+    names = [row.name for row in rows]
+    for name in names:
+        if names.count(name) > 1:
+            raise MatrixError(f"row {name} is there twice")
+    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
+
+
+def _userland(name: str, body: Mapping[str, Any], common: Tuple[str, ...]) -> Userland:
+    packages = tuple(sorted({*common, *body.get("packages", ())}))
+    return _make(Userland, {**body, "name": name, "packages": packages}, f"userland {name}")
+
+
+def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapping[str, Userland]) -> Row:
+    what = f"row {body.get('name', '(no name)')}"
+    for key, known in (("kernel", kernels), ("userland", userlands)):
+        if body.get(key) not in known:
+            raise MatrixError(f"{what}: {key} = {body.get(key)!r} is not described in the file")
+    merged: Dict[str, Any] = dict(body)
+    merged["kernel"] = kernels[body["kernel"]]
+    merged["userland"] = userlands[body["userland"]]
+    merged["expect"] = _words(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
+    merged["setup"] = _words(body.get("setup", ()), SETUPS, f"{what}: setup")
+    return _make(Row, merged, what)
+
+
+def _words(given: List[str], known: FrozenSet[str], what: str) -> FrozenSet[str]:
+    unknown = set(given) - known
+    if unknown:
+        raise MatrixError(f"{what} has {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
+    return frozenset(given)
+
+
+_T = TypeVar("_T")
+
+
+def _make(kind: Type[_T], body: Mapping[str, Any], what: str) -> _T:
+    _only(body, {field.name for field in fields(kind)}, what)  # type: ignore[arg-type]
+    try:
+        return kind(**body)
+    except TypeError as error:
+        raise MatrixError(f"{what}: {error}") from error
+
+
+def _only(body: Mapping[str, Any], known: "set[str]", what: str) -> None:
+    for key in body:
+        if key not in known:
+            raise MatrixError(f"{what}: unknown key {key}")
