@@ -169,52 +169,32 @@ ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *l
 #define IG_UNREAD 4 /* beside IG_ALLOW and IG_DENY */
 #define IG_TOO_MANY 8
 
-#define IG_CHUNK 16
-
-ig_inline __u32 ig_chunk(__u32 generation, __u32 number, const struct ig_list *list, const __u32 *gids)
+/* Up to IG_WALKED groups of the caller, one by one, against a list of any length. */
+ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len)
 {
-	__u32 seen = list->zero, i;
+	__u32 seen = list->zero, i, one = 0;
+	__u64 failed = 0;
 
-	for (i = 0; i < IG_CHUNK; i++)
-		seen |= ig_group(generation, number, list, gids[i]);
-	return seen;
-}
-
-/*
- * Up to IG_WALKED groups of the caller, a chunk at a time, against a list of any length. The chunk that is not full
- * comes first and is filled with fsgid, which was looked at already: the verifier then has one path through all chunks.
- */
-ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len,
-			       __u32 fsgid)
-{
-	__u32 gids[IG_CHUNK], odd = len % IG_CHUNK, seen = list->zero, i;
-
-	for (i = 0; i < IG_CHUNK; i++)
-		gids[i] = fsgid;
-	if (odd) {
-		if (ig_read_kernel(gids, odd * sizeof(gids[0]), gid))
-			return IG_UNREAD;
-		seen |= ig_chunk(generation, number, list, gids);
-	}
-	gid += odd * sizeof(gids[0]);
-	for (i = 0; i < IG_WALKED / IG_CHUNK; i++) {
-		if (i >= len / IG_CHUNK)
+	for (i = 0; i < IG_WALKED; i++) {
+		/* Else clang makes one bound of the two, min(len, IG_WALKED), and the verifier does not know that one. */
+		asm volatile("" : "+r"(len));
+		if (i >= len)
 			break;
-		if (ig_read_kernel(gids, sizeof(gids), gid + i * sizeof(gids)))
-			return IG_UNREAD;
-		seen |= ig_chunk(generation, number, list, gids);
+		failed |= ig_read_kernel(&one, sizeof(one), gid + i * sizeof(one));
+		seen |= ig_group(generation, number, list, one);
 	}
-	return seen;
+	return failed ? IG_UNREAD : seen;
 }
 
 /*
- * Whether a sorted array of len (1 to 65,536) group IDs has one; *failed becomes non-zero when it can't be read.
+ * Whether a sorted array of len (1 to 65,536) group IDs has a listed one; *failed becomes non-zero when it can't be read.
  * Branch-free, so that the verifier sees one path: position moves by half times a computed 0 or 1, which the empty asm
  * keeps clang from turning back into a branch. With half 0 it reads the word before the array, to no effect:
  * that is group_info's ngroups.
  */
-ig_inline bool ig_has_group(const char *gid, __u32 len, __u32 wanted, __u64 *failed)
+ig_inline bool ig_has_group(const struct ig_groups *groups, __u32 index, const char *gid, __u32 len, __u64 *failed)
 {
+	__u32 wanted = groups->gid[index];
 	__u64 position = 0, left = len;
 	__u32 step, value = 0;
 
@@ -249,7 +229,7 @@ ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid
 
 		if (i >= groups->len)
 			break;
-		has = ig_has_group(gid, len, groups->gid[i], &failed);
+		has = ig_has_group(groups, i, gid, len, &failed);
 		if (failed)
 			return IG_UNREAD;
 		if (has)
@@ -271,8 +251,7 @@ ig_inline __u32 ig_supplementary(__u32 generation, __u32 number, const struct ig
 	if (len > IG_MAX_GROUPS)
 		return IG_UNREAD;
 	if (len <= IG_WALKED)
-		return ig_walk_groups(generation, number, list, group_info + IG_OFF_GROUP_INFO_GID, len,
-				      caller->fsgid);
+		return ig_walk_groups(generation, number, list, group_info + IG_OFF_GROUP_INFO_GID, len);
 	if (!(list->flags & IG_LIST_SMALL))
 		return IG_TOO_MANY;
 	return ig_search_groups(generation, number, group_info + IG_OFF_GROUP_INFO_GID, len);
@@ -392,10 +371,9 @@ ig_inline void ig_count(__u32 reason, bool audited)
 {
 	struct ig_counter *counter = ig_lookup(IG_MAP(IG_MAP_COUNTERS), &reason);
 
-	if (!counter)
-		return;
-	__sync_fetch_and_add(&counter->enforced, audited ? 0 : 1);
-	__sync_fetch_and_add(&counter->audited, audited ? 1 : 0);
+	/* Add 1 and drop the result: that is BPF_XADD, which every kernel has. Other atomics came with v5.12. */
+	if (counter)
+		__sync_fetch_and_add(audited ? &counter->audited : &counter->enforced, 1);
 }
 
 #ifdef IG_WIDEN

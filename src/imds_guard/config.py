@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import Callable, Iterable, List, Sequence
 
 from imds_guard.command_policy import policy_from_words
@@ -81,6 +80,8 @@ def _quoted(text: str) -> str:
 
 def save_config(config: Config, path: str = CONFIG_PATH) -> None:
     """Writes the file in one step: a reader sees the old one or the new one. Raises GuardError."""
+    import tempfile  # noqa: PLC0415 -- start-up time: it is slow to import, and few commands save
+
     folder = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(folder, mode=0o755, exist_ok=True)

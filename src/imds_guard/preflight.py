@@ -201,6 +201,8 @@ def _client_of(process: psutil.Process) -> Optional[Client]:
     import psutil  # noqa: PLC0415
 
     try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None  # it keeps its name until it is waited for, and connects no more
         program = _program(process.cmdline())
         names = {process.name(), os.path.basename(program)}
     except (psutil.NoSuchProcess, psutil.AccessDenied):

@@ -10,13 +10,14 @@ import os
 import select
 import socket
 import struct
-from typing import Callable, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 from imds_guard.kernel.listeners import sockaddr
 from imds_guard.kernel.netns import LOOPBACK_INDEX
 from tests.conformance import uring
 from tests.conformance.families import IPV4, IPV6
 from tests.conformance.model import Attempt
+from tests.conformance.witness import Token
 
 CONNECTED = "connected"
 _WAIT_S = 5
@@ -59,8 +60,13 @@ def make_socket(attempt: Attempt) -> socket.socket:
     return one
 
 
-def _there(attempt: Attempt) -> Tuple[object, ...]:
+def _there(attempt: Attempt) -> Tuple[Any, ...]:
     return sockaddr(attempt.to, attempt.port)
+
+
+def _open_address(attempt: Attempt) -> Tuple[Any, ...]:
+    """Loopback, of the socket's family."""
+    return sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port)
 
 
 def _packed(attempt: Attempt) -> bytes:
@@ -113,7 +119,7 @@ def _fastopen_connect(one: socket.socket, attempt: Attempt) -> None:
 
 def _after_unspec(one: socket.socket, attempt: Attempt) -> None:
     """Connected to an open address, disconnected by AF_UNSPEC (connect(2)), then connected."""
-    one.connect(sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port))
+    one.connect(_open_address(attempt))
     _raw("connect", one.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16)
     one.connect(_there(attempt))
 
@@ -139,58 +145,78 @@ def _ring_sqpoll(one: socket.socket, attempt: Attempt) -> None:
 # --- UDP ------------------------------------------------------------------------------------------------------------
 
 
-def _echo(one: socket.socket) -> None:
-    """Waits for the peer's answer: a filter on packets lets connect(2) through."""
-    if one.recv(16) != b"?":
-        raise AssertionError("the echo is not what was sent")
+def _sent(send: Callable[[bytes], object]) -> None:
+    """Sends a token and waits until a listener has it: a filter on packets lets connect(2) through."""
+    with Token() as token:
+        send(token.payload)
+        token.wait()
 
 
 def _udp_connect(one: socket.socket, attempt: Attempt) -> None:
     one.connect(_there(attempt))
-    one.send(b"?")
-    _echo(one)
+    _sent(one.send)
 
 
 def _udp_after_unspec(one: socket.socket, attempt: Attempt) -> None:
     _after_unspec(one, attempt)
-    one.send(b"?")
-    _echo(one)
+    _sent(one.send)
 
 
 def _udp_sendto(one: socket.socket, attempt: Attempt) -> None:
-    one.sendto(b"?", _there(attempt))
-    _echo(one)
+    _sent(lambda payload: one.sendto(payload, _there(attempt)))
 
 
 def _udp_sendto_on_connected(one: socket.socket, attempt: Attempt) -> None:
-    """Connected to an open address; the datagram goes elsewhere, and the answer is not for the socket."""
-    one.connect(sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port))
-    one.sendto(b"?", _there(attempt))
+    """Connected to an open address; the datagram goes elsewhere."""
+    one.connect(_open_address(attempt))
+    _sent(lambda payload: one.sendto(payload, _there(attempt)))
 
 
 def _udp_sendmsg_on_connected(one: socket.socket, attempt: Attempt) -> None:
-    one.connect(sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port))
-    one.sendmsg([b"?"], [], 0, _there(attempt))
+    one.connect(_open_address(attempt))
+    _sent(lambda payload: one.sendmsg([payload], [], 0, _there(attempt)))
+
+
+class _MessageHeader(ctypes.Structure):
+    """struct mmsghdr (sendmmsg(2))."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("name_length", ctypes.c_uint32),
+        ("vector", ctypes.c_void_p),
+        ("vector_length", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("pad", ctypes.c_uint32),
+        ("sent", ctypes.c_uint32),
+    ]
+
+
+class _Vector(ctypes.Structure):
+    """struct iovec (readv(2))."""
+
+    _fields_ = [("base", ctypes.c_char_p), ("length", ctypes.c_size_t)]
 
 
 def _udp_sendmmsg(one: socket.socket, attempt: Attempt) -> None:
-    """The second message of one call, behind one to an open address."""
-    first = Attempt((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port)
-    keep = []
-    headers = b""
-    for target in (first, attempt):
-        name = ctypes.create_string_buffer(_packed(target), len(_packed(target)))
-        text = ctypes.create_string_buffer(b"?", 1)
-        vector = ctypes.create_string_buffer(struct.pack("@PN", ctypes.addressof(text), 1))
-        keep += [name, text, vector]
-        headers += struct.pack("@PI4xPNPNi4xI4x", ctypes.addressof(name), len(name), ctypes.addressof(vector), 1, 0, 0, 0, 0)
-    sent = _raw("sendmmsg", one.fileno(), headers, 2, 0)
-    _echo(one)
-    if sent == 1:
-        # sendmmsg(2) tells of an error behind the first message only in the next call.
-        one.sendto(b"?", _there(attempt))
-        raise AssertionError("sendmmsg() sent one of two, and nothing says why")
-    _echo(one)
+    """Two messages in one call, the first to an open address.
+
+    An error behind the first message is told by the next call alone: the answer is that one was sent. Which errno it
+    was is asked by the second message on its own.
+    """
+    open_address = Attempt(_open_address(attempt)[0], attempt.port)
+    with Token() as first, Token() as second:
+        pairs = [(_packed(open_address), first.payload), (_packed(attempt), second.payload)]
+        vectors = [_Vector(payload, len(payload)) for _, payload in pairs]
+        headers = (_MessageHeader * 2)(
+            *(_MessageHeader(name, len(name), ctypes.addressof(vector), 1) for (name, _), vector in zip(pairs, vectors))
+        )
+        sent = _raw("sendmmsg", one.fileno(), headers, 2, 0)
+        first.wait()
+        if sent == 1:
+            _raw("sendmmsg", one.fileno(), ctypes.byref(headers[1]), 1, 0)
+        second.wait()
 
 
 def _ancillary(attempt: Attempt) -> Tuple[int, int, bytes]:
@@ -207,39 +233,33 @@ def _ancillary(attempt: Attempt) -> Tuple[int, int, bytes]:
 
 
 def _udp_packet_info(one: socket.socket, attempt: Attempt) -> None:
-    one.sendmsg([b"?"], [_ancillary(attempt)], 0, _there(attempt))
-    if attempt.bind is None:
-        _echo(one)
+    _sent(lambda payload: one.sendmsg([payload], [_ancillary(attempt)], 0, _there(attempt)))
 
 
 def _udp_connected_packet_info(one: socket.socket, attempt: Attempt) -> None:
     """No address in the call: the one that the socket is connected to."""
     one.connect(_there(attempt))
-    one.sendmsg([b"?"], [_ancillary(attempt)])
+    _sent(lambda payload: one.sendmsg([payload], [_ancillary(attempt)]))
 
 
 def _udp_connect_ipv4_on_ipv6(one: socket.socket, attempt: Attempt) -> None:
     _raw("connect", one.fileno(), _packed(attempt), 16)
-    one.send(b"?")
-    _echo(one)
+    _sent(one.send)
 
 
 def _udp_sendto_ipv4_on_ipv6(one: socket.socket, attempt: Attempt) -> None:
-    _raw("sendto", one.fileno(), b"?", 1, 0, _packed(attempt), 16)
-    _echo(one)
+    _sent(lambda payload: _raw("sendto", one.fileno(), payload, len(payload), 0, _packed(attempt), 16))
 
 
 def _udp_sendto_as_unspec(one: socket.socket, attempt: Attempt) -> None:
     """The kernel takes AF_UNSPEC for AF_INET here (udp_sendmsg() in net/ipv4/udp.c)."""
     unspec = struct.pack("=H", socket.AF_UNSPEC) + _packed(attempt)[2:]
-    _raw("sendto", one.fileno(), b"?", 1, 0, unspec, 16)
-    _echo(one)
+    _sent(lambda payload: _raw("sendto", one.fileno(), payload, len(payload), 0, unspec, 16))
 
 
 def _udp_ring(one: socket.socket, attempt: Attempt) -> None:
     _ring(one, attempt)
-    one.send(b"?")
-    _echo(one)
+    _sent(one.send)
 
 
 FORMS: Dict[str, Callable[[socket.socket, Attempt], None]] = {

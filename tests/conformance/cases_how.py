@@ -140,7 +140,10 @@ def _unspecified_udp(form: str) -> List[Case]:
             f"unspecified-unbound-{form}", _any, who(STRANGER), go("unspecified", form=form), Reason.NOT_LOCKED,
             families=(IPV6,),
         ),
-        *row(f"unspecified-unbound-{form}-tcp-lock", _tcp, who(STRANGER), go("unspecified", form=form), Reason.NOT_LOCKED),
+        *row(
+            f"unspecified-unbound-{form}-tcp-lock", _tcp, who(STRANGER), go("unspecified", form=form),
+            Reason.NOT_LOCKED,
+        ),
         *row(
             f"unspecified-unbound-{form}-loopback-locked", _loopback, who(STRANGER), go("unspecified", form=form),
             Reason.NOT_LISTED, families=(IPV6,),

@@ -45,7 +45,10 @@ ADDRESSES = [
         "other-family-locked-alone", fixed(lock([IPV6.locked])), who(STRANGER), go(), Reason.NOT_LOCKED,
         families=(IPV4, MAPPED),
     ),
-    *row("other-family-locked-alone", fixed(lock([IPV4.locked])), who(STRANGER), go(), Reason.NOT_LOCKED, families=(IPV6,)),
+    *row(
+        "other-family-locked-alone", fixed(lock([IPV4.locked])), who(STRANGER), go(), Reason.NOT_LOCKED,
+        families=(IPV6,),
+    ),
     *row("link-local", _link_local, who(STRANGER), go(), Reason.NOT_LISTED, families=(_FE80,)),
     *row("link-local-listed", _link_local, who(ALICE), go(), Reason.ALLOWED_USER, families=(_FE80,)),
     *row("link-local-beside", _link_local, who(STRANGER), go("beside"), Reason.NOT_LOCKED, families=(_FE80,)),
@@ -66,7 +69,10 @@ PREFIXES = [
         "all-of-ipv6-is-not-ipv4", fixed(lock(["::/0"])), who(STRANGER), go(), Reason.NOT_LOCKED,
         families=(IPV4, MAPPED),
     ),
-    *row("all-of-ipv4-is-not-ipv6", fixed(lock(["0.0.0.0/0"])), who(STRANGER), go(), Reason.NOT_LOCKED, families=(IPV6,)),
+    *row(
+        "all-of-ipv4-is-not-ipv6", fixed(lock(["0.0.0.0/0"])), who(STRANGER), go(), Reason.NOT_LOCKED,
+        families=(IPV6,),
+    ),
     *row(
         "half-of-ipv6-is-not-ipv4", fixed(lock(["::/1"])), who(STRANGER), go(), Reason.NOT_LOCKED,
         families=(IPV4, MAPPED),
@@ -115,8 +121,8 @@ PORTS = [
     *row("port-in-the-last-range", _ranges, who(STRANGER), go(port=8080), Reason.NOT_LISTED),
     *row("default-tcp-80", _by_default, who(STRANGER), go(), Reason.NOT_LISTED),
     *row("default-dns-over-tcp", _by_default, who(STRANGER), go(port=53), Reason.NOT_LOCKED),
-    *row("default-dns-over-udp-connect", _by_default, who(STRANGER), go(port=53, form="udp-connect"), Reason.NOT_LOCKED),
-    *row("default-dns-over-udp-sendto", _by_default, who(STRANGER), go(port=53, form="udp-sendto"), Reason.NOT_LOCKED),
+    *row("default-dns-by-connect", _by_default, who(STRANGER), go(port=53, form="udp-connect"), Reason.NOT_LOCKED),
+    *row("default-dns-by-sendto", _by_default, who(STRANGER), go(port=53, form="udp-sendto"), Reason.NOT_LOCKED),
     *row("default-udp-80", _by_default, who(STRANGER), go(form="udp-sendto"), Reason.NOT_LOCKED),
 ]  # fmt: skip
 

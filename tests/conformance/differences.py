@@ -10,6 +10,8 @@ _OPENER = "the identity that counts is the one that opened the socket"
 _NAMESPACE = "one network namespace is judged, not those made later"
 _CONTAINERS = "callers in containers are judged as the host's own"
 _EXACT = "packets are judged by the address that the kernel took for 0.0.0.0, which the hook can't know"
+_LOOPBACK = "the kernel takes loopback for :: whatever the socket is bound to, and that is what a packet shows"
+_LOOPBACK = "the kernel takes loopback for ::, whatever the socket is bound to, and packets are judged by that"
 _GROUPS = "any number of groups is compared"
 
 # Backend -> (pattern of row ids, why). The first pattern that fits decides.
@@ -24,7 +26,20 @@ KNOWN: Dict[str, Tuple[Tuple[str, str], ...]] = {
         ("userns-uid-listed-outside/*", _CONTAINERS),
         ("userns-deny-list/*", _CONTAINERS),
         ("userns-slips-past-no-deny-list/*", _CONTAINERS),
-        ("1025-groups-129-*", _GROUPS),
+        ("1025-groups-129-listed/*", _GROUPS),
+        ("1025-groups-129-denied/*", _GROUPS),
+        ("unspecified-on-a-device-listed/*", _EXACT),
+        ("unspecified-unbound-udp-connect/ipv4", _EXACT),
+        ("unspecified-unbound-udp-connect/mapped", _EXACT),
+        ("unspecified-unbound-udp-sendto/ipv4", _EXACT),
+        ("unspecified-unbound-udp-sendto/mapped", _EXACT),
+        ("unspecified-bound-to-locked/ipv6", _LOOPBACK),
+        ("unspecified-bound-to-locked-fastopen/ipv6", _LOOPBACK),
+        ("unspecified-bound-to-locked-mptcp/ipv6", _LOOPBACK),
+        ("unspecified-bound-to-locked-udp-connect/ipv6", _LOOPBACK),
+        ("unspecified-bound-to-locked-udp-sendto/ipv6", _LOOPBACK),
+        ("unspecified-on-a-device-bound-to-locked/ipv6", _LOOPBACK),
+        ("unspecified-ipv6-bound-to-mapped/mapped", _LOOPBACK),
     ),
 }
 

@@ -1,79 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend under the same few verbs, put to work for one sandbox."""
+"""Every backend under the same few verbs, put to work for one sandbox after the other."""
 
 from __future__ import annotations
 
-from typing import Callable, Dict, FrozenSet, List, Optional, TypeVar
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Callable, Dict, FrozenSet, List, Optional, Protocol, Set, Tuple, Type, TypeVar
 
-from imds_guard.backends import Backend
-from imds_guard.errors import NotPermitted, Unsupported
+from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy
+from imds_guard.policy import Policy, Reason
+from tests.conformance.families import ADDRESSES
 
 T = TypeVar("T")
 
 
-class Enforcer:
-    """One backend at work for one sandbox: in this process, or in children that live in the sandbox."""
+class Enforcer(Protocol):
+    """A backend, where it enforces, and how a denial looks there. Closed by the ``with`` block."""
 
-    def __init__(self, backend: Backend, sandbox: Sandbox, *, inside: bool, refusals: FrozenSet[str]) -> None:
-        self._backend = backend
-        self._sandbox = sandbox
-        self._inside = inside
-        self.refusals = refusals
-        """The errnos that a denied connect may end with."""
+    refusals: FrozenSet[str]
+    """The errnos that a denied connect may end with."""
 
-    def apply(self, policy: Policy) -> None:
-        """Checks and puts the policy in force. Raises Unsupported."""
+    def __enter__(self) -> Enforcer: ...
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None: ...
+
+    def sandbox(self) -> Sandbox:
+        """A fresh namespace and cgroup that the backend will enforce in."""
+
+    def apply(self, sandbox: Sandbox, policy: Policy) -> None:
+        """Checks the policy and puts it in force. Raises Unsupported or NotPermitted."""
+
+    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+        """The policy that the kernel holds, and what the backend says is wrong."""
+
+    def reasons(self) -> Optional[Set[Reason]]:
+        """Why connects were judged as they were since the policy was applied; None where nobody counts."""
+
+    def remove(self, sandbox: Sandbox) -> None:
+        """Takes it all away."""
+
+
+class Ebpf:
+    """Programs stay attached to a cgroup above all sandboxes; from row to row only the policy changes, as in use."""
+
+    refusals = frozenset({"EPERM"})
+
+    def __init__(self, folder: Path) -> None:
+        self._above = Sandbox()
+        self._before: Dict[Reason, int] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Ebpf:
+        self._stack.enter_context(self._above)
+        self._backend = EbpfBackend(self._above.cgroup)
+        self._stack.callback(self._backend.remove)
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._stack.close()
+
+    def sandbox(self) -> Sandbox:
+        """Enforcer.sandbox(): below the cgroup that the programs are attached to."""
+        return Sandbox(ADDRESSES, below=self._above.cgroup)
+
+    def apply(self, sandbox: Sandbox, policy: Policy) -> None:
+        """Enforcer.apply()."""
+        self._backend.check(policy)
+        self._backend.apply(policy)
+        self._before = self._counts()
+
+    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+        """Enforcer.held()."""
+        return self._backend.read(), self._backend.faults()
+
+    def reasons(self) -> Optional[Set[Reason]]:
+        """Enforcer.reasons(): by the hooks' own counters."""
+        return {reason for reason, count in self._counts().items() if count != self._before.get(reason, 0)}
+
+    def remove(self, sandbox: Sandbox) -> None:
+        """Enforcer.remove()."""
+        self._backend.remove()
+
+    def _counts(self) -> Dict[Reason, int]:
+        return {Reason(number): sum(counts) for number, counts in enumerate(self._backend.state().counters)}
+
+
+class Iptables:
+    """Rules live in a network namespace, so every verb runs in a child that lives in the sandbox."""
+
+    # TCP is rejected with a reset; a datagram that OUTPUT rejects is EPERM for the sender (NF_DROP in
+    # nf_hook_slow(), Linux net/netfilter/core.c).
+    refusals = frozenset({"ECONNREFUSED", "EPERM"})
+
+    def __init__(self, folder: Path) -> None:
+        self._backend = IptablesBackend(state_folder=str(folder))
+
+    def __enter__(self) -> Iptables:
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        return None
+
+    def sandbox(self) -> Sandbox:
+        """Enforcer.sandbox()."""
+        return Sandbox(ADDRESSES)
+
+    def apply(self, sandbox: Sandbox, policy: Policy) -> None:
+        """Enforcer.apply()."""
 
         def checked() -> None:
             self._backend.check(policy)
             self._backend.apply(policy)
 
-        self._run(checked)
+        sandbox.call(checked, timeout_s=60)
 
-    def read(self) -> Optional[Policy]:
-        """The policy that the kernel holds."""
-        return self._run(self._backend.read)
+    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+        """Enforcer.held()."""
+        return sandbox.call(lambda: (self._backend.read(), self._backend.faults()), timeout_s=60)
 
-    def faults(self) -> List[str]:
-        """What the backend says is wrong."""
-        return self._run(self._backend.faults)
+    def reasons(self) -> Optional[Set[Reason]]:
+        """Enforcer.reasons(): a rule has no reason."""
+        return None
 
-    def remove(self) -> None:
-        """Takes it all away."""
-        self._run(self._backend.remove)
-
-    def _run(self, verb: Callable[[], T]) -> T:
-        if not self._inside:
-            return verb()
-        result, refusal = self._sandbox.call(lambda: _caught(verb), timeout_s=60)
-        if refusal is not None:
-            raise Unsupported(refusal)
-        return result  # type: ignore[return-value]
+    def remove(self, sandbox: Sandbox) -> None:
+        """Enforcer.remove()."""
+        sandbox.call(self._backend.remove, timeout_s=60)
 
 
-def _caught(verb: Callable[[], T]) -> "tuple[Optional[T], Optional[str]]":
-    """A child hands back text alone, so what is told apart by its kind is caught in there."""
-    try:
-        return verb(), None
-    except (Unsupported, NotPermitted) as error:
-        return None, str(error)
-
-
-def _ebpf(sandbox: Sandbox, folder: str) -> Enforcer:
-    from imds_guard.backends.ebpf import EbpfBackend
-
-    return Enforcer(EbpfBackend(sandbox.cgroup), sandbox, inside=False, refusals=frozenset({"EPERM"}))
-
-
-def _iptables(sandbox: Sandbox, folder: str) -> Enforcer:
-    from imds_guard.backends.iptables import IptablesBackend
-
-    # TCP is rejected with a reset; a datagram that OUTPUT rejects is EPERM for the sender (NF_DROP in
-    # nf_hook_slow(), Linux net/netfilter/core.c).
-    backend = IptablesBackend(state_folder=folder)
-    return Enforcer(backend, sandbox, inside=True, refusals=frozenset({"ECONNREFUSED", "EPERM"}))
-
-
-ENFORCERS: Dict[str, Callable[[Sandbox, str], Enforcer]] = {"ebpf": _ebpf, "iptables": _iptables}
+ENFORCERS: Dict[str, Callable[[Path], Enforcer]] = {"ebpf": Ebpf, "iptables": Iptables}

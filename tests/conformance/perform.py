@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from typing import Callable, Dict, List
 
-from imds_guard.kernel import listeners, netns
+from imds_guard.kernel import netns
 from imds_guard.kernel.children import fork, run_in_child
 from imds_guard.kernel.credentials import become
+from tests.conformance import witness
 from tests.conformance.attempts import make_socket, outcome
-from tests.conformance.families import ADDRESSES, LOOPBACK, PORTS
+from tests.conformance.families import ADDRESSES
 from tests.conformance.model import USER_NAMESPACE_OFFSET, Case, Setting
 
 _MAPPED_IDS = 100_000
@@ -88,16 +88,11 @@ def _in_user_namespace(case: Case) -> str:
 def _in_network_namespace(case: Case) -> str:
     netns.unshare_network(ADDRESSES)
     allow_fastopen()
-    sockets = listeners.listen((*ADDRESSES, *LOOPBACK), PORTS)
-    fork(lambda: listeners.answer_forever(sockets))
-    close_all(sockets)
-    return _attempt(case)
-
-
-def close_all(sockets: List[socket.socket]) -> None:
-    """Closes the caller's copies."""
+    sockets = witness.listen()
+    fork(lambda: witness.testify_forever(sockets))
     for one in sockets:
         one.close()
+    return _attempt(case)
 
 
 def allow_fastopen() -> None:

@@ -13,7 +13,7 @@ from tests.conformance import uring
 from tests.conformance.attempts import IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT
 
 
-def _tried(what: str, trial: Callable[[], None], absent: "tuple[int, ...]") -> Optional[str]:
+def _tried(what: str, trial: Callable[[], None], absent: tuple[int, ...]) -> Optional[str]:
     """None when the trial went well, a sentence when its errno says that the kernel lacks it; else it raises."""
     try:
         trial()

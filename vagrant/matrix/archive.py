@@ -33,7 +33,7 @@ Acquire::Check-Valid-Until "false";
 
 def sources(archive: Archive, suite: str) -> List[str]:
     """The sources.list lines for a suite: its release, that release's security updates, and backports if asked for."""
-    release = suite.split("-")[0]
+    release = suite.split("-", maxsplit=1)[0]
     signed = f"deb [arch=amd64 signed-by={archive.keyring}]"
     lines = [f"{signed} {archive.mirror} {release} main", f"{signed} {archive.security} {release}-security main"]
     if suite.endswith("-backports"):

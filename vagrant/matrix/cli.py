@@ -4,52 +4,182 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Sequence
 
-from vagrant.matrix import guest, job, kernel, table, userland
+from vagrant.matrix import (
+    accel,
+    box,
+    cache,
+    guest,
+    job,
+    kernel,
+    report,
+    suite,
+    support,
+    table,
+    userland,
+    verdict,
+    wheel,
+)
 from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.table import Matrix, Row
+
+COMMANDS = ("run", "exec", "table", "box")
 
 
 def main(argv: List[str]) -> int:
     """Exit status: 0 all as expected, 1 a row failed, 2 usage, 3 a guest was lost or could not be prepared."""
+    if argv[:1] not in ([word] for word in (*COMMANDS, "-h", "--help")):
+        argv = ["run", *argv]
     options = _parser().parse_args(argv)
     try:
         return int(options.act(options))
     except MatrixError as error:
         sys.stderr.write(f"matrix: {error}\n")
         return 3
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vagrant/run.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="./run matrix", description="the suite on real kernels, in QEMU, without a network"
+    )
     commands = parser.add_subparsers(required=True)
-    execute = commands.add_parser("exec", help="run one command in a row's guest, in a copy of the working tree")
-    execute.add_argument("row", help="a row, or KERNEL+USERLAND, like 7.3+debian-11")
-    execute.add_argument("--cmdline", default="", help="more words for the kernel's command line")
-    execute.add_argument("--deadline", type=float, default=900, metavar="SECONDS")
-    execute.add_argument("--keep", type=Path, metavar="FOLDER", help="where console.log and results/ go")
-    execute.add_argument("command", nargs="+")
-    execute.set_defaults(act=_execute)
+    _add_run(commands.add_parser("run", help="run rows (the word may be left out)"))
+    _add_exec(commands.add_parser("exec", help="run one command in a row's guest, in a copy of the working tree"))
+    shown = commands.add_parser("table", help="the support table from the results that were recorded last")
+    shown.add_argument("--write", type=Path, metavar="README", help="put it between the markers of this file")
+    shown.set_defaults(act=_table)
+    packed = commands.add_parser("box", help="pack a Vagrant box (libvirt) from a row's userland")
+    packed.add_argument("row")
+    packed.add_argument("target", type=Path, metavar="FILE.box")
+    packed.set_defaults(act=_box)
     return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of kernels.toml; none: all of them")
+    parser.add_argument("--all", action="store_true", help="all rows, as when none is given")
+    parser.add_argument("--list", action="store_true", help="list the rows and end")
+    parser.add_argument("--json", action="store_true", help="with --list: as JSON, for the Vagrantfile")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="guests at once (each takes a core and 0.8 GB)"
+    )
+    parser.add_argument(
+        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where a kernel boots under it"
+    )
+    parser.add_argument("--record", action="store_true", help="keep the results for the support table")
+    parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to test, if not this one")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
+    parser.add_argument(
+        "--test", action="append", metavar="PATH", help="what pytest runs in place of conformance and kernel"
+    )
+    parser.set_defaults(act=_run)
+
+
+def _add_exec(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("row", help="a row, or KERNEL+USERLAND, like 7.3+debian-11")
+    parser.add_argument("--cmdline", default="", help="more words for the kernel's command line")
+    parser.add_argument("--deadline", type=float, default=900, metavar="SECONDS")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where console.log and results/ go")
+    parser.add_argument("command", nargs="+")
+    parser.set_defaults(act=_execute)
+
+
+def _run(options: argparse.Namespace) -> int:
+    matrix = table.load()
+    if options.list:
+        return _list(matrix, options.json)
+    rows = [matrix.row(name) for name in options.rows] or list(matrix.rows)
+    results: Path = (options.results or cache.root() / "results").absolute()
+    plan = suite.Plan(
+        matrix.archive, options.tree.absolute(), wheel.build(options.tree), results,
+        accel.choose(matrix, options.accel), tuple(options.test or suite.TESTS),
+    )  # fmt: skip
+    found = _run_rows(plan, rows, options.jobs)
+    if options.record:
+        support.record(matrix, found)
+    whole = len(rows) == len(matrix.rows)
+    return _conclude(found, results, whole=whole)
+
+
+def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int) -> List[verdict.Verdict]:
+    progress = report.Progress()
+
+    def one(row: Row) -> verdict.Verdict:
+        try:
+            found = suite.run(plan, row, lambda words: progress.say(f"{row.name}: {words}"))
+        except MatrixError as error:
+            found = verdict.lost(row, 0, f"it could not be prepared: {error}")
+        progress.verdict(found, plan.results / row.name)
+        return found
+
+    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+        return list(pool.map(one, rows))
+
+
+def _conclude(found: Sequence[verdict.Verdict], results: Path, *, whole: bool) -> int:
+    path = report.write_junit(found, results)
+    counts = ", ".join(
+        f"{sum(one.state == state for one in found)} {state}"
+        for state in (verdict.PASSED, verdict.FAILED, verdict.LOST)
+    )
+    idle = verdict.never_run(results / one.row / "results" for one in found) if whole else []
+    for name in idle:
+        sys.stderr.write(f"matrix: no row of the matrix can run {name}\n")
+    sys.stderr.write(f"matrix: {counts}; reports in {path}\n")
+    if any(one.state == verdict.FAILED for one in found) or idle:
+        return 1
+    return 3 if any(one.state == verdict.LOST for one in found) else 0
+
+
+def _list(matrix: Matrix, as_json: bool) -> int:
+    if as_json:
+        json.dump([asdict(row) for row in matrix.rows], sys.stdout, default=sorted, indent=1)
+        return 0
+    for row in matrix.rows:
+        print(f"{row.name:18} Linux {row.kernel.series:5} {row.userland.name}  {row.expectation_words:22} {row.why}")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    matrix = table.load()
+    rendered = support.table(matrix, support.read_record())
+    if options.write:
+        options.write.write_text(
+            support.put_into(options.write.read_text(encoding="utf-8"), rendered), encoding="utf-8"
+        )
+    else:
+        sys.stdout.write(rendered)
+    return 0
+
+
+def _box(options: argparse.Namespace) -> int:
+    matrix = table.load()
+    box.build(matrix.archive, matrix.row(options.row), options.target.absolute())
+    return 0
 
 
 def _execute(options: argparse.Namespace) -> int:
     matrix = table.load()
     row = matrix.row(options.row)
     with tempfile.TemporaryDirectory(prefix="imds-guard-matrix-") as scratch:
-        folder = options.keep or Path(scratch)
+        folder = options.keep.absolute() if options.keep else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        work = folder / "job.tar"
+        work = Path(scratch) / "job.tar"
         job.write(work, job.command(options.command, "tree"), job.tree(), {"IMDS_GUARD_ROW": row.name})
         booted = guest.Guest(
             kernel.fetch(matrix.archive, row.kernel), userland.fetch(matrix.archive, row.userland),
             f"{row.cmdline} {options.cmdline}".strip(), row.memory_mib,
         )  # fmt: skip
-        outcome = guest.boot(booted, work, folder, options.deadline, _show)
-        return _end(outcome, folder)
+        return _end(guest.boot(booted, work, folder, options.deadline, _show), folder)
 
 
 def _show(output: bytes) -> None:
@@ -59,9 +189,9 @@ def _show(output: bytes) -> None:
 
 def _end(outcome: guest.Outcome, folder: Path) -> int:
     if outcome.status is None:
-        sys.stderr.write(f"{guest.console_tail(folder)}\nmatrix: the guest was lost after {outcome.seconds:.0f} s: {outcome.lost}\n")
+        sys.stderr.write(
+            f"{guest.console_tail(folder)}\nmatrix: the guest was lost after {outcome.seconds:.0f} s: {outcome.lost}\n"
+        )
         return 3
     sys.stderr.write(f"matrix: exit status {outcome.status} after {outcome.seconds:.0f} s\n")
     return outcome.status
-
-

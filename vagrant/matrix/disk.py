@@ -13,7 +13,22 @@ MIB = 1024 * 1024
 
 def make_disk(folder: Path, image: Path, spare_mib: int = 16) -> None:
     """An ext2 file system with a folder's content. Plain ext2: mke2fs' newer defaults are unknown to older kernels."""
-    run(["mke2fs", "-q", "-t", "ext2", "-b", "4096", "-m", "0", "-d", str(folder), str(image), f"{_needed_mib(folder) + spare_mib}M"])
+    run(
+        [
+            "mke2fs",
+            "-q",
+            "-t",
+            "ext2",
+            "-b",
+            "4096",
+            "-m",
+            "0",
+            "-d",
+            str(folder),
+            str(image),
+            f"{_needed_mib(folder) + spare_mib}M",
+        ]
+    )
 
 
 def _needed_mib(folder: Path) -> int:

@@ -40,7 +40,9 @@ class Outcome:
     lost: str = ""
 
 
-def boot(guest: Guest, job: Path, folder: Path, deadline_s: float, progress: Callable[[bytes], None] = lambda _: None) -> Outcome:
+def boot(
+    guest: Guest, job: Path, folder: Path, deadline_s: float, progress: Callable[[bytes], None] = lambda _: None
+) -> Outcome:
     """Runs ``job`` (a tar with job.sh) and leaves console.log, output.log and results/ in ``folder``.
 
     ``progress`` gets the job's output while it comes. QEMU never outlives this call.
@@ -100,7 +102,9 @@ def _run(argv: List[str], folder: Path, deadline: float, progress: Callable[[byt
             process.kill()
             process.wait()
     if process.returncode != 0:
-        raise MatrixError(f"QEMU exited with {process.returncode}: {(folder / 'qemu.log').read_text(errors='replace').strip()}")
+        raise MatrixError(
+            f"QEMU exited with {process.returncode}: {(folder / 'qemu.log').read_text(errors='replace').strip()}"
+        )
     return ""
 
 

@@ -31,7 +31,9 @@ def load_order(folder: Path) -> List[Path]:
         path, _, needs = line.partition(":")
         dependencies[path] = needs.split()
     by_name = {Path(path).name[: -len(".ko")].replace("-", "_"): path for path in dependencies}
-    builtin = {Path(line).stem.replace("-", "_") for line in (folder / "modules.builtin").read_text(encoding="ascii").split()}
+    builtin = {
+        Path(line).stem.replace("-", "_") for line in (folder / "modules.builtin").read_text(encoding="ascii").split()
+    }
     ordered: List[str] = []
     for name in NEEDED:
         if name in by_name:
@@ -62,7 +64,7 @@ class _Cpio:
         self._bytes = bytearray()
         self._inode = 0
 
-    def add(self, name: str, mode: int, content: bytes = b"", device: "tuple[int, int]" = (0, 0)) -> None:
+    def add(self, name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
         self._inode += 1
         raw = name.encode() + b"\0"
         numbers = (self._inode, mode, 0, 0, 1, 0, len(content), 0, 0, *device, len(raw), 0)

@@ -12,7 +12,9 @@ from typing import Dict, Iterable, Mapping, Optional, Sequence
 
 PID1 = Path(__file__).resolve().parent.parent / "guest" / "pid1"
 TREE = Path(__file__).resolve().parent.parent.parent
-_LEFT_OUT = frozenset({".git", "__pycache__", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "dist", "build"})
+_LEFT_OUT = frozenset(
+    {".git", "__pycache__", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "dist", "build"}
+)
 
 
 def write(target: Path, script: str, files: Mapping[str, Path], env: Optional[Dict[str, str]] = None) -> None:

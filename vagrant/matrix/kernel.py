@@ -38,7 +38,9 @@ def choose(names: Iterable[str], series: str, flavour: str) -> Tuple[str, List[s
     From 6.19 on linux-image-* is empty: the image is in linux-binary-*, the modules in linux-modules-*, the list of
     what is built in in linux-base-*. A version that waits for its signature has linux-binary-unsigned-* alone. Raises MatrixError when the series is not there.
     """
-    pattern = re.compile(rf"linux-(image|binary|binary-unsigned|modules|base)-({re.escape(series)}\.[^-+]*[-+].*)-{re.escape(flavour)}")
+    pattern = re.compile(
+        rf"linux-(image|binary|binary-unsigned|modules|base)-({re.escape(series)}\.[^-+]*[-+].*)-{re.escape(flavour)}"
+    )
     found: Dict[str, Dict[str, str]] = {}
     for name in names:
         match = pattern.fullmatch(name)
@@ -97,4 +99,3 @@ def _busybox(archive: Archive) -> Path:
     recipe = {"version": suite.version("busybox-static")}
     folder = cache.entry("busybox", "busybox", recipe, lambda draft: suite.unpack(["busybox-static"], draft))
     return folder / "bin/busybox"
-

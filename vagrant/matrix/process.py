@@ -34,7 +34,9 @@ def find(name: str) -> str:
     return path
 
 
-def run(argv: Sequence[str], env: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, deadline_s: float = 900) -> str:
+def run(
+    argv: Sequence[str], env: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, deadline_s: float = 900
+) -> str:
     """Runs a program to its end and returns its standard output. Raises MatrixError with its stderr when it fails."""
     merged = {**os.environ, "LC_ALL": "C", **(env or {})}
     try:

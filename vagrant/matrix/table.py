@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Mapping, Tuple, Type, TypeVar
+from typing import Any, Dict, FrozenSet, Iterable, Mapping, Tuple, Type, TypeVar
 
 from vagrant.matrix.errors import MatrixError
 
@@ -16,7 +16,8 @@ else:
     import tomli as tomllib
 
 PATH = Path(__file__).resolve().parent.parent / "kernels.toml"
-EXPECTATIONS = frozenset({"ebpf", "iptables", "groups"})
+BACKENDS = frozenset({"ebpf", "iptables"})
+EXPECTATIONS = BACKENDS | {"groups"}
 SETUPS = frozenset({"iptables-legacy", "without-bcc", "without-iptables", "legacy-cgroups", "refuse-bpf"})
 
 
@@ -47,7 +48,17 @@ class Userland:
     python: str
     bcc: str
     packages: Tuple[str, ...]
+    tools: Tuple[str, ...]
     stands_for: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A reason (regular expression) with which tests may be skipped on these kernels, and why that is right."""
+
+    reason: str
+    kernels: FrozenSet[str]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,8 @@ class Row:
     cmdline: str = ""
     setup: FrozenSet[str] = frozenset()
     memory_mib: int = 1024
-    deadline_s: int = 900
+    deadline_s: int = 1200
+    skips: Tuple[Skip, ...] = ()
 
     @property
     def expectation_words(self) -> str:
@@ -101,11 +113,15 @@ def load(path: Path = PATH) -> Matrix:
 
 def parse(document: Mapping[str, Any]) -> Matrix:
     """A decoded kernels.toml -> Matrix. Raises MatrixError."""
-    _only(document, {"archive", "common", "kernel", "userland", "row"}, "the file")
-    common = tuple(document["common"]["packages"])
-    kernels = {name: _make(Kernel, {"series": name, **body}, f"kernel {name}") for name, body in document["kernel"].items()}
+    _only(document, {"archive", "common", "kernel", "userland", "skip", "row"}, "the file")
+    common = document["common"]
+    _only(common, {"packages", "tools"}, "common")
+    kernels = {
+        name: _make(Kernel, {"series": name, **body}, f"kernel {name}") for name, body in document["kernel"].items()
+    }
     userlands = {name: _userland(name, body, common) for name, body in document["userland"].items()}
-    rows = tuple(_row(body, kernels, userlands) for body in document["row"])
+    skips = tuple(_skip(body, kernels) for body in document.get("skip", ()))
+    rows = tuple(_row({**body, "skips": skips}, kernels, userlands) for body in document["row"])
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
@@ -113,9 +129,15 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
 
 
-def _userland(name: str, body: Mapping[str, Any], common: Tuple[str, ...]) -> Userland:
-    packages = tuple(sorted({*common, *body.get("packages", ())}))
-    return _make(Userland, {**body, "name": name, "packages": packages}, f"userland {name}")
+def _userland(name: str, body: Mapping[str, Any], common: Mapping[str, Any]) -> Userland:
+    joined = {key: tuple(sorted({*common[key], *body.get(key, ())})) for key in ("packages", "tools")}
+    return _make(Userland, {**body, **joined, "name": name}, f"userland {name}")
+
+
+def _skip(body: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> Skip:
+    what = f"skip {body.get('reason', '(no reason)')!r}"
+    named = body.get("kernels", kernels.keys())
+    return _make(Skip, {**body, "kernels": _words(named, frozenset(kernels), f"{what}: kernels")}, what)
 
 
 def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapping[str, Userland]) -> Row:
@@ -131,7 +153,8 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
     return _make(Row, merged, what)
 
 
-def _words(given: List[str], known: FrozenSet[str], what: str) -> FrozenSet[str]:
+def _words(given: Iterable[str], known: FrozenSet[str], what: str) -> FrozenSet[str]:
+    given = list(given)
     unknown = set(given) - known
     if unknown:
         raise MatrixError(f"{what} has {', '.join(sorted(unknown))}; known are {', '.join(sorted(known))}")
@@ -149,7 +172,7 @@ def _make(kind: Type[_T], body: Mapping[str, Any], what: str) -> _T:
         raise MatrixError(f"{what}: {error}") from error
 
 
-def _only(body: Mapping[str, Any], known: "set[str]", what: str) -> None:
+def _only(body: Mapping[str, Any], known: set[str], what: str) -> None:
     for key in body:
         if key not in known:
             raise MatrixError(f"{what}: unknown key {key}")

@@ -17,22 +17,27 @@ _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/us
 RECIPE_VERSION = 1
 
 
-def fetch(archive: Archive, userland: Userland) -> Path:
-    """The userland's image, built unless it is in the cache."""
+def fetch(archive: Archive, userland: Userland, hooks: Sequence[str] = (), spare_mib: int = 64) -> Path:
+    """The userland's image, built unless it is in the cache. ``hooks`` are mmdebstrap's customize hooks."""
     recipe: Dict[str, object] = {
         "version": RECIPE_VERSION,
         "sources": debian.sources(archive, userland.suite),
         "packages": userland.packages,
+        "hooks": list(hooks),
+        "spare_mib": spare_mib,
     }
-    folder = cache.entry("userlands", userland.name, recipe, lambda draft: _build(draft, archive, userland))
-    return folder / "root.img"
+
+    def build(draft: Path) -> None:
+        _build(draft, _bootstrap(archive, userland, draft / "root.tar", hooks), spare_mib)
+
+    return cache.entry("userlands", userland.name, recipe, build) / "root.img"
 
 
-def _build(draft: Path, archive: Archive, userland: Userland) -> None:
+def _build(draft: Path, bootstrap: Sequence[str], spare_mib: int) -> None:
     tarball = draft / "root.tar"
-    run(_bootstrap(archive, userland, tarball), deadline_s=3600)
+    run(bootstrap, deadline_s=3600)
     with tempfile.TemporaryDirectory(dir=draft) as folder:
-        run(_as_owner(["sh", "-ec", _TO_DISK, "sh", str(tarball), f"{folder}/root", str(draft / "root.img")]))
+        run(_as_owner(["sh", "-ec", _TO_DISK, "sh", str(tarball), f"{folder}/root", str(draft / "root.img"), str(spare_mib)]))
     tarball.unlink()
 
 
@@ -41,12 +46,12 @@ mkdir "$2"
 tar -xf "$1" -C "$2" --numeric-owner --xattrs --xattrs-include='*'
 size=$(du -sm --apparent-size "$2" | cut -f1)
 PATH="$PATH:/usr/sbin:/sbin"
-mke2fs -q -t ext2 -b 4096 -m 0 -d "$2" "$3" $((size * 5 / 4 + 64))M
+mke2fs -q -t ext2 -b 4096 -m 0 -d "$2" "$3" $((size * 5 / 4 + $4))M
 rm -rf "$2"
 """
 
 
-def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> List[str]:
+def _bootstrap(archive: Archive, userland: Userland, tarball: Path, hooks: Sequence[str]) -> List[str]:
     argv = [
         "mmdebstrap", "--quiet", "--variant=minbase", "--architectures=amd64", f"--include={','.join(userland.packages)}",
         '--aptopt=Acquire::Check-Valid-Until "false"', '--aptopt=Acquire::Retries "5"',

@@ -28,6 +28,9 @@ class Backend(Protocol):
     def read(self) -> Optional[Policy]:
         """The policy that the kernel holds now, or None when this backend enforces nothing."""
 
+    def in_force(self) -> bool:
+        """True when something of this backend is in the kernel, whole or not."""
+
     def remove(self) -> List[str]:
         """Takes everything of ours out of the kernel; harmless when there is nothing. Returns lines as apply()."""
 

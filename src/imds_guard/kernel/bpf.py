@@ -36,6 +36,9 @@ ATTACH_CONNECT4, ATTACH_CONNECT6, ATTACH_SENDMSG4, ATTACH_SENDMSG6 = 10, 11, 14,
 BATCH = 16384
 """Elements a batch command is given at a time: bounds what the kernel allocates for it."""
 
+_LOG_OCTETS = (1 << 20, 256 << 20)
+"""Room for the verifier's words; the kernel takes at most 1 GiB (UINT_MAX >> 2) and says ENOSPC when it was too little."""
+
 _ENOTSUPP = 524  # include/linux/errno.h; not an errno that C knows
 
 
@@ -233,7 +236,9 @@ def _batch(command: int, fd: int, keys: bytes, values: bytes, count: int) -> Non
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
-def prog_load(instructions: bytes, name: str, attach_type: int, log: Optional[ctypes.Array[ctypes.c_char]] = None) -> int:
+def prog_load(
+    instructions: bytes, name: str, attach_type: int, log: Optional[ctypes.Array[ctypes.c_char]] = None
+) -> int:
     """The file descriptor of a verified BPF_PROG_TYPE_CGROUP_SOCK_ADDR program; the verifier's words go to ``log``."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"Dual BSD/GPL")
@@ -263,15 +268,18 @@ def prog_load_explained(instructions: bytes, name: str, attach_type: int) -> Tup
     try:
         return prog_load(instructions, name, attach_type), ""
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG):
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
             raise
         refusal = error
-    log = ctypes.create_string_buffer(16 << 20)
-    try:
-        return prog_load(instructions, name, attach_type, log), ""
-    except OSError:
-        words = log.value.decode(errors="replace").strip().splitlines()[-4:]
-        return -1, "; ".join(words) or os.strerror(refusal.errno or 0)
+    for octets in _LOG_OCTETS:
+        log = ctypes.create_string_buffer(octets)
+        try:
+            return prog_load(instructions, name, attach_type, log), ""
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                break
+    words = log.value.decode(errors="replace").strip().splitlines()[-4:]
+    return -1, "; ".join([os.strerror(refusal.errno or 0), *words])
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ def require_bpffs() -> str:
         _mount_for_pid1()
         path = find_bpffs()
     if path is None:
-        raise Unsupported(f"mounting a BPF filesystem at {USUAL_PATH}: PID 1 does not see it afterwards; mount it there")
+        raise Unsupported(
+            f"mounting a BPF filesystem at {USUAL_PATH}: PID 1 does not see it afterwards; mount it there"
+        )
     if os.statvfs(path).f_flag & os.ST_RDONLY:
         raise Unsupported(f"using the BPF filesystem at {path}: it is read-only; mount -o remount,rw {path}")
     return path

@@ -30,12 +30,14 @@ class ChildFailed(GuardError):
 def run_in_child(fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
     """What ``fn`` returns in a forked child; the value must be picklable.
 
-    Raises ChildFailed with the text of what ``fn`` raised, or when it has no result after ``timeout_s``.
+    Raises the GuardError that ``fn`` raised; ChildFailed with the text of any other error, or when there is no result
+    after ``timeout_s``.
     """
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0), os.fdopen(writer, "wb", buffering=0):
         pid = fork(
-            lambda: _send(writer, pickle.dumps((True, fn()))), lambda text: _send(writer, pickle.dumps((False, text)))
+            lambda: _send(writer, pickle.dumps((True, fn()))),
+            lambda error: _send(writer, pickle.dumps((False, _portable(error)))),
         )
         try:
             message = _receive(reader, pid, time.monotonic() + timeout_s)
@@ -43,12 +45,21 @@ def run_in_child(fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
             end(pid)
     done, result = pickle.loads(message)  # noqa: S301 - written by our own child
     if not done:
-        raise ChildFailed(result)
+        raise result
     return result  # type: ignore[no-any-return]
 
 
-def fork(fn: Callable[[], object], failed: Optional[Callable[[str], None]] = None) -> int:
-    """The process ID of a child that runs ``fn`` and exits; ``failed`` is given the text of what it raised.
+def _portable(error: BaseException) -> GuardError:
+    """An error of ours as it is: it is made of its text alone. Of any other, the text with where it was raised."""
+    return error if isinstance(error, GuardError) else ChildFailed(_text(error))
+
+
+def _text(error: BaseException) -> str:
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+def fork(fn: Callable[[], object], failed: Optional[Callable[[BaseException], None]] = None) -> int:
+    """The process ID of a child that runs ``fn`` and exits; ``failed`` is given what it raised, else stderr its text.
 
     The child dies with its parent (PR_SET_PDEATHSIG in prctl(2)), unless it changes its IDs.
     """
@@ -71,7 +82,7 @@ def end(pid: int) -> None:
 class _Top:
     """The very top of a child: whatever was raised is told, and the parent's stack is never returned to."""
 
-    def __init__(self, failed: Callable[[str], None]) -> None:
+    def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
 
     def __enter__(self) -> None:
@@ -82,13 +93,13 @@ class _Top:
     ) -> None:
         try:
             if error is not None:
-                self._failed("".join(traceback.format_exception(kind, error, trace)))
+                self._failed(error)
         finally:
             os._exit(0 if error is None else 1)
 
 
-def _tell_stderr(text: str) -> None:
-    os.write(2, text.encode())
+def _tell_stderr(error: BaseException) -> None:
+    os.write(2, _text(error).encode())
 
 
 def _send(fd: int, message: bytes) -> None:

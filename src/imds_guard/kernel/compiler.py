@@ -50,7 +50,7 @@ def compile_functions(
             return _compile(source, flags, functions)
         # bcc raises a bare Exception and leaves the reason on C's stderr.
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            raise GuardError(
+            raise Unsupported(
                 f"compiling the eBPF programs with bcc: {error}: {_last_words(words)}; please report it with the "
                 "version of bcc and of the kernel"
             ) from error

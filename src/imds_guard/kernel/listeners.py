@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import selectors
 import socket
-from typing import Any, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Iterable, List, Sequence, Tuple
 
 from imds_guard.kernel.netns import LOOPBACK_INDEX
 
@@ -45,22 +46,25 @@ def listen(addresses: Iterable[str], ports: Sequence[int]) -> List[socket.socket
 
 def answer_forever(sockets: Iterable[socket.socket]) -> None:
     """Takes and closes TCP connections and echoes datagrams, until the process is killed."""
+    each_ready(sockets, _answer)
+
+
+def each_ready(sockets: Iterable[socket.socket], act: Callable[[socket.socket], object]) -> None:
+    """Calls ``act`` with each socket that has something to read, until the process is killed."""
     selector = selectors.DefaultSelector()
     for one in sockets:
         one.setblocking(False)
-        selector.register(one, selectors.EVENT_READ)
+        selector.register(one, selectors.EVENT_READ, one)
     while True:
         for key, _ in selector.select():
-            _answer(key.fileobj)  # type: ignore[arg-type]
+            # The peer is gone, or a filter keeps the answer back: that must not end the listener.
+            with contextlib.suppress(OSError):
+                act(key.data)
 
 
 def _answer(one: socket.socket) -> None:
-    try:
-        if one.type == socket.SOCK_STREAM:
-            one.accept()[0].close()
-        else:
-            message, sender = one.recvfrom(65536)
-            one.sendto(message, sender)
-    except OSError:
-        # The peer is gone, or a filter under test keeps the answer back: that must not end the listener.
-        return
+    if one.type == socket.SOCK_STREAM:
+        one.accept()[0].close()
+    else:
+        message, sender = one.recvfrom(65536)
+        one.sendto(message, sender)

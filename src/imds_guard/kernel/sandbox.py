@@ -27,17 +27,19 @@ _EMPTY_WITHIN_S = 10.0
 class Sandbox:
     """A context manager; ``addresses`` are on the namespace's lo, beside the loopback ones.
 
-    ``cgroup`` is the path of the child cgroup, ``netns_fd`` a descriptor of the network namespace.
+    ``cgroup`` is the path of the child cgroup, ``netns_fd`` a descriptor of the network namespace. The cgroup is made
+    in the one whose path is ``below``, by default at the top of the cgroup2 mount.
     """
 
-    def __init__(self, addresses: Iterable[str] = ()) -> None:
+    def __init__(self, addresses: Iterable[str] = (), *, below: Optional[str] = None) -> None:
         self.addresses = tuple(addresses)
+        self._below = below
         self.cgroup = ""
         self.netns_fd = -1
         self._spawned: List[int] = []
 
     def __enter__(self) -> Sandbox:
-        self.cgroup = _new_cgroup()
+        self.cgroup = _new_cgroup(self._below or _cgroup2_mount())
         try:
             self.netns_fd = _new_namespace(self.addresses)
         except BaseException:
@@ -67,7 +69,8 @@ class Sandbox:
     def call(self, fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
         """What ``fn`` returns in a forked child of this cgroup and namespace; the value must be picklable.
 
-        Raises ChildFailed with the text of what ``fn`` raised, or when it has no result after ``timeout_s``.
+        Raises the GuardError that ``fn`` raised; ChildFailed with the text of any other error, or when there is no
+        result after ``timeout_s``.
         """
 
         def inside() -> T:
@@ -143,8 +146,8 @@ def _cgroup2_mount() -> str:
     raise Unsupported("no cgroup2 file system is mounted; mount one with: mount -t cgroup2 none DIRECTORY")
 
 
-def _new_cgroup() -> str:
-    path = os.path.join(_cgroup2_mount(), f"imds-guard-sandbox-{os.getpid()}-{secrets.token_hex(4)}")
+def _new_cgroup(below: str) -> str:
+    path = os.path.join(below, f"imds-guard-sandbox-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         os.mkdir(path, 0o755)
     except OSError as error:

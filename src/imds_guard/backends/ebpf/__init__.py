@@ -100,6 +100,10 @@ class EbpfBackend:
             found = bool(hooks.detach_strays(cgroup, None)) or found
         return [f"removed every hook, link and map from {cgroup.path}"] if found else []
 
+    def in_force(self) -> bool:
+        """Backend.in_force()."""
+        return self.state().active
+
     def faults(self) -> List[str]:
         """Backend.faults()."""
         return list(self.state().faults)
@@ -188,9 +192,7 @@ class EbpfBackend:
             raise
         return [f"attached {len(hooks.abi.HOOKS)} hooks to {cgroup.path}, version {self._version()}"]
 
-    def _change_running(
-        self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False
-    ) -> List[str]:
+    def _change_running(self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False) -> List[str]:
         try:
             maps = Maps.open(folder.path)
         except FileNotFoundError:

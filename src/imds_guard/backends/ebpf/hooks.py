@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.program import Defines
-from imds_guard.errors import GuardError, trying
+from imds_guard.errors import GuardError, Unsupported, system_words, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import Cgroup
 
@@ -67,8 +67,13 @@ def inspect(cgroup: Cgroup, folder: Optional[str]) -> List[Hook]:
 
 
 def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> List[Attached]:
-    with trying(f"asking what is attached to {cgroup.path} at {hook}", "the state is not known"):
+    try:
         identities = bpf.attached_programs(cgroup.fd, attach_type)
+    except OSError as error:
+        raise Unsupported(
+            f"asking what is attached to {cgroup.path} at {hook}: {system_words(error)}; the kernel has no programs on "
+            "cgroups (CONFIG_CGROUP_BPF), or something forbids bpf(2) to this process"
+        ) from error
     return [found for found in (_describe(hook, identity) for identity in identities) if found is not None]
 
 

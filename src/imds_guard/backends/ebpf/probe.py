@@ -16,9 +16,7 @@ _ELSEWHERE = "the iptables backend can serve instead"
 
 def require_place() -> None:
     """Raises unless this process may do it and lives in the host's PID namespace."""
-    missing = privileges.missing_capabilities(
-        [privileges.CAP_BPF, privileges.CAP_PERFMON, privileges.CAP_NET_ADMIN]
-    )
+    missing = privileges.missing_capabilities([privileges.CAP_BPF, privileges.CAP_PERFMON, privileges.CAP_NET_ADMIN])
     if missing:
         raise NotPermitted(
             f"working with eBPF: this process lacks {', '.join(missing)}; run it as root, or give it the capabilities"

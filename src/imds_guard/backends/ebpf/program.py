@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Dict, Mapping, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi
-from imds_guard.errors import GuardError, Unsupported, trying
+from imds_guard.errors import Unsupported, trying
 from imds_guard.kernel import bpf, btf, compiler
 
 Defines = Tuple[Tuple[str, int], ...]
@@ -84,7 +84,7 @@ def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], vers
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
         fd, refusal = bpf.prog_load_explained(instructions, name, abi.HOOKS[hook][0])
     if fd < 0:
-        raise GuardError(
+        raise Unsupported(
             f"loading the eBPF program {name}: the kernel's verifier refused it: {refusal}; nothing was changed, "
             "please report it with the kernel's version"
         )

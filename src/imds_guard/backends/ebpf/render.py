@@ -110,9 +110,6 @@ def render(policy: Policy, generation: int) -> Image:
     )
 
 
-
-
-
 def _list_key(lock: Lock) -> _ListKey:
     return lock.allow, lock.deny, lock.default
 

@@ -115,7 +115,9 @@ class Maps:
         except (OSError, GuardError) as error:
             self.empty(new)
             words = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-            raise GuardError(f"writing the policy to the eBPF maps: {words}; the policy before stays in force") from error
+            raise GuardError(
+                f"writing the policy to the eBPF maps: {words}; the policy before stays in force"
+            ) from error
         self.flip(new)
         if old:
             self.empty(old)

@@ -117,9 +117,9 @@ class IptablesBackend:
             self.check(policy)
             programs = self._programs()
             holding = Holding(policy, resolve(policy) if _has_groups(policy) and self._resolves() else None)
-            noted = self.record.exists()
+            noted = self.record.read()
             before = [(program, owned(read_table(program), ANCHOR)) for program in programs]
-            self.record.write()
+            self.record.write("applied")
             try:
                 for program in programs:
                     replace(program, ANCHOR, rule_texts(render(holding, program.version)), self.lock_wait_s)
@@ -171,6 +171,10 @@ class IptablesBackend:
         held = self._held()
         return held.policy if held is not None else None
 
+    def in_force(self) -> bool:
+        """True when there is a chain of ours, whole or not, in either family."""
+        return any(rules.present for rules in self._look_everywhere())
+
     def _held(self) -> Optional[Holding]:
         try:
             return combine(_reached(self._look_everywhere()))
@@ -184,7 +188,7 @@ class IptablesBackend:
         """What is wrong with the rules that should be in force, a sentence each."""
         families = [rules for rules in self._look_everywhere() if rules.present]
         if not families:
-            return [faults.GONE] if self.record.exists() else []
+            return [faults.GONE] if self.record.read() else []
         lines = faults.of_places(families)
         try:
             held = combine(_reached(families))

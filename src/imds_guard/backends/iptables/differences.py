@@ -15,7 +15,7 @@ DIFFERENCES: Dict[str, str] = {
     "containers": "callers in containers that share this network are judged by their IDs as if they were the host's",
     "user-namespace": "a caller in a user namespace is judged by its IDs on the host, also where the default is allow",
     "udp-connect": "connect() of a UDP socket sends nothing and succeeds; its first datagram is refused",
-    "unspecified": "0.0.0.0 is judged by the address that the kernel took for it, which is exact where eBPF must deny",
+    "unspecified": "0.0.0.0 and :: are judged by the address that the kernel took for them, where eBPF must guess",
     "groups": "all groups of a caller are compared, however many they are",
     "rewritten": "a DNAT rule in table nat acts before ours: the address that it wrote is the one that is judged",
     "open": "a TCP connection is judged by its first packet: one that was open before goes on",

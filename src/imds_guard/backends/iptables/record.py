@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file that says "rules should be in force in this network namespace", and the lock that our commands take.
+"""One file that says which rules should be in force in this network namespace, and the lock that our commands take.
 
 Someone's ``iptables -F; iptables -X`` leaves nothing in the kernel that could tell that anything is missing.
 """
@@ -7,57 +7,56 @@ Someone's ``iptables -F; iptables -X`` leaves nothing in the kernel that could t
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import struct
-from typing import Iterator
+from typing import ContextManager, Iterator
 
 from imds_guard.errors import GuardError, NotPermitted, system_words
+from imds_guard.kernel.lockfile import FOLDER, exclusive
 
-STATE_FOLDER = "/run/imds-guard"
+STATE_FOLDER = FOLDER
 
 # Since Linux e8b9eab99232 ("net: retrieve netns cookie via getsocketopt") (in v5.14).
 _SO_NETNS_COOKIE = 71
 
 
 class Record:
-    """The record of the network namespace that the calling thread is in."""
+    """The record of the network namespace that the calling thread is in; ``kind`` is the first word of its name."""
 
-    def __init__(self, folder: str = STATE_FOLDER) -> None:
+    def __init__(self, folder: str = STATE_FOLDER, kind: str = "iptables") -> None:
         self.folder = folder
+        self.kind = kind
 
-    def exists(self) -> bool:
-        """True when rules were applied here and not removed by us."""
-        return os.path.exists(self._path())
+    def read(self) -> str:
+        """The word that was written; "" when there is no record."""
+        try:
+            with open(self._path(), encoding="ascii") as file:
+                return file.read().strip()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            raise GuardError(f"could not read {self._path()}: {system_words(error)}") from error
 
-    def write(self) -> None:
-        """Says that rules are to be in force. Comes before the first rule."""
+    def write(self, word: str) -> None:
+        """Notes what is to be in force. Comes before the first rule."""
         with _told("could not write", self._path()):
-            os.makedirs(self.folder, 0o755, exist_ok=True)
-            with open(self._path(), "w", encoding="ascii"):
-                return
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            with open(self._path() + ".new", "w", encoding="ascii") as file:
+                file.write(word + "\n")
+            os.replace(self._path() + ".new", self._path())
 
     def remove(self) -> None:
-        """Takes that back. Comes behind the last rule."""
+        """Notes that nothing is to be in force. Comes behind the last rule."""
         with _told("could not remove", self._path()), contextlib.suppress(FileNotFoundError):
             os.unlink(self._path())
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> ContextManager[None]:
         """One command of ours at a time reads and changes rules; another one waits."""
-        path = os.path.join(self.folder, "iptables.lock")
-        with _told("could not open the lock", path):
-            os.makedirs(self.folder, 0o755, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+        return exclusive(self.kind)
 
     def _path(self) -> str:
-        return os.path.join(self.folder, f"iptables-{namespace_word()}")
+        return os.path.join(self.folder, f"{self.kind}-{namespace_word()}")
 
 
 def namespace_word() -> str:

@@ -82,7 +82,7 @@ def render(holding: Holding, version: int) -> Chains:
             chains[name] = finders
     for number in sorted({number for number, _, _ in entries}):
         _render_lock(chains, holding, number)
-    chains[DENY] = _denial(policy.mode, version)
+    chains[DENY] = denial(policy.mode, version)
     return chains
 
 
@@ -124,7 +124,8 @@ def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) 
     ]
 
 
-def _denial(mode: Mode, version: int) -> List[Rule]:
+def denial(mode: Mode, version: int) -> List[Rule]:
+    """What happens to a packet that is denied: rejected at once, or in audit mode told to the kernel log."""
     if mode is Mode.AUDIT:
         return [Rule(LOG)]
     unreachable = "icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"

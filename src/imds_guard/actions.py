@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands do, without a word about options or terminals."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Callable, Dict, List, Optional, Tuple
+
+from imds_guard import edit, lockdown, preflight
+from imds_guard.backends import Backend, choose
+from imds_guard.demo import DemoResult, run_demo
+from imds_guard.export import Exported
+from imds_guard.export import export as export_policy
+from imds_guard.backends.forwarded import Forwarded
+from imds_guard.config import Config, save_config
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
+from imds_guard.policy import (
+    Caller,
+    Decision,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Policy,
+    Protocol,
+    Verdict,
+    decide,
+    has_port,
+)
+
+UNSUPPORTED = Unsupported.exit_status
+
+Tell = Callable[[str], None]
+"""Takes a line about what is being done now, for someone who waits at a terminal."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how to enforce: ``backend`` is ``auto``, ``ebpf`` or ``iptables``."""
+
+    backend: str = choose.AUTO
+    cgroup: Optional[str] = None
+    resolve_groups: bool = False
+    forwarded: Optional[str] = None
+    """``drop``, ``leave``, or None for what suits the machine."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a change came to. ``lines`` tell what was done, ``warnings`` what to look at."""
+
+    backend: str
+    policy: Policy
+    lines: List[str] = field(default_factory=list)
+    warnings: List[str] = field(default_factory=list)
+    shut_out: List[preflight.ShutOut] = field(default_factory=list)
+
+
+# --- start and stop -------------------------------------------------------------------------------------------------
+
+
+def start(policy: Policy, place: Place, tell: Tell) -> Outcome:
+    """Puts ``policy`` in force with the backend that fits, then takes any other backend's rules away."""
+    names = choose.candidates(place.backend, place.cgroup)
+    before = choose.running(place.cgroup)
+    guard = Forwarded()
+    if place.cgroup is None:
+        guard.check(policy, place.forwarded)
+    reasons: List[choose.Verdict] = []
+    for name in names:
+        verdict = choose.examine(policy, [name], place.cgroup, place.resolve_groups)[0]
+        if verdict.refusal is None:
+            tell(_working(verdict.backend, before))
+            try:
+                lines = verdict.backend.apply(policy)
+            except Unsupported as error:
+                reasons.append(choose.Verdict(verdict.backend, error))
+                continue
+            lines += _remove_others(before, name)
+            lines += guard.settle(policy, place.forwarded) if place.cgroup is None else []
+            why = [f"{other.backend.name} can't be used: {other.refusal}" for other in reasons]
+            return _outcome(verdict.backend, policy, lines, why)
+        reasons.append(verdict)
+    raise choose.refused(reasons)
+
+
+def _working(backend: Backend, before: Dict[str, Backend]) -> str:
+    if backend.name == "ebpf" and "ebpf" not in before:
+        return "compiling the eBPF programs and attaching them ..."
+    return f"putting the policy in force ({backend.name}) ..."
+
+
+def _remove_others(before: Dict[str, Backend], name: str) -> List[str]:
+    """Only now that the new backend holds: two hold for a moment, never none."""
+    return [line for other, backend in before.items() if other != name for line in backend.remove()]
+
+
+def _outcome(backend: Backend, policy: Policy, lines: List[str], why: List[str]) -> Outcome:
+    warnings = [line[len("warning: ") :] for line in lines if line.startswith("warning: ")]
+    said = [line for line in lines if not line.startswith("warning: ")]
+    notes = getattr(backend, "notes", None)
+    if notes is not None:
+        warnings += notes(policy)
+    return Outcome(backend.name, policy, said, why + warnings, preflight.shut_out(policy))
+
+
+def stop(cgroup: Optional[str]) -> Tuple[List[str], List[str]]:
+    """Takes everything of ours out of the kernel. Returns what was done, and which backends could not be asked."""
+    lines: List[str] = []
+    unasked: List[str] = []
+    for name in choose.candidates(choose.AUTO, cgroup):
+        try:
+            lines += choose.make(name, cgroup).remove()
+        except Unsupported as error:
+            unasked.append(f"nothing of {name} was looked for: {error}")
+    if cgroup is None:
+        lines += Forwarded().remove()
+    return lines, unasked
+
+
+# --- changes to what is running -------------------------------------------------------------------------------------
+
+
+def the_running(cgroup: Optional[str]) -> Tuple[Backend, Policy]:
+    """The backend that enforces, and its policy. Raises GuardError when there is none, or it can't be read."""
+    found = choose.running(cgroup)
+    if not found:
+        raise GuardError("looking for the policy in force: imds-guard is not active; run imds-guard start first")
+    for backend in found.values():
+        policy = backend.read()
+        if policy is not None:
+            return backend, policy
+    faults = "; ".join(fault for backend in found.values() for fault in backend.faults())
+    raise GuardError(f"reading the policy in force: {faults or 'it is not whole'}; run imds-guard start to repair it")
+
+
+def change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
+    """Puts what ``edited`` makes of the running policy in force, with the backend that runs."""
+    backend, policy = the_running(cgroup)
+    wanted = edited(policy)
+    if wanted == policy:
+        return Outcome(backend.name, policy, ["the policy says so already"])
+    lines = backend.apply(wanted) if not hasattr(backend, "change") else backend.change(wanted)
+    if cgroup is None:
+        lines += Forwarded().follow(wanted)
+    return _outcome(backend, wanted, lines, [])
+
+
+def allow(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str]) -> Outcome:
+    """Adds to the allowlist of the running policy."""
+
+    def edited(policy: Policy) -> Policy:
+        wanted = edit.allow(policy, who, endpoint)
+        _check_not_denied(wanted, who)
+        return wanted
+
+    return change(edited, cgroup)
+
+
+def _check_not_denied(policy: Policy, who: Identities) -> None:
+    for lock in policy.locks:
+        for kind, listed, asked in (
+            ("user", lock.deny.users & lock.allow.users, who.users),
+            ("group", lock.deny.groups & lock.allow.groups, who.groups),
+        ):
+            if listed & asked:
+                raise BadPolicy(
+                    f"allowing {kind} {min(listed & asked)}: it is on the deny list of lock {lock.name!r}, and deny "
+                    "lists win; start again without it there"
+                )
+
+
+def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str]) -> Outcome:
+    """Takes off the allowlist of the running policy."""
+    return change(lambda policy: edit.revoke(policy, who, endpoint), cgroup)
+
+
+def lock_down(ip: str, users: List[int], tell: Tell) -> Outcome:
+    """What ``ip-lockdown`` does: adds to the policy in force, or begins one."""
+    found = choose.running(None)
+    if found:
+        return change(lambda policy: lockdown.lockdown(policy, ip, users), None)
+    return start(lockdown.lockdown(None, ip, users), Place(), tell)
+
+
+def check_saving(policy: Policy, without_root: bool) -> None:
+    """Raises BadPolicy when an installed metadata client would be shut out at the next boot."""
+    shut_out = [] if without_root else preflight.installed_shut_out(policy)
+    if shut_out:
+        names = "; ".join(f"{one.name} {one.why}" for one in shut_out)
+        raise BadPolicy(
+            f"saving the policy for the next boot: it would shut out {names}; allow the account, or add --without-root"
+        )
+
+
+def save(policy: Policy, place: Place, path: str) -> None:
+    """Writes the policy for the next boot."""
+    save_config(Config(policy, backend=place.backend, cgroup=place.cgroup), path)
+
+
+def demo(backend: str) -> DemoResult:
+    """The demonstration, with the first backend that works here."""
+    verdicts = choose.examine(None, choose.candidates(backend, None), None, False)
+    chosen = next((verdict.backend.name for verdict in verdicts if verdict.refusal is None), None)
+    if chosen is None:
+        raise choose.refused(verdicts)
+    if chosen == "ebpf":
+        return run_demo(lambda cgroup: choose.make("ebpf", cgroup))
+    return run_demo(lambda _: choose.make("iptables"), inside=True)
+
+
+def export(policy: Policy, form: str) -> Exported:
+    """The policy in another tool's words."""
+    return export_policy(policy, form)
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the kernel holds. ``backend`` is None when nothing is active."""
+
+    backend: Optional[str]
+    policy: Optional[Policy]
+    faults: List[str]
+    detail: Optional[object] = None
+    """backends.ebpf.State under eBPF."""
+
+
+def status(cgroup: Optional[str]) -> Status:
+    """Reads back what is in force."""
+    found = choose.running(cgroup)
+    faults = [fault for backend in found.values() for fault in backend.faults()]
+    if len(found) > 1:
+        faults.append(f"{' and '.join(found)} are both in force: a change was interrupted, run imds-guard start")
+    policy, chosen = None, None
+    for name, backend in found.items():
+        policy, chosen = backend.read(), name
+        break
+    if cgroup is None:
+        faults += _forwarding_faults(policy)
+    detail = choose.make("ebpf", cgroup).state() if chosen == "ebpf" else None  # type: ignore[attr-defined]
+    return Status(chosen, policy, faults, detail)
+
+
+def _forwarding_faults(policy: Optional[Policy]) -> List[str]:
+    try:
+        return Forwarded().faults(policy)
+    except Unsupported:
+        return []
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What each backend says, in the order in which they are taken, and who would be shut out."""
+
+    verdicts: List[choose.Verdict]
+    shut_out: List[preflight.ShutOut]
+
+    @property
+    def taken(self) -> Optional[str]:
+        """The backend that start would take."""
+        return next((verdict.backend.name for verdict in self.verdicts if verdict.refusal is None), None)
+
+
+def check(policy: Optional[Policy], place: Place) -> Checked:
+    """Asks each backend; changes nothing. Without a policy, the running one counts for who would be shut out."""
+    names = choose.candidates(place.backend, place.cgroup)
+    verdicts = choose.examine(policy, names, place.cgroup, place.resolve_groups)
+    return Checked(verdicts, preflight.shut_out(policy) if policy is not None else [])
+
+
+def require_root(command: str) -> None:
+    """Raises NotPermitted unless the effective user is root."""
+    if os.geteuid() != 0:
+        raise NotPermitted(f"imds-guard {command}: only root may; run it with sudo")
+
+
+def explain(caller: Caller, endpoint: Endpoint, cgroup: Optional[str]) -> Tuple[Decision, Destination]:
+    """What the policy in force says to a caller who connects to one address; to port 80 where that is left open."""
+    network = endpoint.network
+    if network.prefixlen != network.max_prefixlen:
+        raise UsageError(f"explaining {network}: a connect goes to one address; name one")
+    protocol = Protocol.TCP if endpoint.tcp else Protocol.UDP
+    ports = endpoint.ports(protocol)
+    destination = Destination(network.network_address, 80 if has_port(ports, 80) else ports[0][0], protocol)
+    _, policy = the_running(cgroup)
+    return decide(policy, caller, destination), destination
+
+
+def allows_nobody(lock: Lock) -> bool:
+    """True for a lock that denies everyone."""
+    return not lock.allow and lock.default is Verdict.DENY

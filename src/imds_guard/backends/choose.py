@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend holds a policy on this machine, and which ones hold one now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+from imds_guard.backends import Backend
+from imds_guard.errors import GuardError, NotPermitted, Unsupported, UsageError
+from imds_guard.policy import Policy
+
+AUTO = "auto"
+NAMES = ("ebpf", "iptables")
+"""In the order in which ``auto`` takes them."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a backend can hold a policy here: ``refusal`` is None when it can."""
+
+    backend: Backend
+    refusal: Optional[GuardError]
+
+
+def make(name: str, cgroup: Optional[str] = None, resolve_groups: bool = False) -> Backend:
+    """The backend of that name. Imported here: a command needs one of them, seldom both."""
+    if name == "ebpf":
+        from imds_guard.backends.ebpf import EbpfBackend  # noqa: PLC0415
+
+        return EbpfBackend(cgroup)
+    from imds_guard.backends.iptables import IptablesBackend  # noqa: PLC0415
+
+    if cgroup is not None:
+        raise UsageError("--cgroup goes with the eBPF backend alone: iptables rules know no cgroup of the caller")
+    return IptablesBackend(resolve_groups=resolve_groups)
+
+
+def candidates(wanted: str, cgroup: Optional[str]) -> Sequence[str]:
+    """The backends that may serve: the one named, or all that fit."""
+    if wanted != AUTO:
+        return (wanted,)
+    return ("ebpf",) if cgroup is not None else NAMES
+
+
+def examine(policy: Optional[Policy], names: Sequence[str], cgroup: Optional[str], resolve: bool) -> List[Verdict]:
+    """Asks each backend whether it can hold the policy."""
+    verdicts = []
+    for name in names:
+        backend = make(name, cgroup, resolve)
+        try:
+            backend.check(policy)
+            verdicts.append(Verdict(backend, None))
+        except (Unsupported, NotPermitted) as error:
+            verdicts.append(Verdict(backend, error))
+    return verdicts
+
+
+def refused(verdicts: Sequence[Verdict]) -> GuardError:
+    """One error for backends that all refused: not permitted when that is what stands in the way of each."""
+    reasons = "; ".join(f"{verdict.backend.name}: {verdict.refusal}" for verdict in verdicts)
+    if all(isinstance(verdict.refusal, NotPermitted) for verdict in verdicts):
+        return NotPermitted(reasons)
+    return Unsupported(f"no backend can hold the policy here, nothing was changed ({reasons})")
+
+
+def running(cgroup: Optional[str]) -> Dict[str, Backend]:
+    """The backends that enforce something now, by name; one that can't be asked here holds nothing."""
+    found: Dict[str, Backend] = {}
+    for name in candidates(AUTO, cgroup):
+        backend = make(name, cgroup)
+        try:
+            if backend.in_force():
+                found[name] = backend
+        except Unsupported:
+            continue
+    return found

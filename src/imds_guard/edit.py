@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``allow`` and ``revoke`` make of the policy in force. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Callable, List, Optional
+
+from imds_guard.endpoint_words import endpoint_words
+from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.lockdown import divide, free_name
+from imds_guard.policy import Endpoint, Identities, Lock, Policy, PolicyError, make_policy
+from imds_guard.wireserver import WIRESERVER_LOCK
+
+Change = Callable[[Lock], Lock]
+
+
+def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
+    """``policy`` with ``who`` on the allowlist: of every lock, or of the endpoint alone. Raises UsageError, BadPolicy."""
+
+    def change(lock: Lock) -> Lock:
+        return replace(lock, allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))
+
+    return _change(policy, endpoint, change)
+
+
+def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
+    """``policy`` without ``who`` on the allowlist; user 0 keeps the WireServer. Raises UsageError, BadPolicy."""
+
+    def change(lock: Lock) -> Lock:
+        users = lock.allow.users - who.users
+        if lock.name == WIRESERVER_LOCK:
+            users |= lock.allow.users & {0}
+        return replace(lock, allow=Identities(users, lock.allow.groups - who.groups))
+
+    return _change(policy, endpoint, change)
+
+
+def _change(policy: Policy, endpoint: Optional[Endpoint], change: Change) -> Policy:
+    if endpoint is None:
+        _check_alike(policy)
+        locks = [change(lock) for lock in policy.locks]
+    else:
+        locks = _change_at(policy, endpoint, change)
+    try:
+        return make_policy(locks, policy.mode, policy.containers)
+    except PolicyError as error:
+        raise BadPolicy(str(error)) from None
+
+
+def _check_alike(policy: Policy) -> None:
+    """Without --ip all locks change, which is only clear when they have the same allowlist."""
+    if len({_compared(lock) for lock in policy.locks}) > 1:
+        names = "; ".join(f"{lock.name!r}: --ip {endpoint_words(lock.endpoints[0])[0]}" for lock in policy.locks)
+        raise UsageError(f"the locks have different allowlists, so say which one is meant ({names})")
+
+
+def _compared(lock: Lock) -> Identities:
+    if lock.name == WIRESERVER_LOCK:
+        return Identities(lock.allow.users - {0}, lock.allow.groups)
+    return lock.allow
+
+
+def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]:
+    """A lock that holds the endpoint among others is split; both parts keep its lists but for the change."""
+    names = {lock.name for lock in policy.locks}
+    locks: List[Lock] = []
+    found = False
+    for lock in policy.locks:
+        inside, outside = divide(lock, endpoint)
+        if not inside or not outside:
+            found = found or bool(inside)
+            locks.append(change(lock) if inside else lock)
+            continue
+        found = True
+        changed = change(replace(lock, endpoints=inside))
+        if changed.allow == lock.allow:
+            locks.append(lock)  # nothing to tell the parts apart
+            continue
+        locks += [replace(lock, endpoints=outside), replace(changed, name=free_name(endpoint, names))]
+    if not found:
+        raise UsageError(f"no lock holds {endpoint_words(endpoint)[0]}: imds-guard status lists the endpoints")
+    return locks

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy in another tool's words, with a comment for each thing that the tool can't say."""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, Tuple
+
+from imds_guard.errors import UsageError
+from imds_guard.export.bsd import ipfw, pf
+from imds_guard.export.netfilter import iptables, nftables
+from imds_guard.export.systemd import systemd
+from imds_guard.export.windows import windows
+from imds_guard.export.words import Exported
+from imds_guard.policy import Policy
+
+_WRITERS: Dict[str, Callable[[Policy], Exported]] = {
+    "iptables": iptables,
+    "nftables": nftables,
+    "pf": pf,
+    "ipfw": ipfw,
+    "windows": windows,
+    "systemd": systemd,
+}
+
+FORMATS: Tuple[str, ...] = tuple(_WRITERS)
+
+
+def export(policy: Policy, format: str) -> Exported:
+    """``policy`` for one of FORMATS. Raises UsageError for another word."""
+    if format not in _WRITERS:
+        raise UsageError(f"{format!r} is no format: {', '.join(FORMATS)}")
+    return _WRITERS[format](policy)
+
+
+__all__ = ["FORMATS", "Exported", "export"]

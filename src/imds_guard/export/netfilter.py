@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy for iptables-restore, and for nft."""
+
+from __future__ import annotations
+
+from typing import Dict, Iterable, List
+
+from imds_guard.backends.iptables.render import HEAD, Holding, render
+from imds_guard.export.words import (
+    Exported,
+    entries,
+    id_words,
+    note_containers,
+    note_primary_groups,
+    note_user_namespaces,
+    port_words,
+)
+from imds_guard.policy import Identities, Lock, Mode, Policy, Protocol, Verdict
+
+
+def iptables(policy: Policy) -> Exported:
+    """One file for both commands: a rule that begins with -4 is skipped by ip6tables-restore, and the reverse.
+
+    Source: iptables(8), "-4, --ipv4".
+    """
+    exported = Exported()
+    note_containers(policy, exported)
+    note_user_namespaces(policy, exported)
+    if any(lock.listed_groups for lock in policy.locks):
+        exported.remarks.append(
+            "--suppl-groups is stored and ignored by kernels that lack it: try it before you rely on it"
+        )
+    exported.remarks.append("who counts is who opened the socket; only this network namespace is judged")
+    families = {version: render(Holding(policy), version) for version in (4, 6)}
+    chains: Dict[str, None] = dict.fromkeys([HEAD, *families[4], *families[6]])
+    lines = exported.comments("Load with: iptables-restore --noflush < FILE && ip6tables-restore --noflush < FILE")
+    lines += ["*filter", *(f":{chain} - [0:0]" for chain in chains), f"-I OUTPUT 1 -j {HEAD}"]
+    for version, family in families.items():
+        lines += [f"-{version} -A {chain} {rule.text()}" for chain, rules in family.items() for rule in rules]
+    exported.text = "\n".join([*lines, "COMMIT", ""])
+    return exported
+
+
+# --- nft ------------------------------------------------------------------------------------------------------------
+
+TABLE = "inet imds_guard"
+
+
+def nftables(policy: Policy) -> Exported:
+    """One table of its own; loading it again replaces it in one step."""
+    exported = Exported()
+    note_containers(policy, exported)
+    note_user_namespaces(policy, exported)
+    note_primary_groups(policy.locks, exported, "nftables")
+    exported.remarks.append("who counts is who opened the socket; only this network namespace is judged")
+    lines = exported.comments("Load with: nft -f FILE")
+    # To delete a table that is not there is an error; to name one makes it.
+    lines += [f"table {TABLE}", f"delete table {TABLE}", f"table {TABLE} {{"]
+    lines += _chain("deny", _denial(policy.mode))
+    for number, lock in enumerate(policy.locks):
+        lines += _chain(f"lock_{number}", _lock(lock))
+    lines += _chain("find_tcp", _find(policy, Protocol.TCP)) + _chain("find_udp", _find(policy, Protocol.UDP))
+    lines += _chain(
+        "output",
+        [
+            "type filter hook output priority filter; policy accept;",
+            "tcp flags & (fin | syn | rst | ack) == syn jump find_tcp",
+            "meta l4proto udp jump find_udp",
+        ],
+    )
+    exported.text = "\n".join([*lines, "}", ""])
+    return exported
+
+
+def _chain(name: str, rules: Iterable[str]) -> List[str]:
+    return [f"\tchain {name} {{", *(f"\t\t{rule}" for rule in rules), "\t}"]
+
+
+def _denial(mode: Mode) -> List[str]:
+    if mode is Mode.AUDIT:
+        return ['log prefix "imds-guard would deny: " flags skuid']
+    return ["meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable"]
+
+
+def _lock(lock: Lock) -> List[str]:
+    rules = [f"# {lock.name}"]
+    rules += [f"{match} goto deny" for match in _matches(lock.deny)]
+    rules += [f"{match} return" for match in _matches(lock.allow)]
+    if lock.default is Verdict.ALLOW:
+        # A socket of the kernel itself has no user and does not match.
+        rules.append("meta skuid 0-4294967294 return")
+    return [*rules, "goto deny"]
+
+
+def _matches(identities: Identities) -> List[str]:
+    pairs = (("skuid", identities.users), ("skgid", identities.groups))
+    return [f"meta {key} {{ {', '.join(id_words(ids, '-'))} }}" for key, ids in pairs if ids]
+
+
+def _find(policy: Policy, protocol: Protocol) -> List[str]:
+    rules: List[str] = []
+    for number, _, endpoint in entries(policy):
+        if not endpoint.ports(protocol):
+            continue
+        family = "ip" if endpoint.network.version == 4 else "ip6"
+        nfproto = "ipv4" if endpoint.network.version == 4 else "ipv6"
+        where = f"{family} daddr {endpoint.network}" if endpoint.network.prefixlen else f"meta nfproto {nfproto}"
+        ports = ", ".join(port_words(endpoint.ports(protocol), "-"))
+        port = f" {protocol.value} dport {{ {ports} }}" if ports else ""
+        rules.append(f"{where}{port} goto lock_{number}")
+    return rules

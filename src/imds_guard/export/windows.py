@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy for Windows Firewall, as a PowerShell script.
+
+The principals of a blocking rule are an SDDL string: to whom the rule applies is (A;;CC;;;SID), who is spared by it
+(D;;CC;;;SID). Source: https://docs.aws.amazon.com/AWSEC2/latest/WindowsGuide/instance-metadata-limiting-access.html
+"""
+
+from __future__ import annotations
+
+from typing import Iterable, List, Tuple
+
+from imds_guard.export.words import Exported, note_containers, port_words
+from imds_guard.identity import group_name, user_name
+from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+
+_HEAD = """\
+$ErrorActionPreference = 'Stop'
+function Get-Sid([string] $Name) {
+    if ($Name -eq 'root') { return 'S-1-5-18' }  # the system itself
+    (New-Object Security.Principal.NTAccount($Name)).Translate([Security.Principal.SecurityIdentifier]).Value
+}
+function Get-Aces([string] $Kind, [string[]] $Names) {
+    -join ($Names | ForEach-Object { "($Kind;;CC;;;$(Get-Sid $_))" })
+}
+Get-NetFirewallRule -Group 'imds-guard' -ErrorAction SilentlyContinue | Remove-NetFirewallRule"""
+
+
+def windows(policy: Policy) -> Exported:
+    """A rule for each endpoint and protocol. Names are looked up where the script runs, and an unknown one stops it."""
+    exported = Exported()
+    note_containers(policy, exported)
+    exported.remarks.append(
+        "every rule that matches blocks: a prefix of one lock also blocks inside it what another allows"
+    )
+    exported.remarks.append("user root becomes the system account (S-1-5-18); all groups of a token count")
+    lines = [_HEAD]
+    for number, lock in enumerate(policy.locks):
+        lines += _lock(number, lock, policy.mode, exported)
+    exported.text = "\n".join([*exported.comments("Run with: powershell -File FILE.ps1, elevated"), *lines, ""])
+    return exported
+
+
+def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> List[str]:
+    allowed, denied = _names(lock.allow), _names(lock.deny)
+    if allowed[1]:
+        exported.remarks.append(
+            f"lock {lock.name!r} allows IDs that have no name here, which are denied: {_some(allowed[1])}"
+        )
+    if denied[1] and (lock.default is Verdict.ALLOW or lock.allow.groups):
+        exported.weakenings.append(f"lock {lock.name!r} denies IDs that have no name here: {_some(denied[1])}")
+    variable = f"$principals{number}"
+    lines = [f"# {lock.name}"]
+    if lock.default is Verdict.ALLOW:
+        lines.append(f"{variable} = 'O:LSD:' + (Get-Aces 'A' {_array(denied[0])})")
+        return lines + ([] if not denied[0] else _rules(lock, mode, variable))
+    lines.append(f"{variable} = 'O:LSD:' + (Get-Aces 'D' {_array(allowed[0])}) + '(A;;CC;;;WD)'")
+    lines += _rules(lock, mode, variable)
+    if denied[0] and allowed[0]:
+        # Who is denied may be spared by the rule above as a member of an allowed group.
+        lines.append(f"{variable} = 'O:LSD:' + (Get-Aces 'A' {_array(denied[0])})")
+        lines += _rules(lock, mode, variable)
+    return lines
+
+
+def _names(identities: Identities) -> Tuple[List[str], List[int]]:
+    """Names of accounts and groups; IDs that have none here."""
+    names: List[str] = []
+    nameless: List[int] = []
+    for ids, look in ((identities.users, user_name), (identities.groups, group_name)):
+        for number in sorted(ids):
+            name = look(number)
+            if name == str(number):
+                nameless.append(number)
+            else:
+                names.append(name)
+    return names, nameless
+
+
+def _some(words: Iterable[object]) -> str:
+    listed = [str(word) for word in words]
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _array(names: Iterable[str]) -> str:
+    return "@(" + ", ".join(_quoted(name) for name in names) + ")"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _rules(lock: Lock, mode: Mode, variable: str) -> List[str]:
+    enabled = "False" if mode is Mode.AUDIT else "True"
+    head = f"New-NetFirewallRule -Group 'imds-guard' -DisplayName {_quoted('imds-guard: ' + lock.name)}"
+    return [
+        f"{head} -Enabled {enabled} -Direction Outbound -Action Block -Profile Any {_where(endpoint, protocol)} "
+        f"-LocalUser {variable} | Out-Null"
+        for endpoint in lock.endpoints
+        for protocol in Protocol
+        if endpoint.ports(protocol)
+    ]
+
+
+def _where(endpoint: Endpoint, protocol: Protocol) -> str:
+    ports = endpoint.ports(protocol)
+    port = "" if ports == ALL_PORTS else " -RemotePort " + _array(port_words(ports, "-"))
+    return f"-RemoteAddress '{endpoint.network}' -Protocol {protocol.value.upper()}{port}"

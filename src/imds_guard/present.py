@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands print: text for people, and the same as plain values for JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Optional, Sequence
+
+from imds_guard.actions import Checked, Outcome, Status, allows_nobody
+from imds_guard.backends.ebpf import State
+from imds_guard.backends.ebpf.hooks import Hook
+from imds_guard.config import endpoint_words
+from imds_guard.endpoints import BUILT_IN, BuiltIn, default_entries
+from imds_guard.identity import group_name, user_name
+from imds_guard.policy import Caller, Decision, Destination, Identities, Lock, Mode, Policy, Reason, Verdict
+from imds_guard.preflight import ShutOut
+
+MANY = 12
+"""Of a longer list the text shows so many, and how many more there are; JSON has them all."""
+
+
+# --- policies -------------------------------------------------------------------------------------------------------
+
+
+def _named(number: int, name: str) -> str:
+    return f"{name} ({number})" if name != str(number) else name
+
+
+def _some(items: Sequence[str]) -> str:
+    rest = len(items) - MANY
+    return ", ".join(items[:MANY]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def identities_text(who: Identities) -> str:
+    """``user foo (1001), group canAccessIP (999)``; ``nobody``."""
+    users = [f"user {_named(uid, user_name(uid))}" for uid in sorted(who.users)[: MANY + 1]]
+    groups = [f"group {_named(gid, group_name(gid))}" for gid in sorted(who.groups)[: MANY + 1]]
+    shown = (users + groups)[:MANY]
+    rest = len(who.users) + len(who.groups) - len(shown)
+    return (", ".join(shown) + (f", and {rest} more" if rest else "")) or "nobody"
+
+
+def lock_lines(lock: Lock) -> List[str]:
+    """A lock in a few lines, the first one its name."""
+    words = [word for endpoint in lock.endpoints for word in endpoint_words(endpoint)]
+    lines = [f"lock {lock.name}", f"  endpoints: {_some(words)}"]
+    if lock.deny:
+        lines.append(f"  denied:    {identities_text(lock.deny)}")
+    allowed = identities_text(lock.allow) if lock.allow else "everyone else" if _lets_rest(lock) else "nobody"
+    lines.append(f"  allowed:   {allowed}")
+    if lock.allow and _lets_rest(lock):
+        lines.append("  others:    allowed")
+    return lines
+
+
+def _lets_rest(lock: Lock) -> bool:
+    return lock.default is Verdict.ALLOW
+
+
+def _ids(who: Identities) -> Dict[str, Any]:
+    return {
+        "users": [{"id": uid, "name": user_name(uid)} for uid in sorted(who.users)],
+        "groups": [{"id": gid, "name": group_name(gid)} for gid in sorted(who.groups)],
+    }
+
+
+def policy_values(policy: Optional[Policy]) -> Optional[Dict[str, Any]]:
+    """A policy for JSON."""
+    if policy is None:
+        return None
+    return {
+        "mode": policy.mode.value,
+        "containers": policy.containers.value,
+        "locks": [
+            {
+                "name": lock.name,
+                "endpoints": [word for endpoint in lock.endpoints for word in endpoint_words(endpoint)],
+                "allow": _ids(lock.allow),
+                "deny": _ids(lock.deny),
+                "default": lock.default.value,
+            }
+            for lock in policy.locks
+        ],
+    }
+
+
+# --- start, allow, revoke -------------------------------------------------------------------------------------------
+
+
+def outcome_lines(outcome: Outcome) -> List[str]:
+    """What was done, and what holds now."""
+    policy = outcome.policy
+    endpoints = sum(len(lock.endpoints) for lock in policy.locks)
+    state = "active" if policy.mode is Mode.ENFORCE else "active in audit mode, which denies nobody"
+    lines = [*outcome.lines, f"imds-guard is {state} ({outcome.backend}): {endpoints} endpoints locked"]
+    for lock in policy.locks:
+        lines += ["  " + line for line in lock_lines(lock)]
+    return lines
+
+
+def outcome_warnings(outcome: Outcome) -> List[str]:
+    """What to look at, a sentence each."""
+    warnings = list(outcome.warnings)
+    for lock in outcome.policy.locks:
+        if allows_nobody(lock):
+            warnings.append(f"lock {lock.name} lets nobody through, root included")
+    return warnings + shut_out_lines(outcome.shut_out)
+
+
+def shut_out_lines(shut_out: Sequence[ShutOut]) -> List[str]:
+    """A sentence for each process that the policy shuts out."""
+    return [
+        f"{one.name} (pid {one.pid}, user {one.user}) is shut out: it {one.why}"
+        if one.pid is not None
+        else f"{one.name} is shut out: it {one.why}"
+        for one in shut_out
+    ]
+
+
+def shut_out_values(shut_out: Sequence[ShutOut]) -> List[Dict[str, Any]]:
+    """The same for JSON."""
+    return [{"pid": one.pid, "name": one.name, "user": one.user, "why": one.why} for one in shut_out]
+
+
+def outcome_values(outcome: Outcome) -> Dict[str, Any]:
+    """An outcome for JSON."""
+    return {
+        "backend": outcome.backend,
+        "policy": policy_values(outcome.policy),
+        "done": outcome.lines,
+        "warnings": outcome.warnings,
+        "shut_out": shut_out_values(outcome.shut_out),
+    }
+
+
+# --- status ---------------------------------------------------------------------------------------------------------
+
+
+def status_word(status: Status) -> str:
+    """``active``, ``degraded`` or ``inactive``."""
+    if status.faults:
+        return "degraded"
+    return "inactive" if status.backend is None else "active"
+
+
+def status_lines(status: Status) -> List[str]:
+    """The state for people, most important line first."""
+    word = status_word(status)
+    backend = f" ({status.backend})" if status.backend else ""
+    mode = ", audit mode: nobody is denied" if status.policy and status.policy.mode is Mode.AUDIT else ""
+    lines = [f"imds-guard: {word}{backend}{mode}"]
+    lines += [f"  fault: {fault}" for fault in status.faults]
+    if isinstance(status.detail, State):
+        lines += _ebpf_lines(status.detail)
+    if status.policy is not None:
+        lines.append(f"containers: {'judged by their IDs' if status.policy.containers is Verdict.ALLOW else 'denied'}")
+        for lock in status.policy.locks[:MANY]:
+            lines += lock_lines(lock)
+        if len(status.policy.locks) > MANY:
+            lines.append(f"and {len(status.policy.locks) - MANY} more locks (--json has them all)")
+    return lines
+
+
+def _ebpf_lines(state: State) -> List[str]:
+    where = f"{state.cgroup}, every process of the machine" if state.cgroup_is_root else state.cgroup
+    lines = [f"attached to: {where}", f"version: {', '.join(state.versions) or 'none'}, generation {state.generation}"]
+    lines += [_hook_line(hook) for hook in state.hooks]
+    counted = [
+        f"{reason.word} {enforced + audited}" + (f" ({audited} let through by audit mode)" if audited else "")
+        for reason, (enforced, audited) in zip(Reason, state.counters)
+        if enforced or audited
+    ]
+    lines.append(f"connects to locked endpoints: {', '.join(counted) or 'none yet'}")
+    return lines
+
+
+def _hook_line(hook: Hook) -> str:
+    order = ", ".join(
+        f"{program.name or '(unnamed)'} (id {program.id})" + (" [ours]" if program is hook.ours else "")
+        for program in hook.attached
+    )
+    return f"  {hook.name}: {order or 'nothing attached'}"
+
+
+def status_values(status: Status) -> Dict[str, Any]:
+    """The state for JSON."""
+    values: Dict[str, Any] = {
+        "state": status_word(status),
+        "backend": status.backend,
+        "faults": status.faults,
+        "policy": policy_values(status.policy),
+    }
+    if isinstance(status.detail, State):
+        values["ebpf"] = _ebpf_values(status.detail)
+    return values
+
+
+def _ebpf_values(state: State) -> Dict[str, Any]:
+    return {
+        "cgroup": state.cgroup,
+        "cgroup_is_root": state.cgroup_is_root,
+        "pins": state.pins,
+        "generation": state.generation,
+        "versions": state.versions,
+        "hooks": [
+            {
+                "hook": hook.name,
+                "programs": [
+                    {"id": program.id, "name": program.name, "ours": program is hook.ours} for program in hook.attached
+                ],
+            }
+            for hook in state.hooks
+        ],
+        "counters": {
+            reason.word: {"enforced": enforced, "audited": audited}
+            for reason, (enforced, audited) in zip(Reason, state.counters)
+        },
+    }
+
+
+# --- explain and endpoints ------------------------------------------------------------------------------------------
+
+
+def decision_lines(caller: Caller, destination: Destination, decision: Decision) -> List[str]:
+    """The answer to "would it be allowed, and by which rule"."""
+    host = f"[{destination.address}]" if destination.address.version == 6 else str(destination.address)
+    who = (
+        f"fsuid {_named(caller.fsuid, user_name(caller.fsuid))}, fsgid {_named(caller.fsgid, group_name(caller.fsgid))}"
+    )
+    groups = ", ".join(_named(gid, group_name(gid)) for gid in sorted(caller.groups)[:MANY]) or "none"
+    lines = [
+        f"{'allowed' if decision.allowed else 'denied'}: {decision.reason.word}",
+        f"  caller:      {who}",
+        f"  groups:      {groups}" + (f", and {len(caller.groups) - MANY} more" if len(caller.groups) > MANY else ""),
+        f"  destination: {host}:{destination.port} {destination.protocol.value}",
+        f"  lock:        {decision.lock or 'none'}",
+    ]
+    if decision.matched is not None:
+        kind, number = decision.matched
+        name = user_name(number) if kind == "user" else group_name(number)
+        lines.append(f"  by:          {kind} {_named(number, name)} on the list")
+    if decision.allowed and not decision.reason.permits:
+        lines.append("  audit mode lets it through")
+    return lines
+
+
+def decision_values(caller: Caller, destination: Destination, decision: Decision) -> Dict[str, Any]:
+    """The same for JSON."""
+    return {
+        "allowed": decision.allowed,
+        "reason": decision.reason.word,
+        "lock": decision.lock,
+        "matched": None if decision.matched is None else {"kind": decision.matched[0], "id": decision.matched[1]},
+        "caller": {
+            "fsuid": caller.fsuid,
+            "fsgid": caller.fsgid,
+            "groups": sorted(caller.groups),
+            "in_container": caller.in_container,
+        },
+        "destination": {
+            "address": str(destination.address),
+            "port": destination.port,
+            "protocol": destination.protocol.value,
+        },
+    }
+
+
+def endpoint_rows(dmi_words: str) -> List[Dict[str, Any]]:
+    """The built-in table: a row for each service at each address."""
+    here = {entry.address for entry in default_entries(dmi_words)}
+    return [_endpoint_row(entry, entry.address in here) for entry in BUILT_IN]
+
+
+def _endpoint_row(entry: BuiltIn, locked_here: bool) -> Dict[str, Any]:
+    return {
+        "address": str(entry.address),
+        "endpoint": endpoint_words(entry.endpoint),
+        "protocol": "tcp",
+        "presets": sorted(entry.presets),
+        "default": entry.standing.value,
+        "locked_by_default_here": locked_here,
+        "services": [
+            {"name": service.name, "ports": service.ports, "source": service.source} for service in entry.services
+        ],
+        "note": entry.note,
+    }
+
+
+def endpoint_lines(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    """The table for people: 80 columns, but for the sources."""
+    lines = []
+    for row in rows:
+        mark = "*" if row["locked_by_default_here"] else " "
+        lines.append(f"{mark} {', '.join(row['endpoint'])}")
+        lines.append(f"    default: {row['default']}; presets: {', '.join(row['presets'])}")
+        for service in row["services"]:
+            lines.append(f"    {service['name']} (port {service['ports']}): {service['source']}")
+        if row["note"]:
+            lines.append(f"    note: {row['note']}")
+    return [*lines, "* locked on this machine when nothing else is asked for"]
+
+
+# --- check ----------------------------------------------------------------------------------------------------------
+
+
+def checked_lines(found: Checked) -> List[str]:
+    """What each backend says, and which one start would take."""
+    lines = []
+    for verdict in found.verdicts:
+        lines.append(f"{verdict.backend.name}: {'works here' if verdict.refusal is None else verdict.refusal}")
+    lines.append(f"start would take: {found.taken or 'nothing, it would fail'}")
+    return lines + shut_out_lines(found.shut_out)
+
+
+def checked_values(found: Checked) -> Dict[str, Any]:
+    """The same for JSON."""
+    return {
+        "backends": [
+            {
+                "name": verdict.backend.name,
+                "works": verdict.refusal is None,
+                "reason": None if verdict.refusal is None else str(verdict.refusal),
+            }
+            for verdict in found.verdicts
+        ],
+        "taken": found.taken,
+        "shut_out": shut_out_values(found.shut_out),
+    }

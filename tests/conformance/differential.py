@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random policies and callers from a seed, and the same connect under a backend. No unspecified address, no containers:
+where backends are known to differ is the table's business (differences.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+from dataclasses import dataclass
+from random import Random
+from typing import FrozenSet, List, Sequence, Tuple
+
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.listeners import sockaddr
+from imds_guard.policy import (
+    ALL_PORTS,
+    Caller,
+    Decision,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Mode,
+    Policy,
+    PolicyError,
+    Ports,
+    Protocol,
+    Verdict,
+    decide,
+    find_lock,
+    make_policy,
+    normal_ports,
+)
+from tests.conformance.families import ADDRESSES, IPV4, IPV6, PORTS
+
+CASES_OF_A_POLICY = 50
+
+# No ID means the same as a user and as a group by accident: most are both.
+_IDS = (0, 1, 2, 40_001, 40_002, 40_003, 40_005, 40_006, 50_001, 50_002, 2_147_483_648, 4_294_967_294)
+_MANY = tuple(range(60_000, 60_060, 2))
+"""More ranges than a backend is likely to look at one by one."""
+_MIDDLING = tuple(number for number in (*_IDS, *_MANY) if number < 2**31)
+
+_NETWORKS = (
+    *ADDRESSES,
+    IPV4.prefix,
+    IPV4.shorter_prefix,
+    IPV4.everything,
+    "168.63.129.0/28",
+    IPV6.prefix,
+    IPV6.shorter_prefix,
+    IPV6.everything,
+    "fe80::/10",
+    "fd00::/8",
+)
+_PORTS: Tuple[Ports, ...] = (ALL_PORTS, ((80, 80),), ((0, 52), (54, 65535)), ((443, 8080),), ((53, 67), (8080, 8080)))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Who connects where. The saved user ID is 0, so that the next caller can be taken on."""
+
+    ruid: int
+    euid: int
+    fsuid: int
+    rgid: int
+    egid: int
+    fsgid: int
+    groups: Tuple[int, ...]
+    to: str
+    port: int
+    protocol: Protocol
+
+
+@dataclass(frozen=True)
+class Block:
+    """One policy and the attempts under it, all from one seed."""
+
+    seed: int
+    policy: Policy
+    attempts: Tuple[Attempt, ...]
+
+    def decisions(self) -> List[Decision]:
+        """What the specification says of each attempt."""
+        return [decide(self.policy, _caller(attempt), _destination(attempt)) for attempt in self.attempts]
+
+
+def make_block(seed: int, size: int = CASES_OF_A_POLICY) -> Block:
+    """The block of a seed; the same seed gives the same block."""
+    random = Random(seed)
+    policy = _policy(random)
+    return Block(seed, policy, tuple(_attempt(random, policy) for _ in range(size)))
+
+
+def _caller(attempt: Attempt) -> Caller:
+    return Caller(attempt.fsuid, attempt.fsgid, frozenset(attempt.groups))
+
+
+def _destination(attempt: Attempt) -> Destination:
+    return Destination(ipaddress.ip_address(attempt.to), attempt.port, attempt.protocol)
+
+
+# --- what is random -------------------------------------------------------------------------------------------------
+
+
+def _policy(random: Random) -> Policy:
+    mode = Mode.AUDIT if random.random() < 0.05 else Mode.ENFORCE
+    containers = random.choice(tuple(Verdict))
+    while True:
+        locks = [_lock(random, f"lock {number}") for number in range(random.randint(1, 4))]
+        try:
+            return make_policy(locks, mode, containers)
+        except PolicyError:
+            continue  # two locks claim the same port: as likely as not, and no policy
+
+
+def _lock(random: Random, name: str) -> Lock:
+    endpoints = [_endpoint(random) for _ in range(random.randint(1, 4))]
+    default = Verdict.ALLOW if random.random() < 0.25 else Verdict.DENY
+    return Lock(name, tuple(endpoints), _identities(random, 0.8), _identities(random, 0.3), default)
+
+
+def _endpoint(random: Random) -> Endpoint:
+    ports = random.choice(_PORTS)
+    if random.random() < 0.2:
+        low = random.choice(PORTS)
+        ports = normal_ports([(low, low + random.randrange(400))])
+    shape = random.choice(("tcp", "tcp", "udp", "any"))
+    network = ipaddress.ip_network(random.choice(_NETWORKS))
+    return Endpoint(network, ports if shape != "udp" else (), ports if shape != "tcp" else ())
+
+
+def _identities(random: Random, likely: float) -> Identities:
+    return Identities(_ids(random, likely), _ids(random, likely))
+
+
+def _ids(random: Random, likely: float) -> FrozenSet[int]:
+    if random.random() > likely:
+        return frozenset()
+    if random.random() < 0.2:
+        return frozenset(random.sample(_MANY, random.randint(9, len(_MANY))))
+    return frozenset(random.sample(_IDS, random.randint(1, 4)))
+
+
+def _attempt(random: Random, policy: Policy) -> Attempt:
+    uids, gids = _three(random), _three(random)
+    groups = random.sample((*_IDS, *_MANY), random.choice((0, 0, 1, 2, 5, 12)))
+    if random.random() < 0.02:
+        groups += range(100_000, 101_100)
+    address, port, protocol = random.choice(_locked(policy) if random.random() < 0.8 else _EVERYWHERE)
+    mapped = ":" not in address and random.random() < 0.4
+    return Attempt(
+        *uids, *gids, tuple(groups), to=f"::ffff:{address}" if mapped else address, port=port, protocol=protocol
+    )
+
+
+_EVERYWHERE = tuple((address, port, protocol) for address in ADDRESSES for port in PORTS for protocol in Protocol)
+
+
+def _locked(policy: Policy) -> Sequence[Tuple[str, int, Protocol]]:
+    """The places with a listener that some lock covers; everywhere when there is none."""
+    found = [
+        (address, port, protocol)
+        for address, port, protocol in _EVERYWHERE
+        if find_lock(policy, Destination(ipaddress.ip_address(address), port, protocol)) is not None
+    ]
+    return found or _EVERYWHERE
+
+
+def _three(random: Random) -> Tuple[int, int, int]:
+    """Real, effective and fs ID. Who has not the effective ID 0 may take on as fs ID only what it has already."""
+    real, effective = random.choice((*_IDS, *_MANY)), random.choice((*_IDS, *_MANY))
+    if random.random() < 0.7:
+        return real, effective, effective
+    if random.random() < 0.5:
+        return real, 0, random.choice(_MIDDLING)
+    own = random.choice(_MIDDLING)
+    return own, random.choice(_MIDDLING), random.choice((own, 0))
+
+
+# --- for real -------------------------------------------------------------------------------------------------------
+
+
+def attempt_all(attempts: Sequence[Attempt]) -> List[str]:
+    """The errno of each attempt, made one after the other by the calling thread, which must be root's."""
+    return [_one(attempt) for attempt in attempts]
+
+
+def _one(attempt: Attempt) -> str:
+    become(
+        uids=(attempt.ruid, attempt.euid, 0),
+        gids=(attempt.rgid, attempt.egid, 0),
+        groups=attempt.groups,
+        fsuid=None if attempt.fsuid == attempt.euid else attempt.fsuid,
+        fsgid=None if attempt.fsgid == attempt.egid else attempt.fsgid,
+    )
+    try:
+        return _connect(attempt)
+    finally:
+        become(uids=(0, 0, 0))
+        become(gids=(0, 0, 0), groups=())
+
+
+def _connect(attempt: Attempt) -> str:
+    family = socket.AF_INET6 if ":" in attempt.to else socket.AF_INET
+    kind = socket.SOCK_DGRAM if attempt.protocol is Protocol.UDP else socket.SOCK_STREAM
+    with socket.socket(family, kind) as one:
+        one.settimeout(5)
+        try:
+            if kind == socket.SOCK_DGRAM:
+                one.sendto(b"?", sockaddr(attempt.to, attempt.port))
+            else:
+                # A reset in place of TIME_WAIT, or the ports would run out (SO_LINGER in socket(7)).
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+                one.connect(sockaddr(attempt.to, attempt.port))
+        except OSError as error:
+            return errno.errorcode.get(error.errno or 0, repr(error))
+    return "connected"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a broken version of ``decide()`` is made with: each has a fault that somebody has made or could make.
+
+A mutant is given the whole row, since some faults are in what was looked at: the real ID, the thread's process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Callable, Dict, Iterable, Optional
+
+from imds_guard.policy import (
+    Caller,
+    Decision,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Policy,
+    Source,
+    decide,
+)
+from tests.conformance.model import (
+    Case,
+    model_caller,
+    model_destination,
+    model_source,
+)
+
+Mutant = Callable[[Case], Decision]
+REGISTERED: Dict[str, Mutant] = {}
+
+
+def mutant(function: Mutant) -> Mutant:
+    """Puts a broken decide() into the table, by its name."""
+    REGISTERED[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def judge(
+    case: Case,
+    *,
+    policy: Optional[Policy] = None,
+    caller: Optional[Caller] = None,
+    destination: Optional[Destination] = None,
+    source: Optional[Source] = None,
+) -> Decision:
+    """decide() for the row, with what is given in place of what is right."""
+    return decide(
+        policy or case.policy,
+        caller or model_caller(case),
+        destination or model_destination(case),
+        source or model_source(case),
+    )
+
+
+def with_locks(policy: Policy, change: Callable[[Lock], Lock]) -> Policy:
+    """The policy with each lock changed."""
+    return replace(policy, locks=tuple(change(lock) for lock in policy.locks))
+
+
+def with_ids(policy: Policy, change: Callable[[Identities], Identities]) -> Policy:
+    """The policy with each list of IDs changed."""
+    return with_locks(policy, lambda lock: replace(lock, allow=change(lock.allow), deny=change(lock.deny)))
+
+
+def with_endpoints(policy: Policy, change: Callable[[Endpoint], Endpoint]) -> Policy:
+    """The policy with each endpoint changed."""
+    return with_locks(policy, lambda lock: replace(lock, endpoints=tuple(change(one) for one in lock.endpoints)))
+
+
+def with_groups(case: Case, groups: Iterable[int]) -> Caller:
+    """The caller with other supplementary groups."""
+    return replace(model_caller(case), groups=frozenset(groups))

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random policies and callers: decide(), eBPF and iptables give three answers, and they are equal.
+
+IMDS_GUARD_DIFFERENTIAL is how many cases are tried (2,000), IMDS_GUARD_SEED where they begin.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.errors import NotPermitted, Unsupported
+from imds_guard.kernel.sandbox import Sandbox
+from tests.conformance.conftest import EXPECTED_BACKENDS, ready
+from tests.conformance.differential import CASES_OF_A_POLICY, Block, attempt_all, make_block
+from tests.conformance.enforcers import ENFORCERS, Enforcer
+
+CASES = int(os.environ.get("IMDS_GUARD_DIFFERENTIAL", "2000"))
+FIRST_SEED = int(os.environ.get("IMDS_GUARD_SEED", "1"))
+
+Running = Tuple[Enforcer, Sandbox]
+
+
+@pytest.fixture
+def running(as_root: None, tmp_path: Path) -> Iterator[Dict[str, Running]]:
+    """Every backend that works here, each with a sandbox of its own."""
+    with ExitStack() as stack:
+        found: Dict[str, Running] = {}
+        for name, make in ENFORCERS.items():
+            try:
+                enforcer = stack.enter_context(make(tmp_path))
+                sandbox = ready(stack.enter_context(enforcer.sandbox()))
+                enforcer.apply(sandbox, make_block(FIRST_SEED).policy)
+            except (Unsupported, NotPermitted):
+                if name in EXPECTED_BACKENDS:
+                    raise
+                continue
+            stack.callback(enforcer.remove, sandbox)
+            found[name] = (enforcer, sandbox)
+        if not found:
+            pytest.skip("no backend works here")
+        yield found
+
+
+def test_same_answer(running: Dict[str, Running]) -> None:
+    """No caller is judged otherwise by a backend than by decide()."""
+    seeds = range(FIRST_SEED, FIRST_SEED + max(1, CASES // CASES_OF_A_POLICY))
+    wrong = [line for seed in seeds for line in _disagreements(make_block(seed), running)]
+    assert wrong == []
+
+
+def _disagreements(block: Block, running: Dict[str, Running]) -> List[str]:
+    answers = {name: _answers(block, *one) for name, one in running.items()}
+    return [
+        f"IMDS_GUARD_SEED={block.seed} IMDS_GUARD_DIFFERENTIAL=1 ./run test tests/conformance/test_differential.py"
+        f"  # case {number}: {decision}, {name} gives {answers[name][number]}: {block.attempts[number]}"
+        for number, decision in enumerate(block.decisions())
+        for name, (enforcer, _) in running.items()
+        if not _agree(decision.allowed, answers[name][number], enforcer)
+    ]
+
+
+def _agree(allowed: bool, answer: str, enforcer: Enforcer) -> bool:
+    return answer == "connected" if allowed else answer in enforcer.refusals
+
+
+def _answers(block: Block, enforcer: Enforcer, sandbox: Sandbox) -> List[str]:
+    enforcer.apply(sandbox, block.policy)
+    return sandbox.call(lambda: attempt_all(block.attempts), timeout_s=120)
+
+
+def test_cases_are_worth_it() -> None:
+    """The generator gives allowed and denied callers, each for many reasons, and the same for the same seed."""
+    blocks = [make_block(seed) for seed in range(1, 41)]
+    decisions = [decision for block in blocks for decision in block.decisions()]
+    assert {decision.reason.word for decision in decisions} == {
+        "not-locked",
+        "allowed-user",
+        "allowed-group",
+        "default-allow",
+        "denied-user",
+        "denied-group",
+        "not-listed",
+    }
+    assert 0.2 < sum(decision.allowed for decision in decisions) / len(decisions) < 0.8
+    assert make_block(7) == make_block(7)

@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sandbox is closed to the machine's network while it lasts, and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import threading
+from typing import List, Tuple
+
+import pytest
+
+from imds_guard.errors import Unsupported
+from imds_guard.kernel import netns
+from imds_guard.kernel.children import ChildFailed, run_in_child
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.listeners import family, sockaddr
+from imds_guard.kernel.sandbox import Sandbox
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root")
+
+_PID = struct.Struct("=i")
+ADDRESSES = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "fe80::a9fe:a9fe")
+
+
+def _peer(address: str, *, device: bool = False) -> str:
+    with socket.socket(family(address)) as one:
+        one.settimeout(5)
+        if device:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+        one.connect(sockaddr(address, 80))
+        return str(one.getpeername()[0])
+
+
+def _echo(address: str) -> bytes:
+    with socket.socket(family(address), socket.SOCK_DGRAM) as one:
+        one.settimeout(5)
+        one.sendto(b"word", sockaddr(address, 80))
+        return one.recv(16)
+
+
+@pytest.mark.parametrize("address", [*ADDRESSES, "127.0.0.1", "::1", "::ffff:192.0.2.1"])
+def test_addresses_answer_inside(address: str) -> None:
+    """Every address, link-local and loopback ones included, has TCP and UDP as soon as serve() returns."""
+    with Sandbox(ADDRESSES) as sandbox:
+        sandbox.serve([*ADDRESSES, "127.0.0.1", "::1"], [80])
+        assert sandbox.call(lambda: _peer(address)) == address
+        if not address.startswith("::ffff:"):
+            assert sandbox.call(lambda: _echo(address)) == b"word"
+
+
+def test_the_first_ipv4_address_is_the_primary_one() -> None:
+    """0.0.0.0 on a socket that is bound to lo leads there, and to 127.0.0.1 on any other."""
+    with Sandbox(ADDRESSES) as sandbox:
+        sandbox.serve(["192.0.2.1", "127.0.0.1"], [80])
+        assert sandbox.call(lambda: _peer("0.0.0.0", device=True)) == "192.0.2.1"
+        assert sandbox.call(lambda: _peer("0.0.0.0")) == "127.0.0.1"
+
+
+def test_only_loopback_is_there() -> None:
+    """No interface leads out, and the machine's own namespace is another one."""
+    with Sandbox(ADDRESSES) as sandbox:
+        assert sandbox.call(lambda: [name for _, name in socket.if_nameindex()]) == ["lo"]
+        assert sandbox.call(lambda: os.stat("/proc/self/ns/net").st_ino) == os.fstat(sandbox.netns_fd).st_ino
+        assert os.fstat(sandbox.netns_fd).st_ino != os.stat("/proc/self/ns/net").st_ino
+
+
+def test_a_child_is_in_the_cgroup() -> None:
+    """The calling process stays where it was."""
+    with Sandbox() as sandbox:
+        name = os.path.basename(sandbox.cgroup)
+        assert f"/{name}\n" in sandbox.call(_own_cgroups)
+        assert name not in _own_cgroups()
+
+
+def _own_cgroups() -> str:
+    with open("/proc/self/cgroup", encoding="ascii") as lines:
+        return lines.read()
+
+
+def test_a_sandbox_below_another() -> None:
+    """``below`` puts the cgroup into one that is there; the outer one can go after it."""
+    with Sandbox() as outer, Sandbox(below=outer.cgroup) as inner:
+        assert os.path.dirname(inner.cgroup) == outer.cgroup
+    assert not os.path.exists(outer.cgroup)
+
+
+def test_a_cgroup_that_can_not_be_made_is_told() -> None:
+    """One sentence with the path and the errno, and no namespace is left open."""
+    open_before = len(os.listdir("/proc/self/fd"))
+    with (
+        pytest.raises(Unsupported, match=r"could not make the cgroup /proc/imds-guard.*ENOENT"),
+        Sandbox(below="/proc"),
+    ):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_an_address_that_is_none_leaves_no_cgroup() -> None:
+    """What was made before the failure is taken back."""
+    sandbox = Sandbox(["no address"])
+    with pytest.raises(ChildFailed, match="does not appear to be an IPv4 or IPv6 address"):
+        sandbox.__enter__()
+    assert sandbox.cgroup
+    assert not os.path.exists(sandbox.cgroup)
+
+
+def test_a_listener_that_can_not_bind_is_told() -> None:
+    """serve() does not return as if it listened."""
+    with Sandbox() as sandbox, pytest.raises(ChildFailed, match="a listener of the sandbox could not start"):
+        sandbox.serve(["192.0.2.7"], [80])
+
+
+# --- what a child hands back ----------------------------------------------------------------------------------------
+
+
+def test_a_large_result_comes_whole() -> None:
+    """More than a pipe holds."""
+    assert run_in_child(lambda: b"x" * 3_000_000) == b"x" * 3_000_000
+
+
+def test_what_a_child_raises_comes_as_text() -> None:
+    """With the kind of error and where it was."""
+    with pytest.raises(ChildFailed, match=r"(?s)in _fails.*LookupError: no such thing"):
+        run_in_child(_fails)
+
+
+def _fails() -> None:
+    raise LookupError("no such thing")
+
+
+def test_an_error_of_ours_keeps_its_kind() -> None:
+    """And with it its exit status."""
+    with pytest.raises(Unsupported, match=r"^not here$"):
+        run_in_child(_refuses)
+
+
+def _refuses() -> None:
+    raise Unsupported("not here")
+
+
+def test_a_child_that_hangs_is_killed_at_its_deadline() -> None:
+    """And is gone: its process ID is nobody's child."""
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(ChildFailed, match="no result before its deadline"):
+            run_in_child(lambda: _tell_and_hang(writer), timeout_s=0.5)
+        with pytest.raises(ChildProcessError):
+            os.waitpid(_read_pid(reader), os.WNOHANG)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def _read_pid(reader: int) -> int:
+    pid: int = _PID.unpack(os.read(reader, _PID.size))[0]
+    return pid
+
+
+def _tell_and_hang(writer: int) -> None:
+    os.write(writer, _PID.pack(os.getpid()))
+    select.select([], [], [])
+
+
+def test_a_child_that_ends_early_is_told_at_once() -> None:
+    """Without waiting for the deadline."""
+    with pytest.raises(ChildFailed, match="ended before it had a result"):
+        run_in_child(lambda: os._exit(0), timeout_s=60)
+
+
+# --- nothing is left ------------------------------------------------------------------------------------------------
+
+
+def _spawn_family(sandbox: Sandbox) -> List[int]:
+    """A child that hangs, and a grandchild whose parent has ended; both are ended by the sandbox alone."""
+    reader, writer = os.pipe()
+    sandbox.spawn(lambda: _tell_and_hang(writer))
+    sandbox.call(lambda: _orphan(writer))
+    pids = [os.pidfd_open(_read_pid(reader)) for _ in range(2)]
+    os.close(reader)
+    os.close(writer)
+    return pids
+
+
+def _orphan(writer: int) -> None:
+    """By os.fork() alone: a child of fork() in children.py would die with its parent."""
+    if os.fork() == 0:
+        _tell_and_hang(writer)
+
+
+def _ended(pidfds: List[int]) -> bool:
+    """True when each process behind a descriptor has ended."""
+    ready = select.select(pidfds, [], [], 0)[0]
+    for one in pidfds:
+        os.close(one)
+    return ready == pidfds
+
+
+def test_nothing_is_left() -> None:
+    """No process, no cgroup, no descriptor."""
+    open_before = len(os.listdir("/proc/self/fd"))
+    with Sandbox(ADDRESSES) as sandbox:
+        sandbox.serve(ADDRESSES, [80])
+        processes = _spawn_family(sandbox)
+    assert _ended(processes)
+    assert not os.path.exists(sandbox.cgroup)
+    assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_nothing_is_left_after_a_failure() -> None:
+    """The same when the block raises."""
+    sandbox = Sandbox(ADDRESSES)
+    processes: List[int] = []
+
+    def fail() -> None:
+        with sandbox:
+            processes.extend(_spawn_family(sandbox))
+            raise LookupError("of the block")
+
+    with pytest.raises(LookupError, match="of the block"):
+        fail()
+    assert _ended(processes)
+    assert not os.path.exists(sandbox.cgroup)
+
+
+# --- identities -----------------------------------------------------------------------------------------------------
+
+
+def _ids() -> Tuple[List[int], List[int], int]:
+    """The four user IDs, the four group IDs and the number of groups of the calling thread, as proc(5) shows them."""
+    fields = {}
+    with open("/proc/thread-self/status", encoding="ascii") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            fields[key] = value.split()
+    return [int(word) for word in fields["Uid"]], [int(word) for word in fields["Gid"]], len(fields["Groups"])
+
+
+def _become_and_show(**ids: object) -> Tuple[List[int], List[int], int]:
+    become(**ids)  # type: ignore[arg-type]
+    return _ids()
+
+
+def test_become_sets_every_id() -> None:
+    """Real, effective, saved and fs IDs can all differ."""
+    shown = run_in_child(
+        lambda: _become_and_show(uids=(7001, 0, 7003), gids=(8001, 8002, 8003), groups=(), fsuid=7004, fsgid=8004)
+    )
+    assert shown == ([7001, 0, 7003, 7004], [8001, 8002, 8003, 8004], 0)
+
+
+def test_fs_ids_follow_the_effective_ones() -> None:
+    """As setresuid(2) and setresgid(2) have it."""
+    shown = run_in_child(lambda: _become_and_show(uids=(7001, 7002, 7003), gids=(8001, 8002, 8003), groups=(8005,)))
+    assert shown == ([7001, 7002, 7003, 7002], [8001, 8002, 8003, 8002], 1)
+
+
+def test_become_takes_as_many_groups_as_the_kernel() -> None:
+    """NGROUPS_MAX is 65,536."""
+    assert run_in_child(lambda: _become_and_show(groups=range(9000, 9000 + 65536)))[2] == 65536
+
+
+def test_become_changes_one_thread() -> None:
+    """The C library would change them all."""
+
+    def in_thread() -> Tuple[List[int], List[int]]:
+        seen: List[List[int]] = []
+        thread = threading.Thread(target=lambda: seen.append(_become_and_show(uids=(7001,) * 3, gids=(8001,) * 3)[0]))
+        thread.start()
+        thread.join()
+        return seen[0], _ids()[0]
+
+    assert run_in_child(in_thread) == ([7001] * 4, [0] * 4)
+
+
+def test_an_id_that_is_not_taken_is_an_error() -> None:
+    """setfsuid(2) itself says nothing."""
+    with pytest.raises(ChildFailed, match=r"PermissionError: setfsuid\(7009\) was not taken"):
+        run_in_child(lambda: become(uids=(7001, 7001, 7001), fsuid=7009))
+
+
+def test_an_id_without_the_privilege_is_an_error() -> None:
+    """The errno of the call comes through."""
+
+    def twice() -> None:
+        become(uids=(7001, 7001, 7001))
+        become(uids=(0, 0, 0))
+
+    with pytest.raises(ChildFailed, match=r"setresuid\(0, 0, 0\): Operation not permitted"):
+        run_in_child(twice)
+
+
+def test_unshare_and_enter() -> None:
+    """enter() leads back into a namespace that was left by unshare()."""
+
+    def there_and_back() -> Tuple[bool, bool]:
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        before = os.fstat(own).st_ino
+        netns.unshare(netns.CLONE_NEWNET)
+        away = os.stat("/proc/thread-self/ns/net").st_ino
+        netns.enter(own)
+        return away != before, os.stat("/proc/thread-self/ns/net").st_ino == before
+
+    assert run_in_child(there_and_back) == (True, True)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demonstration shows what happens, and leaves the machine as it was."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Callable, Dict, List, Tuple
+
+import pytest
+
+from imds_guard.backends import Backend
+from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.demo import ANSWERED, ATTEMPTS, DemoResult, DemoRow, render, run_demo
+from imds_guard.errors import GuardError, Unsupported
+from imds_guard.policy import Decision, Policy, Reason
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root")
+
+EXPECTED_BACKENDS = os.environ.get("IMDS_GUARD_EXPECT", "").split(",")
+
+EXPECTED = {
+    ("root", "169.254.169.254"): "denied",
+    ("listed user", "169.254.169.254"): ANSWERED,
+    ("listed user", "fd00:ec2::254"): ANSWERED,
+    ("member of group", "169.254.169.254"): ANSWERED,
+    ("stranger", "169.254.169.254"): "denied",
+    ("stranger", "fd00:ec2::254"): "denied",
+    ("stranger", "::ffff:169.254.169.254"): "denied",
+}
+
+
+def _demos(folder: Path) -> Dict[str, Tuple[Callable[[], DemoResult], str]]:
+    """By backend: the demonstration, and the errno of a denial."""
+    return {
+        "ebpf": (lambda: run_demo(EbpfBackend), "EPERM"),
+        "iptables": (
+            lambda: run_demo(lambda _: IptablesBackend(state_folder=str(folder)), inside=True),
+            "ECONNREFUSED",
+        ),
+    }
+
+
+@pytest.mark.parametrize("backend", ["ebpf", "iptables"])
+def test_who_gets_through(backend: str, tmp_path: Path) -> None:
+    """Everybody before, and after only the listed user and the group's member."""
+    demo, refusal = _demos(tmp_path)[backend]
+    try:
+        result = demo()
+    except Unsupported as error:
+        if backend in EXPECTED_BACKENDS:
+            raise
+        pytest.skip(str(error))
+    assert {row.before for row in result.rows} == {ANSWERED}
+    after = {(row.caller, row.address): row.after for row in result.rows}
+    assert after == {key: refusal if outcome == "denied" else outcome for key, outcome in EXPECTED.items()}
+    assert result.whole
+    assert result.backend == backend
+
+
+@pytest.mark.parametrize("backend", ["ebpf", "iptables"])
+def test_it_leaves_nothing(backend: str, tmp_path: Path) -> None:
+    """No cgroup, no child, no descriptor."""
+    places = set()
+
+    def make(cgroup: str) -> Backend:
+        places.add(cgroup)
+        raise Unsupported("this backend is never made")
+
+    open_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(Unsupported, match="never made"):
+        run_demo(make, inside=backend == "iptables")
+    demo, _ = _demos(tmp_path)[backend]
+    try:
+        demo()
+    except Unsupported as error:
+        if backend in EXPECTED_BACKENDS:
+            raise
+        pytest.skip(str(error))
+    assert not any(os.path.exists(place) for place in places)
+    assert not any(f"sandbox-{os.getpid()}-" in name for place in places for name in os.listdir(os.path.dirname(place)))
+    assert len(os.listdir("/proc/self/fd")) == open_before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+class _FailsToApply(EbpfBackend):
+    """The real backend, up to a failure after everything is attached."""
+
+    def apply(self, policy: Policy) -> List[str]:
+        """Attaches, then fails."""
+        super().apply(policy)
+        raise GuardError("failed on purpose")
+
+
+def test_it_leaves_nothing_when_applying_fails() -> None:
+    """What was attached is removed, and the cgroup with it."""
+    seen = []
+
+    def make(cgroup: str) -> Backend:
+        seen.append(cgroup)
+        return _FailsToApply(cgroup)
+
+    with pytest.raises(GuardError, match="failed on purpose"):
+        run_demo(make)
+    assert not os.path.exists(seen[0])
+
+
+def _rows(after: str) -> Tuple[DemoRow, ...]:
+    return tuple(
+        DemoRow(caller.words, address, ANSWERED, after, "group is listed", Decision(True, Reason.ALLOWED_GROUP))
+        for caller, address in ATTEMPTS
+    )
+
+
+@pytest.mark.parametrize("after", ["EPERM", ANSWERED, "ECONNREFUSED"])
+def test_the_table_fits_80_columns(after: str) -> None:
+    """One line a row, the head first."""
+    lines = render(_rows(after)).splitlines()
+    assert len(lines) == 1 + len(ATTEMPTS)
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["WHO", "ASKS", "BEFORE", "AFTER", "WHY"]
+
+
+def test_a_narrow_table_wraps_its_last_column() -> None:
+    """And loses no word."""
+    narrow = render(_rows("EPERM"), 70)
+    assert max(map(len, narrow.splitlines())) <= 70
+    assert len(narrow.splitlines()) > 1 + len(ATTEMPTS)
+    assert sorted(narrow.split()) == sorted(render(_rows("EPERM"), 200).split())
+
+
+def test_a_kernel_that_disagrees_is_not_whole() -> None:
+    """A denial of what the policy allows, or the reverse, is seen in the result."""
+    answered, denied = _rows(ANSWERED)[0], _rows("EPERM")[0]
+    assert answered.as_decided
+    assert not denied.as_decided

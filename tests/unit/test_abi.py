@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""bpf/imds_guard.h against backends/ebpf/abi.py: what C lays out is what Python packs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import struct
+from pathlib import Path
+from typing import Dict, List, Tuple, Union
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.kernel.btf import Btf
+from imds_guard.policy import MAX_LOCK_NAME_BYTES, MAX_SEARCHED_GROUPS, MAX_WALKED_GROUPS, Reason
+from tests.clang import BPF, compiled_for_bpf, compiled_to_library
+
+HEADER = (BPF / "imds_guard.h").read_text(encoding="utf-8")
+PROGRAM = (BPF / "imds_guard.bpf.c").read_text(encoding="utf-8")
+
+# --- what Python says -----------------------------------------------------------------------------------------------
+
+# The Python struct, and the C members in its order: "gid:128" takes 128 of its values, "pad" is one run of x.
+PACKED: Dict[str, Tuple[struct.Struct, str]] = {
+    "ig_config": (abi.CONFIG, "generation pad"),
+    "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest"),
+    "ig_endpoint_key": (abi.ENDPOINT_KEY, "prefixlen generation pad address"),
+    "ig_port_range": (abi.RANGE, "low high lock list protocols flags pad"),
+    "ig_list": (abi.LIST, f"flags zero filter:{abi.FILTER_WORDS}"),
+    "ig_member": (abi.MEMBER, "generation kind list id"),
+    "ig_list_key": (abi.SMALL_KEY, "generation pad list"),
+    "ig_groups": (abi.GROUPS, f"denied len gid:{abi.SEARCHED}"),
+    "ig_lock_key": (abi.SMALL_KEY, "generation pad lock"),
+    "ig_lock": (abi.LOCK, "list pad name"),
+    "ig_counter": (abi.COUNTER, "enforced audited"),
+}
+# Those that Python puts together without a struct.Struct: the size, and the offset of each member.
+ASSEMBLED: Dict[str, Tuple[int, Dict[str, int]]] = {
+    "ig_address": (16, {"word": 0}),
+    "ig_first_look": (
+        abi.FIRST_LOOK_OCTETS,
+        {"hosts": 0, "networks4": abi.HOST_OCTETS, "networks6": abi.HOST_OCTETS + abi.NETWORK_OCTETS},
+    ),
+    "ig_endpoint": (abi.ENDPOINT_OCTETS, {"ranges_len": 0, "pad": 4, "ranges": abi.ENDPOINT_HEAD.size}),
+}
+
+CONSTANTS: Dict[str, int] = {
+    "IG_ABI": abi.ABI,
+    "IG_MAP_BASE": abi.MAP_BASE,
+    **{f"IG_MAP_{one.name}": one.value for one in Map},
+    "IG_MAPS": len(Map),
+    "IG_GENERATIONS": 1 + max(abi.GENERATIONS),
+    "IG_ENFORCE": abi.MODE_ENFORCE,
+    "IG_AUDIT": abi.MODE_AUDIT,
+    "IG_HOST_BITS_LOG2": abi.HOST_BITS_LOG2,
+    "IG_HOST_WORDS": abi.HOST_OCTETS // 4,
+    "IG_NETWORK_WORDS": abi.NETWORK_OCTETS // 4,
+    "IG_TCP": abi.TCP,
+    "IG_UDP": abi.UDP,
+    "IG_INHERITED": abi.INHERITED,
+    "IG_NO_LIST": abi.NO_LIST,
+    "IG_RANGES": abi.RANGES,
+    "IG_LISTS": abi.LISTS,
+    "IG_LIST_VALID": abi.LIST_VALID,
+    "IG_LIST_DEFAULT_ALLOW": abi.LIST_DEFAULT_ALLOW,
+    "IG_LIST_GROUPS": abi.LIST_GROUPS,
+    "IG_LIST_DENY_GROUPS": abi.LIST_DENY_GROUPS,
+    "IG_LIST_SMALL": abi.LIST_SMALL,
+    "IG_FILTER_WORDS": abi.FILTER_WORDS,
+    "IG_USER": abi.USER,
+    "IG_GROUP": abi.GROUP,
+    "IG_ALLOW": abi.ALLOW,
+    "IG_DENY": abi.DENY,
+    "IG_MEMBERS": abi.MEMBERS,
+    "IG_SEARCHED": abi.SEARCHED,
+    "IG_LOCKS": abi.LOCKS,
+    "IG_LOCK_NAME": abi.LOCK_NAME_OCTETS,
+    "IG_ENDPOINTS": abi.ENDPOINTS,
+    **{f"IG_{one.name}": one.value for one in Reason},
+    "IG_REASONS": abi.REASONS,
+    "IG_WALKED": MAX_WALKED_GROUPS,
+    "IG_MAX_GROUPS": os.sysconf("SC_NGROUPS_MAX"),
+}
+
+KEYS_AND_VALUES: Dict[Map, Tuple[Union[str, int], Union[str, int]]] = {
+    Map.CONFIG: (4, "ig_config"),
+    Map.SETTINGS: (4, "ig_settings"),
+    Map.FIRST_LOOK: (4, "ig_first_look"),
+    Map.ENDPOINTS: ("ig_endpoint_key", "ig_endpoint"),
+    Map.LISTS: (4, "ig_list"),
+    Map.MEMBERS: ("ig_member", abi.MEMBER_VALUE.size),
+    Map.GROUPS: ("ig_list_key", "ig_groups"),
+    Map.LOCKS: ("ig_lock_key", "ig_lock"),
+    Map.COUNTERS: (4, "ig_counter"),
+}
+
+
+def layout(shape: struct.Struct, members: str) -> Dict[str, int]:
+    """The offset that Python gives each member."""
+    offsets = iter(value_offsets(shape.format))
+    found = {}
+    for member in members.split():
+        name, _, count = member.partition(":")
+        found[name] = next(offsets)
+        for _ in range(int(count or 1) - 1):
+            next(offsets)
+    assert next(offsets, None) is None
+    return found
+
+
+def value_offsets(form: str) -> List[int]:
+    """The offset of each value of a struct format, and of each run of x."""
+    order, done, offsets = form[0], "", []
+    for count, letter in re.findall(r"(\d*)([a-zA-Z])", form):
+        at = struct.calcsize(order + done)
+        each = struct.calcsize(order + letter)
+        together = letter in "sx"
+        offsets += [at] if together else [at + each * n for n in range(int(count or 1))]
+        done += count + letter
+    return offsets
+
+
+def expected_layout(name: str) -> Tuple[int, Dict[str, int]]:
+    """The size and the members' offsets that Python gives a C struct."""
+    if name in ASSEMBLED:
+        return ASSEMBLED[name]
+    shape, members = PACKED[name]
+    return shape.size, layout(shape, members)
+
+
+# --- what C says ----------------------------------------------------------------------------------------------------
+
+STRUCTS = re.findall(r"^struct (ig_\w+) \{", HEADER, re.MULTILINE)
+COMMENTLESS = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
+
+
+def constants_of_header() -> List[str]:
+    """Every macro with a value, and every enumerator."""
+    macros = re.findall(r"^#define (\w+)[ \t]+\S", COMMENTLESS, re.MULTILINE)
+    enums = re.findall(r"enum \w+ \{(.*?)\}", COMMENTLESS, re.DOTALL)
+    return macros + [name for body in enums for name in re.findall(r"[A-Z]\w+", body)]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
+    """The header compiled with a variable of each struct, and the value of each constant in a section of its own."""
+    names = ", ".join(constants_of_header())
+    variables = "".join(f"struct {name} v_{name};\n" for name in STRUCTS)
+    section = '__attribute__((section("constants"), used))'
+    source = f'#include <linux/types.h>\n#include "imds_guard.h"\n{variables}const __s64 all[] {section} = {{ {names} }};\n'
+    return compiled_for_bpf(source, tmp_path_factory.mktemp("abi"))
+
+
+@pytest.fixture(scope="module")
+def btf(compiled: Dict[str, bytes]) -> Btf:
+    """What clang says of the header's structs."""
+    return Btf(compiled[".BTF"])
+
+
+def test_every_struct_of_the_header_is_compared() -> None:
+    assert sorted(STRUCTS) == sorted([*PACKED, *ASSEMBLED])
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_a_struct_has_the_size_and_the_offsets_that_python_packs(name: str, btf: Btf) -> None:
+    assert (btf.struct_size(name), btf.members(name)) == expected_layout(name)
+
+
+def test_every_constant_of_the_header_has_the_value_that_python_has(compiled: Dict[str, bytes]) -> None:
+    values = struct.unpack(f"={len(constants_of_header())}q", compiled["constants"])
+    assert dict(zip(constants_of_header(), values)) == CONSTANTS
+
+
+def size_of(what: Union[str, int]) -> int:
+    return what if isinstance(what, int) else expected_layout(what)[0]
+
+
+@pytest.mark.parametrize("number", list(Map), ids=lambda number: str(number.name.lower()))
+def test_a_map_is_made_with_the_sizes_of_its_structs(number: Map) -> None:
+    shape = abi.SHAPES[number]
+    key, value = KEYS_AND_VALUES[number]
+    assert (shape.key_size, shape.value_size) == (size_of(key), size_of(value))
+
+
+def test_arrays_by_generation_and_by_reason_have_room_for_each() -> None:
+    most = {number: shape.max_entries for number, shape in abi.SHAPES.items()}
+    assert most[Map.SETTINGS] == most[Map.FIRST_LOOK] == CONSTANTS["IG_GENERATIONS"]
+    assert most[Map.LISTS] == 2 * CONSTANTS["IG_LISTS"]
+    assert most[Map.MEMBERS] == CONSTANTS["IG_MEMBERS"]
+    assert most[Map.ENDPOINTS] == CONSTANTS["IG_ENDPOINTS"]
+    assert most[Map.LOCKS] == CONSTANTS["IG_LOCKS"]
+    assert most[Map.COUNTERS] == len(Reason)
+
+
+def test_what_the_policy_promises_is_what_the_hooks_search() -> None:
+    assert (abi.SEARCHED, abi.LOCK_NAME_OCTETS) == (MAX_SEARCHED_GROUPS, MAX_LOCK_NAME_BYTES + 1)
+
+
+# --- host_bit() -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def c_host_bit(tmp_path_factory: pytest.TempPathFactory) -> "ctypes._NamedFuncPointer":
+    """ig_host_bit() of the hooks' source, compiled for this machine."""
+    text = re.search(r"^ig_inline __u32 ig_host_bit\(.*?^\}$", PROGRAM, re.MULTILINE | re.DOTALL)
+    assert text is not None
+    source = (
+        '#include <linux/types.h>\n#include "imds_guard.h"\n#define ig_inline static inline\n'
+        f"{text[0]}\n__u32 host_bit(const struct ig_address *a);\n"
+        "__u32 host_bit(const struct ig_address *a) { return ig_host_bit(a); }\n"
+    )
+    library = ctypes.CDLL(str(compiled_to_library(source, tmp_path_factory.mktemp("host_bit"))))
+    function = library.host_bit
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_uint32
+    return function
+
+
+@given(octets=st.binary(min_size=16, max_size=16))
+def test_python_and_the_hooks_look_at_the_same_bit(octets: bytes, c_host_bit: "ctypes._NamedFuncPointer") -> None:
+    assert abi.host_bit(octets) == c_host_bit(octets)
+
+
+@given(octets=st.binary(min_size=16, max_size=16))
+def test_the_bit_of_a_host_is_in_the_bitmap(octets: bytes) -> None:
+    assert 0 <= abi.host_bit(octets) < abi.HOST_OCTETS * 8
+
+
+def test_set_bit_sets_the_bit_that_the_hooks_test() -> None:
+    words = bytearray(64)
+    abi.set_bit(words, 16, 77)
+    read = struct.unpack("=16I", words)
+    assert [(n, word) for n, word in enumerate(read) if word] == [(4 + (77 >> 5), 1 << (77 & 31))]
+
+
+def test_the_header_of_the_test_is_the_one_that_is_installed() -> None:
+    assert Path(BPF, "imds_guard.h").is_file()

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of iptables stand for the policy that they were made from, and read back as it."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import replace
+from typing import Dict, List, Optional, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imds_guard.backends.iptables.parse import combine, find, parse_chains
+from imds_guard.backends.iptables.render import HEAD, Chains, Holding, digest, id_ranges, lock_comment, render
+from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, ForeignRule, Rule, parse_rule
+from imds_guard.backends.iptables.tables import Anchor, is_first, parse_save, restore_text, rule_texts
+from imds_guard.policy import (
+    ALL_PORTS,
+    Caller,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Mode,
+    Policy,
+    Protocol,
+    Verdict,
+    decide,
+    make_policy,
+    unmapped,
+)
+from tests.conformance.differential import make_block
+from tests.unit.packet_walk import Packet, walk
+
+ANCHOR = Anchor("OUTPUT", HEAD)
+IMDS = ipaddress.ip_network("169.254.169.254/32")
+IMDS6 = ipaddress.ip_network("fd00:ec2::254/128")
+
+
+def policy_of(
+    users: Sequence[int] = (), *, deny: Sequence[int] = (), mode: Mode = Mode.ENFORCE, name: str = "imds"
+) -> Policy:
+    endpoints = (Endpoint(IMDS, tcp=ALL_PORTS), Endpoint(IMDS6, tcp=ALL_PORTS))
+    lock = Lock(name, endpoints, Identities(frozenset(users)), Identities(frozenset(deny)))
+    return make_policy([lock], mode)
+
+
+def read_back(families: Dict[int, Chains]) -> Optional[Holding]:
+    found = []
+    for version, chains in families.items():
+        parsed, foreign = parse_chains(rule_texts(chains))
+        assert foreign == []
+        assert parsed == chains
+        found.append(find(parsed, version))
+    return combine(found)
+
+
+def both(policy: Policy) -> Dict[int, Chains]:
+    return {version: render(Holding(policy), version) for version in (4, 6)}
+
+
+@pytest.mark.parametrize("seed", range(1, 201))
+def test_reads_back(seed: int) -> None:
+    """What the rules of both families stand for is the policy, without members to resolve."""
+    policy = make_block(seed, 0).policy
+    assert read_back(both(policy)) == Holding(policy)
+
+
+@pytest.mark.parametrize("seed", range(1, 201))
+def test_judges_as_decide(seed: int) -> None:
+    """A packet that walks through the rules ends as decide() says, in audit mode with a line in the log."""
+    block = make_block(seed)
+    families = both(block.policy)
+    for attempt, decision in zip(block.attempts, block.decisions()):
+        address = unmapped(ipaddress.ip_address(attempt.to))
+        packet = Packet(
+            address, attempt.port, attempt.protocol, attempt.fsuid, attempt.fsgid, frozenset(attempt.groups)
+        )
+        chains = families[address.version]
+        verdict = walk(chains, packet).verdict if chains else RETURN
+        denial = LOG if block.policy.mode is Mode.AUDIT else REJECT
+        assert verdict == (RETURN if decision.reason.permits else denial), attempt
+
+
+@pytest.mark.parametrize("default", list(Verdict))
+def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
+    """A packet without an owner is on no list, and gains nothing by a default."""
+    lock = Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),), deny=Identities(frozenset({5})), default=default)
+    chains = render(Holding(make_policy([lock])), 4)
+    packet = Packet(IMDS.network_address, 80, Protocol.TCP, uid=None)
+    assert walk(chains, packet).verdict == REJECT
+
+
+def test_a_thousand_scattered_users_cost_about_ten_rules() -> None:
+    """An allowed user among 1,000 without neighbours meets 13 rules on average and never more than 25."""
+    users = range(10_000, 13_000, 3)
+    chains = render(Holding(policy_of(users)), 4)
+    met = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid)).met for uid in users]
+    assert sum(met) / len(met) <= 16
+    assert max(met) <= 25
+    strangers = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid + 1)) for uid in users]
+    assert {one.verdict for one in strangers} == {REJECT}
+    assert max(one.met for one in strangers) <= 25
+
+
+def test_chains_stay_within_what_nft_takes() -> None:
+    """20,000 ranges are nested less deep than NFT_JUMP_STACK_SIZE, 16, OUTPUT included."""
+    users = range(0, 60_000, 3)
+    chains = render(Holding(policy_of(users, deny=[1])), 4)
+    depths = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid)).depth for uid in range(0, 60_000, 7)]
+    assert max(depths) + 1 <= 16
+    assert max(len(name) for name in chains) <= 28
+
+
+def test_only_a_lone_syn_is_judged() -> None:
+    """No rule meets a later packet of a TCP connection: its socket may be closed, and then nobody owns it."""
+    chains = render(Holding(policy_of([5])), 4)
+    assert [rule.syn for rule in chains[HEAD]] == [True]
+    assert "--tcp-flags FIN,SYN,RST,ACK SYN" in chains[HEAD][0].text()
+
+
+def test_audit_rejects_nothing() -> None:
+    """In audit mode no rule rejects, and the denial is a line in the kernel's log."""
+    targets = {rule.target for rules in render(Holding(policy_of([5], mode=Mode.AUDIT)), 4).values() for rule in rules}
+    assert REJECT not in targets
+    assert LOG in targets
+
+
+def test_family_without_endpoints_has_no_rules() -> None:
+    """A policy without an IPv6 endpoint leaves ip6tables alone."""
+    policy = make_policy([Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),))])
+    assert render(Holding(policy), 6) == {}
+    assert read_back(both(policy) | {6: {}}) == Holding(policy)
+
+
+def test_members_of_a_group_do_not_become_listed_users() -> None:
+    """Resolved members stand in the rules and read back as members."""
+    lock = Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),), Identities(frozenset({5}), frozenset({60})))
+    held = Holding(make_policy([lock]), {("imds", "allow"): frozenset({5, 7, 8}), ("imds", "deny"): frozenset()})
+    chains = render(held, 4)
+    again = read_back({4: chains})
+    assert again is not None
+    assert again.policy == held.policy
+    assert again.members == {("imds", "allow"): frozenset({7, 8}), ("imds", "deny"): frozenset()}
+    assert render(again, 4) == chains
+    for uid, groups, verdict in ((7, frozenset(), RETURN), (9, frozenset({60}), REJECT)):
+        packet = Packet(IMDS.network_address, 80, Protocol.TCP, uid, gid=1, groups=groups)
+        assert walk(chains, packet).verdict == verdict
+
+
+@pytest.mark.parametrize("name", ["ec2", "a b", "ö\"'\\`$(x)", "%20", "-j ACCEPT", "ü" * 31])
+def test_lock_names_survive(name: str) -> None:
+    """A name goes through a comment unharmed, whatever is in it."""
+    policy = policy_of([5], name=name)
+    assert read_back(both(policy)) == Holding(policy)
+    assert len(lock_comment(name)) <= 255
+    assert lock_comment(name).isascii()
+
+
+def test_digest_tells_policies_apart() -> None:
+    """Every part of a policy is in its digest."""
+    base = policy_of([5])
+    lock = base.locks[0]
+    others = [
+        policy_of([6]),
+        policy_of([5], deny=[7]),
+        policy_of([5], mode=Mode.AUDIT),
+        policy_of([5], name="other"),
+        replace(base, containers=Verdict.ALLOW),
+        replace(base, locks=(replace(lock, default=Verdict.ALLOW),)),
+        replace(base, locks=(replace(lock, allow=Identities(groups=frozenset({5}))),)),
+        replace(base, locks=(replace(lock, endpoints=(Endpoint(IMDS, tcp=ALL_PORTS),)),)),
+    ]
+    assert len({digest(policy) for policy in (base, *others)}) == len(others) + 1
+
+
+# --- edited rules ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("chain", "line"),
+    [
+        ("IMDS-GUARD", "-j RETURN"),
+        ("IMDS-GUARD-L0", "-j RETURN"),
+        ("IMDS-GUARD-L0", "-m owner --uid-owner 9 -j RETURN"),
+        ("IMDS-GUARD-L0", "-m owner --uid-owner 0-4294967294 -j RETURN"),
+        ("IMDS-GUARD-T", "-d 169.254.169.254/32 -p tcp -j RETURN"),
+        ("IMDS-GUARD-DENY", "-j RETURN"),
+    ],
+)
+def test_an_added_rule_is_seen(chain: str, line: str) -> None:
+    """Rules with one more at the head of a chain are not those that their policy makes."""
+    texts = dict(rule_texts(render(Holding(policy_of([5])), 4)))
+    texts[chain] = (line, *texts[chain])
+    chains, foreign = parse_chains(texts)
+    held = combine([find(chains, 4)])
+    assert foreign or held is None or render(held, 4) != chains
+
+
+def test_every_missing_rule_is_seen() -> None:
+    """Whichever rule is taken out, the rest is not what its policy makes."""
+    whole = render(Holding(policy_of([5, 7], deny=range(20, 60, 2))), 4)
+    for chain, rules in whole.items():
+        for place in range(len(rules)):
+            less = {**whole, chain: rules[:place] + rules[place + 1 :]}
+            held = combine([find(less, 4)])
+            assert held is None or render(held, 4) != less, (chain, rules[place])
+
+
+def test_lists_that_differ_between_families_come_out_as_two_locks() -> None:
+    """Rules of a command that was ended between the families are told as they are."""
+    one, other = policy_of([5]), policy_of([6])
+    held = combine([find(render(Holding(one), 4), 4), find(render(Holding(other), 6), 6)])
+    assert held is not None
+    for uid, version, allowed in ((5, 4, True), (5, 6, False), (6, 4, False), (6, 6, True)):
+        network = IMDS if version == 4 else IMDS6
+        decision = decide(held.policy, Caller(uid, 1), Destination(network.network_address, 80))
+        assert decision.allowed is allowed
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+_id_ranges = st.tuples(st.integers(0, 2**32 - 2), st.integers(0, 2**32 - 2)).map(lambda pair: (min(pair), max(pair)))
+
+
+@given(
+    uids=st.none() | _id_ranges,
+    gids=st.none() | _id_ranges,
+    supplementary=st.booleans(),
+    goto=st.booleans(),
+    comment=st.text("abc=%0", max_size=9),
+)
+def test_rule_text_parses(
+    uids: Optional[tuple[int, int]],
+    gids: Optional[tuple[int, int]],
+    supplementary: bool,
+    goto: bool,
+    comment: str,
+) -> None:
+    """A rule's text is the rule."""
+    rule = Rule("X", goto, uids=uids, gids=gids, supplementary=supplementary and gids is not None, comment=comment)
+    assert parse_rule(rule.text()) == rule
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["-s 1.2.3.4/32 -j RETURN", "-m mark --mark 0x1 -j RETURN", "! -d 1.2.3.4/32 -j RETURN", "-i lo -j RETURN", '-j "'],
+)
+def test_what_we_never_write_is_foreign(text: str) -> None:
+    """A rule with a match of another kind is not taken for one of ours."""
+    with pytest.raises(ForeignRule):
+        parse_rule(text)
+
+
+@given(st.sets(st.integers(0, 300)))
+def test_ranges_are_the_ids(ids: set[int]) -> None:
+    """Merged ranges hold the same ids, in order, and none touches the next."""
+    ranges = id_ranges(ids)
+    assert [number for low, high in ranges for number in range(low, high + 1)] == sorted(ids)
+    assert all(one[1] + 1 < other[0] for one, other in zip(ranges, ranges[1:]))
+
+
+def lines_of(text: str) -> List[str]:
+    return text.splitlines()
+
+
+OTHERS = """\
+*filter
+:INPUT ACCEPT [0:0]
+:OUTPUT DROP [7:8]
+:ADMIN - [0:0]
+-A OUTPUT -d 169.254.169.254/32 -j ACCEPT
+-A OUTPUT -j ADMIN
+-A ADMIN -j RETURN
+COMMIT
+"""
+
+
+def test_restore_text_names_nothing_of_others() -> None:
+    """Only our chains are declared; OUTPUT gets our jump in its first place and is not declared."""
+    chains = rule_texts(render(Holding(policy_of([5])), 4))
+    lines = lines_of(restore_text(parse_save(OTHERS), ANCHOR, chains))
+    assert lines[0] == "*filter"
+    assert lines[-1] == "COMMIT"
+    assert [line for line in lines if "OUTPUT" in line] == ["-I OUTPUT 1 -j IMDS-GUARD"]
+    assert not any("ADMIN" in line or line.startswith((":INPUT", ":OUTPUT")) for line in lines)
+
+
+def test_restore_text_moves_the_jump_only_when_it_must() -> None:
+    """A jump in the first place stays; one behind others', or a second one, is taken out first."""
+    chains = rule_texts(render(Holding(policy_of([5])), 4))
+    first = {"OUTPUT": ("-j IMDS-GUARD", "-j ADMIN"), **chains}
+    assert is_first(first, ANCHOR)
+    assert not [line for line in lines_of(restore_text(first, ANCHOR, chains)) if "OUTPUT" in line]
+    behind = {"OUTPUT": ("-j ADMIN", "-j IMDS-GUARD", "-j IMDS-GUARD"), **chains}
+    assert not is_first(behind, ANCHOR)
+    assert [line for line in lines_of(restore_text(behind, ANCHOR, chains)) if "OUTPUT" in line] == [
+        "-D OUTPUT -j IMDS-GUARD",
+        "-D OUTPUT -j IMDS-GUARD",
+        "-I OUTPUT 1 -j IMDS-GUARD",
+    ]
+
+
+def test_restore_text_removes_what_is_stale() -> None:
+    """Chains that the new rules lack are flushed and deleted; without any rules all of ours go, and the jump."""
+    old = rule_texts(render(Holding(policy_of(range(0, 60, 2))), 4))
+    new = rule_texts(render(Holding(policy_of([5])), 4))
+    stale = set(old) - set(new)
+    assert stale
+    lines = lines_of(restore_text({"OUTPUT": ("-j IMDS-GUARD",), **old}, ANCHOR, new))
+    assert {line[3:] for line in lines if line.startswith("-X ")} == stale
+    gone = lines_of(restore_text({"OUTPUT": ("-j IMDS-GUARD",), **old}, ANCHOR, {}))
+    assert {line[3:] for line in gone if line.startswith("-X ")} == set(old)
+    assert "-D OUTPUT -j IMDS-GUARD" in gone
+    assert restore_text(parse_save(OTHERS), ANCHOR, {}) == ""

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes, some with the name of a metadata client, some connected: who would be shut out."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence
+
+import pytest
+
+from imds_guard import preflight
+from imds_guard.config import policy_from_words
+from imds_guard.endpoints import PRESETS
+from imds_guard.policy import Endpoint, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.preflight import CLIENTS, Client, ShutOut, installed_shut_out, shut_out
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="looks at other users' processes: root only")
+needs_host = pytest.mark.skipif(
+    os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container every caller is denied"
+)
+pytestmark = [needs_root, needs_host]
+
+STRANGER, STRANGERS = 45_001, 45_002
+
+
+def by_pid(found: Sequence[ShutOut]) -> Dict[int, ShutOut]:
+    return {one.pid: one for one in found if one.pid is not None}
+
+
+@contextlib.contextmanager
+def running(argv: List[str], uid: int = STRANGER, gid: int = STRANGERS) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with these IDs, there to the end of the block: it waits for its standard input."""
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=[]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that every user may enter."""
+    for one in (tmp_path, *tmp_path.parents):
+        if one.owner() == "root" and str(one).startswith("/tmp/"):
+            one.chmod(0o755)
+    return tmp_path
+
+
+def program(folder: Path, name: str) -> str:
+    """A program of this name that waits for its standard input."""
+    return shutil.copy("/bin/cat", str(folder / name))
+
+
+def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
+    with running([program(folder, "google_guest_agent")]) as process:
+        found = by_pid(shut_out(policy_from_words(nobody=True)))[process.pid]
+        assert ("google_guest_agent", str(STRANGER)) == (found.name, found.user)
+        assert found.why == (
+            "is a metadata client (google_guest_agent) and needs 169.254.169.254:80: not-listed in lock 'default'"
+        )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"users": [str(STRANGER)]},
+        {"groups": [str(STRANGERS)]},
+        {"nobody": True, "ips": ["10.9.9.9"]},
+        {"nobody": True, "mode": Mode.AUDIT},
+    ],
+)
+def test_a_client_that_keeps_its_access_is_not_named(folder: Path, words: Dict[str, object]) -> None:
+    with running([program(folder, "google_guest_agent")]) as process:
+        assert process.pid not in by_pid(shut_out(policy_from_words(**words)))  # type: ignore[arg-type]
+
+
+def test_a_client_of_another_cloud_is_judged_by_its_own_addresses(folder: Path) -> None:
+    with running([program(folder, "amazon-ssm-agent")]) as process:
+        assert process.pid not in by_pid(shut_out(policy_from_words(nobody=True, presets=["scaleway"])))
+        assert process.pid in by_pid(shut_out(policy_from_words(nobody=True, ips=["fd00:ec2::254"])))
+
+
+def test_a_script_is_known_by_its_name_and_not_by_its_interpreter(folder: Path) -> None:
+    script = folder / "waagent"
+    script.write_text("import sys; sys.stdin.read()\n")
+    with running(["/usr/bin/python3", "-u", str(script)]) as process:
+        found = by_pid(shut_out(policy_from_words(nobody=True)))
+        assert "is a metadata client (waagent)" in found[process.pid].why
+
+
+def test_a_program_that_only_speaks_of_a_client_is_none(folder: Path) -> None:
+    with (
+        running(["/bin/sh", "-c", "read line", "cloud-init"]) as shell,
+        running([program(folder, "journalctl"), "-", "cloud-init"]) as reader,
+    ):
+        found = by_pid(shut_out(policy_from_words(nobody=True)))
+        assert shell.pid not in found
+        assert reader.pid not in found
+
+
+def test_root_is_not_allowed_by_itself(folder: Path) -> None:
+    with running([program(folder, "cloud-init")], uid=0, gid=0) as process:
+        found = by_pid(shut_out(policy_from_words(groups=[str(STRANGERS)])))
+        assert found[process.pid].user == "root"
+
+
+CONNECT = "import socket, sys; s = socket.create_connection(sys.argv[1:3]); print(flush=True); sys.stdin.read()"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1"])
+def test_who_is_connected_to_a_locked_address_now_is_named(host: str) -> None:
+    """The lock is on 127.0.0.1, over which an IPv4-mapped connect goes too."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        locked = Endpoint(ipaddress.ip_network("127.0.0.1"), tcp=((port, port),))
+        beside = Endpoint(ipaddress.ip_network("127.0.0.1"), tcp=((port + 1, port + 1),))
+        argv = ["/usr/bin/python3", "-c", CONNECT, host, str(port)]
+        with running_with_output(argv) as process:
+            found = by_pid(shut_out(_nobody(locked)))
+            assert found[process.pid].why == f"is connected to 127.0.0.1:{port} now: not-listed in lock 'x'"
+            assert str(STRANGER) == found[process.pid].user
+            assert process.pid not in by_pid(shut_out(_nobody(beside)))
+
+
+@contextlib.contextmanager
+def running_with_output(argv: List[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """As running(), once the process has printed a line."""
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=STRANGER, group=STRANGERS, extra_groups=[]
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def _nobody(endpoint: Endpoint) -> Policy:
+    return make_policy([Lock("x", (endpoint,))])
+
+
+def test_a_process_that_has_ended_is_left_out(folder: Path) -> None:
+    """Not yet waited for, it still has its name: a zombie. Then it is gone."""
+    with subprocess.Popen([program(folder, "kubelet")], stdin=subprocess.DEVNULL) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert process.pid not in by_pid(shut_out(policy_from_words(nobody=True)))
+    found: Dict[int, ShutOut] = {}
+    destinations = preflight._destinations(CLIENTS[0])
+    preflight._judge(policy_from_words(nobody=True), found, process.pid, destinations, "{}")
+    assert found == {}
+
+
+def test_an_installed_client_is_judged_by_the_account_it_runs_as(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = program(folder, "agent")
+    known = (
+        Client("as-root", ("a",), ("aws",), paths=(here,)),
+        Client("absent", ("b",), ("aws",), paths=(str(folder / "absent"),)),
+        Client("no-account", ("c",), ("aws",), user="imds-guard-absent", paths=(here,)),
+    )
+    monkeypatch.setattr(preflight, "CLIENTS", known)
+    (found,) = installed_shut_out(policy_from_words(groups=[str(STRANGERS)]))
+    assert (found.pid, found.name, found.user) == (None, "as-root", "root")
+    assert "needs 169.254.169.254:80 as root: not-listed" in found.why
+    assert installed_shut_out(policy_from_words(users=["0"])) == []
+    assert installed_shut_out(policy_from_words(users=["0"], containers=Verdict.ALLOW)) == []
+
+
+def test_the_clients_are_told_apart_and_use_known_presets() -> None:
+    programs = [name for client in CLIENTS for name in client.programs]
+    assert len(programs) == len(set(programs))
+    assert {name for client in CLIENTS for name in client.presets} <= set(PRESETS)
+    assert all(preflight._destinations(client) for client in CLIENTS)

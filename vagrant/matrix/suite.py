@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A row from beginning to end: prepare what it boots, pack the job, boot, judge, keep what came out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Callable, Dict, Optional, Sequence
+
+from vagrant.matrix import guest, job, kernel, userland, verdict, wheel
+from vagrant.matrix.table import Archive, Row
+from vagrant.matrix.verdict import Verdict
+
+GUEST = Path(__file__).resolve().parent.parent / "guest"
+TESTS = ("tests/conformance", "tests/kernel")
+_LEGACY_CGROUPS = "imds.cgroups=legacy"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all rows of a run share."""
+
+    archive: Archive
+    tree: Path
+    wheel: Path
+    results: Path
+    accel: str = "tcg"
+    tests: Sequence[str] = TESTS
+
+
+def prepare(plan: Plan, row: Row) -> guest.Guest:
+    """Everything that a row boots, from the cache or made now; this is the part that needs the network."""
+    wheel.test_tools(row.userland.tools, row.userland.python)
+    words = [row.cmdline, *([_LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
+    return guest.Guest(
+        kernel.fetch(plan.archive, row.kernel), userland.fetch(plan.archive, row.userland),
+        " ".join(filter(None, words)), row.memory_mib, plan.accel,
+    )  # fmt: skip
+
+
+def run(plan: Plan, row: Row, progress: Callable[[str], None]) -> Verdict:
+    """The verdict on one row; its console, output, JUnit reports and verdict stay in ``plan.results``."""
+    folder = plan.results / row.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    progress("preparing")
+    booted = prepare(plan, row)
+    tarball = folder / "job.tar"
+    _pack(plan, row, tarball)
+    progress(f"booting {booted.kernel.release}")
+    counter = _Counter(progress)
+    outcome = guest.boot(booted, tarball, folder, row.deadline_s, counter.take)
+    tarball.unlink()
+    found = _verdict(row, booted.kernel.release, outcome, folder)
+    (folder / "verdict.json").write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
+    return found
+
+
+def _verdict(row: Row, release: str, outcome: guest.Outcome, folder: Path) -> Verdict:
+    if outcome.status is None:
+        return verdict.lost(row, outcome.seconds, outcome.lost)
+    return verdict.judge(row, outcome.status, folder / "results", release, outcome.seconds)
+
+
+def _pack(plan: Plan, row: Row, tarball: Path) -> None:
+    files = {
+        f"{plan.wheel.name}": plan.wheel,
+        "tools": wheel.test_tools(row.userland.tools, row.userland.python),
+        "guest": GUEST,
+        "suite/tests": plan.tree / "tests",
+        "suite/pyproject.toml": plan.tree / "pyproject.toml",
+    }
+    job.write(tarball, job.command(["sh", "guest/suite", *_there(plan)], "."), files, _environment(row))
+
+
+def _there(plan: Plan) -> Sequence[str]:
+    """The tests that the tree has: pytest ends with 4 when it is given a path that does not exist."""
+    return [path for path in plan.tests if (plan.tree / path.split("::")[0]).exists()]
+
+
+def _environment(row: Row) -> Dict[str, str]:
+    return {
+        "IMDS_GUARD_ROW": row.name,
+        "IMDS_GUARD_EXPECT": row.expectation_words,
+        "IMDS_GUARD_SETUP": " ".join(sorted(row.setup)),
+        "IMDS_GUARD_KERNEL": row.kernel.series,
+        "IMDS_GUARD_BCC": "" if "without-bcc" in row.setup else row.userland.bcc,
+    }
+
+
+class _Counter:
+    """Reads pytest's verbose lines as they come and reports every ten seconds how far it is."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, progress: Callable[[str], None]) -> None:
+        self._progress = progress
+        self._rest = b""
+        self._counts: Dict[bytes, int] = {b"PASSED": 0, b"FAILED": 0, b"ERROR": 0, b"SKIPPED": 0}
+        self._percent = ""
+        self._told: Optional[float] = None
+
+    def take(self, output: bytes) -> None:
+        """The next piece of output."""
+        *lines, self._rest = (self._rest + output).split(b"\n")
+        for line in lines:
+            for word in self._counts:
+                self._counts[word] += line.count(b" " + word)
+            if line.rstrip().endswith(b"%]"):
+                self._percent = line[line.rindex(b"[") + 1 : line.rindex(b"]")].decode().strip()
+        now = time.monotonic()
+        if self._percent and (self._told is None or now - self._told >= self.EVERY_S):
+            self._told = now
+            bad = self._counts[b"FAILED"] + self._counts[b"ERROR"]
+            self._progress(f"{self._percent}, {self._counts[b'PASSED']} passed, {bad} failed")

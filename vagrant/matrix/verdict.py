@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what a guest handed out to a row's verdict. A skip must be justified, a success must have been expected."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
+from xml.etree import ElementTree
+
+from vagrant.matrix.table import BACKENDS, Row, Skip
+
+PASSED, FAILED, LOST = "passed", "failed", "lost"
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test of a guest's JUnit report. ``outcome`` is passed, failed or skipped; ``words`` the reason."""
+
+    name: str
+    outcome: str
+    words: str = ""
+
+    def about(self, backend: str) -> bool:
+        """True for a conformance test with that backend: pytest puts it into the brackets, between hyphens."""
+        return bool(re.search(rf"\[(.*-)?{backend}(-.*)?\]$", self.name))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one row came to. ``complaints`` are why it is not "passed"; ``skips`` maps a reason to how often."""
+
+    row: str
+    state: str
+    seconds: float
+    release: str = ""
+    passed: int = 0
+    failed: int = 0
+    skips: Mapping[str, int] = field(default_factory=dict)
+    complaints: Tuple[str, ...] = ()
+    works: Tuple[str, ...] = ()
+
+    @property
+    def line(self) -> str:
+        """One line for the end of a row."""
+        skipped = sum(self.skips.values())
+        reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(self.skips.items()))
+        counts = f"{self.passed} passed, {self.failed} failed, {skipped} skipped" + (f" ({reasons})" if reasons else "")
+        return f"{self.row:28} {self.state.upper():6} {counts}, {self.seconds:.0f} s"
+
+
+def lost(row: Row, seconds: float, reason: str) -> Verdict:
+    """The verdict on a guest that handed out nothing: no test failed, none was judged."""
+    return Verdict(row.name, LOST, seconds, complaints=(f"the guest was lost: {reason}",))
+
+
+def judge(row: Row, status: int, results: Path, release: str, seconds: float) -> Verdict:
+    """The verdict on a guest that came back with ``status`` and left junit*.xml in ``results``."""
+    tests = [test for report in sorted(results.glob("junit*.xml")) for test in read_junit(report)]
+    complaints = [*_failures(tests), *_unjustified(row, tests), *_unexpected(row, tests)]
+    if not tests:
+        complaints.append(f"no test ran; the job ended with status {status}")
+    elif status != 0 and not complaints:
+        complaints.append(f"the job ended with status {status} though no test failed")
+    outcomes = Counter(test.outcome for test in tests)
+    return Verdict(
+        row.name, FAILED if complaints else PASSED, seconds, release,
+        outcomes["passed"], outcomes["failed"], _reasons(tests), tuple(complaints), works(tests),
+    )  # fmt: skip
+
+
+def works(tests: Iterable[Test]) -> Tuple[str, ...]:
+    """The backends that passed at least one test and failed none."""
+    tests = list(tests)
+    found = []
+    for backend in sorted(BACKENDS):
+        outcomes = {test.outcome for test in tests if test.about(backend)}
+        if "passed" in outcomes and "failed" not in outcomes:
+            found.append(backend)
+    return tuple(found)
+
+
+def never_run(folders: Iterable[Path]) -> List[str]:
+    """The tests that every row skipped, by the rows' results: nothing shows that they can pass at all."""
+    tests = [test for folder in folders for report in folder.glob("junit*.xml") for test in read_junit(report)]
+    return sorted({test.name for test in tests} - {test.name for test in tests if test.outcome != "skipped"})
+
+
+def read_junit(path: Path) -> List[Test]:
+    """The tests of one JUnit report as pytest writes it; an error in a fixture counts as a failure."""
+    return [_test(case) for case in ElementTree.parse(path).getroot().iter("testcase")]  # noqa: S314  (our own guest wrote it)
+
+
+def _test(case: ElementTree.Element) -> Test:
+    name = f"{case.get('classname', '')}::{case.get('name', '')}"
+    for kind, outcome in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+        child = case.find(kind)
+        if child is not None:
+            return Test(name, outcome, child.get("message") or "")
+    return Test(name, "passed")
+
+
+def _failures(tests: Iterable[Test]) -> List[str]:
+    return [f"{test.name}: {_first_line(test.words)}" for test in tests if test.outcome == "failed"]
+
+
+def _unjustified(row: Row, tests: Iterable[Test]) -> List[str]:
+    """Skips that neither the row's expectations nor kernels.toml's list of reasons account for."""
+    complaints: Dict[str, int] = Counter()
+    for test in tests:
+        if test.outcome != "skipped" or any(test.about(backend) for backend in BACKENDS - row.expect):
+            continue
+        if not any(_covers(skip, row, test) for skip in row.skips):
+            complaints[f"skipped without being allowed to: {_first_line(test.words)}"] += 1
+    return [f"{complaint} ({count} tests)" for complaint, count in complaints.items()]
+
+
+def _covers(skip: Skip, row: Row, test: Test) -> bool:
+    return row.kernel.series in skip.kernels and re.search(skip.reason, test.words) is not None
+
+
+def _unexpected(row: Row, tests: Sequence[Test]) -> List[str]:
+    return [
+        f"{backend} works here though {row.name} does not expect it: correct kernels.toml, or find out what enforced"
+        for backend in works(tests)
+        if backend not in row.expect
+    ]
+
+
+def _reasons(tests: Iterable[Test]) -> Dict[str, int]:
+    return dict(Counter(_first_line(test.words) for test in tests if test.outcome == "skipped"))
+
+
+def _first_line(words: str) -> str:
+    return next((line.strip() for line in words.splitlines() if line.strip()), "no reason given")
