@@ -9,12 +9,12 @@ from typing import Callable, Dict, List, Optional, Tuple
 
 from imds_guard import edit, lockdown, preflight
 from imds_guard.backends import Backend, choose
-from imds_guard.demo import DemoResult, run_demo
-from imds_guard.export import Exported
-from imds_guard.export import export as export_policy
 from imds_guard.backends.forwarded import Forwarded
 from imds_guard.config import Config, save_config
+from imds_guard.demo import DemoResult, run_demo
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
+from imds_guard.export import Exported
+from imds_guard.export import export as export_policy
 from imds_guard.policy import (
     Caller,
     Decision,

@@ -357,14 +357,18 @@ def endpoints(as_json: bool) -> None:
 def demo(backend: Optional[str], as_json: bool) -> None:
     """Show who gets through before and after locking, in a network namespace and a cgroup of its own."""
     from imds_guard import demo as stage  # noqa: PLC0415
+    from imds_guard import present  # noqa: PLC0415
 
     actions.require_root("demo")
     _tell("making a network namespace with a fake metadata service, and trying to reach it ...")
     result = actions.demo(backend or "auto")
     if as_json:
-        _say_json(result.values())
+        _say_json(present.demo_values(result))
     else:
         click.echo(stage.render(result.rows))
+        click.echo(stage.LEGEND)
+    if not result.whole:
+        raise GuardError("showing what the lock does: the kernel did not do what the policy says, see AFTER and WHY")
 
 
 @cli.command()
@@ -419,7 +423,7 @@ def _fail(error: BaseException, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _run(command: click.BaseCommand, arguments: Optional[Sequence[str]], name: str) -> NoReturn:
+def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) -> NoReturn:
     """Every way a command can end, as an exit status."""
     try:
         command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
@@ -438,7 +442,7 @@ def _run(command: click.BaseCommand, arguments: Optional[Sequence[str]], name: s
         sys.exit(141)
     except OSError as error:
         _fail(GuardError(f"the system refused something that no message covers: {system_words(error)}; {_please()}"), 1)
-    except Exception as error:  # noqa: BLE001  (the one place where an unknown error becomes a sentence)
+    except Exception as error:
         if os.environ.get("IMDS_GUARD_TRACEBACK"):
             raise
         _fail(GuardError(f"a fault in imds-guard itself ({type(error).__name__}: {error}); {_please()}"), 1)

@@ -16,7 +16,7 @@ Change = Callable[[Lock], Lock]
 
 
 def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
-    """``policy`` with ``who`` on the allowlist: of every lock, or of the endpoint alone. Raises UsageError, BadPolicy."""
+    """``policy`` with ``who`` on the allowlist of every lock, or of the endpoint. Raises UsageError, BadPolicy."""
 
     def change(lock: Lock) -> Lock:
         return replace(lock, allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))

@@ -410,7 +410,7 @@ def _judge(policy: Policy, lock: Lock, caller: Caller) -> Tuple[Reason, Optional
     return _default(lock, caller), None
 
 
-def _match_groups(lock: Lock, wanted: FrozenSet[int], caller: Caller) -> Union[None, Reason, Tuple[int]]:
+def _match_groups(lock: Lock, wanted: FrozenSet[int], caller: Caller) -> Union[Reason, Tuple[int], None]:
     """The caller's group that is wanted, in a tuple; TOO_MANY_GROUPS when that is more than can be searched; or None.
 
     The primary group need not be among the supplementary ones: in_group_p() in Linux kernel/groups.c looks at both.

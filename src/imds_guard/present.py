@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any, Dict, List, Optional, Sequence
 
 from imds_guard.actions import Checked, Outcome, Status, allows_nobody
 from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.config import endpoint_words
+from imds_guard.demo import DemoResult
 from imds_guard.endpoints import BUILT_IN, BuiltIn, default_entries
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy import Caller, Decision, Destination, Identities, Lock, Mode, Policy, Reason, Verdict
 from imds_guard.preflight import ShutOut
+
+WIDTH = 78
 
 MANY = 12
 """Of a longer list the text shows so many, and how many more there are; JSON has them all."""
@@ -42,14 +46,18 @@ def identities_text(who: Identities) -> str:
 def lock_lines(lock: Lock) -> List[str]:
     """A lock in a few lines, the first one its name."""
     words = [word for endpoint in lock.endpoints for word in endpoint_words(endpoint)]
-    lines = [f"lock {lock.name}", f"  endpoints: {_some(words)}"]
+    lines = [f"lock {lock.name}", *_wrapped("  endpoints: ", _some(words))]
     if lock.deny:
-        lines.append(f"  denied:    {identities_text(lock.deny)}")
+        lines += _wrapped("  denied:    ", identities_text(lock.deny))
     allowed = identities_text(lock.allow) if lock.allow else "everyone else" if _lets_rest(lock) else "nobody"
-    lines.append(f"  allowed:   {allowed}")
+    lines += _wrapped("  allowed:   ", allowed)
     if lock.allow and _lets_rest(lock):
         lines.append("  others:    allowed")
     return lines
+
+
+def _wrapped(title: str, text: str) -> List[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=title, subsequent_indent=" " * len(title), break_on_hyphens=False)
 
 
 def _lets_rest(lock: Lock) -> bool:
@@ -291,11 +299,11 @@ def endpoint_lines(rows: Sequence[Dict[str, Any]]) -> List[str]:
     for row in rows:
         mark = "*" if row["locked_by_default_here"] else " "
         lines.append(f"{mark} {', '.join(row['endpoint'])}")
-        lines.append(f"    default: {row['default']}; presets: {', '.join(row['presets'])}")
+        lines += _wrapped("    ", f"default: {row['default']}; presets: {', '.join(row['presets'])}")
         for service in row["services"]:
             lines.append(f"    {service['name']} (port {service['ports']}): {service['source']}")
         if row["note"]:
-            lines.append(f"    note: {row['note']}")
+            lines += _wrapped("    note: ", row["note"])
     return [*lines, "* locked on this machine when nothing else is asked for"]
 
 
@@ -325,3 +333,12 @@ def checked_values(found: Checked) -> Dict[str, Any]:
         "taken": found.taken,
         "shut_out": shut_out_values(found.shut_out),
     }
+
+
+def demo_values(result: DemoResult) -> Dict[str, Any]:
+    """The demonstration for JSON."""
+    rows = [
+        {"caller": row.caller, "address": row.address, "before": row.before, "after": row.after, "why": row.why}
+        for row in result.rows
+    ]
+    return {"backend": result.backend, "as_decided": result.whole, "rows": rows}

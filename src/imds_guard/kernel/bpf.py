@@ -37,7 +37,7 @@ BATCH = 16384
 """Elements a batch command is given at a time: bounds what the kernel allocates for it."""
 
 _LOG_OCTETS = (1 << 20, 256 << 20)
-"""Room for the verifier's words; the kernel takes at most 1 GiB (UINT_MAX >> 2) and says ENOSPC when it was too little."""
+"""Room for the verifier's words: at most 1 GiB (UINT_MAX >> 2); ENOSPC says that it was too little."""
 
 _ENOTSUPP = 524  # include/linux/errno.h; not an errno that C knows
 

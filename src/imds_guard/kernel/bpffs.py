@@ -51,8 +51,8 @@ def _of_pid1() -> Optional[Mount]:
         found = [mount for mount in mounts("bpf", "1") if mount.root == "/"]
     except OSError as error:
         raise NotPermitted(f"reading /proc/1/mountinfo: {system_words(error)}; run this as root") from error
-    usual = [mount for mount in found if mount.path == USUAL_PATH]
-    return (usual or found or [None])[-1]
+    usual = [mount for mount in found if mount.path == USUAL_PATH] or found
+    return usual[-1] if usual else None
 
 
 def _device(path: str) -> Optional[int]:

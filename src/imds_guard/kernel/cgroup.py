@@ -69,7 +69,7 @@ def _open_given(path: str) -> Cgroup:
 
 
 def _is_cgroup2(fd: int) -> bool:
-    """cgroup.procs is there in every cgroup2 directory and in v1 as well, cgroup.stat and .max.depth only in cgroup2."""
+    """cgroup.procs is in every directory of v1, too; cgroup.max.depth only in those of cgroup2."""
     device = os.fstat(fd).st_dev
     if any(mount.device == device for mount in mounts("cgroup2")):
         return True

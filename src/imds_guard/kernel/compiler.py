@@ -35,7 +35,7 @@ def require_bcc() -> None:
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compile_functions(
     source: str, include: str, stubs: str, functions: Tuple[str, ...], defines: Tuple[Tuple[str, int], ...]
 ) -> Mapping[str, bytes]:
@@ -49,7 +49,7 @@ def compile_functions(
         try:
             return _compile(source, flags, functions)
         # bcc raises a bare Exception and leaves the reason on C's stderr.
-        except (Exception, SystemExit) as error:  # noqa: BLE001
+        except (Exception, SystemExit) as error:
             raise Unsupported(
                 f"compiling the eBPF programs with bcc: {error}: {_last_words(words)}; please report it with the "
                 "version of bcc and of the kernel"

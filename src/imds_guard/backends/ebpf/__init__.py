@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Iterator, List, Optional, Tuple
 
-from imds_guard.backends.ebpf import hooks, probe, program
+from imds_guard.backends.ebpf import abi, hooks, probe, program
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.program import Defines
@@ -190,7 +190,7 @@ class EbpfBackend:
             if folder.exists():
                 folder.remove()
             raise
-        return [f"attached {len(hooks.abi.HOOKS)} hooks to {cgroup.path}, version {self._version()}"]
+        return [f"attached {len(abi.HOOKS)} hooks to {cgroup.path}, version {self._version()}"]
 
     def _change_running(self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False) -> List[str]:
         try:
@@ -210,7 +210,7 @@ class EbpfBackend:
         return lines
 
     def _renew_hooks(self, cgroup: Cgroup, folder: Folder, maps: Maps, keep_version: bool) -> List[str]:
-        """Loads the programs anew, on the same maps and with the policy unchanged, unless they are as they should be."""
+        """Loads the programs anew, on the same maps and with the policy unchanged, unless they are as they should."""
         ids = set(maps.ids())
         found = hooks.inspect(cgroup, folder.path)
         version = self._version()
@@ -279,7 +279,8 @@ def _faults_of_hooks(found: Tuple[Hook, ...], map_ids: List[int]) -> Iterator[st
         elif not set(hook.ours.map_ids) <= set(map_ids):
             yield f"the hook {hook.name} uses other maps than the pinned ones: a change of policy does not reach it"
         for other in hook.behind:
-            yield f"program {other.name or '(unnamed)'} (id {other.id}) runs behind ours at {hook.name} and may rewrite addresses"
+            what = f"program {other.name or '(unnamed)'} (id {other.id})"
+            yield f"{what} runs behind ours at {hook.name} and may rewrite addresses"
     yield from _strays(found)
 
 

@@ -112,7 +112,7 @@ def host_bit(octets: bytes) -> int:
     a, b, c, d = struct.unpack("=4I", octets)
     mixed = (a * 0x9E3779B1 + b * 0x85EBCA77 + c * 0xC2B2AE3D + d * 0x27D4EB2F) & 0xFFFFFFFF
     mixed ^= mixed >> 15
-    return (mixed * 0x2C1B3C6D & 0xFFFFFFFF) >> (32 - HOST_BITS_LOG2)
+    return int((mixed * 0x2C1B3C6D & 0xFFFFFFFF) >> (32 - HOST_BITS_LOG2))
 
 
 def set_bit(words: bytearray, base: int, bit: int) -> None:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A namespace with a fake metadata service, iptables of one kind in it, and callers that try to connect."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from typing import Callable, Dict, List, Sequence, Tuple, TypeVar
+
+from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.listeners import family, sockaddr
+from imds_guard.kernel.run import run
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Ports, Verdict, make_policy
+
+T = TypeVar("T")
+
+V4, V6 = "169.254.169.254", "fd00:ec2::254"
+OTHER = "169.254.170.2"
+SERVED = (V4, V6, OTHER, "127.0.0.1", "::1")
+PORTS = (80, 8080)
+
+FOO, BAR, STRANGER = 41_001, 41_002, 41_003
+STAFF, NO_GROUP = 51_001, 51_009
+
+KINDS: Dict[str, Tuple[str, str]] = {
+    "nf_tables": ("iptables-nft", "ip6tables-nft"),
+    "legacy": ("iptables-legacy", "ip6tables-legacy"),
+}
+
+
+class Machine:
+    """A sandbox with iptables of one kind. Every method works inside of it."""
+
+    def __init__(self, sandbox: Sandbox, kind: str, state_folder: str) -> None:
+        self.sandbox = sandbox
+        self.kind = kind
+        self.commands = KINDS[kind]
+        self.state_folder = state_folder
+
+    def backend(self, *, resolve_groups: bool = False, lock_wait_s: int = 10) -> IptablesBackend:
+        """The backend for this kind of iptables."""
+        return IptablesBackend(
+            self.commands, resolve_groups=resolve_groups, state_folder=self.state_folder, lock_wait_s=lock_wait_s
+        )
+
+    def call(self, fn: Callable[[], T]) -> T:
+        """What ``fn`` returns inside."""
+        return self.sandbox.call(fn, timeout_s=120)
+
+    def apply(self, policy: Policy) -> List[str]:
+        """Applies a policy; returns the lines."""
+        return self.call(lambda: self.backend().apply(policy))
+
+    def faults(self) -> List[str]:
+        """What the backend says is wrong."""
+        return self.call(lambda: self.backend().faults())
+
+    def rules(self, version: int) -> str:
+        """What iptables-save shows, without comments, counters and the chains of tables that are empty."""
+        command = self.commands[0 if version == 4 else 1]
+        saved = self.call(lambda: run([f"{command}-save", "-t", "filter"]))
+        assert saved.status == 0, saved.complaint
+        return "\n".join(line for line in saved.stdout.splitlines() if line and line[0] in ":-")
+
+    def iptables(self, *words: str, version: int = 4) -> None:
+        """Somebody else's command."""
+        command = self.commands[0 if version == 4 else 1]
+        done = self.call(lambda: run([command, "-w", *words]))
+        assert done.status == 0, done.complaint
+
+    def reach(self, uid: int, to: str = V4, port: int = 80, *, gid: int = NO_GROUP, groups: Sequence[int] = ()) -> str:
+        """``connected``, or the name of the errno that a fresh process of those ids gets over TCP."""
+        return self.call(lambda: connect(uid, to, port, gid=gid, groups=groups))
+
+    def send(self, uid: int, to: str = V4, port: int = 80) -> str:
+        """The same for one datagram."""
+
+        def send() -> str:
+            become((uid,) * 3, (NO_GROUP,) * 3, ())
+            with socket.socket(family(to), socket.SOCK_DGRAM) as one:
+                return _errno_of(lambda: one.sendto(b"?", sockaddr(to, port)))
+
+        return self.call(send)
+
+
+def connect(uid: int, to: str, port: int, *, gid: int = NO_GROUP, groups: Sequence[int] = ()) -> str:
+    """Takes the ids and connects."""
+    become((uid,) * 3, (gid,) * 3, groups)
+    with socket.socket(family(to), socket.SOCK_STREAM) as one:
+        one.settimeout(10)
+        return _errno_of(lambda: one.connect(sockaddr(to, port)))
+
+
+def _errno_of(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, repr(error))
+    return "connected"
+
+
+def policy_for(
+    users: Sequence[int] = (),
+    groups: Sequence[int] = (),
+    *,
+    deny: Sequence[int] = (),
+    to: Sequence[str] = (V4, V6),
+    tcp: Ports = ALL_PORTS,
+    udp: Ports = (),
+    mode: Mode = Mode.ENFORCE,
+    default: Verdict = Verdict.DENY,
+) -> Policy:
+    """One lock on the IPv4 and the IPv6 address."""
+    endpoints = tuple(Endpoint(ipaddress.ip_network(one), tcp, udp) for one in to)
+    allow = Identities(frozenset(users), frozenset(groups))
+    return make_policy([Lock("imds", endpoints, allow, Identities(frozenset(deny)), default)], mode)

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""iptables in namespaces of our own: what a well-known script gets wrong, other people's rules, and the truth."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.backends.iptables.probe import Probed, probe
+from imds_guard.backends.iptables.tables import default_program
+from imds_guard.errors import GuardError, NotPermitted, Unsupported
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.run import find_program, run
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import ALL_PORTS, Mode, Verdict
+from tests.kernel.rules_in_a_sandbox import (
+    BAR,
+    FOO,
+    KINDS,
+    NO_GROUP,
+    OTHER,
+    PORTS,
+    SERVED,
+    STAFF,
+    STRANGER,
+    V4,
+    V6,
+    Machine,
+    policy_for,
+)
+
+REFUSED = "ECONNREFUSED"
+
+
+@pytest.fixture(params=sorted(KINDS))
+def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]:
+    """A namespace with listeners, once for each kind of iptables."""
+    kind: str = request.param
+    if os.geteuid() != 0:
+        pytest.skip("making network namespaces needs root")
+    if find_program(KINDS[kind][0]) is None:
+        pytest.skip(f"{KINDS[kind][0]} is not installed")
+    with Sandbox((V4, V6, OTHER)) as sandbox:
+        sandbox.serve(SERVED, PORTS)
+        yield Machine(sandbox, kind, str(tmp_path))
+
+
+# --- what a well-known script gets wrong ----------------------------------------------------------------------------
+
+
+def test_allow_then_deny(machine: Machine) -> None:
+    """A user who was allowed and no longer is, is denied."""
+    machine.apply(policy_for([FOO, BAR]))
+    assert machine.reach(FOO) == "connected"
+    machine.apply(policy_for([BAR]))
+    assert [machine.reach(FOO, to) for to in (V4, V6)] == [REFUSED] * 2
+    assert machine.reach(BAR) == "connected"
+
+
+def test_deny_then_allow(machine: Machine) -> None:
+    """A user who was denied and now is allowed, gets through."""
+    machine.apply(policy_for([BAR]))
+    assert machine.reach(FOO) == REFUSED
+    machine.apply(policy_for([BAR, FOO]))
+    assert [machine.reach(FOO, to) for to in (V4, V6)] == ["connected"] * 2
+
+
+def test_remove_clears_ipv6_too(machine: Machine) -> None:
+    """After remove() neither family has a rule or a chain of ours, and everybody connects."""
+    before = machine.rules(4), machine.rules(6)
+    machine.apply(policy_for(range(42_000, 42_100, 3), [STAFF]))
+    assert machine.reach(STRANGER, V6) == REFUSED
+    machine.call(lambda: machine.backend().remove())
+    assert "IMDS" not in machine.rules(4) + machine.rules(6)
+    assert _without_builtin(machine.rules(4), machine.rules(6)) == _without_builtin(*before)
+    assert [machine.reach(STRANGER, to) for to in (V4, V6)] == ["connected"] * 2
+    assert machine.call(lambda: machine.backend().read()) is None
+    assert machine.call(lambda: machine.backend().in_force()) is False
+    assert machine.call(lambda: machine.backend().remove()) == []
+
+
+def _without_builtin(*saved: str) -> List[str]:
+    """nft makes the empty built-in chains when it first looks; they are the kernel's, not ours."""
+    return [line for text in saved for line in text.splitlines() if " ACCEPT [" not in line]
+
+
+def test_earlier_accept_does_not_win(machine: Machine) -> None:
+    """An ACCEPT for the address that was there before us lets nobody through."""
+    machine.iptables("-A", "OUTPUT", "-d", V4, "-j", "ACCEPT")
+    machine.iptables("-A", "OUTPUT", "-j", "ACCEPT", version=6)
+    machine.apply(policy_for([FOO]))
+    assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
+    assert machine.reach(FOO) == "connected"
+
+
+# --- other people's rules -------------------------------------------------------------------------------------------
+
+_OTHERS: Tuple[Tuple[str, ...], ...] = (
+    ("-N", "ADMIN"),
+    ("-A", "OUTPUT", "-p", "udp", "--dport", "9999", "-j", "DROP"),
+    ("-A", "OUTPUT", "-j", "ADMIN"),
+    ("-A", "OUTPUT", "-p", "tcp", "--dport", "9998", "-j", "REJECT"),
+    ("-A", "ADMIN", "-m", "comment", "--comment", "IMDS-GUARD is not mine", "-j", "RETURN"),
+    ("-A", "FORWARD", "-j", "DROP"),
+)
+
+
+def test_other_peoples_rules_stay_as_they_are(machine: Machine) -> None:
+    """Rules, chains and their order are the same behind two starts, a change and a stop."""
+    for version in (4, 6):
+        for words in _OTHERS:
+            machine.iptables(*words, version=version)
+    before = machine.rules(4), machine.rules(6)
+    for policy in (policy_for([FOO]), policy_for([FOO]), policy_for(range(42_000, 42_100, 3), [STAFF])):
+        machine.apply(policy)
+        assert [_not_ours(machine.rules(version)) for version in (4, 6)] == [_not_ours(text) for text in before]
+        assert machine.faults() == []
+    machine.call(lambda: machine.backend().remove())
+    assert (machine.rules(4), machine.rules(6)) == before
+
+
+def _not_ours(saved: str) -> List[str]:
+    return [line for line in saved.splitlines() if "IMDS-GUARD" not in line.replace("IMDS-GUARD is not mine", "")]
+
+
+def test_twice_is_once(machine: Machine) -> None:
+    """The same policy again leaves the same rules, with one jump in the first place of OUTPUT."""
+    machine.apply(policy_for([FOO], [STAFF]))
+    once = machine.rules(4), machine.rules(6)
+    machine.apply(policy_for([FOO], [STAFF]))
+    assert (machine.rules(4), machine.rules(6)) == once
+    assert [line for line in once[0].splitlines() if line.startswith("-A OUTPUT")] == ["-A OUTPUT -j IMDS-GUARD"]
+
+
+def test_allowed_packets_meet_other_peoples_rules(machine: Machine) -> None:
+    """Who is allowed by us can still be stopped by a rule behind ours: we are not a firewall."""
+    machine.iptables("-A", "OUTPUT", "-d", V4, "-p", "tcp", "--dport", "8080", "-j", "REJECT")
+    machine.apply(policy_for([FOO]))
+    assert machine.reach(FOO, V4, 80) == "connected"
+    assert machine.reach(FOO, V4, 8080) == REFUSED
+
+
+# --- the truth ------------------------------------------------------------------------------------------------------
+
+
+def test_foreign_flush_is_seen(machine: Machine) -> None:
+    """After someone's ``iptables -F`` and ``-X`` faults() says so for each stage, and apply() repairs all of it."""
+    policy = policy_for([FOO])
+    machine.apply(policy)
+    assert machine.faults() == []
+    machine.iptables("-F", "OUTPUT")
+    assert any("nothing in OUTPUT leads to" in line for line in machine.faults())
+    machine.iptables("-F")
+    machine.iptables("-X")
+    assert any("the rules for IPv4 are gone" in line for line in machine.faults())
+    machine.iptables("-F", version=6)
+    machine.iptables("-X", version=6)
+    assert any("are gone" in line for line in machine.faults())
+    assert machine.reach(STRANGER) == "connected"
+    assert machine.call(lambda: machine.backend().read()) is None
+    machine.apply(policy)
+    assert machine.faults() == []
+    assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
+
+
+def test_rule_before_ours_is_seen(machine: Machine) -> None:
+    """A rule that was put before ours is a fault; apply() puts ours first again and leaves the other one."""
+    machine.apply(policy_for([FOO]))
+    machine.iptables("-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT")
+    assert machine.reach(STRANGER) == "connected"
+    assert any("stand before ours" in line for line in machine.faults())
+    machine.apply(policy_for([FOO]))
+    assert machine.faults() == []
+    assert machine.reach(STRANGER) == REFUSED
+    assert f"-A OUTPUT -d {V4}/32 -j ACCEPT" in machine.rules(4)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-I", "IMDS-GUARD-L0", "1", "-j", "RETURN"),
+        ("-I", "IMDS-GUARD-L0", "1", "-m", "owner", "--uid-owner", str(STRANGER), "-j", "RETURN"),
+        ("-I", "IMDS-GUARD-T", "1", "-s", "127.0.0.0/8", "-j", "RETURN"),
+        ("-D", "IMDS-GUARD-L0", "1"),
+        ("-F", "IMDS-GUARD-DENY"),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_edited_chain_is_seen(machine: Machine, words: Tuple[str, ...]) -> None:
+    """A chain of ours that someone edited is a fault, and apply() repairs it."""
+    machine.apply(policy_for([FOO, BAR]))
+    machine.iptables(*words)
+    assert machine.faults() != []
+    machine.apply(policy_for([FOO, BAR]))
+    assert machine.faults() == []
+
+
+def test_both_kinds_of_tables_are_known(machine: Machine) -> None:
+    """Rules of the other kind of iptables are read, and taken over when a policy is applied."""
+    other = Machine(machine.sandbox, *[k for k in KINDS if k != machine.kind], machine.state_folder)
+    policy = policy_for([FOO], [STAFF])
+    other.apply(policy)
+    assert machine.call(lambda: machine.backend().read()) == policy
+    machine.apply(policy_for([BAR]))
+    assert "IMDS" not in other.rules(4) + other.rules(6)
+    assert machine.faults() == []
+    assert machine.reach(BAR) == "connected"
+    lines = machine.apply(policy)
+    assert f"({machine.kind})" in lines[0]
+
+
+def test_audit_denies_nobody_and_counts(machine: Machine) -> None:
+    """In audit mode a stranger connects, and the rule that writes the log has met the packet."""
+    policy = policy_for([FOO], mode=Mode.AUDIT)
+    machine.apply(policy)
+    assert [machine.reach(FOO), machine.reach(STRANGER)] == ["connected"] * 2
+    saved = machine.call(lambda: run([f"{machine.commands[0]}-save", "-c"])).stdout
+    (line,) = [line for line in saved.splitlines() if "-j LOG" in line]
+    assert line.startswith("[1:")
+    assert machine.call(lambda: machine.backend().read()) == policy
+
+
+def test_udp_is_judged_on_every_packet(machine: Machine) -> None:
+    """A datagram to a locked port is refused to a stranger; other ports, and TCP there, are left alone."""
+    machine.apply(policy_for([FOO], tcp=(), udp=((80, 80),)))
+    for to in (V4, V6):
+        assert [machine.send(FOO, to), machine.send(STRANGER, to)] == ["connected", "EPERM"]
+        assert [machine.send(STRANGER, to, 8080), machine.reach(STRANGER, to)] == ["connected"] * 2
+
+
+def test_locks_stand_side_by_side(machine: Machine) -> None:
+    """An address that is not locked is open to everyone."""
+    machine.apply(policy_for([FOO], to=[V4]))
+    assert [machine.reach(STRANGER, to) for to in (V4, V6, OTHER, "127.0.0.1")] == [REFUSED] + ["connected"] * 3
+
+
+def test_deny_list_of_many(machine: Machine) -> None:
+    """A deny list long enough for a tree stops whom it names and nobody else."""
+    machine.apply(policy_for(deny=range(43_000, 43_100, 3), default=Verdict.ALLOW))
+    assert [machine.reach(uid) for uid in (43_000, 43_099, 43_001, 42_999)] == [REFUSED] * 2 + ["connected"] * 2
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_probe_sees_supplementary_groups(machine: Machine) -> None:
+    """The owner match of this kernel sees supplementary groups, tried in both families."""
+    programs = [default_program(version, command) for version, command in zip((4, 6), machine.commands)]
+    assert probe(programs, audit=True) == Probed(owner=True, supplementary=True)
+
+
+def test_groups_without_a_match_for_them_are_refused(machine: Machine) -> None:
+    """Where the kernel does not match supplementary groups, a policy with groups is refused and told the way out."""
+    backend = machine.backend()
+    backend._probed[False] = Probed(owner=True, supplementary=False, reason="tried, and it did not match")
+    with pytest.raises(Unsupported, match=r"tried, and it did not match; --resolve-groups"):
+        backend.check(policy_for([FOO], [STAFF]))
+    backend.check(policy_for([FOO]))
+    backend.resolve_groups = True
+    backend.check(policy_for([FOO], [STAFF]))
+
+
+def test_resolved_groups(machine: Machine) -> None:
+    """With resolve_groups the members of a group connect by their user ID, and status can tell that they were resolved."""
+    # "games" of Debian's base-passwd, whose uid is 5 and gid 60, and "man", 6 and 12.
+    policy = policy_for([FOO], [60])
+    lines = machine.call(lambda: machine.backend(resolve_groups=True).apply(policy))
+    assert any("start again after each change of membership" in line for line in lines)
+    assert machine.reach(5) == "connected"
+    assert machine.reach(STRANGER, gid=60) == "connected"
+    assert [machine.reach(6), machine.reach(STRANGER, groups=[60])] == [REFUSED] * 2
+    assert machine.call(lambda: machine.backend().read()) == policy
+    assert machine.faults() == []
+    assert any("membership" in line for line in machine.call(lambda: machine.backend().notes(policy)))
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_iptables_absent() -> None:
+    """Without the program: which package has it, and status 69."""
+    backend = IptablesBackend(("iptables-of-nobody", "ip6tables-of-nobody"))
+    with pytest.raises(Unsupported, match="install the package iptables") as caught:
+        backend.check(None)
+    assert caught.value.exit_status == 69
+    assert backend.read() is None
+
+
+def test_without_privilege(machine: Machine) -> None:
+    """Who is not root is told so, with status 77, and nothing changes."""
+
+    def try_it() -> str:
+        become((STRANGER,) * 3, (NO_GROUP,) * 3, ())
+        try:
+            machine.backend().check(policy_for([FOO]))
+        except NotPermitted as error:
+            return str(error)
+        return "it worked"
+
+    assert "root" in machine.call(try_it)
+
+
+def test_a_foreign_reference_to_our_chain_is_told(machine: Machine) -> None:
+    """When someone's rule leads into our chain, remove() names it and takes nothing away half."""
+    machine.apply(policy_for([FOO]))
+    machine.iptables("-A", "INPUT", "-j", "IMDS-GUARD")
+    before = machine.rules(4)
+
+    def try_it() -> str:
+        try:
+            machine.backend().remove()
+        except GuardError as error:
+            return str(error)
+        return "it worked"
+
+    assert "-A INPUT -j IMDS-GUARD" in machine.call(try_it)
+    assert machine.rules(4) == before
+
+
+def test_udp_lock_leaves_other_ports(machine: Machine) -> None:
+    """With every port of both protocols locked a neighbour address stays open."""
+    machine.apply(policy_for([FOO], udp=ALL_PORTS))
+    assert [machine.send(STRANGER, to) for to in (V4, V6, OTHER)] == ["EPERM", "EPERM", "connected"]
