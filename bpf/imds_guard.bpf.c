@@ -380,7 +380,7 @@ ig_inline void ig_count(__u32 reason, bool audited)
 /* For the tests alone: holds the gap open between reading the generation and using it. */
 ig_inline void ig_dawdle(void)
 {
-	__u32 i, key = IG_REASONS;
+	__u32 i;
 
 	for (i = 0; i < IG_WIDEN; i++)
 		ig_lookup(IG_MAP(IG_MAP_MEMBERS), &(struct ig_member){ .id = i });
@@ -451,7 +451,17 @@ ig_inline void ig_fill(struct ig_request *request, struct bpf_sock_addr *ctx, __
 	request->from_device = bound_device || request->protocol == IG_UDP;
 }
 
-ig_inline int ig_ipv4(struct bpf_sock_addr *ctx, __u32 message_source)
+/*
+ * A connected socket that sends with a control message and without an address runs the sendmsg hooks too, with an
+ * address of zeros: it was judged when it was connected. A caller can't write such an address, since port 0 is EINVAL
+ * (udp_sendmsg() in net/ipv4/udp.c) and the IPv6 one turns AF_UNSPEC into no address.
+ */
+ig_inline bool ig_has_no_address(struct bpf_sock_addr *ctx)
+{
+	return ctx->user_family == 0 && ctx->user_port == 0;
+}
+
+ig_inline int ig_ipv4(struct bpf_sock_addr *ctx, const __u32 *message_source)
 {
 	struct ig_request request = {};
 	struct bpf_sock *sk = ctx->sk;
@@ -460,7 +470,7 @@ ig_inline int ig_ipv4(struct bpf_sock_addr *ctx, __u32 message_source)
 	if (!sk) /* the verifier wants it; the kernel always gives one */
 		return 0;
 	ig_fill(&request, ctx, sk->bound_dev_if);
-	ig_set_ipv4(&request.from, message_source ? message_source : sk->src_ip4);
+	ig_set_ipv4(&request.from, message_source ? *message_source : sk->src_ip4);
 	return ig_decide(&request);
 }
 
@@ -500,13 +510,20 @@ int ig_connect6(struct bpf_sock_addr *ctx)
 
 int ig_sendmsg4(struct bpf_sock_addr *ctx)
 {
-	return ig_ipv4(ctx, ctx->msg_src_ip4);
+	/* The socket's own address, unless an IP_PKTINFO put another one, or none, in its place. */
+	__u32 source = ctx->msg_src_ip4;
+
+	if (ig_has_no_address(ctx))
+		return 1;
+	return ig_ipv4(ctx, &source);
 }
 
 int ig_sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct ig_address source;
 
+	if (ig_has_no_address(ctx))
+		return 1;
 	source.word[0] = ctx->msg_src_ip6[0];
 	source.word[1] = ctx->msg_src_ip6[1];
 	source.word[2] = ctx->msg_src_ip6[2];

@@ -9,12 +9,12 @@ from typing import Iterator, List, Tuple
 
 import pytest
 
-from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.backends.iptables import IptablesBackend, tables
 from imds_guard.backends.iptables.probe import Probed, probe
-from imds_guard.backends.iptables.tables import default_program
+from imds_guard.backends.iptables.tables import NoTable, Program, default_program
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.kernel.credentials import become
-from imds_guard.kernel.run import find_program, run
+from imds_guard.kernel.run import Completed, find_program, run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import ALL_PORTS, Mode, Verdict
 from tests.kernel.rules_in_a_sandbox import (
@@ -188,7 +188,7 @@ def test_rule_before_ours_is_seen(machine: Machine) -> None:
         ("-D", "IMDS-GUARD-L0", "1"),
         ("-F", "IMDS-GUARD-DENY"),
     ],
-    ids=lambda words: " ".join(words),
+    ids=" ".join,
 )
 def test_edited_chain_is_seen(machine: Machine, words: Tuple[str, ...]) -> None:
     """A chain of ours that someone edited is a fault, and apply() repairs it."""
@@ -201,7 +201,8 @@ def test_edited_chain_is_seen(machine: Machine, words: Tuple[str, ...]) -> None:
 
 def test_both_kinds_of_tables_are_known(machine: Machine) -> None:
     """Rules of the other kind of iptables are read, and taken over when a policy is applied."""
-    other = Machine(machine.sandbox, *[k for k in KINDS if k != machine.kind], machine.state_folder)
+    (kind,) = set(KINDS) - {machine.kind}
+    other = Machine(machine.sandbox, kind, machine.state_folder)
     policy = policy_for([FOO], [STAFF])
     other.apply(policy)
     assert machine.call(lambda: machine.backend().read()) == policy
@@ -265,17 +266,17 @@ def test_groups_without_a_match_for_them_are_refused(machine: Machine) -> None:
 
 
 def test_resolved_groups(machine: Machine) -> None:
-    """With resolve_groups the members of a group connect by their user ID, and status can tell that they were resolved."""
+    """With resolve_groups the members of a group connect by their user ID, and notes() tells so."""
     # "games" of Debian's base-passwd, whose uid is 5 and gid 60, and "man", 6 and 12.
     policy = policy_for([FOO], [60])
-    lines = machine.call(lambda: machine.backend(resolve_groups=True).apply(policy))
-    assert any("start again after each change of membership" in line for line in lines)
+    machine.call(lambda: machine.backend(resolve_groups=True).apply(policy))
     assert machine.reach(5) == "connected"
     assert machine.reach(STRANGER, gid=60) == "connected"
     assert [machine.reach(6), machine.reach(STRANGER, groups=[60])] == [REFUSED] * 2
     assert machine.call(lambda: machine.backend().read()) == policy
     assert machine.faults() == []
-    assert any("membership" in line for line in machine.call(lambda: machine.backend().notes(policy)))
+    notes = machine.call(lambda: machine.backend().notes(policy))
+    assert any("start again after each change of membership" in line for line in notes)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -304,10 +305,21 @@ def test_without_privilege(machine: Machine) -> None:
     assert "root" in machine.call(try_it)
 
 
+def test_a_kernel_without_the_tables_is_told_from_a_failure() -> None:
+    """What iptables says where the kernel has no such tables means that nothing is in them."""
+    program = Program(4, "iptables", "nf_tables")
+    for words in (
+        "iptables/1.8.9 Failed to initialize nft: Protocol not supported",
+        "iptables-save v1.8.9 (legacy): can't initialize iptables table `filter': Table does not exist",
+    ):
+        with pytest.raises(NoTable, match="no such tables"):
+            tables._refuse(program, "could not be read", Completed(1, "", words))
+
+
 def test_a_foreign_reference_to_our_chain_is_told(machine: Machine) -> None:
     """When someone's rule leads into our chain, remove() names it and takes nothing away half."""
     machine.apply(policy_for([FOO]))
-    machine.iptables("-A", "INPUT", "-j", "IMDS-GUARD")
+    machine.iptables("-A", "OUTPUT", "-p", "tcp", "-j", "IMDS-GUARD")
     before = machine.rules(4)
 
     def try_it() -> str:
@@ -317,7 +329,7 @@ def test_a_foreign_reference_to_our_chain_is_told(machine: Machine) -> None:
             return str(error)
         return "it worked"
 
-    assert "-A INPUT -j IMDS-GUARD" in machine.call(try_it)
+    assert "-A OUTPUT -p tcp -j IMDS-GUARD" in machine.call(try_it)
     assert machine.rules(4) == before
 
 

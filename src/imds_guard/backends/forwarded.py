@@ -18,8 +18,11 @@ from imds_guard.backends.iptables.rules import Range, Rule
 from imds_guard.backends.iptables.tables import (
     LOCK_WAIT_S,
     Anchor,
+    NoTable,
     Program,
+    clear,
     default_program,
+    every_program,
     is_first,
     is_reached,
     other_program,
@@ -154,25 +157,17 @@ class Forwarded:
     def remove(self) -> List[str]:
         """Takes our rules out of FORWARD; harmless when there are none."""
         with self.record.locked():
-            lines = self._clear(self._programs())
+            lines = self._clear(every_program(self.commands))
             self.record.remove()
         return lines
 
     def _clear(self, programs: Sequence[Program]) -> List[str]:
-        cleared = [program for program in programs if replace(program, ANCHOR, {}, self.lock_wait_s)]
+        cleared = clear(programs, ANCHOR, self.lock_wait_s)
         return [f"rules for forwarded packets were removed with {program.title}" for program in cleared]
-
-    def _programs(self) -> List[Program]:
-        every: List[Program] = []
-        for version in (4, 6):
-            with contextlib.suppress(Unsupported):
-                program = default_program(version, self.commands[version])
-                every += [program, *other_program(program)]
-        return every
 
     def in_force(self) -> bool:
         """True when FORWARD leads to rules of ours, IPv4 or IPv6."""
-        return any(is_reached(read_table(program), ANCHOR) for program in self._programs())
+        return any(_is_reached(program) for program in every_program(self.commands))
 
     def faults(self, policy: Optional[Policy]) -> List[str]:
         """What is wrong in FORWARD for the policy that is in force, a sentence each."""
@@ -187,6 +182,12 @@ class Forwarded:
             return [line for program in programs for line in _faults(program, policy)]
         except GuardError as error:
             return [f"packets that this machine forwards may reach the locked endpoints: {error}"]
+
+
+def _is_reached(program: Program) -> bool:
+    with contextlib.suppress(NoTable):
+        return is_reached(read_table(program), ANCHOR)
+    return False
 
 
 def _versions(policy: Policy) -> List[int]:

@@ -59,9 +59,9 @@ def compile_functions(
 def _compile(source: str, flags: List[str], functions: Sequence[str]) -> Dict[str, bytes]:
     from bcc import BPF  # noqa: PLC0415  (a change of policy must not pay for it)
 
-    module = BPF(text=source, cflags=flags)
+    module = BPF(text=source.encode(), cflags=flags)
     try:
-        return {name: bytes(module.dump_func(name)) for name in functions}
+        return {name: bytes(module.dump_func(name.encode())) for name in functions}
     finally:
         module.cleanup()
 

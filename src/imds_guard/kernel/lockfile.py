@@ -8,7 +8,7 @@ import fcntl
 import os
 import time
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Optional
 
 from imds_guard.errors import GuardError, NotPermitted, system_words
 
@@ -18,14 +18,14 @@ _POLL_S = 0.05
 
 
 @contextmanager
-def exclusive(name: str, wait_s: float = WAIT_S) -> Iterator[None]:
+def exclusive(name: str, wait_s: Optional[float] = None) -> Iterator[None]:
     """Holds ``/run/imds-guard/NAME.lock``; the kernel lets go of it when the process dies.
 
     An unprivileged process can't open the file, so it can't hold the lock against us.
     """
     fd = _open(name)
     try:
-        _wait(fd, name, wait_s)
+        _wait(fd, name, WAIT_S if wait_s is None else wait_s)
         yield
     finally:
         os.close(fd)

@@ -16,9 +16,12 @@ from imds_guard.backends.iptables.record import STATE_FOLDER, Record
 from imds_guard.backends.iptables.render import HEAD, Holding, id_ranges, render
 from imds_guard.backends.iptables.tables import (
     LOCK_WAIT_S,
+    NoTable,
     Program,
     Table,
+    clear,
     default_program,
+    every_program,
     is_first,
     other_program,
     owned,
@@ -89,7 +92,7 @@ class IptablesBackend:
     def _probe(self, programs: Sequence[Program], audit: bool) -> Probed:
         """An answer is kept; that nothing could be told is not."""
         if audit not in self._probed:
-            probed = probe(programs, audit)
+            probed = probe(programs, audit, self.lock_wait_s)
             if not probed.told:
                 return probed
             self._probed[audit] = probed
@@ -131,7 +134,7 @@ class IptablesBackend:
                 raise
             self._clear([other for program in programs for other in other_program(program)])
         titles = " and ".join(program.title for program in programs)
-        return [f"iptables rules are in force, written with {titles}", *self.notes(policy)]
+        return [f"iptables rules are in force, written with {titles}"]
 
     def _verify(self, programs: Sequence[Program], holding: Holding) -> None:
         """Raises GuardError unless the kernel gives back the rules that it was given."""
@@ -152,17 +155,11 @@ class IptablesBackend:
         return lines
 
     def _clear(self, programs: Sequence[Program]) -> List[str]:
-        cleared = [program for program in programs if replace(program, ANCHOR, {}, self.lock_wait_s)]
+        cleared = clear(programs, ANCHOR, self.lock_wait_s)
         return [f"iptables rules were removed with {program.title}" for program in cleared]
 
     def _every_program(self) -> List[Program]:
-        """Both kinds for both IP versions, the default one first; none where iptables is not installed."""
-        every: List[Program] = []
-        for version in (4, 6):
-            with contextlib.suppress(Unsupported):
-                program = default_program(version, self.commands[version])
-                every += [program, *other_program(program)]
-        return every
+        return every_program(self.commands)
 
     # --- the truth ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +179,11 @@ class IptablesBackend:
             raise GuardError(_no_policy(error)) from error
 
     def _look_everywhere(self) -> List[FamilyRules]:
-        return [look(program) for program in self._every_program()]
+        found: List[FamilyRules] = []
+        for program in self._every_program():
+            with contextlib.suppress(NoTable):
+                found.append(look(program))
+        return found
 
     def faults(self) -> List[str]:
         """What is wrong with the rules that should be in force, a sentence each."""

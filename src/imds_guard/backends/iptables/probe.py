@@ -14,7 +14,7 @@ from typing import Dict, Iterable, List, Sequence
 
 from imds_guard.backends.iptables.render import DENY, HEAD
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
-from imds_guard.backends.iptables.tables import Anchor, Program, replace, rule_texts
+from imds_guard.backends.iptables.tables import LOCK_WAIT_S, Anchor, LockHeld, Program, replace, rule_texts
 from imds_guard.errors import GuardError, system_words
 from imds_guard.kernel import credentials, netns
 from imds_guard.kernel.children import run_in_child
@@ -36,18 +36,20 @@ class Probed:
     told: bool = True
 
 
-def probe(programs: Sequence[Program], audit: bool) -> Probed:
-    """Applies rules such as ours in a namespace of its own and connects through them as two callers."""
+def probe(programs: Sequence[Program], audit: bool, lock_wait_s: int = LOCK_WAIT_S) -> Probed:
+    """Applies rules such as ours in a namespace of its own and connects as two callers. Raises LockHeld."""
     if os.geteuid() != 0:
         return Probed(False, False, "owner rules can be tried by root only", told=False)
     try:
         netns_error = run_in_child(_can_unshare)
         if netns_error:
             return Probed(False, False, f"no network namespace could be made to try them: {netns_error}", told=False)
-        reasons = _try(programs, True, audit)
+        reasons = _try(programs, True, audit, lock_wait_s)
         if not reasons:
             return Probed(True, True)
-        plain = _try(programs, False, audit)
+        plain = _try(programs, False, audit, lock_wait_s)
+    except LockHeld:
+        raise
     except GuardError as error:
         return Probed(False, False, str(error), told=False)
     if plain:
@@ -63,17 +65,17 @@ def _can_unshare() -> str:
     return ""
 
 
-def _try(programs: Sequence[Program], supplementary: bool, audit: bool) -> List[str]:
+def _try(programs: Sequence[Program], supplementary: bool, audit: bool, lock_wait_s: int) -> List[str]:
     """What went wrong with each program; nothing when the member got through and nobody else did."""
 
     def inside() -> List[str]:
         netns.unshare_network([])
-        return [reason for program in programs for reason in _try_program(program, supplementary, audit)]
+        return [reason for program in programs for reason in _try_program(program, supplementary, audit, lock_wait_s)]
 
     return run_in_child(inside, timeout_s=60)
 
 
-def _try_program(program: Program, supplementary: bool, audit: bool) -> List[str]:
+def _try_program(program: Program, supplementary: bool, audit: bool, lock_wait_s: int) -> List[str]:
     chains: Dict[str, List[Rule]] = {
         HEAD: [
             Rule(RETURN, gids=(_MEMBER_GID, _MEMBER_GID), supplementary=supplementary, comment="probe"),
@@ -83,7 +85,9 @@ def _try_program(program: Program, supplementary: bool, audit: bool) -> List[str
         DENY: [Rule(LOG)] if audit else [],
     }
     try:
-        replace(program, Anchor("OUTPUT", HEAD), rule_texts(chains))
+        replace(program, Anchor("OUTPUT", HEAD), rule_texts(chains), lock_wait_s)
+    except LockHeld:
+        raise
     except GuardError as error:
         return [str(error)]
     with socket.socket(_FAMILY[program.version], socket.SOCK_STREAM) as listener:

@@ -6,8 +6,9 @@ Other people's rules are read, to know where ours stand, and never written.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, NoReturn, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, NoReturn, Sequence, Tuple
 
 from imds_guard.backends.iptables.rules import Rule
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
@@ -22,6 +23,14 @@ LOCK_WAIT_S = 10
 RESTORE_TIMEOUT_S = 300
 
 _IN_USE = {4: "/proc/self/net/ip_tables_names", 6: "/proc/self/net/ip6_tables_names"}
+
+
+class LockHeld(GuardError):
+    """Another program held the xtables lock for as long as we waited."""
+
+
+class NoTable(Unsupported):
+    """The kernel has no tables of that kind, so nothing can be in them."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,16 @@ def other_program(program: Program) -> List[Program]:
     if kind == LEGACY and "filter" not in _legacy_tables(program.version):
         return []
     return [Program(program.version, command, kind)] if find_program(command) else []
+
+
+def every_program(commands: Mapping[int, str]) -> List[Program]:
+    """Both kinds for both IP versions, the default one first; none where iptables is not installed."""
+    every: List[Program] = []
+    for version in (4, 6):
+        with contextlib.suppress(Unsupported):
+            program = default_program(version, commands[version])
+            every += [program, *other_program(program)]
+    return every
 
 
 def _legacy_tables(version: int) -> List[str]:
@@ -148,20 +167,47 @@ def _jumps(table: Table, anchor: Anchor) -> int:
     return table.get(anchor.builtin, ()).count(anchor.jump)
 
 
+def foreign_references(table: Table, anchor: Anchor, chains: Table) -> List[str]:
+    """Other people's rules that lead into a chain of ours which is to go."""
+    stale = {chain for chain in owned(table, anchor) if chain not in chains}
+    return [
+        f"-A {chain} {rule}"
+        for chain, rules in table.items()
+        if not anchor.owns(chain)
+        for rule in rules
+        if (chain, rule) != (anchor.builtin, anchor.jump) and stale.intersection(rule.split())
+    ]
+
+
 def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = LOCK_WAIT_S) -> bool:
     """Puts ``chains`` in place of ours in one step; False when nothing of ours was or is to be there.
 
     For legacy tables the whole table is exchanged at once, for nf_tables it is one batch of netlink: a packet is judged
     by the old rules or by the new ones. Raises GuardError, with the old rules in force.
     """
-    text = restore_text(read_table(program), anchor, chains)
+    table = read_table(program)
+    text = restore_text(table, anchor, chains)
     if not text:
         return False
+    foreign = foreign_references(table, anchor, chains)
+    if foreign:
+        raise GuardError(
+            f"{program.title} can't remove our chain while the rule {foreign[0]!r} leads to it: delete that"
+        )
     argv = [_with(program, "restore"), "--noflush", "-w", str(lock_wait_s)]
     completed = run(argv, stdin=text, timeout_s=RESTORE_TIMEOUT_S)
     if completed.status != 0:
         _refuse(program, f"did not take the rules{_culprit(text, completed)}", completed)
     return True
+
+
+def clear(programs: Iterable[Program], anchor: Anchor, lock_wait_s: int = LOCK_WAIT_S) -> List[Program]:
+    """Takes the jump and every chain of ours away; returns the programs that had some."""
+    cleared: List[Program] = []
+    for program in programs:
+        with contextlib.suppress(NoTable):
+            cleared += [program] if replace(program, anchor, {}, lock_wait_s) else []
+    return cleared
 
 
 def _with(program: Program, verb: str) -> str:
@@ -180,12 +226,15 @@ def _culprit(text: str, completed: Completed) -> str:
 def _refuse(program: Program, what: str, completed: Completed) -> NoReturn:
     complaint = completed.complaint
     if "xtables lock" in complaint:
-        raise GuardError(
+        raise LockHeld(
             f"{program.title} {what}, since another program holds the xtables lock: "
             f"try again when it is done ({complaint})"
         )
     if "you must be root" in complaint or "Permission denied" in complaint:
         raise NotPermitted(f"{program.title} {what} without root and CAP_NET_ADMIN: {complaint}")
+    # "Failed to initialize nft: Protocol not supported", "can't initialize iptables table `filter': ... does not exist".
+    if "Failed to initialize nft" in complaint or "can't initialize" in complaint:
+        raise NoTable(f"{program.title} {what}, since this kernel has no such tables: {complaint}")
     if "is incompatible, use 'nft' tool" in complaint:
         raise Unsupported(f"{program.title} {what}: somebody's nft rules are in its table filter ({complaint})")
     raise GuardError(f"{program.title} {what}: {complaint}")

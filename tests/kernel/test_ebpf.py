@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The eBPF backend on the running kernel, attached to a cgroup of the test's own."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, Tuple
+
+import pytest
+
+from imds_guard.backends.ebpf import EbpfBackend, abi, hooks, program
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.store import Maps
+from imds_guard.errors import GuardError
+from imds_guard.kernel import bpf
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel.sandbox import Sandbox
+from tests.kernel import guards
+from tests.kernel.guards import BOTH, IPV4, NEW, NEW_POLICY, OLD, OLD_POLICY, STRANGER
+
+Guarded = Tuple[Sandbox, EbpfBackend]
+
+
+@pytest.fixture
+def guarded() -> Iterator[Guarded]:
+    if os.geteuid() != 0:
+        pytest.skip("attaching programs needs root")
+    with guards.guarded_sandbox() as pair:
+        yield pair
+
+
+def _program_ids(backend: EbpfBackend) -> Tuple[int, ...]:
+    return tuple(p.id for hook in backend.state().hooks for p in hook.attached)
+
+
+def test_life_of_a_guard(guarded: Guarded) -> None:
+    """Nothing, one policy, another, nothing again; the kernel says the same as we do at each point."""
+    sandbox, backend = guarded
+    assert backend.read() is None
+    assert guards.passing(sandbox) == {OLD, NEW, BOTH, STRANGER}
+    backend.apply(OLD_POLICY)
+    assert (backend.read(), backend.faults()) == (OLD_POLICY, [])
+    assert guards.passing(sandbox) == {OLD, BOTH}
+    programs = _program_ids(backend)
+    backend.apply(NEW_POLICY)
+    assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
+    assert guards.passing(sandbox) == {NEW, BOTH}
+    assert _program_ids(backend) == programs, "a change of policy loads no program"
+    assert backend.remove()
+    assert guards.passing(sandbox) == {OLD, NEW, BOTH, STRANGER}
+    assert guards.traces(sandbox.cgroup) == {"attached": 0, "pins": 0}
+    assert backend.remove() == []
+
+
+def test_the_same_policy_again_changes_nothing(guarded: Guarded) -> None:
+    _, backend = guarded
+    backend.apply(OLD_POLICY)
+    generation = backend.state().generation
+    assert backend.apply(OLD_POLICY) == ["the policy was in force already"]
+    assert backend.state().generation == generation
+
+
+def test_a_change_of_policy_imports_no_bcc(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1].split(':')\n"
+        "from imds_guard.backends.ebpf import EbpfBackend\n"
+        "from tests.kernel.guards import NEW_POLICY\n"
+        "EbpfBackend(sys.argv[2]).apply(NEW_POLICY)\n"
+        "print([m for m in ('bcc', 'psutil', 'click') if m in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"{root / 'src'}:{root}", sandbox.cgroup],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+    assert backend.read() == NEW_POLICY
+
+
+def test_another_version_of_the_program_replaces_ours(guarded: Guarded) -> None:
+    """LINK_UPDATE keeps the links, the maps and the policy."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    before = backend.state()
+    other = EbpfBackend(sandbox.cgroup, defines=(("IG_ANOTHER_VERSION", 1),))
+    other.apply(OLD_POLICY)
+    after = other.state()
+    assert after.versions == [program.source_version((("IG_ANOTHER_VERSION", 1),))] != before.versions
+    assert after.generation == before.generation
+    assert [hook.ours.map_ids for hook in after.hooks if hook.ours] == [h.ours.map_ids for h in before.hooks if h.ours]
+    assert guards.passing(sandbox) == {OLD, BOTH}
+
+
+def test_an_allow_keeps_the_version_that_runs(guarded: Guarded) -> None:
+    """Only start upgrades the program; a change of policy must not wait for a compiler."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    EbpfBackend(sandbox.cgroup, defines=(("IG_ANOTHER_VERSION", 1),)).change(NEW_POLICY)
+    assert backend.state().versions == [program.source_version()]
+    assert guards.passing(sandbox) == {NEW, BOTH}
+
+
+def test_maps_of_another_layout_are_replaced(guarded: Guarded) -> None:
+    """A smaller map of locks stands for the layout of another version."""
+    sandbox, backend = guarded
+    shape = abi.SHAPES[Map.LOCKS]
+    abi.SHAPES[Map.LOCKS] = bpf.MapShape(shape.type, shape.key_size, shape.value_size, 64, shape.flags)
+    try:
+        backend.apply(OLD_POLICY)
+    finally:
+        abi.SHAPES[Map.LOCKS] = shape
+    assert any("another version" in fault for fault in backend.faults())
+    backend.apply(NEW_POLICY)
+    assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
+    assert guards.passing(sandbox) == {NEW, BOTH}
+    assert guards.traces(sandbox.cgroup) == {"attached": 4, "pins": 1}
+
+
+# --- what status must see -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", sorted(abi.HOOKS))
+def test_a_missing_hook_is_a_fault_and_start_repairs_it(guarded: Guarded, hook: str) -> None:
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    fd = bpf.pinned(hooks.link_pin(guards.folder_of(sandbox.cgroup).path, hook))
+    bpf.link_detach(fd)
+    os.close(fd)
+    assert [fault for fault in backend.faults() if hook in fault and "not attached" in fault]
+    backend.apply(OLD_POLICY)
+    assert backend.faults() == []
+    assert guards.passing(sandbox) == {OLD, BOTH}
+
+
+def test_an_unlinked_pin_is_a_fault(guarded: Guarded) -> None:
+    """With its only pin gone the link is gone, and the hook with it."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    os.unlink(hooks.link_pin(guards.folder_of(sandbox.cgroup).path, "connect6"))
+    assert any("connect6" in fault for fault in backend.faults())
+    backend.apply(OLD_POLICY)
+    assert backend.faults() == []
+
+
+def test_a_program_behind_ours_is_a_fault_one_before_is_not(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    kind = abi.HOOKS["connect4"][0]
+    with open_cgroup(sandbox.cgroup) as cgroup:
+        first = guards.load_stranger(kind)
+        before = bpf.link_create(first, cgroup.fd, kind)
+        backend.apply(OLD_POLICY)
+        assert backend.faults() == []
+        behind = bpf.link_create(first, cgroup.fd, kind)
+        assert [fault for fault in backend.faults() if "somebody_else" in fault and "behind" in fault]
+        assert guards.passing(sandbox) == {OLD, BOTH}
+        backend.remove()
+        assert len(bpf.attached_programs(cgroup.fd, kind)) == 2, "other people's programs stay"
+        for fd in (first, before, behind):
+            os.close(fd)
+
+
+def _poke(sandbox: Sandbox, number: Map, key: bytes, value: bytes) -> None:
+    fd = bpf.pinned(os.path.join(guards.folder_of(sandbox.cgroup).path, number.name.lower()))
+    bpf.map_update(fd, key, value)
+    os.close(fd)
+
+
+def test_a_changed_map_is_a_fault_and_start_repairs_it(guarded: Guarded) -> None:
+    """Somebody with the right to do so adds a user behind our back."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    generation = backend.state().generation
+    member = abi.MEMBER.pack(generation, abi.USER, 0, STRANGER)
+    _poke(sandbox, Map.MEMBERS, member, abi.MEMBER_VALUE.pack(abi.ALLOW))
+    assert guards.passing(sandbox) == {OLD, BOTH, STRANGER}
+    assert any("changed" in fault for fault in backend.faults())
+    backend.apply(OLD_POLICY)
+    assert backend.faults() == []
+    assert guards.passing(sandbox) == {OLD, BOTH}
+
+
+def test_a_generation_without_settings_denies(guarded: Guarded) -> None:
+    """And says so, and leaves other addresses alone."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    generation = backend.state().generation
+    _poke(sandbox, Map.SETTINGS, struct.pack("=I", generation), bytes(abi.SETTINGS.size))
+    assert guards.passing(sandbox) == frozenset()
+    assert any("settings" in fault for fault in backend.faults())
+    backend.apply(OLD_POLICY)
+    assert guards.passing(sandbox) == {OLD, BOTH}
+
+
+def test_a_missing_map_pin_is_repaired(guarded: Guarded) -> None:
+    """The hooks go on enforcing; the next start builds new maps and moves the hooks to them."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    os.unlink(os.path.join(guards.folder_of(sandbox.cgroup).path, "members"))
+    assert guards.passing(sandbox) == {OLD, BOTH}
+    backend.apply(NEW_POLICY)
+    assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
+    assert guards.passing(sandbox) == {NEW, BOTH}
+
+
+def test_a_guard_without_pins_is_found_and_removed(guarded: Guarded) -> None:
+    """As a bpffs of a mount namespace leaves it that is gone, while somebody still holds the links."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    path = guards.folder_of(sandbox.cgroup).path
+    held = [bpf.pinned(hooks.link_pin(path, hook)) for hook in abi.HOOKS]
+    for name in os.listdir(path):
+        os.unlink(os.path.join(path, name))
+    os.rmdir(path)
+    assert backend.in_force()
+    assert len(backend.faults()) == len(abi.HOOKS)
+    backend.remove()
+    assert guards.traces(sandbox.cgroup) == {"attached": 0, "pins": 0}
+    for fd in held:
+        os.close(fd)
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_hundred_thousand_users(guarded: Guarded) -> None:
+    """Read back as they were given; a change of one of them is a change of one of them."""
+    sandbox, backend = guarded
+    many = range(1_000_000, 1_100_000)
+    backend.apply(guards.policy(OLD, *many))
+    assert backend.read() == guards.policy(OLD, *many)
+    backend.apply(guards.policy(NEW, *many))
+    assert guards.passing(sandbox) == {NEW}
+    assert guards.passing(sandbox, (1_000_000, 1_099_999, 1_100_000)) == {1_000_000, 1_099_999}
+
+
+def test_a_policy_that_does_not_fit_leaves_the_old_one(guarded: Guarded) -> None:
+    """The kernel's own refusal, at a map made too small for it: the old policy stays, whole."""
+    sandbox, backend = guarded
+    shape = abi.SHAPES[Map.MEMBERS]
+    abi.SHAPES[Map.MEMBERS] = bpf.MapShape(shape.type, shape.key_size, shape.value_size, 100, shape.flags)
+    try:
+        backend.apply(OLD_POLICY)
+        with pytest.raises(GuardError, match="stays in force"):
+            backend.apply(guards.policy(NEW, *range(1_000_000, 1_000_200)))
+        assert (backend.read(), backend.faults()) == (OLD_POLICY, [])
+    finally:
+        abi.SHAPES[Map.MEMBERS] = shape
+    assert guards.passing(sandbox) == {OLD, BOTH}
+
+
+def test_nothing_is_left_in_the_other_generation(guarded: Guarded) -> None:
+    """Whatever was changed before, the maps hold one generation."""
+    sandbox, backend = guarded
+    for wanted in (OLD_POLICY, NEW_POLICY, guards.policy(OLD, addresses=[IPV4]), OLD_POLICY):
+        backend.apply(wanted)
+    with Maps.open(guards.folder_of(sandbox.cgroup).path) as maps:
+        other = 3 - maps.generation()
+        left = maps.snapshot(other).image.items
+    assert {number: items for number, items in left.items() if number is not Map.FIRST_LOOK and items} == {}
+    assert not any(left[Map.FIRST_LOOK][0][1])

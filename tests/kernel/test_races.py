@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of policy and of program under a storm of connects: nobody gets through who may not, nobody is kept out who may.
+
+Everything is told by counting. The widened hook idles between reading the generation and using it, so that a change
+falls into that gap all the time; a mutant that does not wait for the grace period must then be caught.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.errors import GuardError
+from imds_guard.kernel import children, grace
+from imds_guard.kernel.sandbox import Sandbox
+from tests.kernel import guards
+from tests.kernel.guards import BOTH, IPV4, MAPPED, NEW, NEW_POLICY, OLD, OLD_POLICY, STRANGER, Storm
+
+CHANGES, UPDATES = 200, 20
+WIDENED = (("IG_WIDEN", 3000),)
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    if os.geteuid() != 0:
+        pytest.skip("attaching programs needs root")
+    with guards.guarded_sandbox() as (one, _):
+        yield one
+
+
+def _change_often(backend: EbpfBackend, times: int) -> None:
+    for n in range(times):
+        backend.change(NEW_POLICY if n % 2 == 0 else OLD_POLICY)
+
+
+def _begin(sandbox: Sandbox) -> Tuple[Storm, Storm]:
+    """A caller who may not under either policy, and one who may under both."""
+    return Storm(sandbox, STRANGER), Storm(sandbox, BOTH, MAPPED)
+
+
+def _expect_no_mistake(denied: Storm, allowed: Storm) -> None:
+    for storm in (denied, allowed):
+        storm.wait_for(100)
+    connected, refused, other = denied.counts()
+    assert (connected, other) == (0, 0), f"the denied caller got through {connected} times of {refused + connected}"
+    connected, refused, other = allowed.counts()
+    assert (refused, other) == (0, 0), f"the allowed caller was denied {refused} times of {connected + refused}"
+
+
+def test_changes_of_policy(sandbox: Sandbox) -> None:
+    """200 flips."""
+    backend = EbpfBackend(sandbox.cgroup)
+    backend.apply(OLD_POLICY)
+    denied, allowed = _begin(sandbox)
+    _change_often(backend, CHANGES)
+    _expect_no_mistake(denied, allowed)
+
+
+def test_changes_of_policy_with_a_widened_hook(sandbox: Sandbox) -> None:
+    """200 flips, each of which finds hooks that have read the old generation and not yet used it."""
+    backend = EbpfBackend(sandbox.cgroup, WIDENED)
+    backend.apply(OLD_POLICY)
+    denied, allowed = _begin(sandbox)
+    _change_often(backend, CHANGES)
+    _expect_no_mistake(denied, allowed)
+
+
+def test_a_change_without_the_grace_period_is_caught(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: it deletes the old generation at once, and the denied caller gets through."""
+    backend = EbpfBackend(sandbox.cgroup, WIDENED)
+    backend.apply(OLD_POLICY)
+    denied, _ = _begin(sandbox)
+    monkeypatch.setattr(grace, "wait_for_running_programs", lambda: None)
+    for _ in range(50):
+        _change_often(backend, CHANGES)
+        if denied.counts()[0]:
+            return
+    pytest.fail("10,000 changes without a grace period, and nobody got through: the test above proves nothing")
+
+
+def test_updates_of_the_program(sandbox: Sandbox) -> None:
+    """20 times another version by LINK_UPDATE, the policy changed with it."""
+    versions = [EbpfBackend(sandbox.cgroup, (("IG_ANOTHER_VERSION", n),)) for n in (1, 2)]
+    versions[0].apply(OLD_POLICY)
+    versions[1].apply(OLD_POLICY)
+    denied, allowed = _begin(sandbox)
+    for n in range(UPDATES):
+        versions[n % 2].apply(NEW_POLICY if n % 2 else OLD_POLICY)
+    _expect_no_mistake(denied, allowed)
+    assert versions[1].faults() == []
+
+
+def test_replacements_of_the_maps(sandbox: Sandbox) -> None:
+    """Ten times a missing pin, which makes start build new maps and move the hooks over."""
+    backend = EbpfBackend(sandbox.cgroup)
+    backend.apply(OLD_POLICY)
+    denied, allowed = _begin(sandbox)
+    for n in range(10):
+        os.unlink(os.path.join(guards.folder_of(sandbox.cgroup).path, "locks"))
+        backend.apply(NEW_POLICY if n % 2 == 0 else OLD_POLICY)
+    _expect_no_mistake(denied, allowed)
+
+
+def test_a_policy_that_stays_the_same_for_the_listed(sandbox: Sandbox) -> None:
+    """Each of the two on one list alone sees both answers, as the policies change."""
+    backend = EbpfBackend(sandbox.cgroup)
+    backend.apply(OLD_POLICY)
+    storms = [Storm(sandbox, OLD, IPV4), Storm(sandbox, NEW, IPV4)]
+    for n in range(20):
+        backend.change(NEW_POLICY if n % 2 == 0 else OLD_POLICY)
+        for storm in storms:
+            storm.wait_for(5)
+    for storm in storms:
+        connected, refused, other = storm.counts()
+        assert connected
+        assert refused
+        assert not other
+
+
+def test_two_starts_at_once(sandbox: Sandbox) -> None:
+    """One after the other; the state is one of the two policies, whole."""
+    backend = EbpfBackend(sandbox.cgroup)
+    backend.apply(OLD_POLICY)
+    backend.remove()
+    outcomes: List[str] = []
+    for _ in range(5):
+        pids = [children.fork(lambda p=wanted: backend.apply(p)) for wanted in (OLD_POLICY, NEW_POLICY)]  # type: ignore[misc]
+        outcomes += [str(os.waitpid(pid, 0)[1]) for pid in pids]
+        assert backend.read() in (OLD_POLICY, NEW_POLICY)
+        assert backend.faults() == []
+        backend.remove()
+    assert set(outcomes) == {"0"}
+
+
+def test_one_that_waits_too_long_says_so(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command holds the lock: one sentence, and nothing is changed."""
+    from imds_guard.kernel import lockfile
+
+    backend = EbpfBackend(sandbox.cgroup)
+    name = guards.folder_of(sandbox.cgroup).name
+    monkeypatch.setattr(lockfile, "WAIT_S", 0.2)
+    with lockfile.exclusive(name, 1), pytest.raises(GuardError, match="at work"):
+        backend.apply(OLD_POLICY)
+    assert backend.read() is None

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hypothesis strategies: valid policies, and what may connect where under one.
+
+Values come from small pools with neighbours in them, so that prefixes nest, ports touch and lists overlap.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Dict, List, Tuple
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from imds_guard.policy import (
+    MAX_ID,
+    Address,
+    Caller,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Mode,
+    Network,
+    Policy,
+    Ports,
+    Protocol,
+    Verdict,
+    make_policy,
+    minus_ports,
+    normal_ports,
+)
+
+patient = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+"""For tests of these strategies: how long an example takes says nothing on a machine that does other things too."""
+
+_ADDRESSES = (
+    *("169.254.169.254", "169.254.170.2", "10.1.2.3", "10.1.2.4", "10.200.0.1", "127.0.0.1", "255.255.255.255"),
+    *("0.0.0.1", "fd00:ec2::254", "fd00:ec2::255", "fd00:ffff::1", "fe80::a9fe:a9fe", "::1", "::fffe:0:1"),
+    *("::ffff:10.1.2.3", "64:ff9b::a9fe:a9fe"),
+)
+_PORTS = (0, 1, 52, 53, 54, 79, 80, 81, 443, 8080, 65534, 65535)
+_NAMES = ("default", "imds", "task credentials", "wireserver", "Zürich", "a", "b", "10.0.0.0/8")
+
+
+def ids() -> st.SearchStrategy[int]:
+    """User and group IDs, drawn from the same few, so that a gid often equals a uid; now and then any."""
+    return st.one_of(st.sampled_from((0, 1, 512, 1001, 2002, 2514, 65534, MAX_ID)), st.integers(0, MAX_ID))
+
+
+def identities() -> st.SearchStrategy[Identities]:
+    """Up to five users and five groups."""
+    some = st.frozensets(ids(), max_size=5)
+    return st.builds(Identities, some, some)
+
+
+def ports() -> st.SearchStrategy[Ports]:
+    """Up to two ranges in normal form; none at all, too."""
+    one = st.one_of(st.sampled_from(_PORTS), st.integers(0, 65535))
+    ranges = st.tuples(one, one).map(lambda pair: (min(pair), max(pair)))
+    return st.one_of(st.just(((0, 65535),)), st.lists(ranges, max_size=2).map(normal_ports))
+
+
+def addresses() -> st.SearchStrategy[Address]:
+    """Addresses that are close to each other, and any; mapped ones and the unspecified ones are among them."""
+    return st.one_of(st.sampled_from(_ADDRESSES).map(ipaddress.ip_address), st.ip_addresses())
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> Network:
+    """Single addresses and prefixes, often with 15 to 17 bits, where the first look changes its mind."""
+    address = draw(addresses())
+    most = address.max_prefixlen
+    usual = st.sampled_from((most, most, most - 1, 0, 1, 8, 15, 16, 17, 24))
+    length = draw(st.one_of(usual, st.integers(0, most)))
+    return ipaddress.ip_network((int(address).to_bytes(most // 8, "big"), length), strict=False)
+
+
+def _can_be_locked(network: Network) -> bool:
+    """make_policy() refuses 0.0.0.0, :: and ::ffff:0.0.0.0 alone."""
+    mapped = network.version == 6 and network.network_address == ipaddress.IPv6Address("::ffff:0:0")
+    return network.prefixlen < network.max_prefixlen or (int(network.network_address) != 0 and not mapped)
+
+
+def _claim(claimed: Dict[Network, Dict[Protocol, Ports]], endpoint: Endpoint) -> Endpoint:
+    """What of an endpoint no lock before has claimed."""
+    taken = claimed.setdefault(plain(endpoint.network), {protocol: () for protocol in Protocol})
+    left = {protocol: minus_ports(endpoint.ports(protocol), taken[protocol]) for protocol in Protocol}
+    for protocol in Protocol:
+        taken[protocol] = normal_ports(taken[protocol] + left[protocol])
+    return Endpoint(endpoint.network, left[Protocol.TCP], left[Protocol.UDP])
+
+
+def plain(network: Network) -> Network:
+    """A prefix of mapped addresses as the IPv4 prefix that it means."""
+    inside = ipaddress.IPv6Network("::ffff:0:0/96")
+    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(inside):
+        return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
+    return network
+
+
+@st.composite
+def policies(draw: st.DrawFn, max_locks: int = 4) -> Policy:
+    """Valid policies, in normal form; with no lock, too."""
+    claimed: Dict[Network, Dict[Protocol, Ports]] = {}
+    # A few lists for all locks: equal ones are stored once.
+    lists = draw(st.lists(st.tuples(identities(), identities(), st.sampled_from(Verdict)), min_size=1, max_size=3))
+    endpoints = st.builds(Endpoint, networks().filter(_can_be_locked), ports(), ports())
+    locks: List[Lock] = []
+    for name in draw(st.lists(st.sampled_from(_NAMES), unique=True, max_size=max_locks)):
+        drawn = draw(st.lists(endpoints, min_size=1, max_size=3))
+        free = tuple(one for one in (_claim(claimed, endpoint) for endpoint in drawn) if one.tcp or one.udp)
+        if free:
+            allow, deny, default = draw(st.sampled_from(lists))
+            locks.append(Lock(name, free, allow, deny, default))
+    return make_policy(locks, draw(st.sampled_from(Mode)), draw(st.sampled_from(Verdict)))
+
+
+def destinations(policy: Policy) -> st.SearchStrategy[Destination]:
+    """Where a connect may go: at the edges of what the policy locks, one beside them, and anywhere."""
+    edges = [edge for lock in policy.locks for endpoint in lock.endpoints for edge in _edges(endpoint.network)]
+    near = [st.sampled_from(edges)] if edges else []
+    known = sorted({port for lock in policy.locks for endpoint in lock.endpoints for port in _port_edges(endpoint)})
+    port = st.one_of(st.sampled_from(known or [80]), st.sampled_from(_PORTS), st.integers(0, 65535))
+    return st.builds(Destination, st.one_of(*near, addresses()), port, st.sampled_from(Protocol))
+
+
+def _edges(network: Network) -> List[Address]:
+    first, last = int(network[0]), int(network[-1])
+    kind = ipaddress.IPv4Address if network.version == 4 else ipaddress.IPv6Address
+    return [kind(n) for n in (first - 1, first, last, last + 1) if 0 <= n < 1 << network.max_prefixlen]
+
+
+def _port_edges(endpoint: Endpoint) -> Tuple[int, ...]:
+    ranges = endpoint.tcp + endpoint.udp
+    near = {port for low, high in ranges for port in (low - 1, low, high, high + 1)}
+    return tuple(port for port in near if 0 <= port <= 65535)
+
+
+def callers() -> st.SearchStrategy[Caller]:
+    """The host's processes, containers' and kernel threads, with up to five supplementary groups."""
+    likely = st.sampled_from((True, True, True, False))
+    return st.builds(
+        Caller,
+        fsuid=ids(),
+        fsgid=ids(),
+        groups=st.frozensets(ids(), max_size=5),
+        pid_namespace_is_initial=likely,
+        user_namespace_is_initial=likely,
+        kernel_thread=likely.map(lambda initial: not initial),
+    )

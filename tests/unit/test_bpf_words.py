@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions and names on their way into the kernel."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imds_guard.backends.ebpf import abi, program
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.errors import GuardError
+from imds_guard.kernel.compiler import with_map_fds
+from tests.clang import BPF, clang, sections
+from tests.strategies import patient
+
+LD_IMM64, PSEUDO_MAP_FD = 0x18, 0x10
+FDS = [1000 + number for number in Map]
+
+
+def instruction(opcode: int, registers: int = 0, immediate: int = 0) -> bytes:
+    """struct bpf_insn."""
+    return struct.pack("=BBhi", opcode, registers, 0, immediate)
+
+
+def load_map(number: int, register: int = 1) -> bytes:
+    """A ld_imm64 of map ``number``, two slots long."""
+    return instruction(LD_IMM64, PSEUDO_MAP_FD | register, abi.MAP_BASE + number) + bytes(8)
+
+
+def load_constant(value: int) -> bytes:
+    """A ld_imm64 of a number."""
+    return instruction(LD_IMM64, 2, value) + struct.pack("=ii", 0, 7)
+
+
+def test_a_map_s_number_becomes_its_fd_and_nothing_else_changes() -> None:
+    code = instruction(0xB7, 1, 5) + load_map(3) + load_constant(abi.MAP_BASE) + instruction(0x95)
+    loaded = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1003) + bytes(8)
+    assert with_map_fds(code, abi.MAP_BASE, FDS) == (
+        instruction(0xB7, 1, 5) + loaded + load_constant(abi.MAP_BASE) + instruction(0x95)
+    )
+
+
+def test_the_second_slot_of_a_constant_is_not_taken_for_an_instruction() -> None:
+    slots = instruction(LD_IMM64, 1) + load_map(0)[:8] + instruction(0x95)
+    assert with_map_fds(slots, abi.MAP_BASE, FDS) == slots
+
+
+@pytest.mark.parametrize("number", [-1, len(Map)])
+def test_a_map_that_is_none_of_ours_is_refused(number: int) -> None:
+    with pytest.raises(GuardError, match=f"instruction 1 names an unknown map .{abi.MAP_BASE + number}"):
+        with_map_fds(instruction(0xB7) + load_map(number), abi.MAP_BASE, FDS)
+
+
+@patient
+@given(parts=st.lists(st.one_of(st.sampled_from(Map), st.integers(-(2**31), 2**31 - 1)), max_size=30))
+def test_every_map_is_replaced_and_no_constant(parts: List[int]) -> None:
+    code = b"".join(load_map(part) if isinstance(part, Map) else load_constant(part) for part in parts)
+    fds = with_map_fds(code, abi.MAP_BASE, FDS)
+    found = [struct.unpack_from("=i", fds, 16 * n + 4)[0] for n in range(len(parts))]
+    assert found == [FDS[part] if isinstance(part, Map) else part for part in parts]
+
+
+@pytest.fixture(scope="module")
+def code_of_clang(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """All hooks, as clang alone compiles them."""
+    made = tmp_path_factory.mktemp("hooks") / "hooks.o"
+    offsets = [f"-DIG_OFF_{struct}_{member}=8".upper() for struct, member in program._OFFSETS]
+    include = f"-I{BPF}/include/include"
+    clang("-target", "bpf", "-O2", *offsets, include, "-c", str(BPF / "imds_guard.bpf.c"), "-o", str(made))
+    return sections(made.read_bytes())[".text"]
+
+
+def test_the_hooks_use_every_map_but_the_one_for_people(code_of_clang: bytes) -> None:
+    linked = with_map_fds(code_of_clang, abi.MAP_BASE, FDS)
+    used = {
+        struct.unpack_from("=i", linked, at + 4)[0]
+        for at in range(0, len(linked), 8)
+        if linked[at] == LD_IMM64 and linked[at + 1] & 0xF0 == PSEUDO_MAP_FD
+    }
+    assert used == set(FDS) - {FDS[Map.LOCKS]}
+
+
+def test_the_hooks_call_none_but_the_three_helpers_that_every_kernel_gives_them(code_of_clang: bytes) -> None:
+    """map_lookup_elem, get_current_task, probe_read_kernel: include/uapi/linux/bpf.h."""
+    calls = {struct.unpack_from("=i", code_of_clang, at + 4)[0] for at in _calls(code_of_clang)}
+    assert calls == {1, 35, 113}
+
+
+def _calls(code: bytes) -> List[int]:
+    """Positions of BPF_CALL instructions; second slots of ld_imm64 have opcode 0."""
+    return [at for at in range(0, len(code), 8) if code[at] == 0x85]
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", sorted(abi.HOOKS))
+def test_a_program_s_name_fits_the_kernel_and_tells_its_version(hook: str) -> None:
+    version = program.source_version()
+    name = program.program_name(hook, version)
+    assert len(name) <= 15
+    assert {other: program.version_in_name(other, name) for other in abi.HOOKS} == {
+        other: version if other == hook else None for other in abi.HOOKS
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["", "ig_c4", "ig_c4_", "ig_c4_123", "ig_c4_123456789", "sd_fw_ingress", "ig_c6_12345678"]
+)
+def test_other_people_s_programs_are_not_taken_for_ours(name: str) -> None:
+    assert program.version_in_name("connect4", name) is None
+
+
+@pytest.fixture
+def source_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bpf/ folder that the loader takes for its own."""
+    for name in ("imds_guard.h", "imds_guard.bpf.c"):
+        (tmp_path / name).write_bytes((BPF / name).read_bytes())
+    monkeypatch.setattr(program, "source_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_the_version_changes_with_either_source_and_with_the_defines(source_copy: Path) -> None:
+    seen: Dict[str, Tuple[str, ...]] = {program.source_version(): ("as it is",)}
+    seen[program.source_version((("IG_WIDEN", 1),))] = ("widened",)
+    for name in ("imds_guard.h", "imds_guard.bpf.c"):
+        with (source_copy / name).open("a", encoding="utf-8") as file:
+            file.write("\n")
+        seen[program.source_version()] = (name,)
+    assert len(seen) == 4

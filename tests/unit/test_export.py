@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported policies: loadable, in the right order, and honest about what the format can't say."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Dict, Iterable, List
+
+import pytest
+
+from imds_guard.backends.iptables.parse import combine, find, parse_chains
+from imds_guard.backends.iptables.tables import parse_save
+from imds_guard.errors import Unsupported, UsageError
+from imds_guard.export import FORMATS, export
+from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.netns import unshare_network
+from imds_guard.kernel.run import Completed, find_program, run
+from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from tests.conformance.differential import make_block
+
+NOT_DNS = ((0, 52), (54, 65535))
+
+
+def lock(
+    *where: str,
+    name: str = "imds",
+    users: Iterable[int] = (),
+    groups: Iterable[int] = (),
+    deny_users: Iterable[int] = (),
+    deny_groups: Iterable[int] = (),
+    default: Verdict = Verdict.DENY,
+) -> Lock:
+    return Lock(
+        name,
+        tuple(Endpoint(ipaddress.ip_network(one), tcp=NOT_DNS) for one in where),
+        Identities(frozenset(users), frozenset(groups)),
+        Identities(frozenset(deny_users), frozenset(deny_groups)),
+        default,
+    )
+
+
+PLAIN = make_policy([lock("169.254.169.254", "fd00:ec2::254", users=[0, 5])])
+GROUPS = make_policy([lock("169.254.169.254", users=[0], groups=[60])])
+DENIED_GROUP = make_policy([lock("169.254.169.254", users=[0], deny_groups=[60])])
+LENIENT = make_policy([lock("169.254.169.254", deny_users=[1], default=Verdict.ALLOW)])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_allowlist_of_users_is_weakened_by_nobody(form: str) -> None:
+    """Every format can deny at least as much as a list of users does."""
+    assert export(PLAIN, form).weakenings == []
+
+
+# Which formats weaken which policy: nftables and PF see no supplementary groups; a user namespace exists on Linux alone;
+# IPAddressDeny= has no identities.
+_WEAK: Dict[str, List[str]] = {
+    "groups": [],
+    "denied-group": ["nftables", "pf"],
+    "lenient": ["iptables", "nftables", "systemd"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("groups", GROUPS), ("denied-group", DENIED_GROUP), ("lenient", LENIENT)], ids=_WEAK
+)
+def test_weakenings_are_told(name: str, policy: Policy) -> None:
+    """What a format would weaken is told, and stands in the text."""
+    exported = {form: export(policy, form) for form in FORMATS}
+    assert [form for form in FORMATS if exported[form].weakenings] == _WEAK[name]
+    for one in exported.values():
+        assert all(f"WEAKER: {sentence}" in one.text for sentence in one.weakenings)
+        assert all(f"Note: {sentence}" in one.text for sentence in one.remarks)
+
+
+def test_unknown_format() -> None:
+    """A word that is no format lists those that are."""
+    with pytest.raises(UsageError, match="'ufw' is no format: iptables, nftables"):
+        export(PLAIN, "ufw")
+
+
+# --- loadable -------------------------------------------------------------------------------------------------------
+
+
+def _load(argv: List[str], text: str) -> Completed:
+    """Runs a loader in a network namespace of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("loading rules needs root")
+    if find_program(argv[0]) is None:
+        pytest.skip(f"{argv[0]} is not installed")
+
+    def inside() -> Completed:
+        unshare_network([])
+        return run(argv, stdin=text)
+
+    return run_in_child(inside, timeout_s=60)
+
+
+@pytest.mark.parametrize("seed", range(300, 312))
+@pytest.mark.parametrize("command", ["iptables-restore", "ip6tables-restore", "iptables-legacy-restore"])
+def test_iptables_takes_it(command: str, seed: int) -> None:
+    """``iptables-restore --test`` accepts the text of random policies, and so does ip6tables-restore the same text."""
+    loaded = _load([command, "--test", "--noflush"], export(make_block(seed, 0).policy, "iptables").text)
+    assert (loaded.status, loaded.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("seed", range(300, 312))
+def test_nft_takes_it(seed: int, tmp_path: Path) -> None:
+    """``nft --check`` accepts the text of random policies, and loading it twice leaves one table."""
+    file = tmp_path / "rules.nft"
+    file.write_text(export(make_block(seed, 0).policy, "nftables").text)
+    loaded = _load(["nft", "--check", "-f", str(file)], "")
+    assert (loaded.status, loaded.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("seed", range(300, 312))
+def test_iptables_text_is_the_policy(seed: int) -> None:
+    """The exported rules read back as the policy that was exported."""
+    policy = make_block(seed, 0).policy
+    text = export(policy, "iptables").text
+    found = []
+    for version in (4, 6):
+        mine = "\n".join(line[3:] for line in text.splitlines() if line.startswith(f"-{version} "))
+        chains, foreign = parse_chains(parse_save(mine))
+        assert foreign == []
+        found.append(find(chains, version))
+    held = combine(found)
+    assert held is not None
+    assert held.policy == policy
+
+
+# --- the other words ------------------------------------------------------------------------------------------------
+
+
+def rules_of(policy: Policy, form: str) -> List[str]:
+    return [line for line in export(policy, form).text.splitlines() if line and not line.startswith("#")]
+
+
+def test_pf() -> None:
+    """Denied before allowed before everyone; the first that matches is taken."""
+    policy = make_policy([lock("169.254.169.254", users=[5, 6, 7, 9], groups=[60], deny_users=[6])])
+    to = "inet proto tcp from any to 169.254.169.254/32 port { 0:52 54:65535 }"
+    assert rules_of(policy, "pf") == [
+        f"block return out quick {to} user {{ 6 }}",
+        f"pass out quick {to} user {{ 5:7 9 }}",
+        f"pass out quick {to} group {{ 60 }}",
+        f"block return out quick {to}",
+    ]
+
+
+def test_pf_has_the_most_specific_endpoint_first() -> None:
+    """An address inside a locked prefix comes before it."""
+    policy = make_policy([lock("10.0.0.0/8", name="a"), lock("10.1.2.3", name="b", users=[5])])
+    networks = [re.findall(r" to (\S+)", rule)[0] for rule in rules_of(policy, "pf")]
+    assert networks == ["10.1.2.3/32", "10.1.2.3/32", "10.0.0.0/8"]
+
+
+def test_ipfw() -> None:
+    """The lock is looked up by address, and who is allowed goes on behind all of it."""
+    policy = make_policy([lock("169.254.169.254", users=[5], groups=[60])])
+    assert rules_of(policy, "ipfw") == [
+        "add 100 skipto 200 tcp from any to any dst-ip 169.254.169.254/32 dst-port 0-52,54-65535 out setup",
+        "add 101 skipto 9000 ip from any to any",
+        "add 200 skipto 9000 ip from any to any { uid 5 }",
+        "add 200 skipto 9000 ip from any to any { gid 60 }",
+        "add 200 reset tcp from any to any proto ip4",
+        "add 200 reset6 tcp from any to any proto ip6",
+        "add 200 unreach port udp from any to any proto ip4",
+        "add 200 unreach6 port udp from any to any proto ip6",
+        "add 9000 count ip from any to any",
+    ]
+
+
+def test_ipfw_splits_long_lists() -> None:
+    """No rule has more than 20 ids, and none is lost."""
+    users = range(100, 160, 2)
+    blocks = [re.findall(r"uid (\d+)", rule) for rule in rules_of(make_policy([lock("10.1.2.3", users=users)]), "ipfw")]
+    assert max(map(len, blocks)) <= 20
+    assert [int(uid) for block in blocks for uid in block] == list(users)
+
+
+def test_ipfw_has_numbers_for_so_many_locks() -> None:
+    """More locks than rule numbers are refused, not run into one another."""
+    locks = [lock(f"10.{n // 250}.{n % 250}.1", name=f"{n}") for n in range(8801)]
+    with pytest.raises(Unsupported, match="8800 locks"):
+        export(make_policy(locks), "ipfw")
+
+
+def test_windows_spares_the_allowed() -> None:
+    """The rule applies to Everyone (WD), and a deny entry in front spares who is allowed."""
+    rules = rules_of(make_policy([lock("169.254.169.254", users=[0])]), "windows")
+    assert "$principals0 = 'O:LSD:' + (Get-Aces 'D' @('root')) + '(A;;CC;;;WD)'" in rules
+    (rule,) = [line for line in rules if line.startswith("New-NetFirewallRule")]
+    assert "-Action Block" in rule
+    assert "-RemoteAddress '169.254.169.254/32' -Protocol TCP -RemotePort @('0-52', '54-65535')" in rule
+
+
+def test_windows_quotes_names() -> None:
+    """A quote in a lock's name ends no string."""
+    text = export(make_policy([lock("169.254.169.254", name="it's", users=[0])]), "windows").text
+    assert "-DisplayName 'imds-guard: it''s'" in text
+
+
+def test_systemd_denies_everyone() -> None:
+    """Addresses of locks that deny by default stand in the drop-in, and a lock that allows by default does not."""
+    policy = make_policy([lock("169.254.169.254", users=[0]), lock("10.1.2.3", name="open", default=Verdict.ALLOW)])
+    assert rules_of(policy, "systemd") == ["[Service]", "IPAddressDeny=169.254.169.254/32"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_audit_denies_nothing(form: str) -> None:
+    """In audit mode no format has a rule in force that rejects or blocks."""
+    policy = make_policy(PLAIN.locks, Mode.AUDIT)
+    for rule in rules_of(policy, form):
+        assert not re.search(r"REJECT|\breject\b|\bblock\b|\breset\b|\bunreach|IPAddressDeny|-Enabled True", rule), rule
+
+
+def test_all_ports_need_no_words() -> None:
+    """A lock on all ports of both protocols says so by saying nothing."""
+    endpoint = Endpoint(ipaddress.ip_network("10.1.2.3"), tcp=ALL_PORTS, udp=ALL_PORTS)
+    policy = make_policy([Lock("x", (endpoint,))])
+    assert rules_of(policy, "pf") == [
+        f"block return out quick inet proto {protocol} from any to 10.1.2.3/32" for protocol in ("tcp", "udp")
+    ]

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linters and type checkers as tests, so that one command is the gate."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import List
+
+import pytest
+
+from tests.clang import BPF, INCLUDES, clang
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("run", ".ci/run")
+
+OFFSETS = sorted(set(re.findall(r"\bIG_OFF_\w+", (BPF / "imds_guard.bpf.c").read_text(encoding="utf-8"))))
+"""What the loader takes from BTF: any number will do for a compiler."""
+
+
+def passes(*command: str) -> None:
+    """Runs a command at the root of the tree; it must end with 0."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def python_tool(*command: str) -> None:
+    """Runs a module of the environment that the tests run in."""
+    if importlib.util.find_spec(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed beside pytest (pip install -e '.[test]')")
+    passes(sys.executable, "-m", *command)
+
+
+def test_ruff_finds_nothing() -> None:
+    python_tool("ruff", "check", "--no-cache", ".")
+
+
+def test_the_python_is_formatted() -> None:
+    python_tool("ruff", "format", "--no-cache", "--check", "--diff", ".")
+
+
+def test_the_types_are_right() -> None:
+    # Folders that hold no Python yet are an error to mypy.
+    folders = [name for name in ("src", "tests", "bench", "vagrant") if any((ROOT / name).rglob("*.py"))]
+    python_tool("mypy", "--cache-dir=/dev/null", *folders)
+
+
+def test_the_offsets_are_the_ones_that_the_loader_gives() -> None:
+    from imds_guard.backends.ebpf import program
+
+    given = {f"IG_OFF_{struct}_{member}".upper() for struct, member in program._OFFSETS}
+    assert set(OFFSETS) <= given
+
+
+@pytest.mark.parametrize("more", [[], ["-DIG_WIDEN=4096"], ["-D__KERNEL__"]], ids=["plain", "widened", "kernel"])
+def test_clang_warns_of_nothing_in_the_hooks(more: List[str], tmp_path: Path) -> None:
+    clang(
+        *("-target", "bpf", "-O2", "-g", "-Wall", "-Wextra", "-Werror"),
+        *INCLUDES,
+        *(f"-D{name}=8" for name in OFFSETS),
+        *more,
+        *("-c", str(BPF / "imds_guard.bpf.c"), "-o", str(tmp_path / "hooks.o")),
+    )
+
+
+def test_the_header_can_be_included_alone_and_twice(tmp_path: Path) -> None:
+    source = tmp_path / "twice.c"
+    source.write_text('#include <linux/types.h>\n#include "imds_guard.h"\n#include "imds_guard.h"\n', encoding="utf-8")
+    clang("-target", "bpf", "-Wall", "-Wextra", "-Werror", *INCLUDES, "-c", str(source), "-o", str(tmp_path / "out.o"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script: str) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    passes("shellcheck", script)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_can_be_run(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o111 == 0o111
+
+
+def sources() -> List[Path]:
+    """Every file that is ours to license, outside folders that tools make."""
+    folders = ("src", "tests", "bpf", "vagrant", "bench")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".c", ".h"}]
+    return [path for path in found if "include" not in path.relative_to(ROOT).parts[:2]]
+
+
+def test_every_source_names_its_licence_in_its_first_two_lines() -> None:
+    unnamed = [
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if not any(re.search(r"SPDX-License-Identifier: \S", line) for line in path.read_text().splitlines()[:2])
+    ]
+    assert unnamed == []

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which module may know which: cli -> actions and the like -> backends -> kernel -> errors."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, FrozenSet, Iterator, List, Set
+
+import pytest
+
+import imds_guard
+
+ROOT = Path(imds_guard.__file__).parent
+
+
+def module_name(path: Path) -> str:
+    parts = ("imds_guard", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES: Dict[str, ast.Module] = {
+    module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))
+}
+"""Module name -> its syntax tree."""
+
+
+def imports_of(name: str) -> FrozenSet[str]:
+    """Every module that a module imports, also inside functions, but not for types alone."""
+    found: Set[str] = set()
+    for node in _nodes(SOURCES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            base = str(node.module)
+            inner = {f"{base}.{alias.name}" for alias in node.names} & set(SOURCES)
+            # "from imds_guard.kernel import bpf" means the module bpf, unless the package has more to give.
+            found |= inner | ({base} if len(inner) < len(node.names) else set())
+    return frozenset(found)
+
+
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not _is_for_types(child):
+            yield child
+            yield from _nodes(child)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def ours(name: str) -> List[str]:
+    return sorted(other for other in imports_of(name) if other.split(".")[0] == "imds_guard")
+
+
+def below(package: str) -> List[str]:
+    """A package's modules, itself included."""
+    return [name for name in SOURCES if name == package or name.startswith(package + ".")]
+
+
+def importers_of(package: str) -> List[str]:
+    """The modules that import a package or something in it."""
+    return [
+        name
+        for name in SOURCES
+        if any(other == package or other.startswith(package + ".") for other in imports_of(name))
+    ]
+
+
+def layer(name: str) -> str:
+    """The part that a module belongs to: ``kernel``, ``backends``, ``policy``, ``cli``, ..."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def layers_below(package: str) -> Set[str]:
+    """The other parts that a package knows."""
+    known = {layer(other) for name in below(package) for other in ours(name)}
+    return known - {layer(package)}
+
+
+def test_modules_were_found() -> None:
+    assert {"imds_guard.cli", "imds_guard.policy", "imds_guard.kernel.bpf"} <= set(SOURCES)
+
+
+@pytest.mark.parametrize("name", ["imds_guard.policy", "imds_guard.errors"])
+def test_policy_and_errors_know_nothing_of_ours(name: str) -> None:
+    assert ours(name) == []
+
+
+def test_kernel_knows_errors_alone_and_never_hears_of_a_policy() -> None:
+    assert layers_below("imds_guard.kernel") == {"errors"}
+
+
+def test_backends_know_kernel_policy_and_errors() -> None:
+    assert layers_below("imds_guard.backends") == {"kernel", "policy", "errors"}
+
+
+@pytest.mark.parametrize(("one", "other"), [("ebpf", "iptables"), ("iptables", "ebpf")])
+def test_a_backend_does_not_know_the_other(one: str, other: str) -> None:
+    known = {name for module in below(f"imds_guard.backends.{one}") for name in ours(module)}
+    assert known.isdisjoint(below(f"imds_guard.backends.{other}"))
+
+
+def test_only_the_entry_point_imports_cli() -> None:
+    assert importers_of("imds_guard.cli") == ["imds_guard.__main__"]
+
+
+def test_what_does_things_does_not_know_how_they_are_shown() -> None:
+    assert set(importers_of("imds_guard.actions")) == {"imds_guard.cli", "imds_guard.present"}
+    assert importers_of("imds_guard.present") == ["imds_guard.cli"]
+
+
+@pytest.mark.parametrize(
+    ("package", "importers"),
+    [
+        ("click", ["imds_guard.cli"]),
+        ("bcc", ["imds_guard.kernel.compiler"]),
+        ("subprocess", ["imds_guard.kernel.run"]),
+        ("ctypes", [name for name in importers_of("ctypes") if layer(name) == "kernel"]),
+        ("logging", []),
+    ],
+)
+def test_a_package_has_one_door(package: str, importers: List[str]) -> None:
+    assert importers_of(package) == importers
+
+
+STARTS_PROGRAMS = frozenset(
+    f"os.{name}"
+    for name in (
+        *("system", "popen", "startfile", "posix_spawn", "posix_spawnp"),
+        *(f"exec{ending}" for ending in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+        *(f"spawn{ending}" for ending in ("l", "le", "lp", "lpe", "v", "ve", "vp", "vpe")),
+    )
+)
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"imds_guard.kernel.run"}))
+def test_nothing_else_starts_programs(name: str) -> None:
+    called = {ast.unparse(node.func) for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)}
+    assert called.isdisjoint(STARTS_PROGRAMS)
+
+
+def test_no_module_knows_itself_by_way_of_others() -> None:
+    remaining = {name: {other for other in ours(name) if other in SOURCES and other != name} for name in SOURCES}
+    while True:
+        free = [name for name, known in remaining.items() if not known & set(remaining)]
+        if not free:
+            break
+        for name in free:
+            del remaining[name]
+    assert remaining == {}
+
+
+def imported_by(statement: str) -> Set[str]:
+    """The top-level modules that a fresh interpreter has after a statement."""
+    program = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return set(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize(
+    "module", ["imds_guard.backends.ebpf", "imds_guard.backends.choose", "imds_guard.actions", "imds_guard.config"]
+)
+def test_changing_a_policy_does_not_pay_for_the_compiler_or_for_looking_at_processes(module: str) -> None:
+    assert imported_by(f"import {module}").isdisjoint({"bcc", "psutil", "click"})
+
+
+def test_the_command_line_imports_neither_bcc_nor_psutil() -> None:
+    assert imported_by("import imds_guard.cli").isdisjoint({"bcc", "psutil"})
+
+
+def test_policy_imports_nothing_but_the_standard_library_and_itself() -> None:
+    assert {name for name in imported_by("import imds_guard.policy") if name.startswith("imds")} == {"imds_guard"}
+    assert imported_by("import imds_guard.policy").isdisjoint({"ctypes", "subprocess", "bcc", "psutil", "click"})

@@ -1,0 +1,419 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records of a generation say what the policy says, and the policy can be read back from them.
+
+The records are looked up as the kernel does it: the longest prefix, the range with the port, the list by its number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import struct
+from typing import Callable, Dict, FrozenSet, Iterable, List, Optional, Tuple
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.render import Image, parse, parse_settings, render, settings_of
+from imds_guard.errors import GuardError, Unsupported
+from imds_guard.policy import (
+    ALL_PORTS,
+    NOBODY,
+    Caller,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Mode,
+    Policy,
+    Protocol,
+    Reason,
+    Source,
+    Verdict,
+    decide,
+    find_lock,
+    make_policy,
+    unmapped,
+)
+from tests.strategies import addresses, callers, destinations, patient, policies
+
+GENERATIONS = st.sampled_from(abi.GENERATIONS)
+
+
+def rendered(policy: Policy, generation: int = 1) -> Image:
+    """The image of a policy; one with more ranges than fit is not an example."""
+    try:
+        return render(policy, generation)
+    except Unsupported:
+        assume(False)
+        raise
+
+
+def single(address: str, tcp: Tuple[Tuple[int, int], ...] = ALL_PORTS) -> Endpoint:
+    return Endpoint(ipaddress.ip_network(address), tcp)
+
+
+def one_lock(*endpoints: Endpoint, allow: Identities = NOBODY, deny: Identities = NOBODY) -> Policy:
+    return make_policy([Lock("a", endpoints, allow, deny)])
+
+
+# --- looking a record up --------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The range that a look-up ends at: its list, and its lock's name unless it is of no lock."""
+
+    lock: Optional[str]
+    list: int
+
+
+def look_up(image: Image, destination: Destination) -> Optional[Found]:
+    """What the trie has for a destination, as LPM_TRIE has it: of all keys that match, the longest."""
+    wanted = struct.pack("=B3x", image.generation) + abi.address_octets(destination.address)
+    matching = [
+        (struct.unpack_from("=I", key)[0], value)
+        for key, value in image.items[Map.ENDPOINTS]
+        if first_bits(key[4:], struct.unpack_from("=I", key)[0]) == first_bits(wanted, struct.unpack_from("=I", key)[0])
+    ]
+    ranges = ranges_of(max(matching)[1]) if matching else []
+    bit = abi.TCP if destination.protocol is Protocol.TCP else abi.UDP
+    hits = [r for r in ranges if r[0] <= destination.port <= r[1] and r[4] & bit]
+    assert len(hits) <= 1, "the ranges of one protocol overlap"
+    if not hits:
+        return None
+    _, _, lock, number, *_ = hits[0]
+    return Found(None if number == abi.NO_LIST else lock_names(image)[lock], number)
+
+
+def first_bits(octets: bytes, bits: int) -> int:
+    return int.from_bytes(octets, "big") >> (len(octets) * 8 - bits)
+
+
+def ranges_of(value: bytes) -> List[Tuple[int, ...]]:
+    count = struct.unpack_from("=I", value)[0]
+    return [abi.RANGE.unpack_from(value, abi.ENDPOINT_HEAD.size + n * abi.RANGE.size) for n in range(count)]
+
+
+def lock_names(image: Image) -> Dict[int, str]:
+    return {
+        abi.SMALL_KEY.unpack(key)[1]: abi.LOCK.unpack(value)[2].rstrip(b"\0").decode()
+        for key, value in image.items[Map.LOCKS]
+    }
+
+
+def members_of(image: Image, number: int, kind: int, verdict: int) -> FrozenSet[int]:
+    rows = ((abi.MEMBER.unpack(key), abi.MEMBER_VALUE.unpack(value)[0]) for key, value in image.items[Map.MEMBERS])
+    return frozenset(i for (_, k, n, i), bits in rows if (k, n) == (kind, number) and bits & verdict)
+
+
+def list_record(image: Image, number: int) -> Tuple[int, ...]:
+    wanted = (image.generation - 1) * abi.LISTS + number
+    records = {struct.unpack("=I", key)[0]: abi.LIST.unpack(value) for key, value in image.items[Map.LISTS]}
+    return records[wanted]
+
+
+def bit_is_set(look: bytes, base: int, bit: int) -> bool:
+    return bool(struct.unpack_from("=I", look, base + (bit >> 5) * 4)[0] >> (bit & 31) & 1)
+
+
+def may_be_locked(image: Image, octets: bytes) -> bool:
+    """The first look at 16 octets: the bit of the host, or that of the address's first 16 bits."""
+    [(_, look)] = image.items[Map.FIRST_LOOK]
+    is_v4 = octets[:12] == bytes(10) + b"\xff\xff"
+    network = int.from_bytes(octets[12:14] if is_v4 else octets[:2], "big")
+    base = abi.HOST_OCTETS if is_v4 else abi.HOST_OCTETS + abi.NETWORK_OCTETS
+    return bit_is_set(look, 0, abi.host_bit(octets)) or bit_is_set(look, base, network)
+
+
+# --- there and back -------------------------------------------------------------------------------------------------
+
+
+@patient
+@given(policy=policies(), generation=GENERATIONS)
+def test_a_policy_is_read_back_as_it_was_written(policy: Policy, generation: int) -> None:
+    image = rendered(policy, generation)
+    assert parse(image, settings_of(policy)) == policy
+
+
+@patient
+@given(policy=policies(), generation=GENERATIONS)
+def test_settings_are_read_back_with_their_digest(policy: Policy, generation: int) -> None:
+    digest = rendered(policy, generation).digest()
+    assert parse_settings(settings_of(policy).pack(digest)) == (settings_of(policy), digest)
+
+
+@patient
+@given(policy=policies(), generation=GENERATIONS)
+def test_every_record_names_its_generation(policy: Policy, generation: int) -> None:
+    items = rendered(policy, generation).items
+    at = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0}
+    assert {key[at[number]] for number in at for key, _ in items[number]} <= {generation}
+    assert [struct.unpack("=I", key)[0] for key, _ in items[Map.FIRST_LOOK]] == [generation]
+    lists = [struct.unpack("=I", key)[0] for key, _ in items[Map.LISTS]]
+    assert lists == [(generation - 1) * abi.LISTS + n for n in range(len(lists))]
+
+
+@patient
+@given(policy=policies(), generation=GENERATIONS)
+def test_records_have_the_sizes_of_their_maps_and_no_key_twice(policy: Policy, generation: int) -> None:
+    for number, items in rendered(policy, generation).items.items():
+        shape = abi.SHAPES[number]
+        assert {(len(key), len(value)) for key, value in items} <= {(shape.key_size, shape.value_size)}
+        assert len({key for key, _ in items}) == len(items)
+
+
+@patient
+@given(one=policies(), other=policies())
+def test_digests_of_different_policies_differ(one: Policy, other: Policy) -> None:
+    same_records = dataclasses.replace(one, mode=other.mode, containers=other.containers) == other
+    assert (rendered(one).digest() == rendered(other).digest()) == same_records
+
+
+@patient
+@given(policy=policies(), data=st.data())
+def test_the_digest_does_not_hang_on_the_order_and_does_on_every_octet(policy: Policy, data: st.DataObject) -> None:
+    image = rendered(policy)
+    turned = Image(1, {number: tuple(reversed(items)) for number, items in image.items.items()})
+    assert turned.digest() == image.digest()
+    number = data.draw(st.sampled_from([n for n, items in sorted(image.items.items()) if items]))
+    key, value = data.draw(st.sampled_from(image.items[number]))
+    at = data.draw(st.integers(0, len(value) - 1))
+    changed = value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+    forged = {**image.items, number: tuple((k, changed if k == key else v) for k, v in image.items[number])}
+    assert Image(1, forged).digest() != image.digest()
+
+
+@pytest.mark.parametrize("at", [0, 4, 12], ids=["not valid", "unknown mode", "another ABI"])
+def test_settings_that_are_not_understood_are_none(at: int) -> None:
+    record = bytearray(settings_of(one_lock(single("192.0.2.1"))).pack(bytes(16)))
+    struct.pack_into("=I", record, at, 0)
+    assert parse_settings(bytes(record)) is None
+
+
+@pytest.mark.parametrize("number", [Map.LISTS, Map.ENDPOINTS])
+def test_a_lock_without_its_list_or_endpoint_is_a_contradiction(number: Map) -> None:
+    policy = one_lock(single("192.0.2.1"))
+    broken = Image(1, {**render(policy, 1).items, number: ()})
+    with pytest.raises(GuardError, match="no list or no endpoint"):
+        parse(broken, settings_of(policy))
+
+
+# --- what a look-up finds -------------------------------------------------------------------------------------------
+
+NESTED = make_policy(
+    [
+        Lock("wide", (Endpoint(ipaddress.ip_network("10.0.0.0/8"), ALL_PORTS, ALL_PORTS),)),
+        Lock("narrow", (single("10.1.2.3", ((80, 80),)),), Identities(frozenset({7}))),
+        Lock("everything", (single("::/0"),)),
+    ]
+)
+
+
+@patient
+@given(policy=policies(), generation=GENERATIONS, data=st.data())
+def test_the_trie_has_the_lock_and_the_list_of_the_most_specific_endpoint(
+    policy: Policy, generation: int, data: st.DataObject
+) -> None:
+    drawn = data.draw(destinations(policy))
+    destination = dataclasses.replace(drawn, address=unmapped(drawn.address))
+    assume(int(destination.address) != 0)
+    image = rendered(policy, generation)
+    expected, found = find_lock(policy, destination), look_up(image, destination)
+    assert (found and found.lock) == (expected and expected.name)
+    if expected is not None and found is not None:
+        assert members_of(image, found.list, abi.USER, abi.ALLOW) == expected.allow.users
+        assert members_of(image, found.list, abi.GROUP, abi.ALLOW) == expected.allow.groups
+        assert members_of(image, found.list, abi.USER, abi.DENY) == expected.deny.users
+        assert members_of(image, found.list, abi.GROUP, abi.DENY) == expected.deny.groups
+        default = list_record(image, found.list)[0] & abi.LIST_DEFAULT_ALLOW
+        assert bool(default) == (expected.default is Verdict.ALLOW)
+
+
+@patient
+@given(policy=policies(), caller=callers(), data=st.data())
+def test_what_the_trie_does_not_have_is_what_the_policy_does_not_lock(
+    policy: Policy, caller: Caller, data: st.DataObject
+) -> None:
+    drawn = data.draw(destinations(policy))
+    address = unmapped(drawn.address)
+    assume(int(address) != 0)
+    found = look_up(rendered(policy), dataclasses.replace(drawn, address=address))
+    decision = decide(policy, caller, drawn)
+    assert (found is None) == (decision.reason is Reason.NOT_LOCKED)
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "protocol", "lock"),
+    [
+        ("10.1.2.3", 80, Protocol.TCP, "narrow"),
+        ("10.1.2.3", 443, Protocol.TCP, "wide"),
+        ("10.1.2.3", 80, Protocol.UDP, "wide"),
+        ("10.1.2.4", 80, Protocol.TCP, "wide"),
+        ("192.0.2.1", 80, Protocol.TCP, None),  # ::/0 locks IPv6, though IPv4 lies in the same trie
+        ("fd00:ec2::254", 80, Protocol.TCP, "everything"),
+        ("fd00:ec2::254", 80, Protocol.UDP, None),
+    ],
+)
+def test_a_port_that_the_narrow_lock_leaves_belongs_to_the_wide_one(
+    address: str, port: int, protocol: Protocol, lock: Optional[str]
+) -> None:
+    found = look_up(render(NESTED, 2), Destination(ipaddress.ip_address(address), port, protocol))
+    assert (found and found.lock) == lock
+
+
+@patient
+@given(policy=policies(), port=st.sampled_from((0, 53, 80, 443, 65535)), protocol=st.sampled_from(Protocol))
+@example(policy=NESTED, port=80, protocol=Protocol.TCP)
+def test_0000_is_denied_by_the_trie_where_its_interface_is_unknown_and_the_port_is_locked_somewhere(
+    policy: Policy, port: int, protocol: Protocol
+) -> None:
+    destination = Destination(ipaddress.ip_address("0.0.0.0"), port, protocol)
+    found = look_up(rendered(policy), destination)
+    assert found in (None, Found(None, abi.NO_LIST))
+    # Whoever asks, the reason is this one or none: one caller stands for all.
+    reason = decide(policy, Caller(fsuid=1001, fsgid=2002), destination, Source(by_device=True)).reason
+    assert reason is (Reason.NOT_LOCKED if found is None else Reason.UNSPECIFIED_DESTINATION)
+
+
+# --- the first look -------------------------------------------------------------------------------------------------
+
+
+@patient
+@given(policy=policies(), data=st.data())
+def test_the_first_look_never_says_no_for_a_locked_address(policy: Policy, data: st.DataObject) -> None:
+    drawn = data.draw(destinations(policy))
+    image = rendered(policy)
+    destination = dataclasses.replace(drawn, address=unmapped(drawn.address))
+    if look_up(image, destination) is not None:
+        assert may_be_locked(image, abi.address_octets(destination.address))
+
+
+@patient
+@given(address=addresses())
+def test_the_first_look_says_no_for_nearly_every_other_address(address: ipaddress.IPv4Address) -> None:
+    image = render(one_lock(single("169.254.169.254"), single("fd00:ec2::254")), 1)
+    octets = abi.address_octets(unmapped(address))
+    bits = {abi.host_bit(abi.address_octets(ipaddress.ip_address(a))) for a in ("169.254.169.254", "fd00:ec2::254")}
+    bits.add(abi.host_bit(abi.address_octets(ipaddress.ip_address("0.0.0.0"))))
+    assert may_be_locked(image, octets) == (abi.host_bit(octets) in bits)
+
+
+# --- lists ----------------------------------------------------------------------------------------------------------
+
+
+@patient
+@given(
+    allowed=st.frozensets(st.integers(0, 3000), max_size=100),
+    denied=st.frozensets(st.integers(0, 3000), max_size=100),
+)
+def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
+    allowed: FrozenSet[int], denied: FrozenSet[int]
+) -> None:
+    groups = {"allow": Identities(groups=allowed), "deny": Identities(groups=denied)}
+    image = render(one_lock(single("192.0.2.1"), **groups), 1)
+    flags, zero, *words = list_record(image, 0)
+    assert zero == 0
+    assert {n * 32 + b for n, word in enumerate(words) for b in range(32) if word >> b & 1} == {
+        gid % 512 for gid in allowed | denied
+    }
+    assert bool(flags & abi.LIST_VALID)
+    assert bool(flags & abi.LIST_GROUPS) == bool(allowed | denied)
+    assert bool(flags & abi.LIST_DENY_GROUPS) == bool(denied)
+    assert bool(flags & abi.LIST_SMALL) == (len(allowed | denied) <= abi.SEARCHED)
+    assert searched(image) == (sorted(denied), sorted(allowed - denied), flags & abi.LIST_SMALL)
+
+
+def searched(image: Image) -> Tuple[List[int], List[int], int]:
+    """The denied and the allowed groups of the record for callers with many; of a list that has none, nothing."""
+    records = [abi.GROUPS.unpack(value) for _, value in image.items[Map.GROUPS]]
+    if not records:
+        listed = [members_of(image, 0, abi.GROUP, verdict) for verdict in (abi.DENY, abi.ALLOW)]
+        large = len(listed[0] | listed[1]) > abi.SEARCHED
+        return sorted(listed[0]), sorted(listed[1] - listed[0]), 0 if large else abi.LIST_SMALL
+    [(denied, length, *gids)] = records
+    return gids[:denied], gids[denied:length], abi.LIST_SMALL
+
+
+def test_locks_with_the_same_lists_share_one() -> None:
+    same = Identities(frozenset({1, 2}))
+    locks = [Lock(name, (single(f"192.0.2.{n}"),), same) for n, name in enumerate("abc")]
+    image = render(make_policy([*locks, Lock("d", (single("192.0.2.9"),))]), 1)
+    assert len(image.items[Map.LISTS]) == 2
+    assert len(image.items[Map.MEMBERS]) == 2
+
+
+def test_a_user_and_a_group_with_the_same_number_are_two_members() -> None:
+    image = render(one_lock(single("192.0.2.1"), allow=Identities(frozenset({0}), frozenset())), 1)
+    assert members_of(image, 0, abi.USER, abi.ALLOW) == {0}
+    assert members_of(image, 0, abi.GROUP, abi.ALLOW) == frozenset()
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def many(count: int) -> Iterable[ipaddress.IPv4Network]:
+    return (ipaddress.IPv4Network((0x0A000000 + n, 32)) for n in range(count))
+
+
+def with_locks(count: int) -> Policy:
+    return make_policy(Lock(str(n), (Endpoint(network, ALL_PORTS),)) for n, network in enumerate(many(count)))
+
+
+def with_lists(count: int) -> Policy:
+    locks = (
+        Lock(str(n), (Endpoint(network, ALL_PORTS),), Identities(frozenset({n})))
+        for n, network in enumerate(many(count))
+    )
+    return make_policy(locks)
+
+
+def with_members(count: int) -> Policy:
+    half = frozenset(range(count // 2))
+    return one_lock(single("192.0.2.1"), allow=Identities(half, frozenset(range(count - len(half)))))
+
+
+def with_endpoints(count: int) -> Policy:
+    """0.0.0.0 takes one place more, for connects that lead we can't tell where."""
+    return one_lock(*(Endpoint(network, ALL_PORTS) for network in many(count - 1)))
+
+
+def with_ranges(count: int) -> Policy:
+    return one_lock(single("192.0.2.1", tuple((2 * n, 2 * n) for n in range(count))))
+
+
+def inheriting_ranges(count: int) -> Policy:
+    """Two at the address itself, the others from the prefix around it."""
+    around = tuple((10 + 2 * n, 10 + 2 * n) for n in range(count - 2))
+    return one_lock(single("192.0.2.1", ((1, 1), (3, 3))), single("192.0.2.0/24", around))
+
+
+@pytest.mark.parametrize(
+    ("make", "most", "words"),
+    [
+        (with_locks, 16384, "it has 16385 locks, and 16384 is the most"),
+        (with_lists, 4096, "it has 4097 different allowlists, and 4096 is the most"),
+        (with_members, 131072, "it has 131073 users and groups, and 131072 is the most"),
+        (with_endpoints, 32768, "it has 32769 endpoints, and 32768 is the most"),
+        (with_ranges, 24, "192.0.2.1/32 has 25 ranges of ports, .* and 24 is the most"),
+        (inheriting_ranges, 24, "192.0.2.1/32 has 25 ranges of ports, those of the prefixes around it included"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_refused_and_the_largest_is_not(
+    make: Callable[[int], Policy], most: int, words: str
+) -> None:
+    assert len(render(make(most), 1).items) == len(RENDERED_MAPS)
+    with pytest.raises(Unsupported, match=words):
+        render(make(most + 1), 1)
+
+
+RENDERED_MAPS = (Map.FIRST_LOOK, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
+
+
+def test_mode_and_containers_stand_in_the_settings_and_in_no_other_record() -> None:
+    audited = make_policy([Lock("a", (single("192.0.2.1"),))], Mode.AUDIT, Verdict.ALLOW)
+    assert render(audited, 1).items == render(one_lock(single("192.0.2.1")), 1).items
+    assert abi.SETTINGS.unpack(settings_of(audited).pack(bytes(16)))[:4] == (1, abi.MODE_AUDIT, 1, abi.ABI)
