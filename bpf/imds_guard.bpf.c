@@ -16,8 +16,20 @@
 
 /* Helpers by their number in include/uapi/linux/bpf.h; names of our own, since bcc declares the usual ones. */
 static void *(*ig_lookup)(const void *map, const void *key) = (void *)1;
-static __u64 (*ig_current_task)(void) = (void *)35;
 static long (*ig_read_kernel)(void *to, __u32 octets, const void *from) = (void *)113;
+
+/*
+ * A word of the kernel's memory; not 0 when it can't be read. Where the verifier knows the type of the current task
+ * (bpf_get_current_task_btf(), which 5.10 lacks) a plain load will do: a seventh of the price of the helper. The task's
+ * own credentials are always there to be read; a pointer that is not is NULL, and tested for.
+ */
+#ifdef IG_DIRECT
+static const char *(*ig_current_task)(void) = (void *)158;
+#define ig_read(to, from) (*(to) = *(const __typeof__(*(to)) *)(from), 0)
+#else
+static const char *(*ig_current_task)(void) = (void *)35;
+#define ig_read(to, from) ig_read_kernel(to, sizeof(*(to)), from)
+#endif
 
 __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #define IG_MAP(number) ((const void *)ig_pseudo(1, IG_MAP_BASE + (number))) /* 1: BPF_PSEUDO_MAP_FD */
@@ -85,7 +97,7 @@ ig_inline bool ig_may_be_locked(__u32 generation, const struct ig_address *addre
 	__u32 host = ig_host_bit(address);
 	__u32 network, bits;
 
-	if (!first)
+	if (!first || ig_is_unspecified(address)) /* where that leads is seen later */
 		return true;
 	bits = first->hosts[(host >> 5) & (IG_HOST_WORDS - 1)] >> (host & 31);
 	if (ig_is_ipv4(address)) {
@@ -169,19 +181,32 @@ ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *l
 #define IG_UNREAD 4 /* beside IG_ALLOW and IG_DENY */
 #define IG_TOO_MANY 8
 
-/* Up to IG_WALKED groups of the caller, one by one, against a list of any length. */
+#define IG_QUAD 4 /* groups read at a time: a read costs more than the test of what it brought */
+
+/* Up to IG_WALKED groups of the caller against a list of any length. */
 ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len)
 {
-	__u32 seen = list->zero, i, one = 0;
+	__u32 seen = list->zero, odd = len % IG_QUAD, i;
+	__u32 gids[IG_QUAD] = {};
 	__u64 failed = 0;
 
-	for (i = 0; i < IG_WALKED; i++) {
-		/* Else clang makes one bound of the two, min(len, IG_WALKED), and the verifier does not know that one. */
-		asm volatile("" : "+r"(len));
-		if (i >= len)
+	for (i = 0; i < IG_QUAD; i++) {
+		if (i >= odd)
 			break;
-		failed |= ig_read_kernel(&one, sizeof(one), gid + i * sizeof(one));
-		seen |= ig_group(generation, number, list, one);
+		failed |= ig_read_kernel(gids, sizeof(gids[0]), gid + i * sizeof(gids[0]));
+		seen |= ig_group(generation, number, list, gids[0]);
+	}
+	gid += odd * sizeof(gids[0]);
+	for (i = 0; i < IG_WALKED / IG_QUAD; i++) {
+		/* Else clang makes one bound of the two, and the verifier does not know that one. */
+		asm volatile("" : "+r"(len));
+		if (i >= len / IG_QUAD)
+			break;
+		failed |= ig_read_kernel(gids, sizeof(gids), gid + i * sizeof(gids));
+		seen |= ig_group(generation, number, list, gids[0]);
+		seen |= ig_group(generation, number, list, gids[1]);
+		seen |= ig_group(generation, number, list, gids[2]);
+		seen |= ig_group(generation, number, list, gids[3]);
 	}
 	return failed ? IG_UNREAD : seen;
 }
@@ -245,6 +270,7 @@ ig_inline __u32 ig_supplementary(__u32 generation, __u32 number, const struct ig
 	const char *group_info = 0;
 	__u32 len = 0;
 
+	/* By the helper in any case: gid[] is indexed, which the verifier forbids for an address that it knows the type of. */
 	if (ig_read_kernel(&group_info, sizeof(group_info), caller->cred + IG_OFF_CRED_GROUP_INFO) ||
 	    ig_read_kernel(&len, sizeof(len), group_info + IG_OFF_GROUP_INFO_NGROUPS))
 		return IG_UNREAD;
@@ -263,8 +289,8 @@ ig_inline int ig_in_initial_user_namespace(const char *cred)
 	const char *namespace = 0;
 	__s32 level = 0;
 
-	if (ig_read_kernel(&namespace, sizeof(namespace), cred + IG_OFF_CRED_USER_NS) ||
-	    ig_read_kernel(&level, sizeof(level), namespace + IG_OFF_USER_NAMESPACE_LEVEL))
+	if (ig_read(&namespace, cred + IG_OFF_CRED_USER_NS) || !namespace ||
+	    ig_read(&level, namespace + IG_OFF_USER_NAMESPACE_LEVEL))
 		return -1;
 	return level == 0;
 }
@@ -275,8 +301,7 @@ ig_inline int ig_in_initial_pid_namespace(const char *task)
 	const char *pid = 0;
 	__u32 level = 0;
 
-	if (ig_read_kernel(&pid, sizeof(pid), task + IG_OFF_TASK_STRUCT_THREAD_PID) ||
-	    ig_read_kernel(&level, sizeof(level), pid + IG_OFF_PID_LEVEL))
+	if (ig_read(&pid, task + IG_OFF_TASK_STRUCT_THREAD_PID) || !pid || ig_read(&level, pid + IG_OFF_PID_LEVEL))
 		return -1;
 	return level == 0;
 }
@@ -332,7 +357,7 @@ ig_inline __u32 ig_judge_place(const struct ig_settings *settings, const char *t
 	__u32 flags = 0;
 	int user, pid;
 
-	if (ig_read_kernel(&flags, sizeof(flags), task + IG_OFF_TASK_STRUCT_FLAGS))
+	if (ig_read(&flags, task + IG_OFF_TASK_STRUCT_FLAGS))
 		return IG_UNREADABLE;
 	if (flags & IG_PF_KTHREAD)
 		return IG_KERNEL_THREAD;
@@ -349,20 +374,18 @@ ig_inline __u32 ig_judge(__u32 generation, const struct ig_settings *settings, _
 {
 	__u32 record = (generation - 1) * IG_LISTS + number;
 	const struct ig_list *list = ig_lookup(IG_MAP(IG_MAP_LISTS), &record);
-	const char *task = (const char *)ig_current_task();
+	const char *task = ig_current_task();
 	struct ig_caller caller = {};
-	__u32 ids[2] = {}; /* fsuid, fsgid: neighbours in struct cred, which kernel/btf.py makes sure of */
 	__u32 reason;
 
 	if (number == IG_NO_LIST)
 		return IG_UNSPECIFIED_DESTINATION;
 	if (!list || !(list->flags & IG_LIST_VALID))
 		return IG_UNREADABLE;
-	if (ig_read_kernel(&caller.cred, sizeof(caller.cred), task + IG_OFF_TASK_STRUCT_CRED) ||
-	    ig_read_kernel(ids, sizeof(ids), caller.cred + IG_OFF_CRED_FSUID))
+	if (ig_read(&caller.cred, task + IG_OFF_TASK_STRUCT_CRED) || !caller.cred ||
+	    ig_read(&caller.fsuid, caller.cred + IG_OFF_CRED_FSUID) ||
+	    ig_read(&caller.fsgid, caller.cred + IG_OFF_CRED_FSGID))
 		return IG_UNREADABLE;
-	caller.fsuid = ids[0];
-	caller.fsgid = ids[1];
 	reason = ig_judge_place(settings, task, caller.cred);
 	return reason ? reason : ig_judge_lists(generation, number, list, &caller);
 }
@@ -391,25 +414,30 @@ ig_inline void ig_dawdle(void)
 }
 #endif
 
-/* 1 lets the connect through, 0 makes it EPERM. */
-ig_inline int ig_decide(struct ig_request *request)
+/*
+ * The generation in force, 0 for none. Read once in a run, and everything else by this value: a second read could see
+ * another generation.
+ */
+ig_inline __u32 ig_generation(void)
 {
-	__u32 zero = 0, generation, reason;
+	__u32 zero = 0, generation;
 	const struct ig_config *config = ig_lookup(IG_MAP(IG_MAP_CONFIG), &zero);
+
+	generation = config ? *(const volatile __u8 *)&config->generation : 0;
+	if (generation)
+		ig_dawdle();
+	return generation;
+}
+
+/* For an address that may be locked: 1 lets the connect through, 0 makes it EPERM. */
+ig_inline int ig_decide(__u32 generation, struct ig_request *request)
+{
 	const struct ig_settings *settings;
 	struct ig_port_range range;
+	__u32 reason;
 	bool audited;
 
-	if (!config)
-		return 1;
-	/* Once, and everything else by this value: a second read could see another generation. */
-	generation = *(const volatile __u8 *)&config->generation;
-	if (generation == 0)
-		return 1;
-	ig_dawdle();
 	ig_resolve_unspecified(request);
-	if (ig_likely(!ig_may_be_locked(generation, &request->to)))
-		return 1;
 	if (!ig_find_range(generation, request, &range))
 		return 1;
 	settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
@@ -463,26 +491,34 @@ ig_inline bool ig_has_no_address(struct bpf_sock_addr *ctx)
 
 ig_inline int ig_ipv4(struct bpf_sock_addr *ctx, const __u32 *message_source)
 {
-	struct ig_request request = {};
-	struct bpf_sock *sk = ctx->sk;
+	__u32 generation = ig_generation();
+	struct ig_request request;
+	struct bpf_sock *sk;
 
 	ig_set_ipv4(&request.to, ctx->user_ip4);
+	if (!generation || ig_likely(!ig_may_be_locked(generation, &request.to)))
+		return 1;
+	sk = ctx->sk;
 	if (!sk) /* the verifier wants it; the kernel always gives one */
 		return 0;
 	ig_fill(&request, ctx, sk->bound_dev_if);
 	ig_set_ipv4(&request.from, message_source ? *message_source : sk->src_ip4);
-	return ig_decide(&request);
+	return ig_decide(generation, &request);
 }
 
 ig_inline int ig_ipv6(struct bpf_sock_addr *ctx, const struct ig_address *message_source)
 {
-	struct ig_request request = {};
-	struct bpf_sock *sk = ctx->sk;
+	__u32 generation = ig_generation();
+	struct ig_request request;
+	struct bpf_sock *sk;
 
 	request.to.word[0] = ctx->user_ip6[0];
 	request.to.word[1] = ctx->user_ip6[1];
 	request.to.word[2] = ctx->user_ip6[2];
 	request.to.word[3] = ctx->user_ip6[3];
+	if (!generation || ig_likely(!ig_may_be_locked(generation, &request.to)))
+		return 1;
+	sk = ctx->sk;
 	if (!sk)
 		return 0;
 	ig_fill(&request, ctx, sk->bound_dev_if);
@@ -493,7 +529,7 @@ ig_inline int ig_ipv6(struct bpf_sock_addr *ctx, const struct ig_address *messag
 		request.from.word[2] = sk->src_ip6[2];
 		request.from.word[3] = sk->src_ip6[3];
 	}
-	return ig_decide(&request);
+	return ig_decide(generation, &request);
 }
 
 int ig_connect4(struct bpf_sock_addr *ctx)

@@ -23,7 +23,8 @@ def clang(*arguments: str) -> None:
     if program is None:
         pytest.skip("clang is not installed")
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert not done.stderr, done.stderr
+    assert done.returncode == 0
 
 
 def compiled_for_bpf(source: str, folder: Path, defines: Sequence[str] = ()) -> Dict[str, bytes]:

@@ -62,6 +62,8 @@ class Outcome:
 
 def start(policy: Policy, place: Place, tell: Tell) -> Outcome:
     """Puts ``policy`` in force with the backend that fits, then takes any other backend's rules away."""
+    if place.cgroup is not None and place.forwarded is not None:
+        raise UsageError("--forwarded is about the packets of the whole machine: it does not go with --cgroup")
     names = choose.candidates(place.backend, place.cgroup)
     before = choose.running(place.cgroup)
     guard = Forwarded()
@@ -113,6 +115,8 @@ def stop(cgroup: Optional[str]) -> Tuple[List[str], List[str]]:
         try:
             lines += choose.make(name, cgroup).remove()
         except Unsupported as error:
+            if cgroup is not None:
+                raise  # no other backend serves a subtree
             unasked.append(f"nothing of {name} was looked for: {error}")
     if cgroup is None:
         lines += Forwarded().remove()
@@ -124,7 +128,7 @@ def stop(cgroup: Optional[str]) -> Tuple[List[str], List[str]]:
 
 def the_running(cgroup: Optional[str]) -> Tuple[Backend, Policy]:
     """The backend that enforces, and its policy. Raises GuardError when there is none, or it can't be read."""
-    found = choose.running(cgroup)
+    found = _running(cgroup)
     if not found:
         raise GuardError("looking for the policy in force: imds-guard is not active; run imds-guard start first")
     for backend in found.values():
@@ -133,6 +137,14 @@ def the_running(cgroup: Optional[str]) -> Tuple[Backend, Policy]:
             return backend, policy
     faults = "; ".join(fault for backend in found.values() for fault in backend.faults())
     raise GuardError(f"reading the policy in force: {faults or 'it is not whole'}; run imds-guard start to repair it")
+
+
+def _running(cgroup: Optional[str]) -> Dict[str, Backend]:
+    """As choose.running(). In a subtree eBPF alone can enforce: that it can't be asked is an error, not "nothing"."""
+    found = choose.running(cgroup)
+    if cgroup is not None and not found:
+        choose.make("ebpf", cgroup).in_force()
+    return found
 
 
 def change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
@@ -147,12 +159,17 @@ def change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome
     return _outcome(backend, wanted, lines, [])
 
 
-def allow(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str]) -> Outcome:
+Accept = Callable[[Policy], None]
+"""Raises GuardError for a policy that must not come into force."""
+
+
+def allow(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept) -> Outcome:
     """Adds to the allowlist of the running policy."""
 
     def edited(policy: Policy) -> Policy:
         wanted = edit.allow(policy, who, endpoint)
         _check_not_denied(wanted, who)
+        accept(wanted)
         return wanted
 
     return change(edited, cgroup)
@@ -171,9 +188,15 @@ def _check_not_denied(policy: Policy, who: Identities) -> None:
                 )
 
 
-def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str]) -> Outcome:
+def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept) -> Outcome:
     """Takes off the allowlist of the running policy."""
-    return change(lambda policy: edit.revoke(policy, who, endpoint), cgroup)
+
+    def edited(policy: Policy) -> Policy:
+        wanted = edit.revoke(policy, who, endpoint)
+        accept(wanted)
+        return wanted
+
+    return change(edited, cgroup)
 
 
 def lock_down(ip: str, users: List[int], tell: Tell) -> Outcome:
@@ -231,18 +254,24 @@ class Status:
 
 def status(cgroup: Optional[str]) -> Status:
     """Reads back what is in force."""
-    found = choose.running(cgroup)
+    found = _running(cgroup)
     faults = [fault for backend in found.values() for fault in backend.faults()]
     if len(found) > 1:
         faults.append(f"{' and '.join(found)} are both in force: a change was interrupted, run imds-guard start")
-    policy, chosen = None, None
-    for name, backend in found.items():
-        policy, chosen = backend.read(), name
-        break
+    chosen = next(iter(found), None)
+    policy = _read(found[chosen]) if chosen is not None else None
     if cgroup is None:
         faults += _forwarding_faults(policy)
     detail = choose.make("ebpf", cgroup).state() if chosen == "ebpf" else None  # type: ignore[attr-defined]
     return Status(chosen, policy, faults, detail)
+
+
+def _read(backend: Backend) -> Optional[Policy]:
+    """None for what can't be read as a policy: faults() says what is wrong."""
+    try:
+        return backend.read()
+    except GuardError:
+        return None
 
 
 def _forwarding_faults(policy: Optional[Policy]) -> List[str]:

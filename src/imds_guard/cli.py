@@ -150,7 +150,7 @@ class Words:
         return policy, place, []
 
     def _from_file(self, place: Place) -> Tuple[Policy, Place, List[str]]:
-        path = self.config or CONFIG_PATH
+        path = CONFIG_PATH if self.config is None else self.config
         if self.config is None and not os.path.exists(path):
             raise UsageError(
                 f"nothing says who is allowed: name a --group or a --user, or write {path} "
@@ -174,7 +174,7 @@ class Words:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, no_args_is_help=False)
 @click.version_option(__version__, prog_name="imds-guard")
 def cli() -> None:
     """Only the right users and groups reach the instance metadata service."""
@@ -213,7 +213,7 @@ def start(
         actions.check_saving(policy, without_root)
     outcome = actions.start(policy, place, _tell)
     if save:
-        actions.save(policy, place, words.config or CONFIG_PATH)
+        actions.save(policy, place, CONFIG_PATH if words.config is None else words.config)
     outcome.warnings.extend(warnings)
     _report(outcome, as_json)
 
@@ -258,7 +258,7 @@ def _who(groups: Sequence[str], users: Sequence[str]) -> Identities:
 
 
 def _change(
-    change: Callable[[Identities, Optional[Endpoint], Optional[str]], Outcome],
+    change: Callable[[Identities, Optional[Endpoint], Optional[str], Callable[[Policy], None]], Outcome],
     groups: Sequence[str],
     users: Sequence[str],
     ip: Optional[str],
@@ -268,10 +268,15 @@ def _change(
     cgroup: Optional[str],
     as_json: bool,
 ) -> None:
-    outcome = change(_who(groups, users), parse_endpoint(ip) if ip else None, cgroup)
+    who, endpoint = _who(groups, users), None if ip is None else parse_endpoint(ip)
+
+    def accept(policy: Policy) -> None:
+        if save:
+            actions.check_saving(policy, without_root)
+
+    outcome = change(who, endpoint, cgroup, accept)
     if save:
-        actions.check_saving(outcome.policy, without_root)
-        actions.save(outcome.policy, Place(cgroup=cgroup), config or CONFIG_PATH)
+        actions.save(outcome.policy, Place(cgroup=cgroup), CONFIG_PATH if config is None else config)
     else:
         outcome.lines.append("this holds until the next boot; --save keeps it")
     _report(outcome, as_json)
@@ -433,19 +438,22 @@ def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) 
     except PolicyError as error:
         _fail(error, BadPolicy.exit_status)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(GuardError(_click_sentence(error, name)), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         _fail(GuardError("interrupted: the state is the old one or the new one, imds-guard status tells"), 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except OSError as error:
         _fail(GuardError(f"the system refused something that no message covers: {system_words(error)}; {_please()}"), 1)
     except Exception as error:
         if os.environ.get("IMDS_GUARD_TRACEBACK"):
             raise
         _fail(GuardError(f"a fault in imds-guard itself ({type(error).__name__}: {error}); {_please()}"), 1)
+
+
+def _click_sentence(error: click.ClickException, name: str) -> str:
+    """click's words, which may be several lines, as one sentence, and where to read on."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    words = " ".join(error.format_message().split()).rstrip(".")
+    return f"{words} (see {context.command_path if context else name} --help)"
 
 
 def _please() -> str:

@@ -9,7 +9,7 @@ from typing import Callable, List, Optional
 from imds_guard.endpoint_words import endpoint_words
 from imds_guard.errors import BadPolicy, UsageError
 from imds_guard.lockdown import divide, free_name
-from imds_guard.policy import Endpoint, Identities, Lock, Policy, PolicyError, make_policy
+from imds_guard.policy import Endpoint, Identities, Lock, Policy, PolicyError, Verdict, make_policy
 from imds_guard.wireserver import WIRESERVER_LOCK
 
 Change = Callable[[Lock], Lock]
@@ -25,9 +25,17 @@ def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) 
 
 
 def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
-    """``policy`` without ``who`` on the allowlist; user 0 keeps the WireServer. Raises UsageError, BadPolicy."""
+    """``policy`` without ``who`` on the allowlist; user 0 keeps the WireServer. Raises UsageError, BadPolicy.
+
+    A lock that lets everyone through whom it does not deny is refused: off its list they would still get through.
+    """
 
     def change(lock: Lock) -> Lock:
+        if lock.default is Verdict.ALLOW:
+            raise UsageError(
+                f"revoking under lock {lock.name!r}: it lets everyone through who is not on its deny list, so nobody "
+                "would be shut out; start again with --deny-user or --deny-group"
+            )
         users = lock.allow.users - who.users
         if lock.name == WIRESERVER_LOCK:
             users |= lock.allow.users & {0}

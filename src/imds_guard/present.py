@@ -57,7 +57,15 @@ def lock_lines(lock: Lock) -> List[str]:
 
 
 def _wrapped(title: str, text: str) -> List[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=title, subsequent_indent=" " * len(title), break_on_hyphens=False)
+    """Lines of at most WIDTH, unless a word (a path, an endpoint that someone will copy) is longer than that."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=title,
+        subsequent_indent=" " * len(title),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _lets_rest(lock: Lock) -> bool:
@@ -99,7 +107,9 @@ def outcome_lines(outcome: Outcome) -> List[str]:
     policy = outcome.policy
     endpoints = sum(len(lock.endpoints) for lock in policy.locks)
     state = "active" if policy.mode is Mode.ENFORCE else "active in audit mode, which denies nobody"
-    lines = [*outcome.lines, f"imds-guard is {state} ({outcome.backend}): {endpoints} endpoints locked"]
+    lines = [part for line in outcome.lines for part in _wrapped("", line)]
+    count = f"{endpoints} endpoint{'' if endpoints == 1 else 's'}"
+    lines.append(f"imds-guard is {state} ({outcome.backend}): {count} locked")
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
     return lines
@@ -156,7 +166,8 @@ def status_lines(status: Status) -> List[str]:
     backend = f" ({status.backend})" if status.backend else ""
     mode = ", audit mode: nobody is denied" if status.policy and status.policy.mode is Mode.AUDIT else ""
     lines = [f"imds-guard: {word}{backend}{mode}"]
-    lines += [f"  fault: {fault}" for fault in status.faults]
+    for fault in status.faults:
+        lines += _wrapped("  fault: ", fault)
     if isinstance(status.detail, State):
         lines += _ebpf_lines(status.detail)
     if status.policy is not None:
@@ -171,22 +182,22 @@ def status_lines(status: Status) -> List[str]:
 def _ebpf_lines(state: State) -> List[str]:
     where = f"{state.cgroup}, every process of the machine" if state.cgroup_is_root else state.cgroup
     lines = [f"attached to: {where}", f"version: {', '.join(state.versions) or 'none'}, generation {state.generation}"]
-    lines += [_hook_line(hook) for hook in state.hooks]
+    for hook in state.hooks:
+        lines += _hook_lines(hook)
     counted = [
         f"{reason.word} {enforced + audited}" + (f" ({audited} let through by audit mode)" if audited else "")
         for reason, (enforced, audited) in zip(Reason, state.counters)
         if enforced or audited
     ]
-    lines.append(f"connects to locked endpoints: {', '.join(counted) or 'none yet'}")
-    return lines
+    return lines + _wrapped("connects to locked endpoints: ", ", ".join(counted) or "none yet")
 
 
-def _hook_line(hook: Hook) -> str:
+def _hook_lines(hook: Hook) -> List[str]:
     order = ", ".join(
         f"{program.name or '(unnamed)'} (id {program.id})" + (" [ours]" if program is hook.ours else "")
         for program in hook.attached
     )
-    return f"  {hook.name}: {order or 'nothing attached'}"
+    return _wrapped(f"  {hook.name}: ", order or "nothing attached")
 
 
 def status_values(status: Status) -> Dict[str, Any]:
@@ -314,9 +325,10 @@ def checked_lines(found: Checked) -> List[str]:
     """What each backend says, and which one start would take."""
     lines = []
     for verdict in found.verdicts:
-        lines.append(f"{verdict.backend.name}: {'works here' if verdict.refusal is None else verdict.refusal}")
+        answer = "works here" if verdict.refusal is None else str(verdict.refusal)
+        lines += _wrapped(f"{verdict.backend.name}: ", answer)
     lines.append(f"start would take: {found.taken or 'nothing, it would fail'}")
-    return lines + shut_out_lines(found.shut_out)
+    return lines + [part for line in shut_out_lines(found.shut_out) for part in _wrapped("", line)]
 
 
 def checked_values(found: Checked) -> Dict[str, Any]:

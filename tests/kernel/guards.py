@@ -162,5 +162,3 @@ def load_stranger(attach_type: int) -> int:
     """The fd of a program that is not ours and lets everything through."""
     allow = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit
     return bpf.prog_load(allow, "somebody_else", attach_type)
-
-

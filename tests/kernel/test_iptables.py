@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Iterator, List, Tuple
 
@@ -231,6 +232,23 @@ def test_udp_is_judged_on_every_packet(machine: Machine) -> None:
     for to in (V4, V6):
         assert [machine.send(FOO, to), machine.send(STRANGER, to)] == ["connected", "EPERM"]
         assert [machine.send(STRANGER, to, 8080), machine.reach(STRANGER, to)] == ["connected"] * 2
+
+
+def test_udp_connect_sends_nothing(machine: Machine) -> None:
+    """Known difference "udp-connect": connect() of a UDP socket succeeds, and its first datagram is refused."""
+    machine.apply(policy_for([FOO], udp=ALL_PORTS))
+
+    def try_it() -> Tuple[int, str]:
+        become((STRANGER,) * 3, (NO_GROUP,) * 3, ())
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            connected = one.connect_ex((V4, 80))
+            try:
+                one.send(b"?")
+            except PermissionError:
+                return connected, "EPERM"
+            return connected, "sent"
+
+    assert machine.call(try_it) == (0, "EPERM")
 
 
 def test_locks_stand_side_by_side(machine: Machine) -> None:

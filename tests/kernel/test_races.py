@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of policy and of program under a storm of connects: nobody gets through who may not, nobody is kept out who may.
+"""Changes of policy and of program under a storm of connects: who may not never gets through, who may always does.
 
 Everything is told by counting. The widened hook idles between reading the generation and using it, so that a change
 falls into that gap all the time; a mutant that does not wait for the grace period must then be caught.

@@ -54,7 +54,7 @@ def test_an_allowlist_of_users_is_weakened_by_nobody(form: str) -> None:
     assert export(PLAIN, form).weakenings == []
 
 
-# Which formats weaken which policy: nftables and PF see no supplementary groups; a user namespace exists on Linux alone;
+# Which formats weaken which policy: nftables and PF see no supplementary groups; user namespaces exist on Linux alone;
 # IPAddressDeny= has no identities.
 _WEAK: Dict[str, List[str]] = {
     "groups": [],

@@ -310,6 +310,8 @@ def test_the_first_look_says_no_for_nearly_every_other_address(address: ipaddres
     allowed=st.frozensets(st.integers(0, 3000), max_size=100),
     denied=st.frozensets(st.integers(0, 3000), max_size=100),
 )
+@example(allowed=frozenset(range(128)), denied=frozenset())
+@example(allowed=frozenset(range(127)), denied=frozenset({127, 128}))
 def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
     allowed: FrozenSet[int], denied: FrozenSet[int]
 ) -> None:

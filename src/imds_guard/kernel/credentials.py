@@ -12,6 +12,7 @@ import platform
 from typing import Dict, Iterable, Optional, Tuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long  # setfsuid(2) returns an ID, which may have its 32nd bit set
 
 # Sources: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h in Linux.
 _X86_64 = {"setgroups": 116, "setresuid": 117, "setresgid": 119, "setfsuid": 122, "setfsgid": 123}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.program import Defines
@@ -116,12 +116,8 @@ def put_in_place(
 
     All are loaded before the first is attached. ``pins`` is the folder that the links are pinned in, if another.
     """
-    code = program.compile_hooks(defines)
-    version = program.source_version(defines)
-    loaded: Dict[str, int] = {}
+    loaded = program.load_hooks(map_fds, defines)
     try:
-        for hook in found:
-            loaded[hook.name] = program.load_hook(hook.name, code, map_fds, version)
         for hook in found:
             _attach(hook, loaded[hook.name], cgroup, folder, pins or folder)
     finally:

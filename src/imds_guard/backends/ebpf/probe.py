@@ -60,6 +60,17 @@ def _require_reading_programs() -> None:
     os.close(fd)
 
 
+def knows_current_task() -> bool:
+    """True when programs here may use bpf_get_current_task_btf(), whose result the verifier knows the type of."""
+    attach_type, prefix = abi.HOOKS["connect4"]
+    code = _instruction(0x85, 0, 0, 158) + _instruction(0xB7, 0, 0, 1) + _instruction(0x95, 0, 0, 0)
+    try:
+        os.close(bpf.prog_load(code, f"{prefix}_probe", attach_type))
+    except OSError:
+        return False
+    return True
+
+
 def _instruction(opcode: int, registers: int, offset: int, immediate: int) -> bytes:
     return struct.pack("=BBhi", opcode, registers, offset, immediate)
 

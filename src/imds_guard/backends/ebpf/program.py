@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from pathlib import Path
 from typing import Dict, Mapping, Optional, Sequence, Tuple
 
-from imds_guard.backends.ebpf import abi
-from imds_guard.errors import Unsupported, trying
+from imds_guard.backends.ebpf import abi, probe
+from imds_guard.errors import GuardError, Unsupported, trying
 from imds_guard.kernel import bpf, btf, compiler
 
 Defines = Tuple[Tuple[str, int], ...]
@@ -59,8 +61,6 @@ def version_in_name(hook: str, name: str) -> Optional[str]:
 def kernel_offsets() -> Defines:
     """IG_OFF_* from the running kernel's BTF. Raises Unsupported where it has none that serve."""
     offsets = btf.read_kernel_btf().offsets(_OFFSETS)
-    if offsets["cred", "fsgid"] != offsets["cred", "fsuid"] + 4:
-        raise Unsupported(f"reading {btf.PATH}: fsuid and fsgid are not neighbours in struct cred of this kernel")
     return tuple((f"IG_OFF_{struct}_{member}".upper(), offset) for (struct, member), offset in offsets.items())
 
 
@@ -75,6 +75,31 @@ def compile_hooks(defines: Defines = ()) -> Dict[str, bytes]:
         kernel_offsets() + defines,
     )
     return {hook: code[f"ig_{hook}"] for hook in abi.HOOKS}
+
+
+DIRECT: Defines = (("IG_DIRECT", 1),)
+"""Plain loads from the current task in place of a helper call a word; not every verifier takes them."""
+
+
+def load_hooks(map_fds: Sequence[int], defines: Defines) -> Dict[str, int]:
+    """The fd of each hook's program, on the given maps: with plain loads where this kernel takes them."""
+    version = source_version(defines)
+    if probe.knows_current_task():
+        with contextlib.suppress(Unsupported):
+            return _load_all(compile_hooks(defines + DIRECT), map_fds, version)
+    return _load_all(compile_hooks(defines), map_fds, version)
+
+
+def _load_all(code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> Dict[str, int]:
+    loaded: Dict[str, int] = {}
+    try:
+        for hook in abi.HOOKS:
+            loaded[hook] = load_hook(hook, code, map_fds, version)
+    except GuardError:
+        for fd in loaded.values():
+            os.close(fd)
+        raise
+    return loaded
 
 
 def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:

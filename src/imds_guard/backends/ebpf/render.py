@@ -172,15 +172,18 @@ def _own_ranges(policy: Policy) -> Dict[Network, List[Range]]:
 def _inherit(own: Mapping[Network, List[Range]]) -> Dict[Network, List[Range]]:
     """Shorter prefixes first: each takes over the ranges of the next shorter prefix around it, less its own ports."""
     entries: Dict[Network, List[Range]] = {}
+    lengths = {version: sorted({n.prefixlen for n in own if n.version == version}, reverse=True) for version in (4, 6)}
     for network in sorted(own, key=lambda n: n.prefixlen):
-        around = _next_shorter(network, entries)
+        around = _next_shorter(network, entries, lengths[network.version])
         taken = [] if around is None else _remainder(entries[around], own[network])
         entries[network] = _merge_protocols(own[network] + taken)
     return entries
 
 
-def _next_shorter(network: Network, entries: Mapping[Network, List[Range]]) -> Optional[Network]:
-    lengths = sorted({n.prefixlen for n in entries if n.version == network.version}, reverse=True)
+def _next_shorter(
+    network: Network, entries: Mapping[Network, List[Range]], lengths: Iterable[int]
+) -> Optional[Network]:
+    """``lengths`` are those of all prefixes, the longest first."""
     for length in lengths:
         if length < network.prefixlen:
             candidate = network.supernet(new_prefix=length)

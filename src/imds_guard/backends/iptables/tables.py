@@ -232,7 +232,7 @@ def _refuse(program: Program, what: str, completed: Completed) -> NoReturn:
         )
     if "you must be root" in complaint or "Permission denied" in complaint:
         raise NotPermitted(f"{program.title} {what} without root and CAP_NET_ADMIN: {complaint}")
-    # "Failed to initialize nft: Protocol not supported", "can't initialize iptables table `filter': ... does not exist".
+    # "Failed to initialize nft: Protocol not supported"; legacy: "can't initialize iptables table `filter'".
     if "Failed to initialize nft" in complaint or "can't initialize" in complaint:
         raise NoTable(f"{program.title} {what}, since this kernel has no such tables: {complaint}")
     if "is incompatible, use 'nft' tool" in complaint:

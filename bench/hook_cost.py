@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a connect costs in the hook, by the kernel's own count, as a ratio to an empty program in the same run.
+
+Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts the runs and the time of
+each program while BPF_ENABLE_STATS is on (bpf(2)); nothing is timed from outside. Rounds alternate between the empty
+program and the guard, and the median round counts, since a busy machine makes single rounds useless.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import statistics
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, List, Sequence, Tuple
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src")]
+
+from imds_guard.backends.ebpf import EbpfBackend, abi
+from imds_guard.kernel import bpf
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import Endpoint, Identities, Lock, Policy, make_policy, normal_ports
+
+LOCKED, OPEN = "169.254.169.254", "169.254.169.253"
+USER, OTHER_USER, GID, GROUP = 61_001, 61_002, 62_001, 62_099
+ROUNDS, CONNECTS, WARM_UP = 9, 3000, 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A caller and an address under a policy, and how many times an empty program it may cost at the most."""
+
+    name: str
+    policy: Policy
+    address: str
+    uid: int
+    groups: Tuple[int, ...]
+    at_most: float
+
+
+def _policy(addresses: Sequence[str], users: Sequence[int] = (), groups: Sequence[int] = ()) -> Policy:
+    web = normal_ports([(80, 80)])
+    endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=web) for address in addresses)
+    return make_policy([Lock("bench", endpoints, Identities(frozenset(users), frozenset(groups)))])
+
+
+def _many(count: int) -> List[str]:
+    first = int(ipaddress.IPv4Address("10.0.0.0"))
+    return [str(ipaddress.IPv4Address(first + 7 * n)) for n in range(count)]
+
+
+def cases() -> List[Case]:
+    """Those that the budget names."""
+    many = range(10**6, 10**6 + 99_999)
+    sixteen = (*range(62_100, 62_115), GROUP)
+    return [
+        Case("not locked, 1 lock", _policy([LOCKED], [USER]), OPEN, OTHER_USER, (), 1.5),
+        Case("not locked, 10,000 locked addresses", _policy([LOCKED, *_many(9999)], [USER]), OPEN, OTHER_USER, (), 1.5),
+        Case("allowed user, 1 allowed", _policy([LOCKED], [USER]), LOCKED, USER, (), 5),
+        Case("allowed user, 100,000 allowed", _policy([LOCKED], [USER, *many]), LOCKED, USER, (), 5),
+        Case("member, one of 16 groups", _policy([LOCKED], groups=[GROUP]), LOCKED, USER, sixteen, 7),
+        Case("denied, 16 groups", _policy([LOCKED], groups=[GROUP]), LOCKED, USER, sixteen[:-1], 7),
+    ]
+
+
+def _connects(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], None]:
+    """Connects that don't wait for an answer: the hook is what counts, and nobody listens."""
+
+    def run() -> None:
+        become(uids=(uid,) * 3, gids=(GID,) * 3, groups=groups)
+        reset = struct.pack("ii", 1, 0)
+        for _ in range(WARM_UP + CONNECTS):
+            with socket.socket() as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                one.setblocking(False)
+                one.connect_ex((address, 80))
+
+    return run
+
+
+def _count(prog_id: int) -> Tuple[int, int]:
+    fd = bpf.program_by_id(prog_id)
+    assert fd is not None
+    try:
+        found = bpf.describe_program(fd)
+    finally:
+        os.close(fd)
+    return found.run_time_ns, found.run_count
+
+
+def _cost(sandbox: Sandbox, prog_id: int, connects: Callable[[], None]) -> float:
+    """Nanoseconds a run."""
+    before = _count(prog_id)
+    sandbox.call(connects, timeout_s=120)
+    after = _count(prog_id)
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+def measure(case: Case) -> Tuple[float, float]:
+    """Median nanoseconds a run of the guard's connect4 and of an empty program beside it."""
+    with Sandbox((LOCKED, OPEN)) as guarded, Sandbox((LOCKED, OPEN)) as bare:
+        backend = EbpfBackend(guarded.cgroup)
+        backend.apply(case.policy)
+        connect4 = next(hook for hook in backend.state().hooks if hook.name == "connect4")
+        assert connect4.ours is not None
+        empty, link = _attach_empty(bare)
+        try:
+            connects = _connects(case.address, case.uid, case.groups)
+            rounds = [(_cost(guarded, connect4.ours.id, connects), _cost(bare, empty, connects)) for _ in range(ROUNDS)]
+        finally:
+            os.close(link)
+            backend.remove()
+    return statistics.median(r[0] for r in rounds), statistics.median(r[1] for r in rounds)
+
+
+def _attach_empty(sandbox: Sandbox) -> Tuple[int, int]:
+    """The ID of an attached program that does nothing, and its link's fd."""
+    kind = abi.HOOKS["connect4"][0]
+    nothing = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit
+    program = bpf.prog_load(nothing, "ig_bench_empty", kind)
+    with open_cgroup(sandbox.cgroup) as cgroup:
+        link = bpf.link_create(program, cgroup.fd, kind)
+    identity = bpf.describe_program(program).id
+    os.close(program)
+    return identity, link
+
+
+def main() -> int:
+    """Prints a line a case; exits 1 when one is over its budget."""
+    if os.geteuid() != 0:
+        print("bench: run this as root", file=sys.stderr)
+        return 77
+    over = False
+    statistics_fd = bpf.enable_run_statistics()
+    try:
+        print(f"{'case':40} {'guard':>8} {'empty':>8} {'ratio':>6}  budget")
+        for case in cases():
+            guard, empty = measure(case)
+            ratio = guard / empty
+            over = over or ratio > case.at_most
+            print(f"{case.name:40} {guard:5.0f} ns {empty:5.0f} ns {ratio:6.2f}  {case.at_most:g}", flush=True)
+    finally:
+        os.close(statistics_fd)
+    return int(over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that change something, one after the other, and what they change in the world."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Iterator, List, Sequence, Set, Tuple
+
+import pytest
+
+from imds_guard.kernel import bpf, bpffs
+from imds_guard.kernel.children import run_in_child
+from tests import command
+from tests.command import MAPPED, NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
+from tests.kernel.guards import traces
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
+
+_PR_SET_CHILD_SUBREAPER = 36  # include/uapi/linux/prctl.h
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+def program_ids(guard: Guard) -> List[int]:
+    return [program["id"] for hook in guard.status()["ebpf"]["hooks"] for program in hook["programs"]]
+
+
+def allowed_users(guard: Guard) -> List[Tuple[str, List[int]]]:
+    """By lock."""
+    locks = guard.status()["policy"]["locks"]
+    return [(lock["name"], [user["id"] for user in lock["allow"]["users"]]) for lock in locks]
+
+
+# --- start and stop -------------------------------------------------------------------------------------------------
+
+
+def test_start_locks_and_stop_opens(guard: Guard) -> None:
+    """For the user, for members by primary and by supplementary group, and not for root; over all three families."""
+    everyone = [(ONE, 1, ()), (STRANGER, STAFF, ()), (STRANGER, 1, (7, STAFF, 99)), (STRANGER, 1, ()), (0, 0, ())]
+    locked = (SERVICE, MAPPED, SERVICE_V6)
+
+    def outcomes(to: str) -> List[str]:
+        return [guard.reach(uid, to, gid=gid, groups=groups) for uid, gid, groups in everyone]
+
+    assert outcomes(SERVICE) == ["connected"] * 5
+    guard.start("--user", str(ONE), "--group", str(STAFF), "--ip", SERVICE, "--ip", SERVICE_V6)
+    for to in locked:
+        assert outcomes(to) == ["connected"] * 3 + ["EPERM"] * 2
+    assert outcomes(NEIGHBOUR) == ["connected"] * 5
+    assert guard("stop").answer.startswith("removed every hook, link and map from ")
+    for to in locked:
+        assert outcomes(to) == ["connected"] * 5
+    assert traces(guard.sandbox.cgroup) == {"attached": 0, "pins": 0}
+
+
+def test_stop_twice_is_harmless(guard: Guard) -> None:
+    guard.start()
+    assert guard("stop").status == 0
+    assert guard("stop") == Result(0, "imds-guard was not active: nothing to remove\n", "")
+    assert guard("stop").status == 0
+
+
+def test_the_built_in_endpoints_are_the_default() -> None:
+    """Their DNS is left alone, and so are the credentials of containers, which are presets of their own."""
+    aws, ecs, v6 = "169.254.169.254", "169.254.170.2", "fd00:ec2::254"
+    with command.guard(addresses=(aws, ecs, v6)) as guard:
+        guard.sandbox.serve((aws,), (53,))
+        guard.start("--group", str(STAFF))
+        assert [guard.reach(STRANGER, to) for to in (aws, v6, f"::ffff:{aws}", ecs)] == ["EPERM"] * 3 + ["connected"]
+        assert guard.reach(STRANGER, aws, 53) == "connected"
+        assert guard.reach(STRANGER, aws, 443) == "EPERM"
+        assert guard.reach(STRANGER, aws, gid=STAFF) == "connected"
+        (lock,) = guard.status()["policy"]["locks"]
+        assert {aws, v6} <= set(lock["endpoints"])
+        assert ecs not in lock["endpoints"]
+
+
+def test_after_start_no_process_of_ours_stays(guard: Guard) -> None:
+    """Orphans would come to us: while we are their subreaper (prctl(2)), every descendant can be waited for."""
+
+    def start_and_wait() -> Result:
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        done = guard.start()
+        with pytest.raises(ChildProcessError):
+            os.waitpid(-1, os.WNOHANG)
+        return done
+
+    assert run_in_child(start_and_wait, timeout_s=command.PATIENCE_S).status == 0
+    assert guard.reach(STRANGER) == "EPERM"
+
+
+def test_a_killed_start_leaves_what_the_next_one_makes_whole(guard: Guard) -> None:
+    """Here the command is killed as it stands; tests/kernel/test_kill.py does so at each step."""
+    with subprocess.Popen(command.argv(guard.words("start", "--user", str(ONE), "--ip", SERVICE))) as process:
+        process.send_signal(signal.SIGKILL)
+    guard.start()
+    assert guard("status").status == 0
+    assert guard.reach(STRANGER) == "EPERM"
+
+
+# --- a running guard ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_start_changes_the_policy_alone(guard: Guard) -> None:
+    guard.start()
+    before, ids = guard.status(), program_ids(guard)
+    guard.start("--user", str(TWO), "--ip", SERVICE)
+    after = guard.status()
+    assert {before["ebpf"]["generation"], after["ebpf"]["generation"]} == {1, 2}
+    assert program_ids(guard) == ids
+    assert (guard.reach(ONE), guard.reach(TWO)) == ("EPERM", "connected")
+
+
+def imported_by(words: Sequence[str], folder: Path) -> Set[str]:
+    """The top-level modules that a command had imported when it ended; it must end well."""
+    noted = folder / "modules"
+    done = command.run(
+        command.argv(
+            words, before=f"import atexit; atexit.register(lambda: print(*sys.modules, file=open({str(noted)!r}, 'w')))"
+        )
+    )
+    assert done.status == 0, done
+    return {name.split(".")[0] for name in noted.read_text().split()}
+
+
+def test_a_change_of_policy_imports_no_compiler(guard: Guard, tmp_path: Path) -> None:
+    """bcc alone costs more than the change; the first start, which needs it, shows that it would be seen."""
+    change = ("--user", str(TWO), "--ip", SERVICE)
+    assert "bcc" in imported_by(guard.words("start", "--user", str(ONE), "--ip", SERVICE), tmp_path)
+    for words in (("start", *change), ("revoke", *change), ("allow", *change), ("status",), ("stop",)):
+        assert "bcc" not in imported_by(guard.words(*words), tmp_path)
+
+
+def test_the_same_start_again_changes_nothing(guard: Guard) -> None:
+    guard.start()
+    before = guard.status()
+    assert "the policy was in force already" in guard.start().stdout
+    assert guard.status() == before
+
+
+def test_two_starts_at_the_same_time(guard: Guard) -> None:
+    """One after the other; the later one's policy is in force, whole."""
+    running = [
+        subprocess.Popen(command.argv(guard.words("start", "--user", str(user), "--ip", SERVICE)))
+        for user in (ONE, TWO)
+    ]
+    assert [process.wait(command.PATIENCE_S) for process in running] == [0, 0]
+    assert guard("status").status == 0
+    (only,) = allowed_users(guard)
+    assert only in [("default", [ONE]), ("default", [TWO])]
+    winner, loser = (ONE, TWO) if only[1] == [ONE] else (TWO, ONE)
+    assert (guard.reach(winner), guard.reach(loser)) == ("connected", "EPERM")
+    assert guard.status()["ebpf"]["hooks"][0]["programs"][0]["ours"] is True
+
+
+def test_audit_mode_counts_and_denies_nobody(guard: Guard) -> None:
+    started = guard.start("--mode", "audit", "--user", str(ONE), "--ip", SERVICE)
+    assert "active in audit mode, which denies nobody" in started.stdout
+    assert guard.reach(STRANGER) == "connected"
+    counters = guard.status()["ebpf"]["counters"]
+    assert counters["not-listed"] == {"enforced": 0, "audited": 1}
+    assert "not-listed 1 (1 let through by audit mode)" in guard("status").answer
+
+
+def test_counters_tell_what_was_decided(guard: Guard) -> None:
+    guard.start()
+    for caller in (ONE, STRANGER, STRANGER):
+        guard.reach(caller)
+    guard.reach(STRANGER, groups=(STAFF,))
+    counters = {reason: found for reason, found in guard.status()["ebpf"]["counters"].items() if any(found.values())}
+    assert counters == {
+        "allowed-user": {"enforced": 1, "audited": 0},
+        "allowed-group": {"enforced": 1, "audited": 0},
+        "not-listed": {"enforced": 2, "audited": 0},
+    }
+
+
+def test_a_deny_list_alone_lets_the_rest_through(guard: Guard) -> None:
+    guard.start("--deny-user", str(TWO), "--deny-group", str(STAFF), "--ip", SERVICE)
+    assert (guard.reach(TWO), guard.reach(STRANGER), guard.reach(STRANGER, groups=(STAFF,))) == (
+        "EPERM",
+        "connected",
+        "EPERM",
+    )
+
+
+def test_nobody_means_nobody(guard: Guard) -> None:
+    started = guard.start("--nobody", "--ip", SERVICE)
+    assert "warning: lock default lets nobody through, root included\n" in started.stderr
+    assert (guard.reach(0), guard.reach(ONE)) == ("EPERM", "EPERM")
+
+
+# --- status ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_exit_status_of_status(guard: Guard) -> None:
+    """0 active, 1 degraded, 3 not active; start repairs."""
+    assert (guard("status").status, guard.status()["state"]) == (3, "inactive")
+    guard.start()
+    assert (guard("status").status, guard.status()["state"]) == (0, "active")
+    _detach(guard, "connect6")
+    degraded = guard("status")
+    assert (degraded.status, degraded.stderr) == (1, "")
+    assert "fault: the hook connect6 is not attached" in degraded.stdout
+    assert guard.status()["state"] == "degraded"
+    guard.start()
+    assert guard("status").status == 0
+    assert guard("stop").status == 0
+    assert guard("status").status == 3
+
+
+def _detach(guard: Guard, hook: str) -> None:
+    pins = guard.status()["ebpf"]["pins"]
+    fd = bpf.pinned(f"{pins}/link_{hook}")
+    try:
+        bpf.link_detach(fd)
+    finally:
+        os.close(fd)
+
+
+def test_status_of_what_is_not_there_could_not_be_told() -> None:
+    result = command.imds_guard_command("status", "--json", "--cgroup", "/sys/fs/cgroup/imds-guard-is-not-here")
+    assert result.status == 4
+    assert "ENOENT" in result.sentence
+
+
+def test_pins_are_those_of_this_cgroup(guard: Guard) -> None:
+    """What status names is what is there."""
+    guard.start()
+    found = guard.status()["ebpf"]
+    assert found["cgroup"] == guard.sandbox.cgroup
+    assert found["cgroup_is_root"] is False
+    assert os.path.dirname(found["pins"]) == bpffs.find_bpffs()
+    assert str(os.stat(guard.sandbox.cgroup).st_ino) in found["pins"]
+    assert traces(guard.sandbox.cgroup) == {"attached": 4, "pins": 1}
+
+
+# --- allow and revoke -----------------------------------------------------------------------------------------------
+
+
+def test_allow_and_revoke_take_effect(guard: Guard) -> None:
+    guard.start()
+    ids = program_ids(guard)
+    allowed = guard("allow", "--user", str(TWO), "--group", "51002")
+    assert "this holds until the next boot; --save keeps it\n" in allowed.answer
+    assert [guard.reach(ONE), guard.reach(TWO), guard.reach(STRANGER, groups=(51_002,))] == ["connected"] * 3
+    assert guard("revoke", "--user", str(ONE), "--group", "51002").status == 0
+    assert [guard.reach(ONE), guard.reach(TWO), guard.reach(STRANGER, groups=(51_002,))] == [
+        "EPERM",
+        "connected",
+        "EPERM",
+    ]
+    assert program_ids(guard) == ids
+    assert allowed_users(guard) == [("default", [TWO])]
+
+
+def test_allow_of_who_is_allowed_changes_nothing(guard: Guard) -> None:
+    guard.start()
+    before = guard.status()
+    assert "the policy says so already" in guard("allow", "--user", str(ONE)).answer
+    assert "the policy says so already" in guard("revoke", "--user", str(STRANGER)).answer
+    assert guard.status() == before
+
+
+def test_allow_at_a_part_splits_the_lock(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
+    assert guard("allow", "--user", str(TWO), "--ip", f"{SERVICE}:80").status == 0
+    assert [guard.reach(TWO, SERVICE, 80), guard.reach(TWO, SERVICE, 443), guard.reach(TWO, NEIGHBOUR)] == [
+        "connected",
+        "EPERM",
+        "EPERM",
+    ]
+    assert [guard.reach(ONE, SERVICE, 80), guard.reach(ONE, SERVICE, 443), guard.reach(ONE, NEIGHBOUR)] == [
+        "connected"
+    ] * 3
+    assert allowed_users(guard) == [(SERVICE, [ONE, TWO]), ("default", [ONE])]
+
+
+def test_revoke_at_a_part_splits_the_lock(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--user", str(TWO), "--ip", SERVICE, "--ip", NEIGHBOUR)
+    assert guard("revoke", "--user", str(TWO), "--ip", SERVICE).status == 0
+    assert (guard.reach(TWO, SERVICE), guard.reach(TWO, NEIGHBOUR)) == ("EPERM", "connected")
+    assert allowed_users(guard) == [(SERVICE, [ONE]), ("default", [ONE, TWO])]
+
+
+def test_allow_everywhere_needs_equal_allowlists(guard: Guard) -> None:
+    """Else it says which locks there are, and changes none."""
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
+    guard("allow", "--user", str(TWO), "--ip", NEIGHBOUR)
+    before = guard.status()
+    for change in ("allow", "revoke"):
+        result = guard(change, "--user", str(STRANGER))
+        assert result.status == 2
+        assert result.sentence == (
+            "the locks have different allowlists, so say which one is meant "
+            f"('{NEIGHBOUR}': --ip {NEIGHBOUR}; 'default': --ip {SERVICE})"
+        )
+    assert guard.status() == before
+    guard("revoke", "--user", str(TWO), "--ip", NEIGHBOUR)
+    assert guard("allow", "--user", str(STRANGER)).status == 0
+    assert (guard.reach(STRANGER, SERVICE), guard.reach(STRANGER, NEIGHBOUR)) == ("connected", "connected")
+
+
+def test_revoking_the_last_one_warns(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE)
+    revoked = guard("revoke", "--user", str(ONE))
+    assert revoked.status == 0
+    assert revoked.stderr == "warning: lock default lets nobody through, root included\n"
+    assert guard.reach(ONE) == "EPERM"
+    assert guard("status").status == 0
+
+
+def test_revoking_from_a_deny_list_policy_is_refused(guard: Guard) -> None:
+    """Off an allowlist that nobody needs to be on, the user would still get through."""
+    guard.start("--deny-user", str(TWO), "--ip", SERVICE)
+    before = guard.status()
+    result = guard("revoke", "--user", str(ONE))
+    assert result.status == 2
+    assert "--deny-user" in result.sentence
+    assert guard.status() == before
+
+
+def test_allowing_who_is_denied_is_refused(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--deny-user", str(TWO), "--ip", SERVICE)
+    before = guard.status()
+    result = guard("allow", "--user", str(TWO))
+    assert result.status == 78
+    assert "it is on the deny list of lock 'default', and deny lists win" in result.sentence
+    assert guard.status() == before
+
+
+@pytest.mark.parametrize("change", ["allow", "revoke"])
+def test_a_change_to_nothing_is_refused(guard: Guard, change: str) -> None:
+    result = guard(change, "--user", str(ONE))
+    assert result.status == 1
+    assert "imds-guard is not active" in result.sentence
+    assert traces(guard.sandbox.cgroup) == {"attached": 0, "pins": 0}
+
+
+# --- explain --------------------------------------------------------------------------------------------------------
+
+
+def test_explain_a_process(guard: Guard) -> None:
+    """The answer is what the kernel does: the process itself tries."""
+    guard.start()
+
+    def try_and_explain(*ids: int) -> Tuple[str, bool, str]:
+        uid, gid, *groups = ids
+        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=groups) as process:
+            explained = guard("explain", "--pid", str(process.pid), f"{SERVICE}:80", "--json").values
+            assert process.stdin is not None
+            process.stdin.close()
+        return guard.reach(uid, gid=gid, groups=groups), explained["allowed"], explained["reason"]
+
+    assert try_and_explain(ONE, 1) == ("connected", True, "allowed-user")
+    assert try_and_explain(STRANGER, 1, 7, STAFF) == ("connected", True, "allowed-group")
+    assert try_and_explain(STRANGER, 1) == ("EPERM", False, "not-listed")
+
+
+def test_explain_a_user_in_words(guard: Guard) -> None:
+    guard.start("--user", "root", "--ip", SERVICE)
+    lines = guard("explain", "--user", "root", f"{SERVICE}:443").answer.splitlines()
+    assert lines[0] == "allowed: allowed-user"
+    assert "  lock:        default" in lines
+    assert "  by:          user root (0) on the list" in lines
+    assert guard("explain", "--user", "root", NEIGHBOUR).answer.startswith("allowed: not-locked\n")
+
+
+# --- --save ---------------------------------------------------------------------------------------------------------
+
+
+def test_allow_saves_what_start_reads(guard: Guard, tmp_path: Path) -> None:
+    """What was saved is in force again, whatever was in between."""
+    file = str(tmp_path / "saved config.toml")
+    guard.start()
+    allowed = guard("allow", "--user", str(TWO), "--save", "--without-root", "--config", file)
+    assert "until the next boot" not in allowed.answer
+    wanted = guard.status()["policy"]
+    guard.start("--user", str(STRANGER), "--ip", NEIGHBOUR)
+    guard.start("--config", file)
+    assert guard.status()["policy"] == wanted
+    assert (guard.reach(TWO), guard.reach(STRANGER), guard.reach(STRANGER, NEIGHBOUR)) == (
+        "connected",
+        "EPERM",
+        "connected",
+    )
+
+
+def test_start_with_a_file_and_a_mode(guard: Guard, tmp_path: Path) -> None:
+    """--mode and --containers say neither who nor where: they go with a file."""
+    file = tmp_path / "config.toml"
+    file.write_text(f'[lock."two words"]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n')
+    guard.start("--config", str(file), "--mode", "audit", "--containers", "allow")
+    policy = guard.status()["policy"]
+    assert (policy["mode"], policy["containers"]) == ("audit", "allow")
+    assert [lock["name"] for lock in policy["locks"]] == ["two words"]
+    assert "lock two words\n" in guard("status").answer

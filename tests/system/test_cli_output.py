@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands print: JSON for scripts, and text for terminals of 80 columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Iterator, List
+
+import pytest
+
+from imds_guard.kernel import bpf
+from tests import command
+from tests.command import ONE, SERVICE, TWO, Guard
+from tests.kernel.guards import load_stranger
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
+
+MANY = tuple(word for uid in range(41_000, 41_100) for word in ("--user", str(uid)))
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
+    """Scripts read these: a key that goes away or changes its name breaks them."""
+    started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
+    assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out"}
+    status = guard("status", "--json").values
+    assert set(status) == {"state", "backend", "faults", "policy", "ebpf"}
+    assert set(status["ebpf"]) == {
+        *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "counters"),
+    }
+    assert [hook["hook"] for hook in status["ebpf"]["hooks"]] == ["connect4", "connect6", "sendmsg4", "sendmsg6"]
+    assert set(status["policy"]) == {"mode", "containers", "locks"}
+    (lock,) = status["policy"]["locks"]
+    assert set(lock) == {"name", "endpoints", "allow", "deny", "default"}
+    assert lock["allow"] == {"users": [{"id": ONE, "name": str(ONE)}], "groups": [{"id": 0, "name": "root"}]}
+    allowed = guard("allow", "--json", "--user", str(TWO)).values
+    assert set(allowed) == set(started.values)
+    explained = guard("explain", "--json", "--user", "root", SERVICE).values
+    assert set(explained) == {"allowed", "reason", "lock", "matched", "caller", "destination"}
+    assert explained["matched"] == {"kind": "group", "id": 0}
+    checked = guard("check", "--json").values
+    assert set(checked) == {"backends", "taken", "shut_out"}
+    assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
+    guard("stop")
+    assert guard.status() | {"ebpf": None} == {
+        "state": "inactive",
+        "backend": None,
+        "faults": [],
+        "policy": None,
+        "ebpf": None,
+    }
+
+
+def test_endpoints_as_json() -> None:
+    rows = json.loads(command.imds_guard_command("endpoints", "--json").answer)
+    keys = {"address", "endpoint", "protocol", "presets", "default", "locked_by_default_here", "services", "note"}
+    assert all(set(row) == keys for row in rows)
+    assert all(service["source"] for row in rows for service in row["services"])
+    (aws,) = (row for row in rows if row["address"] == "169.254.169.254")
+    assert aws["locked_by_default_here"] is True
+
+
+@needs_root
+def test_the_demonstration_as_json() -> None:
+    shown = command.imds_guard_command("demo", "--json").values
+    assert set(shown) == {"backend", "as_decided", "rows"}
+    assert shown["as_decided"] is True
+    assert all(set(row) == {"caller", "address", "before", "after", "why"} for row in shown["rows"])
+
+
+def test_a_reader_that_stops_reading_is_no_fault() -> None:
+    """``imds-guard endpoints | head -1`` says not a word about it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            command.argv(("endpoints",)), stdout=writer, stderr=subprocess.PIPE, timeout=command.PATIENCE_S, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+# --- 80 columns -----------------------------------------------------------------------------------------------------
+
+COLUMNS = 80
+
+_URL = re.compile(r"https?://\S+")
+
+
+def too_long(text: str, guard: Guard) -> List[str]:
+    """The lines of more than 80 columns; the cgroup of the test has a longer path than one would choose."""
+    shown = text.replace(guard.sandbox.cgroup, "/sys/fs/cgroup/unified/web.slice")
+    return [line for line in shown.splitlines() if len(line) > COLUMNS and not _URL.search(line)]
+
+
+@needs_root
+def test_text_fits_a_terminal(guard: Guard) -> None:
+    """Also with long lists, many locks, and somebody else's programs in the way."""
+    ips = tuple(word for n in range(1, 30) for word in ("--ip", f"10.200.{n}.0/24:8000-8100+9000,tcp"))
+    shown = [
+        guard("start", *MANY, "--ip", SERVICE, "--deny-user", "7", *ips).answer,
+        guard("start", *MANY, "--ip", SERVICE, *ips).answer,
+        guard("allow", "--user", str(TWO + 5000), "--ip", "10.200.7.0/24:8000-8100+9000,tcp").answer,
+        guard("status").answer,
+        guard("explain", "--user", "root", f"{SERVICE}:80").answer,
+        guard("check").answer,
+    ]
+    _attach_strangers(guard, 12)
+    degraded = guard("status")
+    assert degraded.status == 1
+    assert degraded.stdout.count("somebody_else") >= 24
+    assert [line for text in (*shown, degraded.stdout) for line in too_long(text, guard)] == []
+    assert guard("stop").stdout.startswith("removed ")
+
+
+def _attach_strangers(guard: Guard, count: int) -> None:
+    """Programs that let everything through, behind ours; they go with the cgroup."""
+    directory = os.open(guard.sandbox.cgroup, os.O_RDONLY)
+    try:
+        for _ in range(count):
+            program = load_stranger(bpf.ATTACH_CONNECT4)
+            bpf.attach_multi(program, directory, bpf.ATTACH_CONNECT4)
+            os.close(program)
+    finally:
+        os.close(directory)
+
+
+def test_the_built_in_table_fits_a_terminal_but_for_its_sources() -> None:
+    lines = command.imds_guard_command("endpoints").answer.splitlines()
+    titles = [re.sub(r"\): .*", "):", line) for line in lines]
+    assert [line for line in titles if len(line) > COLUMNS] == []
+
+
+@pytest.mark.parametrize("name", ["", "start", "stop", "status", "allow", "revoke", "check", "explain", "endpoints"])
+def test_help(name: str) -> None:
+    """With --help and -h, in 80 columns, for whoever asks."""
+    words = (name,) if name else ()
+    shown = command.imds_guard_command(*words, "--help")
+    assert shown.answer.startswith("Usage: imds-guard " + name)
+    assert [line for line in shown.stdout.splitlines() if len(line) > COLUMNS] == []
+    assert command.imds_guard_command(*words, "-h") == shown
+
+
+def test_version() -> None:
+    from imds_guard import __version__
+
+    assert command.imds_guard_command("--version").answer == f"imds-guard, version {__version__}\n"
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "name", ["two words", 'a "quoted" one', "back\\slash", "it's", "$(reboot)", "Zürich", "-rf", "[x]", "#"]
+)
+def test_a_name_that_needs_quoting(guard: Guard, tmp_path: Path, name: str) -> None:
+    """It comes out of the file, the kernel, the file again and JSON as it went in."""
+    file = tmp_path / "config.toml"
+    file.write_text(f'[lock.{json.dumps(name)}]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n', encoding="utf-8")
+    guard.start("--config", str(file))
+    assert [lock["name"] for lock in guard.status()["policy"]["locks"]] == [name]
+    assert f"\nlock {name}\n" in guard("status").answer
+    assert guard("explain", "--json", "--user", "root", SERVICE).values["lock"] == name
+    guard("allow", "--user", str(TWO), "--save", "--without-root", "--config", str(file))
+    guard("stop")
+    guard.start("--config", str(file))
+    (lock,) = guard.status()["policy"]["locks"]
+    assert (lock["name"], [user["id"] for user in lock["allow"]["users"]]) == (name, [ONE, TWO])
+
+
+@needs_root
+def test_a_terminal_without_unicode(guard: Guard, tmp_path: Path) -> None:
+    """LC_ALL=C of a cron job: what can't be shown does not end the command."""
+    file = tmp_path / "config.toml"
+    file.write_text(f'[lock."Zürich"]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n', encoding="utf-8")
+    plain = {"LC_ALL": "C", "PYTHONIOENCODING": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    started = command.run(command.argv(guard.words("start", "--config", str(file)), interpreter=("-s",)), plain)
+    assert started.status == 0, started
+    shown = command.run(command.argv(guard.words("status"), interpreter=("-s",)), plain)
+    assert shown.status == 0, shown
+    assert "lock Z" in shown.stdout
