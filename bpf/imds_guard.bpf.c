@@ -311,9 +311,10 @@ ig_inline int ig_in_initial_pid_namespace(const char *task)
 /* Deny lists, then allow lists, then the default. */
 ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_list *list, const struct ig_caller *caller)
 {
-	__u32 user = ig_member(generation, number, list, IG_USER, caller->fsuid);
-	__u32 group = 0;
+	__u32 user = 0, group = 0;
 
+	if (list->flags & IG_LIST_USERS)
+		user = ig_member(generation, number, list, IG_USER, caller->fsuid);
 	if (user & IG_DENY)
 		return IG_DENIED_USER;
 	if ((user & IG_ALLOW) && !(list->flags & IG_LIST_DENY_GROUPS))

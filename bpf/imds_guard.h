@@ -103,6 +103,7 @@ struct ig_endpoint {
 #define IG_LIST_GROUPS 4 /* some group is listed */
 #define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allow list are not let through early */
 #define IG_LIST_SMALL 16 /* at most IG_SEARCHED groups: they stand in the map of groups, too */
+#define IG_LIST_USERS 32 /* some user is listed */
 #define IG_FILTER_WORDS 16
 struct ig_list {
 	__u32 flags;

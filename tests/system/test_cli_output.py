@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List
 
@@ -119,24 +121,28 @@ def test_text_fits_a_terminal(guard: Guard) -> None:
         guard("explain", "--user", "root", f"{SERVICE}:80").answer,
         guard("check").answer,
     ]
-    _attach_strangers(guard, 12)
-    degraded = guard("status")
+    with strangers(guard, 12):
+        degraded = guard("status")
     assert degraded.status == 1
     assert degraded.stdout.count("somebody_else") >= 24
     assert [line for text in (*shown, degraded.stdout) for line in too_long(text, guard)] == []
     assert guard("stop").stdout.startswith("removed ")
 
 
-def _attach_strangers(guard: Guard, count: int) -> None:
-    """Programs that let everything through, behind ours; they go with the cgroup."""
-    directory = os.open(guard.sandbox.cgroup, os.O_RDONLY)
-    try:
+@contextmanager
+def strangers(guard: Guard, count: int) -> Iterator[None]:
+    """Programs of somebody else, which let everything through, behind ours."""
+    with contextlib.ExitStack() as fds:
+
+        def kept(fd: int) -> int:
+            fds.callback(os.close, fd)
+            return fd
+
+        cgroup = kept(os.open(guard.sandbox.cgroup, os.O_RDONLY))
+        program = kept(load_stranger(bpf.ATTACH_CONNECT4))
         for _ in range(count):
-            program = load_stranger(bpf.ATTACH_CONNECT4)
-            bpf.attach_multi(program, directory, bpf.ATTACH_CONNECT4)
-            os.close(program)
-    finally:
-        os.close(directory)
+            kept(bpf.link_create(program, cgroup, bpf.ATTACH_CONNECT4))
+        yield
 
 
 def test_the_built_in_table_fits_a_terminal_but_for_its_sources() -> None:

@@ -268,6 +268,7 @@ def _list_record(key: _ListKey) -> bytes:
     allow, deny, default = key
     flags = abi.LIST_VALID | abi.LIST_DEFAULT_ALLOW * (default is Verdict.ALLOW)
     flags |= abi.LIST_GROUPS * bool(allow.groups or deny.groups) | abi.LIST_DENY_GROUPS * bool(deny.groups)
+    flags |= abi.LIST_USERS * bool(allow.users or deny.users)
     flags |= abi.LIST_SMALL * (len(allow.groups | deny.groups) <= abi.SEARCHED)
     words = [0] * abi.FILTER_WORDS
     for gid in allow.groups | deny.groups:
