@@ -49,7 +49,10 @@ def _run(arguments: Sequence[str]) -> Tuple[float, float]:
 def _line(name: str, runs: List[Tuple[float, float]], budget: Budget) -> bool:
     """Prints the median; True when it is within the budget."""
     seconds, mebibytes = statistics.median(r[0] for r in runs), max(r[1] for r in runs)
-    print(f"{name:34} {seconds:6.3f} s {mebibytes:5.0f} MiB   ({budget.seconds:g} s, {budget.mebibytes:g} MiB)", flush=True)
+    print(
+        f"{name:34} {seconds:6.3f} s {mebibytes:5.0f} MiB   ({budget.seconds:g} s, {budget.mebibytes:g} MiB)",
+        flush=True,
+    )
     return seconds <= budget.seconds and mebibytes <= budget.mebibytes
 
 
@@ -71,7 +74,9 @@ def main() -> int:
                 _run(["stop", *here])
             within.append(_line("start, cold", cold, Budget(2)))
             _run(["start", "--user", "1", *here])
-            pairs = [(_run(["allow", "--user", "2", *here]), _run(["revoke", "--user", "2", *here])) for _ in range(ROUNDS)]
+            pairs = [
+                (_run(["allow", "--user", "2", *here]), _run(["revoke", "--user", "2", *here])) for _ in range(ROUNDS)
+            ]
             within.append(_line("allow", [p[0] for p in pairs], Budget(0.3)))
             within.append(_line("revoke", [p[1] for p in pairs], Budget(0.3)))
             changed = [_run(["start", "--user", str(10 + n), *here]) for n in range(ROUNDS)]

@@ -190,12 +190,13 @@ ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_l
 	__u32 gids[IG_QUAD] = {};
 	__u64 failed = 0;
 
-	for (i = 0; i < IG_QUAD; i++) {
-		if (i >= odd)
-			break;
-		failed |= ig_read_kernel(gids, sizeof(gids[0]), gid + i * sizeof(gids[0]));
-		seen |= ig_group(generation, number, list, gids[0]);
-	}
+	/* Unrolled, or clang counts down from odd to 0, and before v6.8 "!= 0" taught the verifier nothing of a bound. */
+#pragma clang loop unroll(full)
+	for (i = 0; i < IG_QUAD - 1; i++)
+		if (i < odd) {
+			failed |= ig_read_kernel(gids, sizeof(gids[0]), gid + i * sizeof(gids[0]));
+			seen |= ig_group(generation, number, list, gids[0]);
+		}
 	gid += odd * sizeof(gids[0]);
 	for (i = 0; i < IG_WALKED / IG_QUAD; i++) {
 		/* Else clang makes one bound of the two, and the verifier does not know that one. */

@@ -22,6 +22,7 @@ from imds_guard.policy import (
     Endpoint,
     Identities,
     Lock,
+    Mode,
     Policy,
     Protocol,
     Verdict,
@@ -199,12 +200,15 @@ def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str],
     return change(edited, cgroup)
 
 
-def lock_down(ip: str, users: List[int], tell: Tell) -> Outcome:
-    """What ``ip-lockdown`` does: adds to the policy in force, or begins one."""
-    found = choose.running(None)
-    if found:
-        return change(lambda policy: lockdown.lockdown(policy, ip, users), None)
-    return start(lockdown.lockdown(None, ip, users), Place(), tell)
+def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
+    """What ``ip-lockdown`` does: adds to the policy in force, or begins one with the best backend."""
+    if choose.running(place.cgroup):
+        outcome = change(lambda policy: lockdown.lockdown(policy, ip, users), place.cgroup)
+    else:
+        outcome = start(lockdown.lockdown(None, ip, users), place, tell)
+    if outcome.policy.mode is Mode.AUDIT:
+        outcome.warnings.append("the policy in force is in audit mode, which denies nobody")
+    return outcome
 
 
 def check_saving(policy: Policy, without_root: bool) -> None:
@@ -218,8 +222,11 @@ def check_saving(policy: Policy, without_root: bool) -> None:
 
 
 def save(policy: Policy, place: Place, path: str) -> None:
-    """Writes the policy for the next boot."""
-    save_config(Config(policy, backend=place.backend, cgroup=place.cgroup), path)
+    """Writes the policy that is in force for the next boot."""
+    try:
+        save_config(Config(policy, backend=place.backend, cgroup=place.cgroup), path)
+    except GuardError as error:
+        raise GuardError(f"saving the policy, which is in force until the next boot: {error}") from error
 
 
 def demo(backend: str) -> DemoResult:

@@ -411,13 +411,16 @@ def export(form: str, force: bool, cgroup: Optional[str], **given: Any) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("ip")
 @click.argument("users", nargs=-1)
-def lock_down(ip: str, users: Tuple[str, ...]) -> None:
+@_backend_option
+@_cgroup_option
+def lock_down(ip: str, users: Tuple[str, ...], backend: Optional[str], cgroup: Optional[str]) -> None:
     """Deny IP to everyone but USERS, beside those whom earlier calls let through.
 
     Locks of other addresses are not touched. The same call again changes nothing.
     """
     actions.require_root("ip-lockdown")
-    _report(actions.lock_down(ip, [identity.user_id(user) for user in users], _tell), as_json=False)
+    place = Place(backend or "auto", cgroup)
+    _report(actions.lock_down(ip, [identity.user_id(user) for user in users], place, _tell), as_json=False)
 
 
 # --- the top --------------------------------------------------------------------------------------------------------

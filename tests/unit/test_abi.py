@@ -71,6 +71,7 @@ CONSTANTS: Dict[str, int] = {
     "IG_LIST_GROUPS": abi.LIST_GROUPS,
     "IG_LIST_DENY_GROUPS": abi.LIST_DENY_GROUPS,
     "IG_LIST_SMALL": abi.LIST_SMALL,
+    "IG_LIST_USERS": abi.LIST_USERS,
     "IG_FILTER_WORDS": abi.FILTER_WORDS,
     "IG_USER": abi.USER,
     "IG_GROUP": abi.GROUP,

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ip-lockdown in place of the script of that name, and the commands on the fallback, each in a namespace of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Callable, Iterator, List, Tuple
+
+import pytest
+
+from tests import command
+from tests.command import NEIGHBOUR, ONE, PATIENCE_S, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
+
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+def _inside(guard: Guard, *words: str, entry: str = "main") -> Result:
+    """The command in the sandbox's network namespace, on iptables."""
+    return guard.sandbox.call(lambda: command.run(command.argv(words, entry=entry)), timeout_s=PATIENCE_S)
+
+
+@pytest.fixture(params=["ebpf", "iptables"])
+def lock_down(request: pytest.FixtureRequest, guard: Guard) -> Command:
+    """``ip-lockdown``, with each backend."""
+
+    def on_ebpf(*words: str) -> Result:
+        return command.run(command.argv(("--cgroup", guard.sandbox.cgroup, *words), entry="ip_lockdown"))
+
+    def on_iptables(*words: str) -> Result:
+        return _inside(guard, "--backend", "iptables", *words, entry="ip_lockdown")
+
+    return on_ebpf if request.param == "ebpf" else on_iptables
+
+
+def _through(guard: Guard) -> List[Tuple[str, int]]:
+    """Who gets where."""
+    return [(to, uid) for to in (SERVICE, NEIGHBOUR) for uid in (0, ONE, TWO) if guard.reach(uid, to) == "connected"]
+
+
+def test_it_denies_an_address_to_all_but_these(guard: Guard, lock_down: Command) -> None:
+    assert lock_down(SERVICE, str(ONE), "0").status == 0
+    assert _through(guard) == [(SERVICE, 0), (SERVICE, ONE), (NEIGHBOUR, 0), (NEIGHBOUR, ONE), (NEIGHBOUR, TWO)]
+
+
+def test_it_adds_and_never_takes_away(guard: Guard, lock_down: Command) -> None:
+    """The second call's user is added to the first one's."""
+    lock_down(SERVICE, str(ONE))
+    assert lock_down(SERVICE, str(TWO)).status == 0
+    assert [uid for to, uid in _through(guard) if to == SERVICE] == [ONE, TWO]
+
+
+def test_another_address_is_another_lock(guard: Guard, lock_down: Command) -> None:
+    """A for ONE and B for TWO does not let TWO to A."""
+    lock_down(SERVICE, str(ONE))
+    assert lock_down(NEIGHBOUR, str(TWO)).status == 0
+    assert _through(guard) == [(SERVICE, ONE), (NEIGHBOUR, TWO)]
+
+
+def test_the_same_again_changes_nothing(guard: Guard, lock_down: Command) -> None:
+    lock_down(SERVICE, str(ONE))
+    again = lock_down(SERVICE, str(ONE))
+    assert again.status == 0
+    assert "already" in again.stdout
+    assert [uid for to, uid in _through(guard) if to == SERVICE] == [ONE]
+
+
+def test_nobody_is_a_lock_too(guard: Guard, lock_down: Command) -> None:
+    assert lock_down(SERVICE).status == 0
+    assert [uid for to, uid in _through(guard) if to == SERVICE] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(("192.0.2.999",), 78), (("192.0.2.1", "no-such-user"), 78), ((), 2)], ids=str
+)
+def test_a_mistake_is_told_on_stderr_and_locks_nothing(
+    guard: Guard, lock_down: Command, words: Tuple[str, ...], status: int
+) -> None:
+    done = lock_down(*words)
+    assert (done.status, done.stdout) == (status, "")
+    assert done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(_through(guard)) == 6
+
+
+# --- the commands on iptables ---------------------------------------------------------------------------------------
+
+
+def test_the_life_of_a_guard_on_iptables(guard: Guard) -> None:
+    """start, status, allow, revoke, explain and stop, as with eBPF."""
+    assert _inside(guard, "status").status == 3
+    started = _inside(guard, "start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6)
+    assert started.status == 0, started
+    assert "active (iptables)" in started.stdout
+    assert (guard.reach(ONE), guard.reach(STRANGER), guard.reach(STRANGER, SERVICE_V6)) == (
+        "connected",
+        "ECONNREFUSED",
+        "ECONNREFUSED",
+    )
+    status = _inside(guard, "status", "--json")
+    assert (status.status, status.values["state"], status.values["backend"]) == (0, "active", "iptables")
+    assert _inside(guard, "allow", "--user", str(TWO)).status == 0
+    assert guard.reach(TWO) == "connected"
+    assert _inside(guard, "revoke", "--user", str(ONE)).status == 0
+    assert (guard.reach(ONE), guard.reach(TWO)) == ("ECONNREFUSED", "connected")
+    assert _inside(guard, "stop").status == 0
+    assert guard.reach(STRANGER) == "connected"
+    assert _inside(guard, "status").status == 3
+
+
+def test_a_foreign_flush_is_degraded_and_start_repairs(guard: Guard) -> None:
+    words = ("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
+    _inside(guard, *words)
+    flushed = guard.sandbox.call(lambda: command.run(("iptables", "-F")), timeout_s=PATIENCE_S)
+    assert flushed.status == 0
+    degraded = _inside(guard, "status")
+    assert degraded.status == 1
+    assert "fault" in degraded.stdout
+    assert _inside(guard, *words).status == 0
+    assert _inside(guard, "status").status == 0
+    assert guard.reach(STRANGER) == "ECONNREFUSED"
+
+
+def test_a_cgroup_goes_with_ebpf_alone(guard: Guard) -> None:
+    done = guard("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
+    assert done.status == 2
+    assert "--cgroup" in done.sentence
+
+
+def test_what_is_forwarded_is_dropped_too(guard: Guard) -> None:
+    """With forwarding on, rules of ours stand at the head of FORWARD; stop takes them away."""
+
+    def route() -> None:
+        with open("/proc/sys/net/ipv4/ip_forward", "w", encoding="ascii") as switch:
+            switch.write("1")
+
+    guard.sandbox.call(route)
+    started = _inside(guard, "start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
+    assert started.status == 0, started
+    listed = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=PATIENCE_S).stdout
+    forward = [line for line in listed.splitlines() if line.startswith("-A FORWARD")]
+    assert len(forward) == 1, listed
+    assert _inside(guard, "status").status == 0
+    assert _inside(guard, "stop").status == 0
+    after = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=PATIENCE_S).stdout
+    assert "FORWARD -" not in after.replace(":FORWARD -", "")
+    assert "imds" not in after.lower()
+
+
+def test_export_is_what_iptables_takes(guard: Guard) -> None:
+    """The text loads as it stands."""
+    done = command.imds_guard_command("export", "--format", "iptables", "--user", str(ONE), "--ip", SERVICE)
+    assert done.status == 0, done
+
+    def load() -> int:
+        from imds_guard.kernel.run import run
+
+        return run(["iptables-restore", "--test"], done.stdout).status
+
+    assert guard.sandbox.call(load) == 0
+
+
+def test_export_refuses_to_weaken() -> None:
+    """nftables sees the primary group alone: a member of a denied group would get through. --force prints it anyway."""
+    words = ("export", "--format", "nftables", "--deny-group", str(STAFF), "--ip", SERVICE)
+    refused = command.imds_guard_command(*words)
+    assert refused.status == 78
+    assert "--force" in refused.sentence
+    assert command.imds_guard_command(*words, "--force").status == 0
