@@ -19,7 +19,7 @@ from typing import List, Sequence, Tuple
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path[:0] = [str(SOURCE)]
 
-from imds_guard.kernel.sandbox import Sandbox  # noqa: E402
+from imds_guard.kernel.sandbox import Sandbox
 
 ROUNDS = 5
 
@@ -39,7 +39,7 @@ def _run(arguments: Sequence[str]) -> Tuple[float, float]:
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.execv(sys.executable, [sys.executable, "-I", "-c", code, *arguments])
+        os.execv(sys.executable, [sys.executable, "-I", "-c", code, *arguments])  # noqa: S606
     _, status, usage = os.wait4(pid, 0)
     if status:
         raise SystemExit(f"bench: imds-guard {' '.join(arguments)} ended with {os.waitstatus_to_exitcode(status)}")

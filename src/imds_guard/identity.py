@@ -144,7 +144,8 @@ def caller_of_pid(pid: int) -> Caller:
         raise NoSuchProcess(f"there is no process {pid}") from None
     except PermissionError as error:
         raise NotPermitted(
-            f"the credentials of process {pid} could not be read: {system_words(error)}; run it as root"
+            f"reading the namespaces of process {pid}: {system_words(error)}; that takes root with every capability "
+            "that the process has, or CAP_SYS_PTRACE (ptrace(2))"
         ) from error
     return Caller(
         fsuid=_filesystem_id(status["Uid"]),

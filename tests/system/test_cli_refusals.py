@@ -167,7 +167,7 @@ FILES: Dict[str, Tuple[str, str]] = {
     "unknown user": ('[lock.web]\nendpoints = ["192.0.2.1"]\nusers = ["nobody-has-this"]\n', ":3: there is no user"),
     "bad address": (
         '[lock.web]\nusers = [1]\nendpoints = [\n"192.0.2.1",\n"198.51"]\n',
-        ":5: '198.51' is not an endp",
+        ":5: '198.51' is not an endpoint",
     ),
     "two locks on one endpoint": (
         '[lock.web]\nendpoints = ["192.0.2.1:80"]\nusers = [1]\n\n[lock.api]\nendpoints = ["192.0.2.1"]\nusers = [2]\n',

@@ -8,7 +8,7 @@ from typing import Optional
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
 from imds_guard.kernel import syscalls
-from imds_guard.kernel.mounts import Mount, mounts, same_namespace_as_pid1
+from imds_guard.kernel.mounts import Mount, mounts, same_namespace_as_pid1, window_to_pid1
 
 USUAL_PATH = "/sys/fs/bpf"
 
@@ -21,9 +21,12 @@ def find_bpffs() -> Optional[str]:
     of_host = _of_pid1()
     if of_host is None:
         return None
-    for path in (of_host.path, USUAL_PATH, f"/proc/1/root{of_host.path}"):
+    for path in (of_host.path, USUAL_PATH):
         if _device(path) == of_host.device:
             return path
+    window = window_to_pid1()
+    if window is not None and _device(f"/proc/{window}/root{of_host.path}") == of_host.device:
+        return f"/proc/{window}/root{of_host.path}"
     raise Unsupported(
         f"looking for the BPF filesystem that PID 1 has at {of_host.path}: this process lives in another mount "
         "namespace and can't reach it, and a pin in a private one would be gone with the namespace; run this in "
@@ -81,7 +84,7 @@ def _mount_in_pid1s_namespace() -> int:
     """An errno, or 0."""
     try:
         if not same_namespace_as_pid1():
-            fd = os.open("/proc/1/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/{window_to_pid1() or 1}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             syscalls.enter_mount_namespace(fd)
         syscalls.mount("bpf", USUAL_PATH, "bpf")
     except OSError as error:

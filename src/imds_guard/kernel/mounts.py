@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import List
+from typing import Iterator, List, Optional
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,31 @@ def same_namespace_as_pid1() -> bool:
     /proc/1/ns/mnt would tell as well, but only a process with all of PID 1's capabilities may read it.
     """
     return _first_id("self") == _first_id("1")
+
+
+def window_to_pid1() -> Optional[str]:
+    """A process ID in PID 1's mount namespace whose /proc/PID/root and /proc/PID/ns/mnt we may use, or None.
+
+    PID 1's own asks for all of its capabilities; the shell that called us (``ip netns exec``) has no more than we.
+    """
+    wanted = _first_id("1")
+    for pid in ("1", *_ancestors()):
+        try:
+            os.readlink(f"/proc/{pid}/ns/mnt")
+            if _first_id(pid) == wanted:
+                return pid
+        except OSError:
+            continue
+    return None
+
+
+def _ancestors() -> Iterator[str]:
+    pid = os.getppid()
+    while pid > 1:
+        yield str(pid)
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        pid = int(text[text.rindex(")") + 1 :].split()[1])
 
 
 def _first_id(pid: str) -> str:

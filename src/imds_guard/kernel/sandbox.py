@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Callable, Iterable, List, Optional, Sequence, Type, TypeVar
 
 from imds_guard.errors import Unsupported, system_words
-from imds_guard.kernel import children, listeners, netns
+from imds_guard.kernel import children, listeners, netns, syscalls
 from imds_guard.kernel.children import ChildFailed
 
 T = TypeVar("T")
@@ -143,7 +143,11 @@ def _cgroup2_mount() -> str:
             left, _, right = line.partition(" - ")
             if right.split()[0] == "cgroup2":
                 return left.split()[4]
-    raise Unsupported("no cgroup2 file system is mounted; mount one with: mount -t cgroup2 none DIRECTORY")
+    try:
+        fd = syscalls.mounted_nowhere("cgroup2")  # stays open with the process: the path leads through it
+    except OSError as error:
+        raise Unsupported(f"mounting cgroup2 for a sandbox: {system_words(error)}; run it as root") from error
+    return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def _new_cgroup(below: str) -> str:
