@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Callable, List, Optional
 
 from imds_guard.endpoint_words import endpoint_words
+from imds_guard.endpoints import WIRESERVER, single
 from imds_guard.errors import BadPolicy, UsageError
 from imds_guard.lockdown import divide, free_name
 from imds_guard.policy import Endpoint, Identities, Lock, Policy, PolicyError, Verdict, make_policy
-from imds_guard.wireserver import WIRESERVER_LOCK
 
 Change = Callable[[Lock], Lock]
 
@@ -37,7 +37,7 @@ def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None)
                 "would be shut out; start again with --deny-user or --deny-group"
             )
         users = lock.allow.users - who.users
-        if lock.name == WIRESERVER_LOCK:
+        if _is_wireserver(lock):
             users |= lock.allow.users & {0}
         return replace(lock, allow=Identities(users, lock.allow.groups - who.groups))
 
@@ -58,15 +58,21 @@ def _change(policy: Policy, endpoint: Optional[Endpoint], change: Change) -> Pol
 
 def _check_alike(policy: Policy) -> None:
     """Without --ip all locks change, which is only clear when they have the same allowlist."""
-    if len({_compared(lock) for lock in policy.locks}) > 1:
+    if not _are_alike(policy):
         names = "; ".join(f"{lock.name!r}: --ip {endpoint_words(lock.endpoints[0])[0]}" for lock in policy.locks)
         raise UsageError(f"the locks have different allowlists, so say which one is meant ({names})")
 
 
-def _compared(lock: Lock) -> Identities:
-    if lock.name == WIRESERVER_LOCK:
-        return Identities(lock.allow.users - {0}, lock.allow.groups)
-    return lock.allow
+def _are_alike(policy: Policy) -> bool:
+    """The WireServer's list has user 0 whether or not the others have."""
+    others = {lock.allow for lock in policy.locks if not _is_wireserver(lock)}
+    with_root = {Identities(lock.allow.users | {0}, lock.allow.groups) for lock in policy.locks}
+    return len(others) <= 1 and len(with_root) <= 1
+
+
+def _is_wireserver(lock: Lock) -> bool:
+    """By what it locks: alone, or split, it has a name of its own."""
+    return any(endpoint.network == single(WIRESERVER) for endpoint in lock.endpoints)
 
 
 def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]:

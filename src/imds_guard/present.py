@@ -246,10 +246,11 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision)
         f"fsuid {_named(caller.fsuid, user_name(caller.fsuid))}, fsgid {_named(caller.fsgid, group_name(caller.fsgid))}"
     )
     groups = ", ".join(_named(gid, group_name(gid)) for gid in sorted(caller.groups)[:MANY]) or "none"
+    more = len(caller.groups) - MANY
     lines = [
         f"{'allowed' if decision.allowed else 'denied'}: {decision.reason.word}",
         f"  caller:      {who}",
-        f"  groups:      {groups}" + (f", and {len(caller.groups) - MANY} more" if len(caller.groups) > MANY else ""),
+        *_wrapped("  groups:      ", groups + (f", and {more} more" if more > 0 else "")),
         f"  destination: {host}:{destination.port} {destination.protocol.value}",
         f"  lock:        {decision.lock or 'none'}",
     ]

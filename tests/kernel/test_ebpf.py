@@ -206,6 +206,8 @@ def test_a_missing_map_pin_is_repaired(guarded: Guarded) -> None:
     backend.apply(OLD_POLICY)
     os.unlink(os.path.join(guards.folder_of(sandbox.cgroup).path, "members"))
     assert guards.passing(sandbox) == {OLD, BOTH}
+    assert backend.in_force()
+    assert any("pin of a map is gone" in fault for fault in backend.faults())
     backend.apply(NEW_POLICY)
     assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
     assert guards.passing(sandbox) == {NEW, BOTH}

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Iterator, List, Sequence, Set, Tuple
 
@@ -98,9 +99,15 @@ def test_after_start_no_process_of_ours_stays(guard: Guard) -> None:
 
 
 def test_a_killed_start_leaves_what_the_next_one_makes_whole(guard: Guard) -> None:
-    """Here the command is killed as it stands; tests/kernel/test_kill.py does so at each step."""
+    """Killed with its first pin made; tests/kernel/test_kill.py does so at each step."""
+    deadline = time.monotonic() + command.PATIENCE_S
     with subprocess.Popen(command.argv(guard.words("start", "--user", str(ONE), "--ip", SERVICE))) as process:
+        while not traces(guard.sandbox.cgroup)["pins"]:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
         process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert guard.reach(STRANGER) == "connected", "nothing is locked before the policy is whole"
     guard.start()
     assert guard("status").status == 0
     assert guard.reach(STRANGER) == "EPERM"

@@ -23,16 +23,45 @@ def exclusive(name: str, wait_s: Optional[float] = None) -> Iterator[None]:
 
     An unprivileged process can't open the file, so it can't hold the lock against us.
     """
-    fd = _open(name)
+    fd = _acquire(name, WAIT_S if wait_s is None else wait_s)
     try:
-        _wait(fd, name, WAIT_S if wait_s is None else wait_s)
         yield
     finally:
         os.close(fd)
 
 
+def forget(name: str) -> None:
+    """Removes the lock file; only while it is held. Who waits for it makes another one."""
+    os.unlink(_path(name))
+
+
+def _path(name: str) -> str:
+    return os.path.join(FOLDER, f"{name}.lock")
+
+
+def _acquire(name: str, wait_s: float) -> int:
+    while True:
+        fd = _open(name)
+        try:
+            _wait(fd, name, wait_s)
+            if _is_at(fd, _path(name)):
+                return fd
+        except GuardError:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    """False when the file was removed while we waited for it."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def _open(name: str) -> int:
-    path = os.path.join(FOLDER, f"{name}.lock")
+    path = _path(name)
     try:
         os.makedirs(FOLDER, mode=0o700, exist_ok=True)
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

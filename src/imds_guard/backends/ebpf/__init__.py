@@ -23,12 +23,15 @@ from imds_guard.policy import Policy
 
 @dataclass(frozen=True)
 class State:
-    """What the kernel holds and runs. ``policy`` is None when nothing is locked or the maps can't be read."""
+    """What the kernel holds and runs. ``policy`` is None when nothing is locked or the maps can't be read.
+
+    ``generation`` is 0 when nothing is locked, and None when there are no maps, or none that can be read.
+    """
 
     cgroup: str
     cgroup_is_root: bool
     pins: Optional[str]
-    generation: int
+    generation: Optional[int]
     policy: Optional[Policy]
     hooks: Tuple[Hook, ...]
     counters: Tuple[Tuple[int, int], ...]
@@ -36,9 +39,10 @@ class State:
 
     @property
     def active(self) -> bool:
-        """True when a policy is in force, or some program of ours is attached without one that can be read."""
-        attached = any(p.version is not None for hook in self.hooks for p in hook.attached)
-        return self.generation != 0 or (attached and self.pins is None)
+        """True when a policy is in force, or some program of ours is attached and its policy can't be read."""
+        if self.generation is not None:
+            return self.generation != 0
+        return any(p.version is not None for hook in self.hooks for p in hook.attached)
 
     @property
     def versions(self) -> List[str]:
@@ -98,6 +102,8 @@ class EbpfBackend:
                 folder.remove()
                 found = True
             found = bool(hooks.detach_strays(cgroup, None)) or found
+            if not cgroup.is_root:
+                lockfile.forget(folder.name)
         return [f"removed every hook, link and map from {cgroup.path}"] if found else []
 
     def in_force(self) -> bool:
@@ -131,11 +137,14 @@ class EbpfBackend:
         found = tuple(hooks.inspect(cgroup, pins))
         if pins is None:
             faults = tuple(_pinless(found))
-            return State(cgroup.path, cgroup.is_root, None, 0, None, found, (), faults)
+            return State(cgroup.path, cgroup.is_root, None, None, None, found, (), faults)
+        if not Maps.are_pinned(pins):
+            faults = ("the pin of a map is gone, its policy can't be read: run imds-guard start",)
+            return State(cgroup.path, cgroup.is_root, pins, None, None, found, (), faults)
         with Maps.open(pins) as maps:
             if maps.misfits():
                 faults = ("the maps are of another version of imds-guard: run imds-guard start",)
-                return State(cgroup.path, cgroup.is_root, pins, 0, None, found, (), faults)
+                return State(cgroup.path, cgroup.is_root, pins, None, None, found, (), faults)
             generation = maps.generation()
             snapshot = maps.snapshot(generation) if generation else None
             if maps.generation() != generation:
@@ -185,7 +194,7 @@ class EbpfBackend:
                 hooks.verify(cgroup, place, maps.ids())
                 folder.commit()
                 maps.change(policy)
-        except GuardError:
+        except (GuardError, OSError):
             folder.abandon()
             if folder.exists():
                 folder.remove()
@@ -234,7 +243,7 @@ class EbpfBackend:
                 maps.change(policy)
                 hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines, place)
                 hooks.verify(cgroup, place, maps.ids())
-        except GuardError:
+        except (GuardError, OSError):
             folder.abandon()
             raise
         folder.swap()

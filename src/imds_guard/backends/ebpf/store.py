@@ -66,6 +66,15 @@ class Maps:
             raise
         return maps
 
+    @staticmethod
+    def are_pinned(folder: str) -> bool:
+        """True when a folder is gone altogether, or has the pin of every map."""
+        try:
+            names = set(os.listdir(folder))
+        except FileNotFoundError:
+            return True
+        return names >= {number.name.lower() for number in Map}
+
     def close(self) -> None:
         """Closes the file descriptors; the pins stay."""
         for fd in self._fds.values():

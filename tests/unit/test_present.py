@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The words for people: what stands in them, and how wide they are."""
+
+from __future__ import annotations
+
+from typing import Any, List
+
+import pytest
+
+from imds_guard import present
+from imds_guard.actions import Checked, Outcome, Status
+from imds_guard.backends.choose import Verdict as BackendVerdict
+from imds_guard.backends.ebpf import EbpfBackend, State
+from imds_guard.backends.ebpf.hooks import Attached, Hook
+from imds_guard.config import parse_endpoint
+from imds_guard.errors import Unsupported
+from imds_guard.policy import (
+    Caller,
+    Decision,
+    Destination,
+    Identities,
+    Lock,
+    Mode,
+    Policy,
+    Reason,
+    Verdict,
+    decide,
+    make_policy,
+)
+from imds_guard.preflight import ShutOut
+
+FOO = Identities(frozenset([41_001]))
+ROOT = Identities(frozenset([0]), frozenset([0]))
+LONG = "that goes on for much longer than anybody would like to read on one line of a terminal, or of a mail, or a log"
+
+
+def lock(allow: Identities = FOO, *words: str, **more: Any) -> Lock:
+    return Lock("web", tuple(map(parse_endpoint, words or ("192.0.2.1",))), allow, **more)
+
+
+def fits(lines: List[str]) -> bool:
+    return max(map(len, lines)) <= 80
+
+
+# --- identities and locks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("who", "text"),
+    [
+        (Identities(), "nobody"),
+        (FOO, "user 41001"),
+        (ROOT, "user root (0), group root (0)"),
+        (Identities(groups=frozenset([51_002, 51_001])), "group 51001, group 51002"),
+    ],
+)
+def test_identities(who: Identities, text: str) -> None:
+    """Names with their numbers, numbers alone where there is no name, in order."""
+    assert present.identities_text(who) == text
+
+
+@pytest.mark.parametrize(
+    ("users", "groups", "more"), [(12, 0, 0), (13, 0, 1), (0, 40, 28), (11, 2, 1), (12, 1, 1), (100_000, 5, 99_993)]
+)
+def test_of_many_identities_some_are_shown_and_the_rest_is_counted(users: int, groups: int, more: int) -> None:
+    who = Identities(frozenset(range(41_000, 41_000 + users)), frozenset(range(510_000, 510_000 + groups)))
+    text = present.identities_text(who)
+    shown, _, rest = text.partition(", and ")
+    assert len(shown.split(", ")) == min(users + groups, 12)
+    assert rest == (f"{more} more" if more else "")
+
+
+def test_a_lock_says_who_gets_through() -> None:
+    assert present.lock_lines(lock()) == ["lock web", "  endpoints: 192.0.2.1", "  allowed:   user 41001"]
+    assert present.lock_lines(lock(Identities()))[-1] == "  allowed:   nobody"
+    denied = lock(Identities(), deny=ROOT, default=Verdict.ALLOW)
+    assert present.lock_lines(denied)[2:] == [
+        "  denied:    user root (0), group root (0)",
+        "  allowed:   everyone else",
+    ]
+    both = lock(FOO, deny=ROOT, default=Verdict.ALLOW)
+    assert present.lock_lines(both)[2:] == [
+        "  denied:    user root (0), group root (0)",
+        "  allowed:   user 41001",
+        "  others:    allowed",
+    ]
+
+
+def test_long_lists_are_wrapped_and_no_endpoint_is_broken() -> None:
+    """Someone will copy it into --ip."""
+    words = [f"[2001:db8:1234:5678:9abc:def0:1234:{n:x}]:8000-8100+9000-9100,tcp" for n in range(12)]
+    lines = present.lock_lines(lock(FOO, *words))
+    assert fits(lines)
+    assert [word for word in words if not any(line.strip(", ").endswith(word) for line in lines)] == []
+
+
+def test_an_endpoint_longer_than_a_line_stays_whole() -> None:
+    ports = "+".join(str(port) for port in range(1000, 1040, 2))
+    assert f"192.0.2.1:{ports},tcp" in "\n".join(present.lock_lines(lock(FOO, f"192.0.2.1:{ports},tcp")))
+
+
+def test_a_policy_as_values() -> None:
+    policy = make_policy([lock(ROOT, "192.0.2.1:80,tcp")], Mode.AUDIT, Verdict.ALLOW)
+    assert present.policy_values(policy) == {
+        "mode": "audit",
+        "containers": "allow",
+        "locks": [
+            {
+                "name": "web",
+                "endpoints": ["192.0.2.1:80,tcp"],
+                "allow": {"users": [{"id": 0, "name": "root"}], "groups": [{"id": 0, "name": "root"}]},
+                "deny": {"users": [], "groups": []},
+                "default": "deny",
+            }
+        ],
+    }
+    assert present.policy_values(None) is None
+
+
+# --- outcomes -------------------------------------------------------------------------------------------------------
+
+
+def test_an_outcome() -> None:
+    policy = make_policy([lock(FOO, "192.0.2.1", "192.0.2.2")])
+    lines = present.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG]))
+    assert "imds-guard is active (ebpf): 2 endpoints locked" in lines
+    assert fits(lines)
+    one = present.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT)))
+    assert one[0] == "imds-guard is active in audit mode, which denies nobody (iptables): 1 endpoint locked"
+
+
+def test_warnings_of_an_outcome() -> None:
+    """What the backend warned of, locks that let nobody through, and who is shut out."""
+    policy = make_policy([lock(Identities())])
+    shut_out = [ShutOut(7, "waagent", "root", "is why"), ShutOut(None, "cloud-init", "root", "is why, too")]
+    assert present.outcome_warnings(Outcome("ebpf", policy, [], ["first"], shut_out)) == [
+        "first",
+        "lock web lets nobody through, root included",
+        "waagent (pid 7, user root) is shut out: it is why",
+        "cloud-init is shut out: it is why, too",
+    ]
+    lenient = make_policy([lock(Identities(), deny=FOO, default=Verdict.ALLOW)])
+    assert present.outcome_warnings(Outcome("ebpf", lenient)) == []
+
+
+# --- status ---------------------------------------------------------------------------------------------------------
+
+
+def state(**more: Any) -> State:
+    ours = Attached(11, "ig_c4_01234567", "01234567")
+    values = {
+        "cgroup": "/sys/fs/cgroup",
+        "cgroup_is_root": True,
+        "pins": "/sys/fs/bpf/imds-guard",
+        "generation": 2,
+        "policy": None,
+        "hooks": (Hook("connect4", (Attached(9, "", None), ours), 11), Hook("connect6", ())),
+        "counters": ((0, 0),) * len(Reason),
+        "faults": (),
+    }
+    return State(**{**values, **more})
+
+
+POLICY: Policy = make_policy([lock()])
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        (Status(None, None, []), "inactive"),
+        (Status("ebpf", POLICY, []), "active"),
+        (Status("ebpf", POLICY, ["one"]), "degraded"),
+        (Status("ebpf", None, ["unreadable"]), "degraded"),
+        (Status(None, None, ["something is left"]), "degraded"),
+    ],
+)
+def test_the_word_for_a_status(status: Status, word: str) -> None:
+    """A fault counts whether or not anything is in force: it never looks like "active" or "inactive"."""
+    assert present.status_word(status) == word
+    assert present.status_lines(status)[0].startswith(f"imds-guard: {word}")
+    assert present.status_values(status)["state"] == word
+
+
+def test_faults_come_first_and_are_wrapped() -> None:
+    lines = present.status_lines(Status("ebpf", POLICY, ["a fault " + LONG], state()))
+    assert lines[0] == "imds-guard: degraded (ebpf)"
+    assert lines[1].startswith("  fault: a fault that goes on")
+    assert fits(lines)
+
+
+def test_audit_mode_is_said_at_once() -> None:
+    lines = present.status_lines(Status("ebpf", make_policy([lock()], Mode.AUDIT), []))
+    assert lines[0] == "imds-guard: active (ebpf), audit mode: nobody is denied"
+
+
+def test_hooks_show_who_else_is_there_in_order() -> None:
+    lines = present.status_lines(Status("ebpf", POLICY, [], state()))
+    assert "attached to: /sys/fs/cgroup, every process of the machine" in lines
+    assert "version: 01234567, generation 2" in lines
+    assert "  connect4: (unnamed) (id 9), ig_c4_01234567 (id 11) [ours]" in lines
+    assert "  connect6: nothing attached" in lines
+    assert "connects to locked endpoints: none yet" in lines
+
+
+def test_counters_are_shown_by_reason() -> None:
+    counts = [(0, 0)] * len(Reason)
+    counts[Reason.NOT_LISTED], counts[Reason.ALLOWED_USER] = (3, 2), (1, 0)
+    found = state(counters=tuple(counts))
+    lines = present.status_lines(Status("ebpf", POLICY, [], found))
+    assert "connects to locked endpoints: allowed-user 1, not-listed 5 (2 let through by audit mode)" in "\n".join(
+        lines
+    ).replace("\n                              ", " ")
+    values = present.status_values(Status("ebpf", POLICY, [], found))["ebpf"]["counters"]
+    assert values["not-listed"] == {"enforced": 3, "audited": 2}
+    assert set(values) == {reason.word for reason in Reason}
+
+
+def test_many_locks_are_counted() -> None:
+    policy = make_policy(Lock(f"lock {n:02}", (parse_endpoint(f"192.0.2.{n}"),), FOO) for n in range(1, 15))
+    lines = present.status_lines(Status("ebpf", policy, []))
+    assert lines[-1] == "and 2 more locks (--json has them all)"
+    assert sum(line.startswith("lock ") for line in lines) == 12
+    assert len(present.status_values(Status("ebpf", policy, []))["policy"]["locks"]) == 14
+
+
+# --- explain and check ----------------------------------------------------------------------------------------------
+
+
+def explained(policy: Policy, caller: Caller, to: str = "192.0.2.1") -> List[str]:
+    destination = Destination(parse_endpoint(to).network.network_address, 80)
+    return present.decision_lines(caller, destination, decide(policy, caller, destination))
+
+
+def test_an_explanation() -> None:
+    assert explained(make_policy([lock(ROOT)]), Caller(41_001, 51_001, frozenset([0, 51_001]))) == [
+        "allowed: allowed-group",
+        "  caller:      fsuid 41001, fsgid 51001",
+        "  groups:      root (0), 51001",
+        "  destination: 192.0.2.1:80 tcp",
+        "  lock:        web",
+        "  by:          group root (0) on the list",
+    ]
+
+
+def test_an_explanation_of_what_is_not_locked() -> None:
+    lines = explained(POLICY, Caller(0, 0), "2001:db8::1")
+    assert lines[0] == "allowed: not-locked"
+    assert lines[2:] == ["  groups:      none", "  destination: [2001:db8::1]:80 tcp", "  lock:        none"]
+
+
+def test_an_explanation_under_audit() -> None:
+    """Allowed, and yet not: both are said."""
+    lines = explained(make_policy([lock()], Mode.AUDIT), Caller(0, 0))
+    assert lines[0] == "allowed: not-listed"
+    assert lines[-1] == "  audit mode lets it through"
+
+
+def test_many_groups_are_counted() -> None:
+    lines = explained(POLICY, Caller(0, 0, frozenset(range(51_000, 51_100))))
+    assert "51010, 51011, and 88 more" in " ".join(" ".join(lines).split())
+    assert fits(lines)
+
+
+def test_an_explanation_as_values() -> None:
+    caller, destination = (
+        Caller(1, 2, frozenset([3]), user_namespace_is_initial=False),
+        Destination(parse_endpoint("192.0.2.1").network.network_address, 443),
+    )
+    decision = Decision(False, Reason.CONTAINER, "web")
+    assert present.decision_values(caller, destination, decision) == {
+        "allowed": False,
+        "reason": "container",
+        "lock": "web",
+        "matched": None,
+        "caller": {"fsuid": 1, "fsgid": 2, "groups": [3], "in_container": True},
+        "destination": {"address": "192.0.2.1", "port": 443, "protocol": "tcp"},
+    }
+
+
+def test_what_check_found() -> None:
+    refused = BackendVerdict(EbpfBackend(), Unsupported("a reason " + LONG))
+    none = Checked([refused], [ShutOut(7, "waagent", "root", "is " + LONG)])
+    lines = present.checked_lines(none)
+    assert lines[0].startswith("ebpf: a reason that goes on")
+    assert "start would take: nothing, it would fail" in lines
+    assert fits(lines)
+    assert present.checked_values(none)["taken"] is None
+    good = Checked([BackendVerdict(EbpfBackend(), None)], [])
+    assert present.checked_lines(good) == ["ebpf: works here", "start would take: ebpf"]
+
+
+# --- the built-in table ---------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_endpoints() -> None:
+    """A star for what is locked here, every source, and the legend of the star."""
+    rows = present.endpoint_rows("Alibaba Cloud")
+    lines = present.endpoint_lines(rows)
+    starred = {line[2:] for line in lines[:-1] if line.startswith("* ")}
+    assert "100.100.100.200" in starred
+    assert "169.254.169.254" in starred
+    assert not {word for word in starred if word.startswith(("168.63.129.16", "169.254.170."))}
+    assert lines[-1] == "* locked on this machine when nothing else is asked for"
+    text = "\n".join(lines)
+    assert all(service["source"] in text for row in rows for service in row["services"])
