@@ -130,7 +130,9 @@ struct ig_list_key {
 	__u8 pad;
 	__u16 list;
 };
+#ifndef IG_SEARCHED /* tests make it small where a program must load fast */
 #define IG_SEARCHED 128
+#endif
 struct ig_groups {
 	__u32 denied; /* gid[0 .. denied) are denied, gid[denied .. len) allowed */
 	__u32 len;
@@ -178,7 +180,9 @@ struct ig_counter {
 	__u64 audited; /* of these, the ones that audit mode let through */
 };
 
+#ifndef IG_WALKED /* as IG_SEARCHED */
 #define IG_WALKED 1024 /* supplementary groups of a caller that are compared one by one */
+#endif
 #define IG_MAX_GROUPS 65536 /* NGROUPS_MAX, include/uapi/linux/limits.h */
 
 #endif

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from imds_guard import edit, lockdown, preflight
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.forwarded import Forwarded
-from imds_guard.config import Config, save_config
+from imds_guard.config import Config, load_config, save_config
 from imds_guard.demo import DemoResult, run_demo
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
 from imds_guard.export import Exported
 from imds_guard.export import export as export_policy
+from imds_guard.kernel import lockfile
 from imds_guard.policy import (
     Caller,
     Decision,
@@ -61,8 +63,27 @@ class Outcome:
 # --- start and stop -------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
+    """Commands that change something wait for each other: what one has read, no other changes meanwhile."""
+    name = "command"
+    if cgroup is not None:
+        # What is wrong with the cgroup, the backend says.
+        with suppress(OSError):
+            name = f"command-{os.stat(cgroup).st_ino}"
+    with lockfile.exclusive(name):
+        yield
+        if cgroup is not None:
+            lockfile.forget(name)
+
+
 def start(policy: Policy, place: Place, tell: Tell) -> Outcome:
     """Puts ``policy`` in force with the backend that fits, then takes any other backend's rules away."""
+    with _one_at_a_time(place.cgroup):
+        return _start(policy, place, tell)
+
+
+def _start(policy: Policy, place: Place, tell: Tell) -> Outcome:
     if place.cgroup is not None and place.forwarded is not None:
         raise UsageError("--forwarded is about the packets of the whole machine: it does not go with --cgroup")
     names = choose.candidates(place.backend, place.cgroup)
@@ -108,20 +129,24 @@ def _outcome(backend: Backend, policy: Policy, lines: List[str], why: List[str])
     return Outcome(backend.name, policy, said, why + warnings, preflight.shut_out(policy))
 
 
-def stop(cgroup: Optional[str]) -> Tuple[List[str], List[str]]:
-    """Takes everything of ours out of the kernel. Returns what was done, and which backends could not be asked."""
-    lines: List[str] = []
-    unasked: List[str] = []
-    for name in choose.candidates(choose.AUTO, cgroup):
-        try:
-            lines += choose.make(name, cgroup).remove()
-        except Unsupported as error:
-            if cgroup is not None:
-                raise  # no other backend serves a subtree
-            unasked.append(f"nothing of {name} was looked for: {error}")
-    if cgroup is None:
-        lines += Forwarded().remove()
-    return lines, unasked
+def stop(cgroup: Optional[str]) -> List[str]:
+    """Takes everything of ours out of the kernel. Returns what was done.
+
+    Raises Unsupported when nothing was found and eBPF could not be asked: then something of it may be there.
+    """
+    with _one_at_a_time(cgroup):
+        lines: List[str] = []
+        unasked: Optional[Unsupported] = None
+        for name in choose.candidates(choose.AUTO, cgroup):
+            try:
+                lines += choose.make(name, cgroup).remove()
+            except Unsupported as error:
+                unasked = error if name == "ebpf" else unasked
+        if cgroup is None:
+            lines += Forwarded().remove()
+    if unasked is not None and not lines:
+        raise unasked
+    return lines
 
 
 # --- changes to what is running -------------------------------------------------------------------------------------
@@ -141,15 +166,20 @@ def the_running(cgroup: Optional[str]) -> Tuple[Backend, Policy]:
 
 
 def _running(cgroup: Optional[str]) -> Dict[str, Backend]:
-    """As choose.running(). In a subtree eBPF alone can enforce: that it can't be asked is an error, not "nothing"."""
+    """As choose.running(). Where nothing is found and eBPF can't be asked, that is an error, not "nothing"."""
     found = choose.running(cgroup)
-    if cgroup is not None and not found:
+    if not found:
         choose.make("ebpf", cgroup).in_force()
     return found
 
 
 def change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
     """Puts what ``edited`` makes of the running policy in force, with the backend that runs."""
+    with _one_at_a_time(cgroup):
+        return _change(edited, cgroup)
+
+
+def _change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
     backend, policy = the_running(cgroup)
     wanted = edited(policy)
     if wanted == policy:
@@ -202,10 +232,11 @@ def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str],
 
 def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
     """What ``ip-lockdown`` does: adds to the policy in force, or begins one with the best backend."""
-    if choose.running(place.cgroup):
-        outcome = change(lambda policy: lockdown.lockdown(policy, ip, users), place.cgroup)
-    else:
-        outcome = start(lockdown.lockdown(None, ip, users), place, tell)
+    with _one_at_a_time(place.cgroup):
+        if choose.running(place.cgroup):
+            outcome = _change(lambda policy: lockdown.lockdown(policy, ip, users), place.cgroup)
+        else:
+            outcome = _start(lockdown.lockdown(None, ip, users), place, tell)
     if outcome.policy.mode is Mode.AUDIT:
         outcome.warnings.append("the policy in force is in audit mode, which denies nobody")
     return outcome
@@ -224,7 +255,9 @@ def check_saving(policy: Policy, without_root: bool) -> None:
 def save(policy: Policy, place: Place, path: str) -> None:
     """Writes the policy that is in force for the next boot."""
     try:
-        save_config(Config(policy, backend=place.backend, cgroup=place.cgroup), path)
+        kept = load_config(path, use_stored_ids=True) if os.path.exists(path) else Config(policy)
+        backend = kept.backend if place.backend == choose.AUTO else place.backend
+        save_config(Config(policy, kept.on_error, backend, place.cgroup or kept.cgroup), path)
     except GuardError as error:
         raise GuardError(f"saving the policy, which is in force until the next boot: {error}") from error
 

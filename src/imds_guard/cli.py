@@ -223,9 +223,7 @@ def start(
 def stop(cgroup: Optional[str]) -> None:
     """Open the locks and remove everything of ours from the kernel."""
     actions.require_root("stop")
-    lines, unasked = actions.stop(cgroup)
-    _say(lines or ["imds-guard was not active: nothing to remove"])
-    _warn(unasked if not lines else [])
+    _say(actions.stop(cgroup) or ["imds-guard was not active: nothing to remove"])
 
 
 @cli.command()

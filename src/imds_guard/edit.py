@@ -4,13 +4,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Callable, List, Optional
+from typing import Callable, List, Optional, Set, Tuple
 
 from imds_guard.endpoint_words import endpoint_words
 from imds_guard.endpoints import WIRESERVER, single
 from imds_guard.errors import BadPolicy, UsageError
 from imds_guard.lockdown import divide, free_name
-from imds_guard.policy import Endpoint, Identities, Lock, Policy, PolicyError, Verdict, make_policy
+from imds_guard.policy import (
+    Endpoint,
+    Identities,
+    Lock,
+    Network,
+    Policy,
+    PolicyError,
+    Verdict,
+    common_ports,
+    make_policy,
+)
 
 Change = Callable[[Lock], Lock]
 
@@ -93,5 +103,29 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]
             continue
         locks += [replace(lock, endpoints=outside), replace(changed, name=free_name(endpoint, names))]
     if not found:
+        locks, found = _change_within(policy, endpoint, change, names)
+    if not found:
         raise UsageError(f"no lock holds {endpoint_words(endpoint)[0]}: imds-guard status lists the endpoints")
     return locks
+
+
+def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: Set[str]) -> Tuple[List[Lock], bool]:
+    """A prefix around the endpoint is split by a lock for the endpoint alone, since the most specific one counts."""
+    locks = list(policy.locks)
+    around = [
+        (lock, one) for lock in policy.locks for one in lock.endpoints if _is_around(one.network, endpoint.network)
+    ]
+    longest = max((one.network.prefixlen for _, one in around), default=0)
+    found = False
+    for lock, one in around:
+        common = Endpoint(endpoint.network, common_ports(one.tcp, endpoint.tcp), common_ports(one.udp, endpoint.udp))
+        if one.network.prefixlen == longest and (common.tcp or common.udp):
+            found = True
+            changed = change(replace(lock, endpoints=(common,)))
+            if changed.allow != lock.allow:
+                locks.append(replace(changed, name=free_name(endpoint, names)))
+    return locks, found
+
+
+def _is_around(network: Network, inner: Network) -> bool:
+    return network.version == inner.version and inner.subnet_of(network)  # type: ignore[arg-type]

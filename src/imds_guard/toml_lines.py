@@ -74,7 +74,7 @@ class KeyLines:
             return start
         later = [line for line in self._lines.values() if line > start]
         for number in range(start, min(later, default=len(self._text) + 1)):
-            if word in self._text[number - 1]:
+            if re.search(rf"(?<![\w.:/-]){re.escape(word)}(?![\w.:/-])", self._text[number - 1]):
                 return number
         return start
 

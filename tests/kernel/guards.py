@@ -15,6 +15,7 @@ from typing import Dict, FrozenSet, Iterator, List, Sequence, Tuple
 
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.backends.ebpf.folder import Folder
+from imds_guard.backends.ebpf.program import Defines
 from imds_guard.kernel import bpf, bpffs
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.credentials import become
@@ -41,12 +42,16 @@ OLD_POLICY = policy(OLD, BOTH)
 NEW_POLICY = policy(NEW, BOTH)
 
 
+FAST = (("IG_WALKED", 16), ("IG_SEARCHED", 2))
+"""For programs that the verifier is through with in a moment, where a test loads hundreds."""
+
+
 @contextmanager
-def guarded_sandbox() -> Iterator[Tuple[Sandbox, EbpfBackend]]:
+def guarded_sandbox(defines: Defines = ()) -> Iterator[Tuple[Sandbox, EbpfBackend]]:
     """A namespace with the fake service, and a backend for its cgroup that is removed at the end."""
     with Sandbox((IPV4, IPV6)) as sandbox:
         sandbox.serve((IPV4, IPV6), (PORT,))
-        backend = EbpfBackend(sandbox.cgroup)
+        backend = EbpfBackend(sandbox.cgroup, defines)
         try:
             yield sandbox, backend
         finally:

@@ -8,7 +8,6 @@ import errno
 import os
 import platform
 import struct
-import tempfile
 from typing import Sequence
 
 from imds_guard.kernel import bpf, netns
@@ -27,7 +26,7 @@ _RET_ALLOW, _RET_ERRNO = 0x7FFF0000, 0x00050000
 _LOAD_WORD, _JUMP_IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _CAPABILITY_VERSION_3 = 0x20080522
 
-CGROUP2 = "/sys/fs/cgroup/unified"
+CGROUPS = "/sys/fs/cgroup"
 
 
 def _check(result: int, what: str) -> None:
@@ -96,12 +95,8 @@ def in_cgroup_namespace() -> str:
     """The cgroup of the process is all there is to be seen of the hierarchy. Returns where that is mounted."""
     netns.unshare(CLONE_NEWCGROUP)
     without_cgroup2()
-    folder = tempfile.mkdtemp()
-    _mount("none", folder, "tmpfs")  # what is made in it goes with the namespace
-    place = os.path.join(folder, "cgroup")
-    os.mkdir(place)
-    _mount("none", place, "cgroup2")
-    return place
+    _mount("none", CGROUPS, "cgroup2")
+    return CGROUPS
 
 
 def with_own_proc() -> None:

@@ -31,7 +31,7 @@ _MOST_STEPS = 500
 def guarded() -> Iterator[Tuple[Sandbox, EbpfBackend]]:
     if os.geteuid() != 0:
         pytest.skip("attaching programs needs root")
-    with guards.guarded_sandbox() as pair:
+    with guards.guarded_sandbox(guards.FAST) as pair:
         yield pair
 
 
@@ -135,7 +135,7 @@ def test_kill_during_stop(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
 def test_kill_during_an_upgrade(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
     """Some hooks new, some old, all on the same maps: the policy holds at every step, the changed one as well."""
     sandbox, backend = guarded
-    other = EbpfBackend(sandbox.cgroup, defines=(("IG_ANOTHER_VERSION", 1),))
+    other = EbpfBackend(sandbox.cgroup, defines=(*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
     other.apply(OLD_POLICY)
 
     def look(step: int) -> None:

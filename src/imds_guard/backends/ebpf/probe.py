@@ -21,6 +21,11 @@ def require_place() -> None:
         raise NotPermitted(
             f"working with eBPF: this process lacks {', '.join(missing)}; run it as root, or give it the capabilities"
         )
+    if privileges.namespace_inode("user") != privileges.INITIAL_USER_NAMESPACE:
+        raise NotPermitted(
+            "working with eBPF: this process is root of a user namespace alone, which may attach nothing; run it as "
+            "root of the host"
+        )
     if privileges.namespace_inode("pid") != privileges.INITIAL_PID_NAMESPACE:
         raise Unsupported(
             "looking at the PID namespace: this process is in a container, where the host's processes would all count "
