@@ -381,6 +381,16 @@ def test_explain_a_user_in_words(guard: Guard) -> None:
     assert guard("explain", "--user", "root", NEIGHBOUR).answer.startswith("allowed: not-locked\n")
 
 
+def test_changes_at_the_same_time_are_all_made(guard: Guard) -> None:
+    """Each reads the policy and writes it: none may write over what another has just added."""
+    guard.start()
+    users = [42_001 + n for n in range(6)]
+    running = [subprocess.Popen(command.argv(guard.words("allow", "--user", str(user)))) for user in users]
+    assert [process.wait(command.PATIENCE_S) for process in running] == [0] * len(users)
+    ((_, allowed),) = allowed_users(guard)
+    assert allowed == [ONE, *users]
+
+
 # --- --save ---------------------------------------------------------------------------------------------------------
 
 
@@ -410,3 +420,15 @@ def test_start_with_a_file_and_a_mode(guard: Guard, tmp_path: Path) -> None:
     assert (policy["mode"], policy["containers"]) == ("audit", "allow")
     assert [lock["name"] for lock in policy["locks"]] == ["two words"]
     assert "lock two words\n" in guard("status").answer
+
+
+def test_save_keeps_what_the_policy_does_not_say(guard: Guard, tmp_path: Path) -> None:
+    """on_error and the backend are of the file, not of the policy in force."""
+    file = tmp_path / "config.toml"
+    file.write_text(f'on_error = "open"\nbackend = "ebpf"\n[lock.a]\nusers = [{ONE}]\nendpoints = ["{SERVICE}"]\n')
+    assert guard("start", "--config", str(file)).status == 0
+    assert guard("allow", "--user", str(TWO), "--save", "--without-root", "--config", str(file)).status == 0
+    saved = file.read_text()
+    assert 'on_error = "open"' in saved
+    assert 'backend = "ebpf"' in saved
+    assert str(TWO) in saved

@@ -249,3 +249,30 @@ def is_decided_at(policy: Policy, target: Destination, endpoint: Endpoint) -> bo
     """True when the most specific endpoint that holds the target has this one's prefix."""
     lengths = [one.network.prefixlen for lock in policy.locks for one in lock.endpoints if touches(one, target)]
     return int(target.address) != 0 and max(lengths, default=-1) == endpoint.network.prefixlen
+
+
+# --- inside a locked prefix -----------------------------------------------------------------------------------------
+
+
+def test_allow_inside_a_prefix_adds_a_lock_for_the_address() -> None:
+    """The address goes on to deny whom the prefix denies, and lets one more through; the prefix is as it was."""
+    policy = make_policy([lock("net", "10.0.0.0/8:80,tcp")])
+    wanted = make_policy([lock("net", "10.0.0.0/8:80,tcp"), lock("10.1.2.3", "10.1.2.3:80,tcp", allow=both(FOO, BAR))])
+    assert edit.allow(policy, BAR, parse_endpoint("10.1.2.3:80,tcp")) == wanted
+
+
+def test_the_most_specific_prefix_around_an_address_counts() -> None:
+    policy = make_policy([lock("wide", "10.0.0.0/8", allow=STAFF), lock("narrow", "10.1.0.0/16")])
+    edited = edit.allow(policy, BAR, parse_endpoint("10.1.2.3"))
+    (added,) = set(edited.locks) - set(policy.locks)
+    assert added.allow == both(FOO, BAR)
+
+
+def test_only_the_ports_that_the_prefix_locks_are_changed() -> None:
+    edited = edit.allow(make_policy([lock("net", "10.0.0.0/8:80,tcp")]), BAR, parse_endpoint("10.1.2.3"))
+    assert next(one for one in edited.locks if one.name == "10.1.2.3").endpoints == (parse_endpoint("10.1.2.3:80,tcp"),)
+
+
+def test_an_address_beside_every_lock_is_refused() -> None:
+    with pytest.raises(UsageError, match="no lock holds"):
+        edit.allow(make_policy([lock("net", "10.0.0.0/8:80,tcp")]), BAR, parse_endpoint("10.1.2.3:443,tcp"))
