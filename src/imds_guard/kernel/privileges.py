@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import Iterable, List
+from typing import Iterable, List, Optional
 
 CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 21, 38, 39
 _NAMES = {
@@ -49,3 +49,9 @@ def lift_memory_lock_limit() -> None:
     except (ValueError, OSError):
         hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+
+
+def memory_lock_limit() -> Optional[int]:
+    """RLIMIT_MEMLOCK in octets, or None when there is none."""
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if soft == resource.RLIM_INFINITY else soft

@@ -11,8 +11,8 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.render import BYTE_ORDER, Image, Settings, parse_settings, settings_of
 from imds_guard.backends.ebpf.render import render as render_image
-from imds_guard.errors import GuardError, trying
-from imds_guard.kernel import bpf, grace
+from imds_guard.errors import GuardError, NotPermitted, system_words, trying
+from imds_guard.kernel import bpf, grace, privileges
 from imds_guard.policy import Policy
 
 _ZERO = bytes(4)
@@ -23,6 +23,19 @@ _GENERATION_AT = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0}
 
 def _key(number: int) -> bytes:
     return number.to_bytes(4, BYTE_ORDER)
+
+
+def _create(shape: bpf.MapShape, name: str) -> int:
+    try:
+        return bpf.map_create(shape, name)
+    except PermissionError as error:
+        limit = privileges.memory_lock_limit()
+        if limit is None:
+            raise
+        raise NotPermitted(
+            f"making the eBPF map {name}: {system_words(error)}; before Linux 5.11 maps count against RLIMIT_MEMLOCK, "
+            f"which is {limit} octets here and which this process may not raise: run ulimit -l unlimited first"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Maps:
         try:
             for number, shape in abi.SHAPES.items():
                 with trying(f"making the eBPF map {number.name.lower()}", "nothing was changed; free some memory"):
-                    maps._fds[number] = bpf.map_create(shape, f"ig_{number.name.lower()}")
+                    maps._fds[number] = _create(shape, f"ig_{number.name.lower()}")
                     bpf.pin(maps._fds[number], os.path.join(folder, number.name.lower()))
         except GuardError:
             maps.close()
