@@ -37,4 +37,4 @@ def refuse_bpf() -> None:
 
 if __name__ == "__main__":
     refuse_bpf()
-    os.execvp(sys.argv[1], sys.argv[1:])
+    os.execvp(sys.argv[1], sys.argv[1:])  # noqa: S606  (the command is the caller's own)

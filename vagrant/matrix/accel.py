@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether KVM can be used, found out by booting a kernel under it: /dev/kvm may be there and guests hang all the same."""
+"""Whether KVM can be used, found out by booting a kernel under it: /dev/kvm may be there and guests hang anyway."""
 
 from __future__ import annotations
 

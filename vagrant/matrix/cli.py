@@ -14,7 +14,6 @@ from typing import List, Sequence
 
 from vagrant.matrix import (
     accel,
-    box,
     cache,
     guest,
     job,
@@ -30,7 +29,7 @@ from vagrant.matrix import (
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.table import Matrix, Row
 
-COMMANDS = ("run", "exec", "table", "box")
+COMMANDS = ("run", "exec", "table")
 
 
 def main(argv: List[str]) -> int:
@@ -57,10 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("table", help="the support table from the results that were recorded last")
     shown.add_argument("--write", type=Path, metavar="README", help="put it between the markers of this file")
     shown.set_defaults(act=_table)
-    packed = commands.add_parser("box", help="pack a Vagrant box (libvirt) from a row's userland")
-    packed.add_argument("row")
-    packed.add_argument("target", type=Path, metavar="FILE.box")
-    packed.set_defaults(act=_box)
     return parser
 
 
@@ -68,7 +63,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of kernels.toml; none: all of them")
     parser.add_argument("--all", action="store_true", help="all rows, as when none is given")
     parser.add_argument("--list", action="store_true", help="list the rows and end")
-    parser.add_argument("--json", action="store_true", help="with --list: as JSON, for the Vagrantfile")
+    parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="guests at once (each takes a core and 0.8 GB)"
     )
@@ -79,7 +74,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to test, if not this one")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
     parser.add_argument(
-        "--test", action="append", metavar="PATH", help="what pytest runs in place of conformance and kernel"
+        "--test", action="append", metavar="PATH", help="what pytest runs in place of the conformance table"
+    )
+    parser.add_argument(
+        "--every",
+        type=int,
+        metavar="N",
+        help="run one of N cases of the conformance table; 1: all (default: as kernels.toml says)",
     )
     parser.set_defaults(act=_run)
 
@@ -101,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
     results: Path = (options.results or cache.root() / "results").absolute()
     plan = suite.Plan(
         matrix.archive, options.tree.absolute(), wheel.build(options.tree), results,
-        accel.choose(matrix, options.accel), tuple(options.test or suite.TESTS),
+        accel.choose(matrix, options.accel), tuple(options.test or suite.TESTS), options.every or matrix.every,
     )  # fmt: skip
     found = _run_rows(plan, rows, options.jobs)
     if options.record:
@@ -158,12 +159,6 @@ def _table(options: argparse.Namespace) -> int:
         )
     else:
         sys.stdout.write(rendered)
-    return 0
-
-
-def _box(options: argparse.Namespace) -> int:
-    matrix = table.load()
-    box.build(matrix.archive, matrix.row(options.row), options.target.absolute())
     return 0
 
 

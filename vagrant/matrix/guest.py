@@ -7,6 +7,7 @@ import re
 import subprocess
 import tarfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, List, Optional
@@ -89,10 +90,8 @@ def _run(argv: List[str], folder: Path, deadline: float, progress: Callable[[byt
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
             while True:
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.2)
-                except subprocess.TimeoutExpired:
-                    pass
                 progress(output.read())
                 if process.returncode is not None:
                     break

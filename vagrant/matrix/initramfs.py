@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The initramfs: busybox, the modules on the way to the root disk, and our init. Written as cpio, so nobody must be root."""
+"""The initramfs: busybox, the modules on the way to the root disk, our init. Written as cpio: nobody must be root."""
 
 from __future__ import annotations
 

@@ -36,7 +36,8 @@ def choose(names: Iterable[str], series: str, flavour: str) -> Tuple[str, List[s
     """The newest ABI of a series among package names, and the packages that hold its image and its modules.
 
     From 6.19 on linux-image-* is empty: the image is in linux-binary-*, the modules in linux-modules-*, the list of
-    what is built in in linux-base-*. A version that waits for its signature has linux-binary-unsigned-* alone. Raises MatrixError when the series is not there.
+    what is built in in linux-base-*. A version that waits for its signature has linux-binary-unsigned-* alone. Raises
+    MatrixError when the series is not there.
     """
     pattern = re.compile(
         rf"linux-(image|binary|binary-unsigned|modules|base)-({re.escape(series)}\.[^-+]*[-+].*)-{re.escape(flavour)}"

@@ -13,7 +13,6 @@ from vagrant.matrix.errors import MatrixError
 
 PACKAGES: Dict[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
-    "qemu-img": "qemu-utils",
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
     "depmod": "kmod",
@@ -21,7 +20,6 @@ PACKAGES: Dict[str, str] = {
     "dpkg-deb": "dpkg",
     "tar": "tar",
     "unshare": "util-linux",
-    "vagrant": "vagrant and vagrant-libvirt",
 }
 """Program -> the Debian package that has it."""
 
@@ -42,8 +40,14 @@ def run(
     try:
         done = subprocess.run(
             [find(argv[0]), *argv[1:]],
-            env=merged, cwd=cwd, timeout=deadline_s, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            env=merged,
+            cwd=cwd,
+            timeout=deadline_s,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except subprocess.TimeoutExpired as error:
         raise MatrixError(f"{' '.join(argv[:3])} did not end within {deadline_s:g} s and was killed") from error
     if done.returncode != 0:

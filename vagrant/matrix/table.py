@@ -90,6 +90,7 @@ class Matrix:
     kernels: Mapping[str, Kernel]
     userlands: Mapping[str, Userland]
     rows: Tuple[Row, ...]
+    every: int
 
     def row(self, name: str) -> Row:
         """The row of that name, or KERNEL+USERLAND as a row of its own that expects nothing. Raises MatrixError."""
@@ -115,7 +116,7 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     """A decoded kernels.toml -> Matrix. Raises MatrixError."""
     _only(document, {"archive", "common", "kernel", "userland", "skip", "row"}, "the file")
     common = document["common"]
-    _only(common, {"packages", "tools"}, "common")
+    _only(common, {"packages", "tools", "every"}, "common")
     kernels = {
         name: _make(Kernel, {"series": name, **body}, f"kernel {name}") for name, body in document["kernel"].items()
     }
@@ -126,7 +127,14 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     for name in names:
         if names.count(name) > 1:
             raise MatrixError(f"row {name} is there twice")
-    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
+    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows, _every(common))
+
+
+def _every(common: Mapping[str, Any]) -> int:
+    every = common.get("every", 1)
+    if type(every) is not int or every < 1:
+        raise MatrixError(f"common: every = {every!r}: a number from 1 up is meant")
+    return every
 
 
 def _userland(name: str, body: Mapping[str, Any], common: Mapping[str, Any]) -> Userland:

@@ -15,29 +15,27 @@ from vagrant.matrix.table import Archive, Userland
 
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 RECIPE_VERSION = 1
+"""One more whenever what _build() makes changes: the cache goes by it."""
+SPARE_MIB = 64
 
 
-def fetch(archive: Archive, userland: Userland, hooks: Sequence[str] = (), spare_mib: int = 64) -> Path:
-    """The userland's image, built unless it is in the cache. ``hooks`` are mmdebstrap's customize hooks."""
+def fetch(archive: Archive, userland: Userland) -> Path:
+    """The userland's image, built unless it is in the cache."""
     recipe: Dict[str, object] = {
         "version": RECIPE_VERSION,
         "sources": debian.sources(archive, userland.suite),
         "packages": userland.packages,
-        "hooks": list(hooks),
-        "spare_mib": spare_mib,
     }
-
-    def build(draft: Path) -> None:
-        _build(draft, _bootstrap(archive, userland, draft / "root.tar", hooks), spare_mib)
-
-    return cache.entry("userlands", userland.name, recipe, build) / "root.img"
+    folder = cache.entry("userlands", userland.name, recipe, lambda draft: _build(draft, archive, userland))
+    return folder / "root.img"
 
 
-def _build(draft: Path, bootstrap: Sequence[str], spare_mib: int) -> None:
+def _build(draft: Path, archive: Archive, userland: Userland) -> None:
     tarball = draft / "root.tar"
-    run(bootstrap, deadline_s=3600)
+    run(_bootstrap(archive, userland, tarball), deadline_s=3600)
     with tempfile.TemporaryDirectory(dir=draft) as folder:
-        run(_as_owner(["sh", "-ec", _TO_DISK, "sh", str(tarball), f"{folder}/root", str(draft / "root.img"), str(spare_mib)]))
+        script = ["sh", "-ec", _TO_DISK, "sh", str(tarball), f"{folder}/root", str(draft / "root.img"), str(SPARE_MIB)]
+        run(_as_owner(script))
     tarball.unlink()
 
 
@@ -51,9 +49,10 @@ rm -rf "$2"
 """
 
 
-def _bootstrap(archive: Archive, userland: Userland, tarball: Path, hooks: Sequence[str]) -> List[str]:
+def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> List[str]:
     argv = [
-        "mmdebstrap", "--quiet", "--variant=minbase", "--architectures=amd64", f"--include={','.join(userland.packages)}",
+        "mmdebstrap", "--quiet", "--variant=minbase", "--architectures=amd64",
+        f"--include={','.join(userland.packages)}",
         '--aptopt=Acquire::Check-Valid-Until "false"', '--aptopt=Acquire::Retries "5"',
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
         userland.suite, str(tarball), *debian.sources(archive, userland.suite),
@@ -63,5 +62,5 @@ def _bootstrap(archive: Archive, userland: Userland, tarball: Path, hooks: Seque
 
 
 def _as_owner(argv: Sequence[str]) -> List[str]:
-    """argv so that the owners of files are what they are in the image: as root, or in a user namespace of mmdebstrap's."""
+    """argv so that files' owners are what they are in the image: as root, or in a user namespace of mmdebstrap's."""
     return list(argv) if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper", *argv]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix' command, and how it judges what a guest hands out. That guests boot, ./run matrix shows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, Tuple
+from xml.etree import ElementTree
+
+import pytest
+
+from vagrant.matrix import report, support, table, verdict
+from vagrant.matrix.verdict import FAILED, LOST, PASSED, Verdict
+
+RUN = Path(__file__).resolve().parents[2] / "vagrant" / "run.py"
+EXPECTS_BOTH, EXPECTS_ONE, EXPECTS_NONE = "6.1-debian-12", "lockdown", "neither"
+
+GOOD = {"test_row[ebpf-a]": "passed", "test_row[iptables-a]": "passed"}
+
+
+def row(name: str) -> table.Row:
+    return table.load().row(name)
+
+
+def judged(folder: Path, name: str, outcomes: Dict[str, str], status: int = 0) -> Verdict:
+    """The verdict on a row whose guest left a JUnit report with these outcomes ("skipped: why" for a skip)."""
+    top = ElementTree.Element("testsuites")
+    for test, outcome in outcomes.items():
+        case = ElementTree.SubElement(top, "testcase", classname="tests.conformance.test_backends", name=test)
+        kind, _, why = outcome.partition(": ")
+        if kind != "passed":
+            ElementTree.SubElement(case, {"failed": "failure", "skipped": "skipped"}[kind], message=why)
+    ElementTree.ElementTree(top).write(folder / "junit-suite.xml")
+    return verdict.judge(row(name), status, folder, "6.1.0-1-cloud-amd64", 12.0)
+
+
+def test_what_is_expected_and_passes(tmp_path: Path) -> None:
+    found = judged(tmp_path, EXPECTS_BOTH, GOOD)
+    assert (found.state, found.works, found.complaints) == (PASSED, ("ebpf", "iptables"), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "outcomes", "complaint"),
+    [
+        (EXPECTS_BOTH, {**GOOD, "test_row[ebpf-b]": "failed: allowed != denied"}, "allowed != denied"),
+        (EXPECTS_BOTH, {**GOOD, "test_row[ebpf-b]": "skipped: no BTF"}, "skipped without being allowed to: no BTF"),
+        (EXPECTS_ONE, GOOD, "ebpf works here though lockdown does not expect it"),
+        (EXPECTS_NONE, {"test_x": "skipped: because"}, "skipped without being allowed to: because"),
+        (EXPECTS_BOTH, {}, "no test ran"),
+    ],
+)
+def test_what_fails_a_row(tmp_path: Path, name: str, outcomes: Dict[str, str], complaint: str) -> None:
+    """A failure, a skip that nobody justified, a success that nobody expected, and no tests at all."""
+    found = judged(tmp_path, name, outcomes)
+    assert found.state == FAILED
+    assert [complaint in one for one in found.complaints] == [True], found.complaints
+
+
+def test_a_status_without_a_failed_test_fails_the_row(tmp_path: Path) -> None:
+    """pytest that was killed after its report, for one."""
+    assert judged(tmp_path, EXPECTS_BOTH, GOOD, status=137).state == FAILED
+
+
+@pytest.mark.parametrize(
+    "skip",
+    [
+        (EXPECTS_ONE, "test_row[ebpf-a]", "skipped: the kernel refused it"),
+        (EXPECTS_BOTH, "test_row[ebpf-c]", "skipped: this kernel has no io_uring for us: EPERM"),
+    ],
+)
+def test_a_skip_that_is_justified(tmp_path: Path, skip: Tuple[str, str, str]) -> None:
+    """By what the row expects, or by a [[skip]] of kernels.toml."""
+    name, test, outcome = skip
+    passed = {"test_row[iptables-a]": "passed"} if name == EXPECTS_ONE else GOOD
+    assert judged(tmp_path, name, {**passed, test: outcome}).state == PASSED
+
+
+def test_a_lost_guest_is_not_a_failed_test(tmp_path: Path) -> None:
+    """CI sees an <error> where a failed row is a <failure>."""
+    found = verdict.lost(row(EXPECTS_BOTH), 1200.0, "deadline passed, QEMU was killed")
+    assert (found.state, found.failed) == (LOST, 0)
+    written = ElementTree.parse(report.write_junit([found], tmp_path)).getroot()
+    assert len(list(written.iter("error"))) == 1
+    assert list(written.iter("failure")) == []
+
+
+def test_the_list_is_the_file() -> None:
+    """Row by row, and as JSON."""
+    words = [sys.executable, str(RUN), "--list", "--json"]
+    listed = json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
+    assert [one["name"] for one in listed] == [one.name for one in table.load().rows]
+
+
+def test_an_unknown_row_is_named() -> None:
+    """And nothing is booted."""
+    words = [sys.executable, str(RUN), "exec", "2.6+debian-1", "--", "true"]
+    done = subprocess.run(words, capture_output=True, check=False, text=True)
+    assert done.returncode == 3
+    assert done.stderr.startswith("matrix: there is no row '2.6+debian-1'")
+
+
+def test_no_result_of_a_row_that_has_changed() -> None:
+    """What vagrant/results.json holds is of rows as kernels.toml has them now; a change asks for a new run."""
+    matrix, known = table.load(), support.read_record()
+    assert [name for name in known if name in support.stale(matrix, known)] == []
+    assert set(known) <= {one.name for one in matrix.rows}

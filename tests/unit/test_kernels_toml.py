@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vagrant/kernels.toml says what it means, and nothing in it is ignored."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any, Callable, Dict
+
+import pytest
+
+from vagrant.matrix import support, table
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.kernel import choose
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Document = Dict[str, Any]
+
+
+@pytest.fixture
+def document() -> Document:
+    """The file, decoded, to be spoilt."""
+    return tomllib.loads(table.PATH.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def matrix() -> table.Matrix:
+    return table.load()
+
+
+def test_every_row_says_why(matrix: table.Matrix) -> None:
+    """And no two rows have the same name or are about the same thing."""
+    assert [row.name for row in matrix.rows if not row.why.strip()] == []
+    assert len({row.why for row in matrix.rows}) == len(matrix.rows)
+    assert len({row.name for row in matrix.rows}) == len(matrix.rows)
+    assert len({support.meaning(row) for row in matrix.rows}) == len(matrix.rows)
+
+
+def test_every_kernel_and_userland_is_used(matrix: table.Matrix) -> None:
+    """What no row boots would never be noticed missing."""
+    assert {row.kernel.series for row in matrix.rows} == set(matrix.kernels)
+    assert {row.userland.name for row in matrix.rows} == set(matrix.userlands)
+
+
+def test_the_matrix_reaches_from_the_oldest_to_the_newest(matrix: table.Matrix) -> None:
+    """The rows that were promised are there."""
+    assert {"5.10", "6.1", "6.12", "6.18"} < set(matrix.kernels)
+    assert {userland.python for userland in matrix.userlands.values()} == {"3.9", "3.11", "3.13"}
+    assert {word for row in matrix.rows for word in row.setup} == table.SETUPS
+    cmdlines = {row.cmdline for row in matrix.rows}
+    assert {"lockdown=confidentiality", "initcall_blacklist=btf_vmlinux_init"} <= cmdlines
+
+
+def test_every_expectation_occurs_and_is_missing_somewhere(matrix: table.Matrix) -> None:
+    """A word that every row has, or none, would tell nothing apart; one row expects neither backend."""
+    for word in table.EXPECTATIONS:
+        assert {word in row.expect for row in matrix.rows} == {True, False}, word
+    assert [row.expectation_words for row in matrix.rows if not row.expect & table.BACKENDS] == ["none"]
+
+
+def test_no_row_expects_what_its_setup_takes_away(matrix: table.Matrix) -> None:
+    """eBPF needs bcc and bpf(2), the fallback iptables, supplementary groups of the fallback the fallback."""
+    takes = {"without-bcc": {"ebpf"}, "refuse-bpf": {"ebpf"}, "without-iptables": {"iptables", "groups"}}
+    wrong = [row.name for row in matrix.rows for word in row.setup if row.expect & takes.get(word, set())]
+    assert wrong == []
+    assert [row.name for row in matrix.rows if "groups" in row.expect and "iptables" not in row.expect] == []
+
+
+def test_a_skip_has_a_reason_that_says_why(matrix: table.Matrix) -> None:
+    skips = {skip for row in matrix.rows for skip in row.skips}
+    assert [skip.reason for skip in skips if not skip.why.strip() or not skip.kernels] == []
+
+
+def unknown_key(document: Document) -> None:
+    document["row"][0]["expects"] = ["ebpf"]
+
+
+def unknown_word(document: Document) -> None:
+    document["row"][0]["expect"] = ["epbf"]
+
+
+def unknown_setup(document: Document) -> None:
+    document["row"][0]["setup"] = ["without-everything"]
+
+
+def unknown_kernel(document: Document) -> None:
+    document["row"][0]["kernel"] = "2.6"
+
+
+def unknown_userland(document: Document) -> None:
+    document["row"][0]["userland"] = "debian-1"
+
+
+def same_name_twice(document: Document) -> None:
+    document["row"].append(copy.deepcopy(document["row"][0]))
+
+
+def no_why(document: Document) -> None:
+    del document["row"][0]["why"]
+
+
+def skip_on_unknown_kernel(document: Document) -> None:
+    document["skip"][0]["kernels"] = ["2.6"]
+
+
+def every_none(document: Document) -> None:
+    document["common"]["every"] = 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (unknown_key, "unknown key expects"),
+        (unknown_word, "expect has epbf"),
+        (unknown_setup, "setup has without-everything"),
+        (unknown_kernel, "kernel = '2.6'"),
+        (unknown_userland, "userland = 'debian-1'"),
+        (same_name_twice, "is there twice"),
+        (no_why, "'why'"),
+        (skip_on_unknown_kernel, "kernels has 2.6"),
+        (every_none, "every = 0"),
+    ],
+)
+def test_what_is_wrong_is_refused(document: Document, spoil: Callable[[Document], None], told: str) -> None:
+    """With the words that are wrong; unspoilt it is taken."""
+    table.parse(copy.deepcopy(document))
+    spoil(document)
+    with pytest.raises(MatrixError, match=told.replace("(", r"\(")):
+        table.parse(document)
+
+
+@pytest.mark.parametrize(
+    ("names", "series", "release", "packages"),
+    [
+        # 6.1 is not 6.12, and the tenth ABI is newer than the ninth.
+        (
+            ["linux-image-6.12.1-9-cloud-amd64", "linux-image-6.1.0-9-cloud-amd64", "linux-image-6.1.0-10-cloud-amd64"],
+            "6.1",
+            "6.1.0-10-cloud-amd64",
+            ["linux-image-6.1.0-10-cloud-amd64"],
+        ),
+        # From 6.19 on the image package is empty; its other flavours are not meant.
+        (
+            [
+                "linux-image-7.2.1+deb13-cloud-amd64",
+                "linux-binary-7.2.1+deb13-cloud-amd64",
+                "linux-modules-7.2.1+deb13-cloud-amd64",
+                "linux-base-7.2.1+deb13-cloud-amd64",
+                "linux-binary-7.2.9+deb13-amd64",
+            ],
+            "7.2",
+            "7.2.1+deb13-cloud-amd64",
+            [
+                "linux-binary-7.2.1+deb13-cloud-amd64",
+                "linux-modules-7.2.1+deb13-cloud-amd64",
+                "linux-base-7.2.1+deb13-cloud-amd64",
+            ],
+        ),
+    ],
+)
+def test_the_newest_package_of_a_series(names: list[str], series: str, release: str, packages: list[str]) -> None:
+    """By numbers, and by the whole of the two first ones."""
+    assert choose(names, series, "cloud-amd64") == (release, packages)
+
+
+def test_a_series_that_is_not_there() -> None:
+    """It says which, and takes no other."""
+    with pytest.raises(MatrixError, match=r"no kernel 6\.1 "):
+        choose(["linux-image-6.12.1-9-cloud-amd64"], "6.1", "cloud-amd64")
