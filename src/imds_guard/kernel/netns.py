@@ -6,9 +6,11 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import os
+import select
 import socket
 import struct
-from typing import Iterable
+import time
+from typing import Iterable, Tuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -21,13 +23,16 @@ LOOPBACK_INDEX = 1
 """lo is the first interface of every namespace (LOOPBACK_IFINDEX in include/net/flow.h)."""
 
 # Source: include/uapi/linux/rtnetlink.h, netlink.h, if_addr.h and if.h
-_RTM_NEWLINK, _RTM_NEWADDR = 16, 20
+_RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_GETROUTE = 16, 20, 24, 26
+_RTA_DST, _RTN_LOCAL = 1, 2
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
 _NLMSG_ERROR = 2
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _IFA_F_NODAD = 0x02
 _IFF_UP = 0x1
 _RT_SCOPE_HOST = 254
+
+_LOCAL_WITHIN_S, _LOOK_AGAIN_S = 10.0, 0.001
 
 
 def unshare(flags: int) -> None:
@@ -62,6 +67,28 @@ def unshare_network(addresses: Iterable[str]) -> None:
         for address in parsed:
             if address.version == 6:
                 _add_address(route, address.packed)
+        for address in parsed:
+            if address.version == 6:
+                _wait_until_local(route, address.packed)
+
+
+def _wait_until_local(route: socket.socket, packed: bytes) -> None:
+    """Returns when packets to an IPv6 address of lo are taken in: a work queue makes it local (addrconf_dad_start()).
+
+    Before that there is a route out of lo alone, and what comes back in is unreachable. Raises TimeoutError.
+    """
+    deadline = time.monotonic() + _LOCAL_WITHIN_S
+    while not _is_local(route, packed):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{ipaddress.ip_address(packed)} did not become an address of this namespace")
+        select.select([], [], [], _LOOK_AGAIN_S)
+
+
+def _is_local(route: socket.socket, packed: bytes) -> bool:
+    """Asks for the route to an address: the eighth octet of struct rtmsg is its type (rtnetlink(7))."""
+    body = struct.pack("=8BI", socket.AF_INET6, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_DST, packed)
+    answer, reply = _exchange(route, _RTM_GETROUTE, 0, body)
+    return answer == _RTM_NEWROUTE and reply[7] == _RTN_LOCAL
 
 
 def _add_address(route: socket.socket, packed: bytes) -> None:
@@ -84,8 +111,15 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 def _request(route: socket.socket, kind: int, flags: int, body: bytes) -> None:
     """Sends one netlink request and waits for its acknowledgement. Raises OSError with the kernel's errno."""
-    length = struct.calcsize("=IHHII") + len(body)
-    route.send(struct.pack("=IHHII", length, kind, flags | _NLM_F_REQUEST | _NLM_F_ACK, 0, 0) + body)
-    _, answer, _, _, _, number = struct.unpack_from("=IHHIIi", route.recv(65536))
+    answer, reply = _exchange(route, kind, flags | _NLM_F_ACK, body)
+    number = struct.unpack_from("=i", reply)[0]
     if answer != _NLMSG_ERROR or number != 0:
         raise OSError(-number, f"netlink request {kind}: {os.strerror(-number)}")
+
+
+def _exchange(route: socket.socket, kind: int, flags: int, body: bytes) -> Tuple[int, bytes]:
+    """The type and the body of the answer to one netlink request."""
+    length = struct.calcsize("=IHHII") + len(body)
+    route.send(struct.pack("=IHHII", length, kind, flags | _NLM_F_REQUEST, 0, 0) + body)
+    received = route.recv(65536)
+    return struct.unpack_from("=IH", received)[1], received[struct.calcsize("=IHHII") :]
