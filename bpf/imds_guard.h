@@ -10,7 +10,7 @@
 #ifndef IMDS_GUARD_H
 #define IMDS_GUARD_H
 
-#define IG_ABI 1
+#define IG_ABI 2
 
 /* Stands where a map's file descriptor goes; the loader puts the real one there (IG_MAP_BASE + the number below). */
 #define IG_MAP_BASE 0x494d4400
@@ -24,6 +24,10 @@ enum ig_map {
 	IG_MAP_GROUPS,
 	IG_MAP_LOCKS,
 	IG_MAP_COUNTERS,
+	IG_MAP_EVENTS,
+	IG_MAP_REPORT,
+	IG_MAP_WATCH,
+	IG_MAP_MARKS,
 	IG_MAPS
 };
 
@@ -44,6 +48,9 @@ struct ig_settings {
 	__u32 allow_containers;
 	__u32 abi; /* IG_ABI of who wrote the generation */
 	__u8 digest[16]; /* of all records of the generation; the hooks don't look at it */
+	__u32 strict; /* approved sockets are marked, packets of others are dropped */
+	__u32 pad;
+	__u64 serial; /* never 0; another with every change of policy, for as long as the maps live */
 };
 
 /*
@@ -171,13 +178,87 @@ enum ig_reason {
 	IG_UNSPECIFIED_DESTINATION,
 	IG_UNREADABLE,
 	IG_NO_SETTINGS,
+	IG_UNAPPROVED_SOCKET, /* a packet under strict: no hook approved the socket, or the right is gone since */
 	IG_REASONS
 };
 
-/* PERCPU_ARRAY by reason: connects to locked endpoints. The others are not counted, it would cost them time. */
+/*
+ * PERCPU_ARRAY by reason: connects to locked endpoints. The others are not counted, it would cost them time. Behind the
+ * reasons two that count in .enforced alone.
+ */
+enum ig_counted { IG_LOST_EVENTS = IG_REASONS, IG_REPORT_OVERFLOW, IG_COUNTERS };
 struct ig_counter {
 	__u64 enforced;
 	__u64 audited; /* of these, the ones that audit mode let through */
+};
+
+/* --- for people ---------------------------------------------------------------------------------------------------- */
+
+enum ig_hook { IG_CONNECT4 = 1, IG_CONNECT6, IG_SENDMSG4, IG_SENDMSG6, IG_EGRESS };
+enum ig_verdict { IG_VERDICT_DENIED = 1, IG_VERDICT_AUDITED, IG_VERDICT_ALLOWED };
+#define IG_COMM 16 /* TASK_COMM_LEN, include/linux/sched.h */
+#define IG_NO_LOCK 0xffff
+
+/*
+ * RINGBUF: a record for each denied connect (audit mode's too), and for allowed ones when ig_watch says so. What does
+ * not fit is counted as IG_LOST_EVENTS. IDs are those of the initial namespaces. Of a packet (IG_EGRESS) nobody knows
+ * the task: pid, tgid, fsgid, groups_len, cgroup_id and comm are zero, and fsuid is the socket's owner.
+ */
+#define IG_EVENTS_OCTETS (1 << 19)
+struct ig_event {
+	__u64 time_ns; /* CLOCK_BOOTTIME */
+	__u64 cgroup_id; /* of the task: the inode of its cgroup2 directory */
+	__u64 netns_cookie;
+	__u32 pid; /* the thread */
+	__u32 tgid;
+	__u32 fsuid;
+	__u32 fsgid;
+	__u32 groups_len; /* supplementary groups */
+	__u16 port; /* host byte order */
+	__u16 lock; /* key of IG_MAP_LOCKS together with .generation, or IG_NO_LOCK */
+	struct ig_address address; /* as it was judged: 0.0.0.0 resolved */
+	char comm[IG_COMM]; /* NUL-padded; the caller chooses it */
+	__u8 generation;
+	__u8 hook; /* enum ig_hook */
+	__u8 reason;
+	__u8 verdict; /* enum ig_verdict */
+	__u8 protocol; /* enum ig_protocol */
+	__u8 pad[3];
+};
+
+/* HASH: who was denied, or would have been in audit mode, since the generation came into force. */
+#define IG_REPORT_ROWS 16384
+struct ig_report_key {
+	__u8 generation;
+	__u8 reason;
+	__u16 lock;
+	__u32 fsuid;
+};
+struct ig_report {
+	__u64 count;
+	__u64 first_ns; /* CLOCK_BOOTTIME */
+	__u64 last_ns;
+	struct ig_address address; /* this and what follows: of the first one */
+	__u16 port;
+	__u8 protocol;
+	__u8 pad[5];
+	char comm[IG_COMM];
+};
+
+/* ARRAY, one record: outside the generations, since it is not policy. */
+struct ig_watch {
+	__u32 log_allowed;
+};
+
+/* SK_STORAGE, under strict: what let the socket's last connect or sendmsg through. */
+enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT };
+struct ig_mark {
+	__u64 serial; /* ig_settings.serial of that moment */
+	__u32 fsuid;
+	__u32 gid; /* the group that was allowed, for IG_MARK_GROUP */
+	__u8 kind; /* enum ig_mark_kind; 0: nothing did */
+	__u8 in_container;
+	__u8 pad[6];
 };
 
 #ifndef IG_WALKED /* as IG_SEARCHED */

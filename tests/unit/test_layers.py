@@ -109,18 +109,19 @@ def test_a_backend_does_not_know_the_other(one: str, other: str) -> None:
 
 
 def test_only_the_entry_point_imports_cli() -> None:
-    assert importers_of("imds_guard.cli") == ["imds_guard.__main__"]
+    outside = [name for name in importers_of("imds_guard.cli") if layer(name) != "cli"]
+    assert outside == ["imds_guard.__main__"]
 
 
 def test_what_does_things_does_not_know_how_they_are_shown() -> None:
-    assert set(importers_of("imds_guard.actions")) == {"imds_guard.cli", "imds_guard.present"}
-    assert importers_of("imds_guard.present") == ["imds_guard.cli"]
+    assert {layer(name) for name in importers_of("imds_guard.actions")} <= {"cli", "present"}
+    assert {layer(name) for name in importers_of("imds_guard.present")} == {"cli"}
 
 
 @pytest.mark.parametrize(
     ("package", "importers"),
     [
-        ("click", ["imds_guard.cli"]),
+        ("click", [name for name in importers_of("click") if layer(name) == "cli"]),
         ("bcc", ["imds_guard.kernel.compiler"]),
         ("subprocess", ["imds_guard.kernel.run"]),
         ("ctypes", [name for name in importers_of("ctypes") if layer(name) == "kernel"]),

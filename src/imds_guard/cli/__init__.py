@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: options to actions, errors to one sentence and an exit status. The only part that knows click."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn, Optional, Sequence
+
+import click
+
+from imds_guard.cli import guard, look
+from imds_guard.cli.group import cli
+from imds_guard.cli.lockdown import lock_down
+from imds_guard.cli.output import fail
+from imds_guard.errors import BadPolicy, GuardError, system_words
+from imds_guard.policy import PolicyError
+
+__all__ = ["cli", "guard", "ip_lockdown", "look", "main"]
+
+
+def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) -> NoReturn:
+    """Every way a command can end, as an exit status."""
+    try:
+        command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
+        sys.exit(0)
+    except GuardError as error:
+        fail(error, error.exit_status)
+    except PolicyError as error:
+        fail(error, BadPolicy.exit_status)
+    except click.ClickException as error:
+        fail(GuardError(_click_sentence(error, name)), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        fail(GuardError("interrupted: the state is the old one or the new one, imds-guard status tells"), 130)
+    except OSError as error:
+        fail(GuardError(f"the system refused something that no message covers: {system_words(error)}; {_please()}"), 1)
+    except Exception as error:
+        if os.environ.get("IMDS_GUARD_TRACEBACK"):
+            raise
+        fail(GuardError(f"a fault in imds-guard itself ({type(error).__name__}: {error}); {_please()}"), 1)
+
+
+def _click_sentence(error: click.ClickException, name: str) -> str:
+    """click's words, which may be several lines, as one sentence, and where to read on."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    words = " ".join(error.format_message().split()).rstrip(".")
+    return f"{words} (see {context.command_path if context else name} --help)"
+
+
+def _please() -> str:
+    return "please report it with what IMDS_GUARD_TRACEBACK=1 prints"
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
+    """The ``imds-guard`` command."""
+    _run(cli, arguments, "imds-guard")
+
+
+def ip_lockdown(arguments: Optional[Sequence[str]] = None) -> NoReturn:
+    """The ``ip-lockdown`` command, in place of the script of that name."""
+    _run(lock_down, arguments, "ip-lockdown")

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``ip-lockdown`` command, in place of the script of that name."""
+
+from __future__ import annotations
+
+from typing import Optional, Tuple
+
+import click
+
+from imds_guard import actions, identity
+from imds_guard.actions import Place
+from imds_guard.cli.options import (
+    backend_option,
+    cgroup_option,
+)
+from imds_guard.cli.output import show_outcome, tell
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("ip")
+@click.argument("users", nargs=-1)
+@backend_option
+@cgroup_option
+def lock_down(ip: str, users: Tuple[str, ...], backend: Optional[str], cgroup: Optional[str]) -> None:
+    """Deny IP to everyone but USERS, beside those whom earlier calls let through.
+
+    Locks of other addresses are not touched. The same call again changes nothing.
+    """
+    actions.require_root("ip-lockdown")
+    place = Place(backend or "auto", cgroup)
+    show_outcome(actions.lock_down(ip, [identity.user_id(user) for user in users], place, tell), as_json=False)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command prints, and where."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Iterable, NoReturn
+
+import click
+
+from imds_guard.actions import Outcome
+
+
+def say(lines: Iterable[str]) -> None:
+    """The answer, on standard output."""
+    for line in lines:
+        click.echo(line)
+
+
+def warn(lines: Iterable[str]) -> None:
+    """What to look at, on standard error."""
+    for line in lines:
+        click.echo(f"warning: {line}", err=True)
+
+
+def say_json(values: object) -> None:
+    """The answer as JSON, on standard output."""
+    click.echo(json.dumps(values, indent=2, sort_keys=True))
+
+
+def tell(line: str) -> None:
+    """For someone who waits: only where a terminal shows it."""
+    if sys.stderr.isatty():
+        click.echo(line, err=True)
+
+
+def show_outcome(outcome: Outcome, as_json: bool) -> None:
+    """What a change came to, and its warnings."""
+    from imds_guard import present  # noqa: PLC0415
+
+    if as_json:
+        say_json(present.outcome_values(outcome))
+        return
+    say(present.outcome_lines(outcome))
+    warn(present.outcome_warnings(outcome))
+
+
+def fail(error: BaseException, status: int) -> NoReturn:
+    """Ends the command with one sentence."""
+    click.echo(f"imds-guard: {error}", err=True)
+    sys.exit(status)
