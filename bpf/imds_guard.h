@@ -202,7 +202,7 @@ enum ig_verdict { IG_VERDICT_DENIED = 1, IG_VERDICT_AUDITED, IG_VERDICT_ALLOWED 
 /*
  * RINGBUF: a record for each denied connect (audit mode's too), and for allowed ones when ig_watch says so. What does
  * not fit is counted as IG_LOST_EVENTS. IDs are those of the initial namespaces. Of a packet (IG_EGRESS) nobody knows
- * the task: pid, tgid, fsgid, groups_len, cgroup_id and comm are zero, and fsuid is the socket's owner.
+ * the task: all of them but fsuid, the socket's owner, are zero, and so is netns_cookie.
  */
 #define IG_EVENTS_OCTETS (1 << 19)
 struct ig_event {
@@ -256,9 +256,10 @@ struct ig_mark {
 	__u64 serial; /* ig_settings.serial of that moment */
 	__u32 fsuid;
 	__u32 gid; /* the group that was allowed, for IG_MARK_GROUP */
+	__u16 list; /* that allowed it, in the generation of that moment */
 	__u8 kind; /* enum ig_mark_kind; 0: nothing did */
-	__u8 in_container;
-	__u8 pad[6];
+	__u8 place_unknown; /* containers were allowed then: nobody looked whether it is in one */
+	__u8 pad[4];
 };
 
 #ifndef IG_WALKED /* as IG_SEARCHED */

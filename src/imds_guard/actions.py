@@ -11,8 +11,10 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from imds_guard import edit, lockdown, preflight
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.forwarded import Forwarded
-from imds_guard.config import Config, load_config, save_config
+from imds_guard.config import Config, check_saving_to, load_config, save_config
 from imds_guard.demo import DemoResult, run_demo
+from imds_guard.emergency import FAULT as EMERGENCY_FAULT
+from imds_guard.emergency import is_emergency
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
 from imds_guard.export import Exported
 from imds_guard.export import export as export_policy
@@ -64,7 +66,7 @@ class Outcome:
 
 
 @contextmanager
-def _one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
+def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
     """Commands that change something wait for each other: what one has read, no other changes meanwhile."""
     name = "command"
     if cgroup is not None:
@@ -79,11 +81,12 @@ def _one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
 
 def start(policy: Policy, place: Place, tell: Tell) -> Outcome:
     """Puts ``policy`` in force with the backend that fits, then takes any other backend's rules away."""
-    with _one_at_a_time(place.cgroup):
-        return _start(policy, place, tell)
+    with one_at_a_time(place.cgroup):
+        return start_now(policy, place, tell)
 
 
-def _start(policy: Policy, place: Place, tell: Tell) -> Outcome:
+def start_now(policy: Policy, place: Place, tell: Tell) -> Outcome:
+    """As start(), for one who holds one_at_a_time() already."""
     if place.cgroup is not None and place.forwarded is not None:
         raise UsageError("--forwarded is about the packets of the whole machine: it does not go with --cgroup")
     names = choose.candidates(place.backend, place.cgroup)
@@ -134,7 +137,7 @@ def stop(cgroup: Optional[str]) -> List[str]:
 
     Raises Unsupported when nothing was found and eBPF could not be asked: then something of it may be there.
     """
-    with _one_at_a_time(cgroup):
+    with one_at_a_time(cgroup):
         lines: List[str] = []
         unasked: Optional[Unsupported] = None
         for name in choose.candidates(choose.AUTO, cgroup):
@@ -175,7 +178,7 @@ def _running(cgroup: Optional[str]) -> Dict[str, Backend]:
 
 def change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
     """Puts what ``edited`` makes of the running policy in force, with the backend that runs."""
-    with _one_at_a_time(cgroup):
+    with one_at_a_time(cgroup):
         return _change(edited, cgroup)
 
 
@@ -232,23 +235,31 @@ def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str],
 
 def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
     """What ``ip-lockdown`` does: adds to the policy in force, or begins one with the best backend."""
-    with _one_at_a_time(place.cgroup):
+    with one_at_a_time(place.cgroup):
         if choose.running(place.cgroup):
             outcome = _change(lambda policy: lockdown.lockdown(policy, ip, users), place.cgroup)
         else:
-            outcome = _start(lockdown.lockdown(None, ip, users), place, tell)
+            outcome = start_now(lockdown.lockdown(None, ip, users), place, tell)
     if outcome.policy.mode is Mode.AUDIT:
         outcome.warnings.append("the policy in force is in audit mode, which denies nobody")
     return outcome
 
 
-def check_saving(policy: Policy, without_root: bool) -> None:
+def check_saving(policy: Policy, without_root: bool, path: str) -> None:
+    """Raises unless save() would succeed and no installed metadata client be shut out at the next boot."""
+    if is_emergency(policy):
+        raise BadPolicy("saving the policy in force: it is the emergency lock; correct the configuration instead")
+    check_saving_to(path)
+    check_next_boot(policy, without_root)
+
+
+def check_next_boot(policy: Policy, without_root: bool) -> None:
     """Raises BadPolicy when an installed metadata client would be shut out at the next boot."""
     shut_out = [] if without_root else preflight.installed_shut_out(policy)
     if shut_out:
         names = "; ".join(f"{one.name} {one.why}" for one in shut_out)
         raise BadPolicy(
-            f"saving the policy for the next boot: it would shut out {names}; allow the account, or add --without-root"
+            f"keeping the policy for the next boot: it would shut out {names}; allow the account, or add --without-root"
         )
 
 
@@ -291,6 +302,11 @@ class Status:
     detail: Optional[object] = None
     """backends.ebpf.State under eBPF."""
 
+    @property
+    def emergency(self) -> bool:
+        """True when what is in force is the lock that boot puts on where it can't have the configuration's policy."""
+        return self.policy is not None and is_emergency(self.policy)
+
 
 def status(cgroup: Optional[str]) -> Status:
     """Reads back what is in force."""
@@ -300,6 +316,8 @@ def status(cgroup: Optional[str]) -> Status:
         faults.append(f"{' and '.join(found)} are both in force: a change was interrupted, run imds-guard start")
     chosen = next(iter(found), None)
     policy = _read(found[chosen]) if chosen is not None else None
+    if policy is not None and is_emergency(policy):
+        faults.insert(0, EMERGENCY_FAULT)
     if cgroup is None:
         faults += _forwarding_faults(policy)
     detail = choose.make("ebpf", cgroup).state() if chosen == "ebpf" else None  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ def policy_from_words(
     nobody: bool = False,
     mode: Mode = Mode.ENFORCE,
     containers: Verdict = Verdict.DENY,
+    strict: bool = False,
     dmi_words: str = "",
     create_groups: bool = False,
 ) -> Policy:
@@ -44,7 +45,7 @@ def policy_from_words(
     made = [create_group(word) for word in missing]
     allow = Identities(allowed_users, frozenset(known + made))
     try:
-        return make_policy(set_apart(Lock("default", endpoints, allow, deny, default)), mode, containers)
+        return make_policy(set_apart(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
     except PolicyError as error:
         raise BadPolicy(str(error)) from None
 

@@ -10,9 +10,10 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple, TypeVar, Union
 
+from imds_guard.emergency import EMERGENCY_LOCK
 from imds_guard.endpoint_words import parse_endpoint
 from imds_guard.endpoints import preset
-from imds_guard.errors import BadPolicy, system_words
+from imds_guard.errors import BadPolicy, GuardError, system_words
 from imds_guard.identity import group_id, user_id
 from imds_guard.kernel.dmi import dmi_words as read_dmi_words
 from imds_guard.policy import Endpoint, Identities, Lock, Mode, Policy, PolicyError, Verdict, make_policy
@@ -21,7 +22,7 @@ from imds_guard.wireserver import set_apart
 
 CONFIG_PATH = "/etc/imds-guard/config.toml"
 
-_TOP_KEYS = ("mode", "containers", "on_error", "backend", "cgroup", "lock")
+_TOP_KEYS = ("mode", "containers", "strict", "on_error", "backend", "cgroup", "lock")
 _LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
 
 Word = TypeVar("Word", bound=Union[str, int])
@@ -43,14 +44,28 @@ class Config:
 
 def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_words: Optional[str] = None) -> Config:
     """The configuration in the file ``path``. Raises BadPolicy, one sentence with the file and the line."""
+    return parse_config(read_text(path), path, use_stored_ids, dmi_words)
+
+
+def read_text(path: str) -> str:
+    """What stands in a configuration file. Raises BadPolicy."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        # newline="": a file with Windows' line ends is given back with them.
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
     except OSError as error:
         raise BadPolicy(f"the configuration {path} could not be read: {system_words(error)}") from error
     except UnicodeDecodeError as error:
         raise BadPolicy(f"{path}: this is not TOML: octet {error.start} is not UTF-8") from error
-    return parse_config(text, path, use_stored_ids, dmi_words)
+
+
+def on_error_of(path: str) -> str:
+    """``open`` where a file that is TOML says so, whatever else is wrong with it; else ``closed``."""
+    try:
+        said = load_toml(read_text(path), path).get("on_error")
+    except GuardError:
+        return "closed"
+    return "open" if said == "open" else "closed"
 
 
 def parse_config(
@@ -63,6 +78,13 @@ def parse_config(
     """
     raw = load_toml(text, name)
     return _File(name, KeyLines(text), use_stored_ids, dmi_words).config(raw)
+
+
+def locks_by_table(text: str, use_stored_ids: bool = False) -> Dict[str, Tuple[Lock, ...]]:
+    """The locks that each table of a usable configuration stands for: one, or two where the WireServer is among it."""
+    file = _File("config", KeyLines(text), use_stored_ids, None)
+    tables = load_toml(text, "config").get("lock", {})
+    return {name: make_policy(file.lock(name, table)).locks for name, table in tables.items()}
 
 
 @dataclass
@@ -87,7 +109,7 @@ class _File:
         on_error = self.choice((), raw, "on_error", ("closed", "open"))
         backend = self.choice((), raw, "backend", ("auto", "ebpf", "iptables"))
         cgroup = self.cgroup(raw)
-        policy = self.policy(self.locks(raw), Mode(mode), Verdict(containers))
+        policy = self.policy(self.locks(raw), Mode(mode), Verdict(containers), self.flag((), raw, "strict"))
         return Config(policy, on_error, backend, cgroup, tuple(self.warnings))
 
     def cgroup(self, raw: Dict[str, Any]) -> Optional[str]:
@@ -96,9 +118,9 @@ class _File:
             self.fail(("cgroup",), f"cgroup = {value!r} must be an absolute path")
         return value
 
-    def policy(self, locks: Sequence[Lock], mode: Mode, containers: Verdict) -> Policy:
+    def policy(self, locks: Sequence[Lock], mode: Mode, containers: Verdict, strict: bool) -> Policy:
         try:
-            return make_policy(locks, mode, containers)
+            return make_policy(locks, mode, containers, strict)
         except PolicyError as error:
             named = [("lock", lock.name) for lock in locks if repr(lock.name) in str(error)]
             line = max((self.lines.find(path) or 0 for path in named), default=0)
@@ -119,6 +141,8 @@ class _File:
 
     def lock(self, name: str, table: Dict[str, Any]) -> Sequence[Lock]:
         path = ("lock", name)
+        if name == EMERGENCY_LOCK:
+            self.fail(path, f"{name!r} is what the lock is called that boot puts on when this file is unusable: rename")
         self.check_keys(path, table, _LOCK_KEYS)
         endpoints = self.endpoints(path, table)
         allow = self.identities(path, table, "users", "groups")
@@ -130,9 +154,7 @@ class _File:
             self.fail((*path, "endpoints"), str(error))
 
     def default(self, path: Path, table: Dict[str, Any], allow: Identities, deny: Identities) -> Verdict:
-        nobody = table.get("nobody", False)
-        if not isinstance(nobody, bool):
-            self.fail((*path, "nobody"), f"nobody = {nobody!r} must be true or false")
+        nobody = self.flag(path, table, "nobody")
         usual = "allow" if deny and not allow and not nobody else "deny"
         default = Verdict(self.choice(path, table, "default", ("deny", "allow"), usual))
         if nobody and (allow or default is Verdict.ALLOW):
@@ -199,6 +221,13 @@ class _File:
             if key not in known:
                 where = f"in lock {path[-1]!r}" if path else "at the top"
                 self.fail((*path, key), f"unknown key {key!r} {where}: known are {', '.join(known)}")
+
+    def flag(self, path: Path, table: Dict[str, Any], key: str) -> bool:
+        """True or false; false where the key is absent."""
+        value = table.get(key, False)
+        if not isinstance(value, bool):
+            self.fail((*path, key), f"{key} = {value!r} must be true or false")
+        return bool(value)
 
     def choice(
         self, path: Path, table: Dict[str, Any], key: str, words: Sequence[str], usual: Optional[str] = None

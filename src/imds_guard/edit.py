@@ -61,7 +61,7 @@ def _change(policy: Policy, endpoint: Optional[Endpoint], change: Change) -> Pol
     else:
         locks = _change_at(policy, endpoint, change)
     try:
-        return make_policy(locks, policy.mode, policy.containers)
+        return make_policy(locks, policy.mode, policy.containers, policy.strict)
     except PolicyError as error:
         raise BadPolicy(str(error)) from None
 

@@ -55,7 +55,7 @@ def _checked(locks: Iterable[Lock], policy: Optional[Policy]) -> Policy:
     try:
         if policy is None:
             return make_policy(locks)
-        return make_policy(locks, policy.mode, policy.containers)
+        return make_policy(locks, policy.mode, policy.containers, policy.strict)
     except PolicyError as error:
         raise BadPolicy(str(error)) from None
 

@@ -69,6 +69,8 @@ class Reason(enum.IntEnum):
     UNSPECIFIED_DESTINATION = 11
     UNREADABLE = 12
     NO_SETTINGS = 13
+    UNAPPROVED_SOCKET = 14
+    """Under strict: a packet of a socket that no hook approved, or whose right is gone. decide() is about connects."""
 
     @property
     def permits(self) -> bool:
@@ -192,9 +194,13 @@ class Policy:
     locks: Tuple[Lock, ...]
     mode: Mode = Mode.ENFORCE
     containers: Verdict = Verdict.DENY
+    strict: bool = False
+    """Packets, too, are held to it: those of sockets whose connect nobody approved are dropped."""
 
 
-def make_policy(locks: Iterable[Lock], mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY) -> Policy:
+def make_policy(
+    locks: Iterable[Lock], mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY, strict: bool = False
+) -> Policy:
     """A checked policy in normal form: equal policies compare equal.
 
     Locks are sorted by name, endpoints of a lock by address, and endpoints of one lock with the same prefix are merged.
@@ -204,7 +210,7 @@ def make_policy(locks: Iterable[Lock], mode: Mode = Mode.ENFORCE, containers: Ve
     _check_names(normal)
     _check_ids(normal)
     _check_overlaps(normal)
-    return Policy(normal, mode, containers)
+    return Policy(normal, mode, containers, strict)
 
 
 MAX_LOCK_NAME_BYTES = 63

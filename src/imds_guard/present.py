@@ -86,6 +86,7 @@ def policy_values(policy: Optional[Policy]) -> Optional[Dict[str, Any]]:
     return {
         "mode": policy.mode.value,
         "containers": policy.containers.value,
+        "strict": policy.strict,
         "locks": [
             {
                 "name": lock.name,
@@ -165,13 +166,16 @@ def status_lines(status: Status) -> List[str]:
     word = status_word(status)
     backend = f" ({status.backend})" if status.backend else ""
     mode = ", audit mode: nobody is denied" if status.policy and status.policy.mode is Mode.AUDIT else ""
-    lines = [f"imds-guard: {word}{backend}{mode}"]
+    emergency = ": emergency lock" if status.emergency else ""
+    lines = [f"imds-guard: {word}{emergency}{backend}{mode}"]
     for fault in status.faults:
         lines += _wrapped("  fault: ", fault)
     if isinstance(status.detail, State):
         lines += _ebpf_lines(status.detail)
     if status.policy is not None:
         lines.append(f"containers: {'judged by their IDs' if status.policy.containers is Verdict.ALLOW else 'denied'}")
+        if status.policy.strict:
+            lines.append("strict: packets of sockets that were not let through are dropped")
         for lock in status.policy.locks[:MANY]:
             lines += lock_lines(lock)
         if len(status.policy.locks) > MANY:
@@ -205,6 +209,7 @@ def status_values(status: Status) -> Dict[str, Any]:
     values: Dict[str, Any] = {
         "state": status_word(status),
         "backend": status.backend,
+        "emergency": status.emergency,
         "faults": status.faults,
         "policy": policy_values(status.policy),
     }
@@ -317,6 +322,29 @@ def endpoint_lines(rows: Sequence[Dict[str, Any]]) -> List[str]:
         if row["note"]:
             lines += _wrapped("    note: ", row["note"])
     return [*lines, "* locked on this machine when nothing else is asked for"]
+
+
+# --- verify ---------------------------------------------------------------------------------------------------------
+
+
+def verified_lines(found: Verified) -> List[str]:
+    """A line for each repair and for each fault that is left; the state last."""
+    lines = [f"repaired: {line}" for line in found.repaired]
+    lines += [f"fault: {line}" for line in found.after.faults]
+    return [*lines, f"imds-guard: {_state_words(found.after)}"]
+
+
+def verified_values(found: Verified) -> Dict[str, Any]:
+    """The same for JSON."""
+    return {
+        "state": status_word(found.after),
+        "backend": found.after.backend,
+        "emergency": found.after.emergency,
+        "state_before": status_word(found.before),
+        "repaired": found.repaired,
+        "faults": found.after.faults,
+        "notes": found.notes,
+    }
 
 
 # --- check ----------------------------------------------------------------------------------------------------------

@@ -78,6 +78,13 @@ class KeyLines:
                 return number
         return start
 
+    def last_at_top(self) -> int:
+        """The line of the last key that is in no table; 0 when there is none."""
+        first_table = min(
+            (line for path, line in self._lines.items() if path[:1] == ("lock",)), default=len(self._text)
+        )
+        return max((line for path, line in self._lines.items() if len(path) == 1 and line < first_table), default=0)
+
 
 def _header_path(header: str) -> Path:
     """``[lock."a b"]`` as ("lock", "a b"); empty when it is something else that only looks like a header."""

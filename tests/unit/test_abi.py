@@ -28,7 +28,7 @@ PROGRAM = (BPF / "imds_guard.bpf.c").read_text(encoding="utf-8")
 # The Python struct, and the C members in its order: "gid:128" takes 128 of its values, "pad" is one run of x.
 PACKED: Dict[str, Tuple[struct.Struct, str]] = {
     "ig_config": (abi.CONFIG, "generation pad"),
-    "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest"),
+    "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest strict pad serial"),
     "ig_endpoint_key": (abi.ENDPOINT_KEY, "prefixlen generation pad address"),
     "ig_port_range": (abi.RANGE, "low high lock list protocols flags pad"),
     "ig_list": (abi.LIST, f"flags zero filter:{abi.FILTER_WORDS}"),
@@ -38,6 +38,15 @@ PACKED: Dict[str, Tuple[struct.Struct, str]] = {
     "ig_lock_key": (abi.SMALL_KEY, "generation pad lock"),
     "ig_lock": (abi.LOCK, "list pad name"),
     "ig_counter": (abi.COUNTER, "enforced audited"),
+    "ig_event": (
+        abi.EVENT,
+        "time_ns cgroup_id netns_cookie pid tgid fsuid fsgid groups_len port lock address comm generation hook reason "
+        "verdict protocol pad",
+    ),
+    "ig_report_key": (abi.REPORT_KEY, "generation reason lock fsuid"),
+    "ig_report": (abi.REPORT, "count first_ns last_ns address port protocol pad comm"),
+    "ig_watch": (abi.WATCH, "log_allowed"),
+    "ig_mark": (abi.MARK, "serial fsuid gid list kind place_unknown pad"),
 }
 # Those that Python puts together without a struct.Struct: the size, and the offset of each member.
 ASSEMBLED: Dict[str, Tuple[int, Dict[str, int]]] = {
@@ -84,6 +93,25 @@ CONSTANTS: Dict[str, int] = {
     "IG_ENDPOINTS": abi.ENDPOINTS,
     **{f"IG_{one.name}": one.value for one in Reason},
     "IG_REASONS": abi.REASONS,
+    "IG_LOST_EVENTS": abi.LOST_EVENTS,
+    "IG_REPORT_OVERFLOW": abi.REPORT_OVERFLOW,
+    "IG_COUNTERS": abi.COUNTERS,
+    "IG_CONNECT4": abi.HOOK_CONNECT4,
+    "IG_CONNECT6": abi.HOOK_CONNECT6,
+    "IG_SENDMSG4": abi.HOOK_SENDMSG4,
+    "IG_SENDMSG6": abi.HOOK_SENDMSG6,
+    "IG_EGRESS": abi.HOOK_EGRESS,
+    "IG_VERDICT_DENIED": abi.VERDICT_DENIED,
+    "IG_VERDICT_AUDITED": abi.VERDICT_AUDITED,
+    "IG_VERDICT_ALLOWED": abi.VERDICT_ALLOWED,
+    "IG_COMM": abi.COMM_OCTETS,
+    "IG_NO_LOCK": abi.NO_LOCK,
+    "IG_EVENTS_OCTETS": abi.EVENTS_OCTETS,
+    "IG_REPORT_ROWS": abi.REPORT_ROWS,
+    "IG_MARK_USER": abi.MARK_USER,
+    "IG_MARK_GROUP": abi.MARK_GROUP,
+    "IG_MARK_DEFAULT": abi.MARK_DEFAULT,
+    "IG_MARK_AUDIT": abi.MARK_AUDIT,
     "IG_WALKED": MAX_WALKED_GROUPS,
     "IG_MAX_GROUPS": os.sysconf("SC_NGROUPS_MAX"),
 }
@@ -98,6 +126,10 @@ KEYS_AND_VALUES: Dict[Map, Tuple[Union[str, int], Union[str, int]]] = {
     Map.GROUPS: ("ig_list_key", "ig_groups"),
     Map.LOCKS: ("ig_lock_key", "ig_lock"),
     Map.COUNTERS: (4, "ig_counter"),
+    Map.EVENTS: (0, 0),
+    Map.REPORT: ("ig_report_key", "ig_report"),
+    Map.WATCH: (4, "ig_watch"),
+    Map.MARKS: (4, "ig_mark"),
 }
 
 
@@ -197,7 +229,9 @@ def test_arrays_by_generation_and_by_reason_have_room_for_each() -> None:
     assert most[Map.MEMBERS] == CONSTANTS["IG_MEMBERS"]
     assert most[Map.ENDPOINTS] == CONSTANTS["IG_ENDPOINTS"]
     assert most[Map.LOCKS] == CONSTANTS["IG_LOCKS"]
-    assert most[Map.COUNTERS] == len(Reason)
+    assert most[Map.COUNTERS] == len(Reason) + 2
+    assert most[Map.EVENTS] == CONSTANTS["IG_EVENTS_OCTETS"]
+    assert most[Map.REPORT] == CONSTANTS["IG_REPORT_ROWS"]
 
 
 def test_what_the_policy_promises_is_what_the_hooks_search() -> None:

@@ -143,7 +143,7 @@ def test_a_policy_is_read_back_as_it_was_written(policy: Policy, generation: int
 @given(policy=policies(), generation=GENERATIONS)
 def test_settings_are_read_back_with_their_digest(policy: Policy, generation: int) -> None:
     digest = rendered(policy, generation).digest()
-    assert parse_settings(settings_of(policy).pack(digest)) == (settings_of(policy), digest)
+    assert parse_settings(settings_of(policy).pack(digest, 7)) == (settings_of(policy), digest)
 
 
 @patient
@@ -189,7 +189,7 @@ def test_the_digest_does_not_hang_on_the_order_and_does_on_every_octet(policy: P
 
 @pytest.mark.parametrize("at", [0, 4, 12], ids=["not valid", "unknown mode", "another ABI"])
 def test_settings_that_are_not_understood_are_none(at: int) -> None:
-    record = bytearray(settings_of(one_lock(single("192.0.2.1"))).pack(bytes(16)))
+    record = bytearray(settings_of(one_lock(single("192.0.2.1"))).pack(bytes(16), 1))
     struct.pack_into("=I", record, at, 0)
     assert parse_settings(bytes(record)) is None
 
@@ -418,4 +418,4 @@ RENDERED_MAPS = (Map.FIRST_LOOK, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROU
 def test_mode_and_containers_stand_in_the_settings_and_in_no_other_record() -> None:
     audited = make_policy([Lock("a", (single("192.0.2.1"),))], Mode.AUDIT, Verdict.ALLOW)
     assert render(audited, 1).items == render(one_lock(single("192.0.2.1")), 1).items
-    assert abi.SETTINGS.unpack(settings_of(audited).pack(bytes(16)))[:4] == (1, abi.MODE_AUDIT, 1, abi.ABI)
+    assert abi.SETTINGS.unpack(settings_of(audited).pack(bytes(16), 1))[:4] == (1, abi.MODE_AUDIT, 1, abi.ABI)

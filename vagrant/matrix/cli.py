@@ -8,7 +8,7 @@ import json
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import List, Sequence
 
@@ -87,6 +87,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _add_exec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("row", help="a row, or KERNEL+USERLAND, like 7.3+debian-11")
+    parser.add_argument("--systemd", action="store_true", help="systemd is PID 1, and /job/reboot reboots")
+    parser.add_argument(
+        "--add", type=Path, action="append", default=[], metavar="FILE", help="put it into the guest, as /job/NAME"
+    )
     parser.add_argument("--cmdline", default="", help="more words for the kernel's command line")
     parser.add_argument("--deadline", type=float, default=900, metavar="SECONDS")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where console.log and results/ go")
@@ -169,11 +173,12 @@ def _execute(options: argparse.Namespace) -> int:
         folder = options.keep.absolute() if options.keep else Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(scratch) / "job.tar"
-        job.write(work, job.command(options.command, "tree"), job.tree(), {"IMDS_GUARD_ROW": row.name})
-        booted = guest.Guest(
-            kernel.fetch(matrix.archive, row.kernel), userland.fetch(matrix.archive, row.userland),
-            f"{row.cmdline} {options.cmdline}".strip(), row.memory_mib,
-        )  # fmt: skip
+        tools = wheel.test_tools(row.userland.tools, row.userland.python)
+        job.write(work, job.command(options.command, "tree"), {**job.tree(), "tools": tools, **{path.name: path for path in options.add}}, {"IMDS_GUARD_ROW": row.name})
+        found = suite.machine(matrix.archive, row)
+        booted = replace(
+            found, cmdline=f"{found.cmdline} {options.cmdline}".strip(), systemd=options.systemd or found.systemd
+        )
         return _end(guest.boot(booted, work, folder, options.deadline, _show), folder)
 
 

@@ -44,3 +44,8 @@ def blank(image: Path, size_mib: int) -> None:
     """A sparse file of zeros."""
     with open(image, "wb") as handle:
         handle.truncate(size_mib * MIB)
+
+
+def format_blank(image: Path, size_mib: int) -> None:
+    """An empty file system of the same plain kind; the file is sparse."""
+    run(["mke2fs", "-q", "-t", "ext2", "-b", "4096", "-m", "0", str(image), f"{size_mib}M"])

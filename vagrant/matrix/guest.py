@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tarfile
@@ -12,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, List, Optional
 
-from vagrant.matrix.disk import blank
+from vagrant.matrix.disk import blank, format_blank
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.kernel import KernelFiles
 from vagrant.matrix.process import find
 
 RESULTS_MIB = 64
+STATE_MIB = 2048
+MOST_BOOTS = 5
 _CONTROL = re.compile(r"\x1b[\[(][0-9;?]*[a-zA-Z]|[\r\x00-\x08\x0e-\x1f]")
 
 
@@ -30,6 +33,15 @@ class Guest:
     cmdline: str = ""
     memory_mib: int = 1024
     accel: str = "tcg"
+    systemd: bool = False
+    """systemd is PID 1, and what the job writes is still there after it has called /job/reboot."""
+
+    @property
+    def words(self) -> str:
+        """The kernel's command line."""
+        # oops=panic: a kernel that stumbles must not go on and pass. panic=-1 with -no-reboot ends QEMU at once.
+        always = "console=ttyS0 panic=-1 oops=panic random.trust_cpu=on net.ifnames=0"
+        return " ".join(filter(None, (always, "imds.state imds.init=systemd" if self.systemd else "", self.cmdline)))
 
 
 @dataclass(frozen=True)
@@ -48,15 +60,23 @@ def boot(
 
     ``progress`` gets the job's output while it comes. QEMU never outlives this call.
     """
-    results = folder / "results.tar"
-    blank(results, RESULTS_MIB)
+    results, state = folder / "results.tar", folder / "state.img"
     for name in ("console.log", "output.log"):
-        (folder / name).touch()
+        (folder / name).write_bytes(b"")
+    if guest.systemd:
+        format_blank(state, STATE_MIB)
     began = time.monotonic()
-    reason = _run(_argv(guest, job, folder, results), folder, began + deadline_s, progress)
+    reason, status = "", None
+    for _ in range(MOST_BOOTS):
+        blank(results, RESULTS_MIB)
+        reason = _run(_argv(guest, job, folder, results), folder, began + deadline_s, progress)
+        status = _collect(results, folder / "results")
+        if status is not None or not (folder / "results" / "reboot").exists():
+            break
+        (folder / "results" / "reboot").unlink()
+    for disk in (results, state):
+        disk.unlink(missing_ok=True)
     seconds = time.monotonic() - began
-    status = _collect(results, folder / "results")
-    results.unlink()
     if status is None:
         return Outcome(seconds, lost=reason or _last_words(folder / "console.log"))
     return Outcome(seconds, status=status)
@@ -70,23 +90,24 @@ def console_tail(folder: Path, lines: int = 25) -> str:
 
 def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> List[str]:
     accel = ["-accel", "kvm", "-cpu", "host"] if guest.accel == "kvm" else ["-accel", "tcg,thread=multi", "-cpu", "max"]
-    # oops=panic: a kernel that stumbles must not go on and pass. panic=-1 with -no-reboot ends QEMU at once.
-    words = f"console=ttyS0 panic=-1 oops=panic random.trust_cpu=on net.ifnames=0 {guest.cmdline}".strip()
+    state = ["-drive", f"file={folder / 'state.img'},if=virtio,format=raw,cache=unsafe"] if guest.systemd else []
     return [
         find("qemu-system-x86_64"), *accel, "-machine", "pc", "-smp", "1", "-m", str(guest.memory_mib),
         "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot", "-device", "virtio-rng-pci",
-        "-serial", f"file:{folder / 'console.log'}", "-serial", f"file:{folder / 'output.log'}",
-        "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", words,
+        "-chardev", f"file,id=console,path={folder / 'console.log'},append=on", "-serial", "chardev:console",
+        "-chardev", f"file,id=output,path={folder / 'output.log'},append=on", "-serial", "chardev:output",
+        "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", guest.words,
         "-drive", f"file={guest.userland},if=virtio,format=raw,readonly=on",
         "-drive", f"file={guest.kernel.modules},if=virtio,format=raw,readonly=on",
         "-drive", f"file={job},if=virtio,format=raw,readonly=on",
-        "-drive", f"file={results},if=virtio,format=raw,cache=unsafe",
+        "-drive", f"file={results},if=virtio,format=raw,cache=unsafe", *state,
     ]  # fmt: skip
 
 
 def _run(argv: List[str], folder: Path, deadline: float, progress: Callable[[bytes], None]) -> str:
     """Waits for QEMU to end; returns why it had to be ended, or nothing."""
     with open(folder / "qemu.log", "wb") as said, open(folder / "output.log", "rb") as output:
+        output.seek(0, os.SEEK_END)
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
             while True:

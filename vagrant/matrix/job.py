@@ -10,7 +10,8 @@ import tarfile
 from pathlib import Path
 from typing import Dict, Iterable, Mapping, Optional, Sequence
 
-PID1 = Path(__file__).resolve().parent.parent / "guest" / "pid1"
+GUEST = Path(__file__).resolve().parent.parent / "guest"
+MACHINERY = ("pid1", "pid1-systemd", "run-job", "reboot")
 TREE = Path(__file__).resolve().parent.parent.parent
 _LEFT_OUT = frozenset(
     {".git", "__pycache__", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "dist", "build"}
@@ -21,7 +22,8 @@ def write(target: Path, script: str, files: Mapping[str, Path], env: Optional[Di
     """A tar with job.sh and files or folders under the given names. ``env`` is exported before the script."""
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted((env or {}).items()))
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive:
-        _add_text(archive, "pid1", PID1.read_text(encoding="utf-8"))
+        for name in MACHINERY:
+            _add_text(archive, name, (GUEST / name).read_text(encoding="utf-8"))
         _add_text(archive, "job.sh", exports + script)
         for name, path in files.items():
             archive.add(path, arcname=name, filter=_sources_only)

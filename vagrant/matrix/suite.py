@@ -17,7 +17,8 @@ from vagrant.matrix.verdict import Verdict
 GUEST = Path(__file__).resolve().parent.parent / "guest"
 TESTS = ("tests/conformance/test_backends.py",)
 """What the backends do, and no more: tests/kernel takes an emulated processor longer than anybody waits."""
-_LEGACY_CGROUPS = "imds.cgroups=legacy"
+_LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=yes"
+"""systemd then mounts cgroup v1 alone (systemd(1))."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,12 @@ class Plan:
     """Of the conformance table's cases one of so many is run."""
 
 
-def prepare(plan: Plan, row: Row) -> guest.Guest:
-    """Everything that a row boots, from the cache or made now; this is the part that needs the network."""
-    wheel.test_tools(row.userland.tools, row.userland.python)
+def machine(archive: Archive, row: Row, accel: str = "tcg") -> guest.Guest:
+    """What a row boots, from the cache or made now; this is the part that needs the network."""
     words = [row.cmdline, *([_LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
     return guest.Guest(
-        kernel.fetch(plan.archive, row.kernel), userland.fetch(plan.archive, row.userland),
-        " ".join(filter(None, words)), row.memory_mib, plan.accel,
+        kernel.fetch(archive, row.kernel), userland.fetch(archive, row.userland),
+        " ".join(filter(None, words)), row.memory_mib, accel, row.systemd,
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def run(plan: Plan, row: Row, progress: Callable[[str], None]) -> Verdict:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     progress("preparing")
-    booted = prepare(plan, row)
+    booted = machine(plan.archive, row, plan.accel)
     tarball = folder / "job.tar"
     _pack(plan, row, tarball)
     progress(f"booting {booted.kernel.release}")

@@ -18,7 +18,7 @@ else:
 PATH = Path(__file__).resolve().parent.parent / "kernels.toml"
 BACKENDS = frozenset({"ebpf", "iptables"})
 EXPECTATIONS = BACKENDS | {"groups"}
-SETUPS = frozenset({"iptables-legacy", "without-bcc", "without-iptables", "legacy-cgroups", "refuse-bpf"})
+SETUPS = frozenset({"iptables-legacy", "without-bcc", "without-iptables", "legacy-cgroups", "refuse-bpf", "systemd"})
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,11 @@ class Row:
     memory_mib: int = 1024
     deadline_s: int = 1200
     skips: Tuple[Skip, ...] = ()
+
+    @property
+    def systemd(self) -> bool:
+        """systemd is PID 1, and not a script of ours. Only systemd makes legacy cgroups as systemd makes them."""
+        return bool(self.setup & {"systemd", "legacy-cgroups"})
 
     @property
     def expectation_words(self) -> str:

@@ -28,6 +28,9 @@ class Backend(Protocol):
     def read(self) -> Optional[Policy]:
         """The policy that the kernel holds now, or None when this backend enforces nothing."""
 
+    def unaltered(self) -> Optional[Policy]:
+        """As read(); None also when someone else changed what we had written."""
+
     def in_force(self) -> bool:
         """True when something of this backend is in the kernel, whole or not."""
 

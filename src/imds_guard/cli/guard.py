@@ -9,7 +9,8 @@ from typing import Any, Callable, Optional, Sequence
 import click
 
 from imds_guard import actions, identity
-from imds_guard.actions import Outcome, Place
+from imds_guard import boot as boot_time
+from imds_guard.actions import Outcome, Place, Status
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import (
     Words,
@@ -38,6 +39,11 @@ STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 @click.option("--create-group", is_flag=True, help="Make groups that do not exist (system groups).")
 @click.option("--save", is_flag=True, help="Write the policy to the configuration file, too.")
 @click.option("--without-root", is_flag=True, help="Save even if an installed metadata client is shut out.")
+@click.option(
+    "--boot",
+    is_flag=True,
+    help="As the service does at boot: the file's policy by its stored IDs; if it is unusable, the emergency lock.",
+)
 @json_option
 def start(
     backend: Optional[str],
@@ -47,6 +53,7 @@ def start(
     create_group: bool,
     save: bool,
     without_root: bool,
+    boot: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -57,21 +64,49 @@ def start(
     words = Words(given)
     actions.require_root("start")
     place = Place(backend or "auto", cgroup, resolve_groups, forwarded)
+    path = CONFIG_PATH if words.config is None else words.config
+    if boot:
+        if words.describe_policy or words.mode or words.containers or words.strict or create_group or save:
+            raise UsageError(
+                "--boot takes everything from the configuration: only --config, --backend and the like go with it"
+            )
+        _start_at_boot(path, place, as_json)
+        return
     policy, place, warnings = words.policy(place, create_group)
     if save:
-        actions.check_saving(policy, without_root)
+        actions.check_saving(policy, without_root, path)
     outcome = actions.start(policy, place, tell)
     if save:
-        actions.save(policy, place, CONFIG_PATH if words.config is None else words.config)
+        actions.save(policy, place, path)
     outcome.warnings.extend(warnings)
     show_outcome(outcome, as_json)
 
 
+def _start_at_boot(path: str, place: Place, as_json: bool) -> None:
+    """Ends with the status of what was wrong with the configuration, also where the emergency lock is on now."""
+    booted = boot_time.start(path, place, tell)
+    if booted.outcome is not None:
+        show_outcome(booted.outcome, as_json)
+    if booted.error is not None:
+        raise booted.error
+
+
 @cli.command()
+@click.option(
+    "--service",
+    metavar="UNIT",
+    help="As this unit's ExecStop=: leave the lock alone unless systemd stops the unit for good.",
+)
 @cgroup_option
-def stop(cgroup: Optional[str]) -> None:
+def stop(service: Optional[str], cgroup: Optional[str]) -> None:
     """Open the locks and remove everything of ours from the kernel."""
     actions.require_root("stop")
+    if service is not None:
+        from imds_guard.service import may_open  # noqa: PLC0415
+
+        if not may_open(service):
+            say([f"the lock stays in force: {service} is restarted, or the machine goes down"])
+            return
     say(actions.stop(cgroup) or ["imds-guard was not active: nothing to remove"])
 
 
@@ -94,8 +129,15 @@ def status(cgroup: Optional[str], as_json: bool) -> None:
         say_json(present.status_values(found))
     else:
         say(present.status_lines(found))
+    sys.exit(status_exit(found))
+
+
+def status_exit(found: Status) -> int:
+    """The exit status that tells the state."""
+    from imds_guard import present  # noqa: PLC0415
+
     word = present.status_word(found)
-    sys.exit({"active": STATUS_ACTIVE, "degraded": STATUS_DEGRADED, "inactive": STATUS_INACTIVE}[word])
+    return {"active": STATUS_ACTIVE, "degraded": STATUS_DEGRADED, "inactive": STATUS_INACTIVE}[word]
 
 
 def _who(groups: Sequence[str], users: Sequence[str]) -> Identities:
@@ -116,14 +158,15 @@ def _change(
     as_json: bool,
 ) -> None:
     who, endpoint = _who(groups, users), None if ip is None else parse_endpoint(ip)
+    path = CONFIG_PATH if config is None else config
 
     def accept(policy: Policy) -> None:
         if save:
-            actions.check_saving(policy, without_root)
+            actions.check_saving(policy, without_root, path)
 
     outcome = change(who, endpoint, cgroup, accept)
     if save:
-        actions.save(outcome.policy, Place(cgroup=cgroup), CONFIG_PATH if config is None else config)
+        actions.save(outcome.policy, Place(cgroup=cgroup), path)
     else:
         outcome.lines.append("this holds until the next boot; --save keeps it")
     show_outcome(outcome, as_json)

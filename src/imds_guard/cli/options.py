@@ -52,6 +52,9 @@ policy_options = options(
     click.option("--preset", "presets", multiple=True, metavar="NAME", help="Lock a built-in set of endpoints."),
     click.option("--mode", type=click.Choice(["enforce", "audit"]), help="audit counts denials and denies nobody."),
     click.option("--containers", type=click.Choice(["deny", "allow"]), help="Containers: denied, or judged by ID."),
+    click.option(
+        "--strict", is_flag=True, help="Drop packets, too, of sockets that were not let through (eBPF alone)."
+    ),
     config_option,
 )
 
@@ -80,6 +83,7 @@ class Words:
         self.presets: Tuple[str, ...] = given.pop("presets")
         self.mode: Optional[str] = given.pop("mode")
         self.containers: Optional[str] = given.pop("containers")
+        self.strict: bool = given.pop("strict")
         self.config: Optional[str] = given.pop("config")
 
     @property
@@ -104,6 +108,7 @@ class Words:
             nobody=self.nobody,
             mode=Mode(self.mode or "enforce"),
             containers=Verdict(self.containers or "deny"),
+            strict=self.strict,
             dmi_words=dmi_words(),
             create_groups=create_groups,
         )
@@ -121,6 +126,7 @@ class Words:
             config.policy.locks,
             Mode(self.mode) if self.mode else config.policy.mode,
             Verdict(self.containers) if self.containers else config.policy.containers,
+            self.strict or config.policy.strict,
         )
         chosen = Place(
             config.backend if place.backend == "auto" else place.backend,

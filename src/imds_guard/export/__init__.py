@@ -10,7 +10,7 @@ from imds_guard.export.bsd import ipfw, pf
 from imds_guard.export.netfilter import iptables, nftables
 from imds_guard.export.systemd import systemd
 from imds_guard.export.windows import windows
-from imds_guard.export.words import Exported
+from imds_guard.export.words import Exported, note_strict
 from imds_guard.policy import Policy
 
 _WRITERS: Dict[str, Callable[[Policy], Exported]] = {
@@ -29,7 +29,9 @@ def export(policy: Policy, format: str) -> Exported:
     """``policy`` for one of FORMATS. Raises UsageError for another word."""
     if format not in _WRITERS:
         raise UsageError(f"{format!r} is no format: {', '.join(FORMATS)}")
-    return _WRITERS[format](policy)
+    exported = _WRITERS[format](policy)
+    note_strict(policy, exported)
+    return exported
 
 
 __all__ = ["FORMATS", "Exported", "export"]

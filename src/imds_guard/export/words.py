@@ -55,6 +55,12 @@ def note_containers(policy: Policy, exported: Exported) -> None:
         exported.remarks.append("callers in containers are judged as the host's own; the policy denies them")
 
 
+def note_strict(policy: Policy, exported: Exported) -> None:
+    """Says that no other tool knows which sockets were let through."""
+    if policy.strict:
+        exported.weakenings.append("the policy is strict: raw sockets and connections from before could get through")
+
+
 def note_user_namespaces(policy: Policy, exported: Exported) -> None:
     """Says what a lock that allows by default loses on Linux."""
     for lock in policy.locks:

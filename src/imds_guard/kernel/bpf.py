@@ -21,16 +21,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 MAP_CREATE, MAP_LOOKUP_ELEM, MAP_UPDATE_ELEM, MAP_DELETE_ELEM, MAP_GET_NEXT_KEY, PROG_LOAD = range(6)
 OBJ_PIN, OBJ_GET, PROG_ATTACH, PROG_DETACH, PROG_TEST_RUN = range(6, 11)
 PROG_GET_NEXT_ID, MAP_GET_NEXT_ID, PROG_GET_FD_BY_ID, MAP_GET_FD_BY_ID, OBJ_GET_INFO_BY_FD, PROG_QUERY = range(11, 17)
+BTF_LOAD = 18
 MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH, MAP_DELETE_BATCH = 24, 26, 27
 LINK_CREATE, LINK_UPDATE, LINK_GET_FD_BY_ID, LINK_GET_NEXT_ID, ENABLE_STATS = 28, 29, 30, 31, 32
 LINK_DETACH = 34
 
 MAP_TYPE_HASH, MAP_TYPE_ARRAY, MAP_TYPE_PERCPU_ARRAY, MAP_TYPE_LPM_TRIE, MAP_TYPE_ARRAY_OF_MAPS = 1, 2, 6, 11, 12
+MAP_TYPE_SK_STORAGE, MAP_TYPE_RINGBUF = 24, 27
 F_NO_PREALLOC = 1
 F_AFTER = 16
 
-PROG_TYPE_CGROUP_SOCK_ADDR = 18
+PROG_TYPE_CGROUP_SKB, PROG_TYPE_CGROUP_SOCK_ADDR = 8, 18
 LINK_TYPE_CGROUP = 3
+ATTACH_INET_EGRESS = 1
 ATTACH_CONNECT4, ATTACH_CONNECT6, ATTACH_SENDMSG4, ATTACH_SENDMSG6 = 10, 11, 14, 15
 
 BATCH = 16384
@@ -88,8 +91,20 @@ class MapShape:
 
 def map_create(shape: MapShape, name: str, inner_fd: int = 0) -> int:
     """A new map's file descriptor."""
+    if shape.type != MAP_TYPE_SK_STORAGE:
+        return _map_create(shape, name, inner_fd)
+    # Socket storage is made with types alone: bpf_local_storage_map_alloc_check() in kernel/bpf/bpf_local_storage.c.
+    btf_fd = _load_btf(_words_btf(shape.value_size))
+    try:
+        return _map_create(shape, name, inner_fd, (btf_fd, 1, 2))
+    finally:
+        os.close(btf_fd)
+
+
+def _map_create(shape: MapShape, name: str, inner_fd: int, types: Tuple[int, int, int] = (0, 0, 0)) -> int:
+    """``types``: a BTF object's fd, and in it the number of the key's type and of the value's."""
     attr = struct.pack(
-        "=7I16s",
+        "=7I16s4I",
         shape.type,
         shape.key_size,
         shape.value_size,
@@ -98,8 +113,23 @@ def map_create(shape: MapShape, name: str, inner_fd: int = 0) -> int:
         inner_fd,
         0,
         _name(name),
+        0,  # map_ifindex
+        *types,
     )
     return call(MAP_CREATE, attr)[0]
+
+
+def _words_btf(octets: int) -> bytes:
+    """BTF (Documentation/bpf/btf.rst) with two types: 1 is a 32-bit word, 2 an array of them, ``octets`` long."""
+    kind_int, kind_array = 1 << 24, 3 << 24
+    types = struct.pack("=4I", 1, kind_int, 4, 32) + struct.pack("=6I", 0, kind_array, 0, 1, 1, octets // 4)
+    strings = b"\0word\0"
+    return struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings)) + types + strings
+
+
+def _load_btf(octets: bytes) -> int:
+    buffer = ctypes.create_string_buffer(octets, len(octets))
+    return call(BTF_LOAD, struct.pack("=QQIII", _pointer(buffer), 0, len(octets), 0, 0))[0]
 
 
 def _element(fd: int, key: Optional[ctypes.Array[ctypes.c_char]], value: int, flags: int = 0) -> bytes:
@@ -236,15 +266,19 @@ def _batch(command: int, fd: int, keys: bytes, values: bytes, count: int) -> Non
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
+def _program_type(attach_type: int) -> int:
+    return PROG_TYPE_CGROUP_SKB if attach_type == ATTACH_INET_EGRESS else PROG_TYPE_CGROUP_SOCK_ADDR
+
+
 def prog_load(
     instructions: bytes, name: str, attach_type: int, log: Optional[ctypes.Array[ctypes.c_char]] = None
 ) -> int:
-    """The file descriptor of a verified BPF_PROG_TYPE_CGROUP_SOCK_ADDR program; the verifier's words go to ``log``."""
+    """The file descriptor of a verified program for a cgroup's hook; the verifier's words go to ``log``."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"Dual BSD/GPL")
     attr = struct.pack(
         "=IIQQIIQII16sII",
-        PROG_TYPE_CGROUP_SOCK_ADDR,
+        _program_type(attach_type),
         len(instructions) // 8,
         _pointer(code),
         _pointer(licence),

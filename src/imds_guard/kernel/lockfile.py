@@ -30,6 +30,18 @@ def exclusive(name: str, wait_s: Optional[float] = None) -> Iterator[None]:
         os.close(fd)
 
 
+def attempt(name: str) -> Optional[int]:
+    """A file descriptor that holds ``/run/imds-guard/NAME.lock`` until it is closed; None when another process does."""
+    while True:
+        fd = _open(name)
+        if not _take(fd, name):
+            os.close(fd)
+            return None
+        if _is_at(fd, _path(name)):
+            return fd
+        os.close(fd)
+
+
 def forget(name: str) -> None:
     """Removes the lock file; only while it is held. Who waits for it makes another one."""
     os.unlink(_path(name))
@@ -73,16 +85,21 @@ def _open(name: str) -> int:
 
 def _wait(fd: int, name: str, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EINTR):
-                raise GuardError(f"locking {FOLDER}/{name}.lock: {system_words(error)}") from error
+    while not _take(fd, name):
         if time.monotonic() > deadline:
             raise GuardError(
                 f"waiting for {FOLDER}/{name}.lock: another imds-guard has been at work for {wait_s:.0f} s; "
                 "nothing was changed, try again when it is done"
             )
         time.sleep(_POLL_S)
+
+
+def _take(fd: int, name: str) -> bool:
+    """False when another process holds the lock."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
+            return False
+        raise GuardError(f"locking {FOLDER}/{name}.lock: {system_words(error)}") from error
+    return True

@@ -14,6 +14,7 @@ _MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "s390x": 356, "ppc
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture since v5.2
 
 MEMBARRIER_GLOBAL = 1
+MEMBARRIER_GLOBAL_EXPEDITED = 2
 _FSCONFIG_CMD_CREATE = 6
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

@@ -35,7 +35,14 @@ class State:
     policy: Optional[Policy]
     hooks: Tuple[Hook, ...]
     counters: Tuple[Tuple[int, int], ...]
+    """(enforced, audited) by policy.Reason; empty when there are no maps, or none that can be read."""
     faults: Tuple[str, ...]
+    lost_events: int = 0
+    """Denials whose record found no room in the ring buffer."""
+    report_overflow: int = 0
+    """Denials whose row found no room in the report."""
+    altered: bool = False
+    """True when the maps are not as they were written, so that ``policy`` is not what somebody asked for."""
 
     @property
     def active(self) -> bool:
@@ -67,7 +74,7 @@ class EbpfBackend:
     def check(self, policy: Optional[Policy]) -> None:
         """Backend.check(); compiles nothing, attaches nothing."""
         with self._cgroup() as cgroup:
-            self._check_running_or_compilable(cgroup)
+            self._check_running_or_compilable(cgroup, policy)
         if policy is not None:
             render(policy, 1)
 
@@ -92,6 +99,11 @@ class EbpfBackend:
     def read(self) -> Optional[Policy]:
         """Backend.read()."""
         return self.state().policy
+
+    def unaltered(self) -> Optional[Policy]:
+        """Backend.unaltered()."""
+        state = self.state()
+        return None if state.altered else state.policy
 
     def remove(self) -> List[str]:
         """Backend.remove()."""
@@ -149,10 +161,14 @@ class EbpfBackend:
             snapshot = maps.snapshot(generation) if generation else None
             if maps.generation() != generation:
                 return None
-            counters, ids = tuple(maps.counters()), maps.ids()
+            counters, ids = maps.counters(), maps.ids()
         policy, faults_of_maps = _policy_of(snapshot)
-        faults = tuple(_faults_of_hooks(found, ids)) + tuple(faults_of_maps) if generation else ()
-        return State(cgroup.path, cgroup.is_root, pins, generation, policy, found, counters, faults)
+        needed = abi.needed_hooks(policy is not None and policy.strict)
+        faults = tuple(_faults_of_hooks(found, ids, needed)) + tuple(faults_of_maps) if generation else ()
+        lost, overflow = counters[abi.LOST_EVENTS][0], counters[abi.REPORT_OVERFLOW][0]
+        by_reason = tuple(counters[: abi.REASONS])
+        place = (cgroup.path, cgroup.is_root, pins)
+        return State(*place, generation, policy, found, by_reason, faults, lost, overflow, bool(faults_of_maps))
 
     # --- steps ---
 
@@ -170,7 +186,7 @@ class EbpfBackend:
         with lockfile.exclusive(folder.name):
             yield folder
 
-    def _check_running_or_compilable(self, cgroup: Cgroup) -> None:
+    def _check_running_or_compilable(self, cgroup: Cgroup, policy: Optional[Policy]) -> None:
         """A guard that runs this version needs no compiler."""
         probe.require_place()
         probe.require_bpf()
@@ -179,7 +195,9 @@ class EbpfBackend:
             bpffs.require_bpffs()
         folder = Folder(path, cgroup.id, cgroup.is_root) if path else None
         found = hooks.inspect(cgroup, folder.path if folder is not None and folder.exists() else None)
-        if not all(hook.ours and hook.ours.version == program.source_version(self._defines) for hook in found):
+        needed = abi.needed_hooks(policy is not None and policy.strict)
+        current = [h.name for h in found if h.ours and h.ours.version == program.source_version(self._defines)]
+        if not set(needed) <= set(current):
             compiler.require_bcc()
             program.kernel_offsets()
 
@@ -187,11 +205,12 @@ class EbpfBackend:
         """Maps at generation 0, then all hooks, then the policy: until the flip nothing is locked."""
         privileges.lift_memory_lock_limit()
         hooks.detach_strays(cgroup, None)
+        needed = abi.needed_hooks(policy.strict)
         try:
             place = folder.begin()
             with Maps.create(place) as maps:
-                hooks.put_in_place(cgroup, place, maps.fds(), hooks.inspect(cgroup, None), self._defines)
-                hooks.verify(cgroup, place, maps.ids())
+                hooks.put_in_place(cgroup, place, maps.fds(), _inspect(cgroup, None, needed), self._defines)
+                hooks.verify(cgroup, place, maps.ids(), needed)
                 folder.commit()
                 maps.change(policy)
         except (GuardError, OSError):
@@ -199,7 +218,7 @@ class EbpfBackend:
             if folder.exists():
                 folder.remove()
             raise
-        return [f"attached {len(abi.HOOKS)} hooks to {cgroup.path}, version {self._version()}"]
+        return [f"attached {len(needed)} hooks to {cgroup.path}, version {self._version()}"]
 
     def _change_running(self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False) -> List[str]:
         try:
@@ -211,17 +230,22 @@ class EbpfBackend:
         with maps:
             if maps.misfits():
                 return self._replace_maps(cgroup, folder, policy)
-            lines = self._renew_hooks(cgroup, folder, maps, keep_version)
+            needed = abi.needed_hooks(policy.strict)
+            lines = self._renew_hooks(cgroup, folder, maps, needed, keep_version)
             snapshot = maps.snapshot(maps.generation()) if maps.generation() else None
             if snapshot is not None and _policy_of(snapshot) == (policy, []):
-                return [*lines, "the policy was in force already"]
-            maps.change(policy)
+                lines.append("the policy was in force already")
+            else:
+                maps.change(policy)
+        hooks.detach_unneeded(folder.path, needed)  # only now: the policy before may have needed them
         return lines
 
-    def _renew_hooks(self, cgroup: Cgroup, folder: Folder, maps: Maps, keep_version: bool) -> List[str]:
+    def _renew_hooks(
+        self, cgroup: Cgroup, folder: Folder, maps: Maps, needed: Tuple[str, ...], keep_version: bool
+    ) -> List[str]:
         """Loads the programs anew, on the same maps and with the policy unchanged, unless they are as they should."""
         ids = set(maps.ids())
-        found = hooks.inspect(cgroup, folder.path)
+        found = _inspect(cgroup, folder.path, needed)
         version = self._version()
         whole = all(hook.ours is not None and set(hook.ours.map_ids) <= ids for hook in found)
         current = keep_version or all(hook.ours is not None and hook.ours.version == version for hook in found)
@@ -230,19 +254,20 @@ class EbpfBackend:
             return lines
         privileges.lift_memory_lock_limit()
         hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines)
-        hooks.verify(cgroup, folder.path, maps.ids())
+        hooks.verify(cgroup, folder.path, maps.ids(), needed)
         return [*lines, f"put version {version} of the programs in place" if whole else "repaired the hooks"]
 
     def _replace_maps(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
         """Maps of another layout: new ones are filled before any hook uses them, then hook by hook moves over."""
         privileges.lift_memory_lock_limit()
-        found = hooks.inspect(cgroup, folder.path)
+        needed = abi.needed_hooks(policy.strict)
+        found = _inspect(cgroup, folder.path, needed)
         try:
             place = folder.begin()
             with Maps.create(place) as maps:
                 maps.change(policy)
                 hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines, place)
-                hooks.verify(cgroup, place, maps.ids())
+                hooks.verify(cgroup, place, maps.ids(), needed)
         except (GuardError, OSError):
             folder.abandon()
             raise
@@ -281,8 +306,14 @@ def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
     return render(policy, snapshot.image.generation).digest() == snapshot.image.digest()
 
 
-def _faults_of_hooks(found: Tuple[Hook, ...], map_ids: List[int]) -> Iterator[str]:
+def _inspect(cgroup: Cgroup, folder: Optional[str], needed: Tuple[str, ...]) -> List[Hook]:
+    return [hook for hook in hooks.inspect(cgroup, folder) if hook.name in needed]
+
+
+def _faults_of_hooks(found: Tuple[Hook, ...], map_ids: List[int], needed: Tuple[str, ...]) -> Iterator[str]:
     for hook in found:
+        if hook.name not in needed:
+            continue
         if hook.ours is None:
             yield f"the hook {hook.name} is not attached: what goes through it is not checked"
         elif not set(hook.ours.map_ids) <= set(map_ids):

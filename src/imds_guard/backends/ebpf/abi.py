@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Dict, Tuple
+from typing import Dict, NamedTuple, Tuple
 
 from imds_guard.kernel import bpf
 from imds_guard.policy import Address
 
-ABI = 1
+ABI = 2
 MAP_BASE = 0x494D4400
 
 
@@ -30,12 +30,16 @@ class Map(enum.IntEnum):
     GROUPS = 6
     LOCKS = 7
     COUNTERS = 8
+    EVENTS = 9
+    REPORT = 10
+    WATCH = 11
+    MARKS = 12
 
 
 GENERATIONS = (1, 2)
 
 CONFIG = struct.Struct("=B7x")
-SETTINGS = struct.Struct("=4I16s")  # valid, mode, allow_containers, abi, digest
+SETTINGS = struct.Struct("=4I16sI4xQ")  # valid, mode, allow_containers, abi, digest, strict, serial
 MODE_ENFORCE, MODE_AUDIT = 1, 2
 
 HOST_BITS_LOG2 = 18
@@ -74,8 +78,28 @@ LOCK = struct.Struct(f"=HH{LOCK_NAME_OCTETS}s")  # list, pad, name
 
 ENDPOINTS = 65536
 
-REASONS = 14
+REASONS = 15
+LOST_EVENTS, REPORT_OVERFLOW, COUNTERS = REASONS, REASONS + 1, REASONS + 2
 COUNTER = struct.Struct("=QQ")  # enforced, audited
+
+HOOK_CONNECT4, HOOK_CONNECT6, HOOK_SENDMSG4, HOOK_SENDMSG6, HOOK_EGRESS = 1, 2, 3, 4, 5
+VERDICT_DENIED, VERDICT_AUDITED, VERDICT_ALLOWED = 1, 2, 3
+COMM_OCTETS = 16
+NO_LOCK = 0xFFFF
+
+EVENTS_OCTETS = 1 << 19
+EVENT = struct.Struct(f"=3Q5IHH16s{COMM_OCTETS}s5B3x")
+"""time_ns, cgroup_id, netns_cookie, pid, tgid, fsuid, fsgid, groups_len, port, lock, address, comm, generation, hook,
+reason, verdict, protocol."""
+
+REPORT_ROWS = 16384
+REPORT_KEY = struct.Struct("=BBHI")  # generation, reason, lock, fsuid
+REPORT = struct.Struct(f"=3Q16sHB5x{COMM_OCTETS}s")  # count, first_ns, last_ns, address, port, protocol, comm
+
+WATCH = struct.Struct("=I")  # log_allowed
+
+MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT = 1, 2, 3, 4
+MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, place_unknown
 
 SHAPES: Dict[Map, bpf.MapShape] = {
     Map.CONFIG: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, CONFIG.size, 1),
@@ -88,16 +112,37 @@ SHAPES: Dict[Map, bpf.MapShape] = {
     Map.MEMBERS: bpf.MapShape(bpf.MAP_TYPE_HASH, MEMBER.size, MEMBER_VALUE.size, MEMBERS, bpf.F_NO_PREALLOC),
     Map.GROUPS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, GROUPS.size, 2 * LISTS, bpf.F_NO_PREALLOC),
     Map.LOCKS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, LOCK.size, LOCKS, bpf.F_NO_PREALLOC),
-    Map.COUNTERS: bpf.MapShape(bpf.MAP_TYPE_PERCPU_ARRAY, 4, COUNTER.size, REASONS),
+    Map.COUNTERS: bpf.MapShape(bpf.MAP_TYPE_PERCPU_ARRAY, 4, COUNTER.size, COUNTERS),
+    Map.EVENTS: bpf.MapShape(bpf.MAP_TYPE_RINGBUF, 0, 0, EVENTS_OCTETS),
+    Map.REPORT: bpf.MapShape(bpf.MAP_TYPE_HASH, REPORT_KEY.size, REPORT.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
+    Map.WATCH: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, WATCH.size, 1),
+    Map.MARKS: bpf.MapShape(bpf.MAP_TYPE_SK_STORAGE, 4, MARK.size, 0, bpf.F_NO_PREALLOC),
 }
 
-HOOKS: Dict[str, Tuple[int, str]] = {
-    "connect4": (bpf.ATTACH_CONNECT4, "ig_c4"),
-    "connect6": (bpf.ATTACH_CONNECT6, "ig_c6"),
-    "sendmsg4": (bpf.ATTACH_SENDMSG4, "ig_s4"),
-    "sendmsg6": (bpf.ATTACH_SENDMSG6, "ig_s6"),
+
+class HookShape(NamedTuple):
+    """A hook's attach type, and what the name of our program there begins with."""
+
+    attach_type: int
+    prefix: str
+
+
+HOOKS: Dict[str, HookShape] = {
+    "connect4": HookShape(bpf.ATTACH_CONNECT4, "ig_c4"),
+    "connect6": HookShape(bpf.ATTACH_CONNECT6, "ig_c6"),
+    "sendmsg4": HookShape(bpf.ATTACH_SENDMSG4, "ig_s4"),
+    "sendmsg6": HookShape(bpf.ATTACH_SENDMSG6, "ig_s6"),
+    "egress": HookShape(bpf.ATTACH_INET_EGRESS, "ig_eg"),
 }
-"""Each hook's attach type, and what the name of our program there begins with."""
+
+EGRESS = "egress"
+"""The hook that runs for every packet, and is attached under strict alone."""
+
+
+def needed_hooks(strict: bool) -> Tuple[str, ...]:
+    """The hooks that a policy needs."""
+    return tuple(name for name in HOOKS if strict or name != EGRESS)
+
 
 _MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 

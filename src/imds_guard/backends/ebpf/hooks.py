@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import Collection, List, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.program import Defines
@@ -48,7 +48,7 @@ class Hook:
     @property
     def behind(self) -> List[Attached]:
         """Other people's programs that run after ours."""
-        if self.ours is None:
+        if self.ours is None or self.name == abi.EGRESS:  # nobody can change where a packet goes any more
             return []
         return [p for p in self.attached[self.attached.index(self.ours) + 1 :] if p.version is None]
 
@@ -116,7 +116,7 @@ def put_in_place(
 
     All are loaded before the first is attached. ``pins`` is the folder that the links are pinned in, if another.
     """
-    loaded = program.load_hooks(map_fds, defines)
+    loaded = program.load_hooks([hook.name for hook in found], map_fds, defines)
     try:
         for hook in found:
             _attach(hook, loaded[hook.name], cgroup, folder, pins or folder)
@@ -130,7 +130,7 @@ def _attach(hook: Hook, program_fd: int, cgroup: Cgroup, folder: str, pins: str)
     with trying(what, "what was in force before stays in force"):
         link_fd = _open_link(hook.name, folder) if hook.linked is not None else None
         if link_fd is None:
-            link_fd = bpf.link_create(program_fd, cgroup.fd, abi.HOOKS[hook.name][0])
+            link_fd = bpf.link_create(program_fd, cgroup.fd, abi.HOOKS[hook.name].attach_type)
         else:
             bpf.link_update(link_fd, program_fd)
         try:
@@ -154,9 +154,11 @@ def _unlink(path: str) -> None:
         return
 
 
-def verify(cgroup: Cgroup, folder: str, map_ids: Sequence[int]) -> None:
-    """Raises GuardError unless each hook runs our program on these maps."""
+def verify(cgroup: Cgroup, folder: str, map_ids: Sequence[int], needed: Collection[str]) -> None:
+    """Raises GuardError unless each hook that is needed runs our program on these maps."""
     for hook in inspect(cgroup, folder):
+        if hook.name not in needed:
+            continue
         if hook.ours is None or not set(hook.ours.map_ids) <= set(map_ids):
             raise GuardError(
                 f"checking the hook {hook.name} of {cgroup.path}: the kernel does not run the program that was just "
@@ -170,6 +172,15 @@ def detach_all(folder: str) -> None:
         fd = _open_link(hook, folder)
         if fd is not None:
             _detach(fd)
+
+
+def detach_unneeded(folder: str, needed: Collection[str]) -> None:
+    """Detaches and unpins the links of hooks that the policy in force does not need."""
+    for hook in abi.HOOKS:
+        fd = _open_link(hook, folder) if hook not in needed else None
+        if fd is not None:
+            _detach(fd)
+            _unlink(link_pin(folder, hook))
 
 
 def detach_strays(cgroup: Cgroup, folder: Optional[str]) -> List[str]:

@@ -49,12 +49,12 @@ def source_version(defines: Defines = ()) -> str:
 
 def program_name(hook: str, version: str) -> str:
     """``ig_c4_0123abcd``: what bpftool shows, and what tells our programs from others'."""
-    return f"{abi.HOOKS[hook][1]}_{version}"
+    return f"{abi.HOOKS[hook].prefix}_{version}"
 
 
 def version_in_name(hook: str, name: str) -> Optional[str]:
     """The version in the name of one of our programs, or None for somebody else's program."""
-    prefix = abi.HOOKS[hook][1] + "_"
+    prefix = abi.HOOKS[hook].prefix + "_"
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
 
 
@@ -81,19 +81,19 @@ DIRECT: Defines = (("IG_DIRECT", 1),)
 """Plain loads from the current task in place of a helper call a word; not every verifier takes them."""
 
 
-def load_hooks(map_fds: Sequence[int], defines: Defines) -> Dict[str, int]:
-    """The fd of each hook's program, on the given maps: with plain loads where this kernel takes them."""
+def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -> Dict[str, int]:
+    """The fd of the named hooks' programs, on the given maps: with plain loads where this kernel takes them."""
     version = source_version(defines)
     if probe.knows_current_task():
         with contextlib.suppress(Unsupported):
-            return _load_all(compile_hooks(defines + DIRECT), map_fds, version)
-    return _load_all(compile_hooks(defines), map_fds, version)
+            return _load_all(names, compile_hooks(defines + DIRECT), map_fds, version)
+    return _load_all(names, compile_hooks(defines), map_fds, version)
 
 
-def _load_all(code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> Dict[str, int]:
+def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> Dict[str, int]:
     loaded: Dict[str, int] = {}
     try:
-        for hook in abi.HOOKS:
+        for hook in names:
             loaded[hook] = load_hook(hook, code, map_fds, version)
     except GuardError:
         for fd in loaded.values():
@@ -107,7 +107,7 @@ def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], vers
     instructions = compiler.with_map_fds(code[hook], abi.MAP_BASE, map_fds)
     name = program_name(hook, version)
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
-        fd, refusal = bpf.prog_load_explained(instructions, name, abi.HOOKS[hook][0])
+        fd, refusal = bpf.prog_load_explained(instructions, name, abi.HOOKS[hook].attach_type)
     if fd < 0:
         raise Unsupported(
             f"loading the eBPF program {name}: the kernel's verifier refused it: {refusal}; nothing was changed, "

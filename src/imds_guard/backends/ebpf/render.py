@@ -50,15 +50,17 @@ class Image:
 
 @dataclass(frozen=True)
 class Settings:
-    """struct ig_settings, without its digest."""
+    """struct ig_settings, without its digest and its serial."""
 
     mode: Mode
     containers: Verdict
+    strict: bool = False
 
-    def pack(self, digest: bytes) -> bytes:
+    def pack(self, digest: bytes, serial: int) -> bytes:
         """The record as it lies in the map."""
         mode = abi.MODE_AUDIT if self.mode is Mode.AUDIT else abi.MODE_ENFORCE
-        return abi.SETTINGS.pack(1, mode, self.containers is Verdict.ALLOW, abi.ABI, digest)
+        containers = self.containers is Verdict.ALLOW
+        return abi.SETTINGS.pack(1, mode, containers, abi.ABI, digest, self.strict, serial)
 
 
 class Range(NamedTuple):
@@ -76,7 +78,7 @@ _ListKey = Tuple[Identities, Identities, Verdict]
 
 def settings_of(policy: Policy) -> Settings:
     """The part of a policy that stands in its generation's settings."""
-    return Settings(policy.mode, policy.containers)
+    return Settings(policy.mode, policy.containers, policy.strict)
 
 
 def render(policy: Policy, generation: int) -> Image:
@@ -301,11 +303,16 @@ def _groups(generation: int, number: int, key: _ListKey) -> List[Tuple[bytes, by
 
 def parse_settings(record: bytes) -> Optional[Tuple[Settings, bytes]]:
     """Settings and digest, or None for a record that is not valid."""
-    valid, mode, containers, version, digest = abi.SETTINGS.unpack(record)
+    valid, mode, containers, version, digest, strict, _ = abi.SETTINGS.unpack(record)
     if not valid or version != abi.ABI or mode not in (abi.MODE_ENFORCE, abi.MODE_AUDIT):
         return None
     chosen = Mode.AUDIT if mode == abi.MODE_AUDIT else Mode.ENFORCE
-    return Settings(chosen, Verdict.ALLOW if containers else Verdict.DENY), digest
+    return Settings(chosen, Verdict.ALLOW if containers else Verdict.DENY, bool(strict)), digest
+
+
+def serial_of(record: bytes) -> int:
+    """The number of the change that wrote a settings record; 0 when there was none."""
+    return int(abi.SETTINGS.unpack(record)[6])
 
 
 def parse(image: Image, settings: Settings) -> Policy:
@@ -321,7 +328,7 @@ def parse(image: Image, settings: Settings) -> Policy:
         allow, deny, default = lists[list_number]
         text = name.rstrip(b"\0").decode(errors="replace")
         locks.append(Lock(text, tuple(endpoints[number]), allow, deny, default))
-    return make_policy(locks, settings.mode, settings.containers)
+    return make_policy(locks, settings.mode, settings.containers, settings.strict)
 
 
 def _parse_lists(image: Image) -> Dict[int, _ListKey]:

@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.render import BYTE_ORDER, Image, Settings, parse_settings, settings_of
+from imds_guard.backends.ebpf.render import BYTE_ORDER, Image, Settings, parse_settings, serial_of, settings_of
 from imds_guard.backends.ebpf.render import render as render_image
 from imds_guard.errors import GuardError, NotPermitted, system_words, trying
 from imds_guard.kernel import bpf, grace, privileges
@@ -17,8 +17,9 @@ from imds_guard.policy import Policy
 
 _ZERO = bytes(4)
 _HASHES = (Map.ENDPOINTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
-"""Maps whose records carry their generation in the key, and where in it."""
-_GENERATION_AT = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0}
+"""Maps that hold a policy, and whose records carry their generation in the key."""
+_GENERATION_AT = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0, Map.REPORT: 0}
+"""Where in the key the generation is."""
 
 
 def _key(number: int) -> bytes:
@@ -133,7 +134,7 @@ class Maps:
         grace.wait_for_running_programs()
         try:
             self.empty(new)
-            self.fill(policy, new)
+            self.fill(policy, new, self.serial(old) + 1)
         except (OSError, GuardError) as error:
             self.empty(new)
             words = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
@@ -144,13 +145,18 @@ class Maps:
         if old:
             self.empty(old)
 
-    def fill(self, policy: Policy, generation: int) -> None:
+    def serial(self, generation: int) -> int:
+        """The number of the change that put a generation in force."""
+        record = bpf.map_lookup(self._fds[Map.SETTINGS], _key(generation), abi.SETTINGS.size)
+        return serial_of(record or bytes(abi.SETTINGS.size))
+
+    def fill(self, policy: Policy, generation: int, serial: int) -> None:
         """Writes a generation; its settings last, since without them it denies."""
         image = render_image(policy, generation)
         for number, items in image.items.items():
             if items:
                 bpf.map_update_all(self._fds[number], items)
-        record = settings_of(policy).pack(image.digest())
+        record = settings_of(policy).pack(image.digest(), serial)
         bpf.map_update(self._fds[Map.SETTINGS], _key(generation), record)
 
     def empty(self, generation: int) -> None:
@@ -158,7 +164,7 @@ class Maps:
         bpf.map_update(self._fds[Map.SETTINGS], _key(generation), bytes(abi.SETTINGS.size))
         bpf.map_update(self._fds[Map.FIRST_LOOK], _key(generation), bytes(abi.FIRST_LOOK_OCTETS))
         self._empty_lists(generation)
-        for number in _HASHES:
+        for number in _GENERATION_AT:
             keys = [key for key, _ in self._items(number, generation)]
             if keys:
                 bpf.map_delete_all(self._fds[number], keys)
@@ -195,10 +201,10 @@ class Maps:
         return Snapshot(Image(generation, items), settings, digest)
 
     def counters(self) -> List[Tuple[int, int]]:
-        """(enforced, audited) by reason, summed over the CPUs."""
+        """(enforced, audited) by reason, then by enum ig_counted, summed over the CPUs."""
         cpus = bpf.possible_cpus()
         sums = []
-        for reason in range(abi.REASONS):
+        for reason in range(abi.COUNTERS):
             values = bpf.map_lookup(self._fds[Map.COUNTERS], _key(reason), abi.COUNTER.size * cpus) or b""
             pairs = list(abi.COUNTER.iter_unpack(values))
             sums.append((sum(p[0] for p in pairs), sum(p[1] for p in pairs)))

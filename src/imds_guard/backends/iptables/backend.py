@@ -13,7 +13,7 @@ from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.parse import Found, combine
 from imds_guard.backends.iptables.probe import Probed, probe
 from imds_guard.backends.iptables.record import STATE_FOLDER, Record
-from imds_guard.backends.iptables.render import HEAD, Holding, id_ranges, render
+from imds_guard.backends.iptables.render import HEAD, Holding, digest, id_ranges, render
 from imds_guard.backends.iptables.tables import (
     LOCK_WAIT_S,
     NoTable,
@@ -71,6 +71,11 @@ class IptablesBackend:
             raise Unsupported(f"owner rules of iptables do not work here: {probed.reason}")
         if policy is None:
             return
+        if policy.strict:
+            raise Unsupported(
+                "iptables can't hold a strict policy: it judges who opened a socket, and knows of no connect that was "
+                "let through; leave --strict (strict = true) out"
+            )
         _check_size(policy)
         grouped = sorted(lock.name for lock in policy.locks if lock.listed_groups)
         if grouped and not probed.supplementary and not self._resolves():
@@ -167,6 +172,16 @@ class IptablesBackend:
         """The policy that the rules which packets meet stand for, or None."""
         held = self._held()
         return held.policy if held is not None else None
+
+    def unaltered(self) -> Optional[Policy]:
+        """As read(); None also when the rules' digest is not that of the policy which they stand for."""
+        found = _reached(self._look_everywhere())
+        try:
+            held = combine(found)
+        except PolicyError:
+            return None
+        whole = held is not None and {rules.digest for rules in found} == {digest(held.policy)}
+        return held.policy if held is not None and whole else None
 
     def in_force(self) -> bool:
         """True when there is a chain of ours, whole or not, in either family."""

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packets that no socket was connected for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import struct
+from contextlib import ExitStack, contextmanager
+from typing import Callable, Iterator
+
+from tests.adversary import privileges
+from tests.adversary.model import Attack, Run, Verdict, Way
+from tests.adversary.packets import Flow, Receive, Send, ask_by_datagram, shake_hands_and_ask, udp_packet_ipv6
+from tests.adversary.privileges import CAP_NET_ADMIN, CAP_NET_RAW
+from tests.adversary.scene import ATTACKER, ATTACKER_GID, IPV4, IPV6, OPEN6, PORT, WAIT_S, as_attacker, as_root
+from tests.adversary.talk import answer, make_socket, there
+
+_ETH_P_ALL, _ETH_P_IP = 0x0003, 0x0800  # include/uapi/linux/if_ether.h
+IPV6_HDRINCL = 36  # include/uapi/linux/in6.h
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # include/uapi/linux/if_tun.h
+FORGED = Flow("10.66.66.66", 40_001, IPV4, PORT)
+"""From an address of nobody's: the kernel must not answer the service's packets with a reset."""
+TUNNELED = Flow("10.77.0.2", 40_001, IPV4, PORT)
+
+Ask = Callable[[Flow, Send, Receive], bytes]
+
+
+def _sniffer() -> socket.socket:
+    """Sees every packet of lo (packet(7))."""
+    one = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
+    one.bind(("lo", _ETH_P_ALL))
+    one.settimeout(WAIT_S)
+    return one
+
+
+def _raw_ip(ask: Ask) -> Run:
+    """A raw socket whose sender writes the IP header (IP_HDRINCL in raw(7))."""
+
+    def attack() -> bytes:
+        with _sniffer() as seen, socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
+            return ask(FORGED, lambda packet: one.sendto(packet, (IPV4, 0)), lambda: seen.recv(65536))
+
+    return as_attacker(attack, CAP_NET_RAW)
+
+
+def _raw_ipv6() -> bytes:
+    """The answer to the datagram comes to an ordinary socket that sends nothing."""
+    with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
+        waiting.bind((OPEN6, 0))
+        flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
+            one.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+            one.sendto(udp_packet_ipv6(flow, b"?"), (IPV6, 0))
+        return answer(waiting)
+
+
+def _raw_protocol() -> bytes:
+    """A raw socket of the protocol UDP that is connected: the payload brings the UDP header."""
+    with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
+        waiting.bind((OPEN6, 0))
+        flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_UDP) as one:
+            one.bind((OPEN6, 0))
+            one.connect(there(IPV6))
+            one.send(udp_packet_ipv6(flow, b"?")[40:])
+        return answer(waiting)
+
+
+def _link_layer(ask: Ask) -> Run:
+    """A packet socket: below IP (packet(7))."""
+
+    def attack() -> bytes:
+        with _sniffer() as one:
+            to = ("lo", _ETH_P_IP, 0, 0, bytes(6))
+            return ask(FORGED, lambda packet: one.sendto(packet, to), lambda: one.recv(65536))
+
+    return as_attacker(attack, CAP_NET_RAW)
+
+
+@contextmanager
+def _tunnel() -> Iterator[int]:
+    """An interface whose cable ends in this process (Documentation/networking/tuntap.rst)."""
+    with ExitStack() as stack:
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", b"adversary", _IFF_TUN | _IFF_NO_PI))
+        privileges.command("ip", "address", "add", "10.77.0.1/24", "dev", "adversary")
+        privileges.command("ip", "link", "set", "adversary", "up")
+        yield fd
+
+
+def _through_a_tunnel() -> bytes:
+    """The packets come in from outside, as it were: nobody on this machine sends them."""
+    with _tunnel() as fd:
+        privileges.become_user(ATTACKER, ATTACKER_GID, capabilities=[CAP_NET_ADMIN])
+
+        def receive() -> bytes:
+            if not select.select([fd], [], [], WAIT_S)[0]:
+                raise TimeoutError("nothing came out of the tunnel")
+            return os.read(fd, 65536)
+
+        return shake_hands_and_ask(TUNNELED, lambda packet: os.write(fd, packet), receive)
+
+
+ATTACKS = (
+    Attack(
+        "raw-ip",
+        "Raw IP sockets with `CAP_NET_RAW`: packets and whole TCP connections by hand (`IP_HDRINCL`)",
+        Verdict.STRICT,
+        "No connect happens. The packets come from a socket that nobody approved.",
+        {
+            "tcp": Way(_raw_ip(shake_hands_and_ask)),
+            "udp": Way(_raw_ip(ask_by_datagram)),
+            "ipv6": Way(as_attacker(_raw_ipv6, CAP_NET_RAW)),
+            "protocol-udp": Way(as_attacker(_raw_protocol, CAP_NET_RAW)),
+        },
+    ),
+    Attack(
+        "packet-socket",
+        "Packet sockets (`AF_PACKET`) with `CAP_NET_RAW`: frames below IP",
+        Verdict.OPEN,
+        "They pass every hook of cgroups by. Take `CAP_NET_RAW` from services.",
+        {"tcp": Way(_link_layer(shake_hands_and_ask)), "udp": Way(_link_layer(ask_by_datagram))},
+    ),
+    Attack(
+        "tunnel",
+        "A tun or tap interface with `CAP_NET_ADMIN`: packets that seem to come from another machine",
+        Verdict.OPEN,
+        "Nobody on this machine sends them. Where the locked address is another machine's they are forwarded, and the "
+        "rules that `start` puts into FORWARD reject them (`tests/kernel/test_forwarded.py`).",
+        {"tun": Way(as_root(_through_a_tunnel), ("tun",), own_network=True)},
+    ),
+)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard itself: taking it apart, drowning it, catching it in the middle of a change."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Callable, Dict, Iterator, List
+
+from imds_guard.kernel import bpf
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel.credentials import become
+from tests.adversary.model import Attack, Run, Verdict, Way
+from tests.adversary.privileges import become_user, enter_user_namespace
+from tests.adversary.scene import ALLOWED, ALLOWED_GID, ATTACKER, ATTACKER_GID, Scene
+from tests.adversary.talk import fetch, make_socket, there
+from tests.kernel import guards
+
+
+@dataclass(frozen=True)
+class Target:
+    """A guard, as somebody sees it who knows where everything is."""
+
+    pins: str
+    cgroup: str
+    cgroup_id: int
+
+
+def target(cgroup: str) -> Target:
+    """The guard of a cgroup."""
+    with open_cgroup(cgroup) as opened:
+        return Target(guards.folder_of(cgroup).path, cgroup, opened.id)
+
+
+def _pins(of: Target, what: str) -> List[str]:
+    return [os.path.join(of.pins, name) for name in os.listdir(of.pins) if name.startswith(what)]
+
+
+def _detach(of: Target) -> None:
+    for path in _pins(of, "link_"):
+        bpf.link_detach(bpf.pinned(path))
+
+
+def _detach_by_number(of: Target) -> None:
+    for fd, _ in bpf.links_of_cgroup(of.cgroup_id):
+        bpf.link_detach(fd)
+
+
+def _replace(of: Target) -> None:
+    path = os.path.join(of.pins, "link_connect4")
+    bpf.link_update(bpf.pinned(path), guards.load_stranger(bpf.ATTACH_CONNECT4))
+
+
+def _unpin(of: Target) -> None:
+    for path in _pins(of, "link_"):
+        os.unlink(path)
+
+
+def _generation(of: Target) -> None:
+    """Generation 0 locks nothing (bpf/imds_guard.h)."""
+    bpf.map_update(bpf.pinned(os.path.join(of.pins, "config")), bytes(4), bytes(8))
+
+
+def _generation_by_number(of: Target) -> None:
+    for fd in _maps_by_number(of):
+        shape = bpf.describe_map(fd)[1]
+        if (shape.type, shape.value_size, shape.max_entries) == (bpf.MAP_TYPE_ARRAY, 8, 1):
+            bpf.map_update(fd, bytes(4), bytes(8))
+
+
+def _maps_by_number(of: Target) -> Iterator[int]:
+    folder = os.open(of.cgroup, os.O_RDONLY | os.O_DIRECTORY)
+    for identity in bpf.attached_programs(folder, bpf.ATTACH_CONNECT4):
+        program = bpf.program_by_id(identity)
+        if program is None:
+            raise AssertionError(f"program {identity} is gone")
+        for number in bpf.describe_program(program).map_ids:
+            yield bpf.call(bpf.MAP_GET_FD_BY_ID, struct.pack("=III", number, 0, 0))[0]
+
+
+TAKE_APART: Dict[str, Callable[[Target], None]] = {
+    "detach": _detach,
+    "detach-by-number": _detach_by_number,
+    "replace": _replace,
+    "unpin": _unpin,
+    "generation": _generation,
+    "generation-by-number": _generation_by_number,
+}
+"""Each opens the lock when root does it (test_guard.py)."""
+
+
+def _take_apart(act: Callable[[Target], None], *, in_namespace: bool) -> Run:
+    def attack(scene: Scene) -> bytes:
+        of = target(scene.guard_cgroup)
+
+        def try_it() -> bytes:
+            if in_namespace:
+                enter_user_namespace(0, 0)  # root there: every capability, over that namespace
+            with contextlib.suppress(OSError):
+                act(of)
+            return b""
+
+        scene.attacker(try_it)
+        return scene.attacker(fetch)
+
+    return attack
+
+
+# --- floods ---------------------------------------------------------------------------------------------------------
+
+_RECORDS = 8000
+"""More than the ring buffer of denials holds: IG_EVENTS_OCTETS in bpf/imds_guard.h, some 100 octets each."""
+_USERS = 16_384 + 600
+"""More than the report has rows: IG_REPORT_ROWS."""
+
+
+def _flood(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.connect(there())
+
+
+def _many_denials() -> None:
+    with make_socket(kind=socket.SOCK_DGRAM) as one:
+        for _ in range(_RECORDS):
+            _flood(one)
+
+
+def _many_users() -> None:
+    """Root of a machine with many users; or somebody to whom /etc/subuid gives 65,536 IDs."""
+    with make_socket(kind=socket.SOCK_DGRAM) as one:
+        for uid in range(200_000, 200_000 + _USERS):
+            become(fsuid=uid)
+            _flood(one)
+        become(fsuid=0)
+
+
+def _drown(scene: Scene, flood: Callable[[], None]) -> bytes:
+    scene.inside(flood)
+    if not scene.inside(_as_allowed):
+        raise AssertionError("after the flood the allowed user got no answer")
+    return scene.attacker(fetch)
+
+
+def _drown_in_records(scene: Scene) -> bytes:
+    def flood() -> None:
+        become_user(ATTACKER, ATTACKER_GID)
+        _many_denials()
+
+    return _drown(scene, flood)
+
+
+def _as_allowed() -> bytes:
+    become_user(ALLOWED, ALLOWED_GID)
+    return fetch()
+
+
+_NAMESPACE = ("userns",)
+
+ATTACKS = (
+    Attack(
+        "take-apart",
+        "Detaching, replacing or unpinning the hooks, or writing to the maps, without privilege: by the pins, by the "
+        "numbers of links and maps, as root of a user namespace",
+        Verdict.BLOCKED,
+        "The kernel wants `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` of the host for each of these. With them the "
+        "lock can be taken off.",
+        {
+            **{name: Way(_take_apart(act, in_namespace=False)) for name, act in TAKE_APART.items()},
+            **{
+                f"{name}-in-namespace": Way(_take_apart(act, in_namespace=True), _NAMESPACE)
+                for name, act in TAKE_APART.items()
+            },
+        },
+    ),
+    Attack(
+        "pin-folder",
+        "Folders and symbolic links that lie ready where the pins will be, before `start`; the modes of pins, lock files "
+        "and the configuration",
+        Verdict.BLOCKED,
+        "What is not root's own is not used, and never followed. Nobody else can open, rename or remove anything.",
+        test="adversary/test_guard.py",
+    ),
+    Attack(
+        "flood",
+        "Drowning the guard in denials: more than the record buffer holds, from more users than the report has rows",
+        Verdict.BLOCKED,
+        "Records are lost, and counted as lost. The decision does not depend on them.",
+        {
+            "records": Way(_drown_in_records),
+            "users": Way(lambda scene: _drown(scene, _many_users)),
+        },
+    ),
+    Attack(
+        "races",
+        "A million connects while the policy changes, programs are replaced, processes fork and exit, threads change "
+        "their IDs",
+        Verdict.BLOCKED,
+        "Each is judged by the whole old policy or the whole new one: no denied one succeeds, no allowed one fails.",
+        test="adversary/test_storm.py",
+    ),
+    Attack(
+        "kill",
+        "Killing the guard, at any step of a command",
+        Verdict.BLOCKED,
+        "No process has to stay. A command that is killed leaves the policy before or the one after.",
+        test="kernel/test_kill.py",
+    ),
+)

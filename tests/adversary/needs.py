@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a way needs of the kernel or of its place; asked as root in a scene. None, or the sentence that says why not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+from typing import Callable, Dict, Optional
+
+from imds_guard.kernel import bpf
+from tests.adversary import privileges, service
+from tests.adversary.attacks_address import IP_OPTIONS
+from tests.adversary.rewriters import OVERRIDING
+from tests.adversary.scene import IPV4, OPEN4, Scene
+from tests.conformance.probes import PROBES as OF_THE_TABLE
+
+
+def _tried(what: str, trial: Callable[[], object], *absent: int) -> Optional[str]:
+    try:
+        trial()
+    except OSError as error:
+        if error.errno not in absent:
+            raise
+        return f"this kernel has no {what} for us: {error}"
+    return None
+
+
+def _socket(what: str, kind: int, protocol: int) -> Optional[str]:
+    absent = (errno.EPROTONOSUPPORT, errno.EINVAL, errno.ESOCKTNOSUPPORT)
+    return _tried(what, lambda: socket.socket(socket.AF_INET, kind, protocol).close(), *absent)
+
+
+def _source_route() -> None:
+    with socket.socket() as one:
+        option = struct.pack("=BBB4sB", 131, 7, 4, socket.inet_aton(OPEN4), 1)
+        one.setsockopt(socket.IPPROTO_IP, IP_OPTIONS, option)
+
+
+def _translation() -> None:
+    rule = ("-d", "10.66.66.8", "-p", "tcp", "-j", "DNAT", "--to-destination", f"{IPV4}:80")
+    privileges.command("iptables", "-w", "-t", "nat", "-A", "OUTPUT", *rule)
+    privileges.command("iptables", "-w", "-t", "nat", "-D", "OUTPUT", *rule)
+
+
+def _overriding() -> None:
+    os.close(bpf.prog_load(OVERRIDING, "probe", bpf.ATTACH_CONNECT4))
+
+
+def _subtree(scene: Scene) -> Optional[str]:
+    """The root of the hierarchy has inode 1 (cgroup_get_kernfs_id() in Linux): behind it there is no outside."""
+    return "the guard is at the root, so there is no outside" if os.stat(scene.guard_cgroup).st_ino == 1 else None
+
+
+PROBES: Dict[str, Callable[[Scene], Optional[str]]] = {
+    **{name: lambda scene, probe=probe: scene.inside(probe) for name, probe in OF_THE_TABLE.items()},  # type: ignore[misc]
+    "sctp": lambda scene: scene.inside(lambda: _socket("SCTP", socket.SOCK_STREAM, service.IPPROTO_SCTP)),
+    "udp-lite": lambda scene: scene.inside(lambda: _socket("UDP-Lite", socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)),
+    "source-route": lambda scene: scene.inside(lambda: _tried("source routes", _source_route, errno.EINVAL)),
+    "nat": lambda scene: scene.inside(lambda: _tried("address translation", _translation, 0)),
+    "tun": lambda scene: scene.inside(
+        lambda: _tried("tunnels", lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)), errno.ENOENT, errno.ENODEV)
+    ),
+    # EINVAL: an unknown helper. EACCES: the verifier's other word for it.
+    "set-retval": lambda scene: scene.inside(lambda: _tried("bpf_set_retval()", _overriding, errno.EINVAL)),
+    "subtree": _subtree,
+}

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IP packets by hand: what is written without a socket that connects."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import Callable, Optional, Tuple
+
+from tests.adversary.scene import WAIT_S
+from tests.adversary.talk import REQUEST
+
+SYN, PUSH, ACK = 0x02, 0x08, 0x10  # RFC 9293 section 3.1
+_TCP, _UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The two ends of what is forged."""
+
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+def checksum(data: bytes) -> int:
+    """RFC 1071."""
+    words = struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2))
+    total = sum(words)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def _ipv4(flow: Flow, protocol: int, payload: bytes) -> bytes:
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0)
+    head += socket.inet_aton(flow.source) + socket.inet_aton(flow.destination)
+    return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload
+
+
+def _pseudo_header(flow: Flow, protocol: int, length: int) -> bytes:
+    family = socket.AF_INET6 if ":" in flow.source else socket.AF_INET
+    ends = socket.inet_pton(family, flow.source) + socket.inet_pton(family, flow.destination)
+    return ends + struct.pack("!II" if family == socket.AF_INET6 else "!HH", *_order(family, protocol, length))
+
+
+def _order(family: int, protocol: int, length: int) -> Tuple[int, int]:
+    """RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6."""
+    return (length, protocol) if family == socket.AF_INET6 else (protocol, length)
+
+
+def datagram(flow: Flow, payload: bytes) -> bytes:
+    """A UDP datagram without its IP header."""
+    head = struct.pack("!HHHH", flow.source_port, flow.destination_port, 8 + len(payload), 0)
+    total = checksum(_pseudo_header(flow, _UDP, len(head) + len(payload)) + head + payload) or 0xFFFF
+    return head[:6] + struct.pack("!H", total) + payload
+
+
+def udp_packet(flow: Flow, payload: bytes) -> bytes:
+    """A whole IPv4 packet."""
+    return _ipv4(flow, _UDP, datagram(flow, payload))
+
+
+def udp_packet_ipv6(flow: Flow, payload: bytes) -> bytes:
+    """A whole IPv6 packet."""
+    body = datagram(flow, payload)
+    head = struct.pack("!IHBB", 6 << 28, len(body), _UDP, 64)
+    ends = [socket.inet_pton(socket.AF_INET6, end) for end in (flow.source, flow.destination)]
+    return head + ends[0] + ends[1] + body
+
+
+def tcp_packet(flow: Flow, sequence: int, acknowledged: int, flags: int, payload: bytes = b"") -> bytes:
+    """A whole IPv4 packet."""
+    head = struct.pack(
+        "!HHIIBBHHH", flow.source_port, flow.destination_port, sequence, acknowledged, 5 << 4, flags, 64240, 0, 0
+    )
+    total = checksum(_pseudo_header(flow, _TCP, len(head) + len(payload)) + head + payload)
+    return _ipv4(flow, _TCP, head[:16] + struct.pack("!H", total) + head[18:] + payload)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What came back over TCP."""
+
+    sequence: int
+    flags: int
+    payload: bytes
+
+
+def parse_segment(packet: bytes, flow: Flow) -> Optional[Segment]:
+    """The TCP segment of an IPv4 packet that answers the flow, or None for any other packet."""
+    if len(packet) < 40 or packet[0] >> 4 != 4 or packet[9] != _TCP:
+        return None
+    header = (packet[0] & 15) * 4
+    ends = (socket.inet_ntoa(packet[12:16]), socket.inet_ntoa(packet[16:20]))
+    source, destination, sequence = struct.unpack_from("!HHI", packet, header)
+    if (*ends, source, destination) != (flow.destination, flow.source, flow.destination_port, flow.source_port):
+        return None
+    total = struct.unpack_from("!H", packet, 2)[0]
+    return Segment(sequence, packet[header + 13], packet[header + (packet[header + 12] >> 4) * 4 : total])
+
+
+def parse_datagram(packet: bytes, flow: Flow) -> Optional[bytes]:
+    """The payload of the UDP datagram of an IPv4 packet that answers the flow, or None for any other packet."""
+    if len(packet) < 28 or packet[0] >> 4 != 4 or packet[9] != _UDP:
+        return None
+    header = (packet[0] & 15) * 4
+    ports = struct.unpack_from("!HH", packet, header)
+    if socket.inet_ntoa(packet[16:20]) != flow.source or ports != (flow.destination_port, flow.source_port):
+        return None
+    return packet[header + 8 :]
+
+
+Send = Callable[[bytes], object]
+Receive = Callable[[], bytes]
+"""The next packet; raises OSError when none comes."""
+
+
+def shake_hands_and_ask(flow: Flow, send: Send, receive: Receive) -> bytes:
+    """A TCP connection by hand: SYN, its answer, a request. Returns what the service answered."""
+    sequence = secrets.randbits(31)
+    send(tcp_packet(flow, sequence, 0, SYN))
+    opened = _wait_for(flow, receive, lambda segment: segment.flags & (SYN | ACK) == SYN | ACK)
+    send(tcp_packet(flow, sequence + 1, opened.sequence + 1, ACK | PUSH, REQUEST))
+    return _wait_for(flow, receive, lambda segment: bool(segment.payload)).payload.strip()
+
+
+def _wait_for(flow: Flow, receive: Receive, wanted: Callable[[Segment], bool]) -> Segment:
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        segment = parse_segment(receive(), flow)
+        if segment is not None and wanted(segment):
+            return segment
+    raise TimeoutError("no answer to what was sent by hand")
+
+
+def ask_by_datagram(flow: Flow, send: Send, receive: Receive) -> bytes:
+    """A datagram by hand, and the answer to it."""
+    send(udp_packet(flow, b"?"))
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        payload = parse_datagram(receive(), flow)
+        if payload is not None:
+            return payload.strip()
+    raise TimeoutError("no answer to what was sent by hand")

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an attack takes place: a network namespace with a metadata service, below a guard or below none.
+
+A way of an attack runs in the test's process and sends functions into the scene: as root to prepare something, as the
+attacker to attack.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable, Iterator, Optional, Sequence, TypeVar
+
+from imds_guard.kernel import children
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import Endpoint, Identities, Lock, Policy, Verdict, make_policy, normal_ports
+from tests.adversary import privileges, service
+from tests.adversary.model import Guard, Run
+from tests.adversary.privileges import in_child, or_refused
+from tests.conformance.enforcers import Enforcer
+
+T = TypeVar("T")
+
+IPV4, IPV6, LINK_LOCAL = "169.254.169.254", "fd00:ec2::254", "fe80::a9fe:a9fe"
+MAPPED = f"::ffff:{IPV4}"
+NAT64, NAT64_LISTED = "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"
+OPEN4, OPEN6 = "10.66.0.1", "fd66::1"
+DENY_LISTED = "169.254.42.42"
+"""Of a lock that lets everyone through but the attacker's user and the denied group."""
+PORT = 80
+ADDRESSES = (IPV4, IPV6, LINK_LOCAL, NAT64, NAT64_LISTED, OPEN4, OPEN6, DENY_LISTED)
+
+SPARE4 = "10.66.66.0/24"
+"""Leads to lo and belongs to nobody: the kernel answers no packet for it."""
+
+ALLOWED, ATTACKER, BYSTANDER = 61_101, 61_102, 61_103
+ALLOWED_GID, ATTACKER_GID, BYSTANDER_GID = 61_201, 61_202, 61_203
+ALLOWED_GROUP, DENIED_GROUP, OTHER_GROUP = 61_301, 61_302, 61_303
+
+WAIT_S = 3.0
+"""How long an attacker waits for an answer. Nothing is far away: it comes at once, or never."""
+
+
+# --- policies -------------------------------------------------------------------------------------------------------
+
+
+def policy(*users: int, locked: Sequence[str] = (IPV4, IPV6, LINK_LOCAL, NAT64_LISTED)) -> Policy:
+    """The service is locked for all but these users and one group; another address is open but to the denied."""
+    web = normal_ports([(PORT, PORT)])
+    endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=web, udp=web) for address in locked)
+    denied = Identities(frozenset({ATTACKER}), frozenset({DENIED_GROUP}))
+    listed = (Endpoint(ipaddress.ip_network(DENY_LISTED), tcp=web, udp=web),)
+    return make_policy(
+        [
+            Lock("service", endpoints, Identities(frozenset(users), frozenset({ALLOWED_GROUP}))),
+            Lock("others", listed, deny=denied, default=Verdict.ALLOW),
+        ]
+    )
+
+
+USUAL = policy(0, ALLOWED)
+ATTACKER_TOO = policy(0, ALLOWED, ATTACKER)
+ELSEWHERE = policy(ALLOWED, locked=("169.254.170.2",))
+"""Locks an address that is not here: the service is open to everyone."""
+
+
+# --- the scene ------------------------------------------------------------------------------------------------------
+
+
+class Scene:
+    """One namespace with its service. ``folder`` can be read by everyone; the cgroup is the sandbox's."""
+
+    def __init__(
+        self, sandbox: Sandbox, apply: Optional[Callable[[Policy], object]], folder: Path, secret: bytes
+    ) -> None:
+        self.sandbox = sandbox
+        self.folder = folder
+        self._apply = apply
+        self._secret = secret
+
+    @property
+    def guard_cgroup(self) -> str:
+        """The path of the cgroup that a guard is attached to: the one above the sandbox's."""
+        return os.path.dirname(self.sandbox.cgroup)
+
+    def inside(self, fn: Callable[[], T]) -> T:
+        """What ``fn`` returns as root in the namespace and the cgroup. Raises Refused where it raised OSError."""
+        return self.sandbox.call(lambda: or_refused(fn), timeout_s=120.0)
+
+    def attacker(self, fn: Callable[[], T], *capabilities: int) -> T:
+        """The same as the attacker, who has these capabilities and no other."""
+        return self.inside(lambda: _attack(fn, capabilities))
+
+    @contextmanager
+    def another_service(self, address: str) -> Iterator[int]:
+        """The same service once more, in the network namespace of the calling process, as long as the block lasts."""
+        sockets = service.listen((address,), (PORT,))
+        with alongside(lambda: service.answer_forever(sockets, self._secret)) as pid:
+            for one in sockets:
+                one.close()
+            yield pid
+
+    def across_a_change(
+        self, first: Policy, then: Policy, attack: Callable[[Callable[[], None]], bytes], user: int = ATTACKER
+    ) -> bytes:
+        """What ``attack`` gets as the user; the function that it is given returns when the policy has changed."""
+        ours, theirs = socket.socketpair()
+        self._change_to(first)
+        changer = children.fork(lambda: self._change_on_demand(ours, theirs, then))
+        ours.close()
+
+        def pause() -> None:
+            theirs.send(b".")
+            if theirs.recv(1) != b".":
+                raise AssertionError("the policy was not changed")
+
+        def as_user() -> bytes:
+            privileges.become_user(user, ATTACKER_GID)
+            return attack(pause)
+
+        try:
+            with theirs:
+                return self.inside(as_user)
+        finally:
+            children.end(changer)
+            self._change_to(USUAL)
+
+    def _change_on_demand(self, ours: socket.socket, theirs: socket.socket, then: Policy) -> None:
+        theirs.close()
+        if ours.recv(1):
+            self._change_to(then)
+            ours.send(b".")
+
+    def _change_to(self, wanted: Policy) -> None:
+        if self._apply is not None:
+            self._apply(wanted)
+
+
+def _attack(fn: Callable[[], T], capabilities: Sequence[int]) -> T:
+    privileges.become_user(ATTACKER, ATTACKER_GID, capabilities=capabilities)
+    return fn()
+
+
+def by_attacker(fn: Callable[[], T], *capabilities: int) -> T:
+    """What ``fn`` returns as the attacker, in a child of the calling process, which stays root."""
+    return in_child(lambda: _attack(fn, capabilities))
+
+
+@contextmanager
+def alongside(fn: Callable[[], object]) -> Iterator[int]:
+    """The process ID of a child of the calling process that runs ``fn`` and is ended with the block."""
+    pid = children.fork(fn)
+    try:
+        yield pid
+    finally:
+        children.end(pid)
+
+
+def as_attacker(fn: Callable[[], bytes], *capabilities: int) -> Run:
+    """A way that is nothing but a function of the attacker's."""
+    return lambda scene: scene.attacker(fn, *capabilities)
+
+
+def as_root(fn: Callable[[], bytes]) -> Run:
+    """A way whose function prepares something as root, then becomes the attacker by itself."""
+    return lambda scene: scene.inside(fn)
+
+
+# --- stages: scenes under one guard -----------------------------------------------------------------------------------
+
+
+class Stage:
+    """Makes scenes below one guard, or below none; ``secret`` is what their services give away."""
+
+    def __init__(self, guard: Guard, enforcer: Enforcer, secret: bytes) -> None:
+        self.guard = guard
+        self._enforcer = enforcer
+        self._secret = secret
+
+    def apply(self, sandbox: Sandbox, wanted: Policy) -> None:
+        """Puts a policy in force as this stage has it."""
+        self._enforcer.apply(sandbox, replace(wanted, strict=True) if self.guard is Guard.STRICT else wanted)
+
+    @contextmanager
+    def scene(self) -> Iterator[Scene]:
+        """A fresh namespace and cgroup with the service in it."""
+        sandbox = self._enforcer.sandbox()
+        sandbox.addresses = ADDRESSES
+        guarded = self.guard is not Guard.NONE
+        with sandbox, tempfile.TemporaryDirectory(prefix="imds-guard-adversary-") as folder:
+            os.chmod(folder, 0o755)
+            if guarded:
+                self.apply(sandbox, USUAL)
+            sandbox.call(privileges.prepare_network)
+            secret = self._secret
+            sandbox.serve_with(
+                lambda: service.listen((*ADDRESSES, "127.0.0.1", "::1"), (PORT,)),
+                lambda sockets: service.answer_forever(sockets, secret),
+            )
+            apply = (lambda wanted: self.apply(sandbox, wanted)) if guarded else None
+            yield Scene(sandbox, apply, Path(folder), secret)

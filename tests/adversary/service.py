@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A metadata service: whoever asks gets the secret, over TCP as often as it asks, over UDP one datagram for one."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+from typing import List, Sequence
+
+from imds_guard.kernel.listeners import family, sockaddr
+
+IPPROTO_UDPLITE = 136
+IPPROTO_SCTP = 132
+
+
+def listen(addresses: Sequence[str], ports: Sequence[int]) -> List[socket.socket]:
+    """Sockets that listen, in the namespace of the caller; those of other protocols only where there are such."""
+    sockets = []
+    for address in addresses:
+        for port in ports:
+            for kind, protocol in ((socket.SOCK_STREAM, 0), (socket.SOCK_DGRAM, 0)):
+                sockets.append(_listening(address, port, kind, protocol))
+            for kind, protocol in ((socket.SOCK_DGRAM, IPPROTO_UDPLITE), (socket.SOCK_STREAM, IPPROTO_SCTP)):
+                with contextlib.suppress(OSError):
+                    sockets.append(_listening(address, port, kind, protocol))
+    return sockets
+
+
+def _listening(address: str, port: int, kind: int, protocol: int) -> socket.socket:
+    one = socket.socket(family(address), kind, protocol)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if one.family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        one.bind(sockaddr(address, port))
+        if kind == socket.SOCK_STREAM:
+            one.listen(64)
+    except OSError:
+        one.close()
+        raise
+    return one
+
+
+def answer_forever(sockets: Sequence[socket.socket], secret: bytes) -> None:
+    """Serves until the process is killed."""
+    selector = selectors.DefaultSelector()
+    for one in sockets:
+        one.setblocking(False)
+        selector.register(one, selectors.EVENT_READ, "datagram" if one.type == socket.SOCK_DGRAM else "listening")
+    while True:
+        for key, _ in selector.select():
+            one = key.fileobj
+            if not isinstance(one, socket.socket):
+                raise AssertionError(f"{one!r} is no socket of ours")
+            # The peer is gone, or a filter keeps the answer back: that must not end the service.
+            with contextlib.suppress(OSError):
+                _serve(selector, one, key.data, secret)
+
+
+def _serve(selector: selectors.BaseSelector, one: socket.socket, role: str, secret: bytes) -> None:
+    if role == "datagram":
+        _, sender = one.recvfrom(65536)
+        one.sendto(secret + b"\n", sender)
+    elif role == "listening":
+        taken = one.accept()[0]
+        taken.setblocking(False)
+        selector.register(taken, selectors.EVENT_READ, "connection")
+    else:
+        _answer(selector, one, secret)
+
+
+def _answer(selector: selectors.BaseSelector, one: socket.socket, secret: bytes) -> None:
+    """One request is whatever came at once."""
+    try:
+        if one.recv(65536):
+            one.send(secret + b"\n")
+            return
+    except OSError:
+        pass
+    selector.unregister(one)
+    one.close()

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file that somebody wrote says another policy after --save, and keeps what it has besides."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import List
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import imds_guard
+from imds_guard import config_edit
+from imds_guard.config import (
+    Config,
+    check_saving_to,
+    dump_config,
+    load_config,
+    parse_config,
+    policy_from_words,
+    save_config,
+)
+from imds_guard.errors import BadPolicy, GuardError, Unsupported
+from imds_guard.policy import Identities, Lock, Policy, make_policy
+from tests import strategies
+
+tomlkit = pytest.importorskip("tomlkit")
+keeps_lists = pytest.mark.skipif(
+    tuple(int(part) for part in tomlkit.__version__.split(".")[:2]) < (0, 11),
+    reason="tomlkit before 0.11 can't take a line out of a list: the list is written anew",
+)
+
+SAMPLE = (
+    (Path(imds_guard.__file__).parent / "data" / "config.toml")
+    .read_text(encoding="utf-8")
+    .replace('groups = ["canAccessIP"]', "groups = [51001]")
+)
+CLOUD = "7783-7084-3265-9085-8269-3286-77"
+"""DMI of an Azure machine, where the default preset has the WireServer."""
+
+HAND_MADE = """\
+# Who may reach it. Ask ops before you change this.
+mode = "enforce"   # since March
+
+# the two of us
+[lock.web]
+endpoints = ["192.0.2.1:80,tcp"] # the old address
+users = [
+    # on call
+    41001,   # Ada
+    41002,   # Ben
+    "root",
+]
+groups = [51001]
+
+# and the batch jobs
+[lock."batch jobs"]
+endpoints = ["192.0.2.2"]
+nobody = true
+"""
+
+
+def comments(text: str) -> List[str]:
+    """Every comment line, and every comment behind something, of a text without # in its strings."""
+    return ["#" + line.partition("#")[2] for line in text.splitlines() if "#" in line]
+
+
+def changed(text: str, users: List[int], lock: str = "web") -> str:
+    """The text after the users of a lock were made others."""
+    before = parse_config(text)
+    locks = [
+        replace(one, allow=Identities(frozenset(users), one.allow.groups)) if one.name == lock else one
+        for one in before.policy.locks
+    ]
+    wanted = replace(before, policy=make_policy(locks))
+    edited = config_edit.edit(text, "config", wanted)
+    assert parse_config(edited) == wanted
+    return edited
+
+
+def commented(text: str) -> str:
+    """A written configuration with a comment above each line that begins a key or table, and one behind it."""
+    lines = []
+    for number, line in enumerate(text.splitlines()):
+        if line.startswith("["):
+            lines += [f"# above {number}", f"{line} # behind {number}"]
+        else:
+            lines.append(line)
+    return "# top\n" + "\n".join(lines) + "\n# end\n"
+
+
+configurations = st.builds(
+    Config,
+    strategies.policies(),
+    st.sampled_from(["closed", "open"]),
+    st.sampled_from(["auto", "ebpf"]),
+    st.sampled_from([None, "/sys/fs/cgroup/a"]),
+)
+
+
+def can_be_written(config: Config) -> bool:
+    """False for a policy without a lock, and one whose WireServer lets root in by itself."""
+    try:
+        return parse_config(dump_config(config)) == config
+    except GuardError:
+        return False
+
+
+usable = configurations.filter(can_be_written)
+
+
+@given(usable, usable)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_any_configuration_can_become_any_other(before: Config, after: Config) -> None:
+    """Names of locks meet, so that tables are kept, changed, taken out and added."""
+    edited = config_edit.edit(commented(dump_config(before)), "config", after)
+    assert parse_config(edited, use_stored_ids=True) == after
+    assert edited.startswith("# top\n")
+
+
+@given(usable)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+def test_what_says_so_already_is_not_touched(config: Config) -> None:
+    """To the octet."""
+    text = commented(dump_config(config))
+    assert config_edit.edit(text, "config", config) == text
+
+
+@keeps_lists
+def test_a_user_more_and_one_less_leave_every_comment() -> None:
+    """And the other lines are the lines that were there."""
+    edited = changed(HAND_MADE, [0, 41001, 41003])
+    gone = ["    41002,   # Ben"]
+    assert [line for line in HAND_MADE.splitlines() if line not in edited.splitlines()] == gone
+    assert [line.strip() for line in edited.splitlines() if line not in HAND_MADE.splitlines()] == ["41003,"]
+
+
+def test_a_key_that_is_new_stands_in_its_table_and_not_behind_the_next_comment() -> None:
+    """tomlkit by itself would put it between that comment and its table."""
+    edited = changed(HAND_MADE, [41009], "batch jobs")
+    assert comments(edited) == comments(HAND_MADE)
+    assert edited.splitlines()[-5:] == [
+        '[lock."batch jobs"]',
+        "users = [",
+        "  41009,",
+        "]",
+        'endpoints = ["192.0.2.2"]',
+    ]
+
+
+def test_new_keys_at_the_top_stand_behind_those_that_are_there() -> None:
+    before = parse_config(HAND_MADE)
+    wanted = replace(before, backend="iptables", policy=Policy(before.policy.locks, containers=imds_allow()))
+    edited = config_edit.edit(HAND_MADE, "config", wanted)
+    assert parse_config(edited) == wanted
+    added = ['containers = "allow"', 'backend = "iptables"']
+    assert sorted(edited.splitlines()[2:4]) == sorted(added)
+    assert [line for line in edited.splitlines() if line not in added] == HAND_MADE.splitlines()
+
+
+def imds_allow() -> imds_guard.policy.Verdict:
+    """What containers = "allow" means."""
+    return imds_guard.policy.Verdict.ALLOW
+
+
+@keeps_lists
+def test_a_lock_more_stands_at_the_end_and_one_less_is_gone() -> None:
+    before = parse_config(HAND_MADE)
+    kept = next(one for one in before.policy.locks if one.name == "web")
+    more = replace(
+        kept,
+        name="192.0.2.9",
+        endpoints=parse_config(HAND_MADE.replace("192.0.2.1", "192.0.2.9")).policy.locks[1].endpoints,
+    )
+    edited = config_edit.edit(HAND_MADE, "config", replace(before, policy=make_policy([kept, more])))
+    table = HAND_MADE[: HAND_MADE.index("# and the batch jobs")]
+    assert edited.startswith(table)
+    assert '[lock."192.0.2.9"]' in edited[len(table) :]
+    assert '[lock."batch jobs"]' not in edited
+
+
+@pytest.mark.parametrize("dmi", ["", CLOUD])
+def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it stands for two locks, whose lists have both changed."""
+    monkeypatch.setattr("imds_guard.config_reader.read_dmi_words", lambda: dmi)
+    before = parse_config(SAMPLE)
+    assert len(before.policy.locks) == (2 if dmi else 1)
+    locks = [replace(one, allow=Identities(one.allow.users | {41001}, one.allow.groups)) for one in before.policy.locks]
+    edited = config_edit.edit(SAMPLE, "config", replace(before, policy=make_policy(locks)))
+    assert parse_config(edited).policy.locks == tuple(locks)
+    assert [line for line in SAMPLE.splitlines() if line not in edited.splitlines()] == []
+    assert 'preset = "default"' in edited.splitlines()
+
+
+def test_a_lock_that_lost_an_endpoint_lists_the_others() -> None:
+    before = parse_config(SAMPLE)
+    one = before.policy.locks[0]
+    wanted = replace(before, policy=make_policy([Lock(one.name, one.endpoints[1:], one.allow)]))
+    edited = config_edit.edit(SAMPLE, "config", wanted)
+    assert parse_config(edited) == wanted
+    assert comments(edited) == comments(SAMPLE)
+
+
+@keeps_lists
+def test_names_without_an_id_stay_as_they_are_written() -> None:
+    assert '    "root",' in changed(HAND_MADE, [0, 41001]).splitlines()
+
+
+def test_windows_line_ends_stay(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(HAND_MADE.replace("\n", "\r\n").encode())
+    save_config(load_config(str(path)), str(path))
+    assert path.read_bytes() == HAND_MADE.replace("\n", "\r\n").encode()
+
+
+def test_a_file_that_was_written_by_us_is_written_anew(tmp_path: Path) -> None:
+    """It looks as if it had never been another."""
+    path = str(tmp_path / "config.toml")
+    first = Config(policy_from_words(users=["41001"], ips=["192.0.2.1"]))
+    second = Config(policy_from_words(users=["41002"], ips=["192.0.2.1"]))
+    save_config(first, path)
+    save_config(second, path)
+    assert Path(path).read_text(encoding="utf-8") == dump_config(second)
+
+
+def test_what_can_not_be_changed_with_its_comments_is_left_alone(tmp_path: Path) -> None:
+    """Locks in one inline table: another can't be added as text."""
+    text = 'lock = { web = { endpoints = ["192.0.2.1"], users = [41001] } }\n'
+    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    wanted = parse_config(HAND_MADE)
+    with pytest.raises(GuardError, match=r"can't be changed with its comments kept; move the file away$"):
+        save_config(wanted, str(tmp_path / "config.toml"))
+    assert [(one.name, one.read_text(encoding="utf-8")) for one in tmp_path.iterdir()] == [("config.toml", text)]
+
+
+def test_without_tomlkit_the_reason_is_told_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text(HAND_MADE, encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "tomlkit", None)
+    for save in (lambda: check_saving_to(str(path)), lambda: save_config(parse_config(HAND_MADE), str(path))):
+        with pytest.raises(Unsupported, match=r"install the package python3-tomlkit, or move the file away$"):
+            save()
+    assert path.read_text(encoding="utf-8") == HAND_MADE
+
+
+def test_without_tomlkit_a_file_of_our_own_can_be_saved_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "config.toml")
+    config = parse_config(HAND_MADE)
+    monkeypatch.setitem(sys.modules, "tomlkit", None)
+    check_saving_to(path)
+    save_config(config, path)
+    check_saving_to(path)
+    save_config(replace(config, backend="ebpf"), path)
+    assert load_config(path).backend == "ebpf"
+
+
+def test_an_unusable_file_is_not_saved_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[lock.web]\n", encoding="utf-8")
+    with pytest.raises(BadPolicy):
+        check_saving_to(str(path))

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vagrant/up-here: a row brought up for real by Vagrant and libvirt, its suite run, destroyed; nothing stays behind.
+
+Everything runs in namespaces of its own (mount, network, PID): libvirt's bridge has no way out of the machine's network,
+and the death of one process ends all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from vagrant.box import build
+from vagrant.box import job as packed
+from vagrant.matrix import cache, guest, job, kernel, table, verdict
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.process import find
+from vagrant.matrix.table import Matrix, Row
+from vagrant.matrix.verdict import Verdict
+
+INSIDE = Path(__file__).resolve().parent / "inside"
+PROGRAMS = {
+    "vagrant": "vagrant vagrant-libvirt",
+    "libvirtd": "libvirt-daemon libvirt-daemon-driver-qemu",
+    "virtlogd": "libvirt-daemon",
+    "virsh": "libvirt-clients",
+    "dnsmasq": "dnsmasq-base",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "iptables": "iptables",
+    "ip": "iproute2",
+    "setpriv": "util-linux",
+}
+"""Program -> the Debian packages that it and what belongs to it are in."""
+
+
+def up(matrix: Matrix, row: Row, results: Path, deadline_s: float, driver: str) -> Verdict:
+    """The verdict on a row that Vagrant has brought up; its logs and reports stay in ``results``."""
+    build.fetch(matrix, row)
+    release = kernel.fetch(matrix.archive, row.kernel).release
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(prefix="imds-guard-vagrant-") as scratch:
+        # Packed out here: a wheel is built with what pip fetches, and in there is no network.
+        folder = packed.pack(matrix, row, Path(scratch) / "job").parent
+        began = time.monotonic()
+        env = {"IMDS_GUARD_DRIVER": driver, "IMDS_GUARD_JOB": str(folder)}
+        status = _run(_argv(row, Path(scratch)), env, deadline_s)
+        seconds = time.monotonic() - began
+        shutil.copytree(Path(scratch) / "logs", results, dirs_exist_ok=True)
+    if status is None:
+        return verdict.lost(row, seconds, f"deadline of {deadline_s:g} s passed in {_last_step(results)}")
+    if not (results / "results" / "status").exists():
+        return verdict.lost(row, seconds, f"no results: status {status} in {_last_step(results)}")
+    return verdict.judge(row, status, results / "results", release, seconds)
+
+
+def steps(results: Path) -> List[Tuple[str, int, int]]:
+    """The steps that have ended: name, seconds, status."""
+    path = results / "steps"
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    return [(word, int(seconds), int(status)) for word, seconds, status in (line.split() for line in lines)]
+
+
+def _last_step(results: Path) -> str:
+    ended = [f"{word} (status {status})" for word, _, status in steps(results)]
+    return f"the step after {ended[-1]}" if ended else "the first step"
+
+
+def _argv(row: Row, scratch: Path) -> List[str]:
+    # setpriv: should this process be killed, unshare is, and with it (--kill-child) PID 1 of the namespace.
+    return [
+        find("setpriv"), "--pdeathsig", "KILL", "--", find("unshare"), "--mount", "--net", "--pid", "--fork",
+        "--kill-child=KILL", "--mount-proc", "--", "sh", str(INSIDE), row.name, str(scratch), str(job.TREE),
+    ]  # fmt: skip
+
+
+def _run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional[int]:
+    """The status, or None when the deadline passed. What was started is dead afterwards, whatever happened."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
+    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env={**os.environ, **env, "PATH": path, "LC_ALL": "C.UTF-8"})
+    try:
+        return process.wait(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _require_programs() -> None:
+    if os.geteuid() != 0:
+        raise MatrixError("up-here makes namespaces and runs libvirtd: run it as root")
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if missing:
+        packages = sorted({package for name in missing for package in PROGRAMS[name].split()})
+        raise MatrixError(f"{', '.join(missing)} not installed: apt-get install --no-install-recommends {' '.join(packages)}")
+
+
+def _stopped(number: int, frame: Optional[FrameType]) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 passed, 1 failed, 2 usage, 3 lost or could not be prepared, 130 stopped."""
+    parser = argparse.ArgumentParser(prog="vagrant/up-here", description=__doc__.splitlines()[0])
+    parser.add_argument("row", help="a row of kernels.toml")
+    parser.add_argument("--deadline", type=float, default=1800, metavar="SECONDS", help="for all after the box is built")
+    parser.add_argument("--driver", choices=("qemu", "kvm"), default="qemu", help="qemu: emulate the processor (default)")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
+    options = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _stopped)
+    try:
+        _require_programs()
+        matrix = table.load()
+        row = matrix.row(options.row)
+        results = (options.results or cache.root() / "vagrant" / row.name).absolute()
+        return _tell(up(matrix, row, results, options.deadline, options.driver), results)
+    except MatrixError as error:
+        sys.stderr.write(f"up-here: {error}\n")
+        return 3
+    except KeyboardInterrupt:
+        return 130
+
+
+def _tell(found: Verdict, results: Path) -> int:
+    for word, seconds, status in steps(results):
+        print(f"{word:10} {seconds:5} s  status {status}")
+    print(found.line)
+    for complaint in found.complaints:
+        print(f"    {complaint}")
+    if found.state == verdict.LOST and (results / "console.log").exists():
+        print(guest.console_tail(results))
+    print(f"logs and reports: {results}")
+    return {verdict.PASSED: 0, verdict.FAILED: 1}.get(found.state, 3)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Vagrantfile asks: the rows as machines, as JSON on standard output (python3 -m vagrant.box.machines).
+
+Vagrant's Ruby has no TOML, so Python reads kernels.toml for it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Tuple
+
+from vagrant.matrix import cache, table
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.table import Matrix, Row
+
+LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1"
+"""kernel-command-line(7): cgroup v1 everywhere, made by systemd. From systemd 256 on these words alone do nothing."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A row as the Vagrantfile needs it. ``box`` is empty where build-box has made none."""
+
+    name: str
+    why: str
+    userland: str
+    series: str
+    cmdline: str
+    sources: Tuple[str, ...]
+    packages: Tuple[str, ...]
+    memory_mib: int
+    box: str
+    box_name: str
+
+
+def machine(matrix: Matrix, row: Row) -> Machine:
+    """One row as a machine."""
+    box = link(row.name)
+    there = box.exists()
+    return Machine(
+        row.name, row.why, row.userland.name, row.kernel.series, cmdline(row), _sources(matrix, row),
+        row.userland.packages, row.memory_mib, str(box) if there else "", box.resolve().parent.name if there else "",
+    )  # fmt: skip
+
+
+def cmdline(row: Row) -> str:
+    """The words that a row adds to its kernel's command line when systemd is PID 1."""
+    return " ".join(filter(None, (row.cmdline, LEGACY_CGROUPS if "legacy-cgroups" in row.setup else "")))
+
+
+def link(name: str) -> Path:
+    """Where the newest box of a row is found."""
+    return cache.root() / "boxes" / f"{name}.box"
+
+
+def _sources(matrix: Matrix, row: Row) -> Tuple[str, ...]:
+    """sources.list lines for the suite of the row's kernel, where the userland's own do not have it."""
+    own, wanted = row.userland.suite, row.kernel.suite
+    release = wanted.split("-", maxsplit=1)[0]
+    if release == own and not wanted.endswith("-backports"):
+        return ()
+    lines = [f"deb {matrix.archive.mirror} {release} main", f"deb {matrix.archive.security} {release}-security main"]
+    return (*lines, f"deb {matrix.archive.mirror} {wanted} main") if wanted.endswith("-backports") else tuple(lines)
+
+
+def main() -> int:
+    """Prints the JSON; exit status 3 and a sentence when kernels.toml can't be read."""
+    try:
+        matrix = table.load()
+    except MatrixError as error:
+        sys.stderr.write(f"machines: {error}\n")
+        return 3
+    json.dump([asdict(machine(matrix, row)) for row in matrix.rows], sys.stdout, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
