@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
-from imds_guard import edit, lockdown, preflight
+from imds_guard import connections, edit, lockdown, preflight
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.forwarded import Forwarded
 from imds_guard.config import Config, check_saving_to, load_config, save_config
@@ -19,6 +19,7 @@ from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, 
 from imds_guard.export import Exported
 from imds_guard.export import export as export_policy
 from imds_guard.kernel import lockfile
+from imds_guard.locked_sockets import Scope
 from imds_guard.policy import (
     Caller,
     Decision,
@@ -49,6 +50,8 @@ class Place:
     resolve_groups: bool = False
     forwarded: Optional[str] = None
     """``drop``, ``leave``, or None for what suits the machine."""
+    keep_existing: bool = False
+    """Connections that the policy does not allow stay open."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Outcome:
     lines: List[str] = field(default_factory=list)
     warnings: List[str] = field(default_factory=list)
     shut_out: List[preflight.ShutOut] = field(default_factory=list)
+    existing: Optional[connections.Sweep] = None
+    """Connections that were there before; None where nobody lost a right."""
 
 
 # --- start and stop -------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def start_now(policy: Policy, place: Place, tell: Tell) -> Outcome:
             lines += _remove_others(before, name)
             lines += guard.settle(policy, place.forwarded) if place.cgroup is None else []
             why = [f"{other.backend.name} can't be used: {other.refusal}" for other in reasons]
-            return _outcome(verdict.backend, policy, lines, why)
+            return _outcome(verdict.backend, policy, lines, why, _sweep(verdict.backend, policy, place))
         reasons.append(verdict)
     raise choose.refused(reasons)
 
@@ -123,13 +128,22 @@ def _remove_others(before: Dict[str, Backend], name: str) -> List[str]:
     return [line for other, backend in before.items() if other != name for line in backend.remove()]
 
 
-def _outcome(backend: Backend, policy: Policy, lines: List[str], why: List[str]) -> Outcome:
+def _sweep(backend: Backend, policy: Policy, place: Place) -> connections.Sweep:
+    """Only now that the policy is in force: nobody who is cut comes back. iptables judges one namespace."""
+    scope = Scope(place.cgroup, every_namespace=backend.name == "ebpf")
+    kept = connections.KEPT if place.keep_existing else None
+    return connections.sweep(policy, scope, connections.AUDIT if policy.mode is Mode.AUDIT else kept)
+
+
+def _outcome(
+    backend: Backend, policy: Policy, lines: List[str], why: List[str], existing: Optional[connections.Sweep]
+) -> Outcome:
     warnings = [line[len("warning: ") :] for line in lines if line.startswith("warning: ")]
     said = [line for line in lines if not line.startswith("warning: ")]
     notes = getattr(backend, "notes", None)
     if notes is not None:
         warnings += notes(policy)
-    return Outcome(backend.name, policy, said, why + warnings, preflight.shut_out(policy))
+    return Outcome(backend.name, policy, said, why + warnings, preflight.shut_out(policy), existing)
 
 
 def stop(cgroup: Optional[str]) -> List[str]:
@@ -176,13 +190,17 @@ def _running(cgroup: Optional[str]) -> Dict[str, Backend]:
     return found
 
 
-def change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
-    """Puts what ``edited`` makes of the running policy in force, with the backend that runs."""
-    with one_at_a_time(cgroup):
-        return _change(edited, cgroup)
+def change(edited: Callable[[Policy], Policy], place: Place, *, takes_away: bool) -> Outcome:
+    """Puts what ``edited`` makes of the running policy in force, with the backend that runs.
+
+    Where that ``takes_away`` rights, connections that rest on them are looked for.
+    """
+    with one_at_a_time(place.cgroup):
+        return _change(edited, place, takes_away)
 
 
-def _change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcome:
+def _change(edited: Callable[[Policy], Policy], place: Place, takes_away: bool) -> Outcome:
+    cgroup = place.cgroup
     backend, policy = the_running(cgroup)
     wanted = edited(policy)
     if wanted == policy:
@@ -190,7 +208,7 @@ def _change(edited: Callable[[Policy], Policy], cgroup: Optional[str]) -> Outcom
     lines = backend.apply(wanted) if not hasattr(backend, "change") else backend.change(wanted)
     if cgroup is None:
         lines += Forwarded().follow(wanted)
-    return _outcome(backend, wanted, lines, [])
+    return _outcome(backend, wanted, lines, [], _sweep(backend, wanted, place) if takes_away else None)
 
 
 Accept = Callable[[Policy], None]
@@ -206,7 +224,7 @@ def allow(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], 
         accept(wanted)
         return wanted
 
-    return change(edited, cgroup)
+    return change(edited, Place(cgroup=cgroup), takes_away=False)
 
 
 def _check_not_denied(policy: Policy, who: Identities) -> None:
@@ -222,7 +240,9 @@ def _check_not_denied(policy: Policy, who: Identities) -> None:
                 )
 
 
-def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept) -> Outcome:
+def revoke(
+    who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept, keep_existing: bool = False
+) -> Outcome:
     """Takes off the allowlist of the running policy."""
 
     def edited(policy: Policy) -> Policy:
@@ -230,14 +250,14 @@ def revoke(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str],
         accept(wanted)
         return wanted
 
-    return change(edited, cgroup)
+    return change(edited, Place(cgroup=cgroup, keep_existing=keep_existing), takes_away=True)
 
 
 def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
     """What ``ip-lockdown`` does: adds to the policy in force, or begins one with the best backend."""
     with one_at_a_time(place.cgroup):
         if choose.running(place.cgroup):
-            outcome = _change(lambda policy: lockdown.lockdown(policy, ip, users), place.cgroup)
+            outcome = _change(lambda policy: lockdown.lockdown(policy, ip, users), place, takes_away=True)
         else:
             outcome = start_now(lockdown.lockdown(None, ip, users), place, tell)
     if outcome.policy.mode is Mode.AUDIT:
@@ -345,6 +365,8 @@ class Checked:
 
     verdicts: List[choose.Verdict]
     shut_out: List[preflight.ShutOut]
+    existing: Optional[connections.Sweep] = None
+    """Connections that start would cut; None without a policy."""
 
     @property
     def taken(self) -> Optional[str]:
@@ -353,10 +375,13 @@ class Checked:
 
 
 def check(policy: Optional[Policy], place: Place) -> Checked:
-    """Asks each backend; changes nothing. Without a policy, the running one counts for who would be shut out."""
+    """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
     names = choose.candidates(place.backend, place.cgroup)
     verdicts = choose.examine(policy, names, place.cgroup, place.resolve_groups)
-    return Checked(verdicts, preflight.shut_out(policy) if policy is not None else [])
+    if policy is None:
+        return Checked(verdicts, [])
+    scope = Scope(place.cgroup, every_namespace=place.backend != "iptables")
+    return Checked(verdicts, preflight.shut_out(policy), connections.look(policy, scope))
 
 
 def require_root(command: str) -> None:

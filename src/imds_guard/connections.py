@@ -22,7 +22,7 @@ from imds_guard.errors import BadPolicy, NotPermitted, system_words
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.holders import Holders, Namespace, holders_of, process_name
 from imds_guard.locked_sockets import Candidate, Scope, address_of, ask, candidates
-from imds_guard.policy import MAX_ID, Address, Caller, Destination, Policy, Protocol, decide
+from imds_guard.policy import MAX_ID, Address, Caller, Destination, Mode, Policy, Protocol, decide
 from imds_guard.words import visible
 
 PASSES = 5
@@ -76,7 +76,7 @@ KEPT, AUDIT, UNABLE, REFUSED, COME_BACK = "kept", "audit", "unable", "refused", 
 
 def look(policy: Policy, scope: Scope) -> Sweep:
     """The connections that ``policy`` would not allow; none is touched."""
-    return _swept(_find(policy, scope), {}, "")
+    return _swept(_find(policy, scope), {}, AUDIT if policy.mode is Mode.AUDIT else "")
 
 
 def sweep(policy: Policy, scope: Scope, keep: Optional[str] = None) -> Sweep:

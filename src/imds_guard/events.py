@@ -44,7 +44,7 @@ def would_allow(reason: Reason, uid: int, lists: Optional[Lists], names: Names) 
 def _list_words(user: str, lists: Optional[Lists], names: Names) -> str:
     by_user = f"imds-guard allow --user {user}"
     groups = sorted(lists.allowed_groups) if lists is not None else []
-    if not groups:
+    if not groups or user.isdecimal():  # who has no account can't be put into a group
         return by_user
     named = " or ".join(words.visible(names.group(gid)) for gid in groups[:_SOME_GROUPS])
     more = len(groups) - _SOME_GROUPS

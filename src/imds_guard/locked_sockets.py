@@ -6,6 +6,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
@@ -128,14 +129,18 @@ def _came_in(one: Socket, listening: Set[Tuple[Address, int]]) -> bool:
 
 def address_of(packed: bytes) -> Address:
     """A packed address; an IPv4-mapped one as IPv4."""
-    return unmapped(ipaddress.ipaddress_of(packed))
+    return unmapped(ipaddress.ip_address(packed))
 
 
 def _cgroup_ids(path: Optional[str]) -> Optional[FrozenSet[int]]:
     """The IDs of a cgroup and of all below it: the inodes of their directories (kernfs_node in Linux)."""
     if path is None:
         return None
-    return frozenset(os.stat(folder).st_ino for folder, _, _ in os.walk(path))
+    found = set()
+    for folder, _, _ in os.walk(path):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            found.add(os.stat(folder).st_ino)
+    return frozenset(found)
 
 
 def _locked_addresses(policy: Policy) -> sock_diag.Wanted:
@@ -145,9 +150,8 @@ def _locked_addresses(policy: Policy) -> sock_diag.Wanted:
         for endpoint in lock.endpoints:
             network = endpoint.network
             host_bits = network.max_prefixlen - network.prefixlen
-            networks.setdefault((network.max_prefixlen, host_bits), set()).add(
-                int(network.network_address) >> host_bits
-            )
+            known = networks.setdefault((network.max_prefixlen // 8, host_bits), set())
+            known.add(int(network.network_address) >> host_bits)
     kinds = tuple((*kind, found) for kind, found in networks.items())
 
     def wanted(address: bytes, _port: int) -> bool:

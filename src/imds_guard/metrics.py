@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Iterable, Iterator, List, Optional, Tuple
 from imds_guard import __version__
 from imds_guard.actions import Status, status
 from imds_guard.backends.ebpf import State
+from imds_guard.backends.ebpf.abi import needed_hooks
 from imds_guard.backends.ebpf.watch import Place, Report, read_report
 from imds_guard.errors import GuardError, Unsupported, system_words
 from imds_guard.policy import Mode, Reason
@@ -81,9 +82,7 @@ def _versions(found: Status) -> InfoMetricFamily:
 
     programs = ",".join(found.detail.versions) if isinstance(found.detail, State) else ""
     words = {"version": __version__, "backend": found.backend or "none", "programs": programs}
-    return InfoMetricFamily(
-        _NAME, "What runs: versions, and what enforces.", value=words
-    )
+    return InfoMetricFamily(_NAME, "What runs: versions, and what enforces.", value=words)
 
 
 def _families(found: Status, report: Optional[Report]) -> Iterator[Metric]:
@@ -94,7 +93,7 @@ def _families(found: Status, report: Optional[Report]) -> Iterator[Metric]:
     yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
     if isinstance(found.detail, State):
         yield from _of_state(found.detail)
-        yield from _of_hooks(found.detail)
+        yield from _of_hooks(found.detail, needed_hooks(found.policy is not None and found.policy.strict))
     if report is not None:
         yield from _of_report(report)
 
@@ -119,12 +118,14 @@ def _of_state(state: State) -> Iterator[Metric]:
         yield overflow
 
 
-def _of_hooks(state: State) -> Iterator[Metric]:
+def _of_hooks(state: State, needed: Tuple[str, ...]) -> Iterator[Metric]:
     """The kernel counts runs while somebody asks for it: sysctl kernel.bpf_stats_enabled, or BPF_ENABLE_STATS."""
     attached = _gauge_by_hook("hook_attached", "1 when the hook runs our program.")
     runs = _counter("hook_runs", "Runs of the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
     seconds = _counter("hook_seconds", "Time spent in the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
     for hook in state.hooks:
+        if hook.name not in needed:
+            continue
         attached.add_metric([hook.name], hook.ours is not None)
         if hook.ours is not None and hook.ours.run_count:
             runs.add_metric([hook.name], hook.ours.run_count)

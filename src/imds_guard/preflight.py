@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who would lose the metadata service if a policy came into force: known clients, and whoever talks to it now."""
+"""Which known clients would lose the metadata service if a policy came into force."""
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tupl
 from imds_guard.endpoints import BUILT_IN, Standing
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
-from imds_guard.policy import Address, Caller, Decision, Destination, Policy, Protocol, decide, unmapped
+from imds_guard.policy import Caller, Decision, Destination, Policy, decide
 
 if TYPE_CHECKING:
     import psutil
@@ -110,14 +109,11 @@ class ShutOut:
 
 
 def shut_out(policy: Policy) -> List[ShutOut]:
-    """Running processes that ``policy`` would deny: known clients, and those connected to a locked address now.
+    """Running metadata clients that ``policy`` would deny. Open connections are the business of connections.py.
 
-    One entry a process. A process that ends meanwhile is left out, and so is one that the caller may not look at: as
-    root every one is seen. Connections are those of this network namespace.
+    A process that ends meanwhile is left out, and so is one that the caller may not look at: as root every one is seen.
     """
     found: Dict[int, ShutOut] = {}
-    for pid, address, port, protocol in _connections():
-        _judge(policy, found, pid, (Destination(address, port, protocol),), "is connected to {} now")
     for process in _processes():
         client = _client_of(process)
         if client is not None:
@@ -225,15 +221,3 @@ def _name(pid: int) -> str:
         return psutil.Process(pid).name()
     except psutil.NoSuchProcess:
         raise NoSuchProcess(f"there is no process {pid}") from None
-
-
-def _connections() -> Iterator[Tuple[int, Address, int, Protocol]]:
-    """Every socket with a peer: the process that holds it, and the peer."""
-    import socket  # noqa: PLC0415
-
-    import psutil  # noqa: PLC0415
-
-    for found in psutil.net_connections(kind="inet"):
-        if found.pid is not None and found.raddr:
-            protocol = Protocol.TCP if found.type == socket.SOCK_STREAM else Protocol.UDP
-            yield found.pid, unmapped(ipaddress.ip_address(found.raddr.ip)), found.raddr.port, protocol

@@ -15,6 +15,13 @@ from imds_guard.endpoints import BUILT_IN, BuiltIn, default_entries
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy import Caller, Decision, Destination, Identities, Lock, Mode, Policy, Reason, Verdict
 from imds_guard.preflight import ShutOut
+from imds_guard.present_connections import (
+    connection_lines,
+    connection_warnings,
+    connections_values,
+    would_cut_lines,
+)
+from imds_guard.verify import Checked as Verified
 
 WIDTH = 78
 
@@ -113,7 +120,7 @@ def outcome_lines(outcome: Outcome) -> List[str]:
     lines.append(f"imds-guard is {state} ({outcome.backend}): {count} locked")
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
-    return lines
+    return lines + (connection_lines(outcome.existing) if outcome.existing is not None else [])
 
 
 def outcome_warnings(outcome: Outcome) -> List[str]:
@@ -122,6 +129,8 @@ def outcome_warnings(outcome: Outcome) -> List[str]:
     for lock in outcome.policy.locks:
         if allows_nobody(lock):
             warnings.append(f"lock {lock.name} lets nobody through, root included")
+    if outcome.existing is not None:
+        warnings += connection_warnings(outcome.existing, outcome.policy.strict)
     return warnings + shut_out_lines(outcome.shut_out)
 
 
@@ -148,6 +157,7 @@ def outcome_values(outcome: Outcome) -> Dict[str, Any]:
         "done": outcome.lines,
         "warnings": outcome.warnings,
         "shut_out": shut_out_values(outcome.shut_out),
+        "connections": None if outcome.existing is None else connections_values(outcome.existing),
     }
 
 
@@ -161,13 +171,17 @@ def status_word(status: Status) -> str:
     return "inactive" if status.backend is None else "active"
 
 
-def status_lines(status: Status) -> List[str]:
-    """The state for people, most important line first."""
-    word = status_word(status)
+def state_line(status: Status) -> str:
+    """The state in a line."""
     backend = f" ({status.backend})" if status.backend else ""
     mode = ", audit mode: nobody is denied" if status.policy and status.policy.mode is Mode.AUDIT else ""
     emergency = ": emergency lock" if status.emergency else ""
-    lines = [f"imds-guard: {word}{emergency}{backend}{mode}"]
+    return f"imds-guard: {status_word(status)}{emergency}{backend}{mode}"
+
+
+def status_lines(status: Status) -> List[str]:
+    """The state for people, most important line first."""
+    lines = [state_line(status)]
     for fault in status.faults:
         lines += _wrapped("  fault: ", fault)
     if isinstance(status.detail, State):
@@ -331,7 +345,7 @@ def verified_lines(found: Verified) -> List[str]:
     """A line for each repair and for each fault that is left; the state last."""
     lines = [f"repaired: {line}" for line in found.repaired]
     lines += [f"fault: {line}" for line in found.after.faults]
-    return [*lines, f"imds-guard: {_state_words(found.after)}"]
+    return [*lines, state_line(found.after)]
 
 
 def verified_values(found: Verified) -> Dict[str, Any]:
@@ -357,7 +371,8 @@ def checked_lines(found: Checked) -> List[str]:
         answer = "works here" if verdict.refusal is None else str(verdict.refusal)
         lines += _wrapped(f"{verdict.backend.name}: ", answer)
     lines.append(f"start would take: {found.taken or 'nothing, it would fail'}")
-    return lines + [part for line in shut_out_lines(found.shut_out) for part in _wrapped("", line)]
+    lines += [part for line in shut_out_lines(found.shut_out) for part in _wrapped("", line)]
+    return lines + (would_cut_lines(found.existing) if found.existing is not None else [])
 
 
 def checked_values(found: Checked) -> Dict[str, Any]:
@@ -373,6 +388,7 @@ def checked_values(found: Checked) -> Dict[str, Any]:
         ],
         "taken": found.taken,
         "shut_out": shut_out_values(found.shut_out),
+        "connections": None if found.existing is None else connections_values(found.existing),
     }
 
 

@@ -163,16 +163,20 @@ Cell = Tuple[str, str]
 """Two lines of a table."""
 
 
-def title(found: Reported) -> str:
+MANY = 40
+"""So many rows and commands are shown; JSON has them all."""
+
+
+def title(found: Reported) -> List[str]:
     """What the rows are."""
     would = "would have been denied (audit mode lets them through)"
-    who = would if found.report.mode is Mode.AUDIT else "were denied"
-    return f"Who {who} since the policy in force was set; a change of policy begins a new report"
+    who = would if found.report.mode is Mode.AUDIT else "was denied"
+    return [f"Who {who}", "since the policy in force was set: a change of policy begins a new report."]
 
 
 def cells(found: Reported) -> List[Tuple[Cell, ...]]:
     """The rows of the table, most denials first."""
-    return [_cells(row) for row in found.report.rows]
+    return [_cells(row) for row in found.report.rows[:MANY]]
 
 
 def _cells(row: Row) -> Tuple[Cell, ...]:
@@ -204,13 +208,14 @@ def plain(rows: List[Tuple[Cell, ...]]) -> List[str]:
 
 def after(found: Reported) -> List[str]:
     """What stands below the table."""
-    lines: List[str] = []
-    if found.report.overflow:
-        lines += ["", f"{found.report.overflow} more found no room in the report, since the guard was started."]
+    report, way = found.report, found.way
+    lines = [f"and {len(report.rows) - MANY} more (--json has them all)"] if len(report.rows) > MANY else []
+    if report.overflow:
+        lines += ["", f"{report.overflow} denials found no room in the report, since the guard was started."]
     lines += ["", *(f"note: {note}" for note in found.notes)] if found.notes else []
-    if found.way.commands:
-        lines += ["", "To let them through, run the lines of those who should be:", ""]
-        lines += [f"  {command}    # {count}" for command, count in found.way.commands]
-        lines += ["", "The same for all of them in /etc/imds-guard/config.toml:", ""]
-        lines += [f"  {line}" if line else "" for line in found.way.config.splitlines()]
-    return lines
+    if not way.commands:
+        return lines
+    lines += ["", "To let them through, run the lines of those who should be:", ""]
+    lines += [f"  {command}    # {count}" for command, count in way.commands[:MANY]]
+    lines += [f"  # and {len(way.commands) - MANY} more"] if len(way.commands) > MANY else []
+    return [*lines, "", "The same for all of them, as a configuration file:", "", *way.config.splitlines()]

@@ -39,9 +39,9 @@ def verify(path: str, place: Place) -> Checked:
 def repair(path: str, place: Place, tell: Tell) -> Checked:
     """Looks, and puts back what is wrong, without a moment in which less is locked.
 
-    What is put back is the policy in force. Where it can't be read, or someone else changed it, it is the configuration's;
-    where that is unusable, the emergency lock, since nobody can tell what was meant. Nothing in force: as at boot, if
-    there is a configuration.
+    What is put back is the policy in force. Where it can't be read, or someone else changed it, it is the
+    configuration's; where that is unusable, the emergency lock, since nobody can tell what was meant. Nothing in force:
+    as at boot, if there is a configuration.
     """
     where = _place(path, place)
     with actions.one_at_a_time(where.cgroup):

@@ -271,3 +271,19 @@ def test_nothing_is_left_in_the_other_generation(guarded: Guarded) -> None:
         left = maps.snapshot(other).image.items
     assert {number: items for number, items in left.items() if number is not Map.FIRST_LOOK and items} == {}
     assert not any(left[Map.FIRST_LOOK][0][1])
+
+
+def test_what_a_user_put_in_the_place_of_the_pins_is_not_followed(guarded: Guarded, tmp_path: Path) -> None:
+    """A bpffs without a mode lets everyone write: a link there must not lead root to remove somebody's files."""
+    sandbox, backend = guarded
+    folder = guards.folder_of(sandbox.cgroup)
+    (tmp_path / "precious").write_text("kept", encoding="utf-8")
+    os.symlink(tmp_path, folder.building)
+    os.mkdir(folder.path)
+    os.mkdir(os.path.join(folder.path, "inside"))
+    os.chown(folder.path, STRANGER, STRANGER + 1)
+    assert (backend.in_force(), backend.read(), backend.faults()) == (False, None, [])
+    backend.apply(OLD_POLICY)
+    assert (tmp_path / "precious").read_text(encoding="utf-8") == "kept"
+    assert guards.passing(sandbox) == {OLD, BOTH}
+    assert guards.traces(sandbox.cgroup) == {"attached": 4, "pins": 1}

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes, some with the name of a metadata client, some connected: who would be shut out."""
+"""Real processes, some with the name of a metadata client: who would be shut out."""
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Dict, Iterator, List, Sequence
@@ -17,7 +15,7 @@ import pytest
 from imds_guard import preflight
 from imds_guard.config import policy_from_words
 from imds_guard.endpoints import PRESETS
-from imds_guard.policy import Endpoint, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy import Mode, Verdict
 from imds_guard.preflight import CLIENTS, Client, ShutOut, installed_shut_out, shut_out
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="looks at other users' processes: root only")
@@ -108,42 +106,6 @@ def test_root_is_not_allowed_by_itself(folder: Path) -> None:
     with running([program(folder, "cloud-init")], uid=0, gid=0) as process:
         found = by_pid(shut_out(policy_from_words(groups=[str(STRANGERS)])))
         assert found[process.pid].user == "root"
-
-
-CONNECT = "import socket, sys; s = socket.create_connection(sys.argv[1:3]); print(flush=True); sys.stdin.read()"
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "::ffff:127.0.0.1"])
-def test_who_is_connected_to_a_locked_address_now_is_named(host: str) -> None:
-    """The lock is on 127.0.0.1, over which an IPv4-mapped connect goes too."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        locked = Endpoint(ipaddress.ip_network("127.0.0.1"), tcp=((port, port),))
-        beside = Endpoint(ipaddress.ip_network("127.0.0.1"), tcp=((port + 1, port + 1),))
-        argv = ["/usr/bin/python3", "-c", CONNECT, host, str(port)]
-        with running_with_output(argv) as process:
-            found = by_pid(shut_out(_nobody(locked)))
-            assert found[process.pid].why == f"is connected to 127.0.0.1:{port} now: not-listed in lock 'x'"
-            assert str(STRANGER) == found[process.pid].user
-            assert process.pid not in by_pid(shut_out(_nobody(beside)))
-
-
-@contextlib.contextmanager
-def running_with_output(argv: List[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """As running(), once the process has printed a line."""
-    with subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, user=STRANGER, group=STRANGERS, extra_groups=[]
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def _nobody(endpoint: Endpoint) -> Policy:
-    return make_policy([Lock("x", (endpoint,))])
 
 
 def test_a_process_that_has_ended_is_left_out(folder: Path) -> None:

@@ -32,7 +32,7 @@ def synopsis() -> Dict[str, Set[str]]:
     found: Dict[str, Set[str]] = {}
     current: List[str] = []
     for line in SYNOPSIS.splitlines():
-        begins = re.match(r"imds-guard ([a-z|]+)", line)
+        begins = re.match(r"imds-guard ([a-z|-]+)", line)
         if begins:
             current = begins[1].split("|")
         elif not line.startswith(" "):
@@ -63,7 +63,7 @@ def test_a_command_has_the_options_that_the_synopsis_gives_it(command: str) -> N
 
 @pytest.mark.parametrize("command", sorted(synopsis()))
 def test_the_commands_that_print_json_are_those_that_it_names(command: str) -> None:
-    without = re.search(r"All but ([^;]+) take `--json`", README)
+    without = re.search(r"All but ([^;]+)\stake `--json`", README)
     assert without is not None
     assert (command in without[1]) == ("--json" not in options_of(command))
 

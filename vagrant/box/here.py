@@ -52,7 +52,7 @@ def up(matrix: Matrix, row: Row, results: Path, deadline_s: float, driver: str) 
         # Packed out here: a wheel is built with what pip fetches, and in there is no network.
         folder = packed.pack(matrix, row, Path(scratch) / "job").parent
         began = time.monotonic()
-        env = {"IMDS_GUARD_DRIVER": driver, "IMDS_GUARD_JOB": str(folder)}
+        env = {"IMDS_GUARD_DRIVER": driver, "IMDS_GUARD_JOB": str(folder), "IMDS_GUARD_CACHE": str(cache.root())}
         status = _run(_argv(row, Path(scratch)), env, deadline_s)
         seconds = time.monotonic() - began
         shutil.copytree(Path(scratch) / "logs", results, dirs_exist_ok=True)

@@ -9,14 +9,14 @@ from typing import NoReturn, Optional, Sequence
 
 import click
 
-from imds_guard.cli import guard, look, watch
+from imds_guard.cli import guard, look, service, watch
 from imds_guard.cli.group import cli
 from imds_guard.cli.lockdown import lock_down
 from imds_guard.cli.output import fail
 from imds_guard.errors import BadPolicy, GuardError, system_words
 from imds_guard.policy import PolicyError
 
-__all__ = ["cli", "guard", "ip_lockdown", "look", "main", "watch"]
+__all__ = ["cli", "guard", "ip_lockdown", "look", "main", "service", "watch"]
 
 
 def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) -> NoReturn:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any, Callable, Optional, Sequence
 
@@ -18,6 +19,7 @@ from imds_guard.cli.options import (
     cgroup_option,
     change_options,
     json_option,
+    keep_existing_option,
     policy_options,
     resolve_option,
 )
@@ -36,6 +38,7 @@ STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 @cgroup_option
 @resolve_option
 @click.option("--forwarded", type=click.Choice(["drop", "leave"]), help="Packets that this machine forwards.")
+@keep_existing_option
 @click.option("--create-group", is_flag=True, help="Make groups that do not exist (system groups).")
 @click.option("--save", is_flag=True, help="Write the policy to the configuration file, too.")
 @click.option("--without-root", is_flag=True, help="Save even if an installed metadata client is shut out.")
@@ -50,6 +53,7 @@ def start(
     cgroup: Optional[str],
     resolve_groups: bool,
     forwarded: Optional[str],
+    keep_existing: bool,
     create_group: bool,
     save: bool,
     without_root: bool,
@@ -63,7 +67,7 @@ def start(
     """
     words = Words(given)
     actions.require_root("start")
-    place = Place(backend or "auto", cgroup, resolve_groups, forwarded)
+    place = Place(backend or "auto", cgroup, resolve_groups, forwarded, keep_existing)
     path = CONFIG_PATH if words.config is None else words.config
     if boot:
         if words.describe_policy or words.mode or words.containers or words.strict or create_group or save:
@@ -182,10 +186,11 @@ def allow(**given: Any) -> None:
 
 @cli.command()
 @change_options
-def revoke(**given: Any) -> None:
+@keep_existing_option
+def revoke(keep_existing: bool, **given: Any) -> None:
     """Take a user or a group off what is running, in one step."""
     actions.require_root("revoke")
-    _change(actions.revoke, **given)
+    _change(functools.partial(actions.revoke, keep_existing=keep_existing), **given)
 
 
 @cli.command()

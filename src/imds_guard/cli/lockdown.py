@@ -12,6 +12,7 @@ from imds_guard.actions import Place
 from imds_guard.cli.options import (
     backend_option,
     cgroup_option,
+    keep_existing_option,
 )
 from imds_guard.cli.output import show_outcome, tell
 
@@ -21,11 +22,14 @@ from imds_guard.cli.output import show_outcome, tell
 @click.argument("users", nargs=-1)
 @backend_option
 @cgroup_option
-def lock_down(ip: str, users: Tuple[str, ...], backend: Optional[str], cgroup: Optional[str]) -> None:
+@keep_existing_option
+def lock_down(
+    ip: str, users: Tuple[str, ...], backend: Optional[str], cgroup: Optional[str], keep_existing: bool
+) -> None:
     """Deny IP to everyone but USERS, beside those whom earlier calls let through.
 
     Locks of other addresses are not touched. The same call again changes nothing.
     """
     actions.require_root("ip-lockdown")
-    place = Place(backend or "auto", cgroup)
+    place = Place(backend or "auto", cgroup, keep_existing=keep_existing)
     show_outcome(actions.lock_down(ip, [identity.user_id(user) for user in users], place, tell), as_json=False)

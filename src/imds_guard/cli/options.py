@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any, Callable, List, Optional, Tuple, TypeVar
 
 import click
@@ -33,6 +34,9 @@ cgroup_option = click.option("--cgroup", metavar="PATH", help="Guard this cgroup
 config_option = click.option("--config", metavar="FILE", help=f"Configuration file (default {CONFIG_PATH}).")
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "ebpf", "iptables"]), help="What enforces (default auto: eBPF if it can)."
+)
+keep_existing_option = click.option(
+    "--keep-existing", is_flag=True, help="Leave connections open that the policy does not allow."
 )
 resolve_option = click.option(
     "--resolve-groups",
@@ -128,10 +132,9 @@ class Words:
             Verdict(self.containers) if self.containers else config.policy.containers,
             self.strict or config.policy.strict,
         )
-        chosen = Place(
-            config.backend if place.backend == "auto" else place.backend,
-            place.cgroup or config.cgroup,
-            place.resolve_groups,
-            place.forwarded,
+        chosen = replace(
+            place,
+            backend=config.backend if place.backend == "auto" else place.backend,
+            cgroup=place.cgroup or config.cgroup,
         )
         return policy, chosen, list(config.warnings)

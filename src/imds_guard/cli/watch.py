@@ -49,10 +49,11 @@ def report(as_json: bool, cgroup: Optional[str]) -> None:
     if as_json:
         say_json(reporting.values(found))
         return
+    say(reporting.title(found))
     if not found.report.rows:
-        say([reporting.title(found), "", "nobody yet"])
+        say(["", "nobody yet"])
     elif not _show_table(found):
-        say([reporting.title(found), "", *reporting.plain(reporting.cells(found))])
+        say(["", *reporting.plain(reporting.cells(found))])
     say(reporting.after(found))
 
 
@@ -70,7 +71,7 @@ def _show_table(found: Reported) -> bool:
     except ImportError:
         warn(["the table is plain, since the Python library rich is missing: install python3-rich"])
         return False
-    table = Table(title=reporting.title(found), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for word in reporting.HEAD:
         table.add_column(word, overflow="fold")
     for cells in reporting.cells(found):

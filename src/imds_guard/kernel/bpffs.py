@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import Optional
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
@@ -46,6 +47,12 @@ def require_bpffs() -> str:
         )
     if os.statvfs(path).f_flag & os.ST_RDONLY:
         raise Unsupported(f"using the BPF filesystem at {path}: it is read-only; mount -o remount,rw {path}")
+    found = os.stat(path)
+    if found.st_uid != 0 or (found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX):
+        raise Unsupported(
+            f"using the BPF filesystem at {path}: others than root may rename what lies there, and so take the lock "
+            f"away; chmod 0700 {path}"
+        )
     return path
 
 
@@ -86,7 +93,7 @@ def _mount_in_pid1s_namespace() -> int:
         if not same_namespace_as_pid1():
             fd = os.open(f"/proc/{window_to_pid1() or 1}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
             syscalls.enter_mount_namespace(fd)
-        syscalls.mount("bpf", USUAL_PATH, "bpf")
+        syscalls.mount("bpf", USUAL_PATH, "bpf", "mode=0700")  # as systemd does: without it everyone may write there
     except OSError as error:
         return error.errno or 255
     return 0

@@ -36,9 +36,9 @@ def membarrier(command: int) -> None:
     _checked(_libc.syscall(number, command, 0, 0))
 
 
-def mount(source: str, target: str, kind: str) -> None:
-    """mount(2) without flags."""
-    _checked(_libc.mount(source.encode(), os.fsencode(target), kind.encode(), 0, None), target)
+def mount(source: str, target: str, kind: str, options: str = "") -> None:
+    """mount(2) without flags; ``options`` are the filesystem's own."""
+    _checked(_libc.mount(source.encode(), os.fsencode(target), kind.encode(), 0, options.encode() or None), target)
 
 
 def mounted_nowhere(kind: str) -> int:

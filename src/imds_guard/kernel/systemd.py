@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from typing import Sequence
 
 from imds_guard.errors import GuardError
 from imds_guard.kernel.run import run

@@ -3,11 +3,17 @@
 
 ``NAME`` is the guard itself. ``NAME~new`` is one being built, or, after a swap of layouts, the one before.
 ``NAME~old`` is one being taken down. bpffs refuses names with a dot (bpf_lookup() in kernel/bpf/inode.c).
+
+A bpffs that was mounted without a mode lets everyone make folders and links in it (01777). What stands under one of
+these names and is no folder of root's is nobody's guard: it is never followed, and a command that changes something
+removes it.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 
 from imds_guard.backends.ebpf import hooks
 from imds_guard.errors import trying
@@ -25,17 +31,30 @@ class Folder:
 
     def exists(self) -> bool:
         """True when there is a guard."""
-        return os.path.isdir(self.path)
+        return _is_roots_folder(self.path)
 
     def recover(self) -> bool:
         """Finishes or undoes what a killed command left; True when there was anything."""
-        left = [path for path in (self.building, self.leaving) if os.path.isdir(path)]
+        self._remove_strangers()
+        left = [path for path in (self.building, self.leaving) if _is_roots_folder(path)]
         if not self.exists() and len(left) == 2:
             # Killed between the two renames of swap() where the kernel can't exchange: the new one is complete.
             os.rename(self.building, self.path)
         for path in left:
             self._discard(path, detach=not self.exists())
         return bool(left)
+
+    def _remove_strangers(self) -> None:
+        for path in (self.path, self.building, self.leaving):
+            if not os.path.lexists(path) or _is_roots_folder(path):
+                continue
+            with trying(f"removing {path}, which someone else put there", "see who may write there, and run it again"):
+                if stat.S_ISDIR(os.lstat(path).st_mode):
+                    shutil.rmtree(
+                        path
+                    )  # follows no link that is put there meanwhile (shutil.rmtree.avoids_symlink_attacks)
+                else:
+                    os.unlink(path)
 
     def begin(self) -> str:
         """Makes the folder to build in."""
@@ -50,7 +69,7 @@ class Folder:
 
     def abandon(self) -> None:
         """What was built goes away again."""
-        if os.path.isdir(self.building):
+        if _is_roots_folder(self.building):
             self._discard(self.building, detach=not self.exists())
 
     def swap(self) -> None:
@@ -70,7 +89,7 @@ class Folder:
         self._discard(self.leaving, detach=True)
 
     def _discard(self, path: str, *, detach: bool) -> None:
-        if not os.path.isdir(path):
+        if not _is_roots_folder(path):
             return
         if detach:
             hooks.detach_all(path)
@@ -78,3 +97,12 @@ class Folder:
             for name in os.listdir(path):
                 os.unlink(os.path.join(path, name))
             os.rmdir(path)
+
+
+def _is_roots_folder(path: str) -> bool:
+    """True for a folder, not a link to one, that root owns and nobody else may write to."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the n-th call of a command to the system fail, at the one door that each kind of call has.
+
+Doors: ``bpf.invoke`` for bpf(2); Python's audit events for files that are written, renamed, made and removed, and for
+flock(2); ``subprocess.Popen`` as kernel/run.py has it; membarrier(2) and renameat2(2) in kernel/syscalls.py. Every call
+but the failing one is real. Audit hooks can't be taken off again (sys.addaudithook), so there is one for all tests,
+which does nothing unless a fault is planted in this very process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+from imds_guard.kernel import bpf, run, syscalls
+
+BPF, FILE, PROGRAM, SYSCALL = "bpf", "file", "program", "syscall"
+
+REFUSES, IS_KILLED = -1, -2
+"""What can happen to a program beside not being started: it fails and does nothing; it is killed when it is done."""
+
+CODES: Dict[str, Tuple[int, ...]] = {
+    BPF: (errno.EPERM, errno.ENOMEM, errno.ENOSPC, errno.E2BIG, errno.EINTR),
+    FILE: (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO),
+    PROGRAM: (errno.ENOMEM, REFUSES, IS_KILLED),
+    SYSCALL: (errno.EPERM, errno.EINVAL, errno.ENOSYS),
+}
+"""What each kind of call is made to say, beside what it may really say."""
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+_FILE_EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "fcntl.flock"})
+_COMMANDS = {
+    getattr(bpf, name): f"BPF_{name}"
+    for name in dir(bpf)
+    if name.startswith(("MAP_", "PROG_", "OBJ_", "LINK_", "BTF_LOAD", "ENABLE_STATS"))
+    and not name.startswith(("MAP_TYPE_", "PROG_TYPE_", "LINK_TYPE_"))
+    and isinstance(getattr(bpf, name), int)
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call to the system: its kind, and what it was about."""
+
+    kind: str
+    what: str
+
+
+@dataclass
+class Fault:
+    """The calls that a command has made, and which of them fails. ``last`` None: that one alone; else up to that one."""
+
+    first: int = 0
+    last: Optional[int] = None
+    code: int = 0
+    calls: List[Call] = field(default_factory=list)
+    owner: int = field(default_factory=os.getpid)
+
+    def meets(self, kind: str, what: str) -> bool:
+        """Counts a call; True when it is to fail."""
+        if os.getpid() != self.owner:
+            return False
+        self.calls.append(Call(kind, what))
+        number = len(self.calls)
+        return self.first != 0 and self.first <= number <= (self.first if self.last is None else self.last)
+
+    def error(self, kind: str) -> OSError:
+        """What a failing call raises; a fault of another kind of call counts as EIO."""
+        code = self.code if self.code > 0 and self.code in CODES[kind] else CODES[kind][0]
+        return OSError(code, os.strerror(code))
+
+    @property
+    def hit(self) -> Optional[Call]:
+        """The call that failed first; None when the command came to its end before."""
+        return self.calls[self.first - 1] if 0 < self.first <= len(self.calls) else None
+
+
+_planted: List[Fault] = []
+
+
+def _audit(event: str, arguments: Tuple[Any, ...]) -> None:
+    if not _planted:
+        return
+    if event == "open":
+        path, _, flags = arguments
+        if not isinstance(path, (str, bytes)) or not flags & _WRITES:
+            return
+        what = f"open {os.fsdecode(path)}"
+    elif event in _FILE_EVENTS:
+        what = f"{event} {arguments[0]}"
+    else:
+        return
+    if "/__pycache__" in what or "/tmp/tmp" in what:  # what Python and the compiler keep for themselves
+        return
+    if _planted[-1].meets(FILE, what):
+        raise _planted[-1].error(FILE)
+
+
+sys.addaudithook(_audit)
+
+
+def _failing_bpf(fault: Fault, door: Callable[[int, bytes], Tuple[int, int, bytes]]) -> Any:
+    def invoke(command: int, attr: bytes) -> Tuple[int, int, bytes]:
+        if fault.meets(BPF, _COMMANDS.get(command, str(command))):
+            return -1, fault.error(BPF).errno or 0, attr
+        return door(command, attr)
+
+    return invoke
+
+
+class _Subprocess:
+    """The module subprocess as kernel/run.py uses it."""
+
+    PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
+
+    def __init__(self, fault: Fault) -> None:
+        self._fault = fault
+
+    def Popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:  # noqa: N802 -- subprocess's name
+        fault = self._fault
+        if not fault.meets(PROGRAM, " ".join(argv)):
+            return subprocess.Popen(argv, **options)
+        if fault.code == REFUSES:
+            return subprocess.Popen(["/bin/sh", "-c", "cat >/dev/null; echo refused by a fault >&2; exit 4"], **options)
+        if fault.code == IS_KILLED:
+            return subprocess.Popen(["/bin/sh", "-c", '"$@"; kill -KILL $$', "sh", *argv], **options)
+        raise fault.error(PROGRAM)
+
+
+def _failing_call(fault: Fault, name: str, call: Callable[..., None]) -> Callable[..., None]:
+    def failing(*arguments: Any) -> None:
+        if fault.meets(SYSCALL, name):
+            raise fault.error(SYSCALL)
+        call(*arguments)
+
+    return failing
+
+
+@contextmanager
+def planted(fault: Fault) -> Iterator[Fault]:
+    """Counts the calls of the block, and has the chosen ones fail."""
+    before = bpf.invoke, run.subprocess, syscalls.membarrier, syscalls.exchange  # type: ignore[attr-defined]
+    bpf.invoke = _failing_bpf(fault, bpf.invoke)
+    run.subprocess = _Subprocess(fault)  # type: ignore[attr-defined]
+    syscalls.membarrier = _failing_call(fault, "membarrier", syscalls.membarrier)
+    syscalls.exchange = _failing_call(fault, "renameat2", syscalls.exchange)
+    _planted.append(fault)
+    try:
+        yield fault
+    finally:
+        _planted.pop()
+        bpf.invoke, run.subprocess, syscalls.membarrier, syscalls.exchange = before  # type: ignore[attr-defined]
+
+
+def codes_for(kind: str, number: int, every: bool) -> Sequence[int]:
+    """What the call of that number is made to say: one thing, another for each call, or everything that fits."""
+    fitting = CODES[kind]
+    return fitting if every else (fitting[number % len(fitting)],)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each call of a command fails in turn: afterwards the old policy holds or the new one, and the error names what failed.
+
+``IMDS_GUARD_FULL=1`` takes every call with everything that fits it, and every call with all that come after it; without
+that a sample: each call of a kind up to a number, one thing each.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
+
+from imds_guard.errors import GuardError
+from tests.faults import injector
+from tests.faults.injector import Call, Fault
+
+FULL = os.environ.get("IMDS_GUARD_FULL") == "1"
+
+_ALL = 10**9
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a look at the world shows before and after; ``read`` is what the backend says the policy is."""
+
+    passing: FrozenSet[int]
+    read: object
+
+
+@dataclass
+class Trial:
+    """One command, what it starts from, and how the world is looked at.
+
+    ``look`` gives what connects and the backend show now; ``old`` and ``new`` are what it may show. ``repair`` is the
+    next command, after which ``repaired`` must say so.
+    """
+
+    prepare: Callable[[], object]
+    command: Callable[[], object]
+    look: Callable[[], Before]
+    old: Before
+    new: Before
+    repair: Callable[[], object]
+    least_calls: int
+    problems: List[str] = field(default_factory=list)
+    sentences: Dict[str, int] = field(default_factory=dict)
+    failed: int = 0
+    succeeded: int = 0
+
+
+def calls_of(trial: Trial) -> List[Call]:
+    """The calls of a run in which nothing fails; it must lead from the old policy to the new one."""
+    trial.prepare()
+    assert trial.look() == trial.old
+    with injector.planted(Fault()) as fault:
+        trial.command()
+    assert trial.look() == trial.new
+    return fault.calls
+
+
+def plan(calls: Sequence[Call], *, most: int) -> List[Fault]:
+    """The faults to plant: all of them, or about ``most``, spread over the calls and over what can fail."""
+    if FULL:
+        alone = [Fault(n, None, code) for n, call in enumerate(calls, 1) for code in injector.CODES[call.kind]]
+        return alone + [Fault(n, _ALL, injector.CODES[call.kind][0]) for n, call in enumerate(calls, 1)]
+    every = max(1, -(-len(calls) // most))
+    chosen = [(n, call) for n, call in enumerate(calls, 1) if n % every == 0 or _is_first_of_its_kind(calls, n)]
+    single = [Fault(n, None, injector.codes_for(call.kind, at, False)[0]) for at, (n, call) in enumerate(chosen)]
+    return single + [Fault(n, _ALL, injector.codes_for(call.kind, n, False)[0]) for n, call in chosen[:: max(4, every)]]
+
+
+def _is_first_of_its_kind(calls: Sequence[Call], number: int) -> bool:
+    return calls[number - 1] not in calls[: number - 1]
+
+
+def run(trial: Trial, *, most: int = 60) -> None:
+    """Plants each fault and looks; raises AssertionError that tells of everything that went wrong."""
+    calls = calls_of(trial)
+    assert len(calls) >= trial.least_calls, f"only {len(calls)} calls were seen: the doors are elsewhere now"
+    faults = plan(calls, most=most)
+    for fault in faults:
+        _try(trial, fault)
+    _tell(trial, len(calls), len(faults))
+    assert not trial.problems, "\n".join([f"{len(trial.problems)} of {len(faults)} faults:", *trial.problems])
+    assert trial.failed > len(faults) // 3, "hardly any fault made the command fail: they are planted in vain"
+
+
+def _try(trial: Trial, fault: Fault) -> None:
+    trial.prepare()
+    fds = _open_fds()
+    said: Optional[BaseException] = None
+    with injector.planted(fault):
+        try:
+            trial.command()
+        except (GuardError, OSError) as error:
+            said = error
+    what = _words(fault, said)
+    complaints = _judge(trial, fault, said)
+    if _open_fds() != fds:
+        complaints.append(f"descriptors: {sorted(_open_fds() - fds)} stay open")
+    try:
+        trial.repair()
+        if trial.look() != trial.new:
+            complaints.append(f"the next command left {trial.look()}")
+    except (GuardError, OSError) as error:
+        complaints.append(f"the next command failed: {error}")
+    trial.problems += [f"{what}: {one}" for one in complaints]
+
+
+def _judge(trial: Trial, fault: Fault, said: Optional[BaseException]) -> List[str]:
+    seen = trial.look()
+    if said is None:
+        trial.succeeded += 1
+        return [] if seen == trial.new else [f"it ended well, and {seen} is in force"]
+    trial.failed += 1
+    complaints = [] if seen in (trial.old, trial.new) else [f"{seen} is in force"]
+    trial.sentences[str(said)] = trial.sentences.get(str(said), 0) + 1
+    return complaints + [f"its words: {fault}" for fault in faults_of_sentence(said, fault)]
+
+
+def faults_of_sentence(said: BaseException, fault: Optional[Fault] = None) -> List[str]:
+    """What is wrong with an error: it must be one sentence of ours that says what was tried and what the system said."""
+    text = str(said)
+    if not isinstance(said, GuardError):
+        return [f"a bare {type(said).__name__}: {text}"]
+    wrong = []
+    if "\n" in text or not text.strip():
+        wrong.append("it is not one line")
+    if ": " not in text:
+        wrong.append("it does not say what was tried and what the system said")
+    if re.search(r"Traceback|Errno|<class|0x[0-9a-f]{6}", text):
+        wrong.append("it shows Python")
+    if fault is not None and fault.code > 0 and fault.hit is not None:
+        symbol = errno.errorcode[fault.error(fault.hit.kind).errno or 0]
+        if symbol not in text:
+            wrong.append(f"it does not say {symbol}")
+    return wrong
+
+
+def _words(fault: Fault, said: Optional[BaseException]) -> str:
+    hit = fault.hit
+    code = {injector.REFUSES: "refuses", injector.IS_KILLED: "is killed"}.get(fault.code) or errno.errorcode[fault.code]
+    where = f"{hit.kind} {hit.what}" if hit else "(not reached)"
+    scope = "" if fault.last is None else " and all that follow"
+    return f"call {fault.first} ({where}){scope} says {code}, the command says {said!s:.300}"
+
+
+def _open_fds() -> FrozenSet[Tuple[str, str]]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.add((name, os.readlink(f"/proc/self/fd/{name}")))
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    return frozenset(found)
+
+
+def _tell(trial: Trial, calls: int, faults: int) -> None:
+    path = os.environ.get("IMDS_GUARD_FAULTS_REPORT")
+    if path:
+        with open(path, "a", encoding="utf-8") as report:
+            report.write(f"{calls} calls, {faults} faults, {trial.failed} failures, {trial.succeeded} went on\n")
+            report.writelines(f"  {count:4} {text}\n" for text, count in sorted(trial.sentences.items()))
+            report.writelines(f"  PROBLEM {text}\n" for text in trial.problems)

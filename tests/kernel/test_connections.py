@@ -1,0 +1,633 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that were there before a policy: real ones, in a sandbox, whose own cgroup is the scope of every cut."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import ipaddress
+import os
+import select
+import socket
+import struct
+import time
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import pytest
+
+from imds_guard import connections, present_connections
+from imds_guard.connections import AUDIT, KEPT, Connection, Sweep, look, sweep
+from imds_guard.kernel import children, holders, netns
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.listeners import family, sockaddr
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
+from imds_guard.locked_sockets import Scope
+from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
+from tests import command
+from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard
+from tests.kernel.rules_in_a_sandbox import NO_GROUP
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root"),
+    pytest.mark.skipif(os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container everybody is denied"),
+]
+
+WITHIN_S = 20.0
+MPTCP = 262  # IPPROTO_MPTCP in include/uapi/linux/in.h
+BACKLOG_FULL = 4  # connects that stay in SYN_SENT, at most so many are tried
+MAPPED = f"::ffff:{SERVICE}"
+UNLOCKED = "192.0.2.9"
+PORT = 80
+WEB = ((PORT, PORT),)
+
+
+def locked(
+    *users: int, groups: Sequence[int] = (), mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY
+) -> Policy:
+    """Port 80 of the service, TCP and UDP, for these alone."""
+    endpoints = tuple(Endpoint(ipaddress.ip_network(one), WEB, WEB) for one in (SERVICE, SERVICE_V6))
+    lock = Lock("web", endpoints, Identities(frozenset(users), frozenset(groups)))
+    return make_policy([lock], mode, containers)
+
+
+# --- people with connections ----------------------------------------------------------------------------------------
+
+Open = Callable[[], List[socket.socket]]
+
+
+def opening(to: str = SERVICE, kind: int = socket.SOCK_STREAM, protocol: int = 0, port: int = PORT) -> Open:
+    """Makes one connected socket."""
+
+    def made() -> List[socket.socket]:
+        one = socket.socket(family(to), kind, protocol)
+        one.settimeout(WITHIN_S)
+        one.connect(sockaddr(to, port))
+        return [one]
+
+    return made
+
+
+class Client:
+    """A process with connections, which does what it is told over a pair of sockets."""
+
+    def __init__(self, pid: int, line: socket.socket) -> None:
+        self.pid = pid
+        self._line = line
+
+    def ask(self, word: bytes) -> str:
+        """What the client says to one word."""
+        self._line.send(word)
+        return self._line.recv(4096).decode()
+
+    def speak(self) -> List[str]:
+        """For each of its sockets ``sent``, or the errno."""
+        return self.ask(b"s").split()
+
+
+def _serve(line: socket.socket, sockets: List[socket.socket]) -> None:
+    line.send(b".")
+    while line.recv(1):
+        line.send(" ".join(map(_spoken, sockets)).encode() or b"-")
+
+
+def _spoken(one: socket.socket) -> str:
+    """The pending error counts; then a write is tried."""
+    pending = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if pending:
+        return errno.errorcode[pending]
+    try:
+        one.send(b"x")
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+    return "sent"
+
+
+class Stage:
+    """A sandbox with a service, and clients in it."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.scope = Scope(sandbox.cgroup)
+        self._lines: List[socket.socket] = []
+
+    def client(
+        self,
+        made: Open,
+        *,
+        uid: int = STRANGER,
+        gid: int = NO_GROUP,
+        groups: Sequence[int] = (),
+        before: Callable[[], object] = lambda: None,
+    ) -> Client:
+        """A process of these ids whose sockets are connected when this returns."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(WITHIN_S)
+        self._lines.append(ours)
+
+        def work() -> None:
+            ours.close()
+            before()
+            become((uid,) * 3, (gid,) * 3, groups)  # type: ignore[arg-type]
+            _serve(theirs, made())
+
+        pid = self.sandbox.spawn(work)
+        theirs.close()
+        assert ours.recv(1) == b"."
+        return Client(pid, ours)
+
+    def open_to(self, address: str = SERVICE, port: int = PORT) -> int:
+        """How many TCP sockets with a peer there are in the namespace that lead there."""
+        wanted = (ipaddress.ip_address(address).packed, port)
+        with SockDiag(self.sandbox.netns_fd) as diag:
+            found = diag.sockets(family(address), socket.IPPROTO_TCP, CONNECTED)
+        return sum((one.remote, one.remote_port) == wanted for one in found)
+
+    def close(self) -> None:
+        for line in self._lines:
+            line.close()
+
+
+def _keep_forever(listening: List[socket.socket]) -> None:
+    """Takes every connection and never ends one."""
+    kept = []
+    streams = {one.fileno(): one for one in listening if one.type == socket.SOCK_STREAM}
+    poll = select.poll()
+    for fd in streams:
+        poll.register(fd, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            kept.append(streams[fd].accept()[0])
+
+
+@contextlib.contextmanager
+def stage(addresses: Sequence[str] = (SERVICE, SERVICE_V6, UNLOCKED)) -> Iterator[Stage]:
+    with Sandbox(addresses) as sandbox:
+        from imds_guard.kernel.listeners import listen
+
+        sandbox.serve_with(lambda: listen(addresses, (PORT,)), _keep_forever)
+        one = Stage(sandbox)
+        try:
+            yield one
+        finally:
+            one.close()
+
+
+@pytest.fixture
+def here() -> Iterator[Stage]:
+    with stage() as one:
+        yield one
+
+
+def pids(several: Sequence[Connection]) -> List[int]:
+    return sorted(holder.pid for one in several for holder in one.holders)
+
+
+CUT = {"tcp": "ECONNABORTED", "udp": "ECONNABORTED"}
+
+KINDS: Dict[str, Open] = {
+    "tcp": opening(),
+    "tcp6": opening(SERVICE_V6),
+    "tcp-mapped": opening(MAPPED),
+    "udp": opening(kind=socket.SOCK_DGRAM),
+    "udp6": opening(SERVICE_V6, socket.SOCK_DGRAM),
+    "udp-mapped": opening(MAPPED, socket.SOCK_DGRAM),
+}
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_a_denied_connection_is_cut_and_told(here: Stage, name: str) -> None:
+    """With the process, its user, and both ends; the address is the service's in each family."""
+    client = here.client(KINDS[name])
+    done = sweep(locked(ONE), here.scope)
+    assert client.speak() == ["ECONNABORTED"]
+    (one,) = done.cut
+    assert [(holder.pid, holder.user) for holder in one.holders] == [(client.pid, str(STRANGER))]
+    assert one.remote == (ipaddress.ip_address(SERVICE_V6 if "6" in name else SERVICE), PORT)
+    assert one.local[0] == one.remote[0]
+    assert (one.protocol.value, one.why) == (name[:3], "not-listed in lock 'web'")
+    assert (done.left, done.why_left, done.unseen) == ((), "", ())
+    assert sweep(locked(ONE), here.scope).cut == ()
+
+
+def test_mptcp_loses_its_subflow(here: Stage) -> None:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP).close()
+    except OSError as error:
+        pytest.skip(f"this kernel makes no MPTCP socket: {errno.errorcode[error.errno or 0]}")
+    client = here.client(opening(protocol=MPTCP))
+    done = sweep(locked(ONE), here.scope)
+    assert pids(done.cut) == [client.pid]
+    assert here.open_to() == 0
+
+
+def test_a_connection_that_is_not_there_yet_is_cut(here: Stage) -> None:
+    """SYN_SENT: nobody takes the connection, since the queue of its listener is full."""
+    full = here.sandbox.serve_with(_listen_to_one, lambda _: select.select([], [], []))
+    client = here.client(_connects_until_one_waits)
+    assert full
+    done = sweep(_other_port(), here.scope)
+    assert set(client.speak()) == {"ECONNABORTED"}
+    assert set(pids(done.cut)) == {client.pid}
+    with SockDiag(here.sandbox.netns_fd) as diag:
+        assert diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, (2,)) == []
+
+
+def _other_port() -> Policy:
+    return make_policy([Lock("web", (Endpoint(ipaddress.ip_network(SERVICE), ((81, 81),)),))])
+
+
+def _listen_to_one() -> socket.socket:
+    one = socket.socket()
+    one.bind((SERVICE, 81))
+    one.listen(0)
+    return one
+
+
+def _connects_until_one_waits() -> List[socket.socket]:
+    """Non-blocking connects; a listener with a full queue drops the first packet (listen(2))."""
+    made = []
+    for _ in range(BACKLOG_FULL):
+        one = socket.socket()
+        one.setblocking(False)
+        one.connect_ex((SERVICE, 81))
+        made.append(one)
+    with SockDiag() as diag:
+        assert diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, (2,)), "no connect waits"
+    return made
+
+
+def test_a_half_closed_connection_is_cut(here: Stage) -> None:
+    """It can still be read from."""
+
+    def half() -> List[socket.socket]:
+        (one,) = opening()()
+        one.shutdown(socket.SHUT_WR)
+        return [one]
+
+    client = here.client(half)
+    assert pids(sweep(locked(ONE), here.scope).cut) == [client.pid]
+    assert client.speak() == ["ECONNABORTED"]
+
+
+# --- who keeps a connection -----------------------------------------------------------------------------------------
+
+
+def test_the_allowed_keep_theirs(here: Stage) -> None:
+    """By user, by primary and by supplementary group."""
+    clients = [
+        here.client(opening(), uid=ONE),
+        here.client(opening(), gid=STAFF),
+        here.client(opening(), groups=(7, STAFF)),
+    ]
+    denied = here.client(opening())
+    done = sweep(locked(ONE, groups=(STAFF,)), here.scope)
+    assert [client.speak() for client in clients] == [["sent"]] * 3
+    assert (pids(done.cut), denied.speak()) == ([denied.pid], ["ECONNABORTED"])
+
+
+def test_what_is_not_locked_is_left_alone(here: Stage) -> None:
+    """Another address, and another port of the same one."""
+    here.sandbox.serve_with(lambda: _listening_at(SERVICE, 8080), _keep_forever)
+    others = [here.client(opening(UNLOCKED)), here.client(opening(port=8080))]
+    assert sweep(locked(), here.scope).cut == ()
+    assert [client.speak() for client in others] == [["sent"]] * 2
+
+
+def _listening_at(address: str, port: int) -> List[socket.socket]:
+    one = socket.socket(family(address))
+    one.bind(sockaddr(address, port))
+    one.listen(8)
+    return [one]
+
+
+def test_a_connection_that_came_in_is_left_alone(here: Stage) -> None:
+    """All ports are locked, so the service's own sockets lead to a locked address and port, too."""
+    client = here.client(opening())
+    everything = make_policy([Lock("all", (Endpoint(ipaddress.ip_network("192.0.2.0/24"), ALL_PORTS),))])
+    done = sweep(everything, here.scope)
+    assert [(one.remote[1], one.holders[0].pid) for one in done.cut] == [(PORT, client.pid)]
+
+
+def test_one_holder_who_is_not_allowed_is_enough(here: Stage) -> None:
+    """The socket of an allowed user, which a child of another user has inherited."""
+
+    def two() -> List[socket.socket]:
+        made = opening()()
+        reader, writer = os.pipe()
+
+        def stay() -> None:
+            become((TWO,) * 3)  # type: ignore[arg-type]
+            os.write(writer, b".")
+            select.select([], [], [])
+
+        child = children.fork(stay)
+        assert os.read(reader, 1) == b"."
+        become((ONE,) * 3)  # type: ignore[arg-type]
+        assert child
+        return made
+
+    client = here.client(two, uid=0)
+    assert sweep(locked(ONE, TWO), here.scope).cut == ()
+    (one,) = sweep(locked(ONE), here.scope).cut
+    assert sorted(holder.user for holder in one.holders) == [str(ONE), str(TWO)]
+    assert client.speak() == ["ECONNABORTED"]
+
+
+@pytest.mark.parametrize(("allowed", "outcome"), [(STRANGER, "sent"), (ONE, "ECONNABORTED")])
+def test_a_socket_that_is_in_flight_is_judged_by_its_maker(here: Stage, allowed: int, outcome: str) -> None:
+    """It lies in the queue of a Unix socket, where no process has a descriptor of it (SCM_RIGHTS in unix(7)).
+
+    The namespace is none of the host's, where a socket without a process counts as a container's.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def send_away() -> List[socket.socket]:
+            (one,) = opening()()
+            socket.send_fds(theirs, [b"."], [one.fileno()])
+            one.close()
+            return []
+
+        here.client(send_away)
+        done = sweep(locked(allowed, containers=Verdict.ALLOW), here.scope)
+        (fd,) = socket.recv_fds(ours, 1, 1)[1]
+        with socket.socket(fileno=fd) as arrived:
+            assert _spoken(arrived) == outcome
+        assert [(one.holders, one.user) for one in done.cut] == ([] if outcome == "sent" else [((), str(STRANGER))])
+
+
+def test_without_a_process_and_elsewhere_than_at_home_it_is_a_container_s(here: Stage) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+
+        def send_away() -> List[socket.socket]:
+            (one,) = opening()()
+            socket.send_fds(theirs, [b"."], [one.fileno()])
+            one.close()
+            return []
+
+        here.client(send_away)
+        (one,) = sweep(locked(STRANGER), here.scope).cut
+        assert one.why == "container in lock 'web'"
+
+
+def test_a_container_is_denied_whatever_its_ids(here: Stage) -> None:
+    """A process with its own PID namespace; a policy that allows containers judges it by its IDs."""
+    client = here.client(_in_pid_namespace(opening()), uid=0)
+    assert sweep(locked(0, containers=Verdict.ALLOW), here.scope).cut == ()
+    (one,) = sweep(locked(0), here.scope).cut
+    assert one.why == "container in lock 'web'"
+    assert client.speak() == ["ECONNABORTED"]
+
+
+def _in_pid_namespace(made: Open) -> Open:
+    """The connection is handed to a first process of a new PID namespace; ours drops it."""
+
+    def work() -> List[socket.socket]:
+        netns.unshare(netns.CLONE_NEWPID)
+        ours, theirs = socket.socketpair()
+        (one,) = made()
+        child = children.fork(lambda: (theirs.send(b"."), select.select([], [], [])))
+        assert child
+        assert ours.recv(1) == b"."
+        # The client speaks through a copy that is in flight between whiles, so that the child is its only holder.
+        return [_Lent(one, *socket.socketpair())]  # type: ignore[list-item]
+
+    return work
+
+
+class _Lent:
+    """A socket that its process holds only while it speaks."""
+
+    def __init__(self, one: socket.socket, mine: socket.socket, other: socket.socket) -> None:
+        self._mine, self._other = mine, other
+        socket.send_fds(other, [b"."], [one.fileno()])
+        one.close()
+
+    def _borrow(self) -> socket.socket:
+        return socket.socket(fileno=socket.recv_fds(self._mine, 1, 1)[1][0])
+
+    def getsockopt(self, level: int, option: int) -> int:
+        with self._borrow() as one:
+            value = one.getsockopt(level, option)
+            socket.send_fds(self._other, [b"."], [one.fileno()])
+        return value
+
+    def send(self, text: bytes) -> int:
+        with self._borrow() as one:
+            return one.send(text)
+
+
+# --- what is asked for ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [KEPT, AUDIT])
+def test_what_is_kept_is_named_and_stays(here: Stage, keep: str) -> None:
+    client = here.client(opening())
+    done = sweep(locked(ONE), here.scope, keep)
+    assert (pids(done.left), done.cut, done.why_left) == ([client.pid], (), keep)
+    assert client.speak() == ["sent"]
+
+
+def test_a_look_touches_nothing(here: Stage) -> None:
+    client = here.client(opening())
+    assert pids(look(locked(ONE), here.scope).left) == [client.pid]
+    assert client.speak() == ["sent"]
+
+
+def test_sockets_of_another_cgroup_are_left_alone(here: Stage) -> None:
+    """A subtree is the scope; what was made outside it is none of its business."""
+    with Sandbox() as elsewhere:
+        client = here.client(opening())
+        assert sweep(locked(), Scope(elsewhere.cgroup)).cut == ()
+        assert client.speak() == ["sent"]
+    below = os.path.join(here.sandbox.cgroup, "below")
+    os.mkdir(below)
+    try:
+        inner = here.client(opening(), before=lambda: _join(below))
+        assert pids(sweep(locked(), Scope(below)).cut) == [inner.pid]
+        assert pids(sweep(locked(), here.scope).cut) == [client.pid]
+    finally:
+        os.kill(inner.pid, 9)
+        _wait_until(lambda: not open(f"{below}/cgroup.procs").read())
+        os.rmdir(below)
+
+
+def _join(cgroup: str) -> None:
+    with open(f"{cgroup}/cgroup.procs", "w", encoding="ascii") as file:
+        file.write(str(os.getpid()))
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not true():
+        assert time.monotonic() < deadline, "it did not come about"
+        select.select([], [], [], 0.005)
+
+
+# --- where it is looked ---------------------------------------------------------------------------------------------
+
+
+def test_every_namespace_is_looked_into_and_named(here: Stage) -> None:
+    """This one first; the sandbox's is there by its processes. With one namespace alone nothing in it is found."""
+    client = here.client(opening())
+    done = look(locked(), here.scope)
+    theirs = os.fstat(here.sandbox.netns_fd).st_ino
+    assert done.looked_into[0].inode == os.stat("/proc/thread-self/ns/net").st_ino
+    assert theirs in [namespace.inode for namespace in done.looked_into]
+    assert [one.namespace for one in done.left] == [theirs]
+    alone = look(locked(), Scope(here.sandbox.cgroup, every_namespace=False))
+    assert (len(alone.looked_into), alone.left) == (1, ())
+    assert client.speak() == ["sent"]
+
+
+def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: Any) -> None:
+    """As ``ip netns add`` leaves one."""
+
+    def work() -> bool:
+        netns.unshare(0x00020000)  # CLONE_NEWNS: the mount is ours alone
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mount(b"none", b"/", None, ctypes.c_ulong(1 << 18 | 1 << 14), None) == 0  # MS_PRIVATE | MS_REC
+        place = tmp_path / "kept"
+        place.touch()
+
+        def keep() -> int:
+            netns.unshare(netns.CLONE_NEWNET)
+            return os.stat("/proc/thread-self/ns/net").st_ino
+
+        reader, writer = os.pipe()
+
+        def stay() -> None:
+            os.write(writer, struct.pack("=Q", keep()))
+            select.select([], [], [])
+
+        child = children.fork(stay)
+        (inode,) = struct.unpack("=Q", os.read(reader, 8))
+        source = f"/proc/{child}/ns/net".encode()
+        assert libc.mount(source, str(place).encode(), None, ctypes.c_ulong(4096), None) == 0  # MS_BIND
+        children.end(child)
+        found = {one.inode: one for one in holders.network_namespaces()[0]}
+        assert (found[inode].path, found[inode].pid) == (str(place), None)
+        looked = look(locked(), Scope("/sys/fs/cgroup/none"))
+        return inode in [one.inode for one in looked.looked_into]
+
+    assert children.run_in_child(work)
+
+
+def test_a_namespace_that_refuses_is_named(here: Stage) -> None:
+    """setns(2) takes CAP_SYS_ADMIN; without it nothing is said to have been looked into but our own."""
+    from imds_guard.kernel.privileges import CAP_SYS_ADMIN
+    from tests.kernel.places import without_capabilities
+
+    def work() -> Tuple[int, List[str]]:
+        without_capabilities(CAP_SYS_ADMIN)
+        done = look(locked(), here.scope)
+        return len(done.looked_into), list(done.unseen)
+
+    own = os.stat("/proc/thread-self/ns/net").st_ino
+    looked_into, unseen = children.run_in_child(work)
+    assert (looked_into, own != 0) == (1, True)
+    assert [words for words in unseen if "EPERM" in words and "network namespace of /proc/" in words]
+
+
+# --- many -----------------------------------------------------------------------------------------------------------
+
+
+def test_many_connections_are_cut_in_bounded_time(here: Stage) -> None:
+    """2,000 denied ones of one process, and one of an allowed user."""
+    import resource
+
+    def many() -> List[socket.socket]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+        return [opening(kind=socket.SOCK_DGRAM)()[0] for _ in range(2000)]
+
+    client = here.client(many, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096)))
+    allowed = here.client(opening(), uid=ONE)
+    begun = time.monotonic()
+    done = sweep(locked(ONE), here.scope)
+    assert time.monotonic() - begun < WITHIN_S
+    assert len(done.cut) == 2000
+    assert set(pids(done.cut)) == {client.pid}
+    assert allowed.speak() == ["sent"]
+    lines = present_connections.connection_lines(done)
+    assert lines[0].startswith("cut 2000 connections that were open and are not allowed (looked into ")
+    assert lines[-1] == "  and 1988 more (--json has them all)"
+    assert len(lines) == 14
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(here: Stage) -> Iterator[Tuple[Guard, Stage]]:
+    guard = Guard(here.sandbox)
+    try:
+        yield guard, here
+    finally:
+        guard.backend.remove()
+
+
+LOCK = ("--user", str(ONE), "--ip", f"{SERVICE}:80")
+
+
+def test_start_cuts_and_says_so(guarded: Tuple[Guard, Stage]) -> None:
+    guard, here = guarded
+    denied, allowed = here.client(opening()), here.client(opening(), uid=ONE)
+    said = guard.start(*LOCK)
+    assert denied.speak() + allowed.speak() == ["ECONNABORTED", "sent"]
+    (line,) = [line for line in said.stdout.splitlines() if f"(pid {denied.pid}, user {STRANGER})" in line]
+    assert line.endswith(f"-> {SERVICE}:80")
+    assert "cut 1 connection that were open" in said.stdout.replace("was open and is", "were open and are")
+    assert guard.start(*LOCK).stdout.count("no connection to a locked endpoint was open that is not allowed") == 1
+
+
+def test_start_keeps_what_it_is_told_to_keep(guarded: Tuple[Guard, Stage]) -> None:
+    """With a warning; the next start without the option cuts."""
+    guard, here = guarded
+    client = here.client(opening())
+    said = guard.start(*LOCK, "--keep-existing")
+    assert client.speak() == ["sent"]
+    assert "warning: 1 connection that the policy does not allow stays open, kept as asked" in said.stderr
+    assert f"(pid {client.pid}, user {STRANGER})" in said.stderr
+    guard.start(*LOCK)
+    assert client.speak() == ["ECONNABORTED"]
+
+
+def test_revoke_cuts_and_allow_does_not_look(guarded: Tuple[Guard, Stage]) -> None:
+    guard, here = guarded
+    guard.start(*LOCK)
+    assert guard("allow", "--user", str(TWO), "--json").values["connections"] is None
+    client, other = here.client(opening(), uid=TWO), here.client(opening(), uid=ONE)
+    revoked = guard("revoke", "--user", str(TWO), "--json").values["connections"]
+    assert [process["pid"] for one in revoked["cut"] for process in one["processes"]] == [client.pid]
+    assert revoked["looked_into"][0]["path"] == "/proc/thread-self/ns/net"
+    assert client.speak() + other.speak() == ["ECONNABORTED", "sent"]
+
+
+def test_audit_mode_cuts_nothing_and_says_what_it_would(guarded: Tuple[Guard, Stage]) -> None:
+    guard, here = guarded
+    client = here.client(opening())
+    said = guard.start(*LOCK, "--mode", "audit")
+    assert client.speak() == ["sent"]
+    assert "audit mode: 1 connection would have been cut" in said.stdout
+    assert f"(pid {client.pid}, user {STRANGER})" in said.stdout
+
+
+def test_check_says_what_start_would_cut(guarded: Tuple[Guard, Stage]) -> None:
+    guard, here = guarded
+    client = here.client(opening())
+    said = guard("check", *LOCK).answer
+    assert "start would cut 1 connection:" in said
+    assert f"(pid {client.pid}, user {STRANGER})" in said
+    assert client.speak() == ["sent"]
+
+
+def test_a_name_that_a_process_chose_is_safe_to_print(here: Stage) -> None:
+    """PR_SET_NAME takes any octets (prctl(2))."""
+    client = here.client(opening(), before=lambda: ctypes.CDLL(None).prctl(15, b"a\x1b[2Jb\nc", 0, 0, 0))
+    (one,) = look(locked(), here.scope).left
+    text = present_connections.connection_text(one)
+    assert text.startswith(f"a\\x1b[2Jb\\x0ac (pid {client.pid}, user {STRANGER}): tcp ")
+    assert text.isprintable()

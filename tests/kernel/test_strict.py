@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--strict: what no connect hook sees, the packets' hook holds back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+from dataclasses import replace
+from typing import Callable, Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.backends.ebpf import EbpfBackend, abi
+from imds_guard.kernel import bpf
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import NOBODY, Endpoint, Identities, Lock, Mode, Policy, Reason, Verdict, make_policy
+from tests.kernel import guards
+from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
+
+Guarded = Tuple[Sandbox, EbpfBackend]
+
+GROUP = 62_100
+STRICT_OLD, STRICT_NEW = replace(OLD_POLICY, strict=True), replace(NEW_POLICY, strict=True)
+_ANSWER_WITHIN_S = 1.0
+"""Long enough for loopback, where an answer is there before send() returns; a test waits so long for a lost packet."""
+
+
+@pytest.fixture
+def guarded() -> Iterator[Guarded]:
+    if os.geteuid() != 0:
+        pytest.skip("attaching programs needs root")
+    with Sandbox((IPV4, IPV6)) as sandbox:
+        sandbox.serve_with(_listen, _echo_forever)
+        backend = EbpfBackend(sandbox.cgroup, guards.FAST)
+        try:
+            yield sandbox, backend
+        finally:
+            backend.remove()
+
+
+def _listen() -> List[socket.socket]:
+    sockets = []
+    for address in (IPV4, IPV6):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+            one = socket.socket(family, kind)
+            one.bind((address, PORT))
+            if kind == socket.SOCK_STREAM:
+                one.listen(16)
+            sockets.append(one)
+    return sockets
+
+
+def _echo_forever(sockets: List[socket.socket]) -> None:
+    from imds_guard.kernel.listeners import each_ready
+
+    connections: List[socket.socket] = []
+
+    def answer(one: socket.socket) -> None:
+        if one.type == socket.SOCK_DGRAM:
+            message, sender = one.recvfrom(65536)
+            one.sendto(message, sender)
+        else:
+            accepted = one.accept()[0]
+            connections.append(accepted)
+            if os.fork() == 0:
+                while True:
+                    accepted.sendall(accepted.recv(65536) or os._exit(0) or b"")
+
+    each_ready(sockets, answer)
+
+
+class Client:
+    """A child that holds one connection of one user, and says of each message whether it was answered."""
+
+    def __init__(self, sandbox: Sandbox, user: int, make: Callable[[], socket.socket], groups: Tuple[int, ...] = ()):
+        ours, theirs = socket.socketpair()
+        self._pipe = ours
+
+        def live() -> None:
+            ours.close()
+            become(uids=(user,) * 3, gids=(GROUP + 1,) * 3, groups=groups)
+            try:
+                one = make()
+            except OSError as error:
+                theirs.send(f"{type(error).__name__}".encode())
+                return
+            one.settimeout(_ANSWER_WITHIN_S)
+            theirs.send(b"connected")
+            while theirs.recv(1):
+                theirs.send(_answered(one))
+
+        sandbox.spawn(live)
+        theirs.close()
+        ours.settimeout(20)
+        self.outcome = ours.recv(100).decode()
+
+    def answered(self) -> bool:
+        """True when the service answers a message."""
+        self._pipe.send(b"?")
+        return self._pipe.recv(1) == b"1"
+
+
+def _answered(one: socket.socket) -> bytes:
+    try:
+        one.send(b"x")
+        return b"1" if one.recv(1) else b"0"
+    except OSError:
+        return b"0"
+
+
+def tcp(address: str = IPV4) -> Callable[[], socket.socket]:
+    return lambda: socket.create_connection((address, PORT), timeout=5)
+
+
+def udp(address: str = IPV4) -> Callable[[], socket.socket]:
+    def make() -> socket.socket:
+        one = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        one.connect((address, PORT))
+        return one
+
+    return make
+
+
+def both_protocols(policy: Policy) -> Policy:
+    """The same over UDP, too."""
+    locks = [
+        replace(lock, endpoints=tuple(replace(one, udp=one.tcp) for one in lock.endpoints)) for lock in policy.locks
+    ]
+    return make_policy(locks, policy.mode, policy.containers, policy.strict)
+
+
+ADDRESSES = pytest.mark.parametrize("address", [IPV4, IPV6])
+
+
+@ADDRESSES
+@pytest.mark.parametrize("make", [tcp, udp], ids=["tcp", "udp"])
+def test_who_is_let_through_is_answered(
+    guarded: Guarded, address: str, make: Callable[[str], Callable[[], socket.socket]]
+) -> None:
+    sandbox, backend = guarded
+    backend.apply(both_protocols(STRICT_OLD))
+    assert Client(sandbox, OLD, make(address)).answered()
+    assert Client(sandbox, STRANGER, make(address)).outcome == "PermissionError"
+    assert backend.faults() == []
+    assert guards.traces(sandbox.cgroup) == {"attached": 5, "pins": 1}
+
+
+@ADDRESSES
+@pytest.mark.parametrize("make", [tcp, udp], ids=["tcp", "udp"])
+def test_a_connection_from_before_is_cut_off_under_strict_alone(
+    guarded: Guarded, address: str, make: Callable[[str], Callable[[], socket.socket]]
+) -> None:
+    sandbox, backend = guarded
+    before = Client(sandbox, OLD, make(address))
+    backend.apply(both_protocols(OLD_POLICY))
+    assert before.answered()
+    backend.apply(both_protocols(STRICT_OLD))
+    assert not before.answered()
+    assert dict(zip(Reason, backend.state().counters))[Reason.UNAPPROVED_SOCKET][0] > 0
+
+
+def test_a_revoked_connection_is_cut_off_and_the_others_are_not(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    backend.apply(STRICT_OLD)
+    lost, kept = Client(sandbox, OLD, tcp()), Client(sandbox, BOTH, tcp())
+    assert (lost.answered(), kept.answered()) == (True, True)
+    backend.change(STRICT_NEW)
+    assert (lost.answered(), kept.answered()) == (False, True)
+    backend.change(STRICT_OLD)
+    assert kept.answered()
+
+
+def of_group(*groups: int, deny: Identities = NOBODY) -> Policy:
+    endpoint = OLD_POLICY.locks[0].endpoints
+    return make_policy([Lock("default", endpoint, Identities(groups=frozenset(groups)), deny)], strict=True)
+
+
+def test_the_group_that_let_a_connection_through_is_the_one_that_counts(guarded: Guarded) -> None:
+    """It is neither the first nor the last of the caller's groups."""
+    sandbox, backend = guarded
+    backend.apply(of_group(GROUP))
+    client = Client(sandbox, STRANGER, tcp(), groups=(61_500, 61_501, GROUP, 62_500, 62_501, 62_502))
+    assert client.answered()
+    backend.change(of_group(GROUP, 63_000))
+    assert client.answered()
+    backend.change(of_group(63_000))
+    assert not client.answered()
+
+
+def test_a_lock_that_denies_groups_wants_a_new_connect_after_a_change(guarded: Guarded) -> None:
+    """Whether the caller is in a denied group can't be told from its packets: on doubt, deny."""
+    sandbox, backend = guarded
+    backend.apply(of_group(GROUP))
+    client = Client(sandbox, STRANGER, tcp(), groups=(GROUP, 63_001))
+    assert client.answered()
+    backend.change(of_group(GROUP, deny=Identities(groups=frozenset({63_001}))))
+    assert not client.answered()
+
+
+def test_default_allow_lasts_until_the_user_is_denied(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    endpoints = OLD_POLICY.locks[0].endpoints
+
+    def denying(*users: int) -> Policy:
+        deny = Identities(users=frozenset(users))
+        return make_policy([Lock("default", endpoints, deny=deny, default=Verdict.ALLOW)], strict=True)
+
+    backend.apply(denying(OLD))
+    client = Client(sandbox, STRANGER, tcp())
+    backend.change(denying(OLD, NEW))
+    assert client.answered()
+    backend.change(denying(OLD, STRANGER))
+    assert not client.answered()
+
+
+def _raw_datagram() -> bytes:
+    """UDP with no checksum, which IPv4 allows; the kernel fills it in for IPv6 (RFC 3542, section 3.1)."""
+    return struct.pack("!4H", 4242, PORT, 8 + 1, 0) + b"x"
+
+
+def _send_raw(address: str) -> bool:
+    """Whether a datagram that a raw socket wrote is answered."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with (
+        socket.socket(family, socket.SOCK_DGRAM) as ear,
+        socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_UDP) as mouth,
+    ):
+        ear.bind((address, 4242))
+        ear.settimeout(_ANSWER_WITHIN_S)
+        if family == socket.AF_INET6:
+            mouth.setsockopt(socket.IPPROTO_IPV6, 7, 6)  # IPV6_CHECKSUM: its offset in a UDP header
+        try:
+            mouth.sendto(_raw_datagram(), (address, 0))
+            return ear.recv(10) == b"x"
+        except OSError:
+            return False
+
+
+@ADDRESSES
+def test_raw_packets_are_dropped(guarded: Guarded, address: str) -> None:
+    sandbox, backend = guarded
+    backend.apply(both_protocols(OLD_POLICY))
+    assert sandbox.call(lambda: _send_raw(address))
+    backend.apply(both_protocols(STRICT_OLD))
+    assert not sandbox.call(lambda: _send_raw(address))
+
+
+@ADDRESSES
+def test_fragments_of_an_approved_datagram_pass(guarded: Guarded, address: str) -> None:
+    sandbox, backend = guarded
+    backend.apply(both_protocols(STRICT_OLD))
+
+    def in_sandbox() -> int:
+        subprocess.run(["ip", "link", "set", "lo", "mtu", "1500"], check=True)
+        become(uids=(OLD,) * 3, gids=(GROUP,) * 3, groups=())
+        with udp(address)() as one:
+            one.settimeout(5)
+            one.send(bytes(9_000))
+            return len(one.recv(65536))
+
+    assert sandbox.call(in_sandbox) == 9_000
+
+
+def test_audit_lets_it_through_and_counts(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    before = Client(sandbox, STRANGER, tcp())
+    backend.apply(replace(STRICT_OLD, mode=Mode.AUDIT))
+    after = Client(sandbox, STRANGER, tcp())
+    assert (before.answered(), after.answered()) == (True, True)
+    counted = dict(zip(Reason, backend.state().counters))
+    assert counted[Reason.NOT_LISTED] == (0, 1)
+    assert counted[Reason.UNAPPROVED_SOCKET][0] == 0
+    assert counted[Reason.UNAPPROVED_SOCKET][1] > 0
+    backend.change(STRICT_OLD)
+    assert (before.answered(), after.answered()) == (False, False)
+
+
+def test_other_addresses_are_left_alone(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    endpoint = Endpoint(OLD_POLICY.locks[0].endpoints[0].network, tcp=((81, 81),))
+    backend.apply(make_policy([Lock("default", (endpoint,), Identities(frozenset({OLD})))], strict=True))
+    for address in (IPV4, IPV6):
+        assert Client(sandbox, STRANGER, tcp(address)).answered()
+
+
+def test_the_packets_hook_goes_with_strict(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    assert guards.traces(sandbox.cgroup)["attached"] == 4
+    backend.change(STRICT_OLD)
+    assert (backend.read(), guards.traces(sandbox.cgroup)["attached"]) == (STRICT_OLD, 5)
+    backend.change(OLD_POLICY)
+    assert (backend.read(), guards.traces(sandbox.cgroup)["attached"]) == (OLD_POLICY, 4)
+    assert backend.faults() == []
+
+
+def test_a_packets_hook_that_is_gone_is_a_fault(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    backend.apply(STRICT_OLD)
+    with open_cgroup(sandbox.cgroup) as cgroup:
+        links = bpf.links_of_cgroup(cgroup.id)
+    for fd, link in links:
+        if link.attach_type == bpf.ATTACH_INET_EGRESS:
+            bpf.link_detach(fd)
+        os.close(fd)
+    assert [fault for fault in backend.faults() if abi.EGRESS in fault]
+    backend.apply(STRICT_OLD)
+    assert backend.faults() == []

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imds-guard watch`` as a process, and the lines that it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+from tests.command import Guard, argv
+
+PATIENCE_S = 60.0
+
+Line = Dict[str, Any]
+
+
+class Watch:
+    """A running watch with ``--json`` or without."""
+
+    def __init__(self, process: subprocess.Popen[bytes], as_json: bool) -> None:
+        self.process = process
+        self._as_json = as_json
+        self._text = b""
+        self.seen: List[Line] = []
+        self.errors = b""
+
+    def _take(self, deadline: float) -> bool:
+        """Reads more of what it prints; False at the end of it."""
+        assert self.process.stdout is not None
+        ready = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]
+        assert ready, f"nothing more came after {self.seen}"
+        more = os.read(self.process.stdout.fileno(), 1 << 16)
+        *lines, self._text = (self._text + more).split(b"\n")
+        self.seen += [json.loads(line) if self._as_json else {"line": line.decode()} for line in lines]
+        return bool(more)
+
+    def until(self, test: Callable[[Line], bool], within_s: float = PATIENCE_S) -> Line:
+        """The first line that passes, once it is there."""
+        deadline = time.monotonic() + within_s
+        while True:
+            for line in self.seen:
+                if test(line):
+                    return line
+            assert self._take(deadline), f"it ended, having printed {self.seen}"
+
+    def event(self, *events: str, **fields: Any) -> Line:
+        """The first line about one of these events, with these values."""
+        return self.until(lambda line: line["event"] in events and all(line.get(k) == v for k, v in fields.items()))
+
+    def counted(self, *events: str) -> int:
+        """The sum of what is counted in lines about these events."""
+        return sum(line["count"] for line in self.seen if line["event"] in events)
+
+    def until_counted(self, goal: int, *events: str) -> None:
+        """Returns when so many were counted in lines about these events."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.counted(*events) < goal:
+            assert self._take(deadline), f"it ended, having printed {self.seen}"
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit status after a signal; every line is in ``seen`` then."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its exit status once it has ended by itself."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._take(deadline):
+            pass
+        assert self.process.stderr is not None
+        self.errors += self.process.stderr.read()
+        return self.process.wait(PATIENCE_S)
+
+
+@contextmanager
+def watch(
+    guard: Guard, *words: str, as_json: bool = True, environment: Optional[Dict[str, str]] = None
+) -> Iterator[Watch]:
+    """Runs it, and kills it at the end if it runs still."""
+    all_words = argv(guard.words("watch", *(["--json"] if as_json else []), *words))
+    with subprocess.Popen(
+        all_words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
+    ) as process:
+        try:
+            yield Watch(process, as_json)
+        finally:
+            process.kill()
