@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connect costs in the hook, by the kernel's own count, as a ratio to an empty program in the same run.
+"""What a connect, and under strict a packet, costs in the hook, by the kernel's own count, as a ratio to an empty program in the same run.
 
 Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts the runs and the time of
 each program while BPF_ENABLE_STATS is on (bpf(2)); nothing is timed from outside. Rounds alternate between the empty
@@ -14,7 +14,7 @@ import socket
 import statistics
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, List, Sequence, Tuple
 
@@ -42,11 +42,12 @@ class Case:
     uid: int
     groups: Tuple[int, ...]
     at_most: float
+    hook: str = "connect4"
 
 
 def _policy(addresses: Sequence[str], users: Sequence[int] = (), groups: Sequence[int] = ()) -> Policy:
     web = normal_ports([(80, 80)])
-    endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=web) for address in addresses)
+    endpoints = tuple(Endpoint(ipaddress.ip_network(address), web, web) for address in addresses)
     return make_policy([Lock("bench", endpoints, Identities(frozenset(users), frozenset(groups)))])
 
 
@@ -58,6 +59,7 @@ def _many(count: int) -> List[str]:
 def cases() -> List[Case]:
     """Those that the budget names."""
     many = range(10**6, 10**6 + 99_999)
+    strict = replace(_policy([LOCKED], [USER]), strict=True)
     sixteen = (*range(62_100, 62_115), GROUP)
     return [
         Case("not locked, 1 lock", _policy([LOCKED], [USER]), OPEN, OTHER_USER, (), 1.5),
@@ -65,7 +67,10 @@ def cases() -> List[Case]:
         Case("allowed user, 1 allowed", _policy([LOCKED], [USER]), LOCKED, USER, (), 5),
         Case("allowed user, 100,000 allowed", _policy([LOCKED], [USER, *many]), LOCKED, USER, (), 5),
         Case("member, one of 16 groups", _policy([LOCKED], groups=[GROUP]), LOCKED, USER, sixteen, 7),
-        Case("denied, 16 groups", _policy([LOCKED], groups=[GROUP]), LOCKED, USER, sixteen[:-1], 7),
+        Case("denied and recorded, 16 groups", _policy([LOCKED], groups=[GROUP]), LOCKED, USER, sixteen[:-1], 12),
+        Case("strict: connect of an allowed user", strict, LOCKED, USER, (), 8),
+        Case("strict: packet, not locked", strict, OPEN, USER, (), 2, abi.EGRESS),
+        Case("strict: packet of an approved socket", strict, LOCKED, USER, (), 8, abi.EGRESS),
     ]
 
 
@@ -80,6 +85,20 @@ def _connects(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], N
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
                 one.setblocking(False)
                 one.connect_ex((address, 80))
+
+    return run
+
+
+def _packets(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], None]:
+    """Datagrams of one connected socket, to one that takes them and reads none."""
+
+    def run() -> None:
+        with socket.socket(type=socket.SOCK_DGRAM) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
+            ear.bind((address, 80))
+            become(uids=(uid,) * 3, gids=(GID,) * 3, groups=groups)
+            mouth.connect((address, 80))
+            for _ in range(WARM_UP + CONNECTS):
+                mouth.send(b"x")
 
     return run
 
@@ -103,25 +122,26 @@ def _cost(sandbox: Sandbox, prog_id: int, connects: Callable[[], None]) -> float
 
 
 def measure(case: Case) -> Tuple[float, float]:
-    """Median nanoseconds a run of the guard's connect4 and of an empty program beside it."""
+    """Median nanoseconds a run of the guard's program at a hook, and of an empty one at the same hook elsewhere."""
     with Sandbox((LOCKED, OPEN)) as guarded, Sandbox((LOCKED, OPEN)) as bare:
         backend = EbpfBackend(guarded.cgroup)
         backend.apply(case.policy)
-        connect4 = next(hook for hook in backend.state().hooks if hook.name == "connect4")
-        assert connect4.ours is not None
-        empty, link = _attach_empty(bare)
+        ours = next(hook.ours for hook in backend.state().hooks if hook.name == case.hook)
+        assert ours is not None
+        empty, link = _attach_empty(bare, case.hook)
         try:
-            connects = _connects(case.address, case.uid, case.groups)
-            rounds = [(_cost(guarded, connect4.ours.id, connects), _cost(bare, empty, connects)) for _ in range(ROUNDS)]
+            work = _packets if case.hook == abi.EGRESS else _connects
+            connects = work(case.address, case.uid, case.groups)
+            rounds = [(_cost(guarded, ours.id, connects), _cost(bare, empty, connects)) for _ in range(ROUNDS)]
         finally:
             os.close(link)
             backend.remove()
     return statistics.median(r[0] for r in rounds), statistics.median(r[1] for r in rounds)
 
 
-def _attach_empty(sandbox: Sandbox) -> Tuple[int, int]:
+def _attach_empty(sandbox: Sandbox, hook: str) -> Tuple[int, int]:
     """The ID of an attached program that does nothing, and its link's fd."""
-    kind = abi.HOOKS["connect4"][0]
+    kind = abi.HOOKS[hook].attach_type
     nothing = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit
     program = bpf.prog_load(nothing, "ig_bench_empty", kind)
     with open_cgroup(sandbox.cgroup) as cgroup:

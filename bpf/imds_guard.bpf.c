@@ -23,6 +23,8 @@ static long (*ig_current_comm)(void *to, __u32 octets) = (void *)16;
 static long (*ig_load_octets)(const void *skb, __u32 offset, void *to, __u32 octets) = (void *)26;
 static __u32 (*ig_socket_uid)(const void *skb) = (void *)47;
 static __u64 (*ig_current_cgroup_id)(void) = (void *)80;
+static void *(*ig_find_tcp)(const void *skb, const void *tuple, __u32 octets, __u64 netns, __u64 flags) = (void *)84;
+static long (*ig_release)(void *sk) = (void *)86;
 static void *(*ig_full_socket)(const void *sk) = (void *)95;
 static void *(*ig_socket_storage)(const void *map, const void *sk, const void *value, __u64 flags) = (void *)107;
 static long (*ig_read_kernel)(void *to, __u32 octets, const void *from) = (void *)113;
@@ -249,17 +251,13 @@ ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *l
 #define IG_UNREAD 4 /* beside IG_ALLOW and IG_DENY */
 #define IG_TOO_MANY 8
 
-/*
- * As ig_group(), and keeps which group is allowed. Without a branch, which would be two paths for each group; a product
- * and not a mask, since that makes later verifiers (6.18) fork all the same.
- */
+/* As ig_group(), and keeps which group is allowed. */
 ig_inline __u32 ig_caller_group(__u32 generation, __u32 number, const struct ig_list *list, __u32 gid, __u32 *allowed)
 {
 	__u32 verdict = ig_group(generation, number, list, gid);
-	__u32 hit = verdict & IG_ALLOW;
 
-	asm volatile("" : "+r"(hit));
-	*allowed += (gid - *allowed) * hit;
+	if (verdict & IG_ALLOW)
+		*allowed = gid;
 	return verdict;
 }
 
@@ -672,7 +670,7 @@ ig_inline __u32 ig_judge_and_mark(__u32 generation, const struct ig_settings *se
 
 	if (!settings->strict || (reason > IG_DEFAULT_ALLOW && settings->mode != IG_AUDIT))
 		return reason;
-	/* Its packets are sent by sockets of the kernel's, one for each path, that no hook can mark (net/mptcp/subflow.c). */
+	/* Packets are sent by the sockets below it, one for each path, which this mark would not be on (net/mptcp/). */
 	if (ctx->protocol == IG_IPPROTO_MPTCP)
 		return reason > IG_DEFAULT_ALLOW ? reason : IG_UNAPPROVED_SOCKET;
 	return ig_mark(sk, settings, caller, list, reason) ? reason : IG_UNREADABLE;
@@ -791,6 +789,8 @@ int ig_sendmsg6(struct bpf_sock_addr *ctx)
 
 struct ig_packet {
 	struct ig_request request;
+	struct ig_address from;
+	__u16 ports[2]; /* source and destination, in network byte order */
 	__u32 transport_at; /* octets from the network header */
 	bool later_fragment; /* it has no ports: without the first fragment nobody can put it together */
 	bool obscure; /* nobody can tell what it carries */
@@ -799,11 +799,13 @@ struct ig_packet {
 ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packet)
 {
 	__u8 head[10]; /* RFC 791, section 3.1 */
+	__u32 from;
 
-	if (ig_load_octets(skb, 0, head, sizeof(head))) {
+	if (ig_load_octets(skb, 0, head, sizeof(head)) || ig_load_octets(skb, 12, &from, sizeof(from))) {
 		packet->obscure = true;
 		return;
 	}
+	ig_set_ipv4(&packet->from, from);
 	packet->transport_at = (head[0] & 15) * 4;
 	packet->later_fragment = (head[6] & 0x1f) || head[7];
 	packet->request.protocol = ig_protocol_of(head[9]);
@@ -815,7 +817,7 @@ ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packe
 	__u8 next, head[4]; /* next header, length, and of a fragment its offset */
 
 	packet->obscure = true;
-	if (ig_load_octets(skb, 6, &next, sizeof(next)))
+	if (ig_load_octets(skb, 6, &next, sizeof(next)) || ig_load_octets(skb, 8, &packet->from, sizeof(packet->from)))
 		return;
 #pragma clang loop unroll(full)
 	for (i = 0; i < IG_EXTENSIONS; i++) {
@@ -865,11 +867,57 @@ ig_inline bool ig_find_packets_range(__u32 generation, const struct ig_packet *p
 	return true;
 }
 
+/* Does the mark of a socket let its packets through, audit mode's included? Their connects were counted. */
+ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
+{
+	const struct ig_mark *mark = ig_socket_storage(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
+
+	if (!mark)
+		return false;
+	if (mark->kind == IG_MARK_AUDIT)
+		return settings->mode == IG_AUDIT;
+	return ig_mark_holds(generation, settings, list, mark);
+}
+
+/*
+ * Where a locked address is one of this machine's own, its clients have it, too, and the service's answers go to a
+ * locked address: they pass when the socket that they go to was approved.
+ */
+ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, const struct ig_settings *settings,
+				   __u32 list, const struct ig_packet *packet)
+{
+	struct bpf_sock_tuple tuple = {};
+	__u32 octets = sizeof(tuple.ipv6);
+	bool passes;
+	void *sk;
+
+	if (packet->obscure || packet->request.protocol != IG_TCP)
+		return false;
+	if (skb->protocol == IG_ETH_P_IP) {
+		octets = sizeof(tuple.ipv4);
+		tuple.ipv4.saddr = packet->from.word[3];
+		tuple.ipv4.daddr = packet->request.to.word[3];
+		tuple.ipv4.sport = packet->ports[0];
+		tuple.ipv4.dport = packet->ports[1];
+		sk = ig_find_tcp(skb, &tuple, octets, (__u64)BPF_F_CURRENT_NETNS, 0);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &packet->from, sizeof(tuple.ipv6.saddr));
+		__builtin_memcpy(tuple.ipv6.daddr, &packet->request.to, sizeof(tuple.ipv6.daddr));
+		tuple.ipv6.sport = packet->ports[0];
+		tuple.ipv6.dport = packet->ports[1];
+		sk = ig_find_tcp(skb, &tuple, octets, (__u64)BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return false;
+	passes = ig_mark_passes(generation, settings, list, sk);
+	ig_release(sk);
+	return passes;
+}
+
 /* 1 lets the packet out, 0 drops it: no socket that was approved sends it. */
 ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet)
 {
 	const struct ig_settings *settings;
-	const struct ig_mark *mark = 0;
 	struct ig_port_range range;
 	struct ig_caller caller = {};
 	struct ig_told told = { .caller = &caller, .generation = generation, .hook = IG_EGRESS };
@@ -878,19 +926,16 @@ ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig
 	if (!ig_find_packets_range(generation, packet, &range) || ig_is_reset(skb, packet))
 		return 1;
 	settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
-	if (settings && settings->valid && !settings->strict)
-		return 1;
-	sk = skb->sk;
-	sk = sk ? ig_full_socket(sk) : 0;
-	if (sk)
-		mark = ig_socket_storage(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
 	told.reason = IG_NO_SETTINGS;
 	told.verdict = IG_VERDICT_DENIED;
 	if (settings && settings->valid) {
-		if (mark && ig_mark_holds(generation, settings, range.list, mark))
+		if (!settings->strict)
 			return 1;
-		/* Its connect was counted. */
-		if (mark && mark->kind == IG_MARK_AUDIT && settings->mode == IG_AUDIT)
+		sk = skb->sk;
+		sk = sk ? ig_full_socket(sk) : 0;
+		if (sk && ig_mark_passes(generation, settings, range.list, sk))
+			return 1;
+		if (ig_answers_approved(skb, generation, settings, range.list, packet))
 			return 1;
 		told.reason = IG_UNAPPROVED_SOCKET;
 		if (settings->mode == IG_AUDIT)
@@ -906,8 +951,6 @@ ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig
 /* Reads what the packet carries, and to which port, and judges it. */
 ig_inline int ig_judge_locked_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet, bool ipv4)
 {
-	__u8 ports[4] = {};
-
 	if (ipv4)
 		ig_find_transport4(skb, packet);
 	else
@@ -916,9 +959,9 @@ ig_inline int ig_judge_locked_packet(struct __sk_buff *skb, __u32 generation, st
 		return 1;
 	if (!packet->obscure && !packet->request.protocol)
 		return 1; /* another protocol: not ours to judge */
-	if (!packet->obscure && ig_load_octets(skb, packet->transport_at, ports, sizeof(ports)))
+	if (!packet->obscure && ig_load_octets(skb, packet->transport_at, packet->ports, sizeof(packet->ports)))
 		packet->obscure = true;
-	packet->request.port = (__u32)ports[2] << 8 | ports[3];
+	packet->request.port = ig_be16(packet->ports[1]);
 	return ig_judge_packet(skb, generation, packet);
 }
 

@@ -16,12 +16,13 @@ import errno
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from imds_guard.errors import BadPolicy, NotPermitted, system_words
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.holders import Holders, Namespace, holders_of, process_name
-from imds_guard.locked_sockets import Candidate, Scope, address_of, ask, candidates
+from imds_guard.locked_sockets import Candidate, Scope, address_of, ask, candidates, processes
 from imds_guard.policy import MAX_ID, Address, Caller, Destination, Mode, Policy, Protocol, decide
 from imds_guard.words import visible
 
@@ -130,7 +131,7 @@ def _find(policy: Policy, scope: Scope) -> _Found:
     found = candidates(policy, scope)
     holders = holders_of(frozenset(one.socket.inode for one in found.sockets))
     if holders.hidden:
-        found.unseen.append(f"the sockets of {holders.hidden} processes (that takes CAP_SYS_PTRACE)")
+        found.unseen.append(f"the sockets of {processes(holders.hidden)}")
     judge = _Judge(policy, holders)
     judged = [(one, judge.denied(one)) for one in found.sockets]
     denied = [_Denied(one, connection) for one, connection in judged if connection is not None]
@@ -146,6 +147,8 @@ class _Judge:
         self._callers: Dict[int, Optional[Caller]] = {}
         self._users: Dict[int, Caller] = {}
         self._reasons: Dict[Tuple[Caller, Destination], str] = {}
+        self._named: Dict[int, Holder] = {}
+        self._user_name = lru_cache(maxsize=None)(user_name)
         self._initial_namespace = _inode("/proc/1/ns/net")
 
     def denied(self, one: Candidate) -> Optional[Connection]:
@@ -160,8 +163,8 @@ class _Judge:
             one.destination.protocol,
             (address_of(one.socket.local), one.socket.local_port),
             (one.destination.address, one.destination.port),
-            tuple(Holder(pid, visible(process_name(pid)), user_name(caller.fsuid)) for pid, caller in callers.items()),
-            user_name(one.socket.uid),
+            tuple(self._holder(pid, caller) for pid, caller in callers.items()),
+            self._user_name(one.socket.uid),
             one.namespace.inode,
             why,
         )
@@ -173,6 +176,11 @@ class _Judge:
             words = "" if decision.reason.permits else f"{decision.reason.word} in lock {decision.lock!r}"
             self._reasons[(caller, destination)] = words
         return self._reasons[(caller, destination)]
+
+    def _holder(self, pid: int, caller: Caller) -> Holder:
+        if pid not in self._named:
+            self._named[pid] = Holder(pid, visible(process_name(pid)), self._user_name(caller.fsuid))
+        return self._named[pid]
 
     def _caller(self, pid: int) -> Optional[Caller]:
         if pid not in self._callers:

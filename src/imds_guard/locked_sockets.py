@@ -12,7 +12,7 @@ from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
 from imds_guard.errors import system_words
 from imds_guard.kernel import sock_diag
-from imds_guard.kernel.holders import Namespace, network_namespaces
+from imds_guard.kernel.holders import OWN, Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.policy import Address, Destination, Policy, Protocol, unmapped
 
@@ -24,6 +24,7 @@ _KINDS = (
     (Protocol.UDP, socket.IPPROTO_UDP, (ESTABLISHED,)),
 )
 _PRIVILEGED_PORTS = 1024
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
     if not scope.every_namespace:
         namespaces, hidden = namespaces[:1], 0
     if hidden:
-        found.unseen.append(f"the network namespaces of {hidden} processes (that takes CAP_SYS_PTRACE)")
+        found.unseen.append(f"the network namespace of {processes(hidden)}")
     wanted, cgroups = _locked_addresses(policy), _cgroup_ids(scope.cgroup)
+    refused: Dict[str, List[Namespace]] = {}
     for namespace in namespaces:
         try:
             found.sockets += _in_namespace(namespace, wanted, cgroups, found.unseen)
@@ -67,12 +69,26 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
         except FileNotFoundError:
             continue  # its last process has ended
         except OSError as error:
-            found.unseen.append(f"the network namespace of {namespace.path}: {system_words(error)}")
+            refused.setdefault(system_words(error), []).append(namespace)
+    found.unseen += [_refused(words, several) for words, several in refused.items()]
     return found
+
+
+def _refused(words: str, several: List[Namespace]) -> str:
+    paths = ", ".join(one.path for one in several[:_SHOWN])
+    more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
+    return f"what is in {paths}{more}: {words} (entering takes CAP_SYS_ADMIN)"
+
+
+def processes(hidden: int) -> str:
+    """Of whom nothing can be seen."""
+    return f"{hidden} process{'' if hidden == 1 else 'es'} that may not be looked at (it takes CAP_SYS_PTRACE)"
 
 
 def ask(namespace: Namespace) -> SockDiag:
     """Raises FileNotFoundError when the process that led there has ended; OSError."""
+    if namespace.path == OWN:
+        return SockDiag()  # nobody needs a privilege to stay
     fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return SockDiag(fd)

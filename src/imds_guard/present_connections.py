@@ -25,8 +25,8 @@ def connection_lines(sweep: Sweep) -> List[str]:
     """What was cut, or would have been, and where it was looked for."""
     where = f"looked into {_namespaces(sweep.looked_into)}"
     if not sweep.cut and not sweep.left:
-        return [f"no connection to a locked endpoint was open that is not allowed ({where})"]
-    lines = _listed(f"cut {_count(sweep.cut)} that were open and are not allowed ({where}):", sweep.cut)
+        return [f"no connection was open that is not allowed ({where})"]
+    lines = _listed(f"cut {_count(sweep.cut)}, not allowed but open from before ({where}):", sweep.cut)
     if sweep.why_left == AUDIT:
         lines += _listed(f"audit mode: {_count(sweep.left)} would have been cut ({where}):", sweep.left)
     return lines
@@ -45,7 +45,7 @@ def connection_warnings(sweep: Sweep, strict: bool) -> List[str]:
         names = "; ".join(connection_text(one) for one in sweep.left[:MANY])
         more = f"; and {len(sweep.left) - MANY} more" if len(sweep.left) > MANY else ""
         advice = _ADVICE_STRICT if strict else _ADVICE[sweep.why_left]
-        warnings.insert(0, f"{_count(sweep.left)} that the policy does not allow stay open, {advice}: {names}{more}")
+        warnings.insert(0, f"{_count(sweep.left)} left open that the policy does not allow, {advice}: {names}{more}")
     return warnings
 
 

@@ -169,9 +169,10 @@ MANY = 40
 
 def title(found: Reported) -> List[str]:
     """What the rows are."""
-    would = "would have been denied (audit mode lets them through)"
-    who = would if found.report.mode is Mode.AUDIT else "was denied"
-    return [f"Who {who}", "since the policy in force was set: a change of policy begins a new report."]
+    audit = found.report.mode is Mode.AUDIT
+    who = "Who would have been denied" if audit else "Who was denied"
+    since = f"{who} since the policy in force was set{' (audit mode)' if audit else ''}."
+    return [since, "A change of policy begins a new report."]
 
 
 def cells(found: Reported) -> List[Tuple[Cell, ...]]:

@@ -11,7 +11,7 @@ from imds_guard.kernel.listeners import sockaddr
 from imds_guard.kernel.netns import LOOPBACK_INDEX
 from tests.adversary import privileges
 from tests.adversary.model import Attack, Verdict, Way
-from tests.adversary.rewriters import OVERRIDING, rewriting, attached
+from tests.adversary.rewriters import OVERRIDING, attached, rewriting
 from tests.adversary.scene import (
     ALLOWED,
     ALLOWED_GID,

@@ -239,7 +239,7 @@ def _honest_program(memory: ctypes.Array[ctypes.c_char], channel: socket.socket)
     become_user(ALLOWED, ALLOWED_GID)
     channel.recv(1)
     with make_socket() as one:
-        host = memory[_TARGET:_ANSWER].split(b"\0")[0].decode()
+        host = ctypes.string_at(ctypes.addressof(memory) + _TARGET).decode()
         one.connect(there(host))
         line = ask(one)
     ctypes.memmove(ctypes.addressof(memory) + _ANSWER, line, len(line))

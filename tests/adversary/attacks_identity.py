@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from typing import Callable, List, Tuple
 from imds_guard.kernel import netns
 from imds_guard.kernel.credentials import Triple, become
 from tests.adversary.model import Attack, Run, Verdict, Way
-from tests.adversary.privileges import CAP_SETUID, become_user, enter_user_namespace, in_mapped_user_namespace
+from tests.adversary.privileges import CAP_SETUID, enter_user_namespace, in_mapped_user_namespace
 from tests.adversary.scene import (
     ALLOWED,
     ALLOWED_GID,
@@ -39,10 +40,8 @@ _SUBORDINATE = 165_536
 
 def _filesystem_id() -> bytes:
     """setfsuid(2) never fails; without CAP_SETUID it takes no ID but one of one's own."""
-    try:
+    with contextlib.suppress(PermissionError):
         become(fsuid=ALLOWED)
-    except PermissionError:
-        pass
     return fetch()
 
 
@@ -113,8 +112,7 @@ def run_bash(program: str, address: str, uid: int, gid: int, groups: List[int]) 
     """What the service at the address told a copy of bash."""
     done = subprocess.run(
         [program, "-p", "-c", _ASK % address],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         check=False,
         user=uid,
         group=gid,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import select
 import socket
 import struct
@@ -21,11 +22,16 @@ from tests.adversary.talk import answer, make_socket, there
 _ETH_P_ALL, _ETH_P_IP = 0x0003, 0x0800  # include/uapi/linux/if_ether.h
 IPV6_HDRINCL = 36  # include/uapi/linux/in6.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # include/uapi/linux/if_tun.h
-FORGED = Flow("10.66.66.66", 40_001, IPV4, PORT)
-"""From an address of nobody's: the kernel must not answer the service's packets with a reset."""
-TUNNELED = Flow("10.77.0.2", 40_001, IPV4, PORT)
+NOBODY = "10.66.66.66"
+"""An address that is led to lo and not there: the kernel answers nothing that the service sends to it."""
+BEHIND_THE_TUNNEL = "10.77.0.2"
 
 Ask = Callable[[Flow, Send, Receive], bytes]
+
+
+def _from(source: str) -> Flow:
+    """A port of its own for each: the service may still know the connection of another attack."""
+    return Flow(source, 32_768 + secrets.randbelow(28_000), IPV4, PORT)
 
 
 def _sniffer() -> socket.socket:
@@ -41,7 +47,7 @@ def _raw_ip(ask: Ask) -> Run:
 
     def attack() -> bytes:
         with _sniffer() as seen, socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
-            return ask(FORGED, lambda packet: one.sendto(packet, (IPV4, 0)), lambda: seen.recv(65536))
+            return ask(_from(NOBODY), lambda packet: one.sendto(packet, (IPV4, 0)), lambda: seen.recv(65536))
 
     return as_attacker(attack, CAP_NET_RAW)
 
@@ -75,7 +81,7 @@ def _link_layer(ask: Ask) -> Run:
     def attack() -> bytes:
         with _sniffer() as one:
             to = ("lo", _ETH_P_IP, 0, 0, bytes(6))
-            return ask(FORGED, lambda packet: one.sendto(packet, to), lambda: one.recv(65536))
+            return ask(_from(NOBODY), lambda packet: one.sendto(packet, to), lambda: one.recv(65536))
 
     return as_attacker(attack, CAP_NET_RAW)
 
@@ -102,7 +108,7 @@ def _through_a_tunnel() -> bytes:
                 raise TimeoutError("nothing came out of the tunnel")
             return os.read(fd, 65536)
 
-        return shake_hands_and_ask(TUNNELED, lambda packet: os.write(fd, packet), receive)
+        return shake_hands_and_ask(_from(BEHIND_THE_TUNNEL), lambda packet: os.write(fd, packet), receive)
 
 
 ATTACKS = (

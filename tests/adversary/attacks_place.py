@@ -17,7 +17,6 @@ from tests.adversary.scene import (
     ATTACKER,
     ATTACKER_GID,
     IPV4,
-    PORT,
     Scene,
     as_attacker,
     as_root,

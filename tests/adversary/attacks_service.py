@@ -177,8 +177,8 @@ ATTACKS = (
     ),
     Attack(
         "pin-folder",
-        "Folders and symbolic links that lie ready where the pins will be, before `start`; the modes of pins, lock files "
-        "and the configuration",
+        "Folders and symbolic links that lie ready where the pins will be, before `start`; the modes of pins, lock "
+        "files and the configuration",
         Verdict.BLOCKED,
         "What is not root's own is not used, and never followed. Nobody else can open, rename or remove anything.",
         test="adversary/test_guard.py",

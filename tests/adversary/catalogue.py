@@ -47,7 +47,9 @@ def _chapter(title: str, attacks: Tuple[Attack, ...]) -> Tuple[str, ...]:
 
 
 def _row(attack: Attack) -> str:
-    test = f"`{attack.test}`" if attack.test != Attack.test else f"{len(attack.ways)} in `{attack.test}`"
+    test = f"`{attack.test}`"
+    if attack.ways:
+        test = f"`{Path(attack.test).name}`, {len(attack.ways)} way{'s' * (len(attack.ways) > 1)}"
     return f"| `{attack.id}` | {attack.title} | **{attack.verdict.value}** | {attack.why} | {test} |"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Dict, Iterator, Optional
 
 import pytest
@@ -15,6 +17,45 @@ from tests.adversary.scene import Scene, Stage
 from tests.conformance.enforcers import ENFORCERS
 
 
+class Stages:
+    """One stage at a time, for at the root is room for one guard; with a scene for all attacks that fit into one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.secret = secrets.token_hex(16).encode()
+        self._folder = folder
+        self._stack = ExitStack()
+        self._now: Optional[Stage] = None
+        self._scene: Optional[Scene] = None
+        self._lacking: Dict[str, Optional[str]] = {}
+
+    def enter(self, guard: Guard) -> Stage:
+        """The stage with this guard; the one before is taken down first."""
+        if self._now is None or self._now.guard is not guard:
+            self.close()
+            enforcer = self._stack.enter_context(ENFORCERS["ebpf"](self._folder))
+            self._now = Stage(guard, enforcer, self.secret)
+            self._scene = self._stack.enter_context(self._now.scene())
+        return self._now
+
+    @property
+    def scene(self) -> Scene:
+        """The scene of the stage that was entered."""
+        if self._scene is None:
+            raise AssertionError("no stage was entered")
+        return self._scene
+
+    def lacks(self, need: str) -> Optional[str]:
+        """None, or why a thing that an attack needs is not to be had here."""
+        if need not in self._lacking:
+            self._lacking[need] = needs.PROBES[need](self.scene)
+        return self._lacking[need]
+
+    def close(self) -> None:
+        """Takes the stage down."""
+        self._now = self._scene = None
+        self._stack.close()
+
+
 @pytest.fixture(scope="session")
 def as_root() -> None:
     """Skips unless namespaces and cgroups can be made."""
@@ -23,29 +64,10 @@ def as_root() -> None:
 
 
 @pytest.fixture(scope="session")
-def secret() -> bytes:
-    """What only the service knows."""
-    return secrets.token_hex(16).encode()
-
-
-@pytest.fixture(scope="session")
-def stage(
-    request: pytest.FixtureRequest, as_root: None, secret: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stage]:
-    """One guard, or none, for as long as attacks on it follow one another."""
-    guard: Guard = request.param
-    with ENFORCERS["ebpf"](tmp_path_factory.mktemp("state")) as enforcer:
-        yield Stage(guard, enforcer, secret)
-
-
-@pytest.fixture(scope="session")
-def scene(stage: Stage) -> Iterator[Scene]:
-    """The scene of all attacks that leave the network as it is."""
-    with stage.scene() as one:
-        yield one
-
-
-@pytest.fixture(scope="session")
-def lacking(scene: Scene) -> Dict[str, Optional[str]]:
-    """For each thing that an attack may need: None, or why it is not to be had here."""
-    return {name: probe(scene) for name, probe in needs.PROBES.items()}
+def stages(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    """What attacks take place on."""
+    all_of_them = Stages(tmp_path_factory.mktemp("state"))
+    try:
+        yield all_of_them
+    finally:
+        all_of_them.close()

@@ -40,7 +40,7 @@ class Verdict(enum.Enum):
 
 
 Run = Callable[["Scene"], bytes]
-"""Takes place in the test's process; returns what the attacker got from the service, or raises scene.Refused."""
+"""Takes place in the test's process; returns what the attacker got from the service, or raises privileges.Refused."""
 
 
 @dataclass(frozen=True)

@@ -47,15 +47,14 @@ def answer_forever(sockets: Sequence[socket.socket], secret: bytes) -> None:
     selector = selectors.DefaultSelector()
     for one in sockets:
         one.setblocking(False)
-        selector.register(one, selectors.EVENT_READ, "datagram" if one.type == socket.SOCK_DGRAM else "listening")
+        role = "datagram" if one.type == socket.SOCK_DGRAM else "listening"
+        selector.register(one, selectors.EVENT_READ, (one, role))
     while True:
         for key, _ in selector.select():
-            one = key.fileobj
-            if not isinstance(one, socket.socket):
-                raise AssertionError(f"{one!r} is no socket of ours")
+            one, role = key.data
             # The peer is gone, or a filter keeps the answer back: that must not end the service.
             with contextlib.suppress(OSError):
-                _serve(selector, one, key.data, secret)
+                _serve(selector, one, role, secret)
 
 
 def _serve(selector: selectors.BaseSelector, one: socket.socket, role: str, secret: bytes) -> None:
@@ -65,7 +64,7 @@ def _serve(selector: selectors.BaseSelector, one: socket.socket, role: str, secr
     elif role == "listening":
         taken = one.accept()[0]
         taken.setblocking(False)
-        selector.register(taken, selectors.EVENT_READ, "connection")
+        selector.register(taken, selectors.EVENT_READ, (taken, "connection"))
     else:
         _answer(selector, one, secret)
 

@@ -16,6 +16,9 @@ from tests.conformance.families import ADDRESSES
 
 T = TypeVar("T")
 
+PATIENCE_S = 300.0
+"""iptables takes seconds for a long policy where the processor is emulated, and minutes while the host is busy."""
+
 
 class Enforcer(Protocol):
     """A backend, where it enforces, and how a denial looks there. Closed by the ``with`` block."""
@@ -121,11 +124,11 @@ class Iptables:
             self._backend.check(policy)
             self._backend.apply(policy)
 
-        sandbox.call(checked, timeout_s=60)
+        sandbox.call(checked, timeout_s=PATIENCE_S)
 
     def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
         """Enforcer.held()."""
-        return sandbox.call(lambda: (self._backend.read(), self._backend.faults()), timeout_s=60)
+        return sandbox.call(lambda: (self._backend.read(), self._backend.faults()), timeout_s=PATIENCE_S)
 
     def reasons(self) -> Optional[Set[Reason]]:
         """Enforcer.reasons(): a rule has no reason."""
@@ -133,7 +136,7 @@ class Iptables:
 
     def remove(self, sandbox: Sandbox) -> None:
         """Enforcer.remove()."""
-        sandbox.call(self._backend.remove, timeout_s=60)
+        sandbox.call(self._backend.remove, timeout_s=PATIENCE_S)
 
 
 ENFORCERS: Dict[str, Callable[[Path], Enforcer]] = {"ebpf": Ebpf, "iptables": Iptables}

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Callable, FrozenSet, Iterator, Optional
+from typing import Callable, Iterator, List
 
 import pytest
 
 from imds_guard import actions
-from imds_guard.backends.ebpf import EbpfBackend, abi
-from imds_guard.backends.ebpf.abi import Map
-from imds_guard.kernel import bpf
+from imds_guard.actions import Place
+from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.policy import Identities, Policy
 from tests.faults import trials
 from tests.faults.callers import Callers
@@ -90,3 +89,93 @@ def test_a_change(stage: Stage) -> None:
         )
     )
     stage.stop()
+
+
+def test_stop(stage: Stage) -> None:
+    """The policy or nothing, and then nothing of ours."""
+    backend = stage.backend
+
+    trials.run(Trial(lambda: backend.apply(OLD_POLICY), backend.remove, stage.look, UNDER_OLD, NOTHING, stage.stop, 30))
+
+
+@pytest.mark.parametrize("verb", ["allow", "revoke"])
+def test_allow_and_revoke(stage: Stage, verb: str) -> None:
+    """One user more, or less, as the commands do it; with them the lock and the look at what runs."""
+    with_new = Before(frozenset({OLD, NEW, BOTH}), guards.policy(OLD, NEW, BOTH))
+    before, after = (UNDER_OLD, with_new) if verb == "allow" else (with_new, UNDER_OLD)
+    change = actions.allow if verb == "allow" else actions.revoke
+
+    def command() -> object:
+        return change(Identities(frozenset({NEW})), None, stage.cgroup, lambda _: None)
+
+    def put(policy: object) -> Callable[[], object]:
+        assert isinstance(policy, Policy)
+        return lambda: stage.backend.apply(policy)
+
+    trials.run(Trial(put(before.read), command, stage.look, before, after, put(after.read), 60))
+    stage.stop()
+
+
+def test_an_upgrade_of_the_programs(stage: Stage) -> None:
+    """Some hooks new, some old, on the same maps; the policy changes afterwards."""
+    newer = EbpfBackend(stage.cgroup, (*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
+    newer.apply(OLD_POLICY)  # compiles it
+
+    def repair() -> None:
+        newer.apply(NEW_POLICY)
+        assert newer.faults() == []
+
+    trials.run(
+        Trial(
+            lambda: stage.backend.apply(OLD_POLICY),
+            lambda: newer.apply(NEW_POLICY),
+            stage.look,
+            UNDER_OLD,
+            UNDER_NEW,
+            repair,
+            60,
+        )
+    )
+    stage.stop()
+
+
+def test_a_change_of_layout(stage: Stage) -> None:
+    """New maps with another policy in them: hook by hook moves over, and moves back where one of them can't."""
+    missing: List[str] = []
+
+    def spoil() -> None:
+        stage.backend.remove()
+        stage.backend.apply(OLD_POLICY)
+        os.unlink(missing[0])
+
+    def look() -> Before:
+        """The policy can't be read from maps of which a pin is missing."""
+        return Before(stage.callers.passing(), None)
+
+    stage.backend.apply(OLD_POLICY)
+    missing.append(os.path.join(guards.folder_of(stage.cgroup).path, "locks"))
+    old, new = Before(UNDER_OLD.passing, None), Before(UNDER_NEW.passing, None)
+    trials.run(Trial(spoil, lambda: stage.backend.apply(NEW_POLICY), look, old, new, stage.restart, 100))
+    assert stage.look() == UNDER_NEW
+    stage.stop()
+
+
+def test_a_start_and_a_stop_as_commands(stage: Stage) -> None:
+    """What lies in front of the backend: the command's lock, what the machine can do, who else enforces."""
+    place = Place("ebpf", stage.cgroup)
+
+    def start(policy: Policy) -> object:
+        return actions.start(policy, place, lambda _: None)
+
+    def begin() -> None:
+        actions.stop(stage.cgroup)
+        start(OLD_POLICY)
+
+    start(OLD_POLICY)  # compiles what a command attaches, which is not what is fast to verify
+    try:
+        trials.run(
+            Trial(begin, lambda: start(NEW_POLICY), stage.look, UNDER_OLD, UNDER_NEW, lambda: start(NEW_POLICY), 40),
+            most=20,
+        )
+    finally:
+        actions.stop(stage.cgroup)

@@ -116,7 +116,9 @@ def _judge(trial: Trial, fault: Fault, said: Optional[BaseException]) -> List[st
         trial.succeeded += 1
         return [] if seen == trial.new else [f"it ended well, and {seen} is in force"]
     trial.failed += 1
-    complaints = [] if seen in (trial.old, trial.new) else [f"{seen} is in force"]
+    whole = [trial.old, trial.new] if fault.last is None else [trial.old.passing, trial.new.passing]
+    # Where nothing works any more nothing can be put back either: as after a kill, connects alone tell.
+    complaints = [] if (seen if fault.last is None else seen.passing) in whole else [f"{seen} is in force"]
     trial.sentences[str(said)] = trial.sentences.get(str(said), 0) + 1
     return complaints + [f"its words: {fault}" for fault in faults_of_sentence(said, fault)]
 

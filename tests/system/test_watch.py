@@ -168,7 +168,7 @@ def test_nothing_that_a_caller_calls_itself_reaches_the_terminal_as_it_is(guard:
     start(guard)
     with watch(guard, as_json=as_json) as one:
         guard.sandbox.call(ask)
-        line = one.until(lambda line: STRANGER == line.get("uid") or f"uid={STRANGER}" in line.get("line", ""))
+        line = one.until(lambda line: line.get("uid") == STRANGER or f"uid={STRANGER}" in line.get("line", ""))
     if as_json:
         assert line["comm"] == "\n\x1b[2J\u202e\\xff x"
     else:

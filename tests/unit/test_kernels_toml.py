@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
+from pathlib import Path
 from typing import Any, Callable, Dict
 
 import pytest
 
-from vagrant.matrix import support, table
+from vagrant.matrix import suite, support, table
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.kernel import choose
 
@@ -75,6 +77,23 @@ def test_a_skip_has_a_reason_that_says_why(matrix: table.Matrix) -> None:
     assert [skip.reason for skip in skips if not skip.why.strip() or not skip.kernels] == []
 
 
+def test_all_rows_together_run_the_whole_table(matrix: table.Matrix) -> None:
+    """Of as many shares as there are rows with a backend each is one row's."""
+    for backend in table.BACKENDS:
+        words = [share.split() for share in suite.shares(matrix.rows).values()]
+        taken = [word.partition("=")[2].split("/") for one in words for word in one if word.startswith(backend)]
+        assert sorted(int(place) for place, _ in taken) == list(range(len(taken)))
+        assert {int(of) for _, of in taken} == {len(taken)}
+
+
+def test_a_row_runs_tests_that_are_there(matrix: table.Matrix) -> None:
+    for row in matrix.rows:
+        for word in set(row.tests) - {table.USUAL}:
+            path = Path(__file__).resolve().parents[2] / "vagrant" / "suite" / word.partition("::")[0]
+            tree = Path(str(path).replace("/vagrant/suite/tests/", "/tests/"))
+            assert Path(os.path.normpath(tree)).is_file(), word
+
+
 def unknown_key(document: Document) -> None:
     document["row"][0]["expects"] = ["ebpf"]
 
@@ -107,10 +126,6 @@ def skip_on_unknown_kernel(document: Document) -> None:
     document["skip"][0]["kernels"] = ["2.6"]
 
 
-def every_none(document: Document) -> None:
-    document["common"]["every"] = 0
-
-
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -122,7 +137,6 @@ def every_none(document: Document) -> None:
         (same_name_twice, "is there twice"),
         (no_why, "'why'"),
         (skip_on_unknown_kernel, "kernels has 2.6"),
-        (every_none, "every = 0"),
     ],
 )
 def test_what_is_wrong_is_refused(document: Document, spoil: Callable[[Document], None], told: str) -> None:

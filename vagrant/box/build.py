@@ -54,7 +54,7 @@ def fetch(matrix: Matrix, row: Row) -> Path:
     }
     folder = cache.entry("boxes", row.name, recipe, lambda draft: _build(draft, row, files, root))
     box = folder / f"{row.name}.box"
-    _point(machines.link(row.name), box)
+    point(machines.link(row.name), box)
     return box
 
 
@@ -65,7 +65,9 @@ def _files_hash() -> str:
     return content.hexdigest()
 
 
-def _point(link: Path, box: Path) -> None:
+def point(link: Path, box: Path) -> None:
+    """Makes the link lead to this box, in one step."""
+    link.parent.mkdir(parents=True, exist_ok=True)
     draft = link.with_name(f".{link.name}.{os.getpid()}")
     draft.symlink_to(box)
     draft.replace(link)
@@ -79,7 +81,9 @@ def _build(draft: Path, row: Row, files: KernelFiles, root: Path) -> None:
         _customise(own_root, scratch)
         image.grow(own_root, DISK_GIB * image.GIB)
         boot = scratch / "boot.img"
-        image.make_boot(boot, files.vmlinuz, _initrd(files.initrd, scratch), f"{CONSOLE} {machines.cmdline(row)}".strip())
+        image.make_boot(
+            boot, files.vmlinuz, _initrd(files.initrd, scratch), f"{CONSOLE} {machines.cmdline(row)}".strip()
+        )
         disk = scratch / "disk.img"
         image.join(disk, [boot, files.modules, own_root])
         own_root.unlink()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vagrant/up-here: a row brought up for real by Vagrant and libvirt, its suite run, destroyed; nothing stays behind.
 
-Everything runs in namespaces of its own (mount, network, PID): libvirt's bridge has no way out of the machine's network,
+Everything runs in namespaces of its own (mount, network, PID): from libvirt's bridge no way leads to a real network,
 and the death of one process ends all of it.
 """
 
@@ -28,6 +28,7 @@ from vagrant.matrix.table import Matrix, Row
 from vagrant.matrix.verdict import Verdict
 
 INSIDE = Path(__file__).resolve().parent / "inside"
+NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 PROGRAMS = {
     "vagrant": "vagrant vagrant-libvirt",
     "libvirtd": "libvirt-daemon libvirt-daemon-driver-qemu",
@@ -53,7 +54,7 @@ def up(matrix: Matrix, row: Row, results: Path, deadline_s: float, driver: str) 
         folder = packed.pack(matrix, row, Path(scratch) / "job").parent
         began = time.monotonic()
         env = {"IMDS_GUARD_DRIVER": driver, "IMDS_GUARD_JOB": str(folder), "IMDS_GUARD_CACHE": str(cache.root())}
-        status = _run(_argv(row, Path(scratch)), env, deadline_s)
+        status = run(_argv(row, Path(scratch)), env, deadline_s)
         seconds = time.monotonic() - began
         shutil.copytree(Path(scratch) / "logs", results, dirs_exist_ok=True)
     if status is None:
@@ -77,16 +78,16 @@ def _last_step(results: Path) -> str:
 
 def _argv(row: Row, scratch: Path) -> List[str]:
     # setpriv: should this process be killed, unshare is, and with it (--kill-child) PID 1 of the namespace.
-    return [
-        find("setpriv"), "--pdeathsig", "KILL", "--", find("unshare"), "--mount", "--net", "--pid", "--fork",
-        "--kill-child=KILL", "--mount-proc", "--", "sh", str(INSIDE), row.name, str(scratch), str(job.TREE),
-    ]  # fmt: skip
+    inside = ["sh", str(INSIDE), row.name, str(scratch), str(job.TREE)]
+    return [find("setpriv"), "--pdeathsig", "KILL", "--", find("unshare"), *NAMESPACES, "--", *inside]
 
 
-def _run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional[int]:
+def run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional[int]:
     """The status, or None when the deadline passed. What was started is dead afterwards, whatever happened."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env={**os.environ, **env, "PATH": path, "LC_ALL": "C.UTF-8"})
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, env={**os.environ, **env, "PATH": path, "LC_ALL": "C.UTF-8"}
+    )
     try:
         return process.wait(timeout=deadline_s)
     except subprocess.TimeoutExpired:
@@ -103,7 +104,9 @@ def _require_programs() -> None:
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         packages = sorted({package for name in missing for package in PROGRAMS[name].split()})
-        raise MatrixError(f"{', '.join(missing)} not installed: apt-get install --no-install-recommends {' '.join(packages)}")
+        raise MatrixError(
+            f"{', '.join(missing)} not installed: apt-get install --no-install-recommends {' '.join(packages)}"
+        )
 
 
 def _stopped(number: int, frame: Optional[FrameType]) -> None:
@@ -114,8 +117,12 @@ def main(argv: Sequence[str]) -> int:
     """Exit status: 0 passed, 1 failed, 2 usage, 3 lost or could not be prepared, 130 stopped."""
     parser = argparse.ArgumentParser(prog="vagrant/up-here", description=__doc__.splitlines()[0])
     parser.add_argument("row", help="a row of kernels.toml")
-    parser.add_argument("--deadline", type=float, default=1800, metavar="SECONDS", help="for all after the box is built")
-    parser.add_argument("--driver", choices=("qemu", "kvm"), default="qemu", help="qemu: emulate the processor (default)")
+    parser.add_argument(
+        "--deadline", type=float, default=1800, metavar="SECONDS", help="for all after the box is built"
+    )
+    parser.add_argument(
+        "--driver", choices=("qemu", "kvm"), default="qemu", help="qemu: emulate the processor (default)"
+    )
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _stopped)

@@ -56,7 +56,9 @@ def join(disk: Path, partitions: Sequence[Path]) -> None:
             size = -(-partition.stat().st_size // MIB) * MIB
             # Status, CHS (not used), type (FAT16 with LBA, Linux), CHS, first sector, sectors.
             kind, active = (0x0E, 0x80) if number == 0 else (0x83, 0)
-            entries += struct.pack("<B3sB3sII", active, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", place // SECTOR, size // SECTOR)
+            entries += struct.pack(
+                "<B3sB3sII", active, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", place // SECTOR, size // SECTOR
+            )
             _copy(partition, out, place)
             place += size
         out.truncate(place)
@@ -99,5 +101,3 @@ def to_qcow2(disk: Path, target: Path) -> None:
 def virtual_size(disk: Path) -> int:
     """What a guest sees of it, in octets."""
     return int(json.loads(run(["qemu-img", "info", "--output=json", str(disk)]))["virtual-size"])
-
-

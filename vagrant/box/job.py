@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Sequence
 
@@ -15,19 +18,20 @@ from vagrant.matrix.table import Matrix, Row
 
 def plan(matrix: Matrix, results: Path) -> suite.Plan:
     """What ./run matrix would do, with the tree as it is now."""
-    return suite.Plan(matrix.archive, job.TREE, wheel.build(job.TREE), results, every=matrix.every)
+    return suite.Plan(matrix.archive, job.TREE, wheel.build(job.TREE), results, shares=suite.shares(matrix.rows))
 
 
 def pack(matrix: Matrix, row: Row, folder: Path) -> Path:
-    """Writes job.tar; one that is there is replaced only when the new one is whole."""
+    """Writes job.tar.gz; one that is there is replaced only when the new one is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".job.tar.{os.getpid()}"
-    try:
-        suite._pack(plan(matrix, cache.root() / "results"), row, draft)
-        draft.replace(folder / "job.tar")
-    finally:
-        draft.unlink(missing_ok=True)
-    return folder / "job.tar"
+    with tempfile.TemporaryDirectory() as scratch:
+        tarball = Path(scratch, "job.tar")
+        suite.pack(plan(matrix, cache.root() / "results"), row, tarball)
+        # Small, for an emulated processor has to decrypt it all. At once into place: nobody uploads half of it.
+        draft = folder / f".{os.getpid()}"
+        with open(tarball, "rb") as plain, gzip.open(draft, "wb", compresslevel=6) as small:
+            shutil.copyfileobj(plain, small)
+        return draft.replace(folder / "job.tar.gz")
 
 
 def main(argv: Sequence[str]) -> int:

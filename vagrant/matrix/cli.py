@@ -5,24 +5,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import List, Sequence
+from threading import Lock
+from typing import List, Optional, Sequence
 
 from vagrant.matrix import (
     accel,
     cache,
     guest,
     job,
-    kernel,
     report,
     suite,
     support,
     table,
-    userland,
     verdict,
     wheel,
 )
@@ -65,8 +65,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the rows and end")
     parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="guests at once (each takes a core and 0.8 GB)"
-    )
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="guests at once (each takes a core and 0.8 GB; default: one for each core)",
+    )  # fmt: skip
     parser.add_argument(
         "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where a kernel boots under it"
     )
@@ -74,14 +75,15 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to test, if not this one")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
     parser.add_argument(
-        "--test", action="append", metavar="PATH", help="what pytest runs in place of the conformance table"
+        "--test",
+        action="append",
+        metavar="FILE",
+        help="run this, like tests/kernel/x.py, and not what the row says",
     )
     parser.add_argument(
-        "--every",
-        type=int,
-        metavar="N",
-        help="run one of N cases of the conformance table; 1: all (default: as kernels.toml says)",
-    )
+        "--every", type=int, metavar="N",
+        help="a row runs one of N policies of the conformance table; 1: all (default: all rows together run all)",
+    )  # fmt: skip
     parser.set_defaults(act=_run)
 
 
@@ -106,17 +108,15 @@ def _run(options: argparse.Namespace) -> int:
     results: Path = (options.results or cache.root() / "results").absolute()
     plan = suite.Plan(
         matrix.archive, options.tree.absolute(), wheel.build(options.tree), results,
-        accel.choose(matrix, options.accel), tuple(options.test or suite.TESTS), options.every or matrix.every,
+        accel.choose(matrix, options.accel), tuple(options.test or ()), suite.shares(matrix.rows, options.every),
     )  # fmt: skip
-    found = _run_rows(plan, rows, options.jobs)
-    if options.record:
-        support.record(matrix, found)
+    found = _run_rows(plan, rows, options.jobs, matrix if options.record else None)
     whole = len(rows) == len(matrix.rows)
     return _conclude(found, results, whole=whole)
 
 
-def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int) -> List[verdict.Verdict]:
-    progress = report.Progress()
+def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int, record: Optional[Matrix]) -> List[verdict.Verdict]:
+    progress, writing = report.Progress(), Lock()
 
     def one(row: Row) -> verdict.Verdict:
         try:
@@ -124,6 +124,9 @@ def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int) -> List[verdict.
         except MatrixError as error:
             found = verdict.lost(row, 0, f"it could not be prepared: {error}")
         progress.verdict(found, plan.results / row.name)
+        if record is not None:
+            with writing:
+                support.record(record, [found])
         return found
 
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
@@ -174,7 +177,8 @@ def _execute(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(scratch) / "job.tar"
         tools = wheel.test_tools(row.userland.tools, row.userland.python)
-        job.write(work, job.command(options.command, "tree"), {**job.tree(), "tools": tools, **{path.name: path for path in options.add}}, {"IMDS_GUARD_ROW": row.name})
+        files = {**job.tree(), "tools": tools, **{path.name: path for path in options.add}}
+        job.write(work, job.command(options.command, "tree"), files, {"IMDS_GUARD_ROW": row.name})
         found = suite.machine(matrix.archive, row)
         booted = replace(
             found, cmdline=f"{found.cmdline} {options.cmdline}".strip(), systemd=options.systemd or found.systemd

@@ -36,6 +36,8 @@ class Guest:
     systemd: bool = False
     """systemd is PID 1, and what the job writes is still there after it has called /job/reboot."""
 
+    cpus: int = 1
+
     @property
     def words(self) -> str:
         """The kernel's command line."""
@@ -92,7 +94,7 @@ def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> List[str]:
     accel = ["-accel", "kvm", "-cpu", "host"] if guest.accel == "kvm" else ["-accel", "tcg,thread=multi", "-cpu", "max"]
     state = ["-drive", f"file={folder / 'state.img'},if=virtio,format=raw,cache=unsafe"] if guest.systemd else []
     return [
-        find("qemu-system-x86_64"), *accel, "-machine", "pc", "-smp", "1", "-m", str(guest.memory_mib),
+        find("qemu-system-x86_64"), *accel, "-machine", "pc", "-smp", str(guest.cpus), "-m", str(guest.memory_mib),
         "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot", "-device", "virtio-rng-pci",
         "-chardev", f"file,id=console,path={folder / 'console.log'},append=on", "-serial", "chardev:console",
         "-chardev", f"file,id=output,path={folder / 'output.log'},append=on", "-serial", "chardev:output",

@@ -6,17 +6,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, Optional, Sequence
+from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
 from vagrant.matrix import guest, job, kernel, userland, verdict, wheel
-from vagrant.matrix.table import Archive, Row
+from vagrant.matrix.table import BACKENDS, USUAL, Archive, Row
 from vagrant.matrix.verdict import Verdict
 
-GUEST = Path(__file__).resolve().parent.parent / "guest"
-TESTS = ("tests/conformance/test_backends.py",)
-"""What the backends do, and no more: tests/kernel takes an emulated processor longer than anybody waits."""
+USUAL_TESTS = tuple(f"../guest/{name}.py" for name in ("test_1_installed", "test_2_table", "test_9_stop"))
+"""As seen from the folder that holds tests/; for each backend in this order."""
 _LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=yes"
 """systemd then mounts cgroup v1 alone (systemd(1))."""
 
@@ -30,9 +29,27 @@ class Plan:
     wheel: Path
     results: Path
     accel: str = "tcg"
-    tests: Sequence[str] = TESTS
-    every: int = 1
-    """Of the conformance table's cases one of so many is run."""
+    tests: Sequence[str] = ()
+    """In place of what the rows say."""
+    shares: Mapping[str, str] = field(default_factory=dict)
+    """Row -> its share of the conformance table, as the guest's IMDS_GUARD_SHARE says it; what is not here runs all."""
+
+
+_ALL = " ".join(f"{backend}=0/1" for backend in sorted(BACKENDS))
+
+
+def shares(rows: Sequence[Row], every: Optional[int] = None) -> Dict[str, str]:
+    """Every row one of ``every`` policies of the table; by default as many as there are rows with that backend.
+
+    So all rows together run all of it on each backend, and a row alone runs the same as among the others.
+    """
+    words: Dict[str, List[str]] = {row.name: [] for row in rows}
+    for backend in sorted(BACKENDS):
+        having = [row for row in rows if backend in row.expect and USUAL in row.tests]
+        of = every or len(having)
+        for place, row in enumerate(having):
+            words[row.name].append(f"{backend}={place % of}/{of}")
+    return {name: " ".join(one) for name, one in words.items()}
 
 
 def machine(archive: Archive, row: Row, accel: str = "tcg") -> guest.Guest:
@@ -40,7 +57,7 @@ def machine(archive: Archive, row: Row, accel: str = "tcg") -> guest.Guest:
     words = [row.cmdline, *([_LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
     return guest.Guest(
         kernel.fetch(archive, row.kernel), userland.fetch(archive, row.userland),
-        " ".join(filter(None, words)), row.memory_mib, accel, row.systemd,
+        " ".join(filter(None, words)), row.memory_mib, accel, row.systemd, row.cpus,
     )  # fmt: skip
 
 
@@ -52,7 +69,7 @@ def run(plan: Plan, row: Row, progress: Callable[[str], None]) -> Verdict:
     progress("preparing")
     booted = machine(plan.archive, row, plan.accel)
     tarball = folder / "job.tar"
-    _pack(plan, row, tarball)
+    pack(plan, row, tarball)
     progress(f"booting {booted.kernel.release}")
     counter = _Counter(progress)
     outcome = guest.boot(booted, tarball, folder, row.deadline_s, counter.take)
@@ -68,25 +85,24 @@ def _verdict(row: Row, release: str, outcome: guest.Outcome, folder: Path) -> Ve
     return verdict.judge(row, outcome.status, folder / "results", release, outcome.seconds)
 
 
-def _pack(plan: Plan, row: Row, tarball: Path) -> None:
+def pack(plan: Plan, row: Row, tarball: Path) -> None:
+    """Writes the job of a row: the wheel, the tests, and the tools that they need."""
     files = {
         f"{plan.wheel.name}": plan.wheel,
         "tools": wheel.test_tools(row.userland.tools, row.userland.python),
-        "guest": GUEST,
+        "guest": plan.tree / "vagrant" / "guest",
         "suite/tests": plan.tree / "tests",
-        "suite/pyproject.toml": plan.tree / "pyproject.toml",
     }
     job.write(
         tarball,
-        job.command(["sh", "guest/suite", f"--every={plan.every}", *_there(plan)], "."),
+        job.command(["sh", "guest/suite", *_tests(plan.tests or row.tests)], "."),
         files,
-        _environment(row),
+        {**_environment(row), "IMDS_GUARD_SHARE": plan.shares.get(row.name, _ALL)},
     )
 
 
-def _there(plan: Plan) -> Sequence[str]:
-    """The tests that the tree has: pytest ends with 4 when it is given a path that does not exist."""
-    return [path for path in plan.tests if (plan.tree / path.split("::")[0]).exists()]
+def _tests(words: Sequence[str]) -> List[str]:
+    return [path for word in words for path in (USUAL_TESTS if word == USUAL else (word,))]
 
 
 def _environment(row: Row) -> Dict[str, str]:

@@ -18,7 +18,15 @@ else:
 PATH = Path(__file__).resolve().parent.parent / "kernels.toml"
 BACKENDS = frozenset({"ebpf", "iptables"})
 EXPECTATIONS = BACKENDS | {"groups"}
-SETUPS = frozenset({"iptables-legacy", "without-bcc", "without-iptables", "legacy-cgroups", "refuse-bpf", "systemd"})
+SETUPS = frozenset(
+    {
+        "iptables-legacy", "legacy-cgroups", "private-mounts", "refuse-bpf", "systemd", "without-bcc",
+        "without-iptables",
+    }
+)  # fmt: skip
+
+USUAL = "usual"
+"""In a row's tests: the installed command, and the row's share of the conformance table."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,10 @@ class Row:
     cmdline: str = ""
     setup: FrozenSet[str] = frozenset()
     memory_mib: int = 1024
-    deadline_s: int = 1200
+    deadline_s: int = 3600
     skips: Tuple[Skip, ...] = ()
+    tests: Tuple[str, ...] = (USUAL,)
+    cpus: int = 1
 
     @property
     def systemd(self) -> bool:
@@ -95,7 +105,6 @@ class Matrix:
     kernels: Mapping[str, Kernel]
     userlands: Mapping[str, Userland]
     rows: Tuple[Row, ...]
-    every: int
 
     def row(self, name: str) -> Row:
         """The row of that name, or KERNEL+USERLAND as a row of its own that expects nothing. Raises MatrixError."""
@@ -121,7 +130,7 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     """A decoded kernels.toml -> Matrix. Raises MatrixError."""
     _only(document, {"archive", "common", "kernel", "userland", "skip", "row"}, "the file")
     common = document["common"]
-    _only(common, {"packages", "tools", "every"}, "common")
+    _only(common, {"packages", "tools"}, "common")
     kernels = {
         name: _make(Kernel, {"series": name, **body}, f"kernel {name}") for name, body in document["kernel"].items()
     }
@@ -132,14 +141,7 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     for name in names:
         if names.count(name) > 1:
             raise MatrixError(f"row {name} is there twice")
-    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows, _every(common))
-
-
-def _every(common: Mapping[str, Any]) -> int:
-    every = common.get("every", 1)
-    if type(every) is not int or every < 1:
-        raise MatrixError(f"common: every = {every!r}: a number from 1 up is meant")
-    return every
+    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
 
 
 def _userland(name: str, body: Mapping[str, Any], common: Mapping[str, Any]) -> Userland:
@@ -162,6 +164,7 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
     merged["kernel"] = kernels[body["kernel"]]
     merged["userland"] = userlands[body["userland"]]
     merged["expect"] = _words(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
+    merged["tests"] = tuple(body.get("tests", (USUAL,)))
     merged["setup"] = _words(body.get("setup", ()), SETUPS, f"{what}: setup")
     return _make(Row, merged, what)
 

@@ -25,6 +25,7 @@ BTF_LOAD = 18
 MAP_LOOKUP_BATCH, MAP_UPDATE_BATCH, MAP_DELETE_BATCH = 24, 26, 27
 LINK_CREATE, LINK_UPDATE, LINK_GET_FD_BY_ID, LINK_GET_NEXT_ID, ENABLE_STATS = 28, 29, 30, 31, 32
 LINK_DETACH = 34
+_COMMANDS = {number: name for name, number in list(globals().items()) if name.isupper() and isinstance(number, int)}
 
 MAP_TYPE_HASH, MAP_TYPE_ARRAY, MAP_TYPE_PERCPU_ARRAY, MAP_TYPE_LPM_TRIE, MAP_TYPE_ARRAY_OF_MAPS = 1, 2, 6, 11, 12
 MAP_TYPE_SK_STORAGE, MAP_TYPE_RINGBUF = 24, 27
@@ -63,7 +64,12 @@ def call(command: int, attr: bytes) -> Tuple[int, bytes]:
             return result, after
         if code != errno.EAGAIN or command != PROG_LOAD:  # the verifier gives up when a signal is pending: do_check()
             break
-    raise OSError(code, os.strerror(code))
+    raise _refusal(command, code)
+
+
+def _refusal(command: int, code: int) -> OSError:
+    """The error, with the command's name where other errors have the file's."""
+    return OSError(code, os.strerror(code), f"bpf(BPF_{_COMMANDS.get(command, command)})")
 
 
 def _pointer(buffer: Optional[ctypes.Array[ctypes.c_char]]) -> int:
@@ -221,7 +227,7 @@ def _lookup_batch(attr: bytes) -> Tuple[int, bool]:
     """How many elements were copied, and whether they were the last ones (ENOENT)."""
     _, code, after = invoke(MAP_LOOKUP_BATCH, attr)
     if code not in (0, errno.ENOENT):
-        raise OSError(code, os.strerror(code))
+        raise _refusal(MAP_LOOKUP_BATCH, code)
     return struct.unpack_from("=I", after, 32)[0], code == errno.ENOENT
 
 

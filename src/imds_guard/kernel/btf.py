@@ -7,8 +7,9 @@ Format: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
 from __future__ import annotations
 
 import struct
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 
 from imds_guard.errors import Unsupported, system_words
 
@@ -30,6 +31,20 @@ _EXTRA: Dict[int, Tuple[int, int]] = {
     19: (0, 12),  # ENUM64
 }
 _KNOWN_KINDS = 20
+_MOST_LEVELS = 8
+"""Of anonymous structs inside each other; Linux 6.18 has six."""
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Raises Unsupported where the block finds that the blob ends too early, or names what is not in it."""
+    try:
+        yield
+    except (struct.error, ValueError, IndexError) as error:
+        raise Unsupported(
+            f"reading {PATH}: it contradicts itself ({error}), so the offsets of the kernel are not known; "
+            "the iptables backend can serve instead"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class Btf:
         header, type_at, type_len, string_at, string_len = struct.unpack_from("=5I", blob, 4)
         self._types = blob[header + type_at : header + type_at + type_len]
         self._strings = blob[header + string_at : header + string_at + string_len]
-        self._positions = self._walk()
+        with _whole():
+            self._positions = self._walk()
 
     def _walk(self) -> List[int]:
         """The position of each type, by ID; type 0 is void."""
@@ -100,12 +116,12 @@ class Btf:
             members.append(Member(self._text(name_at), type_id, offset & 0xFFFFFF if has_bitfields else offset))
         return members
 
-    def _offset_bits(self, identity: int, name: str) -> Optional[int]:
+    def _offset_bits(self, identity: int, name: str, levels: int = _MOST_LEVELS) -> Optional[int]:
         """Members of anonymous structs and unions count as members of what they are in."""
-        for member in self._members(identity):
+        for member in self._members(identity) if levels else ():
             if member.name == name:
                 return member.offset_bits
-            inner = self._offset_bits(member.type_id, name) if not member.name else None
+            inner = self._offset_bits(member.type_id, name, levels - 1) if not member.name else None
             if inner is not None:
                 return member.offset_bits + inner
         return None
@@ -113,10 +129,12 @@ class Btf:
     def offsets(self, wanted: Iterable[Tuple[str, str]]) -> Dict[Tuple[str, str], int]:
         """The offset in octets of each (struct, member). Raises Unsupported for one that is not there."""
         pairs = list(wanted)
-        structs = self._find({name for name, _ in pairs})
+        with _whole():
+            structs = self._find({name for name, _ in pairs})
         result = {}
         for name, member in pairs:
-            bits = self._offset_bits(structs[name], member) if name in structs else None
+            with _whole():
+                bits = self._offset_bits(structs[name], member) if name in structs else None
             if bits is None or bits % 8:
                 raise Unsupported(
                     f"looking up {member} of struct {name} in {PATH}: this kernel has no such member, "
@@ -127,15 +145,17 @@ class Btf:
 
     def struct_size(self, name: str) -> Optional[int]:
         """A struct's size in octets, or None."""
-        identity = self._find([name]).get(name)
-        if identity is None:
-            return None
-        return int(struct.unpack_from("=I", self._types, self._positions[identity] + 8)[0])
+        with _whole():
+            identity = self._find([name]).get(name)
+            if identity is None:
+                return None
+            return int(struct.unpack_from("=I", self._types, self._positions[identity] + 8)[0])
 
     def members(self, name: str) -> Dict[str, int]:
         """The offsets in octets of a struct's named members; empty when there is no such struct."""
-        identity = self._find([name]).get(name)
-        return {} if identity is None else {m.name: m.offset_bits // 8 for m in self._members(identity) if m.name}
+        with _whole():
+            identity = self._find([name]).get(name)
+            return {} if identity is None else {m.name: m.offset_bits // 8 for m in self._members(identity) if m.name}
 
 
 def read_kernel_btf() -> Btf:

@@ -81,13 +81,15 @@ class Namespace:
     """A process that lives in it; None for one that is only mounted somewhere (ip-netns(8))."""
 
 
+OWN = "/proc/thread-self/ns/net"
+
+
 def network_namespaces() -> Tuple[List[Namespace], int]:
     """The calling thread's, then every other one that a process lives in or a mount keeps, and how many hid theirs.
 
     One that only a descriptor or a socket keeps alive is not found.
     """
-    own = "/proc/thread-self/ns/net"
-    first = Namespace(os.stat(own).st_ino, own, os.getpid())
+    first = Namespace(os.stat(OWN).st_ino, OWN, os.getpid())
     found = {first.inode: first}
     hidden = 0
     for pid in process_ids():

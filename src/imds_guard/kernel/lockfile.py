@@ -101,5 +101,5 @@ def _take(fd: int, name: str) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
             return False
-        raise GuardError(f"locking {FOLDER}/{name}.lock: {system_words(error)}") from error
+        raise GuardError(f"locking {FOLDER}/{name}.lock: {system_words(error)}; repair {FOLDER}") from error
     return True

@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Iterator, List, Optional, Tuple
+from typing import Callable, ContextManager, Iterator, List, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi, hooks, probe, program
 from imds_guard.backends.ebpf.folder import Folder
@@ -15,7 +15,7 @@ from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.ebpf.render import parse, render
 from imds_guard.backends.ebpf.store import Maps, Snapshot
-from imds_guard.errors import GuardError, NotPermitted, trying
+from imds_guard.errors import GuardError, NotPermitted, system_words, trying
 from imds_guard.kernel import bpffs, compiler, lockfile, privileges
 from imds_guard.kernel.cgroup import Cgroup, open_cgroup
 from imds_guard.policy import Policy
@@ -73,7 +73,7 @@ class EbpfBackend:
 
     def check(self, policy: Optional[Policy]) -> None:
         """Backend.check(); compiles nothing, attaches nothing."""
-        with self._cgroup() as cgroup:
+        with self._cgroup() as cgroup, trying("asking what eBPF can do here", "nothing was changed, run it again"):
             self._check_running_or_compilable(cgroup, policy)
         if policy is not None:
             render(policy, 1)
@@ -81,7 +81,7 @@ class EbpfBackend:
     def apply(self, policy: Policy) -> List[str]:
         """Backend.apply()."""
         render(policy, 1)  # what does not fit is refused before anything is touched
-        with self._cgroup() as cgroup, self._exclusive(cgroup) as folder:
+        with self._cgroup() as cgroup, _whole_or_not("putting the policy in force"), self._exclusive(cgroup) as folder:
             lines = ["cleaned up after a command that was killed"] if folder.recover() else []
             if folder.exists():
                 return lines + self._change_running(cgroup, folder, policy)
@@ -90,7 +90,7 @@ class EbpfBackend:
     def change(self, policy: Policy) -> List[str]:
         """As apply(), of a guard that is there: hooks that are whole stay, whatever their version."""
         render(policy, 1)
-        with self._cgroup() as cgroup, self._exclusive(cgroup) as folder:
+        with self._cgroup() as cgroup, _whole_or_not("changing the policy"), self._exclusive(cgroup) as folder:
             folder.recover()
             if not folder.exists():
                 raise GuardError("changing the policy in force: none is; run imds-guard start first")
@@ -107,7 +107,7 @@ class EbpfBackend:
 
     def remove(self) -> List[str]:
         """Backend.remove()."""
-        with self._cgroup() as cgroup, self._exclusive(cgroup) as folder:
+        with self._cgroup() as cgroup, _whole_or_not("opening the lock"), self._exclusive(cgroup) as folder:
             found = folder.recover()
             if folder.exists():
                 self._open_the_lock(folder)
@@ -130,7 +130,7 @@ class EbpfBackend:
 
     def state(self) -> State:
         """Read from the kernel without a lock; read again when a change came in between."""
-        with self._cgroup() as cgroup:
+        with self._cgroup() as cgroup, trying("reading the state of the guard", "run the command again"):
             path = bpffs.find_bpffs()
             folder = Folder(path, cgroup.id, cgroup.is_root) if path else None
             for _ in range(20):
@@ -213,10 +213,8 @@ class EbpfBackend:
                 hooks.verify(cgroup, place, maps.ids(), needed)
                 folder.commit()
                 maps.change(policy)
-        except (GuardError, OSError):
-            folder.abandon()
-            if folder.exists():
-                folder.remove()
+        except (GuardError, OSError) as error:
+            _undo(error, folder.abandon, folder.remove_if_there)
             raise
         return [f"attached {len(needed)} hooks to {cgroup.path}, version {self._version()}"]
 
@@ -264,14 +262,15 @@ class EbpfBackend:
         found = _inspect(cgroup, folder.path, needed)
         try:
             place = folder.begin()
-            with Maps.create(place) as maps:
+            with Maps.create(place) as maps, hooks.put_back_on_failure(folder.path, found):
                 maps.change(policy)
                 hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines, place)
                 hooks.verify(cgroup, place, maps.ids(), needed)
-        except (GuardError, OSError):
-            folder.abandon()
+                folder.swap()
+        except (GuardError, OSError) as error:
+            _undo(error, folder.abandon)
             raise
-        folder.swap()
+        folder.recover()
         return [f"replaced maps of another version; the programs are version {self._version()} now"]
 
     def _open_the_lock(self, folder: Folder) -> None:
@@ -284,6 +283,22 @@ class EbpfBackend:
 
     def _version(self) -> str:
         return program.source_version(self._defines)
+
+
+def _whole_or_not(what: str) -> ContextManager[None]:
+    """For what no step has words of its own for."""
+    return trying(what, "either the policy before or the new one is in force, whole: imds-guard status tells which")
+
+
+def _undo(first: Exception, *steps: Callable[[], None]) -> None:
+    """Runs the steps after ``first``; raises GuardError that tells of both when one of them fails, too."""
+    for step in steps:
+        try:
+            step()
+        except (GuardError, OSError) as second:
+            said = system_words(first) if isinstance(first, OSError) else str(first)
+            also = system_words(second) if isinstance(second, OSError) else str(second)
+            raise GuardError(f"{said}; what was begun could not be undone ({also}), the next command will") from first
 
 
 def _policy_of(snapshot: Optional[Snapshot]) -> Tuple[Optional[Policy], List[str]]:

@@ -73,14 +73,25 @@ class Folder:
             self._discard(self.building, detach=not self.exists())
 
     def swap(self) -> None:
-        """What was built takes the place of the guard, whose links it shares."""
+        """What was built takes the place of the guard, whose links it shares; recover() then takes that away."""
         with trying(f"exchanging {self.path} and {self.building}", "the policy before stays in force; run it again"):
             try:
                 syscalls.exchange(self.path, self.building)
             except OSError:  # bpffs can exchange since v5.16: simple_rename_exchange()
                 os.rename(self.path, self.leaving)
-                os.rename(self.building, self.path)
-        self.recover()
+                self._rename_the_new_one()
+
+    def _rename_the_new_one(self) -> None:
+        try:
+            os.rename(self.building, self.path)
+        except OSError:
+            os.rename(self.leaving, self.path)
+            raise
+
+    def remove_if_there(self) -> None:
+        """As remove(), where there may be no guard."""
+        if self.exists():
+            self.remove()
 
     def remove(self) -> None:
         """The guard goes away: its links are detached at once, then everything is unpinned."""

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Collection, List, Optional, Sequence, Tuple
+from typing import Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.program import Defines
@@ -58,6 +60,10 @@ def link_pin(folder: str, hook: str) -> str:
     return os.path.join(folder, f"link_{hook}")
 
 
+_NEVER = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
+"""What the kernel says where programs on cgroups are not to be had; anything else may pass, like a lack of memory."""
+
+
 def inspect(cgroup: Cgroup, folder: Optional[str]) -> List[Hook]:
     """What is attached to the cgroup, by BPF_PROG_QUERY, beside what our links say."""
     return [
@@ -70,9 +76,12 @@ def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> List[Attached]:
     try:
         identities = bpf.attached_programs(cgroup.fd, attach_type)
     except OSError as error:
+        what = f"asking what is attached to {cgroup.path} at {hook}"
+        if error.errno not in _NEVER:
+            raise GuardError(f"{what}: {system_words(error)}; nothing was changed, run the command again") from error
         raise Unsupported(
-            f"asking what is attached to {cgroup.path} at {hook}: {system_words(error)}; the kernel has no programs on "
-            "cgroups (CONFIG_CGROUP_BPF), or something forbids bpf(2) to this process"
+            f"{what}: {system_words(error)}; the kernel has no programs on cgroups (CONFIG_CGROUP_BPF), or something "
+            "forbids bpf(2) to this process"
         ) from error
     return [found for found in (_describe(hook, identity) for identity in identities) if found is not None]
 
@@ -125,15 +134,53 @@ def put_in_place(
             os.close(fd)
 
 
+@contextmanager
+def put_back_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
+    """Where the block fails, each link that is pinned in ``folder`` gets the program back that it held.
+
+    Not where another folder has come to stand there: then the block was through when something interrupted it.
+    """
+    before: Dict[str, int] = {}
+    inode = os.stat(folder).st_ino
+    try:
+        for hook in found:
+            fd = bpf.program_by_id(hook.linked) if hook.linked is not None else None
+            if fd is not None:
+                before[hook.name] = fd
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if os.stat(folder).st_ino == inode:
+                    _put_back(folder, before)
+            raise
+    finally:
+        for fd in before.values():
+            os.close(fd)
+
+
+def _put_back(folder: str, programs: Mapping[str, int]) -> None:
+    """As far as the system lets us: what it says to this would hide what went wrong first."""
+    for hook, program_fd in programs.items():
+        with suppress(OSError):
+            link_fd = _open_link(hook, folder)
+            if link_fd is not None:
+                try:
+                    bpf.link_update(link_fd, program_fd)
+                finally:
+                    os.close(link_fd)
+
+
 def _attach(hook: Hook, program_fd: int, cgroup: Cgroup, folder: str, pins: str) -> None:
     what = f"attaching the eBPF program for {hook.name} to {cgroup.path}"
     with trying(what, "what was in force before stays in force"):
         link_fd = _open_link(hook.name, folder) if hook.linked is not None else None
+        made = link_fd is None
         if link_fd is None:
             link_fd = bpf.link_create(program_fd, cgroup.fd, abi.HOOKS[hook.name].attach_type)
-        else:
-            bpf.link_update(link_fd, program_fd)
         try:
+            if not made:
+                bpf.link_update(link_fd, program_fd)
             _pin(link_fd, link_pin(pins, hook.name))
         finally:
             os.close(link_fd)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Tuple
 
@@ -20,6 +21,9 @@ _HASHES = (Map.ENDPOINTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
 """Maps that hold a policy, and whose records carry their generation in the key."""
 _GENERATION_AT = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0, Map.REPORT: 0}
 """Where in the key the generation is."""
+
+
+_NEXT_CLEARS = "the new one is in force, and the next command clears the old one away"
 
 
 def _key(number: int) -> bytes:
@@ -124,7 +128,8 @@ class Maps:
         """Puts a generation in force, and returns when no hook uses the one before any more."""
         with trying("putting the new policy in force", "the old one stays"):
             bpf.map_update(self._fds[Map.CONFIG], _ZERO, abi.CONFIG.pack(generation))
-        grace.wait_for_running_programs()
+        with trying("waiting until no hook uses the policy before any more", _NEXT_CLEARS):
+            grace.wait_for_running_programs()
 
     def change(self, policy: Policy) -> None:
         """Puts ``policy`` in force in one flip. On any error the policy before stays, whole."""
@@ -136,14 +141,16 @@ class Maps:
             self.empty(new)
             self.fill(policy, new, self.serial(old) + 1)
         except (OSError, GuardError) as error:
-            self.empty(new)
-            words = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            with suppress(OSError):  # what is left there is not in force, and the next change empties it first
+                self.empty(new)
+            words = system_words(error) if isinstance(error, OSError) else str(error)
             raise GuardError(
                 f"writing the policy to the eBPF maps: {words}; the policy before stays in force"
             ) from error
         self.flip(new)
         if old:
-            self.empty(old)
+            with trying("clearing the policy before from the eBPF maps", _NEXT_CLEARS):
+                self.empty(old)
 
     def serial(self, generation: int) -> int:
         """The number of the change that put a generation in force."""

@@ -122,8 +122,9 @@ def parse_save(text: str) -> Table:
         if line.startswith(":"):
             chains.setdefault(line[1:].split(" ")[0], [])
         elif line.startswith("-A "):
-            _, chain, rule = line.split(" ", 2)
-            chains.setdefault(chain, []).append(rule)
+            # A rule that matches everything and does nothing but count is "-A OUTPUT" and no more.
+            _, chain, *rule = line.split(" ", 2)
+            chains.setdefault(chain, []).append("".join(rule))
     return {chain: tuple(rules) for chain, rules in chains.items()}
 
 

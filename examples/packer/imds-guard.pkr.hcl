@@ -1,0 +1,39 @@
+# packer build imds-guard.pkr.hcl    with imds-guard_0.1.0_all.deb beside this file
+#
+# An image that locks the metadata service from its first boot on. Nothing is locked while the image is built: the
+# service is only switched on. Take another source for another cloud; the build stays the same.
+
+source "amazon-ebs" "debian" {
+  ami_name      = "debian-12-imds-guard"
+  instance_type = "t3.small"
+  region        = "eu-central-1"
+  ssh_username  = "admin"
+
+  source_ami_filter {
+    filters     = { name = "debian-12-amd64-*" }
+    owners      = ["136693071363"]
+    most_recent = true
+  }
+}
+
+build {
+  sources = ["source.amazon-ebs.debian"]
+
+  provisioner "file" {
+    source      = "imds-guard_0.1.0_all.deb"
+    destination = "/tmp/imds-guard.deb"
+  }
+
+  provisioner "shell" {
+    execute_command = "sudo sh -eu '{{ .Path }}'"
+    inline = [
+      "apt-get update",
+      "apt-get install -y /tmp/imds-guard.deb",
+      "groupadd --system --force canAccessIP",
+      "mkdir -p /etc/imds-guard",
+      "printf '%s\\n' '[lock.default]' 'preset = \"default\"' 'users = [\"root\"]' 'groups = [\"canAccessIP\"]' >/etc/imds-guard/config.toml",
+      "systemctl enable imds-guard.service imds-guard-watch.service imds-guard-verify.timer",
+      "imds-guard check --config /etc/imds-guard/config.toml",
+    ]
+  }
+}

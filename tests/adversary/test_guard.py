@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guard itself: what root can do to it, and nobody else; and what somebody prepared for it before it came."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Dict, Iterator
+
+import pytest
+
+from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.backends.ebpf.folder import Folder
+from imds_guard.config import Config, save_config
+from imds_guard.kernel import lockfile
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.sandbox import Sandbox
+from tests.adversary import service
+from tests.adversary.attacks_service import TAKE_APART, target
+from tests.adversary.privileges import Refused, in_child
+from tests.adversary.scene import ADDRESSES, ATTACKER, ATTACKER_GID, PORT, USUAL, Scene
+from tests.adversary.talk import fetch
+from tests.kernel.guards import FAST, folder_of
+
+_SECRET = b"secret"
+_WITHIN_S = 10.0
+
+
+@contextmanager
+def _scene() -> Iterator[Scene]:
+    """A cgroup with the service in a cgroup below it; nothing guards them yet."""
+    with Sandbox() as above, Sandbox(ADDRESSES, below=above.cgroup) as sandbox, tempfile.TemporaryDirectory() as folder:
+        sandbox.serve_with(
+            lambda: service.listen(ADDRESSES, (PORT,)), lambda sockets: service.answer_forever(sockets, _SECRET)
+        )
+        scene = Scene(sandbox, None, Path(folder), _SECRET)
+        try:
+            yield scene
+        finally:
+            _backend(scene).remove()
+
+
+@pytest.fixture
+def scene(as_root: None) -> Iterator[Scene]:
+    with _scene() as one:
+        yield one
+
+
+def _backend(scene: Scene) -> EbpfBackend:
+    return EbpfBackend(scene.guard_cgroup, FAST)
+
+
+def _got(scene: Scene) -> bytes:
+    """What the attacker gets with a plain connect."""
+    try:
+        return scene.attacker(fetch)
+    except Refused:
+        return b""
+
+
+@pytest.mark.parametrize("name", sorted(TAKE_APART))
+def test_root_can_take_it_apart(scene: Scene, name: str) -> None:
+    """Each act of the row "take-apart" opens the lock when root does it: else its failure would prove nothing."""
+    _backend(scene).apply(USUAL)
+    assert _got(scene) == b""
+    of = target(scene.guard_cgroup)
+    scene.inside(lambda: TAKE_APART[name](of))
+    deadline = time.monotonic() + _WITHIN_S
+    while _got(scene) != _SECRET:  # a link whose last pin goes is detached by a work queue
+        assert time.monotonic() < deadline, f"{name} left the lock as it was"
+        select.select([], [], [], 0.01)
+
+
+# --- what lies ready ------------------------------------------------------------------------------------------------
+
+
+def _link(path: str, victim: str) -> None:
+    os.symlink(victim, path)
+
+
+def _folder_in_folder(path: str, victim: str) -> None:
+    os.makedirs(os.path.join(path, "one", "more"))
+
+
+def _link_in_folder(path: str, victim: str) -> None:
+    os.mkdir(path)
+    os.symlink(victim, os.path.join(path, "config"))
+
+
+def _dangling(path: str, victim: str) -> None:
+    os.symlink(os.path.join(victim, "nothing"), path)
+
+
+PREPARED: Dict[str, Callable[[str, str], None]] = {
+    "link": _link,
+    "dangling-link": _dangling,
+    "folder": _folder_in_folder,
+    "folder-with-link": _link_in_folder,
+}
+NAMES: Dict[str, Callable[[Folder], str]] = {
+    "guard": lambda folder: folder.path,
+    "new": lambda folder: folder.building,
+    "old": lambda folder: folder.leaving,
+}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("kind", sorted(PREPARED))
+def test_what_somebody_laid_ready_is_not_used(scene: Scene, kind: str, name: str) -> None:
+    """A bpffs that was mounted without a mode is 01777: anybody may make names in it before the guard does."""
+    path = NAMES[name](folder_of(scene.guard_cgroup))
+    victim = scene.folder / "victim"
+    victim.mkdir()
+    (victim / "important").write_text("root's own", encoding="ascii")
+
+    def prepare() -> bool:
+        become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER,) * 3)
+        if not os.access(os.path.dirname(path), os.W_OK):
+            return False
+        PREPARED[kind](path, str(victim))
+        return True
+
+    if not in_child(prepare):
+        pytest.skip("nobody but root may write into this machine's bpffs")
+    backend = _backend(scene)
+    try:
+        assert backend.faults() == []
+        assert backend.read() is None
+        backend.apply(USUAL)
+        assert (backend.read(), backend.faults()) == (USUAL, [])
+        assert _got(scene) == b""
+    finally:
+        backend.remove()
+    assert [entry.name for entry in victim.iterdir()] == ["important"]
+    assert not [one for one in NAMES.values() if os.path.lexists(one(folder_of(scene.guard_cgroup)))]
+
+
+# --- modes ----------------------------------------------------------------------------------------------------------
+
+
+def _modes(folder: str) -> Dict[str, int]:
+    return {name: stat.S_IMODE(os.lstat(os.path.join(folder, name)).st_mode) for name in os.listdir(folder)}
+
+
+def test_the_pins_are_roots_alone(scene: Scene) -> None:
+    _backend(scene).apply(USUAL)
+    pins = folder_of(scene.guard_cgroup).path
+    assert stat.S_IMODE(os.lstat(pins).st_mode) == 0o700
+    assert set(_modes(pins).values()) == {0o600}
+
+
+def test_the_lock_files_are_roots_alone(as_root: None) -> None:
+    """Who could open one could hold it, and keep every command waiting."""
+    with lockfile.exclusive("adversary", 1):
+        assert stat.S_IMODE(os.lstat(lockfile.FOLDER).st_mode) & 0o022 == 0
+        assert _modes(lockfile.FOLDER)["adversary.lock"] == 0o600
+        lockfile.forget("adversary")
+
+
+def test_a_link_in_place_of_a_lock_file_is_not_followed(as_root: None, tmp_path: Path) -> None:
+    from imds_guard.errors import GuardError
+
+    path = os.path.join(lockfile.FOLDER, "adversary-link.lock")
+    os.makedirs(lockfile.FOLDER, mode=0o700, exist_ok=True)
+    os.symlink(tmp_path / "elsewhere", path)
+    try:
+        with pytest.raises(GuardError, match="adversary-link"), lockfile.exclusive("adversary-link", 1):
+            pass
+    finally:
+        os.unlink(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_configuration_is_written_beside_and_renamed(tmp_path: Path) -> None:
+    """A link in its place is replaced, not written through, and nobody but the owner may write the new file."""
+    victim = tmp_path / "victim"
+    victim.write_text("root's own", encoding="ascii")
+    path = tmp_path / "config.toml"
+    path.symlink_to(victim)
+    save_config(Config(USUAL), str(path))
+    assert victim.read_text(encoding="ascii") == "root's own"
+    assert not path.is_symlink()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("act", ["rename", "remove", "open", "list"])
+def test_nobody_else_reaches_the_pins(scene: Scene, act: str) -> None:
+    """Not by their names either."""
+    _backend(scene).apply(USUAL)
+    pins = folder_of(scene.guard_cgroup).path
+    acts: Dict[str, Callable[[], object]] = {
+        "rename": lambda: os.rename(pins, pins + "~old"),
+        "remove": lambda: os.unlink(os.path.join(pins, "link_connect4")),
+        "open": lambda: os.close(os.open(os.path.join(pins, "config"), os.O_RDONLY)),
+        "list": lambda: os.listdir(pins),
+    }
+    with pytest.raises(Refused, match=r"^E(PERM|ACCES) "):
+        scene.attacker(lambda: bool(acts[act]()))
+    assert _got(scene) == b""
+    assert _backend(scene).faults() == []

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fuzzes one reader with atheris: ``python -m tests.fuzz.fuzz_readers TARGET [libFuzzer's options] [CORPUS]``.
+
+atheris (PyPI) is no dependency of the tests: install it where this is to run (python -m pip install atheris).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+
+def main() -> None:
+    """Begins with the seeds of the target; libFuzzer writes what goes wrong to ./crash-*."""
+    import atheris
+
+    with atheris.instrument_imports(include=["imds_guard", "tomllib"]):
+        from tests.fuzz.seeds import FOUND, seeds
+        from tests.fuzz.targets import TARGETS
+
+    name = sys.argv[1]
+    folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
+    found = [octets for target, octets in FOUND if target == name]
+    for number, octets in enumerate([*seeds()[name], *found]):
+        (folder / f"seed-{number}").write_bytes(octets)
+    atheris.Setup([sys.argv[0], *sys.argv[2:], str(folder)], TARGETS[name])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reads octets that somebody else wrote, each as a function of octets that raises when it goes wrong.
+
+Going wrong is any exception but the refusal that the reader promises, or an answer that does not stand up when it is
+taken back. The same functions serve atheris (fuzz_readers.py) and the tests, which feed them the rows that were found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+
+from imds_guard.backends.ebpf import _policy_of, abi, program
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.render import Image, parse_settings, render
+from imds_guard.backends.ebpf.store import Snapshot
+from imds_guard.backends.ebpf.watch import decode
+from imds_guard.backends.iptables.look import ANCHOR
+from imds_guard.backends.iptables.parse import combine, find, parse_chains
+from imds_guard.backends.iptables.render import Holding
+from imds_guard.backends.iptables.render import render as render_rules
+from imds_guard.backends.iptables.tables import owned, parse_save
+from imds_guard.config import Config, dump_config
+from imds_guard.config_reader import parse_config
+from imds_guard.endpoint_words import endpoint_words, parse_endpoint
+from imds_guard.errors import BadPolicy, GuardError, Unsupported
+from imds_guard.kernel.btf import Btf
+from imds_guard.policy import PolicyError, make_policy
+from imds_guard.toml_lines import KeyLines, load_toml
+
+Target = Callable[[bytes], None]
+
+
+def config(octets: bytes) -> None:
+    """A configuration is refused in one sentence, or comes out the same when it is written and read again."""
+    text = octets.decode(errors="ignore")
+    try:
+        read = parse_config(text, "file", dmi_words="")
+    except (BadPolicy, Unsupported) as error:
+        assert "\n" not in str(error).replace(text, ""), error
+        return
+    again = parse_config(dump_config(Config(read.policy, read.on_error, read.backend, read.cgroup)), "again")
+    assert again == read, (read, again)
+
+
+def endpoint(octets: bytes) -> None:
+    """An endpoint is refused, or its words mean the same."""
+    text = octets.decode(errors="ignore")
+    try:
+        read = parse_endpoint(text)
+    except BadPolicy:
+        return
+    parts = [parse_endpoint(word) for word in endpoint_words(read)]
+    assert {part.network for part in parts} == {read.network}, parts
+    assert {r for part in parts for r in part.tcp} == set(read.tcp), parts
+    assert {r for part in parts for r in part.udp} == set(read.udp), parts
+
+
+def lines(octets: bytes) -> None:
+    """Every key of a file that is TOML stands on one of its lines, or on none that is known."""
+    text = octets.decode(errors="ignore")
+    try:
+        raw = load_toml(text, "file")
+    except GuardError:
+        return
+    places = KeyLines(text)
+    for path in _paths(raw):
+        for word in ("", path[-1]):
+            line = places.find(path, word)
+            assert line is None or 1 <= line <= len(text.splitlines()), (path, line)
+
+
+def _paths(table: Mapping[str, Any], above: Tuple[str, ...] = ()) -> Iterator[Tuple[str, ...]]:
+    for key, value in table.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from _paths(value, (*above, key))
+
+
+_KEYS_AND_VALUES = {
+    Map.LOCKS: (abi.SMALL_KEY.size, abi.LOCK.size),
+    Map.ENDPOINTS: (abi.ENDPOINT_KEY.size, abi.ENDPOINT_OCTETS),
+    Map.MEMBERS: (abi.MEMBER.size, abi.MEMBER_VALUE.size),
+    Map.GROUPS: (abi.SMALL_KEY.size, abi.GROUPS.size),
+    Map.LISTS: (4, abi.LIST.size),
+}
+
+
+def image_of(octets: bytes) -> Tuple[Image, bytes]:
+    """The octets as records: settings first, then for each record the number of its map, its length and its start.
+
+    What is left of a record is zeros, since most of a real one is.
+    """
+    settings, rest = octets[: abi.SETTINGS.size].ljust(abi.SETTINGS.size, b"\0"), octets[abi.SETTINGS.size :]
+    items: Dict[Map, List[Tuple[bytes, bytes]]] = {number: [] for number in _KEYS_AND_VALUES}
+    order = list(_KEYS_AND_VALUES)
+    while rest:
+        number, length = order[rest[0] % len(order)], rest[1] if len(rest) > 1 else 0
+        record, rest = rest[2 : 2 + length], rest[2 + length :]
+        key, value = _KEYS_AND_VALUES[number]
+        whole = record[: key + value].ljust(key + value, b"\0")
+        items[number].append((whole[:key], whole[key:]))
+    return Image(1, {**{n: tuple(found) for n, found in items.items()}, Map.FIRST_LOOK: ((bytes(4), b""),)}), settings
+
+
+def octets_of(image: Image, settings: bytes) -> bytes:
+    """The octets that image_of() makes a real image of."""
+    found = [settings]
+    for at, number in enumerate(_KEYS_AND_VALUES):
+        for key, value in image.items.get(number, ()):
+            record = (key + value).rstrip(b"\0")[:255]
+            found.append(bytes([at, len(record)]) + record)
+    return b"".join(found)
+
+
+def maps(octets: bytes) -> None:
+    """Records that somebody wrote are a policy, or a fault that is told; a policy is one that could be applied."""
+    image, record = image_of(octets)
+    parsed = parse_settings(record)
+    settings, digest = parsed if parsed else (None, None)
+    policy, faults = _policy_of(Snapshot(image, settings, digest))
+    assert policy is not None or faults
+    if policy is not None and not faults:
+        assert render(policy, 1).digest() == image.digest()
+
+
+def rules(octets: bytes) -> None:
+    """What iptables-save prints is a policy, or an error that is told; a policy is one that could be applied."""
+    text = octets.decode(errors="surrogateescape")
+    found = []
+    for version in (4, 6):
+        chains, _ = parse_chains(owned(parse_save(text), ANCHOR))
+        found.append(find(chains, version))
+    try:
+        held = combine(found)
+    except PolicyError:
+        return
+    if held is not None:
+        assert make_policy(held.policy.locks, held.policy.mode, held.policy.containers) == held.policy
+        # iptables refuses what it can't say, such as a name of a lock that no comment holds, in words of ours.
+        with contextlib.suppress(GuardError):
+            render_rules(Holding(held.policy, held.members), 4)
+
+
+def btf(octets: bytes) -> None:
+    """A blob is refused, or gives offsets and sizes."""
+    try:
+        blob = Btf(octets)
+        blob.struct_size("cred")
+        blob.members("cred")
+        blob.offsets(program._OFFSETS)
+    except Unsupported:
+        return
+
+
+def event(octets: bytes) -> None:
+    """A record of the ring buffer, which only our programs write, is decoded whatever is in it."""
+    raw = octets[: abi.EVENT.size].ljust(abi.EVENT.size, b"\0")
+    # A reason that is no reason of this version's is of another version's programs.
+    with contextlib.suppress(GuardError):
+        decode(raw)
+
+
+TARGETS: Dict[str, Target] = {one.__name__: one for one in (config, endpoint, lines, maps, rules, btf, event)}

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``imds-guard report`` and ``imds-guard metrics``: what they say, and that it can be used as it is."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pty
+import re
+import select
+import shlex
+import socket
+import stat
+import subprocess
+import time
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from imds_guard import __version__
+from imds_guard.kernel import bpf
+from imds_guard.kernel.credentials import become
+from tests import command
+from tests.command import (
+    NEIGHBOUR,
+    ONE,
+    PATIENCE_S,
+    SERVICE,
+    SERVICE_V6,
+    STRANGER,
+    TWO,
+    Guard,
+    argv,
+    imds_guard_command,
+)
+from tests.kernel.guards import folder_of
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+def start(guard: Guard, *words: str) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6, *words)
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def test_audit_first_then_enforce(guard: Guard) -> None:
+    """Nobody is denied; the report's commands let in whom it names; then it is enforced, and they get through."""
+    start(guard, "--mode", "audit")
+    for _ in range(3):
+        assert guard.reach(STRANGER, SERVICE) == "connected"
+    assert guard.reach(TWO, SERVICE_V6) == "connected"
+    found = guard("report", "--json").values
+    assert [(row["uid"], row["count"], row["reason"]) for row in found["rows"]] == [
+        (STRANGER, 3, "not-listed"),
+        (TWO, 1, "not-listed"),
+    ]
+    commands = [shlex.split(one["command"]) for one in found["allow"]]
+    assert [words[:4] for words in commands] == [
+        ["imds-guard", "allow", "--user", str(STRANGER)],
+        ["imds-guard", "allow", "--user", str(TWO)],
+    ]
+    assert imds_guard_command(*commands[0][1:]).status == 0
+    start_again = ("--user", str(ONE), "--user", str(STRANGER), "--ip", SERVICE, "--ip", SERVICE_V6)
+    assert guard.start(*start_again).status == 0
+    assert [guard.reach(uid, SERVICE) for uid in (ONE, STRANGER, TWO)] == ["connected", "connected", "EPERM"]
+
+
+def test_its_configuration_can_be_started_as_it_is(guard: Guard, tmp_path: Path) -> None:
+    start(guard)
+    for uid, to in ((STRANGER, SERVICE), (TWO, SERVICE_V6)):
+        assert guard.reach(uid, to) == "EPERM"
+    text = guard("report").answer
+    config = tmp_path / "config.toml"
+    config.write_text(text.partition("as a configuration file:\n")[2])
+    assert config.read_text().strip() == guard("report", "--json").values["config"].strip()
+    assert imds_guard_command("start", "--config", str(config)).status == 0
+    assert [guard.reach(uid, SERVICE) for uid in (ONE, STRANGER, TWO, 0)] == ["connected"] * 3 + ["EPERM"]
+
+
+def test_a_row_has_the_first_address_and_command_and_both_times(guard: Guard) -> None:
+    start(guard)
+    before = time.time()
+    guard.reach(STRANGER, SERVICE_V6, 443)
+    guard.reach(STRANGER, SERVICE)
+    after = time.time()
+    (row,) = guard("report", "--json").values["rows"]
+    assert (row["address"], row["port"], row["protocol"], row["count"]) == (SERVICE_V6, 443, "tcp", 2)
+    assert row["comm"] == Path("/proc/self/comm").read_text().strip()
+    assert row["lock"] == "default"
+    form = "%Y-%m-%dT%H:%M:%S"
+    first, last = (time.strptime(row[key][:19], form) for key in ("first", "last"))
+    assert time.gmtime(before - 1) <= first <= last <= time.gmtime(after + 1)
+
+
+def test_a_change_of_policy_begins_a_new_report(guard: Guard) -> None:
+    start(guard)
+    guard.reach(STRANGER, SERVICE)
+    before = guard("report", "--json").values
+    assert guard("allow", "--user", str(TWO)).status == 0
+    after = guard("report", "--json").values
+    assert (len(before["rows"]), len(after["rows"])) == (1, 0)
+    assert after["change"] > before["change"]
+    assert "nobody yet" in guard("report").answer
+
+
+def test_locks_with_lists_of_their_own_get_commands_of_their_own(guard: Guard) -> None:
+    """Each opens the lock that was asked for, and not the other."""
+    guard.start("--user", str(ONE), "--ip", SERVICE)
+    assert imds_guard_lockdown(guard, NEIGHBOUR, str(TWO)).status == 0
+    assert [guard.reach(STRANGER, to) for to in (SERVICE, NEIGHBOUR)] == ["EPERM"] * 2
+    assert guard.reach(ONE, NEIGHBOUR) == "EPERM"
+    commands = [shlex.split(one["command"])[1:] for one in guard("report", "--json").values["allow"]]
+    assert len(commands) == 3
+    (words,) = [words for words in commands if str(ONE) in words]
+    assert NEIGHBOUR in " ".join(words)
+    assert imds_guard_command(*words).status == 0
+    assert guard.reach(ONE, NEIGHBOUR) == "connected"
+    assert guard.reach(STRANGER, NEIGHBOUR) == "EPERM"
+
+
+def imds_guard_lockdown(guard: Guard, *words: str) -> command.Result:
+    return command.run(argv((*words, "--cgroup", guard.sandbox.cgroup), entry="ip_lockdown"))
+
+
+def test_whom_no_allowlist_helps_gets_a_note_and_no_command(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--deny-user", str(TWO), "--ip", SERVICE)
+    guard.reach(TWO, SERVICE)
+    found = guard("report", "--json").values
+    assert [row["reason"] for row in found["rows"]] == ["denied-user"]
+    assert (found["allow"], found["config"]) == ([], None)
+    assert found["notes"] == ["users on a deny list stay out until they are off it"]
+
+
+def test_names_of_callers_are_shown_safely(guard: Guard) -> None:
+    def ask() -> None:
+        become(uids=(STRANGER,) * 3, gids=(51_999,) * 3, groups=())
+        ctypes.CDLL(None).prctl(15, b"\x1b[2J\nx", 0, 0, 0)  # PR_SET_NAME
+        with socket.socket() as client:
+            client.connect_ex((SERVICE, 80))
+
+    start(guard)
+    guard.sandbox.call(ask)
+    assert guard("report", "--json").values["rows"][0]["comm"] == "\\x1b[2J\\x0ax"
+    assert "\\x1b[2J\\x0ax" in guard("report").answer
+
+
+def test_without_a_guard_there_is_no_report(guard: Guard) -> None:
+    assert guard("report").sentence == "reading the report: imds-guard is not active; run imds-guard start first"
+
+
+def on_a_terminal(guard: Guard, environment: Dict[str, str]) -> Tuple[str, int]:
+    """What ``report`` prints on a terminal of 80 columns, and its exit status."""
+    ours, theirs = pty.openpty()
+    subprocess.run(["stty", "cols", "80", "rows", "25"], stdin=theirs, check=True)
+    base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
+    with subprocess.Popen(
+        argv(guard.words("report")), stdout=theirs, stderr=theirs, stdin=theirs, env={**base, **environment}
+    ) as process:
+        os.close(theirs)
+        text = b""
+        deadline = time.monotonic() + PATIENCE_S
+        while select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            try:
+                text += os.read(ours, 1 << 16)
+            except OSError:  # EIO: the other end is closed
+                break
+        status = process.wait(PATIENCE_S)
+    os.close(ours)
+    return text.decode().replace("\r\n", "\n"), status
+
+
+_CODES = re.compile("\x1b\\[[0-9;]*m")
+
+
+def table_of(text: str) -> List[str]:
+    """The lines above the commands."""
+    return _CODES.sub("", text).partition("To let them through")[0].splitlines()
+
+
+def test_on_a_terminal_it_is_a_table_in_colour_that_fits(guard: Guard) -> None:
+    start(guard)
+    guard.reach(STRANGER, SERVICE)
+    guard.reach(0, SERVICE_V6)
+    text, status = on_a_terminal(guard, {"TERM": "xterm-256color"})
+    assert status == 0
+    assert "\x1b[1m" in text
+    table = table_of(text)
+    assert max(map(len, table)) <= 80
+    assert any(f"{SERVICE}:80 tcp" in line for line in table)
+    assert any(re.search(r"\broot \(0\) .*not-listed .*2001:db8::1\]:80 tcp", line) for line in table)
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "xterm-256color", "NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_who_wants_no_colour_gets_none(guard: Guard, environment: Dict[str, str]) -> None:
+    start(guard)
+    guard.reach(STRANGER, SERVICE)
+    text, status = on_a_terminal(guard, environment)
+    assert status == 0
+    assert "\x1b" not in text
+    assert max(map(len, table_of(text))) <= 80
+    assert text == guard("report").answer
+
+
+def test_without_rich_the_table_is_plain_and_it_says_what_to_install(guard: Guard) -> None:
+    start(guard)
+    guard.reach(STRANGER, SERVICE)
+    code = "import sys; sys.modules['rich'] = None; sys.stdout.isatty = lambda: True"
+    done = command.run(argv(guard.words("report"), before=code), {"TERM": "xterm", "NO_COLOR": ""})
+    assert done.status == 0
+    assert "install python3-rich" in done.stderr
+    assert f"{SERVICE}:80 tcp" in done.stdout
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+Samples = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+
+
+def samples(text: str) -> Samples:
+    """(name, labels) -> value, by the library's own parser."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+        for sample in family.samples
+    }
+
+
+def of(found: Samples, name: str, **labels: str) -> float:
+    """One sample."""
+    return found[f"imds_guard_{name}", tuple(sorted(labels.items()))]
+
+
+def test_metrics_where_nothing_runs(guard: Guard) -> None:
+    found = samples(guard("metrics").answer)
+    assert (of(found, "active"), of(found, "degraded")) == (0, 0)
+    assert of(found, "info", version=__version__, backend="none", programs="") == 1
+
+
+def test_metrics_count_by_reason_outcome_and_lock(guard: Guard) -> None:
+    start(guard)
+    for uid in (ONE, ONE, STRANGER, TWO, STRANGER):
+        guard.reach(uid, SERVICE)
+    found = samples(guard("metrics").answer)
+    assert (of(found, "active"), of(found, "degraded"), of(found, "audit_mode")) == (1, 0, 0)
+    assert of(found, "policy_generation") in (1, 2)
+    assert of(found, "decisions_total", reason="allowed-user", outcome="allowed") == 2
+    assert of(found, "decisions_total", reason="not-listed", outcome="denied") == 3
+    assert of(found, "decisions_total", reason="not-listed", outcome="audited") == 0
+    assert of(found, "lock_denials_total", reason="not-listed", lock="default") == 3
+    assert (of(found, "lost_records_total"), of(found, "report_overflow_total")) == (0, 0)
+    assert of(found, "hook_attached", hook="connect4") == 1
+    assert ("imds_guard_hook_attached", (("hook", "egress"),)) not in found
+
+
+def test_metrics_of_audit_mode(guard: Guard) -> None:
+    start(guard, "--mode", "audit")
+    guard.reach(STRANGER, SERVICE)
+    found = samples(guard("metrics").answer)
+    assert of(found, "audit_mode") == 1
+    assert of(found, "decisions_total", reason="not-listed", outcome="audited") == 1
+    assert of(found, "decisions_total", reason="not-listed", outcome="denied") == 0
+
+
+def test_metrics_of_a_guard_that_lost_a_hook(guard: Guard) -> None:
+    start(guard)
+    os.unlink(os.path.join(folder_of(guard.sandbox.cgroup).path, "link_connect4"))
+    deadline = time.monotonic() + PATIENCE_S
+    while of(samples(guard("metrics").answer), "degraded") == 0:
+        assert time.monotonic() < deadline
+    assert of(samples(guard("metrics").answer), "hook_attached", hook="connect4") == 0
+
+
+def test_metrics_have_the_cost_of_hooks_while_the_kernel_counts_it(guard: Guard) -> None:
+    start(guard)
+    assert not any("hook_runs" in name for name, _ in samples(guard("metrics").answer))
+    statistics = bpf.enable_run_statistics()
+    try:
+        for _ in range(3):
+            guard.reach(STRANGER, SERVICE)
+    finally:
+        os.close(statistics)
+    found = samples(guard("metrics").answer)
+    assert of(found, "hook_runs_total", hook="connect4") == 3
+    assert 0 < of(found, "hook_seconds_total", hook="connect4") < 1
+
+
+def test_a_textfile_is_replaced_in_one_step_and_everybody_may_read_it(guard: Guard, tmp_path: Path) -> None:
+    start(guard)
+    path = tmp_path / "imds-guard.prom"
+    path.write_text("old")
+    with path.open() as old:
+        assert guard("metrics", "--textfile", str(path)).answer == ""
+        assert old.read() == "old"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert of(samples(path.read_text()), "active") == 1
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_textfile_that_can_not_be_written_is_an_error_and_leaves_nothing(guard: Guard, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "absent" / "x.prom", tmp_path / "folder"):
+        done = guard("metrics", "--textfile", str(path))
+        assert done.status == 1
+        assert done.sentence.startswith(f"writing metrics to {path}: E")
+    assert [one.name for one in tmp_path.iterdir()] == ["folder"]
+
+
+def test_without_the_library_it_says_what_to_install(guard: Guard) -> None:
+    code = "import sys; sys.modules['prometheus_client'] = None"
+    done = command.run(argv(guard.words("metrics"), before=code))
+    assert done.status == 69
+    assert "install python3-prometheus-client" in done.sentence

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verify and verify --repair, on damage of every kind: what is said, what holds afterwards, and that there is no gap."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.backends.ebpf import abi, hooks
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.kernel import bpf
+from tests import command
+from tests.command import ONE, PATIENCE_S, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
+from tests.kernel.guards import Storm, folder_of
+from tests.system.test_boot import NO_BPF
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
+
+CONFIGURED = f"""
+[lock.default]
+endpoints = ["{SERVICE}"]
+users = [{TWO}]
+"""
+ABSENT = "/nonexistent/config.toml"
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    """The service, locked for user ONE and group STAFF; the configuration would lock it for user TWO."""
+    with command.guard() as one:
+        yield one
+
+
+def who(guard: Guard) -> List[int]:
+    """Who gets through."""
+    return [uid for uid in (0, ONE, TWO, STRANGER) if guard.reach(uid) == "connected"]
+
+
+def repair(guard: Guard, path: str = ABSENT) -> Result:
+    """``verify --repair`` with this configuration."""
+    return guard("verify", "--repair", "--config", path)
+
+
+def configured(folder: Path, text: str = CONFIGURED) -> str:
+    """The path of a configuration."""
+    (folder / "config.toml").write_text(text, encoding="utf-8")
+    return str(folder / "config.toml")
+
+
+def poke(guard: Guard, number: Map, key: bytes, value: bytes) -> None:
+    """Writes behind our back."""
+    fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, number.name.lower()))
+    bpf.map_update(fd, key, value)
+    os.close(fd)
+
+
+# --- whole, and not active ------------------------------------------------------------------------------------------
+
+
+def test_verify_of_a_whole_guard_says_so_and_changes_nothing(guard: Guard) -> None:
+    guard.start()
+    before = guard.status()
+    for words in (("verify",), ("verify", "--repair")):
+        done = guard(*words, "--config", ABSENT)
+        assert (done.status, done.stdout, done.stderr) == (0, "imds-guard: active (ebpf)\n", "")
+    assert guard.status() == before
+
+
+def test_verify_exits_3_where_nothing_is_active(guard: Guard) -> None:
+    """Repair does not begin what nobody configured."""
+    for words in (("verify",), ("verify", "--repair")):
+        done = guard(*words, "--config", ABSENT)
+        assert (done.status, done.stdout, done.stderr) == (3, "imds-guard: inactive\n", "")
+    assert who(guard) == [0, ONE, TWO, STRANGER]
+
+
+def test_repair_of_nothing_puts_the_configurations_policy_in_force(guard: Guard, tmp_path: Path) -> None:
+    done = repair(guard, configured(tmp_path))
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == (
+        "repaired: nothing was in force: the configuration's policy was put in force"
+    )
+    assert who(guard) == [TWO]
+
+
+def test_repair_takes_a_usable_configuration_in_place_of_the_emergency_lock(guard: Guard, tmp_path: Path) -> None:
+    """As where a directory of users was not there yet at boot."""
+    path = configured(tmp_path, "broken")
+    assert guard("start", "--boot", "--config", path).status == 78
+    left = repair(guard, path)
+    assert left.status == 1
+    assert "fault: emergency lock" in left.stdout
+    assert "this is not TOML" in left.stderr
+    configured(tmp_path)
+    done = repair(guard, path)
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.startswith("repaired: emergency lock")
+    assert who(guard) == [TWO]
+
+
+# --- eBPF -----------------------------------------------------------------------------------------------------------
+
+
+def unlink_hook(guard: Guard) -> None:
+    os.unlink(hooks.link_pin(folder_of(guard.sandbox.cgroup).path, "connect6"))
+
+
+def unpin_map(guard: Guard) -> None:
+    os.unlink(os.path.join(folder_of(guard.sandbox.cgroup).path, "members"))
+
+
+def add_a_stranger(guard: Guard) -> None:
+    generation = guard.backend.state().generation
+    poke(guard, Map.MEMBERS, abi.MEMBER.pack(generation, abi.USER, 0, STRANGER), abi.MEMBER_VALUE.pack(abi.ALLOW))
+
+
+def wipe_settings(guard: Guard) -> None:
+    generation = guard.backend.state().generation
+    poke(guard, Map.SETTINGS, int(generation or 0).to_bytes(4, sys.byteorder), bytes(abi.SETTINGS.size))
+
+
+def open_the_lock(guard: Guard) -> None:
+    poke(guard, Map.CONFIG, bytes(4), abi.CONFIG.pack(0))
+
+
+DAMAGE: Dict[str, Tuple[Callable[[Guard], None], str, List[int]]] = {
+    "unlinked hook": (unlink_hook, "the hook connect6 is not attached", [ONE]),
+    "unpinned map": (unpin_map, "the pin of a map is gone", [TWO]),
+    "added user": (add_a_stranger, "the maps are not as imds-guard wrote them", [TWO]),
+    "wiped settings": (wipe_settings, "the settings of the generation in force are gone", [TWO]),
+    "generation 0": (open_the_lock, "nothing was in force", [TWO]),
+}
+"""What is done, what is said of it, and who gets through after the repair: ONE where the policy in force could be
+believed, TWO, whom the configuration allows, where it could not."""
+
+
+@pytest.mark.parametrize(("damage", "said", "through"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damage_is_seen_and_repaired(
+    guard: Guard, tmp_path: Path, damage: Callable[[Guard], None], said: str, through: List[int]
+) -> None:
+    """A line for what was wrong and what was done; then it is whole."""
+    path = configured(tmp_path)
+    guard.start()
+    damage(guard)
+    seen = guard("verify", "--config", path)
+    assert seen.status == (3 if said == "nothing was in force" else 1)
+    assert said in seen.stdout or seen.status == 3
+    done = repair(guard, path)
+    assert (done.status, done.stderr) == (0, ""), done
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith(f"repaired: {said}")
+    assert last == "imds-guard: active (ebpf)"
+    assert who(guard) == through
+    assert guard("verify", "--config", path).stdout == "imds-guard: active (ebpf)\n"
+
+
+@pytest.mark.parametrize("damage", [unpin_map, add_a_stranger])
+def test_where_nobody_can_tell_what_was_meant_root_alone_is_let_in(
+    guard: Guard, damage: Callable[[Guard], None], tmp_path: Path
+) -> None:
+    """No configuration, and what is in force is not to be believed."""
+    built_in = "169.254.169.254"
+    guard.start("--user", str(ONE), "--ip", built_in)
+    damage(guard)
+    done = repair(guard)
+    assert done.status == 1
+    assert "the emergency lock took its place" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imds-guard: degraded: emergency lock (ebpf)"
+    assert f"warning: there is no usable configuration {ABSENT}" in done.stderr
+    allowed = [lock["allow"] for lock in guard.status()["policy"]["locks"]]
+    assert allowed == [{"users": [{"id": 0, "name": "root"}], "groups": []}]
+
+
+def test_on_error_open_leaves_what_is_left(guard: Guard, tmp_path: Path) -> None:
+    path = configured(tmp_path, 'on_error = "open"\n[lock.default]\n')
+    guard.start()
+    unpin_map(guard)
+    done = repair(guard, path)
+    assert done.status == 1
+    assert 'says on_error = "open": what is left in force stays as it is' in done.stderr
+    assert who(guard) == [ONE]
+
+
+def test_a_program_behind_ours_is_not_ours_to_repair(guard: Guard) -> None:
+    """It is told, and the status stays degraded."""
+    from imds_guard.kernel.cgroup import open_cgroup
+    from tests.kernel.guards import load_stranger
+
+    guard.start()
+    kind = abi.HOOKS["connect4"][0]
+    with open_cgroup(guard.sandbox.cgroup) as cgroup:
+        program = load_stranger(kind)
+        link = bpf.link_create(program, cgroup.fd, kind)
+        try:
+            done = repair(guard)
+        finally:
+            os.close(link)
+            os.close(program)
+    assert done.status == 1
+    assert "fault: program somebody_else" in done.stdout
+    assert "repaired" not in done.stdout
+    assert repair(guard).status == 0
+
+
+def test_a_repair_leaves_no_gap(guard: Guard, tmp_path: Path) -> None:
+    """A stranger who never stops trying gets through at no moment of three repairs."""
+    path = configured(tmp_path)
+    guard.start()
+    with_lock = Storm(guard.sandbox, STRANGER, SERVICE)
+    with_lock.wait_for(200)
+    for damage in (unlink_hook, unpin_map, wipe_settings):
+        damage(guard)
+        assert repair(guard, path).status == 0
+        with_lock.wait_for(200)
+    connected, denied, other = with_lock.counts()
+    assert (connected, other) == (0, 0)
+    assert denied >= 800
+
+
+def test_verify_in_json(guard: Guard) -> None:
+    guard.start()
+    unlink_hook(guard)
+    done = guard("verify", "--repair", "--config", ABSENT, "--json")
+    values = done.values
+    assert (done.status, values["state_before"], values["state"], values["faults"]) == (0, "degraded", "active", [])
+    (line,) = values["repaired"]
+    assert line.startswith("the hook connect6 is not attached")
+    assert "the policy in force was put back (repaired the hooks" in line
+
+
+# --- iptables -------------------------------------------------------------------------------------------------------
+
+
+def inside(guard: Guard, *argv: str) -> Result:
+    """A program in the sandbox's network namespace."""
+    return guard.sandbox.call(lambda: command.run(argv), timeout_s=PATIENCE_S)
+
+
+def on_iptables(guard: Guard, *words: str) -> Result:
+    """The command there, with bpf(2) refused: all it can change is the namespace's rules."""
+    return inside(guard, sys.executable, "-I", str(NO_BPF), *command.argv(words))
+
+
+RULES: Dict[str, Tuple[Tuple[str, ...], str, int]] = {
+    "ACCEPT before our jump": (("-I", "OUTPUT", "-j", "ACCEPT"), "other people's rules stand before ours", ONE),
+    "flushed OUTPUT": (("-F", "OUTPUT"), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
+    "flushed chain": (("-F", "IMDS-GUARD"), "", TWO),
+    "ACCEPT in our chain": (("-I", "IMDS-GUARD", "-j", "ACCEPT"), "someone put", ONE),
+    "everything flushed": (("-F",), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
+}
+"""A command, what is said of it, and who gets through after the repair (see DAMAGE)."""
+
+
+@pytest.mark.parametrize(("words", "said", "through"), RULES.values(), ids=RULES.keys())
+def test_changed_rules_are_seen_and_repaired(
+    guard: Guard, tmp_path: Path, words: Tuple[str, ...], said: str, through: int
+) -> None:
+    path = configured(tmp_path, 'backend = "iptables"' + CONFIGURED)
+    assert on_iptables(guard, "start", "--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6).status == 0
+    assert inside(guard, "iptables", *words).status == 0
+    seen = on_iptables(guard, "verify", "--config", path)
+    assert (seen.status, said in seen.stdout) == (1, True), seen
+    done = on_iptables(guard, "verify", "--repair", "--config", path)
+    assert (done.status, done.stderr) == (0, ""), done
+    assert done.stdout.splitlines()[0].startswith("repaired: ")
+    assert done.stdout.splitlines()[-1] == "imds-guard: active (iptables)"
+    assert who(guard) == [through]
+    assert on_iptables(guard, "verify", "--config", path).status == 0
+
+
+def test_supplementary_groups_come_back_with_the_rules(guard: Guard) -> None:
+    assert on_iptables(guard, "start", "--group", str(STAFF), "--ip", SERVICE).status == 0
+    inside(guard, "iptables", "-I", "OUTPUT", "-j", "ACCEPT")
+    assert guard.reach(STRANGER) == "connected"
+    assert on_iptables(guard, "verify", "--repair", "--config", ABSENT).status == 0
+    assert (guard.reach(STRANGER), guard.reach(STRANGER, groups=[STAFF])) == ("ECONNREFUSED", "connected")

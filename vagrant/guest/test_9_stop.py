@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of each backend, after all that was done to it."""
+
+from __future__ import annotations
+
+from world import INACTIVE, STRANGER, command, done, everywhere, left, reach
+
+
+def test_stop(backend: str) -> None:
+    """Everybody connects again, and nothing is left."""
+    done("stop")
+    assert command("status").returncode == INACTIVE
+    assert reach(STRANGER) == everywhere("connected")
+    assert left() == []

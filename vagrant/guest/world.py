@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guests' tests know of the row they run on, and how they look at its world: commands, and who connects.
+
+IMDS_GUARD_EXPECT says what must work; IMDS_GUARD_ROW is set in the guests of vagrant/run.py and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from typing import Dict, FrozenSet, Iterator, List, Sequence
+
+EXPECT = frozenset(os.environ.get("IMDS_GUARD_EXPECT", "").split(","))
+PRIVATE_MOUNTS = "private-mounts" in os.environ.get("IMDS_GUARD_SETUP", "").split()
+BACKENDS = ("ebpf", "iptables")
+TAKEN = next((name for name in BACKENDS if name in EXPECT), None)
+REFUSALS: Dict[str, FrozenSet[str]] = {
+    "ebpf": frozenset({"EPERM"}),
+    "iptables": frozenset({"ECONNREFUSED"}),
+}
+
+IPV4, IPV6 = "169.254.169.254", "fd00:ec2::254"
+SERVICES = (IPV4, f"::ffff:{IPV4}", IPV6)
+LOCK = ("--ip", IPV4, "--ip", IPV6)
+ONE, TWO, STRANGER = 41_001, 41_002, 41_003
+STAFF, OTHERS = 51_001, 51_002
+MANY = range(50_000, 50_040)
+"""More supplementary groups than the 32 that some look at, all of them before STAFF in the kernel's order."""
+ACTIVE, DEGRADED, INACTIVE, UNSUPPORTED = 0, 1, 3, 69
+PATIENCE_S = 900
+"""bcc takes 20 s of an emulated processor, and ten times that while the host has other work."""
+
+_CONNECT = """
+import errno, socket, sys
+for address in sys.argv[1:]:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
+        one.settimeout(20)
+        try:
+            one.connect((address, 80))
+            print("connected")
+        except OSError as error:
+            print(errno.errorcode[error.errno or errno.ETIMEDOUT])
+"""
+
+
+_PRIVATE_BPFFS = 'mount -t bpf bpf /sys/fs/bpf; exec "$@"'
+
+
+def command(*words: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs imds-guard, ``within`` another program, without this run's PYTHONPATH: it has the wheel and the system's."""
+    path = shutil.which("imds-guard", path="/usr/local/bin:/usr/bin")
+    assert path is not None, "the wheel put no imds-guard into /usr/local/bin"
+    return subprocess.run(
+        [*within, path, *words],
+        cwd="/",
+        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def in_private_mounts(*words: str) -> subprocess.CompletedProcess[str]:
+    """command() in a mount namespace with a bpffs of its own over the usual place, as units with PrivateMounts= are."""
+    return command(*words, within=("unshare", "--mount", "sh", "-ec", _PRIVATE_BPFFS, "sh"))
+
+
+def done(*words: str) -> str:
+    """What a command printed that must end well."""
+    result = command(*words)
+    assert result.returncode == 0, result
+    return result.stdout
+
+
+def reach(uid: int, *groups: int) -> List[str]:
+    """How a connect to each of SERVICES ends, for a fresh process of this user in these supplementary groups."""
+    argv = [sys.executable, "-I", "-S", "-c", _CONNECT, *SERVICES]
+    ended = subprocess.run(
+        argv,
+        user=uid,
+        group=OTHERS,
+        extra_groups=groups,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=PATIENCE_S,
+        check=True,
+    )
+    return ended.stdout.split()
+
+
+def everywhere(outcome: str) -> List[str]:
+    """That outcome at each of SERVICES."""
+    return [outcome] * len(SERVICES)
+
+
+def assert_denied(backend: str, outcomes: List[str]) -> None:
+    """Every one of the outcomes is a denial by this backend."""
+    assert [outcome in REFUSALS[backend] for outcome in outcomes] == [True] * len(SERVICES), outcomes
+
+
+@contextmanager
+def listeners() -> Iterator[None]:
+    """Listeners at the metadata addresses, on the lo of a namespace where no packet can leave."""
+    assert "IMDS_GUARD_ROW" in os.environ, "this locks the whole machine: it is for the guests of vagrant/run.py"
+    assert [name for _, name in socket.if_nameindex()] == ["lo"], "an interface beside lo: a connect could get out"
+    for words in (f"addr replace {IPV4}/32 dev lo", f"-6 addr replace {IPV6}/128 dev lo nodad", "link set lo up"):
+        subprocess.run(["ip", *words.split()], check=True)  # noqa: S607  (the guest's own)
+    with ExitStack() as stack:
+        for family, address in ((socket.AF_INET, IPV4), (socket.AF_INET6, IPV6)):
+            listener = stack.enter_context(socket.socket(family))
+            listener.bind((address, 80))
+            listener.listen(512)  # the kernel answers for us: nobody accepts what it has completed (listen(2))
+        yield
+
+
+def left() -> List[str]:
+    """Pins of ours, and chains and rules of ours, in what iptables commands are here."""
+    found = [name for name in os.listdir("/sys/fs/bpf") if "imds" in name]
+    for tables in ("iptables-save", "ip6tables-save"):
+        if shutil.which(tables):
+            said = subprocess.run([tables], capture_output=True, text=True, check=True).stdout
+            found += [line for line in said.splitlines() if "imds" in line.lower()]
+    return found

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that the matrix must notice: each is one text put in place of another, and the row and tests that catch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+HOOKS = "bpf/imds_guard.bpf.c"
+_INSTALLED = "../guest/test_1_installed.py"
+_TABLE = "../guest/test_2_table.py"
+_WHO_EBPF = (_INSTALLED, "-k", "ebpf and who_gets")
+_WHO_IPTABLES = (_INSTALLED, "-k", "iptables and who_gets")
+_ALLOWED_IS_REFUSED = r"EPERM.*== \['connected'"
+_STRANGER_CONNECTS = r"\['connected'.*False|assert \[False"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old`` stands exactly once in ``file``; ``new`` takes its place. ``says`` is a pattern of what fails then.
+
+    A tree that does not even start would be red for another reason: the pattern tells the two apart.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    row: str
+    tests: Tuple[str, ...]
+    says: str
+
+
+FAULTS = (
+    Fault(
+        "connect6 is not attached",
+        "src/imds_guard/backends/ebpf/abi.py",
+        "for name in HOOKS if strict or name != EGRESS)",
+        'for name in HOOKS if (strict or name != EGRESS) and name != "connect6")',
+        "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
+    ),
+    Fault(
+        "an IPv4 address written as IPv6 is forgotten",
+        HOOKS,
+        "\tig_set_ipv6(&to, ctx->user_ip6);\n\tif (!generation ||",
+        "\tig_set_ipv6(&to, ctx->user_ip6);\n\tif (!generation || ig_is_ipv4(&to) ||",
+        "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
+    ),
+    Fault(
+        "the primary group alone is looked at",
+        HOOKS,
+        "group |= ig_supplementary(generation, number, list, caller);",
+        "group |= list->zero;",
+        "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
+    ),
+    Fault(
+        "the user ID is read from where the group ID is",
+        HOOKS,
+        "caller->cred + IG_OFF_CRED_FSUID)",
+        "caller->cred + IG_OFF_CRED_FSGID)",
+        "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
+    ),
+    Fault(
+        "the walk of the groups ends after 32",
+        HOOKS,
+        "\tif (len > IG_MAX_GROUPS)\n\t\treturn IG_UNREAD;\n",
+        "\tif (len > 32)\n\t\tlen = 32;\n",
+        "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
+    ),
+    Fault(
+        "root always gets through",
+        HOOKS,
+        "\tif (!(list->flags & IG_LIST_DEFAULT_ALLOW))\n\t\treturn IG_NOT_LISTED;\n",
+        "\tif (caller->fsuid == 0)\n\t\treturn IG_ALLOWED_USER;\n"
+        "\tif (!(list->flags & IG_LIST_DEFAULT_ALLOW))\n\t\treturn IG_NOT_LISTED;\n",
+        "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
+    ),
+    Fault(
+        "a container's processes count as the host's",
+        HOOKS,
+        "return user && pid ? 0 : IG_CONTAINER;",
+        "return 0;",
+        "6.1-debian-12", (_INSTALLED, _TABLE, "-k", "ebpf and pid-namespace-root"), r"'allowed' == 'denied'",
+    ),
+    Fault(
+        "a change does not wait for the hooks that run",
+        "src/imds_guard/kernel/grace.py",
+        "syscalls.membarrier(syscalls.MEMBARRIER_GLOBAL)",
+        "return",
+        "6.12-debian-13",
+        ("tests/kernel/test_races.py::test_changes_of_policy_with_a_widened_hook",),
+        r"the denied caller got through",
+    ),
+    Fault(
+        "pins go into the bpffs of the mount namespace that start runs in",
+        "src/imds_guard/kernel/bpffs.py",
+        'for mount in mounts("bpf", "1")',
+        'for mount in mounts("bpf", "self")',
+        "6.18-debian-12", _WHO_EBPF, r"status|\['connected'|assert \[False",
+    ),
+    Fault(
+        "the rule in FORWARD is forgotten",
+        "src/imds_guard/backends/forwarded.py",
+        "replace(program, ANCHOR, rule_texts(render(policy, program.version)), self.lock_wait_s)",
+        "replace(program, ANCHOR, {}, self.lock_wait_s)",
+        "6.12-debian-13",
+        ("tests/kernel/test_forwarded.py::test_forwarded_packets_are_rejected",),
+        r"connected",
+    ),
+    Fault(
+        "the fallback's rules are appended, behind somebody else's ACCEPT",
+        "src/imds_guard/backends/iptables/tables.py",
+        'f"-I {anchor.builtin} 1 {anchor.jump}"',
+        'f"-A {anchor.builtin} {anchor.jump}"',
+        "lockdown", _WHO_IPTABLES, r"connected|is degraded|behind|before ours|REJECT in OUTPUT",
+    ),
+    Fault(
+        "the fallback forgets supplementary groups",
+        "src/imds_guard/backends/iptables/rules.py",
+        'words += ["--suppl-groups"]',
+        "words += []",
+        "iptables-legacy", _WHO_IPTABLES, r"ECONNREFUSED|suppl-groups|returncode=69",
+    ),
+)  # fmt: skip
