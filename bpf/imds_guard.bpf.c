@@ -26,6 +26,8 @@ static __u64 (*ig_current_cgroup_id)(void) = (void *)80;
 static void *(*ig_find_tcp)(const void *skb, const void *tuple, __u32 octets, __u64 netns, __u64 flags) = (void *)84;
 static long (*ig_release)(void *sk) = (void *)86;
 static void *(*ig_full_socket)(const void *sk) = (void *)95;
+static struct bpf_sock *(*ig_find_any_tcp)(const void *skb, const void *tuple, __u32 octets, __u64 netns,
+					   __u64 flags) = (void *)99;
 static void *(*ig_socket_storage)(const void *map, const void *sk, const void *value, __u64 flags) = (void *)107;
 static long (*ig_read_kernel)(void *to, __u32 octets, const void *from) = (void *)113;
 static __u64 (*ig_netns_cookie)(const void *ctx) = (void *)122;
@@ -77,7 +79,9 @@ struct ig_caller {
 	const char *cred;
 	__u32 fsuid;
 	__u32 fsgid;
-	__u32 allowed_gid; /* a group that is on the allow list, when one was found */
+	__u32 allowed_gid; /* the group that a search found on the allow list */
+	__u32 allowed_at; /* or where among the caller's groups a walk found one: it is one of IG_QUAD from there on */
+	bool searched;
 };
 
 /* --- is the address locked at all? -------------------------------------------------------------------------------- */
@@ -251,21 +255,15 @@ ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *l
 #define IG_UNREAD 4 /* beside IG_ALLOW and IG_DENY */
 #define IG_TOO_MANY 8
 
-/* As ig_group(), and keeps which group is allowed. */
-ig_inline __u32 ig_caller_group(__u32 generation, __u32 number, const struct ig_list *list, __u32 gid, __u32 *allowed)
-{
-	__u32 verdict = ig_group(generation, number, list, gid);
-
-	if (verdict & IG_ALLOW)
-		*allowed = gid;
-	return verdict;
-}
-
 #define IG_QUAD 4 /* groups read at a time: a read costs more than the test of what it brought */
 
-/* Up to IG_WALKED groups of the caller against a list of any length. */
+/*
+ * Up to IG_WALKED groups of the caller against a list of any length. *at becomes where an allowed one stands, for
+ * ig_matched_group(): by a product with a computed 0 or 1, since a branch is two paths at each step (more than a million
+ * instructions on v5.10), and a mask makes later verifiers fork all the same.
+ */
 ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len,
-			       __u32 *allowed)
+			       __u32 *at)
 {
 	__u32 seen = list->zero, odd = len % IG_QUAD, i;
 	__u32 gids[IG_QUAD] = {};
@@ -276,19 +274,25 @@ ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_l
 	for (i = 0; i < IG_QUAD - 1; i++)
 		if (i < odd) {
 			failed |= ig_read_kernel(gids, sizeof(gids[0]), gid + i * sizeof(gids[0]));
-			seen |= ig_caller_group(generation, number, list, gids[0], allowed);
+			seen |= ig_group(generation, number, list, gids[0]);
 		}
 	gid += odd * sizeof(gids[0]);
 	for (i = 0; i < IG_WALKED / IG_QUAD; i++) {
+		__u32 four, hit;
+
 		/* Else clang makes one bound of the two, and the verifier does not know that one. */
 		asm volatile("" : "+r"(len));
 		if (i >= len / IG_QUAD)
 			break;
 		failed |= ig_read_kernel(gids, sizeof(gids), gid + i * sizeof(gids));
-		seen |= ig_caller_group(generation, number, list, gids[0], allowed);
-		seen |= ig_caller_group(generation, number, list, gids[1], allowed);
-		seen |= ig_caller_group(generation, number, list, gids[2], allowed);
-		seen |= ig_caller_group(generation, number, list, gids[3], allowed);
+		four = ig_group(generation, number, list, gids[0]);
+		four |= ig_group(generation, number, list, gids[1]);
+		four |= ig_group(generation, number, list, gids[2]);
+		four |= ig_group(generation, number, list, gids[3]);
+		hit = four & IG_ALLOW;
+		asm volatile("" : "+r"(hit));
+		*at += (odd + i * IG_QUAD - *at) * hit;
+		seen |= four;
 	}
 	return failed ? IG_UNREAD : seen;
 }
@@ -322,7 +326,7 @@ ig_inline bool ig_has_group(const struct ig_groups *groups, __u32 index, const c
 }
 
 /* More than IG_WALKED groups: look for each listed group among them. Denied ones come first, so the first hit decides. */
-ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid, __u32 len, __u32 *allowed)
+ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid, __u32 len, struct ig_caller *caller)
 {
 	struct ig_list_key key = { .generation = generation, .list = number };
 	const struct ig_groups *groups = ig_lookup(IG_MAP(IG_MAP_GROUPS), &key);
@@ -340,7 +344,8 @@ ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid
 		if (failed)
 			return IG_UNREAD;
 		if (has) {
-			*allowed = groups->gid[i];
+			caller->searched = true;
+			caller->allowed_gid = groups->gid[i];
 			return i < groups->denied ? IG_DENY : IG_ALLOW;
 		}
 	}
@@ -362,10 +367,10 @@ ig_inline __u32 ig_supplementary(__u32 generation, __u32 number, const struct ig
 		return IG_UNREAD;
 	if (len <= IG_WALKED)
 		return ig_walk_groups(generation, number, list, group_info + IG_OFF_GROUP_INFO_GID, len,
-				      &caller->allowed_gid);
+				      &caller->allowed_at);
 	if (!(list->flags & IG_LIST_SMALL))
 		return IG_TOO_MANY;
-	return ig_search_groups(generation, number, group_info + IG_OFF_GROUP_INFO_GID, len, &caller->allowed_gid);
+	return ig_search_groups(generation, number, group_info + IG_OFF_GROUP_INFO_GID, len, caller);
 }
 
 /* 1 when the caller lives in the initial user namespace, 0 when not, -1 when that can't be read. */
@@ -399,6 +404,7 @@ ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_l
 	/* Not 0, which the verifier would know: one more state to carry through the loops. */
 	__u32 user = list->zero, group;
 
+	caller->allowed_at = list->zero;
 	if (list->flags & IG_LIST_USERS)
 		user = ig_member(generation, number, list, IG_USER, caller->fsuid);
 	if (user & IG_DENY)
@@ -407,7 +413,7 @@ ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_l
 		return IG_ALLOWED_USER;
 	if (list->flags & IG_LIST_GROUPS) {
 		/* fsgid need not be in group_info: in_group_p() in kernel/groups.c looks at both. */
-		group = ig_caller_group(generation, number, list, caller->fsgid, &caller->allowed_gid);
+		group = ig_group(generation, number, list, caller->fsgid);
 		if (group & IG_DENY)
 			return IG_DENIED_GROUP;
 		if ((group & IG_ALLOW) && !(list->flags & IG_LIST_DENY_GROUPS))
@@ -586,21 +592,65 @@ ig_inline __u32 ig_kind_of_mark(__u32 reason)
 	return IG_MARK_AUDIT;
 }
 
+/* The group that let the caller through; false when it can't be read any more. */
+ig_inline bool ig_matched_group(__u32 generation, __u32 number, const struct ig_caller *caller, __u32 *gid)
+{
+	__u32 record = (generation - 1) * IG_LISTS + number;
+	const struct ig_list *list = ig_lookup(IG_MAP(IG_MAP_LISTS), &record);
+	const char *group_info = 0;
+	__u32 len = 0, i;
+
+	*gid = caller->searched ? caller->allowed_gid : caller->fsgid;
+	if (!list || caller->searched)
+		return list;
+	if (ig_group(generation, number, list, *gid) & IG_ALLOW)
+		return true;
+	if (ig_read_kernel(&group_info, sizeof(group_info), caller->cred + IG_OFF_CRED_GROUP_INFO) ||
+	    ig_read_kernel(&len, sizeof(len), group_info + IG_OFF_GROUP_INFO_NGROUPS))
+		return false;
+	group_info += IG_OFF_GROUP_INFO_GID + (__u64)caller->allowed_at * sizeof(*gid);
+#pragma clang loop unroll(full)
+	for (i = 0; i < IG_QUAD; i++) {
+		if (caller->allowed_at + i >= len || ig_read_kernel(gid, sizeof(*gid), group_info + i * sizeof(*gid)))
+			return false;
+		if (ig_group(generation, number, list, *gid) & IG_ALLOW)
+			return true;
+	}
+	return false;
+}
+
 /* False when the socket could not be marked: its packets would be dropped, so the connect had better be denied. */
 ig_inline bool ig_mark(struct bpf_sock *sk, const struct ig_settings *settings, const struct ig_caller *caller,
-		       __u32 list, __u32 reason)
+		       __u32 generation, __u32 list, __u32 reason)
 {
 	struct ig_mark *mark = ig_socket_storage(IG_MAP(IG_MAP_MARKS), sk, 0, IG_STORAGE_CREATE);
+	__u32 gid = 0;
 
-	if (!mark)
+	if (!mark || (reason == IG_ALLOWED_GROUP && !ig_matched_group(generation, list, caller, &gid)))
 		return false;
 	mark->serial = settings->serial;
 	mark->fsuid = caller->fsuid;
-	mark->gid = caller->allowed_gid;
+	mark->gid = gid;
 	mark->list = list;
 	mark->kind = ig_kind_of_mark(reason);
 	mark->place_unknown = settings->allow_containers != 0;
 	return true;
+}
+
+/*
+ * A connect to a port of a locked address that is open: only the answers ask for this mark (ig_answers_approved()), so
+ * a socket that can't be marked loses nothing but those of a service on this machine.
+ */
+ig_inline void ig_mark_open(__u32 generation, struct bpf_sock *sk, __u32 protocol)
+{
+	const struct ig_settings *settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
+	struct ig_mark *mark;
+
+	if (!settings || !settings->strict || protocol != IG_TCP)
+		return;
+	mark = ig_socket_storage(IG_MAP(IG_MAP_MARKS), sk, 0, IG_STORAGE_CREATE);
+	if (mark)
+		mark->kind = IG_MARK_OPEN;
 }
 
 /*
@@ -615,7 +665,7 @@ ig_inline bool ig_mark_holds(__u32 generation, const struct ig_settings *setting
 	const struct ig_list *list = ig_lookup(IG_MAP(IG_MAP_LISTS), &record);
 	__u32 user, group;
 
-	if (mark->kind == 0 || mark->kind == IG_MARK_AUDIT || !list || !(list->flags & IG_LIST_VALID))
+	if (mark->kind == 0 || mark->kind >= IG_MARK_AUDIT || !list || !(list->flags & IG_LIST_VALID))
 		return false;
 	if (mark->serial == settings->serial && mark->list == number)
 		return true;
@@ -673,7 +723,7 @@ ig_inline __u32 ig_judge_and_mark(__u32 generation, const struct ig_settings *se
 	/* Packets are sent by the sockets below it, one for each path, which this mark would not be on (net/mptcp/). */
 	if (ctx->protocol == IG_IPPROTO_MPTCP)
 		return reason > IG_DEFAULT_ALLOW ? reason : IG_UNAPPROVED_SOCKET;
-	return ig_mark(sk, settings, caller, list, reason) ? reason : IG_UNREADABLE;
+	return ig_mark(sk, settings, caller, generation, list, reason) ? reason : IG_UNREADABLE;
 }
 
 /* For an address that may be locked: 1 lets the connect through, 0 makes it EPERM. */
@@ -688,8 +738,10 @@ ig_inline int ig_decide(__u32 generation, struct bpf_sock_addr *ctx, struct bpf_
 
 	ig_read_request(&request, ctx, sk, hook);
 	ig_resolve_unspecified(&request);
-	if (!ig_find_range(generation, &request, &range))
+	if (!ig_find_range(generation, &request, &range)) {
+		ig_mark_open(generation, sk, request.protocol);
 		return 1;
+	}
 	settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
 	valid = settings && settings->valid;
 	told.lock = range.lock;
@@ -777,6 +829,7 @@ int ig_sendmsg6(struct bpf_sock_addr *ctx)
 #define IG_ETH_P_IP ig_be16(0x0800)
 #define IG_ETH_P_IPV6 ig_be16(0x86dd)
 #define IG_TCP_FLAGS_AT 13
+#define IG_TCP_SYN 0x02
 #define IG_TCP_RST 0x04
 
 /* Extension headers of IPv6 (RFC 8200, section 4; RFC 4302) that lead on to another one. */
@@ -844,13 +897,15 @@ ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packe
 	}
 }
 
-/* A reset takes a connection down: it may always, or the other end would wait for what was cut. */
-ig_inline bool ig_is_reset(struct __sk_buff *skb, const struct ig_packet *packet)
+/* 0 for what is not TCP, or too short for it. */
+ig_inline __u8 ig_tcp_flags(struct __sk_buff *skb, const struct ig_packet *packet)
 {
 	__u8 flags = 0;
 
-	return packet->request.protocol == IG_TCP &&
-	       !ig_load_octets(skb, packet->transport_at + IG_TCP_FLAGS_AT, &flags, sizeof(flags)) && (flags & IG_TCP_RST);
+	if (packet->obscure || packet->request.protocol != IG_TCP ||
+	    ig_load_octets(skb, packet->transport_at + IG_TCP_FLAGS_AT, &flags, sizeof(flags)))
+		return 0;
+	return flags;
 }
 
 /* No stack sends what is obscure: it counts for the whole address. */
@@ -867,7 +922,7 @@ ig_inline bool ig_find_packets_range(__u32 generation, const struct ig_packet *p
 	return true;
 }
 
-/* Does the mark of a socket let its packets through, audit mode's included? Their connects were counted. */
+/* Does the mark of a socket let it talk to what a list is about, audit mode's included? Those connects were counted. */
 ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
 {
 	const struct ig_mark *mark = ig_socket_storage(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
@@ -876,37 +931,53 @@ ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settin
 		return false;
 	if (mark->kind == IG_MARK_AUDIT)
 		return settings->mode == IG_AUDIT;
+	if (mark->kind == IG_MARK_OPEN)
+		return list == IG_NO_LIST;
 	return ig_mark_holds(generation, settings, list, mark);
 }
 
+/* How the kernel knows the connection that a packet belongs to: as the one whom it is sent to sees it, or turned round. */
+ig_inline void ig_tuple(struct bpf_sock_tuple *tuple, const struct ig_packet *packet, bool ipv4, bool turned)
+{
+	const struct ig_address *from = turned ? &packet->request.to : &packet->from;
+	const struct ig_address *to = turned ? &packet->from : &packet->request.to;
+
+	if (ipv4) {
+		tuple->ipv4.saddr = from->word[3];
+		tuple->ipv4.daddr = to->word[3];
+		tuple->ipv4.sport = packet->ports[turned];
+		tuple->ipv4.dport = packet->ports[!turned];
+		return;
+	}
+	__builtin_memcpy(tuple->ipv6.saddr, from, sizeof(tuple->ipv6.saddr));
+	__builtin_memcpy(tuple->ipv6.daddr, to, sizeof(tuple->ipv6.daddr));
+	tuple->ipv6.sport = packet->ports[turned];
+	tuple->ipv6.dport = packet->ports[!turned];
+}
+
+#define IG_TUPLE4 12 /* octets of a tuple: the verifier wants a constant */
+#define IG_TUPLE6 36
+
 /*
  * Where a locked address is one of this machine's own, its clients have it, too, and the service's answers go to a
- * locked address: they pass when the socket that they go to was approved.
+ * locked address: they pass when the socket that they go to was let through to where they come from.
  */
 ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, const struct ig_settings *settings,
-				   __u32 list, const struct ig_packet *packet)
+				   const struct ig_packet *packet, bool ipv4)
 {
+	struct ig_request asked = { .to = packet->from, .port = ig_be16(packet->ports[0]), .protocol = IG_TCP };
 	struct bpf_sock_tuple tuple = {};
-	__u32 octets = sizeof(tuple.ipv6);
+	struct ig_port_range range;
+	__u32 list = IG_NO_LIST;
 	bool passes;
 	void *sk;
 
-	if (packet->obscure || packet->request.protocol != IG_TCP)
-		return false;
-	if (skb->protocol == IG_ETH_P_IP) {
-		octets = sizeof(tuple.ipv4);
-		tuple.ipv4.saddr = packet->from.word[3];
-		tuple.ipv4.daddr = packet->request.to.word[3];
-		tuple.ipv4.sport = packet->ports[0];
-		tuple.ipv4.dport = packet->ports[1];
-		sk = ig_find_tcp(skb, &tuple, octets, (__u64)BPF_F_CURRENT_NETNS, 0);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &packet->from, sizeof(tuple.ipv6.saddr));
-		__builtin_memcpy(tuple.ipv6.daddr, &packet->request.to, sizeof(tuple.ipv6.daddr));
-		tuple.ipv6.sport = packet->ports[0];
-		tuple.ipv6.dport = packet->ports[1];
-		sk = ig_find_tcp(skb, &tuple, octets, (__u64)BPF_F_CURRENT_NETNS, 0);
-	}
+	if (ig_find_range(generation, &asked, &range))
+		list = range.list;
+
+	ig_tuple(&tuple, packet, ipv4, false);
+	sk = ipv4 ? ig_find_tcp(skb, &tuple, IG_TUPLE4, (__u64)BPF_F_CURRENT_NETNS, 0) :
+		    ig_find_tcp(skb, &tuple, IG_TUPLE6, (__u64)BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
 	passes = ig_mark_passes(generation, settings, list, sk);
@@ -914,16 +985,47 @@ ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, cons
 	return passes;
 }
 
+ig_inline bool ig_is_time_wait(struct __sk_buff *skb, const struct ig_packet *packet, bool ipv4, bool turned)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+	bool is;
+
+	ig_tuple(&tuple, packet, ipv4, turned);
+	sk = ipv4 ? ig_find_any_tcp(skb, &tuple, IG_TUPLE4, (__u64)BPF_F_CURRENT_NETNS, 0) :
+		    ig_find_any_tcp(skb, &tuple, IG_TUPLE6, (__u64)BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return false;
+	is = sk->state == BPF_TCP_TIME_WAIT;
+	ig_release(sk);
+	return is;
+}
+
+/*
+ * What goes on without an approved socket. A reset takes a connection down, and the other end would wait for what was
+ * cut. When a connection is closed the kernel remembers it in TIME_WAIT, without the socket and its mark, and answers
+ * for it: none of that can carry data that anybody reads. A SYN could begin a new one.
+ */
+ig_inline bool ig_is_harmless(struct __sk_buff *skb, const struct ig_packet *packet, bool ipv4, __u8 flags)
+{
+	if (flags & IG_TCP_RST)
+		return true;
+	if (!flags || (flags & IG_TCP_SYN))
+		return false;
+	return ig_is_time_wait(skb, packet, ipv4, true) || ig_is_time_wait(skb, packet, ipv4, false);
+}
+
 /* 1 lets the packet out, 0 drops it: no socket that was approved sends it. */
-ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet)
+ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet, bool ipv4)
 {
 	const struct ig_settings *settings;
 	struct ig_port_range range;
 	struct ig_caller caller = {};
 	struct ig_told told = { .caller = &caller, .generation = generation, .hook = IG_EGRESS };
 	struct bpf_sock *sk;
+	__u8 flags;
 
-	if (!ig_find_packets_range(generation, packet, &range) || ig_is_reset(skb, packet))
+	if (!ig_find_packets_range(generation, packet, &range))
 		return 1;
 	settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
 	told.reason = IG_NO_SETTINGS;
@@ -935,7 +1037,10 @@ ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig
 		sk = sk ? ig_full_socket(sk) : 0;
 		if (sk && ig_mark_passes(generation, settings, range.list, sk))
 			return 1;
-		if (ig_answers_approved(skb, generation, settings, range.list, packet))
+		flags = ig_tcp_flags(skb, packet);
+		if (flags && ig_answers_approved(skb, generation, settings, packet, ipv4))
+			return 1;
+		if (ig_is_harmless(skb, packet, ipv4, flags))
 			return 1;
 		told.reason = IG_UNAPPROVED_SOCKET;
 		if (settings->mode == IG_AUDIT)
@@ -962,7 +1067,7 @@ ig_inline int ig_judge_locked_packet(struct __sk_buff *skb, __u32 generation, st
 	if (!packet->obscure && ig_load_octets(skb, packet->transport_at, packet->ports, sizeof(packet->ports)))
 		packet->obscure = true;
 	packet->request.port = ig_be16(packet->ports[1]);
-	return ig_judge_packet(skb, generation, packet);
+	return ig_judge_packet(skb, generation, packet, ipv4);
 }
 
 int ig_egress(struct __sk_buff *skb)

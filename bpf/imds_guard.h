@@ -251,7 +251,7 @@ struct ig_watch {
 };
 
 /* SK_STORAGE, under strict: what let the socket's last connect or sendmsg through. */
-enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT };
+enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT, IG_MARK_OPEN };
 struct ig_mark {
 	__u64 serial; /* ig_settings.serial of that moment */
 	__u32 fsuid;

@@ -11,6 +11,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from imds_guard import connections, edit, lockdown, preflight
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.forwarded import Forwarded
+from imds_guard.capabilities import REQUIRED
 from imds_guard.config import Config, check_saving_to, load_config, save_config
 from imds_guard.demo import DemoResult, run_demo
 from imds_guard.emergency import FAULT as EMERGENCY_FAULT
@@ -19,6 +20,7 @@ from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, 
 from imds_guard.export import Exported
 from imds_guard.export import export as export_policy
 from imds_guard.kernel import lockfile
+from imds_guard.kernel.privileges import missing_capabilities
 from imds_guard.locked_sockets import Scope
 from imds_guard.policy import (
     Caller,
@@ -385,9 +387,15 @@ def check(policy: Optional[Policy], place: Place) -> Checked:
 
 
 def require_root(command: str) -> None:
-    """Raises NotPermitted unless the effective user is root."""
+    """Raises NotPermitted unless the effective user is root, with the capabilities that the command takes."""
     if os.geteuid() != 0:
         raise NotPermitted(f"imds-guard {command}: only root may; run it with sudo")
+    lacking = missing_capabilities(REQUIRED.get(command, ()))
+    if lacking:
+        raise NotPermitted(
+            f"imds-guard {command}: this process is root without {' and '.join(lacking)}; a unit, a container or a "
+            "security module took that away, run it where it is not"
+        )
 
 
 def explain(caller: Caller, endpoint: Endpoint, cgroup: Optional[str]) -> Tuple[Decision, Destination]:

@@ -10,7 +10,7 @@ from typing import Callable, List, Optional
 from imds_guard import actions
 from imds_guard.actions import Outcome, Place, Tell
 from imds_guard.backends import choose
-from imds_guard.config import Config, load_config, on_error_of
+from imds_guard.config import Config, load_config, word_at_top
 from imds_guard.emergency import emergency_policy, is_emergency
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
 from imds_guard.kernel.dmi import dmi_words
@@ -68,9 +68,9 @@ def _as_guard_error(error: Exception) -> GuardError:
 
 def _without_the_policy(error: GuardError, path: str, place: Place, tell: Tell, begin: Begin) -> Booted:
     """A policy that is in force is worth more than the emergency lock, and stays."""
-    if choose.running(place.cgroup):
+    if _is_running(place.cgroup or word_at_top(path, "cgroup")):
         return Booted(error=_more(error, "what was in force stays so"))
-    if on_error_of(path) == "open":
+    if word_at_top(path, "on_error") == "open":
         return Booted(error=_more(error, 'nothing is locked, since the configuration says on_error = "open"'))
     try:
         outcome = lock_down(place, tell, begin)
@@ -80,6 +80,13 @@ def _without_the_policy(error: GuardError, path: str, place: Place, tell: Tell, 
         ) from error
     words = "until that is corrected the built-in endpoints are locked for everyone but root (emergency lock)"
     return Booted(outcome, _more(error, words))
+
+
+def _is_running(cgroup: Optional[str]) -> bool:
+    try:
+        return bool(choose.running(cgroup))
+    except GuardError:
+        return False  # no such cgroup, so nothing guards it
 
 
 def lock_down(place: Place, tell: Tell, begin: Begin) -> Outcome:

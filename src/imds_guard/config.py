@@ -7,7 +7,7 @@ import os
 
 from imds_guard import config_edit
 from imds_guard.command_policy import policy_from_words
-from imds_guard.config_reader import CONFIG_PATH, Config, load_config, on_error_of, parse_config, read_text
+from imds_guard.config_reader import CONFIG_PATH, Config, load_config, parse_config, read_text, word_at_top
 from imds_guard.config_writer import dump_config
 from imds_guard.endpoint_words import endpoint_words, parse_endpoint
 from imds_guard.errors import GuardError, system_words
@@ -19,11 +19,11 @@ __all__ = [
     "dump_config",
     "endpoint_words",
     "load_config",
-    "on_error_of",
     "parse_config",
     "parse_endpoint",
     "policy_from_words",
     "save_config",
+    "word_at_top",
 ]
 
 

@@ -59,13 +59,13 @@ def read_text(path: str) -> str:
         raise BadPolicy(f"{path}: this is not TOML: octet {error.start} is not UTF-8") from error
 
 
-def on_error_of(path: str) -> str:
-    """``open`` where a file that is TOML says so, whatever else is wrong with it; else ``closed``."""
+def word_at_top(path: str, key: str) -> Optional[str]:
+    """The string of a key that is in no table, of a file that is TOML, whatever else is wrong with it; or None."""
     try:
-        said = load_toml(read_text(path), path).get("on_error")
+        said = load_toml(read_text(path), path).get(key)
     except GuardError:
-        return "closed"
-    return "open" if said == "open" else "closed"
+        return None
+    return said if isinstance(said, str) else None
 
 
 def parse_config(

@@ -7,7 +7,8 @@ import json
 from typing import Any, Dict, List, Optional, Tuple
 
 from imds_guard import words
-from imds_guard.backends.ebpf.watch import Lists, Record
+from imds_guard.backends.ebpf.tables import Lists
+from imds_guard.backends.ebpf.watch import Record
 from imds_guard.describe import Home, Names, Program, fs_text, iso_time, lenient, wall_clock
 from imds_guard.policy import Reason
 

@@ -28,6 +28,8 @@ class Fold:
     due: float
     count: int = 1
     processes: Set[bytes] = field(default_factory=set)
+    memory: object = None
+    """Whatever the caller wants to know again when the fold comes out the next time."""
 
 
 class Folding:

@@ -11,7 +11,7 @@ from imds_guard import __version__
 from imds_guard.actions import Status, status
 from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.abi import needed_hooks
-from imds_guard.backends.ebpf.watch import Place, Report, read_report
+from imds_guard.backends.ebpf.tables import Place, Report, read_report
 from imds_guard.errors import GuardError, Unsupported, system_words
 from imds_guard.policy import Mode, Reason
 

@@ -10,13 +10,13 @@ from typing import Any, Dict, List, Optional, Set, Tuple
 
 from imds_guard import edit
 from imds_guard.actions import the_running
-from imds_guard.backends.ebpf.watch import Place, Report, Row, read_report
+from imds_guard.backends.ebpf.tables import Place, Report, Row, read_report
 from imds_guard.config import Config, dump_config, endpoint_words
 from imds_guard.describe import Names, fs_text, iso_time, wall_clock
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import user_id
 from imds_guard.policy import Identities, Lock, Mode, Policy, Reason, make_policy
-from imds_guard.watching import require_ebpf
+from imds_guard.reader import require_ebpf
 from imds_guard.words import visible
 
 _LISTING_HELPS = (Reason.NOT_LISTED, Reason.TOO_MANY_GROUPS)
@@ -33,6 +33,8 @@ _OTHERWISE: Dict[Reason, str] = {
     Reason.NO_SETTINGS: "the policy was not whole: imds-guard start repairs it",
     Reason.UNAPPROVED_SOCKET: "packets without an approved connect are dropped: the program must connect by itself",
 }
+
+_AUDIT = 'audit mode denies nobody: when all who should pass are on the list, start with mode = "enforce"'
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ def report(cgroup: Optional[str]) -> Reported:
 def way_in(policy: Policy, rows: Tuple[Row, ...], cgroup: Optional[str]) -> Way:
     """Commands and policy that would let through everyone in ``rows`` whom an allowlist helps."""
     helped = [row for row in rows if row.reason in _LISTING_HELPS and row.lock is not None]
-    counts: Counter[str] = Counter()
-    for row in helped:
-        counts[_command(policy, row, cgroup)] += row.count
     if not helped:
         return Way((), "")
+    alike, words = _has_one_list(policy), {row.fsuid: user_word(row.fsuid) for row in helped}
+    counts: Counter[str] = Counter()
+    for row in helped:
+        counts[_command(words[row.fsuid], None if alike else _endpoint_of(policy, row), cgroup)] += row.count
     users: Dict[str, Set[int]] = {}
     for row in helped:
         users.setdefault(row.lock or "", set()).add(row.fsuid)
@@ -86,19 +89,17 @@ def _with_users(lock: Lock, users: Set[int]) -> Lock:
     return replace(lock, allow=Identities(lock.allow.users | users, lock.allow.groups))
 
 
-def _command(policy: Policy, row: Row, cgroup: Optional[str]) -> str:
-    words = ["imds-guard", "allow", "--user", user_word(row.fsuid)]
-    if not _one_list(policy, row.fsuid):
-        words += ["--ip", _endpoint_of(policy, row)]
-    if cgroup is not None:
-        words += ["--cgroup", cgroup]
+def _command(user: str, endpoint: Optional[str], cgroup: Optional[str]) -> str:
+    words = ["imds-guard", "allow", "--user", user]
+    words += [] if endpoint is None else ["--ip", endpoint]
+    words += [] if cgroup is None else ["--cgroup", cgroup]
     return shlex.join(words)
 
 
-def _one_list(policy: Policy, uid: int) -> bool:
-    """True when ``allow`` without --ip would do: every lock has the same allowlist."""
+def _has_one_list(policy: Policy) -> bool:
+    """True when ``allow`` does without --ip: every lock has the same allowlist."""
     try:
-        edit.allow(policy, Identities(frozenset((uid,))))
+        edit.allow(policy, Identities(frozenset((0,))))
     except UsageError:
         return False
     return True
@@ -127,22 +128,23 @@ def user_word(uid: int) -> str:
 
 def values(found: Reported) -> Dict[str, Any]:
     """The report for JSON."""
+    names = Names()
     return {
         "mode": found.report.mode.value,
         "generation": found.report.generation,
         "change": found.report.serial,
         "overflow": found.report.overflow,
-        "rows": [_row_values(row) for row in found.report.rows],
+        "rows": [_row_values(row, names) for row in found.report.rows],
         "allow": [{"command": command, "denials": count} for command, count in found.way.commands],
         "config": found.way.config or None,
         "notes": list(found.notes),
     }
 
 
-def _row_values(row: Row) -> Dict[str, Any]:
+def _row_values(row: Row, names: Names) -> Dict[str, Any]:
     return {
         "lock": row.lock,
-        "user": visible(Names().user(row.fsuid)),
+        "user": visible(names.user(row.fsuid)),
         "uid": row.fsuid,
         "reason": row.reason.word,
         "count": row.count,
@@ -165,6 +167,8 @@ Cell = Tuple[str, str]
 
 MANY = 40
 """So many rows and commands are shown; JSON has them all."""
+MANY_LINES = 400
+"""A longer configuration is left to JSON."""
 
 
 def title(found: Reported) -> List[str]:
@@ -177,11 +181,12 @@ def title(found: Reported) -> List[str]:
 
 def cells(found: Reported) -> List[Tuple[Cell, ...]]:
     """The rows of the table, most denials first."""
-    return [_cells(row) for row in found.report.rows[:MANY]]
+    names = Names()
+    return [_cells(row, names) for row in found.report.rows[:MANY]]
 
 
-def _cells(row: Row) -> Tuple[Cell, ...]:
-    name = visible(Names().user(row.fsuid))
+def _cells(row: Row, names: Names) -> Tuple[Cell, ...]:
+    name = visible(names.user(row.fsuid))
     who = name if name == str(row.fsuid) else f"{name} ({row.fsuid})"
     first, last = (iso_time(wall_clock(ns))[:19].replace("T", " ") for ns in (row.first_ns, row.last_ns))
     host = f"[{row.address}]" if row.address.version == 6 else str(row.address)
@@ -213,10 +218,14 @@ def after(found: Reported) -> List[str]:
     lines = [f"and {len(report.rows) - MANY} more (--json has them all)"] if len(report.rows) > MANY else []
     if report.overflow:
         lines += ["", f"{report.overflow} denials found no room in the report, since the guard was started."]
-    lines += ["", *(f"note: {note}" for note in found.notes)] if found.notes else []
+    notes = [*found.notes, *([_AUDIT] if report.mode is Mode.AUDIT else [])]
+    lines += ["", *(f"note: {note}" for note in notes)] if notes else []
     if not way.commands:
         return lines
     lines += ["", "To let them through, run the lines of those who should be:", ""]
     lines += [f"  {command}    # {count}" for command, count in way.commands[:MANY]]
     lines += [f"  # and {len(way.commands) - MANY} more"] if len(way.commands) > MANY else []
-    return [*lines, "", "The same for all of them, as a configuration file:", "", *way.config.splitlines()]
+    config = way.config.splitlines()
+    if len(config) > MANY_LINES:
+        return [*lines, "", f"A configuration file for all of them has {len(config)} lines: --json has it."]
+    return [*lines, "", "The same for all of them, as a configuration file:", "", *config]

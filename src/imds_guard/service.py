@@ -219,7 +219,9 @@ def uninstall(folder: str = FOLDER) -> List[str]:
     lines = []
     systemd.systemctl("disable", "--quiet", *(name for name in there if "[Install]" in _text(name)))
     if systemd.is_booted():
-        systemd.systemctl("stop", *(name for name in there if name in (WATCH, VERIFY)), "imds-guard-verify.service")
+        for name in there:
+            if name not in (MAIN, REQUIRED):
+                systemd.systemctl("stop", name)
     for name in there:
         path = os.path.join(folder, name)
         if _read(path).startswith(MARK):

@@ -10,7 +10,7 @@ from typing import List, Optional, Tuple
 from imds_guard import actions, boot
 from imds_guard.actions import Place, Status, Tell
 from imds_guard.backends import choose
-from imds_guard.config import Config, load_config, on_error_of
+from imds_guard.config import Config, load_config, word_at_top
 from imds_guard.emergency import FAULT as EMERGENCY_FAULT
 from imds_guard.errors import BadPolicy, GuardError
 
@@ -87,7 +87,7 @@ def _put_in_place_of_the_unreadable(path: str, where: Place, tell: Tell) -> Done
     if config is not None:
         lines = boot.put_on(config.policy, where, tell, actions.start_now).lines
         return _with("the configuration's policy took its place", lines), list(config.warnings)
-    if on_error_of(path) == "open":
+    if word_at_top(path, "on_error") == "open":
         raise BadPolicy(f'{path} can\'t be used, and says on_error = "open": what is left in force stays as it is')
     boot.lock_down(where, tell, actions.start_now)
     return "the emergency lock took its place", [f"there is no usable configuration {path} that says what was meant"]

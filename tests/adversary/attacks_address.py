@@ -17,6 +17,7 @@ from tests.adversary.scene import (
     ALLOWED_GID,
     ATTACKER,
     ATTACKER_GID,
+    ATTACKERS_OWN,
     IPV4,
     IPV6,
     LINK_LOCAL,
@@ -283,6 +284,7 @@ ATTACKS = (
         "`status` says degraded and names the program.",
         {
             "rewrite": Way(_rewritten(_behind_ours, _REWRITE, REWRITTEN)),
+            "approved-elsewhere": Way(_rewritten(_behind_ours, rewriting(ATTACKERS_OWN, IPV4), ATTACKERS_OWN)),
             "set-retval": Way(_rewritten(_behind_ours, OVERRIDING, IPV4), ("set-retval",)),
         },
     ),

@@ -249,11 +249,10 @@ ATTACKS = (
     ),
     Attack(
         "other-protocols",
-        "Other protocols: SCTP, UDP-Lite",
+        "Other protocols, like UDP-Lite",
         Verdict.OPEN,
         "Only TCP and UDP are covered. No metadata service speaks another.",
         {
-            "sctp": Way(as_attacker(lambda: fetch(IPV4, socket.SOCK_STREAM, service.IPPROTO_SCTP)), ("sctp",)),
             "udp-lite": Way(
                 as_attacker(lambda: fetch(IPV4, socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)), ("udp-lite",)
             ),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets and identities that were somebody else's, or another time's."""
+"""Sockets and identities that were somebody else's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import subprocess
 from typing import Callable, Iterator, Tuple
 
 from imds_guard.kernel.credentials import become
-from tests.adversary.model import Attack, Run, Verdict, Way
+from tests.adversary.model import Attack, Verdict, Way
 from tests.adversary.privileges import CAP_SYS_PTRACE, become_user
 from tests.adversary.rings import Ring
 from tests.adversary.scene import (
@@ -20,24 +20,18 @@ from tests.adversary.scene import (
     ALLOWED_GID,
     ATTACKER,
     ATTACKER_GID,
-    ATTACKER_TOO,
-    ELSEWHERE,
     IPV4,
-    IPV6,
     OPEN4,
-    USUAL,
     WAIT_S,
     alongside,
     as_root,
     by_attacker,
 )
-from tests.adversary.talk import ask, make_socket, packed, patient, there
-from tests.conformance.attempts import TCP_FASTOPEN_CONNECT
+from tests.adversary.talk import ask, connected, make_socket, packed, patient, there
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PIDFD_GETFD = 438  # pidfd_getfd(2), the same on every architecture but alpha
 
-Pause = Callable[[], None]
 Prepare = Callable[[], socket.socket]
 
 
@@ -46,74 +40,6 @@ def _checked(result: int, what: str) -> int:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
-
-
-# --- sockets from before ----------------------------------------------------------------------------------------------
-
-
-def _connected() -> socket.socket:
-    one = make_socket()
-    one.connect(there())
-    return one
-
-
-def _kept_alive() -> socket.socket:
-    """A connection that has been used, as an SDK keeps one."""
-    one = _connected()
-    ask(one)
-    return one
-
-
-def _connected_ipv6() -> socket.socket:
-    one = make_socket(IPV6)
-    one.connect(there(IPV6))
-    ask(one)
-    return one
-
-
-def _connected_udp() -> socket.socket:
-    one = make_socket(kind=socket.SOCK_DGRAM)
-    one.connect(there())
-    return one
-
-
-def _begun_fastopen() -> socket.socket:
-    """connect(2) was called, nothing was sent yet (TCP_FASTOPEN_CONNECT in tcp(7))."""
-    one = make_socket()
-    one.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-    one.connect(there())
-    return one
-
-
-def _used_afterwards(prepare: Prepare, first: object, then: object) -> Run:
-    """The socket is made under the first policy and used under the second."""
-
-    def attack(pause: Pause) -> bytes:
-        with prepare() as one:
-            pause()
-            return ask(one)
-
-    return lambda scene: scene.across_a_change(first, then, attack)  # type: ignore[arg-type]
-
-
-def _connected_afterwards(pause: Pause) -> bytes:
-    with make_socket() as one:
-        one.bind((OPEN4, 0))
-        pause()
-        one.connect(there())
-        return ask(one)
-
-
-def _ring_from_before(pause: Pause) -> bytes:
-    """A ring with a polling thread of its own, from before; the request comes afterwards."""
-    ring = Ring(sqpoll=True)
-    with make_socket() as one:
-        try:
-            pause()
-            ring.take(one.fileno(), packed())
-            return ask(one)
-        finally:
-            ring.close()
 
 
 # --- sockets of others ------------------------------------------------------------------------------------------------
@@ -190,7 +116,7 @@ _ASK_ON_3 = "printf '%s\\r\\n\\r\\n' 'GET /' >&3; read -r -t 3 -u 3 line; echo \
 def _inherited() -> bytes:
     """An allowed process connects, then becomes somebody else and another program (execve(2))."""
     become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ALLOWED, ALLOWED, 0))
-    with _connected() as one:
+    with connected() as one:
         become(uids=(ALLOWED, 0, 0))
         os.dup2(one.fileno(), 3)
         done = subprocess.run(
@@ -275,41 +201,7 @@ def _trace(pid: int, there: int, channel: socket.socket) -> bytes:
     return found.value
 
 
-_FROM_BEFORE = {
-    "tcp": Way(_used_afterwards(_connected, ELSEWHERE, USUAL)),
-    "tcp-ipv6": Way(_used_afterwards(_connected_ipv6, ELSEWHERE, USUAL)),
-    "udp": Way(_used_afterwards(_connected_udp, ELSEWHERE, USUAL)),
-    "fastopen": Way(_used_afterwards(_begun_fastopen, ELSEWHERE, USUAL), ("fastopen",)),
-}
-
 ATTACKS = (
-    Attack(
-        "socket-before",
-        "A socket, or a ring of io_uring, that was made before the lock and connects behind it",
-        Verdict.BLOCKED,
-        "The connect is judged, not the socket.",
-        {
-            "socket": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _connected_afterwards)),
-            "ring": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _ring_from_before), ("io_uring",)),
-        },
-    ),
-    Attack(
-        "connection-before",
-        "A connection that was open before the lock",
-        Verdict.STRICT,
-        "Nobody approved its socket.",
-        _FROM_BEFORE,
-    ),
-    Attack(
-        "connection-revoked",
-        "A kept-alive connection of a user who was allowed when it was opened, and no longer is (`revoke`)",
-        Verdict.STRICT,
-        "What its socket was approved for is asked again with every packet.",
-        {
-            "tcp": Way(_used_afterwards(_kept_alive, ATTACKER_TOO, USUAL)),
-            "udp": Way(_used_afterwards(_connected_udp, ATTACKER_TOO, USUAL)),
-        },
-    ),
     Attack(
         "handed-over-connected",
         "A connection, or its own credentials, that an allowed process hands over: `SCM_RIGHTS`, `execve`, "
@@ -317,8 +209,8 @@ ATTACKS = (
         Verdict.OPEN,
         "It was the allowed process's to give away.",
         {
-            "scm-rights": Way(as_root(_passed(_connected, connect=False))),
-            "pidfd-getfd": Way(as_root(_taken(_connected, connect=False))),
+            "scm-rights": Way(as_root(_passed(connected, connect=False))),
+            "pidfd-getfd": Way(as_root(_taken(connected, connect=False))),
             "exec": Way(as_root(_inherited)),
             "personality": Way(as_root(_accepted_personality), ("io_uring",)),
         },

@@ -14,7 +14,16 @@ from typing import Callable, Iterator
 
 from tests.adversary import privileges
 from tests.adversary.model import Attack, Run, Verdict, Way
-from tests.adversary.packets import Flow, Receive, Send, ask_by_datagram, shake_hands_and_ask, udp_packet_ipv6
+from tests.adversary.packets import (
+    Flow,
+    Receive,
+    Send,
+    ask_by_datagram,
+    ask_in_fragments,
+    ask_with_options,
+    shake_hands_and_ask,
+    udp_packet_ipv6,
+)
 from tests.adversary.privileges import CAP_NET_ADMIN, CAP_NET_RAW
 from tests.adversary.scene import ATTACKER, ATTACKER_GID, IPV4, IPV6, OPEN6, PORT, WAIT_S, as_attacker, as_root
 from tests.adversary.talk import answer, make_socket, there
@@ -52,15 +61,19 @@ def _raw_ip(ask: Ask) -> Run:
     return as_attacker(attack, CAP_NET_RAW)
 
 
-def _raw_ipv6() -> bytes:
+def _raw_ipv6(options: int = 0, *, fragment: bool = False) -> Run:
     """The answer to the datagram comes to an ordinary socket that sends nothing."""
-    with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
-        waiting.bind((OPEN6, 0))
-        flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
-        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
-            one.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
-            one.sendto(udp_packet_ipv6(flow, b"?"), (IPV6, 0))
-        return answer(waiting)
+
+    def attack() -> bytes:
+        with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
+            waiting.bind((OPEN6, 0))
+            flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
+            with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
+                one.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+                one.sendto(udp_packet_ipv6(flow, b"?", options, fragment=fragment), (IPV6, 0))
+            return answer(waiting)
+
+    return as_attacker(attack, CAP_NET_RAW)
 
 
 def _raw_protocol() -> bytes:
@@ -114,13 +127,19 @@ def _through_a_tunnel() -> bytes:
 ATTACKS = (
     Attack(
         "raw-ip",
-        "Raw IP sockets with `CAP_NET_RAW`: packets and whole TCP connections by hand (`IP_HDRINCL`)",
+        "Raw IP sockets with `CAP_NET_RAW`: packets and whole TCP connections by hand (`IP_HDRINCL`), in fragments, "
+        "with options and extension headers",
         Verdict.STRICT,
         "No connect happens. The packets come from a socket that nobody approved.",
         {
             "tcp": Way(_raw_ip(shake_hands_and_ask)),
             "udp": Way(_raw_ip(ask_by_datagram)),
-            "ipv6": Way(as_attacker(_raw_ipv6, CAP_NET_RAW)),
+            "options": Way(_raw_ip(ask_with_options)),
+            "fragments": Way(_raw_ip(ask_in_fragments)),
+            "ipv6": Way(_raw_ipv6()),
+            "ipv6-extension": Way(_raw_ipv6(1)),
+            "ipv6-fragment": Way(_raw_ipv6(fragment=True)),
+            "ipv6-many-extensions": Way(_raw_ipv6(12, fragment=True)),
             "protocol-udp": Way(as_attacker(_raw_protocol, CAP_NET_RAW)),
         },
     ),
@@ -133,7 +152,7 @@ ATTACKS = (
     ),
     Attack(
         "tunnel",
-        "A tun or tap interface with `CAP_NET_ADMIN`: packets that seem to come from another machine",
+        "A tun interface with `CAP_NET_ADMIN`: packets that seem to come from another machine",
         Verdict.OPEN,
         "Nobody on this machine sends them. Where the locked address is another machine's they are forwarded, and the "
         "rules that `start` puts into FORWARD reject them (`tests/kernel/test_forwarded.py`).",

@@ -195,10 +195,11 @@ ATTACKS = (
     ),
     Attack(
         "races",
-        "A million connects while the policy changes, programs are replaced, processes fork and exit, threads change "
+        "Connects without end while the policy changes, programs are replaced, processes fork and exit, threads change "
         "their IDs",
         Verdict.BLOCKED,
-        "Each is judged by the whole old policy or the whole new one: no denied one succeeds, no allowed one fails.",
+        "Each is judged by the whole old policy or the whole new one: no denied one succeeds, no allowed one fails. "
+        "`python3 -m tests.adversary.storm 1000000` tries a million.",
         test="adversary/test_storm.py",
     ),
     Attack(

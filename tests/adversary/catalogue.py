@@ -12,6 +12,7 @@ from typing import Tuple
 
 from tests.adversary import (
     attacks_address,
+    attacks_before,
     attacks_connect,
     attacks_handover,
     attacks_identity,
@@ -29,7 +30,8 @@ CHAPTERS: Tuple[Tuple[str, Tuple[Attack, ...]], ...] = (
     ("The connect", attacks_connect.ATTACKS),
     ("The identity", attacks_identity.ATTACKS),
     ("The place", attacks_place.ATTACKS),
-    ("Other people's sockets, and older ones", attacks_handover.ATTACKS),
+    ("Older sockets", attacks_before.ATTACKS),
+    ("Other people's sockets", attacks_handover.ATTACKS),
     ("Packets", attacks_packets.ATTACKS),
     ("The guard itself", attacks_service.ATTACKS),
 )

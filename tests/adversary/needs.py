@@ -55,7 +55,6 @@ def _subtree(scene: Scene) -> Optional[str]:
 
 PROBES: Dict[str, Callable[[Scene], Optional[str]]] = {
     **{name: lambda scene, probe=probe: scene.inside(probe) for name, probe in OF_THE_TABLE.items()},  # type: ignore[misc]
-    "sctp": lambda scene: scene.inside(lambda: _socket("SCTP", socket.SOCK_STREAM, service.IPPROTO_SCTP)),
     "udp-lite": lambda scene: scene.inside(lambda: _socket("UDP-Lite", socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)),
     "source-route": lambda scene: scene.inside(lambda: _tried("source routes", _source_route, errno.EINVAL)),
     "nat": lambda scene: scene.inside(lambda: _tried("address translation", _translation, 0)),

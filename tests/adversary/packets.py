@@ -35,9 +35,10 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def _ipv4(flow: Flow, protocol: int, payload: bytes) -> bytes:
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0)
-    head += socket.inet_aton(flow.source) + socket.inet_aton(flow.destination)
+def _ipv4(flow: Flow, protocol: int, payload: bytes, options: bytes = b"", fragment: int = 0) -> bytes:
+    length = 20 + len(options)
+    head = struct.pack("!BBHHHBBH", 4 << 4 | length // 4, 0, length + len(payload), 7, fragment, 64, protocol, 0)
+    head += socket.inet_aton(flow.source) + socket.inet_aton(flow.destination) + options
     return head[:10] + struct.pack("!H", checksum(head)) + head[12:] + payload
 
 
@@ -64,10 +65,29 @@ def udp_packet(flow: Flow, payload: bytes) -> bytes:
     return _ipv4(flow, _UDP, datagram(flow, payload))
 
 
-def udp_packet_ipv6(flow: Flow, payload: bytes) -> bytes:
-    """A whole IPv6 packet."""
+def udp_packet_with_options(flow: Flow, payload: bytes) -> bytes:
+    """The header is longer by two words of "no operation" (RFC 791 section 3.1)."""
+    return _ipv4(flow, _UDP, datagram(flow, payload), options=b"\x01" * 8)
+
+
+def udp_fragments(flow: Flow, payload: bytes) -> Tuple[bytes, bytes]:
+    """The first has the UDP header alone, the second all the rest."""
     body = datagram(flow, payload)
-    head = struct.pack("!IHBB", 6 << 28, len(body), _UDP, 64)
+    more_fragments = 0x2000
+    return _ipv4(flow, _UDP, body[:8], fragment=more_fragments), _ipv4(flow, _UDP, body[8:], fragment=1)
+
+
+_DESTINATION_OPTIONS, _FRAGMENT = 60, 44  # RFC 8200 section 4
+
+
+def udp_packet_ipv6(flow: Flow, payload: bytes, options: int = 0, *, fragment: bool = False) -> bytes:
+    """A whole IPv6 packet with so many extension headers of destination options, and perhaps one of a fragment."""
+    kinds = [_DESTINATION_OPTIONS] * options + [_FRAGMENT] * fragment
+    body = datagram(flow, payload)
+    for following, kind in zip([*kinds[1:], _UDP][::-1], kinds[::-1]):
+        rest = bytes(6) if kind == _FRAGMENT else b"\x01\x04" + bytes(4)  # a whole datagram; padding
+        body = struct.pack("!BB", following, 0) + rest + body
+    head = struct.pack("!IHBB", 6 << 28, len(body), kinds[0] if kinds else _UDP, 64)
     ends = [socket.inet_pton(socket.AF_INET6, end) for end in (flow.source, flow.destination)]
     return head + ends[0] + ends[1] + body
 
@@ -140,6 +160,23 @@ def _wait_for(flow: Flow, receive: Receive, wanted: Callable[[Segment], bool]) -
 def ask_by_datagram(flow: Flow, send: Send, receive: Receive) -> bytes:
     """A datagram by hand, and the answer to it."""
     send(udp_packet(flow, b"?"))
+    return _wait_for_datagram(flow, receive)
+
+
+def ask_with_options(flow: Flow, send: Send, receive: Receive) -> bytes:
+    """The same with a longer IP header."""
+    send(udp_packet_with_options(flow, b"?"))
+    return _wait_for_datagram(flow, receive)
+
+
+def ask_in_fragments(flow: Flow, send: Send, receive: Receive) -> bytes:
+    """The same in two packets, of which the second has no ports."""
+    for packet in udp_fragments(flow, b"? and more"):
+        send(packet)
+    return _wait_for_datagram(flow, receive)
+
+
+def _wait_for_datagram(flow: Flow, receive: Receive) -> bytes:
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         payload = parse_datagram(receive(), flow)

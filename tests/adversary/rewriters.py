@@ -13,7 +13,7 @@ from imds_guard.kernel import bpf
 
 # Source: include/uapi/linux/bpf.h and bpf_common.h
 _LOAD_WORD, _STORE_WORD = 0x61, 0x63
-_JUMP_IF_NOT_EQUAL, _CALL, _EXIT = 0x55, 0x85, 0x95
+_JUMP_IF_NOT_EQUAL_32, _CALL, _EXIT = 0x56, 0x85, 0x95
 _MOVE, _MOVE_32 = 0xB7, 0xB4
 _USER_IP4 = 4  # offset in struct bpf_sock_addr
 _SET_RETVAL = 187
@@ -30,11 +30,11 @@ def _word(address: str) -> int:
 
 
 def rewriting(address: str, into: str) -> bytes:
-    """A connect to ``address`` goes to the other one. The compared address must not begin above 127."""
+    """A connect to ``address`` goes to the other one."""
     return b"".join(
         (
             _instruction(_LOAD_WORD, 6, 1, _USER_IP4),
-            _instruction(_JUMP_IF_NOT_EQUAL, 6, 0, 2, _word(address)),
+            _instruction(_JUMP_IF_NOT_EQUAL_32, 6, 0, 2, _word(address)),
             _instruction(_MOVE_32, 2, value=_word(into)),
             _instruction(_STORE_WORD, 1, 2, _USER_IP4),
             _instruction(_MOVE, 0, value=1),

@@ -14,11 +14,11 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence, TypeVar
+from typing import Callable, Iterator, Optional, Sequence, Set, TypeVar
 
 from imds_guard.kernel import children
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Endpoint, Identities, Lock, Policy, Verdict, make_policy, normal_ports
+from imds_guard.policy import Endpoint, Identities, Lock, Policy, Reason, Verdict, make_policy, normal_ports
 from tests.adversary import privileges, service
 from tests.adversary.model import Guard, Run
 from tests.adversary.privileges import in_child, or_refused
@@ -32,8 +32,10 @@ NAT64, NAT64_LISTED = "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"
 OPEN4, OPEN6 = "10.66.0.1", "fd66::1"
 DENY_LISTED = "169.254.42.42"
 """Of a lock that lets everyone through but the attacker's user and the denied group."""
+ATTACKERS_OWN = "169.254.43.43"
+"""Of a lock that lets the attacker through and nobody else."""
 PORT = 80
-ADDRESSES = (IPV4, IPV6, LINK_LOCAL, NAT64, NAT64_LISTED, OPEN4, OPEN6, DENY_LISTED)
+ADDRESSES = (IPV4, IPV6, LINK_LOCAL, NAT64, NAT64_LISTED, OPEN4, OPEN6, DENY_LISTED, ATTACKERS_OWN)
 
 SPARE4 = "10.66.66.0/24"
 """Leads to lo and belongs to nobody: the kernel answers no packet for it."""
@@ -50,15 +52,18 @@ WAIT_S = 3.0
 
 
 def policy(*users: int, locked: Sequence[str] = (IPV4, IPV6, LINK_LOCAL, NAT64_LISTED)) -> Policy:
-    """The service is locked for all but these users and one group; another address is open but to the denied."""
+    """The service is locked for all but these users and one group; two more addresses have lists of their own."""
     web = normal_ports([(PORT, PORT)])
     endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=web, udp=web) for address in locked)
     denied = Identities(frozenset({ATTACKER}), frozenset({DENIED_GROUP}))
-    listed = (Endpoint(ipaddress.ip_network(DENY_LISTED), tcp=web, udp=web),)
+    listed, own = (
+        (Endpoint(ipaddress.ip_network(address), tcp=web, udp=web),) for address in (DENY_LISTED, ATTACKERS_OWN)
+    )
     return make_policy(
         [
             Lock("service", endpoints, Identities(frozenset(users), frozenset({ALLOWED_GROUP}))),
             Lock("others", listed, deny=denied, default=Verdict.ALLOW),
+            Lock("own", own, Identities(frozenset({ATTACKER}))),
         ]
     )
 
@@ -185,6 +190,10 @@ class Stage:
     def apply(self, sandbox: Sandbox, wanted: Policy) -> None:
         """Puts a policy in force as this stage has it."""
         self._enforcer.apply(sandbox, replace(wanted, strict=True) if self.guard is Guard.STRICT else wanted)
+
+    def reasons(self) -> Optional[Set[Reason]]:
+        """Why connects and packets were judged as they were since a policy was put in force here."""
+        return self._enforcer.reasons()
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:

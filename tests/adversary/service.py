@@ -11,23 +11,21 @@ from typing import List, Sequence
 from imds_guard.kernel.listeners import family, sockaddr
 
 IPPROTO_UDPLITE = 136
-IPPROTO_SCTP = 132
 
 
 def listen(addresses: Sequence[str], ports: Sequence[int]) -> List[socket.socket]:
-    """Sockets that listen, in the namespace of the caller; those of other protocols only where there are such."""
+    """Sockets that listen, in the namespace of the caller; that of UDP-Lite only where there is such a thing."""
     sockets = []
     for address in addresses:
         for port in ports:
-            for kind, protocol in ((socket.SOCK_STREAM, 0), (socket.SOCK_DGRAM, 0)):
-                sockets.append(_listening(address, port, kind, protocol))
-            for kind, protocol in ((socket.SOCK_DGRAM, IPPROTO_UDPLITE), (socket.SOCK_STREAM, IPPROTO_SCTP)):
-                with contextlib.suppress(OSError):
-                    sockets.append(_listening(address, port, kind, protocol))
+            sockets.append(_listening(address, port, socket.SOCK_STREAM))
+            sockets.append(_listening(address, port, socket.SOCK_DGRAM))
+            with contextlib.suppress(OSError):
+                sockets.append(_listening(address, port, socket.SOCK_DGRAM, IPPROTO_UDPLITE))
     return sockets
 
 
-def _listening(address: str, port: int, kind: int, protocol: int) -> socket.socket:
+def _listening(address: str, port: int, kind: int, protocol: int = 0) -> socket.socket:
     one = socket.socket(family(address), kind, protocol)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -77,3 +77,10 @@ def packed(address: str = IPV4, port: int = PORT) -> bytes:
         return struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + parsed.packed + bytes(8)
     scope = LOOPBACK_INDEX if parsed.is_link_local else 0
     return struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", port, 0) + parsed.packed + struct.pack("=I", scope)
+
+
+def connected() -> socket.socket:
+    """A TCP connection to the service."""
+    one = make_socket()
+    one.connect(there())
+    return one

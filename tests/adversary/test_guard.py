@@ -23,7 +23,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from tests.adversary import service
 from tests.adversary.attacks_service import TAKE_APART, target
 from tests.adversary.privileges import Refused, in_child
-from tests.adversary.scene import ADDRESSES, ATTACKER, ATTACKER_GID, PORT, USUAL, Scene
+from tests.adversary.scene import ADDRESSES, ATTACKER, ATTACKER_GID, ELSEWHERE, PORT, USUAL, Scene
 from tests.adversary.talk import fetch
 from tests.kernel.guards import FAST, folder_of
 
@@ -179,11 +179,12 @@ def test_a_link_in_place_of_a_lock_file_is_not_followed(as_root: None, tmp_path:
 def test_the_configuration_is_written_beside_and_renamed(tmp_path: Path) -> None:
     """A link in its place is replaced, not written through, and nobody but the owner may write the new file."""
     victim = tmp_path / "victim"
-    victim.write_text("root's own", encoding="ascii")
+    save_config(Config(USUAL), str(victim))
+    before = victim.read_text(encoding="utf-8")
     path = tmp_path / "config.toml"
     path.symlink_to(victim)
-    save_config(Config(USUAL), str(path))
-    assert victim.read_text(encoding="ascii") == "root's own"
+    save_config(Config(ELSEWHERE), str(path))
+    assert victim.read_text(encoding="utf-8") == before
     assert not path.is_symlink()
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 

@@ -44,13 +44,15 @@ class Callers:
             for fd in pipe:
                 os.close(fd)
 
-    def passing(self) -> FrozenSet[int]:
-        """Which users get through; each must fare the same at every place."""
+    def passing(self) -> Tuple[FrozenSet[int], ...]:
+        """Which users get through, for each place."""
         for asks, _ in self._pipes.values():
             os.write(asks, b"?")
         outcomes = {user: self._answer(answers) for user, (_, answers) in self._pipes.items()}
-        assert all(set(seen) in ({"+"}, {"-"}) for seen in outcomes.values()), outcomes
-        return frozenset(user for user, seen in outcomes.items() if seen[0] == "+")
+        assert all("?" not in seen for seen in outcomes.values()), outcomes
+        return tuple(
+            frozenset(user for user, seen in outcomes.items() if seen[at] == "+") for at in range(len(self._places))
+        )
 
     def _answer(self, answers: int) -> str:
         seen = b""

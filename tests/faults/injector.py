@@ -53,11 +53,13 @@ class Call:
 
 @dataclass
 class Fault:
-    """The calls that a command has made, and which of them fails. ``last`` None: that one alone; else up to that one."""
+    """The calls that a command has made, and which of them fail: from ``first`` to ``last``, or that one alone."""
 
     first: int = 0
     last: Optional[int] = None
     code: int = 0
+    signal: int = 0
+    """Comes in front of the call, in place of its failing."""
     calls: List[Call] = field(default_factory=list)
     owner: int = field(default_factory=os.getpid)
 
@@ -67,6 +69,9 @@ class Fault:
             return False
         self.calls.append(Call(kind, what))
         number = len(self.calls)
+        if self.signal and number == self.first:
+            os.kill(self.owner, self.signal)
+            return False
         return self.first != 0 and self.first <= number <= (self.first if self.last is None else self.last)
 
     def error(self, kind: str) -> OSError:
@@ -121,7 +126,7 @@ class _Subprocess:
     def __init__(self, fault: Fault) -> None:
         self._fault = fault
 
-    def Popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:  # noqa: N802 -- subprocess's name
+    def Popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         fault = self._fault
         if not fault.meets(PROGRAM, " ".join(argv)):
             return subprocess.Popen(argv, **options)
@@ -146,7 +151,7 @@ def planted(fault: Fault) -> Iterator[Fault]:
     """Counts the calls of the block, and has the chosen ones fail."""
     before = bpf.invoke, run.subprocess, syscalls.membarrier, syscalls.exchange  # type: ignore[attr-defined]
     bpf.invoke = _failing_bpf(fault, bpf.invoke)
-    run.subprocess = _Subprocess(fault)  # type: ignore[attr-defined]
+    run.subprocess = _Subprocess(fault)  # type: ignore[attr-defined, assignment]
     syscalls.membarrier = _failing_call(fault, "membarrier", syscalls.membarrier)
     syscalls.exchange = _failing_call(fault, "renameat2", syscalls.exchange)
     _planted.append(fault)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Callable, Iterator, List
+from typing import AbstractSet, Callable, Iterator, List, Optional
 
 import pytest
 
@@ -20,9 +20,16 @@ from tests.kernel import guards
 from tests.kernel.guards import BOTH, IPV4, IPV6, MAPPED, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
 
 EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
-NOTHING = Before(EVERYONE, None)
-UNDER_OLD = Before(frozenset({OLD, BOTH}), OLD_POLICY)
-UNDER_NEW = Before(frozenset({NEW, BOTH}), NEW_POLICY)
+PLACES = [(address, PORT) for address in (IPV4, IPV6, MAPPED)]
+
+
+def _seen(users: AbstractSet[int], read: Optional[Policy]) -> Before:
+    return Before((frozenset(users),) * len(PLACES), read)
+
+
+NOTHING = _seen(EVERYONE, None)
+UNDER_OLD = _seen({OLD, BOTH}, OLD_POLICY)
+UNDER_NEW = _seen({NEW, BOTH}, NEW_POLICY)
 
 
 @dataclass
@@ -52,9 +59,8 @@ class Stage:
 def stage() -> Iterator[Stage]:
     if os.geteuid() != 0:
         pytest.skip("attaching programs needs root")
-    places = [(address, PORT) for address in (IPV4, IPV6, MAPPED)]
     with guards.guarded_sandbox(guards.FAST) as (sandbox, backend):
-        with Callers(sandbox, (OLD, NEW, BOTH, STRANGER), places) as callers:
+        with Callers(sandbox, (OLD, NEW, BOTH, STRANGER), PLACES) as callers:
             backend.apply(OLD_POLICY)  # so that the programs are compiled: compile_functions() keeps them
             backend.remove()
             yield Stage(sandbox.cgroup, backend, callers)
@@ -101,7 +107,7 @@ def test_stop(stage: Stage) -> None:
 @pytest.mark.parametrize("verb", ["allow", "revoke"])
 def test_allow_and_revoke(stage: Stage, verb: str) -> None:
     """One user more, or less, as the commands do it; with them the lock and the look at what runs."""
-    with_new = Before(frozenset({OLD, NEW, BOTH}), guards.policy(OLD, NEW, BOTH))
+    with_new = _seen({OLD, NEW, BOTH}, guards.policy(OLD, NEW, BOTH))
     before, after = (UNDER_OLD, with_new) if verb == "allow" else (with_new, UNDER_OLD)
     change = actions.allow if verb == "allow" else actions.revoke
 
@@ -167,15 +173,11 @@ def test_a_start_and_a_stop_as_commands(stage: Stage) -> None:
     def start(policy: Policy) -> object:
         return actions.start(policy, place, lambda _: None)
 
-    def begin() -> None:
-        actions.stop(stage.cgroup)
-        start(OLD_POLICY)
+    def put(policy: Policy) -> Callable[[], object]:
+        return lambda: start(policy)
 
-    start(OLD_POLICY)  # compiles what a command attaches, which is not what is fast to verify
+    start(OLD_POLICY)
     try:
-        trials.run(
-            Trial(begin, lambda: start(NEW_POLICY), stage.look, UNDER_OLD, UNDER_NEW, lambda: start(NEW_POLICY), 40),
-            most=20,
-        )
+        trials.run(Trial(put(OLD_POLICY), put(NEW_POLICY), stage.look, UNDER_OLD, UNDER_NEW, put(NEW_POLICY), 40))
     finally:
         actions.stop(stage.cgroup)

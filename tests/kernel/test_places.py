@@ -18,7 +18,6 @@ from imds_guard.errors import Unsupported
 from imds_guard.kernel import bpf, bpffs, netns
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.children import run_in_child
-from imds_guard.kernel.privileges import CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN
 from tests import command
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, Result
 from tests.kernel import places
@@ -81,22 +80,6 @@ class Place(NamedTuple):
 
 PLACES: Dict[str, Place] = {
     "no BTF": Place(places.without_btf, UNSUPPORTED, ("/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF")),
-    "no CAP_BPF": Place(
-        lambda: places.without_capabilities(CAP_BPF, CAP_SYS_ADMIN), NO_PERMISSION, ("this process lacks CAP_BPF;",)
-    ),
-    "no CAP_PERFMON": Place(
-        lambda: places.without_capabilities(CAP_PERFMON, CAP_SYS_ADMIN),
-        NO_PERMISSION,
-        ("this process lacks CAP_PERFMON;",),
-    ),
-    "no CAP_NET_ADMIN": Place(
-        lambda: places.without_capabilities(CAP_NET_ADMIN), NO_PERMISSION, ("this process lacks CAP_NET_ADMIN;",)
-    ),
-    "no capability": Place(
-        lambda: places.without_capabilities(CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_BPF, CAP_PERFMON),
-        NO_PERMISSION,
-        ("CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"),
-    ),
     "read-only bpffs": Place(places.with_read_only_bpffs, UNSUPPORTED, ("it is read-only; mount -o remount,rw",)),
     "bpf(2) is ENOSYS": Place(lambda: places.forbid_bpf(errno.ENOSYS), UNSUPPORTED, ("ENOSYS", "seccomp")),
     "bpf(2) is EPERM": Place(lambda: places.forbid_bpf(errno.EPERM), UNSUPPORTED, ("EPERM", "seccomp")),
@@ -159,18 +142,6 @@ def test_a_run_folder_that_takes_no_lock_file(guard: Guard) -> None:
     assert "EROFS" in result.sentence
     assert "/run/imds-guard" in result.sentence
     assert traces(guard.sandbox.cgroup) == NOTHING
-
-
-def test_without_cap_sys_admin_it_works_or_is_refused_whole(guard: Guard) -> None:
-    """CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN load and attach; looking a program up by its ID needs more (bpf(2))."""
-    result = run_inside(guard, lambda: places.without_capabilities(CAP_SYS_ADMIN), *guard.words("start", *LOCK))
-    if result.status == 0:
-        assert locked(guard) == SHUT
-        assert guard("status").status == 0
-    else:
-        assert (result.status, "EPERM" in result.sentence) == (NO_PERMISSION, True), result
-        assert traces(guard.sandbox.cgroup) == NOTHING
-        assert locked(guard) == OPEN
 
 
 # --- namespaces -----------------------------------------------------------------------------------------------------

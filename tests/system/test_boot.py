@@ -181,5 +181,5 @@ def test_a_backend_that_can_not_be_had_is_no_reason_to_lock_nothing(guard: Guard
 def test_nothing_of_ours_listens_or_runs_after_boot(guard: Guard, tmp_path: Path) -> None:
     """There is nothing to kill."""
     boot(guard, tmp_path, GOOD)
-    found = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)  # noqa: S607
+    found = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert found.stdout == ""

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, Tuple
 from xml.etree import ElementTree
 
 import pytest
 
-from vagrant.matrix import report, support, table, verdict
+from vagrant.matrix import plant, report, support, table, verdict
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.faults import FAULTS, Fault
 from vagrant.matrix.verdict import FAILED, LOST, PASSED, Verdict
 
-RUN = Path(__file__).resolve().parents[2] / "vagrant" / "run.py"
+TREE = Path(__file__).resolve().parents[2]
+RUN = TREE / "vagrant" / "run.py"
 EXPECTS_BOTH, EXPECTS_ONE, EXPECTS_NONE = "6.1-debian-12", "lockdown", "neither"
 
 GOOD = {"test_row[ebpf-a]": "passed", "test_row[iptables-a]": "passed"}
@@ -100,6 +105,39 @@ def test_an_unknown_row_is_named() -> None:
     done = subprocess.run(words, capture_output=True, check=False, text=True)
     assert done.returncode == 3
     assert done.stderr.startswith("matrix: there is no row '2.6+debian-1'")
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
+def test_every_fault_can_be_planted(fault: Fault, tmp_path: Path) -> None:
+    """Its text stands in the tree once, its row is there, and its tests are."""
+    target = tmp_path / fault.file
+    target.parent.mkdir(parents=True)
+    shutil.copy2(TREE / fault.file, target)
+    plant.plant(fault, tmp_path)
+    assert target.read_text(encoding="utf-8") != (TREE / fault.file).read_text(encoding="utf-8")
+    assert row(fault.row).name == fault.row
+    files = [word.partition("::")[0] for word in fault.tests if ".py" in word]
+    assert [name for name in files if not (TREE / name).exists()] == []
+
+
+def test_a_fault_without_its_text_is_an_error(tmp_path: Path) -> None:
+    """The tree has moved on; a copy without a fault would pass, and mean nothing."""
+    Path(tmp_path, "there").write_text("one and one", encoding="utf-8")
+    for text, times in (("two", 0), ("one", 2)):
+        with pytest.raises(MatrixError, match=f"stands {times} times"):
+            plant.plant(replace(FAULTS[0], file="there", old=text), tmp_path)
+
+
+def test_a_fault_is_caught_for_its_own_reason() -> None:
+    """A tree that does not start at all, a row that passes, and a guest that is lost prove nothing."""
+    fault = FAULTS[0]
+    words = f"test_who: AssertionError: {['EPERM', 'EPERM', 'connected']}"
+    red = Verdict(fault.row, FAILED, 1.0, complaints=(words,))
+    assert plant.outcome(fault, red) == plant.CAUGHT
+    broken = Verdict(fault.row, FAILED, 1.0, complaints=("test_who: the verifier refused the program",))
+    assert plant.outcome(fault, broken) == plant.SLIPPED_THROUGH
+    assert plant.outcome(fault, Verdict(fault.row, PASSED, 1.0)) == plant.SLIPPED_THROUGH
+    assert plant.outcome(fault, verdict.lost(row(fault.row), 1.0, "connected")) == LOST
 
 
 def test_no_result_of_a_row_that_has_changed() -> None:

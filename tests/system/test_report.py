@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from imds_guard import __version__
 from imds_guard.kernel import bpf
 from imds_guard.kernel.credentials import become
+from imds_guard.kernel.sandbox import Sandbox
 from tests import command
 from tests.command import (
     NEIGHBOUR,
@@ -35,6 +36,7 @@ from tests.command import (
     argv,
     imds_guard_command,
 )
+from tests.kernel import places
 from tests.kernel.guards import folder_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
@@ -320,3 +322,38 @@ def test_without_the_library_it_says_what_to_install(guard: Guard) -> None:
     done = command.run(argv(guard.words("metrics"), before=code))
     assert done.status == 69
     assert "install python3-prometheus-client" in done.sentence
+
+
+# --- without eBPF ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def under_iptables() -> Dict[str, command.Result]:
+    """What each command says where iptables enforces: in a namespace, with a /run/imds-guard of its own."""
+
+    def inside() -> Dict[str, command.Result]:
+        places.with_own_run_folder()
+        places.forbid_attaching()
+        who = ("--user", str(ONE), "--ip", SERVICE, "--backend", "iptables", "--forwarded", "leave")
+        started = imds_guard_command("start", *who)
+        words = {"watch": ("--once",), "report": (), "metrics": ()}
+        return {"start": started, **{name: imds_guard_command(name, *more) for name, more in words.items()}}
+
+    with Sandbox((SERVICE,)) as sandbox:
+        found = sandbox.call(inside, timeout_s=4 * PATIENCE_S)
+    assert found["start"].status == 0, found["start"]
+    return found
+
+
+@pytest.mark.parametrize(("name", "doing"), [("watch", "watching denials"), ("report", "reading the report")])
+def test_iptables_tells_nobody_whom_it_refuses(
+    under_iptables: Dict[str, command.Result], name: str, doing: str
+) -> None:
+    assert under_iptables[name].status == 69
+    assert under_iptables[name].sentence.startswith(f"{doing}: iptables is what enforces, and its rules tell nobody")
+
+
+def test_metrics_under_iptables(under_iptables: Dict[str, command.Result]) -> None:
+    found = samples(under_iptables["metrics"].answer)
+    assert of(found, "active") == 1
+    assert of(found, "info", version=__version__, backend="iptables", programs="") == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verify and verify --repair, on damage of every kind: what is said, what holds afterwards, and that there is no gap."""
+"""verify and verify --repair on damage of every kind: what is said, what holds afterwards, and that there is no gap."""
 
 from __future__ import annotations
 
@@ -76,6 +76,15 @@ def test_verify_exits_3_where_nothing_is_active(guard: Guard) -> None:
         done = guard(*words, "--config", ABSENT)
         assert (done.status, done.stdout, done.stderr) == (3, "imds-guard: inactive\n", "")
     assert who(guard) == [0, ONE, TWO, STRANGER]
+
+
+def test_the_configuration_says_where(guard: Guard, tmp_path: Path) -> None:
+    """Its cgroup is looked at when none is named."""
+    path = configured(tmp_path, f'cgroup = "{guard.sandbox.cgroup}"' + CONFIGURED)
+    words = ("verify", "--config", path)
+    assert command.imds_guard_command(*words).status == 3
+    guard.start()
+    assert command.imds_guard_command(*words).stdout == "imds-guard: active (ebpf)\n"
 
 
 def test_repair_of_nothing_puts_the_configurations_policy_in_force(guard: Guard, tmp_path: Path) -> None:
@@ -249,7 +258,7 @@ RULES: Dict[str, Tuple[Tuple[str, ...], str, int]] = {
     "ACCEPT before our jump": (("-I", "OUTPUT", "-j", "ACCEPT"), "other people's rules stand before ours", ONE),
     "flushed OUTPUT": (("-F", "OUTPUT"), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
     "flushed chain": (("-F", "IMDS-GUARD"), "", TWO),
-    "ACCEPT in our chain": (("-I", "IMDS-GUARD", "-j", "ACCEPT"), "someone put", ONE),
+    "ACCEPT in our chain": (("-I", "IMDS-GUARD", "-j", "ACCEPT"), "someone changed the rules in our chains", ONE),
     "everything flushed": (("-F",), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
 }
 """A command, what is said of it, and who gets through after the repair (see DAMAGE)."""

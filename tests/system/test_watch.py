@@ -204,6 +204,17 @@ def test_at_most_a_hundred_lines_come_in_a_second_and_the_rest_is_counted(guard:
     assert one.counted("left-out") > 4_000
 
 
+def test_what_found_no_room_before_there_was_a_watch_is_counted(guard: Guard) -> None:
+    """The buffer keeps the oldest; the count is the kernel's."""
+    start(guard)
+    ask_often(guard, 20_000)
+    with watch(guard, "--once") as one:
+        assert one.wait() == 0
+    assert one.event("lost")["before_this_watch"] is True
+    assert one.counted("lost") > 10_000
+    assert one.counted("denied", "left-out", "lost") == 20_000
+
+
 # --- what is let through --------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,7 @@ CONSTANTS: Dict[str, int] = {
     "IG_MARK_GROUP": abi.MARK_GROUP,
     "IG_MARK_DEFAULT": abi.MARK_DEFAULT,
     "IG_MARK_AUDIT": abi.MARK_AUDIT,
+    "IG_MARK_OPEN": abi.MARK_OPEN,
     "IG_WALKED": MAX_WALKED_GROUPS,
     "IG_MAX_GROUPS": os.sysconf("SC_NGROUPS_MAX"),
 }

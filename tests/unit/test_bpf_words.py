@@ -88,6 +88,7 @@ def test_the_hooks_use_every_map_but_the_one_of_names(code_of_clang: bytes) -> N
 HELPERS = {
     **{1: "map_lookup_elem", 2: "map_update_elem", 14: "get_current_pid_tgid", 16: "get_current_comm"},
     **{26: "skb_load_bytes", 35: "get_current_task", 47: "get_socket_uid", 80: "get_current_cgroup_id"},
+    **{84: "sk_lookup_tcp", 86: "sk_release", 99: "skc_lookup_tcp"},
     **{95: "sk_fullsock", 107: "sk_storage_get", 113: "probe_read_kernel", 122: "get_netns_cookie"},
     **{125: "ktime_get_boot_ns", 130: "ringbuf_output"},
 }

@@ -26,6 +26,7 @@ from imds_guard.config import (
     parse_endpoint,
     policy_from_words,
     save_config,
+    word_at_top,
 )
 from imds_guard.endpoints import BUILT_IN, WIRESERVER, single
 from imds_guard.errors import BadPolicy, GuardError, UsageError
@@ -440,6 +441,19 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GuardError, match=r"file/config.toml could not be written: (EEXIST|ENOTDIR)"):
         save_config(Config(policy_from_words(nobody=True)), str(tmp_path / "file" / "config.toml"))
+
+
+def test_a_word_at_the_top_is_read_from_what_is_toml_at_least(tmp_path: Path) -> None:
+    """Boot asks an unusable file what to do then."""
+    path = tmp_path / "config.toml"
+    for text, said in (
+        ('on_error = "open"\n[lock.x]\n', "open"),
+        ('on_error = "open"\n[', None),
+        ("on_error = 1", None),
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert word_at_top(str(path), "on_error") == said
+    assert word_at_top(str(tmp_path / "absent"), "on_error") is None
 
 
 def test_a_file_that_is_absent_or_no_text_is_one_sentence(tmp_path: Path) -> None:

@@ -242,9 +242,11 @@ def test_without_tomlkit_the_reason_is_told_before_anything_is_done(
     path = tmp_path / "config.toml"
     path.write_text(HAND_MADE, encoding="utf-8")
     monkeypatch.setitem(sys.modules, "tomlkit", None)
-    for save in (lambda: check_saving_to(str(path)), lambda: save_config(parse_config(HAND_MADE), str(path))):
-        with pytest.raises(Unsupported, match=r"install the package python3-tomlkit, or move the file away$"):
-            save()
+    said = r"install the package python3-tomlkit, or move the file away$"
+    with pytest.raises(Unsupported, match=said):
+        check_saving_to(str(path))
+    with pytest.raises(Unsupported, match=said):
+        save_config(parse_config(HAND_MADE), str(path))
     assert path.read_text(encoding="utf-8") == HAND_MADE
 
 

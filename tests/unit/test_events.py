@@ -12,7 +12,8 @@ import pytest
 
 from imds_guard import events
 from imds_guard.backends.ebpf import abi, watch
-from imds_guard.backends.ebpf.watch import Lists, Record
+from imds_guard.backends.ebpf.tables import Lists
+from imds_guard.backends.ebpf.watch import Record
 from imds_guard.describe import Home, Names, Program
 from imds_guard.events import as_json, as_line, denial, would_allow
 from imds_guard.policy import Protocol, Reason

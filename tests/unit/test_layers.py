@@ -113,8 +113,14 @@ def test_only_the_entry_point_imports_cli() -> None:
     assert outside == ["imds_guard.__main__"]
 
 
+DEEDS = frozenset(("boot", "metrics", "reporting", "service", "verify"))
+"""Modules beside actions, which may import it: commands of a kind of their own."""
+
+
 def test_what_does_things_does_not_know_how_they_are_shown() -> None:
-    assert {layer(name) for name in importers_of("imds_guard.actions")} <= {"cli", "present"}
+    assert {layer(name) for name in importers_of("imds_guard.actions")} <= {"cli", "present"} | DEEDS
+    for deed in DEEDS:
+        assert {layer(name) for name in importers_of(f"imds_guard.{deed}")} <= {"cli", "present"} | DEEDS
     assert {layer(name) for name in importers_of("imds_guard.present")} == {"cli"}
 
 
@@ -123,6 +129,8 @@ def test_what_does_things_does_not_know_how_they_are_shown() -> None:
     [
         ("click", [name for name in importers_of("click") if layer(name) == "cli"]),
         ("bcc", ["imds_guard.kernel.compiler"]),
+        ("prometheus_client", ["imds_guard.metrics"]),
+        ("rich", ["imds_guard.cli.watch"]),
         ("subprocess", ["imds_guard.kernel.run"]),
         ("ctypes", [name for name in importers_of("ctypes") if layer(name) == "kernel"]),
         ("logging", []),
@@ -146,6 +154,19 @@ STARTS_PROGRAMS = frozenset(
 def test_nothing_else_starts_programs(name: str) -> None:
     called = {ast.unparse(node.func) for node in ast.walk(SOURCES[name]) if isinstance(node, ast.Call)}
     assert called.isdisjoint(STARTS_PROGRAMS)
+
+
+SHELLS = frozenset(("sh", "bash", "dash", "ash", "env", "xargs", "eval"))
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_nothing_is_run_through_a_shell(name: str) -> None:
+    """Neither by subprocess's option, nor as the first word of a list of words."""
+    for node in ast.walk(SOURCES[name]):
+        if isinstance(node, ast.Call):
+            assert "shell" not in {keyword.arg for keyword in node.keywords}
+        if isinstance(node, ast.List) and node.elts and isinstance(node.elts[0], ast.Constant):
+            assert str(node.elts[0].value).rpartition("/")[2] not in SHELLS
 
 
 def test_no_module_knows_itself_by_way_of_others() -> None:
@@ -175,8 +196,8 @@ def test_changing_a_policy_does_not_pay_for_the_compiler_or_for_looking_at_proce
     assert imported_by(f"import {module}").isdisjoint({"bcc", "psutil", "click"})
 
 
-def test_the_command_line_imports_neither_bcc_nor_psutil() -> None:
-    assert imported_by("import imds_guard.cli").isdisjoint({"bcc", "psutil"})
+def test_the_command_line_imports_neither_bcc_nor_what_single_commands_need() -> None:
+    assert imported_by("import imds_guard.cli").isdisjoint({"bcc", "psutil", "rich", "prometheus_client"})
 
 
 def test_policy_imports_nothing_but_the_standard_library_and_itself() -> None:

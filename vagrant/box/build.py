@@ -32,7 +32,9 @@ from vagrant.matrix.table import Matrix, Row
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("openssh-server", "sudo", "udev")
 """What Vagrant needs beside a row's userland. udev loads the network card's module."""
-CONSOLE = "console=tty0 console=ttyS0 net.ifnames=0 random.trust_cpu=on panic=-1 oops=panic"
+CONSOLE = "console=tty0 console=ttyS0 net.ifnames=0 random.trust_cpu=on tsc=reliable panic=-1 oops=panic"
+NO_UNITS = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer")
+"""Work that nobody asked for, on an emulated processor."""
 DISK_GIB = 4
 VAGRANT, SHADOW = 1000, 42
 """IDs of user and group vagrant, and of group shadow (base-passwd has it on every Debian)."""
@@ -49,7 +51,7 @@ def fetch(matrix: Matrix, row: Row) -> Path:
         "version": RECIPE_VERSION,
         "kernel": files.initrd.parent.name,
         "userland": root.parent.name,
-        "cmdline": machines.cmdline(row),
+        "cmdline": f"{CONSOLE} {machines.cmdline(row)}",
         "files": _files_hash(),
     }
     folder = cache.entry("boxes", row.name, recipe, lambda draft: _build(draft, row, files, root))
@@ -127,7 +129,7 @@ def _customise(root: Path, scratch: Path) -> None:
         if name.startswith("ssh_host_"):
             edit.remove(f"/etc/ssh/{name}")
     edit.link("/etc/systemd/system/multi-user.target.wants/systemd-networkd.service", _unit("systemd-networkd.service"))
-    for unit in ("apt-daily.timer", "apt-daily-upgrade.timer", "fstrim.timer"):
+    for unit in NO_UNITS:
         edit.link(f"/etc/systemd/system/{unit}", "/dev/null")
     edit.apply()
 

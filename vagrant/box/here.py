@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Dict, List, Optional, Sequence, Tuple
 
-from vagrant.box import build
+from vagrant.box import build, machines
 from vagrant.box import job as packed
 from vagrant.matrix import cache, guest, job, kernel, table, verdict
 from vagrant.matrix.errors import MatrixError
@@ -45,6 +46,8 @@ PROGRAMS = {
 
 def up(matrix: Matrix, row: Row, results: Path, deadline_s: float, driver: str) -> Verdict:
     """The verdict on a row that Vagrant has brought up; its logs and reports stay in ``results``."""
+    if not machines.has_suite(row):
+        raise MatrixError(f"the tests of {row.name} are for a machine without a network card: ./run matrix {row.name}")
     build.fetch(matrix, row)
     release = kernel.fetch(matrix.archive, row.kernel).release
     shutil.rmtree(results, ignore_errors=True)
@@ -83,7 +86,7 @@ def _argv(row: Row, scratch: Path) -> List[str]:
 
 
 def run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional[int]:
-    """The status, or None when the deadline passed. What was started is dead afterwards, whatever happened."""
+    """The status, or None when the deadline passed. All that was started is dead afterwards, whatever happened."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, env={**os.environ, **env, "PATH": path, "LC_ALL": "C.UTF-8"}
@@ -93,8 +96,23 @@ def run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional
     except subprocess.TimeoutExpired:
         return None
     finally:
-        process.kill()
-        process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills PID 1 of the namespace and waits for unshare, which waits for that; it is the last in there to end.
+
+    pid_namespaces(7): the others are killed with it. Its own end waits for theirs (zap_pid_ns_processes in the kernel).
+    """
+    if process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii")
+        for child in children.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60 if children else 0)
+    process.kill()
+    process.wait()
 
 
 def _require_programs() -> None:

@@ -12,12 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Tuple
 
-from vagrant.matrix import cache, table
+from vagrant.matrix import cache, suite, table
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.table import Matrix, Row
-
-LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1"
-"""kernel-command-line(7): cgroup v1 everywhere, made by systemd. From systemd 256 on these words alone do nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +29,30 @@ class Machine:
     sources: Tuple[str, ...]
     packages: Tuple[str, ...]
     memory_mib: int
+    cpus: int
+    has_suite: bool
     box: str
     box_name: str
 
 
 def machine(matrix: Matrix, row: Row) -> Machine:
     """One row as a machine."""
-    box = link(row.name)
-    there = box.exists()
+    path = link(row.name)
+    box, box_name = (str(path), path.resolve().parent.name) if path.exists() else ("", "")
     return Machine(
         row.name, row.why, row.userland.name, row.kernel.series, cmdline(row), _sources(matrix, row),
-        row.userland.packages, row.memory_mib, str(box) if there else "", box.resolve().parent.name if there else "",
+        row.userland.packages, row.memory_mib, row.cpus, has_suite(row), box, box_name,
     )  # fmt: skip
 
 
 def cmdline(row: Row) -> str:
     """The words that a row adds to its kernel's command line when systemd is PID 1."""
-    return " ".join(filter(None, (row.cmdline, LEGACY_CGROUPS if "legacy-cgroups" in row.setup else "")))
+    return " ".join(filter(None, (row.cmdline, suite._LEGACY_CGROUPS if "legacy-cgroups" in row.setup else "")))
+
+
+def has_suite(row: Row) -> bool:
+    """False for the rows about the service: their tests are for a machine that has no network card at all."""
+    return "systemd" not in row.setup
 
 
 def link(name: str) -> Path:
@@ -57,13 +61,12 @@ def link(name: str) -> Path:
 
 
 def _sources(matrix: Matrix, row: Row) -> Tuple[str, ...]:
-    """sources.list lines for the suite of the row's kernel, where the userland's own do not have it."""
+    """sources.list lines for the suite of the row's kernel, as far as the userland's own release does not have it."""
     own, wanted = row.userland.suite, row.kernel.suite
     release = wanted.split("-", maxsplit=1)[0]
-    if release == own and not wanted.endswith("-backports"):
-        return ()
-    lines = [f"deb {matrix.archive.mirror} {release} main", f"deb {matrix.archive.security} {release}-security main"]
-    return (*lines, f"deb {matrix.archive.mirror} {wanted} main") if wanted.endswith("-backports") else tuple(lines)
+    mirror, security = matrix.archive.mirror, matrix.archive.security
+    lines = [] if release == own else [f"deb {mirror} {release} main", f"deb {security} {release}-security main"]
+    return (*lines, f"deb {mirror} {wanted} main") if wanted.endswith("-backports") else tuple(lines)
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 
-from world import (
+from vagrant.guest.world import (
     BACKENDS,
     EXPECT,
     INACTIVE,

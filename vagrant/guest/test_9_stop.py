@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from world import INACTIVE, STRANGER, command, done, everywhere, left, reach
+from vagrant.guest.world import INACTIVE, STRANGER, command, done, everywhere, left, reach
 
 
 def test_stop(backend: str) -> None:

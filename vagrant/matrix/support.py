@@ -10,8 +10,8 @@ from typing import Any, Dict, Iterable, List, Mapping
 
 from vagrant.matrix import cache
 from vagrant.matrix.errors import MatrixError
-from vagrant.matrix.table import BACKENDS, Matrix, Row
-from vagrant.matrix.verdict import Verdict
+from vagrant.matrix.table import BACKENDS, USUAL, Matrix, Row
+from vagrant.matrix.verdict import LOST, Verdict
 
 RECORD = Path(__file__).resolve().parent.parent / "results.json"
 BEGIN, END = "<!-- support-table -->", "<!-- /support-table -->"
@@ -26,6 +26,11 @@ def meaning(row: Row) -> str:
 
 def record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path = RECORD) -> None:
     """Writes what each row came to, for the table; rows that were not run keep what they had."""
+    with cache.locked("record"):
+        _record(matrix, verdicts, path)
+
+
+def _record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path) -> None:
     known = read_record(path)
     for found in verdicts:
         known[found.row] = {
@@ -78,9 +83,13 @@ def _cells(row: Row, known: Mapping[str, Any]) -> List[str]:
 
 
 def _backend(row: Row, known: Mapping[str, Any], backend: str) -> str:
-    if backend in known.get("works", ()):
+    if known.get("meaning") != meaning(row) or known["state"] == LOST:
+        return "not tried"
+    if backend in known["works"]:
         return "yes"
-    return "FAILS" if backend in row.expect else "no, as expected"
+    if backend in row.expect:
+        return "FAILS"
+    return "no, as expected" if USUAL in row.tests else ""
 
 
 def _result(row: Row, known: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from imds_guard.backends.iptables.tables import (
     is_reached,
     other_program,
     owned,
+    put_back,
     read_table,
     replace,
     rule_texts,
@@ -145,9 +146,8 @@ class Forwarded:
             try:
                 for program in programs:
                     replace(program, ANCHOR, rule_texts(render(policy, program.version)), self.lock_wait_s)
-            except BaseException:
-                for program, chains in before:
-                    replace(program, ANCHOR, chains, self.lock_wait_s)
+            except BaseException as error:
+                put_back(error, before, ANCHOR, self.lock_wait_s)
                 self.record.write(noted) if noted else self.record.remove()
                 raise
             self._clear([other for program in programs for other in other_program(program)])
@@ -157,7 +157,7 @@ class Forwarded:
     def remove(self) -> List[str]:
         """Takes our rules out of FORWARD; harmless when there are none."""
         with self.record.locked():
-            lines = self._clear(every_program(self.commands))
+            lines = self._clear(every_program(self.commands, needed=self.record.read() == DROP))
             self.record.remove()
         return lines
 
@@ -167,7 +167,7 @@ class Forwarded:
 
     def in_force(self) -> bool:
         """True when FORWARD leads to rules of ours, IPv4 or IPv6."""
-        return any(_is_reached(program) for program in every_program(self.commands))
+        return any(_is_reached(program) for program in every_program(self.commands, needed=self.record.read() == DROP))
 
     def faults(self, policy: Optional[Policy]) -> List[str]:
         """What is wrong in FORWARD for the policy that is in force, a sentence each."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn, Optional, Sequence
 
@@ -19,8 +20,17 @@ from imds_guard.policy import PolicyError
 __all__ = ["cli", "guard", "ip_lockdown", "look", "main", "service", "watch"]
 
 
+class _Terminated(BaseException):
+    """SIGTERM, which would end Python on the spot: it is to undo what has begun, as after SIGINT."""
+
+
+def _on_sigterm(_number: int, _frame: object) -> NoReturn:
+    raise _Terminated
+
+
 def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) -> NoReturn:
     """Every way a command can end, as an exit status."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         sys.exit(0)
@@ -31,7 +41,9 @@ def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) 
     except click.ClickException as error:
         fail(GuardError(_click_sentence(error, name)), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        fail(GuardError("interrupted: the state is the old one or the new one, imds-guard status tells"), 130)
+        fail(GuardError(_interrupted("by SIGINT")), 130)
+    except _Terminated:
+        fail(GuardError(_interrupted("by SIGTERM")), 143)
     except OSError as error:
         fail(GuardError(f"the system refused something that no message covers: {system_words(error)}; {_please()}"), 1)
     except Exception as error:
@@ -45,6 +57,10 @@ def _click_sentence(error: click.ClickException, name: str) -> str:
     context = error.ctx if isinstance(error, click.UsageError) else None
     words = " ".join(error.format_message().split()).rstrip(".")
     return f"{words} (see {context.command_path if context else name} --help)"
+
+
+def _interrupted(how: str) -> str:
+    return f"interrupted {how}: the policy before or the new one is in force, whole; imds-guard status tells which"
 
 
 def _please() -> str:

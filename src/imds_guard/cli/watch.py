@@ -31,10 +31,11 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: Optional[str]) -> No
     from imds_guard import events, watching  # noqa: PLC0415
     from imds_guard.kernel import notify  # noqa: PLC0415
     from imds_guard.outlet import Outlet  # noqa: PLC0415
+    from imds_guard.reader import Wish  # noqa: PLC0415
 
     actions.require_root("watch")
     outlet = Outlet(sys.stdout.fileno(), events.as_json if as_json else events.as_line)
-    watching.watch(watching.Wish(cgroup, allowed, once), outlet, notify.ready)
+    watching.watch(Wish(cgroup, allowed, once), outlet, notify.ready)
 
 
 @cli.command()

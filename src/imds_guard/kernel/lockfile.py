@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Iterator, Optional
 
 from imds_guard.errors import GuardError, NotPermitted, system_words
@@ -43,8 +44,12 @@ def attempt(name: str) -> Optional[int]:
 
 
 def forget(name: str) -> None:
-    """Removes the lock file; only while it is held. Who waits for it makes another one."""
-    os.unlink(_path(name))
+    """Removes the lock file; only while it is held. Who waits for it makes another one.
+
+    One that can't be removed is as good as before: what the command was for does not fail with it.
+    """
+    with suppress(OSError):
+        os.unlink(_path(name))
 
 
 def _path(name: str) -> str:
@@ -75,12 +80,36 @@ def _is_at(fd: int, path: str) -> bool:
 def _open(name: str) -> int:
     path = _path(name)
     try:
-        os.makedirs(FOLDER, mode=0o700, exist_ok=True)
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        _make_folder()
+        return _opened_file(path)
     except PermissionError as error:
         raise NotPermitted(f"opening {path}: {system_words(error)}; run this as root") from error
     except OSError as error:
         raise GuardError(f"opening {path}: {system_words(error)}; make room in, or repair, {FOLDER}") from error
+
+
+def _make_folder() -> None:
+    """Root's own, whoever made it and with whatever umask. Raises OSError."""
+    os.makedirs(FOLDER, mode=0o700, exist_ok=True)
+    found = os.lstat(FOLDER)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0:
+        raise OSError(errno.ENOTDIR, "it is no folder of root's")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        os.chmod(FOLDER, 0o700)
+
+
+def _opened_file(path: str) -> int:
+    """Root's own, and no link: what somebody else has put there could be held against us. Raises OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != 0:
+            raise OSError(errno.EEXIST, "it is no file of root's")
+        os.fchmod(fd, 0o600)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _wait(fd: int, name: str, wait_s: float) -> None:

@@ -7,9 +7,19 @@ import os
 import resource
 from typing import Iterable, List, Optional
 
-CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 21, 38, 39
+# Source: include/uapi/linux/capability.h
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE = 1, 2, 5, 6, 7, 10
+CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE, CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF = 12, 13, 19, 21, 38, 39
 _NAMES = {
+    CAP_DAC_OVERRIDE: "CAP_DAC_OVERRIDE",
+    CAP_DAC_READ_SEARCH: "CAP_DAC_READ_SEARCH",
+    CAP_KILL: "CAP_KILL",
+    CAP_SETGID: "CAP_SETGID",
+    CAP_SETUID: "CAP_SETUID",
+    CAP_NET_BIND_SERVICE: "CAP_NET_BIND_SERVICE",
     CAP_NET_ADMIN: "CAP_NET_ADMIN",
+    CAP_NET_RAW: "CAP_NET_RAW",
+    CAP_SYS_PTRACE: "CAP_SYS_PTRACE",
     CAP_SYS_ADMIN: "CAP_SYS_ADMIN",
     CAP_PERFMON: "CAP_PERFMON",
     CAP_BPF: "CAP_BPF",
@@ -28,12 +38,17 @@ def effective_capabilities() -> int:
     return 0
 
 
+def capability_name(capability: int) -> str:
+    """``CAP_SYS_ADMIN``."""
+    return _NAMES[capability]
+
+
 def missing_capabilities(wanted: Iterable[int]) -> List[str]:
     """The names of those we lack; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7))."""
     held = effective_capabilities()
     if held >> CAP_SYS_ADMIN & 1:
         held |= 1 << CAP_BPF | 1 << CAP_PERFMON
-    return [_NAMES[capability] for capability in wanted if not held >> capability & 1]
+    return [capability_name(capability) for capability in wanted if not held >> capability & 1]
 
 
 def namespace_inode(kind: str) -> int:

@@ -31,11 +31,15 @@ class RingBuffer:
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._size = bpf.describe_map(fd)[1].max_entries
         page = mmap.PAGESIZE
-        self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._rest = mmap.mmap(fd, page + 2 * self._size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        try:
+            self._size = bpf.describe_map(fd)[1].max_entries
+            self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            self._rest = mmap.mmap(fd, page + 2 * self._size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd = fd
         self._consumer = memoryview(self._consumer_page).cast("Q")
         self._producer = memoryview(self._rest)[:page].cast("Q")
         self._data = memoryview(self._rest)[page:]

@@ -46,9 +46,12 @@ class Completed:
 
     @property
     def complaint(self) -> str:
-        """The reason of a failure as part of one sentence: stderr's lines joined, or the status."""
-        lines = [line.strip() for line in (self.stderr or self.stdout).splitlines() if line.strip()]
-        return "; ".join(lines) or _status_words(self.status)
+        """The reason of a failure as part of one sentence: stderr's lines joined, the signal, or the status."""
+        said = self.stderr if self.stderr or self.status < 0 else self.stdout  # killed: what it printed is no complaint
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        if self.status < 0 or not lines:
+            lines.append(_status_words(self.status))
+        return "; ".join(lines)
 
 
 def find_program(name: str) -> Optional[str]:
@@ -76,7 +79,9 @@ def run(argv: Sequence[str], stdin: str = "", *, timeout_s: float = 60) -> Compl
             errors="surrogateescape",
         )
     except OSError as error:
-        raise GuardError(f"{path} could not be started: {system_words(error)}") from error
+        raise GuardError(
+            f"{path} could not be started: {system_words(error)}; it did nothing, run the command again"
+        ) from error
     return _finish(process, argv, stdin, timeout_s)
 
 

@@ -55,8 +55,7 @@ class Socket(NamedTuple):
     inode: int
     """0 when no file leads to it: its last holder has closed it, or nobody has accepted it yet."""
     cgroup_id: Optional[int]
-    """Of the cgroup2 directory that it was made in. Since Linux 6e3a401fc8af ("inet_diag: add cgroup id attribute")
-    (in v5.8)."""
+    """Of the cgroup2 directory that it was made in; None before Linux v5.8 ("inet_diag: add cgroup id attribute")."""
     identity: bytes
     """struct inet_diag_sockid, with the cookie: no later socket has the same."""
 

@@ -31,7 +31,7 @@ def is_going_down() -> bool:
 
 def systemctl(*words: str) -> str:
     """Runs systemctl; what it printed. Raises GuardError."""
-    done = run(["systemctl", *words], timeout_s=300)
+    done = run(["systemctl", *words], timeout_s=900)
     if done.status != 0:
         raise GuardError(f"systemctl {' '.join(words)}: {done.complaint}; see journalctl -xe")
     return done.stdout

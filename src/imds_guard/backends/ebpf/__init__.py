@@ -296,9 +296,15 @@ def _undo(first: Exception, *steps: Callable[[], None]) -> None:
         try:
             step()
         except (GuardError, OSError) as second:
-            said = system_words(first) if isinstance(first, OSError) else str(first)
-            also = system_words(second) if isinstance(second, OSError) else str(second)
-            raise GuardError(f"{said}; what was begun could not be undone ({also}), the next command will") from first
+            said, also = (
+                f"putting the policy in force: {error.filename or 'a call'}: {system_words(error)}"
+                if isinstance(error, OSError)
+                else str(error)
+                for error in (first, second)
+            )
+            raise GuardError(
+                f"{said}; what was begun could not be undone ({also}), the next start or stop will"
+            ) from first
 
 
 def _policy_of(snapshot: Optional[Snapshot]) -> Tuple[Optional[Policy], List[str]]:

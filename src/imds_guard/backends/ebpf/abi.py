@@ -98,7 +98,7 @@ REPORT = struct.Struct(f"=3Q16sHB5x{COMM_OCTETS}s")  # count, first_ns, last_ns,
 
 WATCH = struct.Struct("=I")  # log_allowed
 
-MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT = 1, 2, 3, 4
+MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN = 1, 2, 3, 4, 5
 MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, place_unknown
 
 SHAPES: Dict[Map, bpf.MapShape] = {

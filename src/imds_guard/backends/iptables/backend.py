@@ -25,6 +25,7 @@ from imds_guard.backends.iptables.tables import (
     is_first,
     other_program,
     owned,
+    put_back,
     read_table,
     replace,
     rule_texts,
@@ -132,8 +133,8 @@ class IptablesBackend:
                 for program in programs:
                     replace(program, ANCHOR, rule_texts(render(holding, program.version)), self.lock_wait_s)
                 self._verify(programs, holding)
-            except BaseException:
-                self._roll_back(before)
+            except BaseException as error:
+                put_back(error, before, ANCHOR, self.lock_wait_s)
                 if not noted:
                     self.record.remove()
                 raise
@@ -148,14 +149,16 @@ class IptablesBackend:
             if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, ANCHOR)):
                 raise GuardError(f"{program.title} took the rules, but iptables-save shows others; nothing was changed")
 
-    def _roll_back(self, before: Sequence[Tuple[Program, Table]]) -> None:
-        for program, chains in before:
-            replace(program, ANCHOR, chains, self.lock_wait_s)
-
     def remove(self) -> List[str]:
         """Takes everything of ours out of both families, nf_tables and legacy; harmless when there is nothing."""
         with self.record.locked():
-            lines = self._clear(self._every_program())
+            programs = self._every_program()
+            before = _owned_by(programs)
+            try:
+                lines = self._clear(programs)
+            except BaseException as error:
+                put_back(error, before, ANCHOR, self.lock_wait_s)
+                raise
             self.record.remove()
         return lines
 
@@ -164,7 +167,7 @@ class IptablesBackend:
         return [f"iptables rules were removed with {program.title}" for program in cleared]
 
     def _every_program(self) -> List[Program]:
-        return every_program(self.commands)
+        return every_program(self.commands, needed=bool(self.record.read()))
 
     # --- the truth ---------------------------------------------------------------------------------------------------
 
@@ -213,6 +216,15 @@ class IptablesBackend:
         if held is None:
             return lines
         return lines + faults.of_rules(families, held) + faults.of_members(held)
+
+
+def _owned_by(programs: Iterable[Program]) -> List[Tuple[Program, Table]]:
+    """Our chains in each program's table; nothing for one that has no table."""
+    found: List[Tuple[Program, Table]] = []
+    for program in programs:
+        with contextlib.suppress(NoTable):
+            found.append((program, owned(read_table(program), ANCHOR)))
+    return found
 
 
 def _reached(families: Iterable[FamilyRules]) -> List[Found]:

@@ -42,18 +42,27 @@ class Record:
         """Notes what is to be in force. Comes before the first rule."""
         with _told("could not write", self._path()):
             os.makedirs(self.folder, 0o700, exist_ok=True)
-            with open(self._path() + ".new", "w", encoding="ascii") as file:
-                file.write(word + "\n")
-            os.replace(self._path() + ".new", self._path())
+            try:
+                with open(self._beside(), "w", encoding="ascii") as file:
+                    file.write(word + "\n")
+                os.replace(self._beside(), self._path())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._beside())
+                raise
 
     def remove(self) -> None:
         """Notes that nothing is to be in force. Comes behind the last rule."""
-        with _told("could not remove", self._path()), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path())
+        for path in (self._beside(), self._path()):  # a command that was killed may have left the first
+            with _told("could not remove", path), contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
     def locked(self) -> ContextManager[None]:
         """One command of ours at a time reads and changes rules; another one waits."""
         return exclusive(self.kind)
+
+    def _beside(self) -> str:
+        return self._path() + ".new"
 
     def _path(self) -> str:
         return os.path.join(self.folder, f"{self.kind}-{namespace_word()}")

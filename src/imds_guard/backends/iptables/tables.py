@@ -89,14 +89,33 @@ def other_program(program: Program) -> List[Program]:
     return [Program(program.version, command, kind)] if find_program(command) else []
 
 
-def every_program(commands: Mapping[int, str]) -> List[Program]:
-    """Both kinds for both IP versions, the default one first; none where iptables is not installed."""
+def every_program(commands: Mapping[int, str], needed: bool) -> List[Program]:
+    """Both kinds for both IP versions, the default one first; none where iptables is not installed or does not run.
+
+    With ``needed`` rules of ours should be in force: then one that does not run is a GuardError.
+    """
     every: List[Program] = []
     for version in (4, 6):
-        with contextlib.suppress(Unsupported):
+        try:
             program = default_program(version, commands[version])
             every += [program, *other_program(program)]
+        except Unsupported as error:
+            if needed:
+                raise GuardError(
+                    f"{error}; rules of imds-guard should be in force, and can't be seen or changed until it runs"
+                ) from error
     return every
+
+
+def put_back(error: BaseException, before: Iterable[Tuple[Program, Table]], anchor: Anchor, lock_wait_s: int) -> None:
+    """Our chains as they were before what ended in ``error``. Raises GuardError that tells of both if it can't."""
+    try:
+        for program, chains in before:
+            replace(program, anchor, chains, lock_wait_s)
+    except GuardError as second:
+        raise GuardError(
+            f"{error}; not all of the rules from before could be put back ({second}): run the command again"
+        ) from error
 
 
 def _legacy_tables(version: int) -> List[str]:

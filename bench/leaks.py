@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts and stops the guard thousands of times, and counts what is left: nothing may grow.
+
+Run as root from the top of the tree: /usr/bin/python3 -m bench.leaks [--times 10000] [--backend ebpf|iptables|both].
+eBPF works in a child cgroup, iptables in a network namespace of its own. The programs are compiled once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, Set
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src")]
+
+from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.kernel import bpf, bpffs
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel.lockfile import FOLDER
+from imds_guard.kernel.run import run
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Policy, make_policy
+
+FAST = (("IG_WALKED", 16), ("IG_SEARCHED", 2))
+"""Programs that the verifier is through with in a moment: thousands are loaded."""
+
+_MEMORY_V1 = "/sys/fs/cgroup/memory"
+_SETTLE_S = 10.0
+
+
+def _policy(number: int) -> Policy:
+    """Another list every time."""
+    where = tuple(
+        Endpoint(ipaddress.ip_network(one), ALL_PORTS, ALL_PORTS) for one in ("169.254.169.254", "fd00:ec2::254")
+    )
+    return make_policy([Lock("leaks", where, Identities(frozenset({61_001 + number % 100}), frozenset({62_001})))])
+
+
+# --- what is counted ------------------------------------------------------------------------------------------------
+
+
+def descriptors() -> int:
+    """Open file descriptors of this process."""
+    return len(os.listdir("/proc/self/fd")) - 1  # that of the listing
+
+
+def kernel_memory_kib() -> int:
+    """What the kernel has taken for itself, on the whole machine: other processes' needs are in it."""
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        values = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    return values["SUnreclaim"] + values["Percpu"] + values["VmallocUsed"]
+
+
+class Charged:
+    """A memory cgroup (v1) for this process: what the kernel takes on its account, maps and programs among it."""
+
+    def __init__(self) -> None:
+        self._home = _memory_cgroup()
+        self._path = os.path.join(_MEMORY_V1, f"imds-guard-leaks-{os.getpid()}") if self._home else ""
+        if self._path:
+            os.mkdir(self._path)
+            self._join(self._path)
+
+    def kib(self) -> int:
+        """Kernel memory in KiB; -1 where there is no such cgroup."""
+        if not self._path:
+            return -1
+        with open(os.path.join(self._path, "memory.kmem.usage_in_bytes"), encoding="ascii") as file:
+            return int(file.read()) // 1024
+
+    def close(self) -> None:
+        """Back to where the process came from."""
+        if self._path:
+            self._join(self._home)
+            os.rmdir(self._path)
+
+    def _join(self, path: str) -> None:
+        with open(os.path.join(path, "cgroup.procs"), "w", encoding="ascii") as procs:
+            procs.write(str(os.getpid()))
+
+
+def _memory_cgroup() -> str:
+    """The path of this process's v1 memory cgroup; "" where there is none."""
+    with open("/proc/self/cgroup", encoding="ascii") as lines:
+        for line in lines:
+            _, controllers, path = line.rstrip("\n").split(":", 2)
+            if "memory" in controllers.split(",") and os.path.isdir(_MEMORY_V1 + path):
+                return _MEMORY_V1 + path
+    return ""
+
+
+@dataclass
+class Seen:
+    """The IDs of all maps, programs and links that were ever made, which the kernel gives out only once."""
+
+    maps: Set[int] = field(default_factory=set)
+    programs: Set[int] = field(default_factory=set)
+    links: Set[int] = field(default_factory=set)
+
+    def note(self, backend: EbpfBackend, cgroup: str) -> None:
+        """Notes what is there while the guard is on."""
+        for hook in backend.state().hooks:
+            for one in hook.attached:
+                self.programs.add(one.id)
+                self.maps.update(one.map_ids)
+        with open_cgroup(cgroup) as opened:
+            for fd, link in bpf.links_of_cgroup(opened.id):
+                os.close(fd)
+                self.links.add(link.id)
+
+    def alive(self) -> Dict[str, int]:
+        """How many still are. The kernel frees them some time after the last reference is gone."""
+        kinds = (
+            ("maps", bpf.MAP_GET_FD_BY_ID, self.maps),
+            ("programs", bpf.PROG_GET_FD_BY_ID, self.programs),
+            ("links", bpf.LINK_GET_FD_BY_ID, self.links),
+        )
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            found = {name: sum(_is_there(command, one) for one in ids) for name, command, ids in kinds}
+            if not any(found.values()) or time.monotonic() > deadline:
+                return found
+            os.sched_yield()
+
+
+def _is_there(command: int, identity: int) -> bool:
+    fd = bpf._fd_by_id(command, identity)
+    if fd is not None:
+        os.close(fd)
+    return fd is not None
+
+
+# --- the rounds -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ebpf_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
+    """A function that starts and stops once and, when it is told to, counts."""
+    with Sandbox() as sandbox:
+        backend, seen, charged = EbpfBackend(sandbox.cgroup, FAST), Seen(), Charged()
+
+        def once(number: int, count: bool) -> Dict[str, int]:
+            backend.apply(_policy(number))
+            if count or number % 50 == 0:
+                seen.note(backend, sandbox.cgroup)
+            backend.remove()
+            if not count:
+                return {}
+            with open_cgroup(sandbox.cgroup) as opened:
+                word = str(opened.id)
+            pins = [name for name in os.listdir(bpffs.require_bpffs()) if word in name]
+            locks = [name for name in os.listdir(FOLDER) if word in name]
+            counted = {**seen.alive(), "pins": len(pins), "lock files": len(locks), "descriptors": descriptors()}
+            return {**counted, "charged KiB": charged.kib(), "kernel KiB": kernel_memory_kib()}
+
+        try:
+            yield once
+        finally:
+            backend.remove()
+            charged.close()
+
+
+@contextmanager
+def iptables_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
+    """The same with rules, in a namespace that this process is in by then."""
+    with Sandbox() as sandbox, tempfile.TemporaryDirectory() as folder:
+        backend, charged = IptablesBackend(state_folder=folder), Charged()
+        sandbox.join()
+
+        def once(number: int, count: bool) -> Dict[str, int]:
+            backend.apply(_policy(number))
+            backend.remove()
+            if not count:
+                return {}
+            saved = [run([f"{one}-save"]).stdout for one in ("iptables", "ip6tables")]
+            lines = [line for text in saved for line in text.splitlines() if "IMDS" in line]
+            counted = {"rules": len(lines), "records": len(os.listdir(folder)), "descriptors": descriptors()}
+            return {**counted, "charged KiB": charged.kib(), "kernel KiB": kernel_memory_kib()}
+
+        try:
+            yield once
+        finally:
+            backend.remove()
+            charged.close()
+            with open(os.path.join(os.path.dirname(sandbox.cgroup), "cgroup.procs"), "w", encoding="ascii") as procs:
+                procs.write(str(os.getpid()))
+
+
+BACKENDS = {"ebpf": ebpf_rounds, "iptables": iptables_rounds}
+
+
+def measure(name: str, milestones: List[int]) -> List[Dict[str, int]]:
+    """What is left at each of the milestones, which are numbers of starts and stops."""
+    found = []
+    with BACKENDS[name]() as once:
+        for number in range(1, milestones[-1] + 1):
+            counted = once(number, number in milestones)
+            if counted:
+                found.append({"rounds": number, **counted})
+    return found
+
+
+def main() -> None:
+    """Prints a line for each milestone."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=10_000)
+    parser.add_argument("--backend", choices=[*BACKENDS, "both"], default="both")
+    chosen = parser.parse_args()
+    milestones = [at for at in (10, 100, 1_000, 2_000, 5_000) if at < chosen.times] + [chosen.times]
+    for name in BACKENDS if chosen.backend == "both" else [chosen.backend]:
+        begun = time.monotonic()
+        with BACKENDS[name]() as once:
+            for number in range(1, chosen.times + 1):
+                counted = once(number, number in milestones)
+                if counted:
+                    words = ", ".join(f"{value} {what}" for what, value in counted.items())
+                    print(f"{name}: {number} starts and stops in {time.monotonic() - begun:.0f} s: {words}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

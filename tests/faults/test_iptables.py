@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The iptables backend, with each of its programs and files failing in turn, as real connects see it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import AbstractSet, Callable, Iterator, Optional
+
+import pytest
+
+from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.kernel.run import find_program, run
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy import Policy
+from tests.faults import trials
+from tests.faults.callers import Callers
+from tests.faults.trials import Before, Trial
+from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
+from tests.kernel.rules_in_a_sandbox import KINDS
+
+EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
+PLACES = [(address, PORT) for address in (IPV4, IPV6)]
+_PATIENCE_S = 3600
+
+
+def _seen(users: AbstractSet[int], read: Optional[Policy]) -> Before:
+    return Before((frozenset(users),) * len(PLACES), read)
+
+
+NOTHING = _seen(EVERYONE, None)
+UNDER_OLD = _seen({OLD, BOTH}, OLD_POLICY)
+UNDER_NEW = _seen({NEW, BOTH}, NEW_POLICY)
+
+
+@dataclass
+class Stage:
+    """A sandbox with a backend for its namespace, and callers in it. Everything but ``inside`` works in there."""
+
+    sandbox: Sandbox
+    backend: IptablesBackend
+    callers: Callers
+
+    def inside(self, trial: Trial) -> None:
+        """Runs a trial in the sandbox."""
+        self.sandbox.call(lambda: trials.run(trial), timeout_s=_PATIENCE_S)
+
+    def look(self) -> Before:
+        """Who gets through, and what the rules say."""
+        return Before(self.callers.passing(), self.backend.read())
+
+    def put(self, policy: Policy) -> Callable[[], object]:
+        """A function that puts a policy in force, whole."""
+
+        def put() -> None:
+            self.backend.apply(policy)
+            assert self.backend.faults() == []
+
+        return put
+
+    def stop(self) -> None:
+        """Nothing is left in either family, nor of the record."""
+        self.backend.remove()
+        for command in self.backend.commands.values():
+            assert "IMDS" not in run([f"{command}-save", "-t", "filter"]).stdout
+        assert self.backend.record.read() == ""
+        assert os.listdir(self.backend.record.folder) == []
+
+
+@pytest.fixture(params=sorted(KINDS))
+def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
+    kind: str = request.param
+    if os.geteuid() != 0:
+        pytest.skip("making network namespaces needs root")
+    if find_program(KINDS[kind][0]) is None:
+        pytest.skip(f"{KINDS[kind][0]} is not installed")
+    with Sandbox((IPV4, IPV6)) as sandbox:
+        sandbox.serve((IPV4, IPV6), (PORT,))
+        with Callers(sandbox, sorted(EVERYONE), PLACES) as callers:
+            backend = IptablesBackend(KINDS[kind], state_folder=str(tmp_path))
+            backend.check(None)  # asks once what iptables can do here, in a namespace of its own, for all that follow
+            yield Stage(sandbox, backend, callers)
+
+
+def test_the_first_start(stage: Stage) -> None:
+    """Nothing is locked, or the policy is in force in both families."""
+
+    def repair() -> None:
+        stage.stop()
+        stage.put(NEW_POLICY)()
+
+    stage.inside(Trial(stage.stop, lambda: stage.backend.apply(NEW_POLICY), stage.look, NOTHING, UNDER_NEW, repair, 8))
+
+
+def test_a_change(stage: Stage) -> None:
+    """Old or new, in both families."""
+    put = stage.put
+    stage.inside(
+        Trial(
+            put(OLD_POLICY),
+            lambda: stage.backend.apply(NEW_POLICY),
+            stage.look,
+            UNDER_OLD,
+            UNDER_NEW,
+            put(NEW_POLICY),
+            8,
+        )
+    )
+
+
+def test_stop(stage: Stage) -> None:
+    """The policy or nothing, and then nothing of ours. Where only one family could be opened, stop says so."""
+    trial = Trial(stage.put(OLD_POLICY), stage.backend.remove, stage.look, UNDER_OLD, NOTHING, stage.stop, 6)
+    stage.inside(trial)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGINT and SIGTERM in front of a command's calls to the system: old or new, a sentence, 130 or 143.
+
+tests/kernel/test_kill.py does the same with SIGKILL. The commands run in a forked child, so that what bcc compiled is
+at hand; everything from main() on is theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from typing import Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.cli import main
+from imds_guard.kernel import children
+from imds_guard.policy import Policy
+from tests.faults import injector, trials
+from tests.faults.callers import Callers
+from tests.faults.injector import Fault
+from tests.kernel import guards
+from tests.kernel.guards import BOTH, IPV4, IPV6, MAPPED, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
+
+PLACES = [(address, PORT) for address in (IPV4, IPV6, MAPPED)]
+UNDER_OLD, UNDER_NEW = frozenset({OLD, BOTH}), frozenset({NEW, BOTH})
+EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SAMPLES = 12
+
+
+@dataclass
+class Stage:
+    """A guard, the commands for its cgroup, and callers in it."""
+
+    cgroup: str
+    callers: Callers
+
+    def words(self, command: str, *more: str) -> List[str]:
+        """A command line."""
+        return [command, "--cgroup", self.cgroup, *more]
+
+    def start(self, policy: Policy) -> List[str]:
+        """The command line that puts a policy in force."""
+        users = sorted(policy.locks[0].allow.users)
+        who = [word for user in users for word in ("--user", str(user))]
+        return self.words("start", *who, "--ip", f"{IPV4}:80,tcp", "--ip", f"[{IPV6}]:80,tcp")
+
+    def run(self, words: List[str], fault: Fault) -> Tuple[int, str, int]:
+        """How a command ended in a child, what it said on stderr, and how many calls it made."""
+        errors, theirs = os.pipe()
+        counts, count = os.pipe()
+
+        def inside() -> None:
+            os.dup2(theirs, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            fault.owner = os.getpid()
+            try:
+                with injector.planted(fault):
+                    main(words)
+            finally:
+                os.write(count, str(len(fault.calls)).encode())
+
+        pid = children.fork(inside, _exit_as_asked)
+        os.close(theirs)
+        os.close(count)
+        with os.fdopen(errors, encoding="utf-8") as said, os.fdopen(counts) as made:
+            text, calls = said.read(), int(made.read() or "0")
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text, calls
+
+
+def _exit_as_asked(error: BaseException) -> None:
+    assert isinstance(error, SystemExit), error
+    os._exit(int(error.code or 0))
+
+
+@pytest.fixture
+def stage() -> Iterator[Stage]:
+    if os.geteuid() != 0:
+        pytest.skip("attaching programs needs root")
+    with guards.guarded_sandbox() as (sandbox, backend), Callers(sandbox, sorted(EVERYONE), PLACES) as callers:
+        backend.apply(OLD_POLICY)  # compiles the programs, for all children
+        yield Stage(sandbox.cgroup, callers)
+
+
+@pytest.mark.parametrize("which", sorted(STATUS))
+@pytest.mark.parametrize("command", ["start", "allow", "stop"])
+def test_a_signal_in_front_of_a_call(stage: Stage, command: str, which: signal.Signals) -> None:
+    """The policy before or the new one, whole; the command says so and exits as the shell has it for that signal."""
+    words, new = {
+        "start": (stage.start(NEW_POLICY), UNDER_NEW),
+        "allow": (stage.words("allow", "--user", str(NEW)), UNDER_OLD | {NEW}),
+        "stop": (stage.words("stop"), EVERYONE),
+    }[command]
+    again, under = stage.start(OLD_POLICY), UNDER_OLD
+    status, said, calls = stage.run(words, Fault())
+    assert (status, stage.callers.passing()) == (0, (new,) * 3), said
+    assert calls > 40
+    step = 1 if trials.FULL else max(1, calls // SAMPLES)
+    for number in range(1, calls + 1, step):
+        assert stage.run(again, Fault())[0] == 0
+        assert stage.callers.passing() == (under,) * 3
+        status, said, _ = stage.run(words, Fault(first=number, signal=which))
+        lines = [line for line in said.splitlines() if line and not line.startswith("warning: ")]
+        assert (status, len(lines)) == (STATUS[which], 1), (number, said)
+        assert lines[0].startswith(f"imds-guard: interrupted by {which.name}: "), lines
+        seen = stage.callers.passing()
+        assert all(there in (under, new) for there in seen), (number, seen)
+    assert stage.run(stage.words("stop"), Fault())[0] == 0
+    assert guards.traces(stage.cgroup) == {"attached": 0, "pins": 0}

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packages: built by their one command, the same each time, and what their scripts do to a machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from hashlib import sha256
+from pathlib import Path
+from typing import List, Sequence, Set
+
+import pytest
+
+from imds_guard import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGING = ROOT / "packaging"
+SCRIPTS = tuple(PACKAGING / "debian" / f"imds-guard.{name}" for name in ("postinst", "prerm", "postrm"))
+UNITS = {path.name for path in (ROOT / "src" / "imds_guard" / "data" / "systemd").iterdir()}
+expected = "packages" in os.environ.get("IMDS_GUARD_EXPECT", "").split(",")
+
+
+def output(*command: str, cwd: Path = ROOT, status: int = 0) -> str:
+    """Standard output of a program that must end with ``status``."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def missing(reason: str) -> None:
+    """A tool that is not here: skips, unless this gate must prove the packages."""
+    assert not expected, reason
+    pytest.skip(reason)
+
+
+def need(*tools: str) -> None:
+    for tool in tools:
+        if shutil.which(tool) is None:
+            missing(f"{tool} is not installed")
+
+
+# --- Debian ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what packages are made of, so that nobody changes it meanwhile."""
+    copy = tmp_path_factory.mktemp("source")
+    for part in ("bpf", "examples", "packaging", "src"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"):
+        shutil.copy2(ROOT / part, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def deb(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package, built by the one command."""
+    need("dpkg-buildpackage", "dh")
+    control = str(PACKAGING / "debian" / "control")
+    asked = subprocess.run(["dpkg-checkbuilddeps", control], stderr=subprocess.PIPE, text=True, check=False)
+    if asked.returncode != 0:
+        missing(asked.stderr.strip())
+    return build(source, tmp_path_factory)
+
+
+def build(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deb")
+    output(str(copy / "packaging" / "build-deb"), str(folder))
+    (package,) = folder.glob("*.deb")
+    return package
+
+
+def below(folder: Path) -> Set[str]:
+    """The files in a folder, as paths from it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def files(package: Path) -> Set[str]:
+    """What a .deb installs, folders left out."""
+    lines = output("dpkg-deb", "--contents", str(package)).splitlines()
+    names = [line.split(maxsplit=5)[5].split(" -> ")[0] for line in lines]
+    return {name[1:] for name in names if not name.endswith("/")}
+
+
+def test_the_deb_is_the_same_when_it_is_built_again(
+    deb: Path, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    copy = tmp_path_factory.mktemp("again") / "elsewhere"
+    shutil.copytree(source, copy)
+    # Another umask's modes, and times of now.
+    for path in copy.rglob("*"):
+        path.chmod(path.stat().st_mode & 0o700)
+        os.utime(path)
+    again = build(copy, tmp_path_factory)
+    assert sha256(again.read_bytes()).hexdigest() == sha256(deb.read_bytes()).hexdigest()
+
+
+def test_the_deb_has_all_of_the_program(deb: Path, source: Path) -> None:
+    module = "/usr/lib/python3/dist-packages/"
+    assert {name[len(module) :] for name in files(deb) if name.startswith(f"{module}imds_guard/")} == {
+        *(name for name in below(source / "src") if not name.startswith("imds_guard/data/man/")),
+        *(f"imds_guard/{name}" for name in below(source) if name.startswith("bpf/") and name.endswith((".c", ".h"))),
+    }
+
+
+def test_the_deb_has_commands_units_manual_completions_and_a_sample(deb: Path) -> None:
+    assert files(deb) >= {
+        *("/usr/bin/imds-guard", "/usr/bin/ip-lockdown"),
+        *(f"/usr/lib/systemd/system/{name}" for name in UNITS),
+        *(
+            f"/usr/share/man/{page}.gz"
+            for page in ("man8/imds-guard.8", "man8/ip-lockdown.8", "man5/imds-guard.toml.5")
+        ),
+        *("/usr/share/bash-completion/completions/imds-guard", "/usr/share/bash-completion/completions/ip-lockdown"),
+        "/usr/share/zsh/vendor-completions/_imds-guard",
+        "/usr/share/fish/vendor_completions.d/imds-guard.fish",
+        "/usr/share/doc/imds-guard/examples/config.toml",
+    }
+
+
+def test_the_deb_writes_nowhere_else(deb: Path) -> None:
+    """Above all not to /etc: a configuration that nobody wrote would be taken at boot."""
+    places = (
+        "/usr/bin/",
+        "/usr/lib/python3/dist-packages/imds_guard",
+        "/usr/lib/systemd/system/imds-guard",
+        "/usr/share/",
+    )
+    assert [name for name in files(deb) if not name.startswith(places)] == []
+
+
+def test_the_commands_run_on_the_systems_python(deb: Path, tmp_path: Path) -> None:
+    output("dpkg-deb", "-x", str(deb), str(tmp_path))
+    for name in ("imds-guard", "ip-lockdown"):
+        first = (tmp_path / "usr" / "bin" / name).read_text(encoding="utf-8").splitlines()[0]
+        assert re.fullmatch(r"#! ?/usr/bin/python3 -I", first)
+
+
+def test_the_deb_depends_on_what_the_project_needs(deb: Path) -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
+    assert needed is not None
+    names = {f"python3-{name}" for name in re.findall(r'"([a-z-]+)[<>=]', needed[1])} | {"python3-bpfcc"}
+    depends = output("dpkg-deb", "--field", str(deb), "Depends")
+    assert names == set(re.findall(r"python3-[a-z-]+", depends))
+    assert "python3 (>= 3.9~)" in depends
+
+
+def test_lintian_finds_nothing(deb: Path) -> None:
+    need("lintian")
+    output("lintian", "--fail-on", "error,warning", str(deb))
+
+
+def test_every_place_names_one_version() -> None:
+    changelog = (PACKAGING / "debian" / "changelog").read_text(encoding="utf-8")
+    spec = (PACKAGING / "imds-guard.spec").read_text(encoding="utf-8")
+    first = re.match(r"imds-guard \((.*)\)", changelog)
+    version = re.search(r"^Version: +(.*)$", spec, re.MULTILINE)
+    entry = re.search(r"^\* .* - (.*)-1$", spec, re.MULTILINE)
+    assert first is not None
+    assert version is not None
+    assert entry is not None
+    assert (first[1], version[1], entry[1]) == (__version__,) * 3
+
+
+def test_shellcheck_finds_nothing_in_the_scripts() -> None:
+    need("shellcheck")
+    tools = [str(PACKAGING / name) for name in ("build-deb", "build-rpm", "completions")]
+    output("shellcheck", *map(str, SCRIPTS), *tools)
+
+
+# --- completion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def completions(deb: Path, tmp_path: Path) -> Path:
+    """/usr/share of the unpacked package, beside a folder bin with an imds-guard that runs it."""
+    output("dpkg-deb", "-x", str(deb), str(tmp_path))
+    command = tmp_path / "bin" / "imds-guard"
+    command.parent.mkdir()
+    command.write_text(
+        f"#!/bin/sh\nPYTHONPATH={tmp_path}/usr/lib/python3/dist-packages exec /usr/bin/python3 -m imds_guard\n",
+        encoding="utf-8",
+    )
+    command.chmod(0o755)
+    return tmp_path / "usr" / "share"
+
+
+def in_shell(completions: Path, *command: str) -> List[str]:
+    path = f"{completions.parents[1]}/bin:{os.environ['PATH']}"
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+def test_bash_completes_commands_and_choices(completions: Path) -> None:
+    script = completions / "bash-completion" / "completions" / "imds-guard"
+    tries = (
+        "COMP_WORDS=(imds-guard st) COMP_CWORD=1; _imds_guard_completion imds-guard; "
+        "COMP_WORDS=(imds-guard start --mode ''); COMP_CWORD=3; _imds_guard_completion imds-guard; "
+        'echo "${COMPREPLY[@]}"'
+    )
+    found = in_shell(completions, "bash", "-c", f"source {script}; {tries}")
+    assert found == ["start", "status", "stop", "enforce", "audit"]
+
+
+def test_fish_completes_commands(completions: Path) -> None:
+    if shutil.which("fish") is None:
+        pytest.skip("fish is not installed")
+    script = completions / "fish" / "vendor_completions.d" / "imds-guard.fish"
+    found = in_shell(completions, "fish", "--no-config", "-c", f"source {script}; complete -C 'imds-guard unin'")
+    assert found[0] == "uninstall-service"
+
+
+def test_zsh_runs_the_completion_when_it_loads_it(completions: Path) -> None:
+    """A file of fpath is the function's body the first time: registering it alone would lose the first TAB."""
+    script = (completions / "zsh" / "vendor-completions" / "_imds-guard").read_text(encoding="utf-8")
+    assert script.startswith("#compdef imds-guard\n")
+    assert "loadautofunc" in script
+
+
+# --- what the maintainers' scripts do -------------------------------------------------------------------------------
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace with an /etc of its own needs root")
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Path:
+    """A folder with a command imds-guard that notes what it was asked and ends as its file ``status`` says."""
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "imds-guard"
+    command.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\nexit "$(cat {tmp_path}/status)"\n', encoding="utf-8")
+    command.chmod(0o755)
+    (tmp_path / "status").write_text("0", encoding="utf-8")
+    (tmp_path / "asked").touch()
+    return tmp_path
+
+
+_OVER = """
+mount -t tmpfs tmpfs /run
+mkdir /run/upper /run/work
+mount -t overlay -o lowerdir=/etc,upperdir=/run/upper,workdir=/run/work overlay /etc
+umount -l /run
+mount -t tmpfs tmpfs /run
+mkdir -p /etc/imds-guard /run/imds-guard /etc/systemd/system/sysinit.target.wants
+mkdir -p /etc/systemd/system/networking.service.requires
+touch /etc/imds-guard/config.toml /run/imds-guard/command.lock /run/there.service
+ln -s /usr/lib/systemd/system/imds-guard-gone.service /etc/systemd/system/sysinit.target.wants/imds-guard.service
+ln -s /run/there.service /etc/systemd/system/sysinit.target.wants/imds-guard-watch.service
+ln -s /usr/lib/systemd/system/imds-guard-required.service /etc/systemd/system/networking.service.requires/
+"""
+"""A machine where the units are switched on; the watch's is of another installation."""
+
+_WHAT_IS_LEFT = """
+find /etc/systemd/system -name 'imds-guard*' -printf '%f\\n' | sort
+find /etc/imds-guard /run/imds-guard -type f -printf '%f\\n' 2>/dev/null | sort
+"""
+
+
+def after(stage: Path, *calls: str) -> List[str]:
+    """The names of what is left after calls of the scripts, in namespaces of their own without a systemd."""
+    lines = "\n".join(f"sh {PACKAGING}/debian/imds-guard.{call}" for call in calls)
+    path = f"PATH={stage}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    script = f"set -e\n{_OVER}\n{path}\n{lines}\n{_WHAT_IS_LEFT}"
+    return output("unshare", "--mount", "--net", "sh", "-c", script).split()
+
+
+def asked(stage: Path) -> List[str]:
+    return (stage / "asked").read_text(encoding="utf-8").splitlines()
+
+
+EVERYTHING = [
+    "imds-guard-required.service",
+    "imds-guard-watch.service",
+    "imds-guard.service",
+    "command.lock",
+    "config.toml",
+]
+
+
+@needs_root
+@pytest.mark.parametrize(
+    "calls", [["postinst configure"], ["prerm upgrade 0.2", "postrm upgrade 0.2", "postinst configure 0.1"]]
+)
+def test_installation_and_upgrade_neither_open_nor_lock_nor_remove(stage: Path, calls: Sequence[str]) -> None:
+    assert after(stage, *calls) == EVERYTHING
+    assert asked(stage) == []
+
+
+@needs_root
+def test_removal_opens_the_lock_and_keeps_configuration_and_what_is_switched_on(stage: Path) -> None:
+    """All but what would leave the next boot without a network."""
+    assert after(stage, "prerm remove", "postrm remove") == [
+        *("imds-guard-watch.service", "imds-guard.service", "config.toml"),
+    ]
+    assert asked(stage) == ["stop"]
+
+
+@needs_root
+def test_purge_leaves_nothing_but_what_is_of_another_installation(stage: Path) -> None:
+    assert after(stage, "prerm remove", "postrm remove", "postrm purge") == ["imds-guard-watch.service"]
+
+
+@needs_root
+def test_removal_in_a_chroot_leaves_the_machines_lock_alone(stage: Path) -> None:
+    root = stage / "root"
+    commands = "\n".join(
+        (
+            f"mkdir {root}",
+            f"mount -t tmpfs tmpfs {root}",
+            f"mkdir -p {root}/usr {root}/proc {root}{PACKAGING} {root}{stage}/bin",
+            f"mount --rbind /usr {root}/usr",
+            f"mount --rbind /proc {root}/proc",
+            f"mount --bind {PACKAGING} {root}{PACKAGING}",
+            f"mount --bind {stage}/bin {root}{stage}/bin",
+            f"for name in bin lib lib64 sbin; do ln -s usr/$name {root}/$name; done",
+            f"PATH={stage}/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            f"chroot {root} test -x {stage}/bin/imds-guard",
+            f"chroot {root} sh {PACKAGING}/debian/imds-guard.prerm remove",
+        )
+    )
+    output("unshare", "--mount", "--net", "sh", "-ec", commands)
+    assert asked(stage) == []
+
+
+@needs_root
+@pytest.mark.parametrize("status", [69, 77])
+def test_removal_goes_on_where_no_lock_could_be(stage: Path, status: int) -> None:
+    (stage / "status").write_text(str(status), encoding="utf-8")
+    assert "imds-guard.service" in after(stage, "prerm remove")
+
+
+@needs_root
+def test_removal_is_refused_when_the_lock_could_not_be_opened(stage: Path) -> None:
+    """Nothing else could open it afterwards."""
+    (stage / "status").write_text("1", encoding="utf-8")
+    with pytest.raises(AssertionError, match="could not be opened"):
+        after(stage, "prerm remove")
+
+
+# --- RPM ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rpm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need("rpmbuild")
+    folder = tmp_path_factory.mktemp("rpm")
+    output(str(source / "packaging" / "build-rpm"), str(folder), "--nodeps")
+    (package,) = folder.glob("*.rpm")
+    return package
+
+
+def listed(package: Path) -> Set[str]:
+    return set(output("rpm", "--query", "--list", "--package", str(package)).splitlines())
+
+
+def test_the_rpm_has_what_the_deb_has(rpm: Path, deb: Path) -> None:
+    def bare(name: str) -> str:
+        for pattern, place in (
+            (r"/usr/lib/python3[^/]*/(site|dist)-packages/", "module/"),
+            (r"/usr/share/zsh/(vendor-completions|site-functions)/", "zsh/"),
+            (r"\.gz$", ""),
+        ):
+            name = re.sub(pattern, place, name)
+        return name
+
+    def compared(names: Set[str]) -> Set[str]:
+        left_out = re.compile(
+            r"/usr/share/(doc|licenses|lintian)/|module/imds_guard-[0-9.]+\.dist-info/|module/.*__pycache__"
+        )
+        return {bare(name) for name in names if not left_out.match(bare(name))}
+
+    in_rpm = {name for name in listed(rpm) if not any(other.startswith(f"{name}/") for other in listed(rpm))}
+    assert compared(in_rpm) - {"/etc/imds-guard"} == compared(files(deb))
+
+
+def test_rpmlint_finds_no_error(rpm: Path) -> None:
+    need("rpmlint")
+    output("rpmlint", "--config", str(PACKAGING / "rpmlint.toml"), str(PACKAGING / "imds-guard.spec"), str(rpm))
+
+
+def test_the_rpms_scripts_are_shell(rpm: Path, tmp_path: Path) -> None:
+    need("shellcheck")
+    text = output("rpm", "--query", "--scripts", "--package", str(rpm))
+    bodies = re.split(r"^(?:pre|post)(?:un)?install scriptlet \(using /bin/sh\):\n", text, flags=re.MULTILINE)[1:]
+    assert len(bodies) == 3
+    for number, body in enumerate(bodies):
+        script = tmp_path / f"{number}.sh"
+        script.write_text(body, encoding="utf-8")
+        output("shellcheck", "--shell=sh", str(script))

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each command may do at least, who may run it, and who may see or touch what it leaves."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+from pathlib import Path
+from typing import Callable, Dict, Iterator, Sequence, Tuple
+
+import pytest
+
+from imds_guard.backends.ebpf import abi
+from imds_guard.capabilities import REQUIRED
+from imds_guard.cli import cli
+from imds_guard.kernel import bpf, lockfile, privileges
+from imds_guard.kernel.bpffs import find_bpffs
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.run import run
+from tests import command
+from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, Result
+from tests.kernel import places
+from tests.kernel.guards import traces
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
+
+NO_PERMISSION = 77
+NOTHING = {"attached": 0, "pins": 0}
+LOCK = ("--user", str(ONE), "--ip", SERVICE)
+
+WORDS: Dict[str, Tuple[str, ...]] = {
+    "start": LOCK,
+    "stop": (),
+    "status": (),
+    "allow": ("--user", str(TWO)),
+    "revoke": ("--user", str(ONE)),
+    "check": (),
+    "explain": ("--user", "root", SERVICE),
+    "export": ("--format", "nftables"),
+    "verify": ("--repair",),
+    "watch": ("--once",),
+    "report": (),
+    "metrics": (),
+    "demo": (),
+    "install-service": (),
+    "uninstall-service": (),
+    "ip-lockdown": (SERVICE, "root"),
+}
+"""By command the words that it is tried with."""
+
+FOR_EVERYONE = {"endpoints"}
+WITHOUT_CGROUP = {"demo", "install-service", "uninstall-service"}
+ON_ITS_OWN = sorted(set(WORDS) - {"install-service", "uninstall-service"})
+"""What needs no systemd; the two are tried in a booted guest."""
+
+EVERY_CAPABILITY = range(int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii")) + 1)
+
+
+def argv(guard: Guard, name: str, before: str = "") -> Tuple[str, ...]:
+    """The command against the sandbox's cgroup."""
+    where = () if name in WITHOUT_CGROUP else ("--cgroup", guard.sandbox.cgroup)
+    if name == "ip-lockdown":
+        return command.argv((*where, *WORDS[name]), entry="ip_lockdown", before=before)
+    return command.argv((name, *where, *WORDS[name]), before=before)
+
+
+def run_with(guard: Guard, name: str, held: Sequence[int]) -> Result:
+    """The command in a process that is root with these capabilities alone."""
+
+    def inside() -> Result:
+        places.without_capabilities(*(number for number in EVERY_CAPABILITY if number not in held))
+        return command.run(argv(guard, name))
+
+    return run_in_child(inside, timeout_s=command.PATIENCE_S)
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def untouched() -> Iterator[Guard]:
+    """Nothing is locked there, and nothing that is tried there may lock anything."""
+    with command.guard() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Guard]:
+    """A guard that runs, and that nothing which is tried on it may change."""
+    with command.guard() as one:
+        one.start(*LOCK)
+        yield one
+
+
+# --- capabilities ---------------------------------------------------------------------------------------------------
+
+
+def test_every_command_says_what_it_takes() -> None:
+    assert set(REQUIRED) == (set(cli.commands) | {"ip-lockdown"}) - FOR_EVERYONE
+    assert set(WORDS) == set(REQUIRED)
+
+
+@pytest.mark.parametrize("name", ON_ITS_OWN)
+def test_a_command_works_with_what_it_takes_and_nothing_more(guard: Guard, name: str) -> None:
+    """Whole: it ends as it does with every capability, and the lock holds or is gone as it should."""
+    if name not in ("start", "check", "ip-lockdown"):
+        guard.start(*LOCK)
+    done = run_with(guard, name, REQUIRED[name])
+    assert done.status == 0, done
+    if name == "stop":
+        assert traces(guard.sandbox.cgroup) == NOTHING
+    if name in ("start", "allow", "revoke", "verify"):
+        expected = {"start": [ONE], "allow": [ONE, TWO], "revoke": [], "verify": [ONE]}[name]
+        assert [uid for uid in (ONE, TWO, STRANGER) if guard.reach(uid) == "connected"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [(name, number) for name in ON_ITS_OWN for number in REQUIRED[name]], ids=str
+)
+def test_without_any_one_of_them_it_is_refused_and_named(untouched: Guard, name: str, missing: int) -> None:
+    """Dropped alone, with every other one held; CAP_SYS_ADMIN stands for CAP_BPF, so both go there."""
+    dropped = {missing, privileges.CAP_SYS_ADMIN} if missing == privileges.CAP_BPF else {missing}
+    done = run_with(untouched, name, [number for number in EVERY_CAPABILITY if number not in dropped])
+    assert done.status == NO_PERMISSION, done
+    word = privileges.capability_name(missing)
+    assert done.sentence.startswith(f"imds-guard {name}: this process is root without {word}; ")
+    assert traces(untouched.sandbox.cgroup) == NOTHING
+
+
+def test_a_guard_that_runs_is_not_touched_by_one_who_may_not(running: Guard) -> None:
+    before = running.status()
+    for name in ("start", "stop", "allow", "revoke", "verify", "ip-lockdown"):
+        assert run_with(running, name, ()).status == NO_PERMISSION
+    assert running.status() == before
+
+
+# --- whoever is not root --------------------------------------------------------------------------------------------
+
+BECOME_NOBODY = (
+    "import os, imds_guard.present, imds_guard.demo\n"  # read before: the tree may be root's alone
+    "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
+)
+
+
+@pytest.mark.parametrize("name", sorted(WORDS))
+def test_only_root_may_and_nobody_else_is_told_anything(untouched: Guard, running: Guard, name: str) -> None:
+    """Exit status 77 and one sentence, which is the same whether something is locked or not."""
+    free = command.run(argv(untouched, name, BECOME_NOBODY))
+    done = command.run(argv(running, name, BECOME_NOBODY))
+    assert (done.status, done.sentence) == (NO_PERMISSION, f"imds-guard {name}: only root may; run it with sudo")
+    assert done == free
+
+
+@pytest.mark.parametrize("name", sorted(FOR_EVERYONE))
+def test_what_is_the_same_for_everyone_everyone_may_read(name: str) -> None:
+    assert command.run(command.argv((name,), before=BECOME_NOBODY)).answer
+
+
+def as_nobody(tried: Callable[[], object]) -> str:
+    """``done``, or the errno that user nobody gets."""
+
+    def inside() -> str:
+        os.setgroups([])
+        os.setresgid(65533, 65533, 65533)
+        os.setresuid(65534, 65534, 65534)
+        try:
+            tried()
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+        return "done"
+
+    return run_in_child(inside)
+
+
+def pin_folder(guard: Guard) -> str:
+    """Of the sandbox's guard."""
+    path = find_bpffs()
+    assert path is not None
+    return os.path.join(path, f"imds-guard-{os.stat(guard.sandbox.cgroup).st_ino}")
+
+
+def test_nobody_sees_or_touches_pins_and_locks(running: Guard) -> None:
+    """Neither a list of names, nor a map, nor the hooks' order; nor can a link be planted."""
+    pins = pin_folder(running)
+    first = os.path.join(pins, sorted(os.listdir(pins))[0])
+    for folder in (lockfile.FOLDER, pins):
+        planted = os.path.join(folder, "planted")
+        assert as_nobody(functools.partial(os.listdir, folder)) == "EACCES"
+        assert as_nobody(functools.partial(os.symlink, "/etc/passwd", planted)) == "EACCES"
+        assert as_nobody(functools.partial(_write, "", planted)) == "EACCES"
+    assert as_nobody(lambda: bpf.pinned(first)) in ("EACCES", "EPERM")
+    assert as_nobody(lambda: os.unlink(first)) == "EACCES"
+    with open_cgroup(running.sandbox.cgroup) as cgroup:
+        assert as_nobody(lambda: bpf.attached_programs(cgroup.fd, abi.HOOKS["connect4"][0])) == "EPERM"
+    assert running("status").status == 0
+
+
+def _write(_: str, path: str) -> None:
+    with open(path, "w", encoding="ascii"):
+        pass
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def mode(path: str) -> str:
+    """``600`` and whose it is."""
+    found = os.lstat(path)
+    return f"{stat.S_IMODE(found.st_mode):o} {found.st_uid}:{found.st_gid}"
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077, 0o777])
+def test_modes_do_not_depend_on_the_umask(guard: Guard, tmp_path: Path, umask: int) -> None:
+    """Locks and pins are root's alone; the configuration everyone may read and root alone may write."""
+    config = tmp_path / "made" / "config.toml"
+    config.parent.mkdir(mode=0o755)
+
+    def inside() -> Dict[str, str]:
+        places.with_own_run_folder()
+        os.umask(umask)
+        saved = command.run(
+            command.argv(guard.words("start", *LOCK, "--save", "--without-root", "--config", str(config)))
+        )
+        assert saved.status == 0, saved
+        locks = [os.path.join(lockfile.FOLDER, name) for name in os.listdir(lockfile.FOLDER)]
+        pins = pin_folder(guard)
+        return {path: mode(path) for path in (lockfile.FOLDER, *locks, pins, str(config))}
+
+    found = run_in_child(inside, timeout_s=command.PATIENCE_S)
+    assert found.pop(str(config)) == "644 0:0"
+    assert found.pop(lockfile.FOLDER) == "700 0:0"
+    assert found.pop(pin_folder(guard)) == "700 0:0"
+    assert found
+    assert set(found.values()) == {"600 0:0"}
+
+
+def test_a_run_folder_that_was_left_open_is_closed_again(guard: Guard) -> None:
+    def inside() -> str:
+        places.with_own_run_folder()
+        os.chmod(lockfile.FOLDER, 0o777)
+        assert command.run(command.argv(guard.words("start", *LOCK))).status == 0
+        return mode(lockfile.FOLDER)
+
+    assert run_in_child(inside, timeout_s=command.PATIENCE_S) == "700 0:0"
+
+
+Planted = Callable[[str], object]
+
+
+def _owned_by_nobody(path: str) -> None:
+    _write("", path)
+    os.chown(path, 65534, 65533)
+
+
+PLANTED: Dict[str, Tuple[Planted, str]] = {
+    "a link": (lambda path: os.symlink("/etc/passwd", path), "ELOOP"),
+    "a link to nowhere": (lambda path: os.symlink("/nonexistent/file", path), "ELOOP"),
+    "somebody's file": (_owned_by_nobody, "EEXIST"),
+    "a pipe": (os.mkfifo, "EEXIST"),
+    "a folder": (os.mkdir, "EISDIR"),
+}
+
+
+@pytest.mark.parametrize("what", sorted(PLANTED))
+def test_what_lies_where_a_lock_belongs_is_not_followed(untouched: Guard, what: str) -> None:
+    """Only root could have put it there; the command says so, changes nothing and leaves the target as it is."""
+    plant, word = PLANTED[what]
+    name = f"command-{os.stat(untouched.sandbox.cgroup).st_ino}.lock"
+    before = os.stat("/etc/passwd")
+
+    def inside() -> Result:
+        places.with_own_run_folder()
+        plant(os.path.join(lockfile.FOLDER, name))
+        return command.run(command.argv(untouched.words("start", *LOCK)))
+
+    done = run_in_child(inside, timeout_s=command.PATIENCE_S)
+    assert (done.status, word in done.sentence, name in done.sentence) == (1, True, True), done
+    after = os.stat("/etc/passwd")
+    assert (after.st_mtime_ns, after.st_mode, after.st_uid) == (before.st_mtime_ns, before.st_mode, before.st_uid)
+    assert traces(untouched.sandbox.cgroup) == NOTHING
+
+
+def test_a_configuration_that_is_a_link_is_replaced_and_its_target_is_not_written(guard: Guard, tmp_path: Path) -> None:
+    target, config = tmp_path / "target", tmp_path / "config.toml"
+    target.write_text('[lock.web]\nendpoints = ["192.0.2.1"]\nusers = [1]\n', encoding="ascii")
+    before = target.read_bytes()
+    config.symlink_to(target)
+    saved = guard("start", *LOCK, "--save", "--without-root", "--config", str(config))
+    assert target.read_bytes() == before
+    assert saved.status in (0, 1, 78), saved
+    assert (saved.status == 0) == (mode(str(config)) == "644 0:0"), saved
+
+
+# --- programs -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_shell_would_act_on_is_handed_over_as_it_is() -> None:
+    words = "; $(id) `id` | cat > /dev/null && echo *"
+    assert run(["echo", words]).stdout == f"{words}\n"

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples are what the tools take that they are for, and say what imds-guard takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import List, Tuple
+
+import pytest
+
+from imds_guard import cli
+from imds_guard.config import parse_config
+from imds_guard.service import UNITS
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FILES = sorted(path for path in EXAMPLES.rglob("*") if path.is_file())
+CLOUD_INIT = EXAMPLES / "cloud-init" / "user-data.yaml"
+DAEMON_SET = EXAMPLES / "kubernetes" / "daemonset.yaml"
+PACKER = EXAMPLES / "packer" / "imds-guard.pkr.hcl"
+ANSIBLE = EXAMPLES / "ansible"
+
+
+def passes(*command: str, cwd: Path = EXAMPLES) -> None:
+    """Runs a tool that may not be installed; it must end with 0."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+# --- the tools' own judgement ---------------------------------------------------------------------------------------
+
+
+def test_yamllint_finds_nothing() -> None:
+    passes("yamllint", "--strict", ".")
+
+
+def test_ansible_lint_finds_nothing(tmp_path: Path) -> None:
+    # A copy: it leaves a cache beside what it looks at.
+    shutil.copytree(ANSIBLE, tmp_path / "ansible")
+    passes("ansible-lint", "--offline", "--nocolor", "playbook.yml", cwd=tmp_path / "ansible")
+
+
+def test_cloud_init_takes_the_user_data() -> None:
+    if shutil.which("cloud-init") is None:
+        pytest.skip("cloud-init is not installed")
+    # In a network namespace of its own: nothing that it might look for is there.
+    passes("unshare", "--map-root-user", "--net", "cloud-init", "schema", "--config-file", str(CLOUD_INIT))
+
+
+def test_packer_takes_the_template() -> None:
+    passes("packer", "fmt", "-check", "-diff", str(PACKER))
+    passes("packer", "validate", "-syntax-only", str(PACKER))
+
+
+def test_terraform_would_write_it_the_same() -> None:
+    passes("terraform", "fmt", "-check", "-diff", str(EXAMPLES / "terraform"))
+
+
+def test_the_daemon_set_is_what_kubernetes_takes() -> None:
+    passes("kubeconform", "-strict", str(DAEMON_SET))
+
+
+# --- without any tool -----------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_of_every_example_how_it_was_checked() -> None:
+    listed = re.findall(r"^\| `([^`]+)` \|", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    folders = {path.relative_to(EXAMPLES).parts[0] for path in FILES if path.parent != EXAMPLES}
+    assert {word.split("/")[0] for word in listed} == folders
+    assert [word for word in listed if not (EXAMPLES / word).exists()] == []
+
+
+def commands() -> List[Tuple[str, str]]:
+    """Every ``imds-guard WORD ...`` in the examples: the file and the words."""
+    found = []
+    for path in FILES:
+        if path.name != "README.md":
+            code = [line.partition("#")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+            found += [
+                (path.name, words) for line in code for words in re.findall(r"\bimds-guard ([a-z-]+[^\"';|]*)", line)
+            ]
+    return [(name, words) for name, words in found if not words.startswith("imds-guard")]
+
+
+@pytest.mark.parametrize(("name", "words"), commands())
+def test_a_command_is_one_and_takes_its_options(name: str, words: str) -> None:
+    command, *arguments = shlex.split(words)
+    cli.cli.commands[command].make_context(command, arguments)
+
+
+def test_commands_are_found() -> None:
+    assert {words.split()[0] for _, words in commands()} >= {"status", "check"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_units_in_it_exist(path: Path) -> None:
+    named = re.findall(r"\bimds-guard[a-z-]*\.(?:service|timer)\b", path.read_text(encoding="utf-8"))
+    assert set(named) <= set(UNITS)
+
+
+def configurations() -> List[Tuple[str, str]]:
+    """Every configuration in the examples: from its [lock line to the first line that is no TOML of ours."""
+    found = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if path == PACKER:
+            (line,) = [line for line in text.splitlines() if "[lock." in line]
+            found.append((path.name, "\n".join(re.findall(r"'([^']+)'", line.replace('\\"', '"'))[1:])))
+        elif "[lock." in text:
+            block = re.search(r"^ *\[lock\..*\n(?: *[a-z_]+ = .*\n)+", text, re.MULTILINE)
+            assert block is not None
+            found.append((path.name, "\n".join(line.strip() for line in block[0].splitlines())))
+    return found
+
+
+@pytest.mark.parametrize(("name", "text"), configurations())
+def test_a_configuration_is_one_and_lets_root(name: str, text: str) -> None:
+    """Root fetches metadata at boot on nearly every cloud: an example that shut it out would brick machines."""
+    config = parse_config(text.replace('"canAccessIP"', "12345"), name, dmi_words="")
+    assert [(0 in lock.allow.users, lock.allow.groups) for lock in config.policy.locks] == [
+        (True, frozenset({12345}) if "canAccessIP" in text else frozenset())
+    ]
+
+
+def test_configurations_are_found() -> None:
+    assert [name for name, _ in configurations()] == [
+        *("config.toml", "user-data.yaml", "daemonset.yaml", "imds-guard.pkr.hcl"),
+    ]
+
+
+def test_a_group_that_a_configuration_names_is_made() -> None:
+    without = [
+        folder.name
+        for folder in EXAMPLES.iterdir()
+        if folder.is_dir()
+        and (text := "".join(path.read_text(encoding="utf-8") for path in folder.iterdir()))
+        and '"canAccessIP"' in text.replace("\\", "")
+        and not re.search(r"groupadd .*canAccessIP|^  - canAccessIP$|^ +name: canAccessIP$", text, re.MULTILINE)
+    ]
+    assert without == []
+
+
+def test_the_version_is_this_one() -> None:
+    from imds_guard import __version__
+
+    named = {number for path in FILES for number in re.findall(r"imds-guard_([0-9.]+)_all", path.read_text("utf-8"))}
+    assert named == {__version__}
+
+
+def test_the_user_data_is_known_as_such() -> None:
+    """cloud-init goes by the first line (its documentation, "User data formats")."""
+    assert CLOUD_INIT.read_text(encoding="utf-8").splitlines()[0] == "#cloud-config"

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the manual says exists, and what exists is in the manual."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Dict, List, Set
+
+import click
+import pytest
+
+from imds_guard import cli, config_reader
+from imds_guard.cli.lockdown import lock_down
+from imds_guard.config import parse_config
+
+MAN = Path(cli.__file__).resolve().parents[1] / "data" / "man"
+COMMANDS, CONFIG = MAN / "imds-guard.8", MAN / "imds-guard.toml.5"
+PAGES = (COMMANDS, CONFIG)
+SHOWN = re.compile(r"(?<![\w-])Fl (?:-([a-z][a-z-]*)|([a-z]))\b")
+"""mdoc's Fl puts one dash before its word."""
+
+
+def parts(page: Path, macro: str) -> Dict[str, str]:
+    """The text below each heading: Sh are sections, Ss what is inside one."""
+    found: Dict[str, str] = {}
+    name = ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        heading = re.match(r"\.(Sh|Ss) (.*)", line)
+        if heading:
+            name = heading[2] if heading[1] == macro else ""
+        elif name:
+            found[name] = f"{found.get(name, '')}{line}\n"
+    return found
+
+
+def described(text: str) -> Set[str]:
+    """The options that a list describes."""
+    items = [line for line in text.splitlines() if line.startswith(".It Fl ")]
+    return {f"--{long}" if long else f"-{short}" for line in items for long, short in SHOWN.findall(line)}
+
+
+def synopsis(text: str) -> Set[str]:
+    """The options of the lines before a command's first sentence."""
+    return {f"--{long}" for long, _ in SHOWN.findall(text.split(".Pp", maxsplit=1)[0])}
+
+
+def options_of(command: click.Command) -> Set[str]:
+    """The options that a command really has."""
+    return {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
+
+
+def tree() -> Dict[str, click.Command]:
+    """Every command, ip-lockdown among them."""
+    return {**cli.cli.commands, "ip-lockdown": lock_down}
+
+
+SECTIONS = {page: parts(page, "Sh") for page in PAGES}
+COMMAND_TEXTS = parts(COMMANDS, "Ss")
+SHARED = described(SECTIONS[COMMANDS]["OPTIONS"])
+
+
+def test_the_manual_has_every_command_and_no_other() -> None:
+    assert set(COMMAND_TEXTS) == set(tree())
+
+
+@pytest.mark.parametrize("name", sorted(tree()))
+def test_a_command_has_the_options_that_the_manual_gives_it(name: str) -> None:
+    assert synopsis(COMMAND_TEXTS[name]) == options_of(tree()[name])
+
+
+@pytest.mark.parametrize("name", sorted(tree()))
+def test_every_option_of_a_command_is_described_once(name: str) -> None:
+    own = described(COMMAND_TEXTS[name])
+    options = options_of(tree()[name])
+    assert own - options == set()
+    assert options - own - SHARED == set()
+
+
+def test_no_option_is_described_that_no_command_has() -> None:
+    group = {name for parameter in cli.cli.params for name in parameter.opts}
+    everywhere = {*group, *cli.cli.context_settings["help_option_names"]}
+    commands = [options_of(command) - described(COMMAND_TEXTS[name]) for name, command in tree().items()]
+    assert everywhere.union(*commands) == SHARED
+
+
+@pytest.mark.parametrize("name", sorted(tree()))
+def test_the_choices_of_an_option_are_those_that_it_takes(name: str) -> None:
+    shown = dict(re.findall(r"Fl -([a-z-]+) Ar (\S+\|\S+)", COMMAND_TEXTS[name]))
+    options = [parameter for parameter in tree()[name].params if isinstance(parameter, click.Option)]
+    taken = {one.opts[0][2:]: "|".join(one.type.choices) for one in options if isinstance(one.type, click.Choice)}
+    assert shown == taken
+
+
+@pytest.mark.parametrize(
+    ("section", "keys"),
+    [("KEYS OF THE WHOLE", config_reader._TOP_KEYS), ("KEYS OF A LOCK", config_reader._LOCK_KEYS)],
+)
+def test_the_manual_has_every_key_and_no_other(section: str, keys: List[str]) -> None:
+    assert sorted(re.findall(r"^\.It Va (\w+)$", SECTIONS[CONFIG][section], re.MULTILINE)) == sorted(keys)
+
+
+def test_the_examples_of_the_configuration_are_configurations() -> None:
+    examples = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", CONFIG.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    read = [parse_config(re.sub(r'"canAccessIP"|"www-data"', '"root"', text), "example", True, "") for text in examples]
+    assert [len(config.policy.locks) for config in read] == [2, 1]
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\.Dl imds-guard (.*)", COMMANDS.read_text("utf-8"), re.MULTILINE))
+def test_an_example_is_a_command_with_options_that_it_takes(line: str) -> None:
+    command, *arguments = line.split()
+    cli.cli.commands[command].make_context(command, arguments)
+
+
+def test_it_says_what_is_not_prevented_what_it_writes_and_how_it_ends() -> None:
+    assert {"FILES", "ENVIRONMENT", "EXIT STATUS", "EXAMPLES", "SECURITY CONSIDERATIONS"} <= set(SECTIONS[COMMANDS])
+
+
+def test_every_exit_status_is_there() -> None:
+    from imds_guard import errors
+
+    kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.GuardError)]
+    listed = set(re.findall(r"^\.It (\d+)$", SECTIONS[COMMANDS]["EXIT STATUS"], re.MULTILINE))
+    assert {str(kind.exit_status) for kind in kinds} | {"0", "130"} == listed
+
+
+def test_every_unit_is_there() -> None:
+    units = {path.name for path in (MAN.parent / "systemd").iterdir()}
+    # What a timer runs is named by the timer.
+    assert units - {"imds-guard-verify.service"} == set(
+        re.findall(r"^\.It Pa (\S+\.(?:service|timer))$", SECTIONS[COMMANDS]["FILES"], re.MULTILINE)
+    )
+
+
+def test_every_variable_that_the_program_reads_is_there() -> None:
+    items = re.findall(r"^\.It (Ev .*)$", SECTIONS[COMMANDS]["ENVIRONMENT"], re.MULTILINE)
+    named = {name for item in items for name in re.findall(r"Ev (\w+)", item)}
+    sources = [path.read_text(encoding="utf-8") for path in MAN.parents[1].rglob("*.py")]
+    read = {name for text in sources for name in re.findall(r'environ(?:\.get\(|\[)"(\w+)"', text)}
+    assert read <= named
+    assert [name for name in named if not any(f'"{name}"' in text for text in sources)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_mandoc_finds_nothing(page: Path) -> None:
+    if shutil.which("mandoc") is None:
+        pytest.skip("mandoc is not installed")
+    done = subprocess.run(["mandoc", "-T", "lint", str(page)], stdout=subprocess.PIPE, text=True, check=False)
+    # Whether other programs' pages are installed here says nothing about ours.
+    assert [line for line in done.stdout.splitlines() if "mandoc.db" not in line and "Xr" not in line] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_man_shows_it_without_a_warning(page: Path) -> None:
+    if shutil.which("man") is None or shutil.which("groff") is None:
+        pytest.skip("man-db or groff is not installed")
+    done = subprocess.run(
+        ["man", "--warnings", "-E", "UTF-8", "-l", str(page)],
+        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "MANWIDTH": "80"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "NAME" in done.stdout

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reader keeps of a caller that is gone."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+from imds_guard import reader
+from imds_guard.describe import NOTHING, Program
+from imds_guard.folding import Fold
+from tests.unit.test_events import RECORD
+
+
+def gone() -> int:
+    """The ID of a process that has ended."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def test_the_program_of_a_line_before_is_that_of_the_same_process_later() -> None:
+    fold = Fold(b"", b"", b"", 0.0)
+    now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    ours = replace(RECORD, tgid=os.getpid(), time_ns=now)
+    program = reader._program_of(ours, fold)
+    assert program.exe is not None
+    reborn = replace(ours, time_ns=0)  # as if the process had begun after it
+    assert reader._program_of(reborn, fold) == program
+
+
+def test_another_process_does_not_get_it() -> None:
+    fold = Fold(b"", b"", b"", 0.0, memory=(1, Program("/bin/one")))
+    assert reader._program_of(replace(RECORD, tgid=gone()), fold) == NOTHING
+
+
+def test_a_packet_has_no_program() -> None:
+    assert reader._program_of(replace(RECORD, tgid=0), Fold(b"", b"", b"", 0.0)) == NOTHING
+
+
+def test_signals_are_something_to_wait_for_and_are_given_back() -> None:
+    import select
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with reader.Ended() as ended:
+        assert not ended.now
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert select.select([ended], [], [], 10)[0]
+        assert ended.now
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The units, and what install-service refuses; that they work is tried in a guest (vagrant/guest/test_service.py)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Dict, Iterator, List, Tuple
+
+import pytest
+
+import imds_guard
+from imds_guard import service
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
+from imds_guard.kernel import notify
+
+UNITS = Path(imds_guard.__file__).parent / "data" / "systemd"
+SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
+GUARDING = [name for name in SERVICES if name != "imds-guard-watch.service"]
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="who may write where is asked as root")
+
+
+def settings(name: str) -> Dict[str, List[Tuple[str, str]]]:
+    """Section -> (key, value) pairs, in order; a key may come twice."""
+    found: Dict[str, List[Tuple[str, str]]] = {}
+    for line in (UNITS / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            section = found.setdefault(line.strip("[]"), [])
+        elif line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            section.append((key, value))
+    return found
+
+
+def of(name: str, section: str, key: str) -> List[str]:
+    """The words of a key, of all its lines."""
+    return [word for one, value in settings(name)[section] if one == key for word in value.split()]
+
+
+def hardening(name: str) -> List[Tuple[str, str]]:
+    """Everything behind the first capability."""
+    pairs = settings(name)["Service"]
+    return pairs[[key for key, _ in pairs].index("CapabilityBoundingSet") :]
+
+
+# --- the units ------------------------------------------------------------------------------------------------------
+
+
+def test_the_units_are_those_that_are_installed() -> None:
+    assert sorted(path.name for path in UNITS.iterdir()) == sorted(service.UNITS)
+
+
+@pytest.mark.parametrize("name", GUARDING)
+def test_what_changes_or_reads_the_guard_may_do_the_same(name: str) -> None:
+    """systemd has no include: the same options stand in each."""
+    assert hardening(name) == hardening("imds-guard.service")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_command_is_ours_and_exists(name: str) -> None:
+    from imds_guard import cli
+
+    commands = [value for key, value in settings(name)["Service"] if key.startswith("Exec")]
+    assert commands
+    for command in commands:
+        program, word, *words = command.split()
+        assert program == service.PROGRAM
+        taken = {option for one in cli.cli.commands[word].params for option in one.opts}
+        assert {one for one in words if one.startswith("--")} <= taken
+
+
+def test_the_lock_comes_before_the_network_and_what_runs_containers() -> None:
+    before = of("imds-guard.service", "Unit", "Before")
+    assert {"network-pre.target", "docker.service", "containerd.service", "kubelet.service"} <= set(before)
+    assert "network-pre.target" in of("imds-guard.service", "Unit", "Wants")
+
+
+def test_nothing_at_shutdown_or_at_a_change_of_target_stops_the_lock() -> None:
+    for name in ("imds-guard.service", "imds-guard-required.service"):
+        unit = dict(settings(name)["Unit"])
+        assert (unit["DefaultDependencies"], unit["IgnoreOnIsolate"], unit.get("Conflicts")) == ("no", "yes", None)
+
+
+def test_no_unit_hides_the_bpffs_of_the_machine() -> None:
+    """These give the unit another /sys/fs/bpf, or a read-only one, or forbid what the pins need."""
+    for name in SERVICES:
+        keys = {key for key, _ in settings(name)["Service"]}
+        assert keys.isdisjoint(
+            {"ProtectKernelTunables", "PrivateUsers", "RootDirectory", "PrivateNetwork", "PrivatePIDs", "PrivateBPF"}
+        )
+        assert "/sys/fs/bpf" in of(name, "Service", "ReadWritePaths")
+
+
+def test_stopping_the_lock_does_not_stop_the_network() -> None:
+    """What the network requires is the gate, which depends on nothing that is restarted."""
+    gate = settings("imds-guard-required.service")
+    assert {key for key, _ in gate["Unit"]}.isdisjoint({"Requires", "Requisite", "BindsTo", "PartOf"})
+    assert set(service._required_by()) >= {"systemd-networkd.service", "NetworkManager.service", "networking.service"}
+    assert set(service._required_by()) - {"ifup@.service"} <= set(of("imds-guard-required.service", "Unit", "Before"))
+
+
+def test_systemd_reads_the_units(tmp_path: Path) -> None:
+    """With its own eyes: an option that it does not know is a warning there."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    from tests.command import run
+
+    for unit in UNITS.iterdir():
+        text = unit.read_text(encoding="utf-8").replace(service.PROGRAM, "/bin/true")
+        (tmp_path / unit.name).write_text(text, encoding="utf-8")
+    said = run(["systemd-analyze", "verify", "--man=no", *(str(path) for path in sorted(tmp_path.iterdir()))])
+    ours = [line for line in said.stderr.splitlines() if "imds-guard" in line]
+    assert (said.status, ours) == (0, [])
+
+
+# --- what install-service refuses -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An imds-guard where services can see it, in folders of root's alone."""
+    folder = Path("/opt") / f"imds-guard-test-{os.getpid()}-{tmp_path_factory.mktemp('x').parent.name}"
+    folder.mkdir(mode=0o755)
+    try:
+        one = folder / "imds-guard"
+        one.write_text("#!/bin/sh\n", encoding="utf-8")
+        one.chmod(0o755)
+        yield str(one)
+    finally:
+        shutil.rmtree(folder)
+
+
+@as_root
+def test_a_program_of_roots_own_will_do(program: str) -> None:
+    assert service.check_program(program) == program
+
+
+@pytest.mark.parametrize("path", [f"{Path(imds_guard.__file__).parent}/__main__.py", "/nonexistent/imds-guard", "-c"])
+def test_a_source_tree_can_not_be_relied_on_at_boot(path: str) -> None:
+    with pytest.raises(UsageError, match="runs from a source tree"):
+        service.check_program(path)
+
+
+@as_root
+@pytest.mark.parametrize("which", ["imds-guard", "."])
+def test_a_program_that_others_can_change_is_refused(program: str, which: str) -> None:
+    """Itself or its folder."""
+    os.chown(os.path.join(os.path.dirname(program), which), 41_001, 51_001)
+    with pytest.raises(NotPermitted, match="can be changed by others than root"):
+        service.check_program(program)
+
+
+@as_root
+def test_a_link_into_somebodys_home_is_refused(program: str, tmp_path: Path) -> None:
+    """Services do not see /home, /root and /tmp; and a link is as good as what it leads to."""
+    shutil.move(program, tmp_path / "imds-guard")
+    os.symlink(tmp_path / "imds-guard", program)
+    with pytest.raises(UsageError, match="in a folder that services do not see"):
+        service.check_program(program)
+
+
+@as_root
+def test_without_a_usable_configuration_nothing_is_written(program: str, tmp_path: Path) -> None:
+    path, folder = tmp_path / "config.toml", tmp_path / "units"
+    folder.mkdir()
+    with pytest.raises(BadPolicy, match=r"there is no configuration .* for it"):
+        service.install(service.Wishes(), program, str(path), str(folder))
+    path.write_text("[lock.default]\n", encoding="utf-8")
+    with pytest.raises(BadPolicy, match=r"config\.toml:1: lock 'default' allows nobody|locks nothing"):
+        service.install(service.Wishes(), program, str(path), str(folder))
+    assert list(folder.iterdir()) == []
+
+
+@as_root
+def test_a_client_that_would_be_shut_out_at_the_next_boot_is_a_refusal(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless that is meant."""
+    from imds_guard import preflight
+
+    client = preflight.Client("cloud-init", ("cloud-init",), (), paths=(program,))
+    monkeypatch.setattr(preflight, "CLIENTS", (client,))
+    path = tmp_path / "config.toml"
+    path.write_text('[lock.default]\npreset = "default"\nusers = [41001]\n', encoding="utf-8")
+    with pytest.raises(BadPolicy, match=r"it would shut out cloud-init .*; allow the account, or add --without-root$"):
+        service._check_configuration(service.Wishes(), str(path))
+    service._check_configuration(service.Wishes(without_root=True), str(path))
+
+
+def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
+    """And is written once."""
+    first = service._put("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
+    again = service._put("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
+    path = tmp_path / "imds-guard.service"
+    assert (first, again) == ([f"wrote {path}"], [f"{path} is there already"])
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(service.MARK)
+    assert 'ExecStart="/opt/a b/imds-guard" start --boot\n' in text
+    assert service.PROGRAM not in text
+
+
+@pytest.mark.parametrize(
+    ("wishes", "files"),
+    [
+        (service.Wishes(), {"imds-guard.service"}),
+        (service.Wishes(watch=True), {"imds-guard.service", "imds-guard-watch.service"}),
+        (service.Wishes(verify=True), {"imds-guard.service", "imds-guard-verify.timer", "imds-guard-verify.service"}),
+        (service.Wishes(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
+    ],
+)
+def test_the_files_are_those_that_are_wished_for(wishes: service.Wishes, files: List[str]) -> None:
+    assert set(wishes.files) == set(files)
+
+
+# --- telling systemd ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["path", "@abstract"])
+def test_ready_is_a_datagram_to_the_socket_that_systemd_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path, or a name in the abstract namespace (unix(7))."""
+    said = str(tmp_path / "notify") if name == "path" else f"@imds-guard-test-{tmp_path}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+        one.bind(said if name == "path" else "\0" + said[1:])
+        monkeypatch.setenv("NOTIFY_SOCKET", said)
+        assert notify.ready("reading denials")
+        assert one.recv(1000) == b"READY=1\nSTATUS=reading denials"
+        assert notify.notify("STOPPING=1")
+        assert one.recv(1000) == b"STOPPING=1"
+
+
+def test_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    assert not notify.ready()
+
+
+def test_a_socket_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    with pytest.raises(GuardError, match=r"telling the service manager 'READY=1' at .*: ENOENT"):
+        notify.ready()

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel tells of sockets, by NETLINK_SOCK_DIAG, beside what the sockets tell of themselves."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+from typing import Callable, Iterator, List, Tuple
+
+import pytest
+
+from imds_guard.kernel import netns
+from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.holders import Namespace, holders_of, network_namespaces, process_name
+from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
+from imds_guard.locked_sockets import _locked_addresses
+from imds_guard.policy import ALL_PORTS, Endpoint, Lock, make_policy
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
+
+FAMILIES = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
+STRANGER = 46_001
+
+
+def in_namespace(fn: Callable[[], object]) -> None:
+    """Runs a test in a network namespace of its own, where nobody else has sockets."""
+
+    def inside() -> None:
+        netns.unshare_network([])
+        fn()
+
+    run_in_child(inside)
+
+
+def connected(family: socket.AddressFamily, kind: socket.SocketKind) -> Tuple[socket.socket, socket.socket]:
+    """A server's socket and a client's."""
+    server = socket.socket(family, kind)
+    server.bind((FAMILIES[family], 0))
+    if kind == socket.SOCK_STREAM:
+        server.listen(8)
+    client = socket.socket(family, kind)
+    client.connect(server.getsockname())
+    return server, client
+
+
+def ends(one: Socket) -> Tuple[str, int, str, int]:
+    local, remote = (str(ipaddress.ip_address(packed)) for packed in (one.local, one.remote))
+    return local, one.local_port, remote, one.remote_port
+
+
+KINDS = [(socket.SOCK_STREAM, socket.IPPROTO_TCP, CONNECTED), (socket.SOCK_DGRAM, socket.IPPROTO_UDP, (ESTABLISHED,))]
+
+
+@needs_root
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(("kind", "protocol", "states"), KINDS)
+def test_a_socket_is_told_as_it_is(
+    family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, states: Tuple[int, ...]
+) -> None:
+    """Both ends, its inode, who made it, and that it is connected."""
+
+    def work() -> None:
+        server, client = connected(family, kind)
+        with server, client, SockDiag() as diag:
+            found = [one for one in diag.sockets(family, protocol, states) if one.inode]
+            (one,) = found
+            assert ends(one) == (*client.getsockname()[:2], *client.getpeername()[:2])
+            assert (one.inode, one.uid, one.state) == (os.fstat(client.fileno()).st_ino, 0, ESTABLISHED)
+            assert (one.family, one.protocol) == (family, protocol)
+            assert one.cgroup_id is not None
+            assert one.cgroup_id > 0
+
+    in_namespace(work)
+
+
+@needs_root
+def test_the_maker_is_told_by_his_user_id() -> None:
+    def work() -> None:
+        become((STRANGER,) * 3)
+        server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
+        with server, client, SockDiag() as diag:
+            found = diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, (LISTEN,))
+            assert [one.uid for one in found] == [STRANGER]
+
+    in_namespace(work)
+
+
+@needs_root
+def test_only_what_is_wanted_comes_back() -> None:
+    """By packed remote address and port; listeners only when they are asked for."""
+
+    def work() -> None:
+        server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
+        seen: List[Tuple[bytes, int]] = []
+
+        def wanted(address: bytes, port: int) -> bool:
+            seen.append((address, port))
+            return bool(port == client.getpeername()[1])
+
+        with server, client, SockDiag() as diag:
+            (one,) = diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, CONNECTED, wanted)
+            assert one.remote_port == server.getsockname()[1]
+            assert (b"\x7f\x00\x00\x01", client.getsockname()[1]) in seen
+            (listener,) = diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, (LISTEN,))
+            assert (listener.state, listener.local_port) == (LISTEN, server.getsockname()[1])
+
+    in_namespace(work)
+
+
+@needs_root
+def test_more_sockets_than_one_message_holds() -> None:
+    def work() -> None:
+        opened = []
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server.bind(("127.0.0.1", 0))
+        for _ in range(1500):
+            one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            one.connect(server.getsockname())
+            opened.append(one)
+        with SockDiag() as diag:
+            found = diag.sockets(socket.AF_INET, socket.IPPROTO_UDP, (ESTABLISHED,))
+            assert {one.inode for one in found} == {os.fstat(one.fileno()).st_ino for one in opened}
+
+    def inside() -> None:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+        work()
+
+    in_namespace(inside)
+
+
+@needs_root
+def test_a_connection_that_is_ended_is_gone_for_both_and_gone_only_once() -> None:
+    def work() -> None:
+        server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
+        taken = server.accept()[0]
+        with server, client, taken, SockDiag() as diag:
+            (one,) = (
+                found
+                for found in diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, CONNECTED)
+                if found.inode == os.fstat(client.fileno()).st_ino
+            )
+            assert diag.destroy(one)
+            assert not diag.destroy(one)
+            assert client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED
+            with pytest.raises(ConnectionResetError):
+                taken.recv(1)
+
+    in_namespace(work)
+
+
+@needs_root
+def test_another_socket_with_the_same_ends_is_not_taken_for_it() -> None:
+    """The cookie tells them apart."""
+
+    def work() -> None:
+        server, client = connected(socket.AF_INET, socket.SOCK_DGRAM)
+        with server, SockDiag() as diag:
+            (one,) = diag.sockets(socket.AF_INET, socket.IPPROTO_UDP, (ESTABLISHED,))
+            own, peer = client.getsockname(), client.getpeername()
+            client.close()
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(own)
+                other.connect(peer)
+                assert not diag.destroy(one)
+                assert other.send(b"x") == 1
+
+    in_namespace(work)
+
+
+@needs_root
+def test_ending_takes_cap_net_admin() -> None:
+    def work() -> None:
+        server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
+        with server, client, SockDiag() as diag:
+            one = diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, CONNECTED)[0]
+            become((STRANGER,) * 3)
+            with pytest.raises(PermissionError):
+                diag.destroy(one)
+            assert client.send(b"x") == 1
+
+    in_namespace(work)
+
+
+@needs_root
+def test_a_protocol_without_sock_diag_is_an_error_and_not_an_empty_answer() -> None:
+    def work() -> None:
+        with SockDiag() as diag, pytest.raises(FileNotFoundError):
+            diag.sockets(socket.AF_INET, 253, CONNECTED)  # reserved for experiments (RFC 3692)
+
+    in_namespace(work)
+
+
+@needs_root
+def test_a_namespace_is_asked_without_being_there() -> None:
+    """The calling thread stays where it is."""
+
+    def work() -> None:
+        fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        server, client = connected(socket.AF_INET, socket.SOCK_DGRAM)
+        netns.unshare_network([])
+        here = os.stat("/proc/thread-self/ns/net").st_ino
+        with server, client, SockDiag(fd) as diag, SockDiag() as own:
+            assert len(diag.sockets(socket.AF_INET, socket.IPPROTO_UDP, (ESTABLISHED,))) == 1
+            assert own.sockets(socket.AF_INET, socket.IPPROTO_UDP, (ESTABLISHED,)) == []
+        assert os.stat("/proc/thread-self/ns/net").st_ino == here
+
+    in_namespace(work)
+
+
+def test_something_that_is_no_namespace_is_an_error() -> None:
+    with open("/proc/self/status", "rb") as file, pytest.raises(OSError, match="setns"):
+        SockDiag(file.fileno())
+
+
+# --- holders --------------------------------------------------------------------------------------------------------
+
+
+def test_a_socket_is_held_by_whoever_has_a_descriptor() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        inode = os.fstat(one.fileno()).st_ino
+        assert holders_of(frozenset([inode])).pids == {inode: (os.getpid(),)}
+        inherited = holders_of_in_child(inode)
+        assert len(inherited) == 2
+        assert os.getpid() in inherited
+    assert holders_of(frozenset([inode])).pids == {}
+
+
+def holders_of_in_child(inode: int) -> Tuple[int, ...]:
+    return run_in_child(lambda: holders_of(frozenset([inode])).pids[inode])
+
+
+def test_nothing_is_looked_through_for_nothing() -> None:
+    found = holders_of(frozenset())
+    assert (found.pids, found.hidden) == ({}, 0)
+
+
+def test_a_process_has_its_name_until_it_is_gone() -> None:
+    assert process_name(os.getpid())
+    assert process_name(2**22 + 1) == ""  # beyond PID_MAX_LIMIT in include/linux/threads.h
+
+
+@needs_root
+def test_our_own_namespace_comes_first_and_once() -> None:
+    def work() -> None:
+        found, _ = network_namespaces()
+        own = os.stat("/proc/thread-self/ns/net").st_ino
+        assert found[0] == Namespace(own, "/proc/thread-self/ns/net", os.getpid())
+        assert len({one.inode for one in found}) == len(found)
+
+    in_namespace(work)
+
+
+# --- which addresses ------------------------------------------------------------------------------------------------
+
+
+def addresses() -> Iterator[Tuple[str, bool]]:
+    """An address, and whether 10.1.0.0/16, 192.0.2.1 and 2001:db8::/32 cover it."""
+    yield from (("10.1.2.3", True), ("10.2.0.0", False), ("192.0.2.1", True), ("192.0.2.2", False))
+    yield from (("2001:db8:1::1", True), ("2001:db9::1", False), ("::ffff:10.1.2.3", True), ("::ffff:10.2.2.3", False))
+    yield from (("::10.1.2.3", False), ("::", False), ("0.0.0.0", False))
+
+
+@pytest.mark.parametrize(("address", "expected"), list(addresses()))
+def test_the_quick_test_covers_what_the_locks_cover(address: str, expected: bool) -> None:
+    networks = ("10.1.0.0/16", "192.0.2.1", "2001:db8::/32")
+    endpoints = tuple(Endpoint(ipaddress.ip_network(network), ALL_PORTS) for network in networks)
+    wanted = _locked_addresses(make_policy([Lock("x", endpoints)]))
+    assert wanted(ipaddress.ip_address(address).packed, 80) == expected

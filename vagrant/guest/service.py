@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the service before and after a reboot share."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from vagrant.guest.world import IPV4, LOCK, ONE, OTHERS, PATIENCE_S, STRANGER
+
+UNIT, WATCH = "imds-guard.service", "imds-guard-watch.service"
+VERIFY, REQUIRED = "imds-guard-verify.timer", "imds-guard-required.service"
+CONFIG = ("--user", str(ONE), "--user", "root", *LOCK)
+EARLY = Path("/var/lib/early-caller")
+"""Its StateDirectory: root makes it, and the unit's user gets it."""
+NETWORK = "systemd-networkd.service"
+
+DROP_IN = Path(f"/etc/systemd/system/{UNIT}.d/slow.conf")
+SLOW = f"""\
+# The unit's own limit is for machines that are not emulated.
+[Service]
+TimeoutStartSec={PATIENCE_S}
+"""
+
+_CALL = f"""\
+import errno, socket
+with socket.socket() as one:
+    print(errno.errorcode.get(one.connect_ex(("{IPV4}", 80)), "connected"))
+"""
+
+_UNIT = f"""\
+# The first that the network's units let run: it tries to connect as a user who may not.
+[Unit]
+DefaultDependencies=no
+After=network-pre.target
+Before={NETWORK}
+[Service]
+Type=oneshot
+User=early-caller
+StateDirectory=early-caller
+ExecStart=/usr/bin/python3 -I -S {EARLY}/call.py
+StandardOutput=truncate:{EARLY}/outcome
+[Install]
+WantedBy={NETWORK}
+"""
+
+
+def systemctl(*words: str) -> str:
+    """What systemctl printed; it must end well."""
+    ended = subprocess.run(
+        ["/usr/bin/systemctl", *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert ended.returncode == 0, (words, ended, _journal())
+    return ended.stdout.strip()
+
+
+def show(unit: str, name: str) -> str:
+    """One property of a unit."""
+    return systemctl("show", "--property", name, "--value", unit)
+
+
+def ends(*words: str) -> int:
+    """The exit status of systemctl."""
+    argv = ["/usr/bin/systemctl", *words]
+    return subprocess.run(argv, capture_output=True, timeout=PATIENCE_S, check=False).returncode
+
+
+def journal(unit: str) -> str:
+    """What a unit has said since the boot."""
+    argv = ["/usr/bin/journalctl", "-b", "-o", "cat", "--no-pager", "-u", unit]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
+def slow_down(*units: str) -> None:
+    """Gives units the time that an emulated machine takes."""
+    for unit in units:
+        folder = Path(f"/etc/systemd/system/{unit}.d")
+        folder.mkdir(exist_ok=True)
+        (folder / DROP_IN.name).write_text(SLOW, encoding="utf-8")
+
+
+def put_early_caller() -> None:
+    """A unit between network-pre.target and the network: what it gets is read after the reboot."""
+    subprocess.run(["/usr/sbin/groupadd", "-g", str(OTHERS), "others"], check=True)
+    subprocess.run(["/usr/sbin/useradd", "-M", "-u", str(STRANGER), "-g", "others", "early-caller"], check=True)
+    EARLY.mkdir()
+    (EARLY / "call.py").write_text(_CALL, encoding="utf-8")
+    Path("/etc/systemd/system/early-caller.service").write_text(_UNIT, encoding="utf-8")
+    systemctl("daemon-reload")
+    systemctl("enable", "early-caller.service", NETWORK)
+
+
+def _journal() -> str:
+    said = subprocess.run(
+        ["/usr/bin/journalctl", "-b", "--no-pager", "-n", "40"], capture_output=True, text=True, check=False
+    )
+    return said.stdout

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A caller that connects in a loop, and counts how that ends: one who may not must never get through."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from types import TracebackType
+from typing import Dict, Optional, Type
+
+from vagrant.guest.world import IPV4, IPV6, PATIENCE_S
+
+_LOOP = """
+import errno, json, os, signal, socket, sys
+os.nice(10)  # it shall not take the processor from what it watches
+counts, going = {}, True
+def end(*_):
+    global going
+    going = False
+signal.signal(signal.SIGTERM, end)
+print("begun", flush=True)
+while going:
+    for address in sys.argv[1:]:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
+            one.settimeout(20)
+            try:
+                one.connect((address, 80))
+                word = "connected"
+            except OSError as error:
+                word = errno.errorcode.get(error.errno, repr(error))
+        counts[word] = counts.get(word, 0) + 1
+print(json.dumps(counts), flush=True)
+"""
+
+
+class Storm:
+    """Runs between the two ends of the ``with`` block; ``outcomes`` are there afterwards."""
+
+    def __init__(self, uid: int) -> None:
+        self._uid = uid
+        self.outcomes: Dict[str, int] = {}
+
+    def __enter__(self) -> Storm:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _LOOP, IPV4, IPV6],
+            user=self._uid,
+            group=self._uid + 1,
+            extra_groups=(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "begun\n"
+        return self
+
+    def __exit__(
+        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            said, _ = self._process.communicate(timeout=PATIENCE_S)
+        finally:
+            self._process.kill()
+        self.outcomes = json.loads(said)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check that repairs, and a configuration that is broken before the next boot: test_8_after_broken.py goes on.
+
+The tests are one story, in their order: each begins with what the one before has left.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vagrant.guest.service import CONFIG, NETWORK, REQUIRED, UNIT, VERIFY, journal, show, slow_down, systemctl
+from vagrant.guest.test_5_service import EBPF, assert_locked
+from vagrant.guest.world import ACTIVE, DEGRADED, command, done
+
+FILE = Path("/etc/imds-guard/config.toml")
+BAD_POLICY = 78
+
+
+@EBPF
+def test_without_a_configuration_nothing_is_installed(backend: str) -> None:
+    """One sentence, and no unit."""
+    result = command("install-service")
+    assert (result.returncode, result.stdout) == (BAD_POLICY, ""), result
+    assert f"there is no configuration {FILE} for it" in result.stderr
+    assert list(Path("/etc/systemd/system").rglob("imds-guard*")) == []
+
+
+@EBPF
+def test_the_service_with_all_that_watches_over_it(backend: str) -> None:
+    """Twice is the same as once; the timer runs with the unit."""
+    done("start", "--backend", backend, *CONFIG, "--save")
+    done("stop")
+    slow_down(UNIT, VERIFY.replace("timer", "service"), REQUIRED)
+    systemctl("enable", NETWORK)
+    for _ in range(2):
+        done("install-service", "--verify", "--require-lock")
+    systemctl("start", UNIT)
+    assert [show(unit, "ActiveState") for unit in (UNIT, VERIFY)] == ["active"] * 2
+    assert show(REQUIRED, "UnitFileState") == "enabled"
+    assert_locked()
+
+
+@EBPF
+def test_the_timers_unit_repairs_and_says_what(backend: str) -> None:
+    """A hook loses its pin, and with it its link."""
+    os.unlink("/sys/fs/bpf/imds-guard/link_connect6")
+    assert command("status").returncode == DEGRADED
+    systemctl("start", VERIFY.replace("timer", "service"))
+    assert command("status").returncode == ACTIVE
+    assert "repaired: the hook connect6 is not attached" in journal(VERIFY.replace("timer", "service"))
+    assert_locked()
+
+
+@EBPF
+def test_a_reload_with_a_broken_configuration_leaves_the_lock_as_it_is(backend: str) -> None:
+    """And the next boot has to do with it."""
+    FILE.write_text(FILE.read_text(encoding="utf-8") + "broken\n", encoding="utf-8")
+    assert command("start", "--boot").returncode == BAD_POLICY
+    assert_locked()

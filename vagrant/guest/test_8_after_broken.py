@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same machine after a reboot with a configuration that nobody can read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vagrant.guest import world
+from vagrant.guest.service import NETWORK, REQUIRED, UNIT, VERIFY, ends, journal, show, systemctl
+from vagrant.guest.test_5_service import EBPF, assert_locked
+from vagrant.guest.test_7_broken import FILE
+from vagrant.guest.world import ACTIVE, DEGRADED, INACTIVE, ONE, STRANGER, command, done, everywhere, left, reach
+
+
+@EBPF
+def test_the_emergency_lock_is_on(backend: str) -> None:
+    """Root alone gets through; unit, journal and status say so. The network came up: something is locked."""
+    assert (show(UNIT, "ActiveState"), show(UNIT, "ExecMainStatus")) == ("failed", "78")
+    assert "(emergency lock)" in journal(UNIT)
+    status = command("status")
+    assert (status.returncode, status.stdout.splitlines()[0]) == (
+        DEGRADED,
+        "imds-guard: degraded: emergency lock (ebpf)",
+    )
+    assert reach(0) == everywhere("connected")
+    for uid in (ONE, STRANGER):
+        world.assert_denied("ebpf", reach(uid))
+    assert [show(unit, "ActiveState") for unit in (REQUIRED, NETWORK, VERIFY)] == ["active"] * 3
+
+
+@EBPF
+def test_without_any_lock_the_network_does_not_start(backend: str) -> None:
+    """on_error = "open" was asked for, and so was the gate: the gate wins."""
+    systemctl("stop", NETWORK, f"{NETWORK.partition('.')[0]}.socket", REQUIRED, VERIFY)
+    done("stop")
+    text = FILE.read_text(encoding="utf-8")
+    FILE.write_text(
+        'on_error = "open"\n' + text.replace('on_error = "closed"\n', "").replace("broken\n", "colour = 1\n")
+    )
+    assert ends("start", NETWORK) != 0
+    assert (show(NETWORK, "ActiveState"), show(REQUIRED, "ActiveState")) == ("inactive", "failed")
+    assert command("status").returncode == INACTIVE
+    FILE.write_text(text.replace("broken\n", ""), encoding="utf-8")
+    systemctl("start", NETWORK)
+    assert_locked()
+
+
+@EBPF
+def test_the_network_outlives_restart_and_stop_of_the_lock(backend: str) -> None:
+    """What it requires is the gate, which neither touches."""
+    before = show(NETWORK, "InvocationID")
+    systemctl("restart", UNIT)
+    assert command("status").returncode == ACTIVE
+    systemctl("stop", UNIT)
+    assert command("status").returncode == INACTIVE
+    systemctl("start", UNIT)
+    assert show(NETWORK, "InvocationID") == before
+
+
+@EBPF
+def test_uninstall_leaves_the_lock_and_the_network(backend: str) -> None:
+    """Only stop opens it; then nothing is left."""
+    before = show(NETWORK, "InvocationID")
+    done("uninstall-service")
+    assert (command("status").returncode, show(UNIT, "ActiveState")) == (ACTIVE, "inactive")
+    assert_locked()
+    assert (show(NETWORK, "InvocationID"), show(NETWORK, "ActiveState")) == (before, "active")
+    assert [path for path in Path("/etc/systemd/system").rglob("imds-guard*") if not path.name.endswith(".d")] == []
+    done("stop")
+    assert left() == []
+    assert "nothing to remove" in done("uninstall-service")
