@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a connect costs in the hook, and a packet under strict, as a ratio to an empty program in the same run.
 
-By the kernel's own count. Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts the runs and the time of
-each program while BPF_ENABLE_STATS is on (bpf(2)); nothing is timed from outside. Rounds alternate between the empty
-program and the guard, and the median round counts, since a busy machine makes single rounds useless.
+Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts the runs and the time of each
+program while BPF_ENABLE_STATS is on (bpf(2)); nothing is timed from outside. Rounds alternate between the empty program
+and the guard, and the median round counts, since a busy machine makes single rounds useless.
 """
 
 from __future__ import annotations

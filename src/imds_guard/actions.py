@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 from imds_guard import connections, edit, lockdown, preflight
@@ -289,8 +289,16 @@ def save(policy: Policy, place: Place, path: str) -> None:
     """Writes the policy that is in force for the next boot."""
     try:
         kept = load_config(path, use_stored_ids=True) if os.path.exists(path) else Config(policy)
-        backend = kept.backend if place.backend == choose.AUTO else place.backend
-        save_config(Config(policy, kept.on_error, backend, place.cgroup or kept.cgroup), path)
+        cgroup = place.cgroup or kept.cgroup
+        wanted = replace(
+            kept,
+            policy=policy,
+            backend=kept.backend if place.backend == choose.AUTO else place.backend,
+            cgroup=cgroup,
+            forwarded=None if cgroup is not None else place.forwarded or kept.forwarded,
+            resolve_groups=place.resolve_groups or kept.resolve_groups,
+        )
+        save_config(wanted, path)
     except GuardError as error:
         raise GuardError(f"saving the policy, which is in force until the next boot: {error}") from error
 

@@ -48,7 +48,14 @@ def start(path: str, place: Place, tell: Tell, begin: Begin = actions.start) -> 
 def place_of(config: Config, place: Place) -> Place:
     """Where a configuration wants to be enforced, unless ``place`` says otherwise."""
     backend = config.backend if place.backend == choose.AUTO else place.backend
-    return replace(place, backend=backend, cgroup=place.cgroup or config.cgroup)
+    cgroup = place.cgroup or config.cgroup
+    return replace(
+        place,
+        backend=backend,
+        cgroup=cgroup,
+        forwarded=place.forwarded or (config.forwarded if cgroup is None else None),
+        resolve_groups=place.resolve_groups or config.resolve_groups,
+    )
 
 
 def _load(path: str) -> Config:

@@ -22,7 +22,10 @@ from imds_guard.wireserver import set_apart
 
 CONFIG_PATH = "/etc/imds-guard/config.toml"
 
-_TOP_KEYS = ("mode", "containers", "strict", "on_error", "backend", "cgroup", "lock")
+_TOP_KEYS = (
+    *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),
+    "lock",
+)
 _LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
 
 Word = TypeVar("Word", bound=Union[str, int])
@@ -39,6 +42,9 @@ class Config:
     """What a policy that is unusable at boot leads to: ``closed`` (all but root locked out) or ``open``."""
     backend: str = "auto"
     cgroup: Optional[str] = None
+    forwarded: Optional[str] = None
+    """As Place.forwarded."""
+    resolve_groups: bool = False
     warnings: Tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -110,7 +116,16 @@ class _File:
         backend = self.choice((), raw, "backend", ("auto", "ebpf", "iptables"))
         cgroup = self.cgroup(raw)
         policy = self.policy(self.locks(raw), Mode(mode), Verdict(containers), self.flag((), raw, "strict"))
-        return Config(policy, on_error, backend, cgroup, tuple(self.warnings))
+        forwarded = self.forwarded(raw, cgroup)
+        resolve_groups = self.flag((), raw, "resolve_groups")
+        return Config(policy, on_error, backend, cgroup, forwarded, resolve_groups, tuple(self.warnings))
+
+    def forwarded(self, raw: Dict[str, Any], cgroup: Optional[str]) -> Optional[str]:
+        if "forwarded" not in raw:
+            return None
+        if cgroup is not None:
+            self.fail(("forwarded",), "forwarded is about the packets of the whole machine: it does not go with cgroup")
+        return self.choice((), raw, "forwarded", ("drop", "leave"))
 
     def cgroup(self, raw: Dict[str, Any]) -> Optional[str]:
         value = raw.get("cgroup")

@@ -41,6 +41,8 @@ def top_values(config: Config) -> List[Tuple[str, Optional[Scalar], Optional[Sca
         ("on_error", config.on_error, "closed"),
         ("backend", config.backend, "auto"),
         ("cgroup", config.cgroup, None),
+        ("forwarded", config.forwarded, None),
+        ("resolve_groups", config.resolve_groups, False),
     ]
 
 

@@ -25,10 +25,10 @@ def connection_lines(sweep: Sweep) -> List[str]:
     """What was cut, or would have been, and where it was looked for."""
     where = f"looked into {_namespaces(sweep.looked_into)}"
     if not sweep.cut and not sweep.left:
-        return [f"no connection was open that is not allowed ({where})"]
-    lines = _listed(f"cut {_count(sweep.cut)}, not allowed but open from before ({where}):", sweep.cut)
+        return [f"no open connection had to be cut ({where})"]
+    lines = _listed(f"cut {_count(sweep.cut)} ({where}):", sweep.cut)
     if sweep.why_left == AUDIT:
-        lines += _listed(f"audit mode: {_count(sweep.left)} would have been cut ({where}):", sweep.left)
+        lines += _listed(f"would have cut {_count(sweep.left)} ({where}):", sweep.left)
     return lines
 
 
@@ -45,7 +45,7 @@ def connection_warnings(sweep: Sweep, strict: bool) -> List[str]:
         names = "; ".join(connection_text(one) for one in sweep.left[:MANY])
         more = f"; and {len(sweep.left) - MANY} more" if len(sweep.left) > MANY else ""
         advice = _ADVICE_STRICT if strict else _ADVICE[sweep.why_left]
-        warnings.insert(0, f"{_count(sweep.left)} left open that the policy does not allow, {advice}: {names}{more}")
+        warnings.insert(0, f"left {_count(sweep.left)} that the policy does not allow, {advice}: {names}{more}")
     return warnings
 
 
@@ -68,7 +68,7 @@ def _listed(title: str, several: Sequence[Connection]) -> List[str]:
 
 
 def _count(several: Sequence[Connection]) -> str:
-    return f"{len(several)} connection{'' if len(several) == 1 else 's'}"
+    return f"{len(several)} open connection{'' if len(several) == 1 else 's'}"
 
 
 def _place(address: Address, port: int) -> str:
@@ -77,10 +77,7 @@ def _place(address: Address, port: int) -> str:
 
 def _namespaces(several: Tuple[Namespace, ...]) -> str:
     """The first is the one that the command runs in."""
-    others = len(several) - 1
-    if others < 1:
-        return "this network namespace"
-    return f"this network namespace and {others} other{'' if others == 1 else 's'}"
+    return "this network namespace" if len(several) < 2 else f"{len(several)} network namespaces"
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

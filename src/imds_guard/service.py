@@ -77,6 +77,7 @@ def install(wishes: Wishes, program: str, path: str = CONFIG_PATH, folder: str =
     """
     program = check_program(program)
     warnings = _check_configuration(wishes, path)
+    _check_roots_own(os.path.dirname(os.path.abspath(__file__)))
     if wishes.require_lock and not _network_units():
         raise GuardError(
             f"making the network wait for the lock: nothing that {REQUIRED} knows brings the network up here "
@@ -251,3 +252,8 @@ def _forget(folder: str) -> None:
 def may_open(unit: str) -> bool:
     """True when systemd stops ``unit`` for good: not to start it again, and not because the machine goes down."""
     return systemd.job_of(unit) == "stop" and not systemd.is_going_down()
+
+
+def repairs_itself() -> bool:
+    """True while the timer runs that puts back what is gone."""
+    return systemd.is_booted() and systemd.is_active(VERIFY)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import secrets
@@ -12,7 +13,7 @@ import struct
 from contextlib import ExitStack, contextmanager
 from typing import Callable, Iterator
 
-from tests.adversary import privileges
+from tests.adversary import privileges, remote
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.packets import (
     Flow,
@@ -25,15 +26,32 @@ from tests.adversary.packets import (
     udp_packet_ipv6,
 )
 from tests.adversary.privileges import CAP_NET_ADMIN, CAP_NET_RAW
-from tests.adversary.scene import ATTACKER, ATTACKER_GID, IPV4, IPV6, OPEN6, PORT, WAIT_S, as_attacker, as_root
+from tests.adversary.scene import (
+    ATTACKER,
+    ATTACKER_GID,
+    IPV4,
+    IPV6,
+    OPEN6,
+    PORT,
+    WAIT_S,
+    Scene,
+    as_attacker,
+    as_root,
+    by_attacker,
+)
 from tests.adversary.talk import answer, make_socket, there
 
 _ETH_P_ALL, _ETH_P_IP = 0x0003, 0x0800  # include/uapi/linux/if_ether.h
 IPV6_HDRINCL = 36  # include/uapi/linux/in6.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # include/uapi/linux/if_tun.h
+IP_FREEBIND = 15  # include/uapi/linux/in.h
+_OPEN_PORT = 53
+_CABLE = ("cable",)
 NOBODY = "10.66.66.66"
 """An address that is led to lo and not there: the kernel answers nothing that the service sends to it."""
 BEHIND_THE_TUNNEL = "10.77.0.2"
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 Ask = Callable[[Flow, Send, Receive], bytes]
 
@@ -43,10 +61,10 @@ def _from(source: str) -> Flow:
     return Flow(source, 32_768 + secrets.randbelow(28_000), IPV4, PORT)
 
 
-def _sniffer() -> socket.socket:
-    """Sees every packet of lo (packet(7))."""
+def _sniffer(interface: str = "lo") -> socket.socket:
+    """Sees every packet of an interface (packet(7))."""
     one = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
-    one.bind(("lo", _ETH_P_ALL))
+    one.bind((interface, _ETH_P_ALL))
     one.settimeout(WAIT_S)
     return one
 
@@ -86,6 +104,47 @@ def _raw_protocol() -> bytes:
             one.connect(there(IPV6))
             one.send(udp_packet_ipv6(flow, b"?")[40:])
         return answer(waiting)
+
+
+# --- forged answers ---------------------------------------------------------------------------------------------------
+
+
+def _remotely(prepare: Callable[[socket.socket, Flow], object]) -> Run:
+    """A handshake by hand with a service on another machine, as if that asked us.
+
+    A socket of ours lies ready where the packets go to, if one does not look where that is: with the service's port, and
+    known to the guard for a connect to an open port of the service's address.
+    """
+
+    def attack() -> bytes:
+        flow = _from(remote.NOBODY)
+        with make_socket() as bait, _sniffer(remote.CABLE) as seen:
+            bait.connect_ex((IPV4, _OPEN_PORT))
+            unspecified = struct.pack("=H14x", socket.AF_UNSPEC)
+            _libc.connect(bait.fileno(), unspecified, len(unspecified))
+            prepare(bait, flow)
+            with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
+                return shake_hands_and_ask(flow, lambda packet: one.sendto(packet, (IPV4, 0)), lambda: seen.recv(65536))
+
+    def prepared(scene: Scene) -> bytes:
+        with remote.remote_service(scene):
+            remote.allow_low_ports()
+            return by_attacker(attack, CAP_NET_RAW)
+
+    return lambda scene: scene.inside(lambda: prepared(scene))
+
+
+def _listen(bait: socket.socket, flow: Flow) -> None:
+    bait.bind(("0.0.0.0", PORT))
+    bait.listen(1)
+
+
+def _begin_a_connect(bait: socket.socket, flow: Flow) -> None:
+    """To where the forged packets claim to come from, out of the service's own address (IP_FREEBIND in ip(7))."""
+    bait.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+    bait.bind((IPV4, PORT))
+    bait.setblocking(False)
+    bait.connect_ex((flow.source, flow.source_port))
 
 
 def _link_layer(ask: Ask) -> Run:
@@ -134,6 +193,9 @@ ATTACKS = (
         {
             "tcp": Way(_raw_ip(shake_hands_and_ask)),
             "udp": Way(_raw_ip(ask_by_datagram)),
+            "remote": Way(_remotely(lambda bait, flow: None), _CABLE),
+            "answer-to-a-listener": Way(_remotely(_listen), _CABLE),
+            "answer-to-a-connect": Way(_remotely(_begin_a_connect), _CABLE),
             "options": Way(_raw_ip(ask_with_options)),
             "fragments": Way(_raw_ip(ask_in_fragments)),
             "ipv6": Way(_raw_ipv6()),

@@ -24,6 +24,7 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 4, 8
 
 SPARE_ROUTE = ("10.66.66.0/24", "dev", "lo", "src", "10.66.0.1")
+"""To addresses that belong to nobody: the kernel answers no packet for them."""
 
 
 def become_user(uid: int, gid: int, groups: Sequence[int] = (), capabilities: Iterable[int] = ()) -> None:

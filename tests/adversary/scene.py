@@ -37,13 +37,11 @@ ATTACKERS_OWN = "169.254.43.43"
 PORT = 80
 ADDRESSES = (IPV4, IPV6, LINK_LOCAL, NAT64, NAT64_LISTED, OPEN4, OPEN6, DENY_LISTED, ATTACKERS_OWN)
 
-SPARE4 = "10.66.66.0/24"
-"""Leads to lo and belongs to nobody: the kernel answers no packet for it."""
-
 ALLOWED, ATTACKER, BYSTANDER = 61_101, 61_102, 61_103
 ALLOWED_GID, ATTACKER_GID, BYSTANDER_GID = 61_201, 61_202, 61_203
 ALLOWED_GROUP, DENIED_GROUP, OTHER_GROUP = 61_301, 61_302, 61_303
 
+_LONGEST_S = 300.0
 WAIT_S = 3.0
 """How long an attacker waits for an answer. Nothing is far away: it comes at once, or never."""
 
@@ -95,17 +93,21 @@ class Scene:
 
     def inside(self, fn: Callable[[], T]) -> T:
         """What ``fn`` returns as root in the namespace and the cgroup. Raises Refused where it raised OSError."""
-        return self.sandbox.call(lambda: or_refused(fn), timeout_s=120.0)
+        return self.sandbox.call(lambda: or_refused(fn), timeout_s=_LONGEST_S)
 
     def attacker(self, fn: Callable[[], T], *capabilities: int) -> T:
         """The same as the attacker, who has these capabilities and no other."""
         return self.inside(lambda: _attack(fn, capabilities))
 
+    def serve(self, sockets: Sequence[socket.socket]) -> None:
+        """Is the same service, on these sockets, until the process is killed."""
+        service.answer_forever(sockets, self._secret)
+
     @contextmanager
     def another_service(self, address: str) -> Iterator[int]:
         """The same service once more, in the network namespace of the calling process, as long as the block lasts."""
         sockets = service.listen((address,), (PORT,))
-        with alongside(lambda: service.answer_forever(sockets, self._secret)) as pid:
+        with alongside(lambda: self.serve(sockets)) as pid:
             for one in sockets:
                 one.close()
             yield pid

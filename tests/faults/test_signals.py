@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Iterator, List, Tuple
 
@@ -53,8 +54,7 @@ class Stage:
         counts, count = os.pipe()
 
         def inside() -> None:
-            os.dup2(theirs, 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout, sys.stderr = open(os.devnull, "w"), open(theirs, "w", buffering=1)  # noqa: SIM115
             fault.owner = os.getpid()
             try:
                 with injector.planted(fault):

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 from imds_guard.backends.ebpf import _policy_of, abi, program
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.render import Image, parse_settings, render
+from imds_guard.backends.ebpf.render import Image, parse, parse_settings, render
 from imds_guard.backends.ebpf.store import Snapshot
 from imds_guard.backends.ebpf.watch import decode
 from imds_guard.backends.iptables.look import ANCHOR
@@ -28,6 +28,8 @@ from imds_guard.kernel.btf import Btf
 from imds_guard.policy import PolicyError, make_policy
 from imds_guard.toml_lines import KeyLines, load_toml
 
+__all__ = ["TARGETS", "image_of", "octets_of", "parse", "parse_settings"]
+
 Target = Callable[[bytes], None]
 
 
@@ -36,8 +38,7 @@ def config(octets: bytes) -> None:
     text = octets.decode(errors="ignore")
     try:
         read = parse_config(text, "file", dmi_words="")
-    except (BadPolicy, Unsupported) as error:
-        assert "\n" not in str(error).replace(text, ""), error
+    except (BadPolicy, Unsupported):
         return
     again = parse_config(dump_config(Config(read.policy, read.on_error, read.backend, read.cgroup)), "again")
     assert again == read, (read, again)

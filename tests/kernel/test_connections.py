@@ -17,15 +17,28 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import pytest
 
 from imds_guard import present_connections
-from imds_guard.connections import AUDIT, KEPT, Connection, look, sweep
+from imds_guard.connections import (
+    AUDIT,
+    COME_BACK,
+    KEPT,
+    PASSES,
+    REFUSED,
+    UNABLE,
+    Connection,
+    Sweep,
+    look,
+    sweep,
+)
 from imds_guard.kernel import children, holders, netns
 from imds_guard.kernel.credentials import become
-from imds_guard.kernel.listeners import family, sockaddr
+from imds_guard.kernel.listeners import family, listen, sockaddr
+from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
 from imds_guard.locked_sockets import Scope
 from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard
+from tests.kernel.places import without_capabilities
 from tests.kernel.rules_in_a_sandbox import NO_GROUP
 
 pytestmark = [
@@ -164,8 +177,6 @@ def _keep_forever(listening: List[socket.socket]) -> None:
 @contextlib.contextmanager
 def stage(addresses: Sequence[str] = (SERVICE, SERVICE_V6, UNLOCKED)) -> Iterator[Stage]:
     with Sandbox(addresses) as sandbox:
-        from imds_guard.kernel.listeners import listen
-
         sandbox.serve_with(lambda: listen(addresses, (PORT,)), _keep_forever)
         one = Stage(sandbox)
         try:
@@ -522,8 +533,6 @@ def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: An
 
 def test_a_namespace_that_refuses_is_named(here: Stage) -> None:
     """setns(2) takes CAP_SYS_ADMIN; without it nothing is said to have been looked into but our own."""
-    from imds_guard.kernel.privileges import CAP_SYS_ADMIN
-    from tests.kernel.places import without_capabilities
 
     def work() -> Tuple[int, List[str]]:
         without_capabilities(CAP_SYS_ADMIN)
@@ -535,6 +544,69 @@ def test_a_namespace_that_refuses_is_named(here: Stage) -> None:
     (words,) = [words for words in unseen if "EPERM" in words]
     assert words.startswith("what is in /proc/")
     assert words.endswith(": EPERM (Operation not permitted) (entering takes CAP_SYS_ADMIN)")
+
+
+# --- where cutting fails --------------------------------------------------------------------------------------------
+
+
+def test_without_the_privilege_it_is_said_who_stays(here: Stage) -> None:
+    """CAP_NET_ADMIN is what sock_diag_destroy() in Linux asks for."""
+    client = here.client(opening())
+
+    def work() -> Sweep:
+        without_capabilities(CAP_NET_ADMIN)
+        return sweep(locked(), here.scope)
+
+    done = children.run_in_child(work)
+    assert (pids(done.left), done.cut, done.why_left) == ([client.pid], (), REFUSED)
+    assert "ending a connection: EPERM (Operation not permitted)" in done.unseen
+    (warning, *_) = present_connections.connection_warnings(done, strict=False)
+    assert warning.startswith(
+        "1 connection left open that the policy does not allow, the kernel did not end them: end "
+    )
+    assert f"(pid {client.pid}, user {STRANGER})" in warning
+    assert client.speak() == ["sent"]
+
+
+def test_a_kernel_that_can_not_cut_is_told_from_one_that_will_not(here: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of the matrix is built without CONFIG_INET_DIAG_DESTROY: what it would answer is put in its mouth."""
+
+    def destroy(_: SockDiag, one: Any) -> bool:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    client = here.client(opening())
+    monkeypatch.setattr(SockDiag, "destroy", destroy)
+    done = sweep(locked(), here.scope)
+    assert (pids(done.left), done.cut, done.why_left) == ([client.pid], (), UNABLE)
+    (warning, *_) = present_connections.connection_warnings(done, strict=False)
+    assert "this kernel can't end them (CONFIG_INET_DIAG_DESTROY): end the processes, or start with --strict" in warning
+    (warning, *_) = present_connections.connection_warnings(done, strict=True)
+    assert "their packets are dropped all the same (--strict)" in warning
+
+
+def test_one_who_comes_back_again_and_again_ends_the_looking(here: Stage) -> None:
+    """Nothing is in force here that would keep him from it."""
+
+    def comes_back() -> List[socket.socket]:
+        def again() -> None:
+            while True:
+                (one,) = opening()()
+                with contextlib.suppress(OSError):
+                    one.recv(1)
+                one.close()
+
+        child = children.fork(again)
+        with SockDiag() as diag:
+            _wait_until(lambda: bool(diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, CONNECTED)))
+        assert child
+        return []
+
+    here.client(comes_back)
+    done = sweep(locked(), here.scope)
+    while done.why_left != COME_BACK:  # a look between two of his connections ends it, and may
+        assert done.left == ()
+        done = sweep(locked(), here.scope)
+    assert len(done.cut) >= PASSES
 
 
 # --- many -----------------------------------------------------------------------------------------------------------

@@ -235,6 +235,11 @@ def stage(tmp_path: Path) -> Path:
     command = tmp_path / "bin" / "imds-guard"
     command.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\nexit "$(cat {tmp_path}/status)"\n', encoding="utf-8")
     command.chmod(0o755)
+    # Asked where the root of process 1 can't be looked at; of a mount namespace it would say "chroot".
+    answer = tmp_path / "no-chroot" / "ischroot"
+    answer.parent.mkdir()
+    answer.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    answer.chmod(0o755)
     (tmp_path / "status").write_text("0", encoding="utf-8")
     (tmp_path / "asked").touch()
     return tmp_path
@@ -264,7 +269,7 @@ find /etc/imds-guard /run/imds-guard -type f -printf '%f\\n' 2>/dev/null | sort
 def after(stage: Path, *calls: str) -> List[str]:
     """The names of what is left after calls of the scripts, in namespaces of their own without a systemd."""
     lines = "\n".join(f"sh {PACKAGING}/debian/imds-guard.{call}" for call in calls)
-    path = f"PATH={stage}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    path = f"PATH={stage}/bin:{stage}/no-chroot:/usr/sbin:/usr/bin:/sbin:/bin"
     script = f"set -e\n{_OVER}\n{path}\n{lines}\n{_WHAT_IS_LEFT}"
     return output("unshare", "--mount", "--net", "sh", "-c", script).split()
 

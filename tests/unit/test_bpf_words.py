@@ -125,20 +125,23 @@ def test_other_people_s_programs_are_not_taken_for_ours(name: str) -> None:
     assert program.version_in_name("connect4", name) is None
 
 
+SOURCES = ("egress.h", "imds_guard.bpf.c", "imds_guard.h", "marks.h", "tell.h")
+
+
 @pytest.fixture
 def source_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bpf/ folder that the loader takes for its own."""
-    for name in ("imds_guard.h", "imds_guard.bpf.c"):
+    for name in SOURCES:
         (tmp_path / name).write_bytes((BPF / name).read_bytes())
     monkeypatch.setattr(program, "source_folder", lambda: tmp_path)
     return tmp_path
 
 
-def test_the_version_changes_with_either_source_and_with_the_defines(source_copy: Path) -> None:
+def test_the_version_changes_with_each_source_and_with_the_defines(source_copy: Path) -> None:
     seen: Dict[str, Tuple[str, ...]] = {program.source_version(): ("as it is",)}
     seen[program.source_version((("IG_WIDEN", 1),))] = ("widened",)
-    for name in ("imds_guard.h", "imds_guard.bpf.c"):
+    for name in SOURCES:
         with (source_copy / name).open("a", encoding="utf-8") as file:
             file.write("\n")
         seen[program.source_version()] = (name,)
-    assert len(seen) == 4
+    assert len(seen) == 2 + len(SOURCES)

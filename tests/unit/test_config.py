@@ -410,7 +410,7 @@ def _policies(draw: st.DrawFn) -> Policy:
 @given(_policies(), st.sampled_from(["closed", "open"]), st.sampled_from([None, '/sys/fs/cgroup/a "b"\\c']))
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_configuration_survives_being_written(policy: Policy, on_error: str, cgroup: str | None) -> None:
-    config = Config(policy, on_error, "ebpf", cgroup)
+    config = Config(policy, on_error, "ebpf", cgroup, None if cgroup else "leave", cgroup is None)
     assert config == parse_config(dump_config(config))
 
 

@@ -18,7 +18,8 @@ from tests.clang import BPF, INCLUDES, clang
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("run", ".ci/run")
 
-OFFSETS = sorted(set(re.findall(r"\bIG_OFF_\w+", (BPF / "imds_guard.bpf.c").read_text(encoding="utf-8"))))
+HOOKS = "".join(path.read_text(encoding="utf-8") for path in BPF.glob("*.[ch]"))
+OFFSETS = sorted(set(re.findall(r"\bIG_OFF_\w+", HOOKS)))
 """What the loader takes from BTF: any number will do for a compiler."""
 
 

@@ -134,7 +134,11 @@ class Forwarded:
 
     def follow(self, policy: Policy) -> List[str]:
         """The same for a policy that was changed: what was asked for at the start still holds."""
-        return self.settle(policy, LEAVE if self.record.read() == LEAVE else None)
+        return self.settle(policy, self.asked())
+
+    def asked(self) -> Optional[str]:
+        """What was asked for when the policy was put in force, as settle() takes it."""
+        return LEAVE if self.record.read() == LEAVE else None
 
     def apply(self, policy: Policy) -> List[str]:
         """Puts rules for the policy's endpoints at the head of FORWARD, in place of those that were there."""

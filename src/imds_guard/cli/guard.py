@@ -23,7 +23,7 @@ from imds_guard.cli.options import (
     policy_options,
     resolve_option,
 )
-from imds_guard.cli.output import fail, say, say_json, show_outcome, tell
+from imds_guard.cli.output import fail, say, say_json, show_outcome, tell, warn
 from imds_guard.config import CONFIG_PATH, parse_endpoint
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy import Endpoint, Identities, Policy
@@ -104,14 +104,15 @@ def _start_at_boot(path: str, place: Place, as_json: bool) -> None:
 @cgroup_option
 def stop(service: Optional[str], cgroup: Optional[str]) -> None:
     """Open the locks and remove everything of ours from the kernel."""
-    actions.require_root("stop")
-    if service is not None:
-        from imds_guard.service import may_open  # noqa: PLC0415
+    from imds_guard.service import may_open, repairs_itself  # noqa: PLC0415
 
-        if not may_open(service):
-            say([f"the lock stays in force: {service} is restarted, or the machine goes down"])
-            return
+    actions.require_root("stop")
+    if service is not None and not may_open(service):
+        say([f"the lock stays in force: {service} is restarted, or the machine goes down"])
+        return
     say(actions.stop(cgroup) or ["imds-guard was not active: nothing to remove"])
+    if service is None and cgroup is None and repairs_itself():
+        warn(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
 
 
 @cli.command()

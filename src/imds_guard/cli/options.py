@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import Any, Callable, List, Optional, Tuple, TypeVar
 
 import click
 
 from imds_guard.actions import Place
+from imds_guard.boot import place_of
 from imds_guard.config import CONFIG_PATH, load_config, policy_from_words
 from imds_guard.errors import UsageError
 from imds_guard.kernel.dmi import dmi_words
@@ -132,9 +132,4 @@ class Words:
             Verdict(self.containers) if self.containers else config.policy.containers,
             self.strict or config.policy.strict,
         )
-        chosen = replace(
-            place,
-            backend=config.backend if place.backend == "auto" else place.backend,
-            cgroup=place.cgroup or config.cgroup,
-        )
-        return policy, chosen, list(config.warnings)
+        return policy, place_of(config, place), list(config.warnings)

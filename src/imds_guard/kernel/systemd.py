@@ -29,6 +29,11 @@ def is_going_down() -> bool:
     return run(["systemctl", "is-system-running"]).stdout.strip() == "stopping"
 
 
+def is_active(unit: str) -> bool:
+    """True when a unit is active; a unit that is not there is not."""
+    return run(["systemctl", "is-active", "--quiet", unit]).status == 0
+
+
 def systemctl(*words: str) -> str:
     """Runs systemctl; what it printed. Raises GuardError."""
     done = run(["systemctl", *words], timeout_s=900)

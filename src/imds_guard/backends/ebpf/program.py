@@ -41,8 +41,8 @@ def source_folder() -> Path:
 def source_version(defines: Defines = ()) -> str:
     """8 hexadecimal digits that change with the source of the hooks; part of the programs' names in the kernel."""
     state = hashlib.sha256()
-    for name in ("imds_guard.h", "imds_guard.bpf.c"):
-        state.update((source_folder() / name).read_bytes())
+    for path in sorted(source_folder().glob("*.[ch]")):
+        state.update(path.read_bytes())
     state.update(repr(defines).encode())
     return state.hexdigest()[:VERSION_DIGITS]
 

@@ -142,6 +142,17 @@ class Tables:
         return self._items(Map.REPORT, generation)
 
 
+def reason_of(number: int) -> Reason:
+    """Raises GuardError for a number that only another version's programs, or somebody else, can have written."""
+    try:
+        return Reason(number)
+    except ValueError as error:
+        raise GuardError(
+            f"reading a record of a denial: {number} is no reason that this version of imds-guard knows; "
+            "run imds-guard start, which puts its own programs in place"
+        ) from error
+
+
 def _key(number: int) -> bytes:
     return number.to_bytes(4, BYTE_ORDER)
 
@@ -232,7 +243,7 @@ def _row(key: bytes, value: bytes, names: Dict[int, str]) -> Row:
     count, first_ns, last_ns, address, port, protocol, comm = abi.REPORT.unpack(value)
     return Row(
         names.get(lock),
-        Reason(reason),
+        reason_of(reason),
         fsuid,
         count,
         first_ns,

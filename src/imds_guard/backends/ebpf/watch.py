@@ -9,7 +9,7 @@ from typing import Dict, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.tables import PROTOCOLS, Lists, Place, Tables, address_of, open_map
+from imds_guard.backends.ebpf.tables import PROTOCOLS, Lists, Place, Tables, address_of, open_map, reason_of
 from imds_guard.errors import GuardError, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.ringbuf import RingBuffer
@@ -80,7 +80,7 @@ def decode(raw: bytes) -> Record:
         generation,
         comm.split(b"\0")[0],
         _HOOKS.get(hook, str(hook)),
-        Reason(reason),
+        reason_of(reason),
         _VERDICTS.get(verdict, str(verdict)),
     )
 

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any words: the command refuses with one sentence and a known status, and changes nothing; or does as it was told.
+
+Everything runs in a sandbox: in a network namespace and a cgroup of its own, where nothing can be attached by eBPF.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import List, Tuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.cli import ip_lockdown, main
+from imds_guard.kernel.sandbox import Sandbox
+from tests.kernel import guards, places
+from tests.kernel.guards import IPV4, IPV6
+
+EXAMPLES = 60
+_HUNG_MS = 120_000
+
+_KNOWN = {0, 1, 2, 3, 4, 69, 77, 78}
+_NEVER = ("--save", "--create-group", "--boot", "demo", "watch", "metrics")
+"""What writes files or accounts, or does not end."""
+
+_OPTIONS = (
+    *("--user", "--group", "--deny-user", "--deny-group", "--ip", "--preset", "--mode", "--containers", "--backend"),
+    *("--nobody", "--json", "--strict", "--resolve-groups", "--forwarded", "--format", "--force", "--pid", "--config"),
+    *("--without-root", "--cgroup", "--help", "--", "-"),
+)
+_VALUES = (
+    *("root", "0", "-1", "4294967295", "no such name", "169.254.169.254", "10.0.0.0/8:!53,tcp", "fd00:ec2::254"),
+    *("enforce", "audit", "allow", "deny", "ebpf", "iptables", "auto", "drop", "leave", "aws", "all", "default"),
+    *(
+        "iptables",
+        "nftables",
+        "pf",
+        "ipfw",
+        "windows",
+        "systemd",
+        "/dev/null",
+        "/nonexistent",
+        "",
+        "\x00",
+        "ü",
+        "\udcff",
+    ),
+)
+_COMMANDS = ("start", "stop", "allow", "revoke", "check", "explain", "export", "status", "endpoints", "nonsense")
+
+
+def words() -> st.SearchStrategy[List[str]]:
+    """A command, options and what may follow them, and anything at all."""
+    option = st.tuples(st.sampled_from(_OPTIONS), st.one_of(st.sampled_from(_VALUES), st.text(max_size=10))).map(list)
+    value = st.one_of(st.sampled_from(_VALUES), st.sampled_from(_OPTIONS), st.text(max_size=10)).map(lambda one: [one])
+    rest = st.lists(st.one_of(option, option, value), max_size=5).map(lambda parts: sum(parts, []))
+    return st.builds(lambda command, more: [command, *more], st.sampled_from(_COMMANDS), rest).filter(
+        lambda line: not any(word.startswith(_NEVER) for word in line)
+    )
+
+
+def _run(line: List[str], entry: object = main) -> Tuple[int, str]:
+    """The exit status and what was said on stderr; a traceback is an exception that gets out of here."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            entry(line)  # type: ignore[operator]
+        except SystemExit as end:
+            return int(end.code or 0), said.getvalue()
+    raise AssertionError("the command did not end")
+
+
+def _judge(line: List[str], status: int, said: str) -> None:
+    complaints = [one for one in said.split("\n") if one and not one.startswith("warning: ")]
+    assert status in _KNOWN, (line, status, said)
+    assert "Traceback" not in said, (line, said)
+    assert "fault in imds-guard" not in said, (line, said)
+    assert "no message covers" not in said, (line, said)
+    if status in (2, 69, 77, 78):
+        assert len(complaints) == 1, (line, said)
+        assert complaints[0].startswith("imds-guard: "), (line, said)
+
+
+@pytest.fixture
+def _root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("making network namespaces needs root")
+
+
+@pytest.mark.usefixtures("_root")
+@pytest.mark.parametrize("entry", [main, ip_lockdown])
+def test_any_words(entry: object, tmp_path: Path) -> None:
+    """A known status and a sentence; a refusal leaves no rule, nothing attached and no file."""
+
+    @settings(max_examples=EXAMPLES, deadline=_HUNG_MS, suppress_health_check=list(HealthCheck), database=None)
+    @given(words())
+    def one(line: List[str]) -> None:
+        os.environ["IMDS_GUARD_TRACEBACK"] = "1"  # a fault of ours is raised, not told
+        line = line if entry is main else line[1:]
+        before = _files(tmp_path)
+        status, said = _run(line, entry)
+        _judge(line, status, said)
+        if status in (2, 69, 77, 78):
+            assert IptablesBackend().read() is None, line
+            assert _files(tmp_path) == before, line
+        IptablesBackend().remove()
+
+    def inside() -> None:
+        places.with_own_run_folder()
+        places.forbid_attaching()
+        os.chdir(tmp_path)
+        one()
+
+    with Sandbox((IPV4, IPV6)) as sandbox:
+        sandbox.call(inside, timeout_s=1200)
+        assert guards.traces(sandbox.cgroup) == {"attached": 0, "pins": 0}
+
+
+def _files(folder: Path) -> List[str]:
+    there = sorted(os.listdir("/etc/imds-guard")) if os.path.isdir("/etc/imds-guard") else []
+    return sorted(os.listdir(folder)) + there
