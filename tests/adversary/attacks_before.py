@@ -95,15 +95,22 @@ ATTACKS = (
         },
     ),
     Attack(
+        "connection-cut",
+        "A connection that was open before `start`, or before `revoke` took the right to it away",
+        Verdict.BLOCKED,
+        "Both commands look for such connections and cut them.",
+        test="kernel/test_connections.py",
+    ),
+    Attack(
         "connection-before",
-        "A connection that was open before the lock",
+        "The same when it is not cut: with `--keep-existing`, or when a kernel can't",
         Verdict.STRICT,
         "Nobody approved its socket.",
         _FROM_BEFORE,
     ),
     Attack(
         "connection-revoked",
-        "A kept-alive connection of a user who was allowed when it was opened, and no longer is (`revoke`)",
+        "A kept-alive connection that is not cut, of a user who was allowed when it was opened and no longer is",
         Verdict.STRICT,
         "What its socket was approved for is asked again with every packet.",
         {

@@ -44,7 +44,9 @@ from tests.adversary.talk import answer, make_socket, there
 _ETH_P_ALL, _ETH_P_IP = 0x0003, 0x0800  # include/uapi/linux/if_ether.h
 IPV6_HDRINCL = 36  # include/uapi/linux/in6.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # include/uapi/linux/if_tun.h
-IP_FREEBIND = 15  # include/uapi/linux/in.h
+IP_TRANSPARENT = 19  # include/uapi/linux/in.h
+MANY = 12
+"""Extension headers: more than the guard reads through."""
 _OPEN_PORT = 53
 _CABLE = ("cable",)
 NOBODY = "10.66.66.66"
@@ -79,19 +81,19 @@ def _raw_ip(ask: Ask) -> Run:
     return as_attacker(attack, CAP_NET_RAW)
 
 
+def ask_by_raw_ipv6(to: str, options: int = 0, *, fragment: bool = False) -> bytes:
+    """The answer to a datagram by hand; it comes to an ordinary socket that sends nothing."""
+    with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
+        waiting.bind((OPEN6, 0))
+        flow = Flow(OPEN6, waiting.getsockname()[1], to, PORT)
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
+            one.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+            one.sendto(udp_packet_ipv6(flow, b"?", options, fragment=fragment), (to, 0))
+        return answer(waiting)
+
+
 def _raw_ipv6(options: int = 0, *, fragment: bool = False) -> Run:
-    """The answer to the datagram comes to an ordinary socket that sends nothing."""
-
-    def attack() -> bytes:
-        with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
-            waiting.bind((OPEN6, 0))
-            flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
-            with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
-                one.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
-                one.sendto(udp_packet_ipv6(flow, b"?", options, fragment=fragment), (IPV6, 0))
-            return answer(waiting)
-
-    return as_attacker(attack, CAP_NET_RAW)
+    return as_attacker(lambda: ask_by_raw_ipv6(IPV6, options, fragment=fragment), CAP_NET_RAW)
 
 
 def _raw_protocol() -> bytes:
@@ -112,8 +114,8 @@ def _raw_protocol() -> bytes:
 def _remotely(prepare: Callable[[socket.socket, Flow], object]) -> Run:
     """A handshake by hand with a service on another machine, as if that asked us.
 
-    A socket of ours lies ready where the packets go to, if one does not look where that is: with the service's port, and
-    known to the guard for a connect to an open port of the service's address.
+    A socket of ours lies ready where the packets go to, if one does not look where that is: it has the service's port,
+    and the guard knows it for a connect to an open port of the service's address.
     """
 
     def attack() -> bytes:
@@ -140,8 +142,8 @@ def _listen(bait: socket.socket, flow: Flow) -> None:
 
 
 def _begin_a_connect(bait: socket.socket, flow: Flow) -> None:
-    """To where the forged packets claim to come from, out of the service's own address (IP_FREEBIND in ip(7))."""
-    bait.setsockopt(socket.IPPROTO_IP, IP_FREEBIND, 1)
+    """To where the forged packets claim to come from, out of the service's own address (IP_TRANSPARENT in ip(7))."""
+    bait.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
     bait.bind((IPV4, PORT))
     bait.setblocking(False)
     bait.connect_ex((flow.source, flow.source_port))
@@ -201,7 +203,7 @@ ATTACKS = (
             "ipv6": Way(_raw_ipv6()),
             "ipv6-extension": Way(_raw_ipv6(1)),
             "ipv6-fragment": Way(_raw_ipv6(fragment=True)),
-            "ipv6-many-extensions": Way(_raw_ipv6(12, fragment=True)),
+            "ipv6-many-extensions": Way(_raw_ipv6(MANY, fragment=True), ("many-extensions",)),
             "protocol-udp": Way(as_attacker(_raw_protocol, CAP_NET_RAW)),
         },
     ),

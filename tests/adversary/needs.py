@@ -12,8 +12,9 @@ from typing import Callable, Dict, Optional
 from imds_guard.kernel import bpf
 from tests.adversary import privileges, remote, service
 from tests.adversary.attacks_address import IP_OPTIONS
+from tests.adversary.attacks_packets import MANY, ask_by_raw_ipv6
 from tests.adversary.rewriters import OVERRIDING
-from tests.adversary.scene import IPV4, OPEN4, Scene
+from tests.adversary.scene import IPV4, OPEN4, OPEN6, Scene
 from tests.conformance.probes import PROBES as OF_THE_TABLE
 
 
@@ -58,6 +59,9 @@ PROBES: Dict[str, Callable[[Scene], Optional[str]]] = {
     "udp-lite": lambda scene: scene.inside(lambda: _socket("UDP-Lite", socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)),
     "source-route": lambda scene: scene.inside(lambda: _tried("source routes", _source_route, errno.EINVAL)),
     "nat": lambda scene: scene.inside(lambda: _tried("address translation", _translation, 0)),
+    "many-extensions": lambda scene: scene.inside(
+        lambda: _tried("ear for many extension headers", lambda: ask_by_raw_ipv6(OPEN6, MANY), errno.EAGAIN)
+    ),
     "cable": lambda scene: scene.inside(lambda: _tried("veth", remote.has_cables, 0)),
     "tun": lambda scene: scene.inside(
         lambda: _tried("tunnels", lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)), errno.ENOENT, errno.ENODEV)

@@ -58,8 +58,8 @@ class Fault:
     first: int = 0
     last: Optional[int] = None
     code: int = 0
-    signal: int = 0
-    """Comes in front of the call, in place of its failing."""
+    instead: Optional[Callable[[], object]] = None
+    """What happens in front of the call, which is then made: in place of its failing."""
     calls: List[Call] = field(default_factory=list)
     owner: int = field(default_factory=os.getpid)
 
@@ -69,8 +69,9 @@ class Fault:
             return False
         self.calls.append(Call(kind, what))
         number = len(self.calls)
-        if self.signal and number == self.first:
-            os.kill(self.owner, self.signal)
+        if self.instead is not None:
+            if number == self.first:
+                self.instead()
             return False
         return self.first != 0 and self.first <= number <= (self.first if self.last is None else self.last)
 

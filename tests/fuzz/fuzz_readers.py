@@ -13,7 +13,7 @@ from pathlib import Path
 
 def main() -> None:
     """Begins with the seeds of the target; libFuzzer writes what goes wrong to ./crash-*."""
-    import atheris
+    import atheris  # type: ignore[import-untyped, unused-ignore]
 
     with atheris.instrument_imports(include=["imds_guard", "tomllib"]):
         from tests.fuzz.seeds import FOUND, seeds

@@ -80,5 +80,14 @@ def seeds() -> Dict[str, List[bytes]]:
     }
 
 
-FOUND: Tuple[Tuple[str, bytes], ...] = ()
+_SHORT_BTF = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(_cred()), 0, 16) + _cred()[:50]
+
+FOUND: Tuple[Tuple[str, bytes], ...] = (
+    ("rules", b"*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT\nCOMMIT\n"),  # somebody's rule that only counts
+    ("rules", _saved(several_locks()).replace(b"lock=", b"lock=\xff")),
+    ("btf", _btf(_cred()[:-3], b"\0cred\0fsuid\0")),
+    ("btf", _btf(_cred(), b"\0cred\0fsuid")),
+    ("btf", _SHORT_BTF),
+    ("event", bytes(range(88))),  # a reason that there is none of
+)
 """(target, octets) that went wrong once."""

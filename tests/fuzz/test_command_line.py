@@ -59,7 +59,9 @@ def words() -> st.SearchStrategy[List[str]]:
     """A command, options and what may follow them, and anything at all."""
     option = st.tuples(st.sampled_from(_OPTIONS), st.one_of(st.sampled_from(_VALUES), st.text(max_size=10))).map(list)
     value = st.one_of(st.sampled_from(_VALUES), st.sampled_from(_OPTIONS), st.text(max_size=10)).map(lambda one: [one])
-    rest = st.lists(st.one_of(option, option, value), max_size=5).map(lambda parts: sum(parts, []))
+    rest = st.lists(st.one_of(option, option, value), max_size=5).map(
+        lambda parts: [one for part in parts for one in part]
+    )
     return st.builds(lambda command, more: [command, *more], st.sampled_from(_COMMANDS), rest).filter(
         lambda line: not any(word.startswith(_NEVER) for word in line)
     )

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import imds_guard
-from imds_guard import config_edit
+from imds_guard import actions, config_edit
+from imds_guard.actions import Place
+from imds_guard.boot import place_of
 from imds_guard.config import (
     Config,
     check_saving_to,
@@ -266,3 +268,15 @@ def test_an_unusable_file_is_not_saved_over(tmp_path: Path) -> None:
     path.write_text("[lock.web]\n", encoding="utf-8")
     with pytest.raises(BadPolicy):
         check_saving_to(str(path))
+
+
+def test_saving_a_start_saves_how_it_was_started(tmp_path: Path) -> None:
+    """What the next boot needs to do the same; a later allow --save leaves it."""
+    path = str(tmp_path / "config.toml")
+    policy = policy_from_words(users=["41001"], ips=["192.0.2.1"])
+    actions.save(policy, Place(backend="iptables", resolve_groups=True, forwarded="leave"), path)
+    found = load_config(path)
+    assert (found.backend, found.resolve_groups, found.forwarded) == ("iptables", True, "leave")
+    assert place_of(found, Place()) == Place(backend="iptables", resolve_groups=True, forwarded="leave")
+    actions.save(policy_from_words(users=["41002"], ips=["192.0.2.1"]), Place(), path)
+    assert replace(load_config(path), policy=policy) == found

@@ -30,6 +30,7 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
 
 def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) -> NoReturn:
     """Every way a command can end, as an exit status."""
+    os.umask(0o022)  # whatever the caller's was: what we make has the mode that we say, and root can use it
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)

@@ -115,7 +115,8 @@ def _find_locks(chains: Chains, version: int) -> Dict[str, FoundLock]:
 
 
 def _lock_name(rule: Rule) -> str:
-    kind, _, name = rule.comment.partition("=")
+    # Octets that are no UTF-8, which somebody else must have written, come as surrogates that no policy can hold.
+    kind, _, name = rule.comment.encode(errors="replace").decode().partition("=")
     return urllib.parse.unquote(name) if kind == "lock" and name else rule.target
 
 
