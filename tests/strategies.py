@@ -100,8 +100,8 @@ def plain(network: Network) -> Network:
 
 
 @st.composite
-def policies(draw: st.DrawFn, max_locks: int = 4) -> Policy:
-    """Valid policies, in normal form; with no lock, too."""
+def policies(draw: st.DrawFn, max_locks: int = 4, *, also_strict: bool = False) -> Policy:
+    """Valid policies, in normal form; with no lock, too. ``also_strict``: some that only eBPF can hold."""
     claimed: Dict[Network, Dict[Protocol, Ports]] = {}
     # A few lists for all locks: equal ones are stored once.
     lists = draw(st.lists(st.tuples(identities(), identities(), st.sampled_from(Verdict)), min_size=1, max_size=3))
@@ -113,7 +113,8 @@ def policies(draw: st.DrawFn, max_locks: int = 4) -> Policy:
         if free:
             allow, deny, default = draw(st.sampled_from(lists))
             locks.append(Lock(name, free, allow, deny, default))
-    return make_policy(locks, draw(st.sampled_from(Mode)), draw(st.sampled_from(Verdict)))
+    strict = also_strict and draw(st.booleans())
+    return make_policy(locks, draw(st.sampled_from(Mode)), draw(st.sampled_from(Verdict)), strict)
 
 
 def destinations(policy: Policy) -> st.SearchStrategy[Destination]:

@@ -68,6 +68,12 @@ class Outcome:
     existing: Optional[connections.Sweep] = None
     """Connections that were there before; None where nobody lost a right."""
 
+    @property
+    def deeds(self) -> List[str]:
+        """What was done, with the connections that were cut, by number."""
+        cut = len(self.existing.cut) if self.existing is not None else 0
+        return [*self.lines, f"cut {cut} open connection{'' if cut == 1 else 's'}"] if cut else list(self.lines)
+
 
 # --- start and stop -------------------------------------------------------------------------------------------------
 

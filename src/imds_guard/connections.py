@@ -131,7 +131,7 @@ def _find(policy: Policy, scope: Scope) -> _Found:
     found = candidates(policy, scope)
     holders = holders_of(frozenset(one.socket.inode for one in found.sockets))
     if holders.hidden:
-        found.unseen.append(f"the sockets of {processes(holders.hidden)}")
+        found.unseen.append(f"the sockets of {processes(holders.hidden)} were not seen")
     judge = _Judge(policy, holders)
     judged = [(one, judge.denied(one)) for one in found.sockets]
     denied = [_Denied(one, connection) for one, connection in judged if connection is not None]

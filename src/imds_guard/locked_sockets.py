@@ -59,7 +59,7 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
     if not scope.every_namespace:
         namespaces, hidden = namespaces[:1], 0
     if hidden:
-        found.unseen.append(f"the network namespace of {processes(hidden)}")
+        found.unseen.append(f"the network namespace of {processes(hidden)} was not found")
     wanted, cgroups = _locked_addresses(policy), _cgroup_ids(scope.cgroup)
     refused: Dict[str, List[Namespace]] = {}
     for namespace in namespaces:
@@ -77,12 +77,12 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
 def _refused(words: str, several: List[Namespace]) -> str:
     paths = ", ".join(one.path for one in several[:_SHOWN])
     more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
-    return f"what is in {paths}{more}: {words} (entering takes CAP_SYS_ADMIN)"
+    return f"entering {paths}{more}: {words}, it takes CAP_SYS_ADMIN"
 
 
 def processes(hidden: int) -> str:
     """Of whom nothing can be seen."""
-    return f"{hidden} process{'' if hidden == 1 else 'es'} that may not be looked at (it takes CAP_SYS_PTRACE)"
+    return f"{hidden} process{'' if hidden == 1 else 'es'} that this one may not look at (CAP_SYS_PTRACE)"
 
 
 def ask(namespace: Namespace) -> SockDiag:
@@ -106,7 +106,7 @@ def _in_namespace(
             try:
                 sockets = _sockets(diag, number, states, wanted)
             except FileNotFoundError:
-                words = f"{protocol.value.upper()} sockets, of which this kernel does not tell (CONFIG_INET_DIAG)"
+                words = f"{protocol.value.upper()} sockets: this kernel does not tell of them (CONFIG_INET_DIAG)"
                 unseen += [] if words in unseen else [words]
                 continue
             usable = [one for one in sockets if one.inode and (cgroups is None or one.cgroup_id in cgroups)]

@@ -372,7 +372,8 @@ def checked_lines(found: Checked) -> List[str]:
         lines += _wrapped(f"{verdict.backend.name}: ", answer)
     lines.append(f"start would take: {found.taken or 'nothing, it would fail'}")
     lines += [part for line in shut_out_lines(found.shut_out) for part in _wrapped("", line)]
-    return lines + (would_cut_lines(found.existing) if found.existing is not None else [])
+    cut = would_cut_lines(found.existing) if found.existing is not None else []
+    return lines + [part for line in cut for part in ([line] if line.startswith(" ") else _wrapped("", line))]
 
 
 def checked_values(found: Checked) -> Dict[str, Any]:

@@ -29,7 +29,7 @@ def connection_lines(sweep: Sweep) -> List[str]:
     lines = _listed(f"cut {_count(sweep.cut)} ({where}):", sweep.cut)
     if sweep.why_left == AUDIT:
         lines += _listed(f"would have cut {_count(sweep.left)} ({where}):", sweep.left)
-    return lines
+    return lines or [f"no open connection was cut ({where})"]
 
 
 def would_cut_lines(sweep: Sweep) -> List[str]:
@@ -50,7 +50,7 @@ def connection_warnings(sweep: Sweep, strict: bool) -> List[str]:
 
 
 def _not_seen(sweep: Sweep) -> List[str]:
-    return [f"connections could not be looked for everywhere; not seen: {what}" for what in sweep.unseen]
+    return [f"open connections could not be looked for everywhere: {'; '.join(sweep.unseen)}"] if sweep.unseen else []
 
 
 def connection_text(one: Connection) -> str:

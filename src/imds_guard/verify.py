@@ -79,7 +79,7 @@ def _put_back(before: Status, path: str, where: Place, tell: Tell) -> Done:
     if policy is not None:
         asked = Forwarded().asked() if where.cgroup is None else None
         place = replace(where, backend=str(before.backend), forwarded=asked)
-        lines = actions.start_now(policy, place, tell).lines
+        lines = actions.start_now(policy, place, tell).deeds
         return _with("the policy in force was put back", lines), []
     return _put_in_place_of_the_unreadable(path, where, tell)
 
@@ -88,7 +88,7 @@ def _put_in_place_of_the_unreadable(path: str, where: Place, tell: Tell) -> Done
     """Nobody knows what was in force, or it is what someone else made of it."""
     config = _usable(path)
     if config is not None:
-        lines = boot.put_on(config.policy, where, tell, actions.start_now).lines
+        lines = boot.put_on(config.policy, where, tell, actions.start_now).deeds
         return _with("the configuration's policy took its place", lines), list(config.warnings)
     if word_at_top(path, "on_error") == "open":
         raise BadPolicy(f'{path} can\'t be used, and says on_error = "open": what is left in force stays as it is')

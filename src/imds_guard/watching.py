@@ -23,9 +23,9 @@ _AGAIN_S = 0.2
 
 
 def watch(wish: Wish, outlet: Outlet, started: Callable[[], object]) -> None:
-    """Tells ``outlet`` of denials until SIGTERM or SIGINT, or until nobody reads it. ``started`` is called when it reads, or follows.
+    """Tells ``outlet`` of denials until SIGTERM or SIGINT, or until nobody reads it.
 
-    Raises Unsupported where iptables enforces: it tells nobody of denials.
+    ``started`` is called when it reads, or follows. Raises Unsupported under iptables, which tells nobody of denials.
     """
     require_ebpf(wish.cgroup)
     place = Place(wish.cgroup)

@@ -8,7 +8,7 @@ import select
 import stat
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Dict, Iterator
 
@@ -23,7 +23,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from tests.adversary import service
 from tests.adversary.attacks_service import TAKE_APART, target
 from tests.adversary.privileges import Refused, in_child
-from tests.adversary.scene import ADDRESSES, ATTACKER, ATTACKER_GID, ELSEWHERE, PORT, USUAL, Scene
+from tests.adversary.scene import ADDRESSES, ATTACKER, ATTACKER_GID, ELSEWHERE, PORT, USUAL, Scene, alongside
 from tests.adversary.talk import fetch
 from tests.kernel.guards import FAST, folder_of
 
@@ -118,26 +118,69 @@ def test_what_somebody_laid_ready_is_not_used(scene: Scene, kind: str, name: str
     victim.mkdir()
     (victim / "important").write_text("root's own", encoding="ascii")
 
-    def prepare() -> bool:
-        become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER,) * 3)
-        if not os.access(os.path.dirname(path), os.W_OK):
-            return False
-        PREPARED[kind](path, str(victim))
-        return True
-
-    if not in_child(prepare):
-        pytest.skip("nobody but root may write into this machine's bpffs")
     backend = _backend(scene)
-    try:
-        assert backend.faults() == []
-        assert backend.read() is None
-        backend.apply(USUAL)
-        assert (backend.read(), backend.faults()) == (USUAL, [])
-        assert _got(scene) == b""
-    finally:
-        backend.remove()
+    with _open_to_all(os.path.dirname(path)):
+        _prepare(path, lambda: PREPARED[kind](path, str(victim)))
+        try:
+            assert backend.faults() == []
+            assert backend.read() is None
+            backend.apply(USUAL)
+            assert (backend.read(), backend.faults()) == (USUAL, [])
+            assert _got(scene) == b""
+        finally:
+            backend.remove()
     assert [entry.name for entry in victim.iterdir()] == ["important"]
     assert not [one for one in NAMES.values() if os.path.lexists(one(folder_of(scene.guard_cgroup)))]
+
+
+@contextmanager
+def _open_to_all(bpffs: str) -> Iterator[None]:
+    """As it is where somebody mounted it without a mode."""
+    before = stat.S_IMODE(os.stat(bpffs).st_mode)
+    os.chmod(bpffs, 0o1777)
+    try:
+        yield
+    finally:
+        os.chmod(bpffs, before)
+
+
+def _prepare(path: str, act: Callable[[], object]) -> None:
+    """The attacker makes a name; another test at the same time may close the folder in between."""
+
+    def as_attacker() -> bool:
+        become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER,) * 3)
+        try:
+            act()
+        except PermissionError:
+            return False
+        return True
+
+    for _ in range(100):
+        if in_child(as_attacker):
+            return
+        os.chmod(os.path.dirname(path), 0o1777)
+    pytest.fail(f"the attacker could not make {path}")
+
+
+def test_somebody_who_makes_the_names_again_and_again_keeps_nobody_from_starting(scene: Scene) -> None:
+    """Faster than they can be removed."""
+    folder, backend = folder_of(scene.guard_cgroup), _backend(scene)
+    paths = [one(folder) for one in NAMES.values()]
+
+    def make_them() -> None:
+        become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER,) * 3)
+        while True:
+            for path in paths:
+                with suppress(OSError):
+                    _folder_in_folder(path, "")
+
+    with _open_to_all(os.path.dirname(folder.path)):
+        _prepare(folder.building, lambda: os.mkdir(folder.building))
+        with alongside(make_them):
+            backend.apply(USUAL)
+            assert _got(scene) == b""
+        backend.remove()
+    assert not [path for path in paths if os.path.lexists(path)]
 
 
 # --- modes ----------------------------------------------------------------------------------------------------------

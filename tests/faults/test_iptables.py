@@ -113,3 +113,18 @@ def test_stop(stage: Stage) -> None:
     """The policy or nothing, and then nothing of ours. Where only one family could be opened, stop says so."""
     trial = Trial(stage.put(OLD_POLICY), stage.backend.remove, stage.look, UNDER_OLD, NOTHING, stage.stop, 6)
     stage.inside(trial)
+
+
+def test_a_rule_that_only_counts(stage: Stage) -> None:
+    """``iptables -A OUTPUT``, without match or target, is printed with nothing behind the chain: no reason to fail."""
+
+    def inside() -> None:
+        for command in stage.backend.commands.values():
+            assert run([command, "-A", "OUTPUT"]).status == 0
+        stage.put(OLD_POLICY)()
+        assert stage.look() == UNDER_OLD
+        stage.stop()
+        for command in stage.backend.commands.values():
+            assert "-A OUTPUT" in run([f"{command}-save", "-t", "filter"]).stdout.splitlines()
+
+    stage.sandbox.call(inside, timeout_s=_PATIENCE_S)

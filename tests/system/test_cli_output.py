@@ -37,14 +37,14 @@ def guard() -> Iterator[Guard]:
 def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     """Scripts read these: a key that goes away or changes its name breaks them."""
     started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
-    assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out"}
+    assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out", "connections"}
     status = guard("status", "--json").values
-    assert set(status) == {"state", "backend", "faults", "policy", "ebpf"}
+    assert set(status) == {"state", "backend", "emergency", "faults", "policy", "ebpf"}
     assert set(status["ebpf"]) == {
         *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "counters"),
     }
     assert [hook["hook"] for hook in status["ebpf"]["hooks"]] == ["connect4", "connect6", "sendmsg4", "sendmsg6"]
-    assert set(status["policy"]) == {"mode", "containers", "locks"}
+    assert set(status["policy"]) == {"mode", "containers", "strict", "locks"}
     (lock,) = status["policy"]["locks"]
     assert set(lock) == {"name", "endpoints", "allow", "deny", "default"}
     assert lock["allow"] == {"users": [{"id": ONE, "name": str(ONE)}], "groups": [{"id": 0, "name": "root"}]}
@@ -54,7 +54,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert set(explained) == {"allowed", "reason", "lock", "matched", "caller", "destination"}
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
-    assert set(checked) == {"backends", "taken", "shut_out"}
+    assert set(checked) == {"backends", "taken", "shut_out", "connections"}
     assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
     guard("stop")
     assert guard.status() | {"ebpf": None} == {

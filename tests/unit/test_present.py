@@ -104,6 +104,7 @@ def test_a_policy_as_values() -> None:
     assert present.policy_values(policy) == {
         "mode": "audit",
         "containers": "allow",
+        "strict": False,
         "locks": [
             {
                 "name": "web",

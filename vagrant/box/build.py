@@ -38,8 +38,6 @@ NO_UNITS = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "
 DISK_GIB = 4
 VAGRANT, SHADOW = 1000, 42
 """IDs of user and group vagrant, and of group shadow (base-passwd has it on every Debian)."""
-RECIPE_VERSION = 1
-"""One more whenever what _build() makes changes: the cache goes by it."""
 
 
 def fetch(matrix: Matrix, row: Row) -> Path:
@@ -48,10 +46,9 @@ def fetch(matrix: Matrix, row: Row) -> Path:
     packages = tuple(sorted({*row.userland.packages, *PACKAGES}))
     root = userland.fetch(matrix.archive, replace(row.userland, packages=packages))
     recipe: Dict[str, object] = {
-        "version": RECIPE_VERSION,
         "kernel": files.initrd.parent.name,
         "userland": root.parent.name,
-        "cmdline": f"{CONSOLE} {machines.cmdline(row)}",
+        "cmdline": machines.cmdline(row),
         "files": _files_hash(),
     }
     folder = cache.entry("boxes", row.name, recipe, lambda draft: _build(draft, row, files, root))
@@ -62,7 +59,8 @@ def fetch(matrix: Matrix, row: Row) -> Path:
 
 def _files_hash() -> str:
     content = hashlib.sha256()
-    for path in (HERE / "init", HERE / "Vagrantfile", *sorted((HERE / "root").iterdir())):
+    made_by = (HERE / "build.py", HERE / "edit.py", HERE / "image.py")
+    for path in (*made_by, HERE / "init", HERE / "Vagrantfile", *sorted((HERE / "root").iterdir())):
         content.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return content.hexdigest()
 

@@ -204,7 +204,6 @@ class EbpfBackend:
     def _install(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
         """Maps at generation 0, then all hooks, then the policy: until the flip nothing is locked."""
         privileges.lift_memory_lock_limit()
-        hooks.detach_strays(cgroup, None)
         needed = abi.needed_hooks(policy.strict)
         try:
             place = folder.begin()
@@ -216,7 +215,9 @@ class EbpfBackend:
         except (GuardError, OSError) as error:
             _undo(error, folder.abandon, folder.remove_if_there)
             raise
-        return [f"attached {len(needed)} hooks to {cgroup.path}, version {self._version()}"]
+        # Only now: programs of a guard whose pins are out of reach may be all that held until here.
+        lines = _detach_strays(cgroup, folder)
+        return [*lines, f"attached {len(needed)} hooks to {cgroup.path}, version {self._version()}"]
 
     def _change_running(self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False) -> List[str]:
         try:
@@ -247,12 +248,12 @@ class EbpfBackend:
         version = self._version()
         whole = all(hook.ours is not None and set(hook.ours.map_ids) <= ids for hook in found)
         current = keep_version or all(hook.ours is not None and hook.ours.version == version for hook in found)
-        lines = [f"detached {name}, which nothing pinned" for name in hooks.detach_strays(cgroup, folder.path)]
         if whole and current:
-            return lines
+            return _detach_strays(cgroup, folder)
         privileges.lift_memory_lock_limit()
         hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines)
         hooks.verify(cgroup, folder.path, maps.ids(), needed)
+        lines = _detach_strays(cgroup, folder)
         return [*lines, f"put version {version} of the programs in place" if whole else "repaired the hooks"]
 
     def _replace_maps(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
@@ -325,6 +326,10 @@ def _policy_of(snapshot: Optional[Snapshot]) -> Tuple[Optional[Policy], List[str
 def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
     """A record that a digest was made up for, too, does not pass for one of ours."""
     return render(policy, snapshot.image.generation).digest() == snapshot.image.digest()
+
+
+def _detach_strays(cgroup: Cgroup, folder: Folder) -> List[str]:
+    return [f"detached {name}, which nothing pinned" for name in hooks.detach_strays(cgroup, folder.path)]
 
 
 def _inspect(cgroup: Cgroup, folder: Optional[str], needed: Tuple[str, ...]) -> List[Hook]:
