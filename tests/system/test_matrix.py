@@ -145,3 +145,9 @@ def test_no_result_of_a_row_that_has_changed() -> None:
     matrix, known = table.load(), support.read_record()
     assert [name for name in known if name in support.stale(matrix, known)] == []
     assert set(known) <= {one.name for one in matrix.rows}
+
+
+def test_the_readmes_table_is_current() -> None:
+    """It is what kernels.toml and the recorded results make: --record writes it, and table --write README.md."""
+    text = (TREE / "README.md").read_text(encoding="utf-8")
+    assert support.put_into(text, support.table(table.load(), support.read_record())) == text

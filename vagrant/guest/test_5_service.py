@@ -33,7 +33,7 @@ source.write_text(source.read_text() + "/* the build before this one */\\n")
 
 def version() -> str:
     """The version of the programs that are attached."""
-    versions = json.loads(done("status", "--json"))["versions"]
+    versions = json.loads(done("status", "--json"))["ebpf"]["versions"]
     assert len(versions) == 1, versions
     return str(versions[0])
 

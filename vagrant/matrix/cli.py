@@ -159,13 +159,10 @@ def _list(matrix: Matrix, as_json: bool) -> int:
 
 def _table(options: argparse.Namespace) -> int:
     matrix = table.load()
-    rendered = support.table(matrix, support.read_record())
     if options.write:
-        options.write.write_text(
-            support.put_into(options.write.read_text(encoding="utf-8"), rendered), encoding="utf-8"
-        )
+        support.write_table(matrix, options.write)
     else:
-        sys.stdout.write(rendered)
+        sys.stdout.write(support.table(matrix, support.read_record()))
     return 0
 
 

@@ -14,6 +14,7 @@ from vagrant.matrix.table import BACKENDS, USUAL, Matrix, Row
 from vagrant.matrix.verdict import LOST, Verdict
 
 RECORD = Path(__file__).resolve().parent.parent / "results.json"
+README = RECORD.parent.parent / "README.md"
 BEGIN, END = "<!-- support-table -->", "<!-- /support-table -->"
 _TITLES = ("kernel", "userland", "Python", "bcc", "eBPF", "iptables", "what is special", "result")
 
@@ -40,6 +41,16 @@ def _record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path) -> None:
         }  # fmt: skip
     ordered = {row.name: known[row.name] for row in matrix.rows if row.name in known}
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    if path == RECORD:
+        write_table(matrix, README)
+
+
+def write_table(matrix: Matrix, readme: Path) -> None:
+    """Puts the table of what is recorded between the markers of a README."""
+    text = readme.read_text(encoding="utf-8")
+    wanted = put_into(text, table(matrix, read_record()))
+    if wanted != text:
+        readme.write_text(wanted, encoding="utf-8")
 
 
 def read_record(path: Path = RECORD) -> Dict[str, Dict[str, Any]]:
@@ -72,7 +83,8 @@ def put_into(text: str, rendered: str) -> str:
 
 
 def _cells(row: Row, known: Mapping[str, Any]) -> List[str]:
-    special = ", ".join([*sorted(row.setup), *([f"`{row.cmdline}`"] if row.cmdline else [])])
+    named = sorted(row.setup) if USUAL in row.tests else [row.name]
+    special = ", ".join([*named, *([f"`{row.cmdline}`"] if row.cmdline else [])])
     return [
         str(known.get("release") or row.kernel.series).replace("-cloud-amd64", ""),
         row.userland.name.replace("debian-", "Debian "), row.userland.python,

@@ -168,7 +168,8 @@ class EbpfBackend:
         lost, overflow = counters[abi.LOST_EVENTS][0], counters[abi.REPORT_OVERFLOW][0]
         by_reason = tuple(counters[: abi.REASONS])
         place = (cgroup.path, cgroup.is_root, pins)
-        return State(*place, generation, policy, found, by_reason, faults, lost, overflow, bool(faults_of_maps))
+        shown = tuple(hook for hook in found if hook.name in needed or hook.attached)
+        return State(*place, generation, policy, shown, by_reason, faults, lost, overflow, bool(faults_of_maps))
 
     # --- steps ---
 
