@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a connect costs in the hook, and a packet under strict, as a ratio to an empty program in the same run.
 
-Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts the runs and the time of each
+Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts runs and time of each
 program while BPF_ENABLE_STATS is on (bpf(2)); nothing is timed from outside. Rounds alternate between the empty program
 and the guard, and the median round counts, since a busy machine makes single rounds useless.
 """

@@ -130,6 +130,7 @@ ig_inline void ig_tuple(struct bpf_sock_tuple *tuple, const struct ig_packet *pa
 	tuple->ipv6.dport = packet->ports[!turned];
 }
 
+#define IG_LOOPBACK 1 /* LOOPBACK_IFINDEX, include/net/flow.h */
 #define IG_TUPLE4 12 /* octets of a tuple: the verifier wants a constant */
 #define IG_TUPLE6 36
 
@@ -144,9 +145,15 @@ ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, cons
 	struct bpf_sock_tuple tuple = {};
 	struct ig_port_range range;
 	__u32 list = IG_NO_LIST;
+	struct bpf_sock *sk;
 	bool passes;
-	void *sk;
 
+	/*
+	 * What goes to an address of this machine leaves by loopback. Elsewhere the tuple would find whatever somebody has
+	 * bound to that port here, or to that address (IP_TRANSPARENT in ip(7)).
+	 */
+	if (skb->ifindex != IG_LOOPBACK)
+		return false;
 	if (ig_find_range(generation, &asked, &range))
 		list = range.list;
 
@@ -155,7 +162,8 @@ ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, cons
 		    ig_find_tcp(skb, &tuple, IG_TUPLE6, (__u64)BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
-	passes = ig_mark_passes(generation, settings, list, sk);
+	/* Who listens has asked for nothing, whatever the socket was let through to before. */
+	passes = sk->state != BPF_TCP_LISTEN && ig_mark_passes(generation, settings, list, sk);
 	ig_release(sk);
 	return passes;
 }

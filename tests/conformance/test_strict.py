@@ -71,8 +71,8 @@ def test_row(case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: D
 def test_mptcp_is_let_through_or_denied_at_once(
     case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: Dict[str, Optional[str]]
 ) -> None:
-    """Where the hook sees the socket that sends the packets, it is marked. Where it sees the one above it, whose packets
-    nobody could tell from others, the connect is EPERM, and does not hang.
+    """Where the hook sees the socket that sends the packets, it is marked. Where it sees the one above it, whose
+    packets nobody could tell from others, the connect is EPERM, and does not hang.
     """
     skip_without(case, lacking)
     apply_or_skip(strict, strict_sandbox, case.policy, "ebpf")

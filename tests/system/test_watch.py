@@ -250,8 +250,10 @@ def test_after_a_kill_the_next_watch_switches_it_off(guard: Guard) -> None:
 
 def test_a_second_watch_tells_the_same_and_takes_over_when_the_first_is_killed(guard: Guard) -> None:
     start(guard)
-    with watch(guard) as first, watch(guard) as second:
-        first.event("began")
+    with ExitStack() as several:
+        first = several.enter_context(watch(guard))
+        first.event("began")  # only now: the one that comes first reads
+        second = several.enter_context(watch(guard))
         follow(guard, second)
         guard.reach(TWO, SERVICE)
         assert first.event("denied", uid=TWO) == second.event("denied", uid=TWO)

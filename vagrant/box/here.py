@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -92,9 +93,13 @@ def run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional
         argv, stdin=subprocess.DEVNULL, env={**os.environ, **env, "PATH": path, "LC_ALL": "C.UTF-8"}
     )
     try:
-        return process.wait(timeout=deadline_s)
-    except subprocess.TimeoutExpired:
-        return None
+        # Not Popen.wait(): a signal's exception that meets it just after it took its lock leaves that locked for ever.
+        ended = os.pidfd_open(process.pid)
+        try:
+            in_time = select.select([ended], [], [], deadline_s)[0]
+        finally:
+            os.close(ended)
+        return process.wait() if in_time else None
     finally:
         _end(process)
 
@@ -109,8 +114,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         for child in children.split():
             with suppress(ProcessLookupError):
                 os.kill(int(child), signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=60 if children else 0)
+        if children:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=60)
     process.kill()
     process.wait()
 

@@ -47,13 +47,30 @@ def require_bpffs() -> str:
         )
     if os.statvfs(path).f_flag & os.ST_RDONLY:
         raise Unsupported(f"using the BPF filesystem at {path}: it is read-only; mount -o remount,rw {path}")
-    found = os.stat(path)
-    if found.st_uid != 0 or (found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX):
-        raise Unsupported(
-            f"using the BPF filesystem at {path}: others than root may rename what lies there, and so take the lock "
-            f"away; chmod 0700 {path}"
-        )
+    _close_to_others(path)
     return path
+
+
+def _close_to_others(path: str) -> None:
+    """Only root may make names in it afterwards, as systemd mounts it; mounted without a mode it is 01777.
+
+    There others could take the names that we need, again and again, and keep a start from ever working; without the
+    sticky bit they could rename the pins. Nobody else has a use for it: to pin takes CAP_BPF.
+    """
+    found = os.stat(path)
+    others = stat.S_IWGRP | stat.S_IWOTH
+    if found.st_uid != 0:
+        raise Unsupported(
+            f"using the BPF filesystem at {path}: it belongs to user {found.st_uid}, who may take the lock away; "
+            f"chown root {path}"
+        )
+    if found.st_mode & others:
+        try:
+            os.chmod(path, stat.S_IMODE(found.st_mode) & ~others)
+        except OSError as error:
+            raise NotPermitted(
+                f"taking others' right to write from {path}: {system_words(error)}; run this as root"
+            ) from error
 
 
 def _of_pid1() -> Optional[Mount]:

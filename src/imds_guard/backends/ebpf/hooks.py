@@ -235,6 +235,12 @@ def detach_strays(cgroup: Cgroup, folder: Optional[str]) -> List[str]:
     strays = {p.id: p.name for hook in inspect(cgroup, folder) for p in hook.strays}
     if not strays:
         return []
+    if folder is not None and not os.path.isdir(
+        folder
+    ):  # looked for after the links: without it all of them are strays
+        raise GuardError(
+            f"looking for the pins in {folder}: they are out of reach; mount the BPF filesystem there again"
+        )
     with trying("looking for links that nothing pins", "they can be seen with bpftool link"):
         for fd, link in bpf.links_of_cgroup(cgroup.id):
             if link.prog_id in strays:
