@@ -216,9 +216,10 @@ def verify(cgroup: Cgroup, folder: str, map_ids: Sequence[int], needed: Collecti
 def detach_all(folder: str) -> None:
     """Detaches every link that is pinned in a folder, at once."""
     for hook in abi.HOOKS:
-        fd = _open_link(hook, folder)
-        if fd is not None:
-            _detach(fd)
+        for name in (hook, hook + "~"):  # the second where a command ended between the pin and its renaming: _pin()
+            fd = _open_link(name, folder)
+            if fd is not None:
+                _detach(fd)
 
 
 def detach_unneeded(folder: str, needed: Collection[str]) -> None:
