@@ -320,7 +320,8 @@ def test_revoking_the_last_one_warns(guard: Guard) -> None:
     guard.start("--user", str(ONE), "--ip", SERVICE)
     revoked = guard("revoke", "--user", str(ONE))
     assert revoked.status == 0
-    assert revoked.stderr == "warning: lock default lets nobody through, root included\n"
+    # A second one comes where the host hides a namespace from us, in which connections could be.
+    assert revoked.stderr.splitlines()[0] == "warning: lock default lets nobody through, root included"
     assert guard.reach(ONE) == "EPERM"
     assert guard("status").status == 0
 

@@ -60,6 +60,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert guard.status() | {"ebpf": None} == {
         "state": "inactive",
         "backend": None,
+        "emergency": False,
         "faults": [],
         "policy": None,
         "ebpf": None,
