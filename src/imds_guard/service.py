@@ -241,8 +241,8 @@ def _is_there(name: str, folder: str) -> bool:
 def _forget(folder: str) -> None:
     """A unit without a file has no ExecStop= any more: it ends, and the lock stays."""
     for name in (MAIN, REQUIRED):
-        state = systemd.systemctl("show", "--property=LoadState", "--value", name).strip()
-        if state == "not-found" and not _is_there(name, folder):
+        # One that systemd has never heard of can't be stopped.
+        if not _is_there(name, folder) and systemd.is_active(name):
             systemd.systemctl("stop", name)
 
 

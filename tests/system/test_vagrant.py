@@ -164,7 +164,9 @@ def test_the_job_is_the_matrix_job(tmp_path: Path) -> None:
         script = archive.extractfile("job.sh")
         assert script is not None
         text = script.read().decode()
-    assert {"guest/suite", "suite/tests/conformance/test_backends.py", "tools/pytest/__init__.py"} < set(names)
+    assert {"suite/vagrant/guest/suite", "suite/tests/conformance/test_backends.py", "tools/pytest/__init__.py"} < set(
+        names
+    )
     assert [name for name in names if name.endswith(".whl")] != []
     assert "export IMDS_GUARD_EXPECT=groups,iptables\n" in text
     assert "guest/suite" in text

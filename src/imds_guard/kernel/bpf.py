@@ -15,6 +15,8 @@ import struct
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
+from imds_guard.errors import system_words
+
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -319,7 +321,7 @@ def prog_load_explained(instructions: bytes, name: str, attach_type: int) -> Tup
             if error.errno != errno.ENOSPC:
                 break
     words = log.value.decode(errors="replace").strip().splitlines()[-4:]
-    return -1, "; ".join([os.strerror(refusal.errno or 0), *words])
+    return -1, "; ".join([system_words(refusal), *words])
 
 
 @dataclass(frozen=True)
