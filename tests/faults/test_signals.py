@@ -56,6 +56,8 @@ class Stage:
         def inside() -> None:
             sys.stdout, sys.stderr = open(os.devnull, "w"), open(theirs, "w", buffering=1)  # noqa: SIM115
             fault.owner = os.getpid()
+            # A shell that put the tests in the background has SIGINT ignored, and what it starts inherits that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 with injector.planted(fault):
                     main(words)
