@@ -12,12 +12,19 @@ removes it.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import stat
+from contextlib import suppress
+from typing import List
 
 from imds_guard.backends.ebpf import hooks
 from imds_guard.errors import trying
 from imds_guard.kernel import syscalls
+
+
+_STRANGER = "~stranger~"
+"""What stood under a guard's name and was no guard is renamed to this and a random number."""
 
 
 class Folder:
@@ -46,15 +53,22 @@ class Folder:
 
     def _remove_strangers(self) -> None:
         for path in (self.path, self.building, self.leaving):
-            if not os.path.lexists(path) or _is_roots_folder(path):
-                continue
-            with trying(f"removing {path}, which someone else put there", "see who may write there, and run it again"):
-                if stat.S_ISDIR(os.lstat(path).st_mode):
-                    shutil.rmtree(
-                        path
-                    )  # follows no link that is put there meanwhile (shutil.rmtree.avoids_symlink_attacks)
-                else:
+            if os.path.lexists(path) and not _is_roots_folder(path):
+                # Its maker may go on filling it, so that it is never empty: the name is taken from it first, at once.
+                with trying(f"renaming {path}, which someone else put there", "see who may write there, and try again"):
+                    os.rename(path, f"{self.path}{_STRANGER}{secrets.token_hex(8)}")
+        for path in self._strangers():
+            if os.path.isdir(path) and not os.path.islink(path):
+                # Follows no link that is put there meanwhile (shutil.rmtree.avoids_symlink_attacks). What is still
+                # being filled stays until the next command: it bears no name of a guard.
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(FileNotFoundError):
                     os.unlink(path)
+
+    def _strangers(self) -> List[str]:
+        bpffs, prefix = os.path.dirname(self.path), self.name + _STRANGER
+        return [os.path.join(bpffs, name) for name in os.listdir(bpffs) if name.startswith(prefix)]
 
     def begin(self) -> str:
         """Makes the folder to build in."""
