@@ -20,6 +20,7 @@ struct ig_packet {
 	struct ig_address from;
 	__u16 ports[2]; /* source and destination, in network byte order */
 	__u32 transport_at; /* octets from the network header */
+	bool first_fragment; /* what comes after it may overlap it: to some receivers its flags are not what they seem */
 	bool later_fragment; /* it has no ports: without the first fragment nobody can put it together */
 	bool obscure; /* nobody can tell what it carries */
 };
@@ -36,6 +37,7 @@ ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packe
 	ig_set_ipv4(&packet->from, from);
 	packet->transport_at = (head[0] & 15) * 4;
 	packet->later_fragment = (head[6] & 0x1f) || head[7];
+	packet->first_fragment = head[6] & 0x20;
 	packet->request.protocol = ig_protocol_of(head[9]);
 }
 
@@ -60,6 +62,7 @@ ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packe
 			return;
 		if (next == IG_NEXT_FRAGMENT) {
 			packet->later_fragment = head[2] || (head[3] & 0xf8);
+			packet->first_fragment = head[3] & 1;
 			at += 8;
 		} else {
 			at += next == IG_NEXT_AUTHENTICATION ? (head[1] + 2) * 4 : (head[1] + 1) * 8;
@@ -187,10 +190,13 @@ ig_inline bool ig_is_time_wait(struct __sk_buff *skb, const struct ig_packet *pa
 /*
  * What goes on without an approved socket. A reset takes a connection down, and the other end would wait for what was
  * cut. When a connection is closed the kernel remembers it in TIME_WAIT, without the socket and its mark, and answers
- * for it: none of that can carry data that anybody reads. A SYN could begin a new one.
+ * for it: none of that can carry data that anybody reads. A SYN could begin a new one. The kernel never sends any of it
+ * in fragments, of which a later one may write over the flags (RFC 1858, section 3).
  */
 ig_inline bool ig_is_harmless(struct __sk_buff *skb, const struct ig_packet *packet, bool ipv4, __u8 flags)
 {
+	if (packet->first_fragment)
+		return false;
 	if (flags & IG_TCP_RST)
 		return true;
 	if (!flags || (flags & IG_TCP_SYN))

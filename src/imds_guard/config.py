@@ -11,6 +11,7 @@ from imds_guard.config_reader import CONFIG_PATH, Config, load_config, parse_con
 from imds_guard.config_writer import dump_config
 from imds_guard.endpoint_words import endpoint_words, parse_endpoint
 from imds_guard.errors import GuardError, system_words
+from imds_guard.kernel import files
 
 __all__ = [
     "CONFIG_PATH",
@@ -51,21 +52,8 @@ def save_config(config: Config, path: str = CONFIG_PATH) -> None:
 
 
 def _write(text: str, path: str) -> None:
-    import tempfile  # noqa: PLC0415 -- start-up time: it is slow to import, and few commands save
-
-    folder = os.path.dirname(os.path.abspath(path))
     try:
-        os.makedirs(folder, mode=0o755, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".config-")
-        try:
-            with open(descriptor, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                os.fchmod(file.fileno(), 0o644)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o755, exist_ok=True)
+        files.replace(path, text.encode())
     except OSError as error:
         raise GuardError(f"the configuration {path} could not be written: {system_words(error)}") from error

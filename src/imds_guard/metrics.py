@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import TYPE_CHECKING, Iterable, Iterator, List, Optional, Tuple
 
@@ -13,6 +12,7 @@ from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.abi import needed_hooks
 from imds_guard.backends.ebpf.tables import Place, Report, read_report
 from imds_guard.errors import GuardError, Unsupported, system_words
+from imds_guard.kernel import files
 from imds_guard.policy import Mode, Reason
 
 if TYPE_CHECKING:
@@ -159,22 +159,8 @@ def _of_report(report: Report) -> Iterator[Metric]:
 
 def write_textfile(text: bytes, path: str) -> None:
     """Writes a file for node_exporter in one step: it sees the old one or the new one. Raises GuardError."""
-    import tempfile  # noqa: PLC0415 -- start-up time
-
-    folder, name = os.path.split(os.path.abspath(path))
     try:
-        # node_exporter reads *.prom: the name of the one that is being written ends otherwise.
-        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".new")
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(text)
-                os.fchmod(file.fileno(), 0o644)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        files.replace(path, text)
     except OSError as error:
         raise GuardError(
             f"writing metrics to {path}: {system_words(error)}; name a file in a folder that is there, and writable"

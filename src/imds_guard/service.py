@@ -13,7 +13,7 @@ from imds_guard.actions import Place
 from imds_guard.boot import place_of
 from imds_guard.config import CONFIG_PATH, load_config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_words
-from imds_guard.kernel import systemd
+from imds_guard.kernel import files, systemd
 
 MAIN = "imds-guard.service"
 WATCH = "imds-guard-watch.service"
@@ -187,10 +187,7 @@ def _read(path: str) -> str:
 
 def _write(path: str, text: str) -> None:
     try:
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o644)
-        os.replace(path + ".new", path)
+        files.replace(path, text.encode())
     except OSError as error:
         raise GuardError(f"writing {path}: {system_words(error)}; the service is not installed") from error
 

@@ -60,7 +60,9 @@ PROBES: Dict[str, Callable[[Scene], Optional[str]]] = {
     "source-route": lambda scene: scene.inside(lambda: _tried("source routes", _source_route, errno.EINVAL)),
     "nat": lambda scene: scene.inside(lambda: _tried("address translation", _translation, 0)),
     "many-extensions": lambda scene: scene.inside(
-        lambda: _tried("ear for many extension headers", lambda: ask_by_raw_ipv6(OPEN6, MANY), errno.EAGAIN)
+        lambda: _tried(
+            "ear for many extension headers", lambda: ask_by_raw_ipv6(OPEN6, MANY, fragment=True), errno.EAGAIN
+        )
     ),
     "cable": lambda scene: scene.inside(lambda: _tried("veth", remote.has_cables, 0)),
     "tun": lambda scene: scene.inside(

@@ -25,7 +25,7 @@ from imds_guard.policy import Policy
 from tests.kernel.guards import BOTH, FAST, IPV4, IPV6, MAPPED, NEW_POLICY, OLD_POLICY, PORT, STRANGER
 
 _GROUP = 62_001
-_COUNTS = struct.Struct("=QQQQ")
+_COUNTS = struct.Struct("=QQQQQ")
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER 0: no TIME_WAIT, so ports never run out
 _SLICE = 64
 """Connects that a forked child makes before it exits."""
@@ -43,6 +43,8 @@ class Tally:
     slipped_through: int = 0
     connected: int = 0
     failed: int = 0
+    error: int = 0
+    """The errno of one of those that failed or slipped through: 0 for none, and for a connect that was made."""
 
     @property
     def connects(self) -> int:
@@ -55,6 +57,7 @@ class Tally:
             self.slipped_through + other.slipped_through,
             self.connected + other.connected,
             self.failed + other.failed,
+            other.error or self.error,
         )
 
 
@@ -83,8 +86,8 @@ class _Counter:
         return Tally(*_COUNTS.unpack(self._memory[: _COUNTS.size]))
 
 
-def _numbers(tally: Tally) -> Tuple[int, int, int, int]:
-    return (tally.denied, tally.slipped_through, tally.connected, tally.failed)
+def _numbers(tally: Tally) -> Tuple[int, int, int, int, int]:
+    return (tally.denied, tally.slipped_through, tally.connected, tally.failed, tally.error)
 
 
 def _become(uid: int) -> None:
@@ -96,10 +99,11 @@ def _connect(address: str, allowed: bool) -> Tally:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         try:
             one.connect((address, PORT))
-        except PermissionError:
-            return Tally(failed=1) if allowed else Tally(denied=1)
-        except OSError:
-            return Tally(failed=1) if allowed else Tally(slipped_through=1)  # not refused is got through
+        except PermissionError as refusal:
+            return Tally(failed=1, error=refusal.errno or 0) if allowed else Tally(denied=1)
+        except OSError as error:  # not refused is got through
+            number = error.errno or 0
+            return Tally(failed=1, error=number) if allowed else Tally(slipped_through=1, error=number)
     return Tally(connected=1) if allowed else Tally(slipped_through=1)
 
 

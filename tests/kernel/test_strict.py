@@ -250,6 +250,42 @@ def test_raw_packets_are_dropped(guarded: Guarded, address: str) -> None:
     assert not sandbox.call(lambda: _send_raw(address))
 
 
+def _raw_reset(address: str, *, fragment: bool) -> bytes:
+    """A TCP header with RST behind the IP header that a raw socket has to write: whole, or as a first fragment."""
+    tcp = struct.pack("!2H2I2B3H", 4242, PORT, 1, 0, 5 << 4, 4, 0, 0, 0) + bytes(4)
+    if ":" not in address:
+        head = struct.pack("!2B3H2BH", 0x45, 0, 20 + len(tcp), 7, 0x2000 * fragment, 64, socket.IPPROTO_TCP, 0)
+        return head + socket.inet_aton(address) * 2 + tcp
+    extension = struct.pack("!2BHI", socket.IPPROTO_TCP, 0, int(fragment), 7)  # RFC 8200, section 4.5
+    head = struct.pack("!IH2B", 6 << 28, len(extension) + len(tcp), 44, 64)
+    return head + socket.inet_pton(socket.AF_INET6, address) * 2 + extension + tcp
+
+
+def _goes_out(address: str, *, fragment: bool) -> bool:
+    """What the packets' hook drops fails in the sender (cgroup_bpf_run_filter_skb() in kernel/bpf/cgroup.c)."""
+    with socket.socket(
+        socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW
+    ) as mouth:
+        if ":" in address:
+            mouth.setsockopt(socket.IPPROTO_IPV6, 36, 1)  # IPV6_HDRINCL
+        try:
+            mouth.sendto(_raw_reset(address, fragment=fragment), (address, 0))
+        except PermissionError:
+            return False
+        return True
+
+
+@ADDRESSES
+def test_a_reset_passes_and_its_first_fragment_does_not(guarded: Guarded, address: str) -> None:
+    """A later fragment may turn the flags into others."""
+    sandbox, backend = guarded
+    backend.apply(both_protocols(OLD_POLICY))
+    assert sandbox.call(lambda: _goes_out(address, fragment=True))
+    backend.apply(both_protocols(STRICT_OLD))
+    assert sandbox.call(lambda: _goes_out(address, fragment=False))
+    assert not sandbox.call(lambda: _goes_out(address, fragment=True))
+
+
 @ADDRESSES
 def test_fragments_of_an_approved_datagram_pass(guarded: Guarded, address: str) -> None:
     sandbox, backend = guarded

@@ -22,7 +22,6 @@ from imds_guard.backends.ebpf import hooks
 from imds_guard.errors import trying
 from imds_guard.kernel import syscalls
 
-
 _STRANGER = "~stranger~"
 """What stood under a guard's name and was no guard is renamed to this and a random number."""
 
