@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import subprocess
@@ -188,6 +189,29 @@ def test_a_changed_map_is_a_fault_and_start_repairs_it(guarded: Guarded) -> None
     backend.apply(OLD_POLICY)
     assert backend.faults() == []
     assert guards.passing(sandbox) == {OLD, BOTH}
+
+
+def test_what_the_kernel_writes_to_a_query_has_room(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux 6.18.15 writes 32 octets behind the size that it is given: the row of that kernel crashed here."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    seen = []
+
+    class Watched:
+        """The C library, with a canary behind the memory that the kernel gets."""
+
+        def syscall(self, number: int, command: int, buffer: ctypes.Array[ctypes.c_char], size: int) -> int:
+            guarded_buffer = ctypes.create_string_buffer(buffer.raw + b"\xa5" * 4096)
+            result = int(ctypes.CDLL(None, use_errno=True).syscall(number, command, guarded_buffer, size))
+            seen.append((len(buffer), guarded_buffer.raw[len(buffer) : -1] == b"\xa5" * 4096))
+            return result
+
+    monkeypatch.setattr(bpf, "_libc", Watched())
+    with open_cgroup(sandbox.cgroup) as cgroup:
+        for attach_type, _ in abi.HOOKS.values():
+            bpf.attached_programs(cgroup.fd, attach_type)
+    assert len(seen) == len(abi.HOOKS)
+    assert all(room >= 64 and untouched for room, untouched in seen)
 
 
 def test_a_generation_without_settings_denies(guarded: Guarded) -> None:

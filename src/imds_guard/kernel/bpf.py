@@ -45,6 +45,11 @@ BATCH = 16384
 _LOG_OCTETS = (1 << 20, 256 << 20)
 """Room for the verifier's words: at most 1 GiB (UINT_MAX >> 2); ENOSPC says that it was too little."""
 
+_ATTR_ROOM = 512
+"""Octets behind the pointer to union bpf_attr, whatever size the kernel is told. Linux 6.18.15 writes query.revision,
+octets 56 to 63, also where BPF_PROG_QUERY of a cgroup was given fewer (__cgroup_bpf_query(); 6.18.44 and 7.2 do not):
+it would write over whatever lies behind a shorter buffer."""
+
 _ENOTSUPP = 524  # include/linux/errno.h; not an errno that C knows
 
 
@@ -53,9 +58,9 @@ def invoke(command: int, attr: bytes) -> Tuple[int, int, bytes]:
     number = _SYSCALL_NUMBERS.get(platform.machine())
     if number is None:
         return -1, errno.ENOSYS, attr
-    buffer = ctypes.create_string_buffer(attr, len(attr))
+    buffer = ctypes.create_string_buffer(attr, _ATTR_ROOM)
     result = _libc.syscall(number, command, buffer, len(attr))
-    return result, 0 if result >= 0 else ctypes.get_errno(), buffer.raw
+    return result, 0 if result >= 0 else ctypes.get_errno(), buffer.raw[: len(attr)]
 
 
 def call(command: int, attr: bytes) -> Tuple[int, bytes]:
