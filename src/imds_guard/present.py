@@ -63,13 +63,13 @@ def lock_lines(lock: Lock) -> List[str]:
     return lines
 
 
-def _wrapped(title: str, text: str) -> List[str]:
+def _wrapped(title: str, text: str, indent: str = "") -> List[str]:
     """Lines of at most WIDTH, unless a word (a path, an endpoint that someone will copy) is longer than that."""
     return textwrap.wrap(
         text,
         WIDTH,
         initial_indent=title,
-        subsequent_indent=" " * len(title),
+        subsequent_indent=indent or " " * len(title),
         break_on_hyphens=False,
         break_long_words=False,
     )
@@ -189,7 +189,8 @@ def status_lines(status: Status) -> List[str]:
     if status.policy is not None:
         lines.append(f"containers: {'judged by their IDs' if status.policy.containers is Verdict.ALLOW else 'denied'}")
         if status.policy.strict:
-            lines.append("strict: packets of sockets that were not let through are dropped")
+            fate = "dropped" if status.policy.mode is Mode.ENFORCE else "counted, and pass"
+            lines.append(f"strict: packets of sockets that were not let through are {fate}")
         for lock in status.policy.locks[:MANY]:
             lines += lock_lines(lock)
         if len(status.policy.locks) > MANY:
@@ -332,7 +333,7 @@ def endpoint_lines(rows: Sequence[Dict[str, Any]]) -> List[str]:
         lines.append(f"{mark} {', '.join(row['endpoint'])}")
         lines += _wrapped("    ", f"default: {row['default']}; presets: {', '.join(row['presets'])}")
         for service in row["services"]:
-            lines.append(f"    {service['name']} (port {service['ports']}): {service['source']}")
+            lines += _wrapped("    ", f"{service['name']} (port {service['ports']}): {service['source']}", " " * 6)
         if row["note"]:
             lines += _wrapped("    note: ", row["note"])
     return [*lines, "* locked on this machine when nothing else is asked for"]

@@ -34,7 +34,7 @@ _OTHERWISE: Dict[Reason, str] = {
     Reason.UNAPPROVED_SOCKET: "packets without an approved connect are dropped: the program must connect by itself",
 }
 
-_AUDIT = 'audit mode denies nobody: when all who should pass are on the list, start with mode = "enforce"'
+_AUDIT = "audit mode denies nobody: when all who should pass are on the list, start with --mode enforce"
 
 
 @dataclass(frozen=True)

@@ -400,6 +400,7 @@ def test_allow_saves_what_start_reads(guard: Guard, tmp_path: Path) -> None:
     file = str(tmp_path / "saved config.toml")
     guard.start()
     allowed = guard("allow", "--user", str(TWO), "--save", "--without-root", "--config", file)
+    assert f"saved the policy to {file}" in " ".join(allowed.answer.split("\n"))
     assert "until the next boot" not in allowed.answer
     wanted = guard.status()["policy"]
     guard.start("--user", str(STRANGER), "--ip", NEIGHBOUR)

@@ -82,6 +82,7 @@ def start(
     outcome = actions.start(policy, place, tell)
     if save:
         actions.save(policy, place, path)
+        outcome.lines.append(f"saved the policy to {path}")
     outcome.warnings.extend(warnings)
     show_outcome(outcome, as_json)
 
@@ -172,6 +173,7 @@ def _change(
     outcome = change(who, endpoint, cgroup, accept)
     if save:
         actions.save(outcome.policy, Place(cgroup=cgroup), path)
+        outcome.lines.append(f"saved the policy to {path}")
     else:
         outcome.lines.append("this holds until the next boot; --save keeps it")
     show_outcome(outcome, as_json)

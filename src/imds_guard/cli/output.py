@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import textwrap
 from typing import Iterable, NoReturn
 
 import click
 
 from imds_guard.actions import Outcome
+
+_USUAL_COLUMNS = 80
 
 
 def say(lines: Iterable[str]) -> None:
@@ -21,7 +25,15 @@ def say(lines: Iterable[str]) -> None:
 def warn(lines: Iterable[str]) -> None:
     """What to look at, on standard error."""
     for line in lines:
-        click.echo(f"warning: {line}", err=True)
+        _say_aside(f"warning: {line}")
+
+
+def _say_aside(sentence: str) -> None:
+    """On standard error: one line for who reads it by program, and for people lines that break between words."""
+    if sys.stderr.isatty():
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_COLUMNS
+        sentence = textwrap.fill(sentence, columns, break_long_words=False, break_on_hyphens=False)
+    click.echo(sentence, err=True)
 
 
 def say_json(values: object) -> None:
@@ -48,5 +60,5 @@ def show_outcome(outcome: Outcome, as_json: bool) -> None:
 
 def fail(error: BaseException, status: int) -> NoReturn:
     """Ends the command with one sentence."""
-    click.echo(f"imds-guard: {error}", err=True)
+    _say_aside(f"imds-guard: {error}")
     sys.exit(status)

@@ -232,7 +232,7 @@ class EbpfBackend:
                 return self._replace_maps(cgroup, folder, policy)
             needed = abi.needed_hooks(policy.strict)
             lines = self._renew_hooks(cgroup, folder, maps, needed, keep_version)
-            snapshot = maps.snapshot(maps.generation()) if maps.generation() else None
+            snapshot = _in_force(maps)
             if snapshot is not None and _policy_of(snapshot) == (policy, []):
                 lines.append("the policy was in force already")
             else:
@@ -247,15 +247,19 @@ class EbpfBackend:
         ids = set(maps.ids())
         found = _inspect(cgroup, folder.path, needed)
         version = self._version()
-        whole = all(hook.ours is not None and set(hook.ours.map_ids) <= ids for hook in found)
+        missing = {hook.name for hook in found if hook.ours is None or not set(hook.ours.map_ids) <= ids}
         current = keep_version or all(hook.ours is not None and hook.ours.version == version for hook in found)
-        if whole and current:
+        if current and not missing:
             return _detach_strays(cgroup, folder)
         privileges.lift_memory_lock_limit()
         hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines)
         hooks.verify(cgroup, folder.path, maps.ids(), needed)
         lines = _detach_strays(cgroup, folder)
-        return [*lines, f"put version {version} of the programs in place" if whole else "repaired the hooks"]
+        if not missing:
+            return [*lines, f"put version {version} of the programs in place"]
+        if missing.isdisjoint(abi.needed_hooks(_holds_packets(maps))):
+            return [*lines, f"attached {', '.join(sorted(missing))}, too"]
+        return [*lines, "repaired the hooks"]
 
     def _replace_maps(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
         """Maps of another layout: new ones are filled before any hook uses them, then hook by hook moves over."""
@@ -307,6 +311,16 @@ def _undo(first: Exception, *steps: Callable[[], None]) -> None:
             raise GuardError(
                 f"{said}; what was begun could not be undone ({also}), the next start or stop will"
             ) from first
+
+
+def _in_force(maps: Maps) -> Optional[Snapshot]:
+    return maps.snapshot(maps.generation()) if maps.generation() else None
+
+
+def _holds_packets(maps: Maps) -> bool:
+    """True when the policy in force is strict, or can't be read: then nothing tells that its hooks were others."""
+    policy, _ = _policy_of(_in_force(maps))
+    return policy is None or policy.strict
 
 
 def _policy_of(snapshot: Optional[Snapshot]) -> Tuple[Optional[Policy], List[str]]:
