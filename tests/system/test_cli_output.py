@@ -146,10 +146,9 @@ def strangers(guard: Guard, count: int) -> Iterator[None]:
         yield
 
 
-def test_the_built_in_table_fits_a_terminal_but_for_its_sources() -> None:
+def test_the_built_in_table_fits_a_terminal_but_for_long_addresses_of_pages() -> None:
     lines = command.imds_guard_command("endpoints").answer.splitlines()
-    titles = [re.sub(r"\): .*", "):", line) for line in lines]
-    assert [line for line in titles if len(line) > COLUMNS] == []
+    assert [line for line in lines if len(line) > COLUMNS and not line.strip().startswith("https://")] == []
 
 
 @pytest.mark.parametrize("name", ["", "start", "stop", "status", "allow", "revoke", "check", "explain", "endpoints"])

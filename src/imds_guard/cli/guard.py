@@ -32,7 +32,7 @@ STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 """As systemctl status has them (LSB: 0 running, 3 not running, 4 unknown)."""
 
 
-@cli.command()
+@cli.command(short_help="Lock the metadata endpoints.")
 @policy_options
 @backend_option
 @cgroup_option
@@ -96,7 +96,7 @@ def _start_at_boot(path: str, place: Place, as_json: bool) -> None:
         raise booted.error
 
 
-@cli.command()
+@cli.command(short_help="Open the locks; leave nothing in the kernel.")
 @click.option(
     "--service",
     metavar="UNIT",
@@ -179,7 +179,7 @@ def _change(
     show_outcome(outcome, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Let a user or a group through, from now on.")
 @change_options
 def allow(**given: Any) -> None:
     """Add a user or a group to what is running, in one step."""
@@ -187,7 +187,7 @@ def allow(**given: Any) -> None:
     _change(actions.allow, **given)
 
 
-@cli.command()
+@cli.command(short_help="Take a user or a group off the list.")
 @change_options
 @keep_existing_option
 def revoke(keep_existing: bool, **given: Any) -> None:
@@ -196,7 +196,7 @@ def revoke(keep_existing: bool, **given: Any) -> None:
     _change(functools.partial(actions.revoke, keep_existing=keep_existing), **given)
 
 
-@cli.command()
+@cli.command(short_help="Say what this machine can do, and what it can't.")
 @policy_options
 @backend_option
 @cgroup_option
@@ -220,7 +220,7 @@ def check(backend: Optional[str], cgroup: Optional[str], resolve_groups: bool, a
     sys.exit(0 if found.taken else actions.UNSUPPORTED)
 
 
-@cli.command()
+@cli.command(short_help="Say how a connect would be judged, and why.")
 @click.option("--pid", type=click.IntRange(min=1), metavar="N", help="Ask for a running process.")
 @click.option("--user", metavar="U", help="Ask for a user as after a fresh login.")
 @click.argument("endpoint")

@@ -35,7 +35,7 @@ def endpoints(as_json: bool) -> None:
         say(present.endpoint_lines(rows))
 
 
-@cli.command()
+@cli.command(short_help="Show who gets through, in a namespace of its own.")
 @backend_option
 @json_option
 def demo(backend: Optional[str], as_json: bool) -> None:
@@ -55,7 +55,7 @@ def demo(backend: Optional[str], as_json: bool) -> None:
         raise GuardError("showing what the lock does: the kernel did not do what the policy says, see AFTER and WHY")
 
 
-@cli.command()
+@cli.command(short_help="Print the policy in another tool's words.")
 @policy_options
 @cgroup_option
 @click.option(

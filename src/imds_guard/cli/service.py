@@ -18,7 +18,7 @@ from imds_guard.config import CONFIG_PATH
 from imds_guard.errors import GuardError, UsageError
 
 
-@cli.command("install-service")
+@cli.command("install-service", short_help="Lock at every boot what the configuration says.")
 @click.option("--watch", is_flag=True, help="Also the log of denials (imds-guard-watch.service).")
 @click.option("--verify", is_flag=True, help="Also a check and repair every five minutes (imds-guard-verify.timer).")
 @click.option("--require-lock", is_flag=True, help="Keep the network down at boot while nothing could be locked.")
@@ -47,7 +47,7 @@ def uninstall_service() -> None:
     say(service.uninstall())
 
 
-@cli.command()
+@cli.command(short_help="Check that all is as it was put; --repair it.")
 @click.option("--repair", is_flag=True, help="Put back what is wrong, with no moment in which less is locked.")
 @config_option
 @cgroup_option

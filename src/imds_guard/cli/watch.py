@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from imds_guard.reporting import Reported
 
 
-@cli.command()
+@cli.command(short_help="Tell of denials as they happen.")
 @json_option
 @click.option("--all", "allowed", is_flag=True, help="Tell of connects that are let through, too.")
 @click.option("--once", is_flag=True, help="Tell what is there now, and end.")
@@ -38,7 +38,7 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: Optional[str]) -> No
     watching.watch(Wish(cgroup, allowed, once), outlet, notify.ready)
 
 
-@cli.command()
+@cli.command(short_help="Show who was denied, and what would let them in.")
 @json_option
 @cgroup_option
 def report(as_json: bool, cgroup: Optional[str]) -> None:
