@@ -59,8 +59,16 @@ def test_changes_of_policy(sandbox: Sandbox) -> None:
     _expect_no_mistake(denied, allowed)
 
 
-def test_changes_of_policy_with_a_widened_hook(sandbox: Sandbox) -> None:
-    """200 flips, each of which finds hooks that have read the old generation and not yet used it."""
+@pytest.mark.parametrize("processors", [2, 1])
+def test_changes_of_policy_with_a_widened_hook(
+    sandbox: Sandbox, processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 flips, each of which finds hooks that have read the old generation and not yet used it.
+
+    With each of the two ways to wait for them; where there is one processor the first way does not wait.
+    """
+    real = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: processors if name == "SC_NPROCESSORS_ONLN" else real(name))
     backend = EbpfBackend(sandbox.cgroup, WIDENED)
     backend.apply(OLD_POLICY)
     denied, allowed = _begin(sandbox)
