@@ -136,7 +136,8 @@ class Maps:
         old = self.generation()
         new = 2 if old == 1 else 1
         # A command that was killed right after its flip did not wait: a hook may still read what lies there.
-        grace.wait_for_running_programs()
+        with trying("waiting until no hook uses what the new policy will replace", "the policy before stays in force"):
+            grace.wait_for_running_programs()
         try:
             self.empty(new)
             self.fill(policy, new, self.serial(old) + 1)
