@@ -54,15 +54,15 @@ class Folder:
         for path in (self.path, self.building, self.leaving):
             if os.path.lexists(path) and not _is_roots_folder(path):
                 # Its maker may go on filling it, so that it is never empty: the name is taken from it first, at once.
-                with trying(f"renaming {path}, which someone else put there", "see who may write there, and try again"):
+                what = f"renaming {path}, which someone else put there"
+                with trying(what, "see who may write there, and try again"), suppress(FileNotFoundError):
                     os.rename(path, f"{self.path}{_STRANGER}{secrets.token_hex(8)}")
-        for path in self._strangers():
-            if os.path.isdir(path) and not os.path.islink(path):
-                # Follows no link that is put there meanwhile (shutil.rmtree.avoids_symlink_attacks). What is still
-                # being filled stays until the next command: it bears no name of a guard.
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(FileNotFoundError):
+        # As far as it goes: what is still being filled stays until the next command, and bears no name of a guard.
+        with suppress(OSError):
+            for path in self._strangers():
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path, ignore_errors=True)  # follows no link (shutil.rmtree.avoids_symlink_attacks)
+                else:
                     os.unlink(path)
 
     def _strangers(self) -> List[str]:
