@@ -6,22 +6,17 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Tuple
 
-from imds_guard import connections, edit, lockdown, preflight
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.forwarded import Forwarded
 from imds_guard.capabilities import REQUIRED
 from imds_guard.config import Config, check_saving_to, load_config, save_config
-from imds_guard.demo import DemoResult, run_demo
 from imds_guard.emergency import FAULT as EMERGENCY_FAULT
 from imds_guard.emergency import is_emergency
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
-from imds_guard.export import Exported
-from imds_guard.export import export as export_policy
 from imds_guard.kernel import lockfile
 from imds_guard.kernel.privileges import missing_capabilities
-from imds_guard.locked_sockets import Scope
 from imds_guard.policy import (
     Caller,
     Decision,
@@ -36,6 +31,12 @@ from imds_guard.policy import (
     decide,
     has_port,
 )
+
+# The rest is imported where it is used, for the sake of the start-up time: few commands need any of it.
+if TYPE_CHECKING:
+    from imds_guard import connections, preflight
+    from imds_guard.demo import DemoResult
+    from imds_guard.export import Exported
 
 UNSUPPORTED = Unsupported.exit_status
 
@@ -138,6 +139,9 @@ def _remove_others(before: Dict[str, Backend], name: str) -> List[str]:
 
 def _sweep(backend: Backend, policy: Policy, place: Place) -> connections.Sweep:
     """Only now that the policy is in force: nobody who is cut comes back. iptables judges one namespace."""
+    from imds_guard import connections  # noqa: PLC0415
+    from imds_guard.locked_sockets import Scope  # noqa: PLC0415
+
     scope = Scope(place.cgroup, every_namespace=backend.name == "ebpf")
     kept = connections.KEPT if place.keep_existing else None
     return connections.sweep(policy, scope, connections.AUDIT if policy.mode is Mode.AUDIT else kept)
@@ -151,7 +155,13 @@ def _outcome(
     notes = getattr(backend, "notes", None)
     if notes is not None:
         warnings += notes(policy)
-    return Outcome(backend.name, policy, said, why + warnings, preflight.shut_out(policy), existing)
+    return Outcome(backend.name, policy, said, why + warnings, _shut_out(policy), existing)
+
+
+def _shut_out(policy: Policy) -> List[preflight.ShutOut]:
+    from imds_guard import preflight  # noqa: PLC0415
+
+    return preflight.shut_out(policy)
 
 
 def stop(cgroup: Optional[str]) -> List[str]:
@@ -225,6 +235,7 @@ Accept = Callable[[Policy], None]
 
 def allow(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept) -> Outcome:
     """Adds to the allowlist of the running policy."""
+    from imds_guard import edit  # noqa: PLC0415
 
     def edited(policy: Policy) -> Policy:
         wanted = edit.allow(policy, who, endpoint)
@@ -252,6 +263,7 @@ def revoke(
     who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept, keep_existing: bool = False
 ) -> Outcome:
     """Takes off the allowlist of the running policy."""
+    from imds_guard import edit  # noqa: PLC0415
 
     def edited(policy: Policy) -> Policy:
         wanted = edit.revoke(policy, who, endpoint)
@@ -263,6 +275,8 @@ def revoke(
 
 def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
     """What ``ip-lockdown`` does: adds to the policy in force, or begins one with the best backend."""
+    from imds_guard import lockdown  # noqa: PLC0415
+
     with one_at_a_time(place.cgroup):
         if choose.running(place.cgroup):
             outcome = _change(lambda policy: lockdown.lockdown(policy, ip, users), place, takes_away=True)
@@ -283,6 +297,8 @@ def check_saving(policy: Policy, without_root: bool, path: str) -> None:
 
 def check_next_boot(policy: Policy, without_root: bool) -> None:
     """Raises BadPolicy when an installed metadata client would be shut out at the next boot."""
+    from imds_guard import preflight  # noqa: PLC0415
+
     shut_out = [] if without_root else preflight.installed_shut_out(policy)
     if shut_out:
         names = "; ".join(f"{one.name} {one.why}" for one in shut_out)
@@ -311,6 +327,8 @@ def save(policy: Policy, place: Place, path: str) -> None:
 
 def demo(backend: str) -> DemoResult:
     """The demonstration, with the first backend that works here."""
+    from imds_guard.demo import run_demo  # noqa: PLC0415
+
     verdicts = choose.examine(None, choose.candidates(backend, None), None, False)
     chosen = next((verdict.backend.name for verdict in verdicts if verdict.refusal is None), None)
     if chosen is None:
@@ -322,6 +340,8 @@ def demo(backend: str) -> DemoResult:
 
 def export(policy: Policy, form: str) -> Exported:
     """The policy in another tool's words."""
+    from imds_guard.export import export as export_policy  # noqa: PLC0415
+
     return export_policy(policy, form)
 
 
@@ -392,12 +412,15 @@ class Checked:
 
 def check(policy: Optional[Policy], place: Place) -> Checked:
     """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
+    from imds_guard import connections  # noqa: PLC0415
+    from imds_guard.locked_sockets import Scope  # noqa: PLC0415
+
     names = choose.candidates(place.backend, place.cgroup)
     verdicts = choose.examine(policy, names, place.cgroup, place.resolve_groups)
     if policy is None:
         return Checked(verdicts, [])
     scope = Scope(place.cgroup, every_namespace=place.backend != "iptables")
-    return Checked(verdicts, preflight.shut_out(policy), connections.look(policy, scope))
+    return Checked(verdicts, _shut_out(policy), connections.look(policy, scope))
 
 
 def require_root(command: str) -> None:

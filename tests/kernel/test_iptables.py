@@ -309,6 +309,31 @@ def test_iptables_absent() -> None:
     assert backend.read() is None
 
 
+def test_a_file_is_asked_once_what_it_writes_and_another_one_again(tmp_path: Path) -> None:
+    """A command asks some ten times in its life; an upgrade, or update-alternatives, may come in between."""
+    program, asked = tmp_path / "iptables", tmp_path / "asked"
+
+    def put(said: str, status: int = 0) -> None:
+        fresh = tmp_path / "fresh"
+        fresh.write_text(f"#!/bin/sh\necho >>{asked}\necho '{said}'\nexit {status}\n")
+        fresh.chmod(0o755)
+        fresh.replace(program)
+
+    put("iptables v1.8.9 (nf_tables)")
+    assert [default_program(4, str(program)).kind for _ in range(3)] == [tables.NFT] * 3
+    assert asked.read_text() == "\n"
+    put("iptables v1.8.9 (legacy)")
+    assert default_program(4, str(program)).kind == tables.LEGACY
+    put("it is broken", 1)
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="it is broken"):
+            default_program(4, str(program))
+    assert asked.read_text() == "\n" * 4
+    program.unlink()
+    with pytest.raises(Unsupported, match="install the package iptables"):
+        default_program(4, str(program))
+
+
 def test_without_privilege(machine: Machine) -> None:
     """Who is not root is told so, with status 77, and nothing changes."""
 

@@ -140,6 +140,14 @@ def test_a_fault_is_caught_for_its_own_reason() -> None:
     assert plant.outcome(fault, verdict.lost(row(fault.row), 1.0, "connected")) == LOST
 
 
+def test_what_takes_long_does_not_come_last(tmp_path: Path) -> None:
+    """By what was recorded; a row that never ran may take any time."""
+    first, second, third = table.load().rows[:3]
+    recorded = tmp_path / "results.json"
+    recorded.write_text(json.dumps({first.name: {"seconds": 5}, second.name: {"seconds": 7}}), encoding="utf-8")
+    assert support.longest_first([first, second, third], recorded) == [third, second, first]
+
+
 def test_no_result_of_a_row_that_has_changed() -> None:
     """What vagrant/results.json holds is of rows as kernels.toml has them now; a change asks for a new run."""
     matrix, known = table.load(), support.read_record()

@@ -130,7 +130,8 @@ def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int, record: Optional
         return found
 
     with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
-        return list(pool.map(one, rows))
+        found = {judged.row: judged for judged in pool.map(one, support.longest_first(rows))}
+    return [found[row.name] for row in rows]
 
 
 def _conclude(found: Sequence[verdict.Verdict], results: Path, *, whole: bool) -> int:

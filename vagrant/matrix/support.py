@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping
@@ -59,6 +60,12 @@ def read_record(path: Path = RECORD) -> Dict[str, Dict[str, Any]]:
         return {}
     known: Dict[str, Dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return known
+
+
+def longest_first(rows: Iterable[Row], path: Path = RECORD) -> List[Row]:
+    """Rows by how long they took last; one that never ran is the first: what is long and comes last runs alone."""
+    known = read_record(path)
+    return sorted(rows, key=lambda row: -known.get(row.name, {}).get("seconds", math.inf))
 
 
 def stale(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> List[str]:

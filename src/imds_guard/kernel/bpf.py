@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
@@ -42,6 +41,9 @@ ATTACH_CONNECT4, ATTACH_CONNECT6, ATTACH_SENDMSG4, ATTACH_SENDMSG6 = 10, 11, 14,
 BATCH = 16384
 """Elements a batch command is given at a time: bounds what the kernel allocates for it."""
 
+_FEW = 512
+"""Elements there is room for in the first batch of a reading: most maps hold fewer, and room has its price, too."""
+
 _LOG_OCTETS = (1 << 20, 256 << 20)
 """Room for the verifier's words: at most 1 GiB (UINT_MAX >> 2); ENOSPC says that it was too little."""
 
@@ -55,7 +57,7 @@ _ENOTSUPP = 524  # include/linux/errno.h; not an errno that C knows
 
 def invoke(command: int, attr: bytes) -> Tuple[int, int, bytes]:
     """The door itself: the result, the errno (0 on success), and union bpf_attr as the kernel left it."""
-    number = _SYSCALL_NUMBERS.get(platform.machine())
+    number = _SYSCALL_NUMBERS.get(os.uname().machine)
     if number is None:
         return -1, errno.ENOSYS, attr
     buffer = ctypes.create_string_buffer(attr, _ATTR_ROOM)
@@ -214,20 +216,19 @@ def map_items(fd: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
 
 
 def _items_by_batch(fd: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
-    room = min(BATCH, shape.max_entries)
-    # A batch of a hash table stops at whole buckets: ENOSPC when one has more elements than there is room for.
-    keys = ctypes.create_string_buffer(room * shape.key_size)
-    values = ctypes.create_string_buffer(room * shape.value_size)
     cursor = ctypes.create_string_buffer(max(shape.key_size, 8))
     items: List[Tuple[bytes, bytes]] = []
-    start = 0
+    start, room = 0, min(_FEW, shape.max_entries)
     while True:
+        # A batch of a hash table stops at whole buckets: ENOSPC when one has more elements than there is room for.
+        keys = ctypes.create_string_buffer(room * shape.key_size)
+        values = ctypes.create_string_buffer(room * shape.value_size)
         attr = _batch_attr(fd, start, _pointer(cursor), _pointer(keys), _pointer(values), room)
         count, last = _lookup_batch(attr)
         items.extend(_split(keys.raw, values.raw, count, shape))
         if last:
             return items
-        start = _pointer(cursor)
+        start, room = _pointer(cursor), min(BATCH, shape.max_entries)
 
 
 def _lookup_batch(attr: bytes) -> Tuple[int, bool]:

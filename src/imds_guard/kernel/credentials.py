@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 from typing import Dict, Iterable, Optional, Tuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -48,7 +47,7 @@ def become(
 
 
 def _call(name: str, *arguments: int) -> int:
-    machine = platform.machine()
+    machine = os.uname().machine
     if machine not in _NUMBERS:
         raise OSError(f"the system call number of {name} on {machine} is not known here")
     words = [ctypes.c_long(argument) for argument in arguments]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -30,9 +29,9 @@ def _checked(result: int, what: str = "") -> int:
 
 def membarrier(command: int) -> None:
     """membarrier(2); MEMBARRIER_CMD_GLOBAL waits for an RCU grace period: EINVAL on a kernel with nohz_full CPUs."""
-    number = _MEMBARRIER.get(platform.machine())
+    number = _MEMBARRIER.get(os.uname().machine)
     if number is None:
-        raise OSError(errno.ENOSYS, f"the number of membarrier(2) on {platform.machine()} is not known")
+        raise OSError(errno.ENOSYS, f"the number of membarrier(2) on {os.uname().machine} is not known")
     _checked(_libc.syscall(number, command, 0, 0))
 
 

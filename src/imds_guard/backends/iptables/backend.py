@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from imds_guard.backends.iptables import differences, faults
 from imds_guard.backends.iptables.look import ANCHOR, FamilyRules, look
 from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.parse import Found, combine
-from imds_guard.backends.iptables.probe import Probed, probe
 from imds_guard.backends.iptables.record import STATE_FOLDER, Record
 from imds_guard.backends.iptables.render import HEAD, Holding, digest, id_ranges, render
 from imds_guard.backends.iptables.tables import (
@@ -32,6 +31,9 @@ from imds_guard.backends.iptables.tables import (
 )
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.policy import Mode, Policy, PolicyError
+
+if TYPE_CHECKING:
+    from imds_guard.backends.iptables.probe import Probed
 
 MAX_RANGES = 20_000
 """Ranges of ids in all lists. iptables-restore takes seconds for so many, and grows faster than their number."""
@@ -97,6 +99,8 @@ class IptablesBackend:
 
     def _probe(self, programs: Sequence[Program], audit: bool) -> Probed:
         """An answer is kept; that nothing could be told is not."""
+        from imds_guard.backends.iptables.probe import probe  # noqa: PLC0415 -- start-up time: to look takes none
+
         if audit not in self._probed:
             probed = probe(programs, audit, self.lock_wait_s)
             if not probed.told:

@@ -7,6 +7,8 @@ Other people's rules are read, to know where ours stand, and never written.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from dataclasses import dataclass
 from typing import Dict, Iterable, List, Mapping, NoReturn, Sequence, Tuple
 
@@ -71,11 +73,29 @@ Table = Mapping[str, Tuple[str, ...]]
 def default_program(version: int, command: str = "") -> Program:
     """What ``iptables`` or ``ip6tables`` is on this machine. Raises Unsupported when it is absent or does not run."""
     command = command or {4: "iptables", 6: "ip6tables"}[version]
+    return Program(version, command, _kind(command, _file(command)))
+
+
+@functools.cache
+def _kind(command: str, file: Tuple[int, ...]) -> str:
+    """Which tables a command writes. A file is asked once in the life of a process; a failure is not kept."""
     completed = run([command, "--version"])
     if completed.status != 0:
         raise Unsupported(f"{command} --version failed: {completed.complaint}")
     # "iptables v1.8.9 (nf_tables)"; before 1.8 there was no word in brackets and legacy was all there was.
-    return Program(version, command, NFT if NFT in completed.stdout else LEGACY)
+    return NFT if NFT in completed.stdout else LEGACY
+
+
+def _file(command: str) -> Tuple[int, ...]:
+    """Another one for another file, as update-alternatives(1) or an upgrade leaves it; empty when there is none."""
+    path = find_program(command)
+    if path is None:
+        return ()
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:  # it went meanwhile
+        return ()
+    return (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
 def other_program(program: Program) -> List[Program]:
