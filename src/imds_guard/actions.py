@@ -367,23 +367,25 @@ class Status:
 def status(cgroup: Optional[str]) -> Status:
     """Reads back what is in force."""
     found = _running(cgroup)
-    faults = [fault for backend in found.values() for fault in backend.faults()]
+    # One look at eBPF, for what is told of it to be of one moment.
+    detail = found["ebpf"].state() if "ebpf" in found else None  # type: ignore[attr-defined]
+    faults = list(detail.faults) if detail is not None else []
+    faults += [fault for name, backend in found.items() if name != "ebpf" for fault in backend.faults()]
     if len(found) > 1:
         faults.append(f"{' and '.join(found)} are both in force: a change was interrupted, run imds-guard start")
     chosen = next(iter(found), None)
-    policy = _read(found[chosen]) if chosen is not None else None
+    policy = detail.policy if detail is not None else _read(next(iter(found.values()), None))
     if policy is not None and is_emergency(policy):
         faults.insert(0, EMERGENCY_FAULT)
     if cgroup is None:
         faults += _forwarding_faults(policy)
-    detail = choose.make("ebpf", cgroup).state() if chosen == "ebpf" else None  # type: ignore[attr-defined]
     return Status(chosen, policy, faults, detail)
 
 
-def _read(backend: Backend) -> Optional[Policy]:
-    """None for what can't be read as a policy: faults() says what is wrong."""
+def _read(backend: Optional[Backend]) -> Optional[Policy]:
+    """None for what can't be read as a policy, where faults() says what is wrong, and where nothing is in force."""
     try:
-        return backend.read()
+        return backend.read() if backend is not None else None
     except GuardError:
         return None
 

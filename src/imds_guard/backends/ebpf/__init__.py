@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Iterator, List, Optional, Tuple
+from typing import Callable, ContextManager, Iterable, Iterator, List, Optional, Tuple, TypeVar
 
 from imds_guard.backends.ebpf import abi, hooks, probe, program
 from imds_guard.backends.ebpf.folder import Folder
@@ -19,6 +19,8 @@ from imds_guard.errors import GuardError, NotPermitted, system_words, trying
 from imds_guard.kernel import bpffs, compiler, lockfile, privileges
 from imds_guard.kernel.cgroup import Cgroup, open_cgroup
 from imds_guard.policy import Policy
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,17 @@ class State:
         """True when a policy is in force, or some program of ours is attached and its policy can't be read."""
         if self.generation is not None:
             return self.generation != 0
-        return any(p.version is not None for hook in self.hooks for p in hook.attached)
+        return _any_of_ours(self.hooks)
 
     @property
     def versions(self) -> List[str]:
         """The versions of our programs that are attached."""
         return sorted({p.version for hook in self.hooks for p in hook.attached if p.version is not None})
+
+
+def _any_of_ours(found: Iterable[Hook]) -> bool:
+    """True when a program of ours is attached to one of the hooks."""
+    return any(program.version is not None for hook in found for program in hook.attached)
 
 
 class EbpfBackend:
@@ -120,7 +127,7 @@ class EbpfBackend:
 
     def in_force(self) -> bool:
         """Backend.in_force()."""
-        return self.state().active
+        return self._looked(self._is_active)
 
     def faults(self) -> List[str]:
         """Backend.faults()."""
@@ -130,18 +137,31 @@ class EbpfBackend:
 
     def state(self) -> State:
         """Read from the kernel without a lock; read again when a change came in between."""
+        return self._looked(self._state)
+
+    def _looked(self, look: Callable[[Cgroup, Optional[Folder]], Optional[_T]]) -> _T:
+        """What ``look`` sees; it is None when something changed meanwhile."""
         with self._cgroup() as cgroup, trying("reading the state of the guard", "run the command again"):
             path = bpffs.find_bpffs()
             folder = Folder(path, cgroup.id, cgroup.is_root) if path else None
             for _ in range(20):
                 try:
-                    state = self._state(cgroup, folder)
+                    seen = look(cgroup, folder)
                 except FileNotFoundError:
-                    state = None  # removed since we looked
-                if state is not None:
-                    return state
+                    seen = None  # removed since we looked
+                if seen is not None:
+                    return seen
                 time.sleep(0.01)
         raise GuardError("reading the state of the guard: it kept changing; try again")
+
+    def _is_active(self, cgroup: Cgroup, folder: Optional[Folder]) -> bool:
+        """State.active, without reading the policy."""
+        pins = folder.path if folder is not None and folder.exists() else None
+        if pins is not None and Maps.are_pinned(pins):
+            with Maps.open(pins) as maps:
+                if not maps.misfits():
+                    return maps.generation() != 0
+        return _any_of_ours(hooks.inspect(cgroup, pins))
 
     def _state(self, cgroup: Cgroup, folder: Optional[Folder]) -> Optional[State]:
         """None when the generation changed while it was read."""
