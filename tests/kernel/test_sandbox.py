@@ -190,9 +190,15 @@ def _orphan(writer: int) -> None:
         _tell_and_hang(writer)
 
 
+PATIENCE_S = 10.0
+
+
 def _ended(pidfds: List[int]) -> bool:
-    """True when each process behind a descriptor has ended."""
-    ready = select.select(pidfds, [], [], 0)[0]
+    """True when each process behind a descriptor has ended.
+
+    Their cgroup may be empty a moment before: do_exit() calls cgroup_exit() first, and then exit_notify().
+    """
+    ready = [one for one in pidfds if select.select([one], [], [], PATIENCE_S)[0]]
     for one in pidfds:
         os.close(one)
     return ready == pidfds
