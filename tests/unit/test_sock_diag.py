@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import ipaddress
 import os
+import signal
 import socket
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Callable, Iterator, List, Tuple
 
 import pytest
 
-from imds_guard.kernel import netns
+from imds_guard.kernel import holders, netns
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.holders import Namespace, holders_of, network_namespaces, process_name
@@ -234,6 +240,59 @@ def test_a_socket_is_held_by_whoever_has_a_descriptor() -> None:
 
 def holders_of_in_child(inode: int) -> Tuple[int, ...]:
     return run_in_child(lambda: holders_of(frozenset([inode])).pids[inode])
+
+
+_SYS_EXIT = {"x86_64": 60, "aarch64": 93}
+"""exit(2) of one thread: C's exit() and Python's end them all."""
+
+
+def _hang() -> None:
+    os.read(os.pipe()[0], 1)
+
+
+def _first_thread_ends() -> None:
+    threading.Thread(target=_hang).start()
+    ctypes.CDLL(None).syscall(_SYS_EXIT[os.uname().machine], 0)
+
+
+@contextmanager
+def _processes(*programs: Callable[[], object]) -> Iterator[List[int]]:
+    """Children that nobody waits for until the end."""
+    pids = []
+    for program in programs:
+        pid = os.fork()
+        if pid == 0:
+            program()
+            os._exit(0)
+        pids.append(pid)
+    try:
+        yield pids
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _is_zombie(pid: int) -> bool:
+    return b"State:\tZ" in Path(f"/proc/{pid}/status").read_bytes()
+
+
+@needs_root
+@pytest.mark.parametrize("hides", [lambda: network_namespaces()[1], lambda: holders_of(frozenset([1])).hidden])
+def test_a_process_that_has_ended_hides_nothing(hides: Callable[[], int]) -> None:
+    """To a stranger: one that nobody has waited for holds no more; one whose first thread alone has ended may."""
+    with _processes(lambda: None, _hang, _first_thread_ends) as (ended, lives, lives_on):
+        deadline = time.monotonic() + 10
+        while not (_is_zombie(ended) and _is_zombie(lives_on)):
+            assert time.monotonic() < deadline
+        for pid, expected in ((ended, 0), (lives, 1), (lives_on, 1)):
+
+            def seen(pid: int = pid) -> int:
+                vars(holders)["process_ids"] = lambda: [pid]  # in this child alone
+                become((STRANGER,) * 3, (STRANGER,) * 3, ())
+                return hides()
+
+            assert run_in_child(seen) == expected
 
 
 def test_nothing_is_looked_through_for_nothing() -> None:

@@ -24,6 +24,19 @@ def process_name(pid: int) -> str:
         return ""
 
 
+def _lives(pid: int) -> bool:
+    """False for one that has ended and that nobody has waited for (a zombie): it has no descriptor and no namespace.
+
+    A process whose first thread has ended, and others not, is shown as a zombie too: it has more than one thread.
+    """
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            fields = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:
+        return False
+    return fields["State"].split()[0] not in ("Z", "X") or int(fields["Threads"]) > 1
+
+
 # --- who holds a socket ---------------------------------------------------------------------------------------------
 
 
@@ -50,7 +63,7 @@ def holders_of(inodes: FrozenSet[int]) -> Holders:
                 if link in wanted:
                     found.setdefault(wanted[link], set()).add(pid)
         except PermissionError:
-            hidden += 1
+            hidden += _lives(pid)
         except OSError:
             continue  # it has ended
     return Holders({inode: tuple(sorted(pids)) for inode, pids in found.items()}, hidden)
@@ -97,7 +110,7 @@ def network_namespaces() -> Tuple[List[Namespace], int]:
         try:
             inode = os.stat(path).st_ino
         except PermissionError:
-            hidden += 1
+            hidden += _lives(pid)
             continue
         except OSError:
             continue  # it has ended
