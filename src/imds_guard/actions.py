@@ -88,9 +88,11 @@ def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
         with suppress(OSError):
             name = f"command-{os.stat(cgroup).st_ino}"
     with lockfile.exclusive(name):
-        yield
-        if cgroup is not None:
-            lockfile.forget(name)
+        try:
+            yield
+        finally:
+            if cgroup is not None:
+                lockfile.forget(name)
 
 
 def start(policy: Policy, place: Place, tell: Tell) -> Outcome:

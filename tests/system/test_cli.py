@@ -13,7 +13,7 @@ from typing import Iterator, List, Sequence, Set, Tuple
 
 import pytest
 
-from imds_guard.kernel import bpf, bpffs
+from imds_guard.kernel import bpf, bpffs, lockfile
 from imds_guard.kernel.children import run_in_child
 from tests import command
 from tests.command import MAPPED, NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
@@ -60,6 +60,15 @@ def test_start_locks_and_stop_opens(guard: Guard) -> None:
     for to in locked:
         assert outcomes(to) == ["connected"] * 5
     assert traces(guard.sandbox.cgroup) == {"attached": 0, "pins": 0}
+
+
+def test_what_did_not_go_well_leaves_no_lock_file_either(guard: Guard) -> None:
+    """Of a cgroup of its own: that number comes once, and such files would pile up."""
+    name = f"command-{os.stat(guard.sandbox.cgroup).st_ino}.lock"
+    assert guard("allow", "--user", str(ONE)).status == 1
+    guard.start()
+    assert guard("allow", "--user", str(ONE), "--ip", "10.9.9.9").status == 2
+    assert name not in os.listdir(lockfile.FOLDER)
 
 
 def test_stop_twice_is_harmless(guard: Guard) -> None:
