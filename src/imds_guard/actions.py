@@ -82,7 +82,7 @@ class Outcome:
 @contextmanager
 def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
     """Commands that change something wait for each other: what one has read, no other changes meanwhile."""
-    name = "command"
+    name = of_the_machine = "command"
     if cgroup is not None:
         # What is wrong with the cgroup, the backend says.
         with suppress(OSError):
@@ -91,7 +91,7 @@ def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
         try:
             yield
         finally:
-            if cgroup is not None:
+            if name != of_the_machine:
                 lockfile.forget(name)
 
 

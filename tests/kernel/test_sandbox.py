@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namesp
 
 _PID = struct.Struct("=i")
 ADDRESSES = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "fe80::a9fe:a9fe")
+PATIENCE_S = 10.0
 
 
 def _peer(address: str, *, device: bool = False) -> str:
@@ -188,9 +189,6 @@ def _orphan(writer: int) -> None:
     """By os.fork() alone: a child of fork() in children.py would die with its parent."""
     if os.fork() == 0:
         _tell_and_hang(writer)
-
-
-PATIENCE_S = 10.0
 
 
 def _ended(pidfds: List[int]) -> bool:

@@ -63,12 +63,14 @@ def test_start_locks_and_stop_opens(guard: Guard) -> None:
 
 
 def test_what_did_not_go_well_leaves_no_lock_file_either(guard: Guard) -> None:
-    """Of a cgroup of its own: that number comes once, and such files would pile up."""
+    """Of a cgroup of its own: that number comes once, and such files would pile up. The machine's own one stays."""
     name = f"command-{os.stat(guard.sandbox.cgroup).st_ino}.lock"
     assert guard("allow", "--user", str(ONE)).status == 1
     guard.start()
     assert guard("allow", "--user", str(ONE), "--ip", "10.9.9.9").status == 2
     assert name not in os.listdir(lockfile.FOLDER)
+    assert command.run(command.argv(["stop", "--cgroup", "/nowhere"])).status != 0
+    assert "command.lock" in os.listdir(lockfile.FOLDER)
 
 
 def test_stop_twice_is_harmless(guard: Guard) -> None:
