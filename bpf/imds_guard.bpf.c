@@ -49,6 +49,7 @@ static const char *(*ig_current_task)(void) = (void *)35;
 
 __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #define IG_MAP(number) ((const void *)ig_pseudo(1, IG_MAP_BASE + (number))) /* 1: BPF_PSEUDO_MAP_FD */
+#define IG_THIS_HOOK() ((__u32)ig_pseudo(1, IG_HOOK_HERE)) /* the loader makes a constant of it */
 
 #define IG_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
 #define IG_IPPROTO_TCP 6
@@ -153,20 +154,33 @@ ig_inline void ig_set_ipv4(struct ig_address *address, __u32 word)
 		(address)->word[3] = (words)[3]; \
 	} while (0)
 
+ig_inline bool ig_is_for_ipv4(__u32 hook)
+{
+	return hook == IG_CONNECT4 || hook == IG_SENDMSG4;
+}
+
 /*
  * What the connect or sendmsg asks for. No hook sees IP_UNICAST_IF or IP_PKTINFO's interface, and only UDP sockets heed
- * them: a UDP socket without an address of its own counts as one whose address comes from an interface. The hook is a
- * constant wherever this is inlined.
+ * them: a UDP socket without an address of its own counts as one whose address comes from an interface.
  */
 ig_inline void ig_read_request(struct ig_request *request, struct bpf_sock_addr *ctx, struct bpf_sock *sk, __u32 hook)
 {
 	request->port = ig_be16((__u16)ctx->user_port);
 	request->protocol = ig_protocol_of(ctx->protocol);
 	request->from_device = sk->bound_dev_if || request->protocol == IG_UDP;
-	if (hook == IG_CONNECT4 || hook == IG_SENDMSG4) {
-		ig_set_ipv4(&request->to, ctx->user_ip4);
+	if (ig_is_for_ipv4(hook)) {
+		__u32 from;
+
 		/* The socket's own address, unless an IP_PKTINFO put another one, or none, in its place. */
-		ig_set_ipv4(&request->from, hook == IG_SENDMSG4 ? ctx->msg_src_ip4 : sk->src_ip4);
+		if (hook == IG_SENDMSG4) {
+			from = ctx->msg_src_ip4;
+			/* Else clang makes one load of the two, from an address that it computes, and no verifier takes that. */
+			asm volatile("" : "+r"(from));
+		} else {
+			from = sk->src_ip4;
+		}
+		ig_set_ipv4(&request->to, ctx->user_ip4);
+		ig_set_ipv4(&request->from, from);
 		return;
 	}
 	ig_set_ipv6(&request->to, ctx->user_ip6);
@@ -583,52 +597,39 @@ ig_inline bool ig_has_no_address(struct bpf_sock_addr *ctx)
 	return ctx->user_family == 0 && ctx->user_port == 0;
 }
 
-ig_inline int ig_ipv4(struct bpf_sock_addr *ctx, __u32 hook)
+ig_inline bool ig_may_lead_to_a_lock(__u32 generation, struct bpf_sock_addr *ctx, __u32 hook)
 {
-	__u32 generation = ig_generation();
 	struct ig_address to;
-	struct bpf_sock *sk;
 
-	ig_set_ipv4(&to, ctx->user_ip4);
-	if (!generation || ig_likely(!ig_may_be_locked(generation, &to)))
+	if (ig_is_for_ipv4(hook)) {
+		ig_set_ipv4(&to, ctx->user_ip4);
+		return ig_may_be_locked(generation, &to);
+	}
+	ig_set_ipv6(&to, ctx->user_ip6);
+	return ig_may_be_locked(generation, &to);
+}
+
+/*
+ * connect4, connect6, sendmsg4 and sendmsg6. Compiled once, which is most of the time that a start takes, and loaded once
+ * for each hook: the verifier follows none of the branches for other hooks and takes them out
+ * (opt_hard_wire_dead_code_branches() and opt_remove_dead_code() in kernel/bpf/verifier.c).
+ */
+int ig_sock_addr(struct bpf_sock_addr *ctx)
+{
+	__u32 hook = IG_THIS_HOOK();
+	struct bpf_sock *sk;
+	__u32 generation;
+
+	if ((hook == IG_SENDMSG4 || hook == IG_SENDMSG6) && ig_has_no_address(ctx))
+		return 1;
+	generation = ig_generation();
+	if (!generation || ig_likely(!ig_may_lead_to_a_lock(generation, ctx, hook)))
 		return 1;
 	sk = ctx->sk;
 	return sk ? ig_decide(generation, ctx, sk, hook) : 0; /* the verifier asks; the kernel always gives one */
 }
 
-ig_inline int ig_ipv6(struct bpf_sock_addr *ctx, __u32 hook)
-{
-	__u32 generation = ig_generation();
-	struct ig_address to;
-	struct bpf_sock *sk;
-
-	ig_set_ipv6(&to, ctx->user_ip6);
-	if (!generation || ig_likely(!ig_may_be_locked(generation, &to)))
-		return 1;
-	sk = ctx->sk;
-	return sk ? ig_decide(generation, ctx, sk, hook) : 0;
-}
-
-int ig_connect4(struct bpf_sock_addr *ctx)
-{
-	return ig_ipv4(ctx, IG_CONNECT4);
-}
-
-int ig_connect6(struct bpf_sock_addr *ctx)
-{
-	return ig_ipv6(ctx, IG_CONNECT6);
-}
-
-int ig_sendmsg4(struct bpf_sock_addr *ctx)
-{
-	return ig_has_no_address(ctx) ? 1 : ig_ipv4(ctx, IG_SENDMSG4);
-}
-
-int ig_sendmsg6(struct bpf_sock_addr *ctx)
-{
-	return ig_has_no_address(ctx) ? 1 : ig_ipv6(ctx, IG_SENDMSG6);
-}
-
+#ifndef IG_WITHOUT_EGRESS
 /* Under strict. bcc takes only what stands in this very file for a program. */
 int ig_egress(struct __sk_buff *skb)
 {
@@ -650,6 +651,7 @@ int ig_egress(struct __sk_buff *skb)
 		return 1;
 	return ig_judge_locked_packet(skb, generation, &packet, ipv4);
 }
+#endif
 
 #ifndef BCC_SEC /* bcc adds one of its own; the loader names the licence to the kernel */
 char _license[] __attribute__((section("license"), used)) = "Dual BSD/GPL";

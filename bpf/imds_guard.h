@@ -14,6 +14,7 @@
 
 /* Stands where a map's file descriptor goes; the loader puts the real one there (IG_MAP_BASE + the number below). */
 #define IG_MAP_BASE 0x494d4400
+#define IG_HOOK_HERE 0x494d44ff /* the same for the number of the hook that the program is for (enum ig_hook) */
 enum ig_map {
 	IG_MAP_CONFIG,
 	IG_MAP_SETTINGS,

@@ -152,7 +152,7 @@ def traces(cgroup: str) -> Dict[str, int]:
     """How many programs are attached to a cgroup, and pins are in bpffs for it: both zero when nothing is left."""
     with open_cgroup(cgroup) as opened:
         path = bpffs.find_bpffs()
-        attached = sum(len(bpf.attached_programs(opened.fd, kind)) for kind, _ in abi.HOOKS.values())
+        attached = sum(len(bpf.attached_programs(opened.fd, shape.attach_type)) for shape in abi.HOOKS.values())
         pins = [name for name in os.listdir(path) if str(opened.id) in name] if path else []
         return {"attached": attached, "pins": len(pins)}
 

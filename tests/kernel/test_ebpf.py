@@ -156,7 +156,7 @@ def test_an_unlinked_pin_is_a_fault(guarded: Guarded) -> None:
 
 def test_a_program_behind_ours_is_a_fault_one_before_is_not(guarded: Guarded) -> None:
     sandbox, backend = guarded
-    kind = abi.HOOKS["connect4"][0]
+    kind = abi.HOOKS["connect4"].attach_type
     with open_cgroup(sandbox.cgroup) as cgroup:
         first = guards.load_stranger(kind)
         before = bpf.link_create(first, cgroup.fd, kind)
@@ -208,8 +208,8 @@ def test_what_the_kernel_writes_to_a_query_has_room(guarded: Guarded, monkeypatc
 
     monkeypatch.setattr(bpf, "_libc", Watched())
     with open_cgroup(sandbox.cgroup) as cgroup:
-        for attach_type, _ in abi.HOOKS.values():
-            bpf.attached_programs(cgroup.fd, attach_type)
+        for hook in abi.HOOKS.values():
+            bpf.attached_programs(cgroup.fd, hook.attach_type)
     assert len(seen) == len(abi.HOOKS)
     assert all(room >= 64 and untouched for room, untouched in seen)
 

@@ -335,8 +335,8 @@ def ours_at_the_root() -> List[str]:
     """The names of programs of ours at the root of cgroup2."""
     names = []
     with open_cgroup() as root:
-        for hook, (kind, _) in abi.HOOKS.items():
-            for identity in bpf.attached_programs(root.fd, kind):
+        for hook, shape in abi.HOOKS.items():
+            for identity in bpf.attached_programs(root.fd, shape.attach_type):
                 fd = bpf.program_by_id(identity)
                 if fd is not None:
                     names.append((hook, bpf.describe_program(fd).name))

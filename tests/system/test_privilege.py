@@ -210,7 +210,7 @@ def test_nobody_sees_or_touches_pins_and_locks(running: Guard) -> None:
     assert as_nobody(lambda: bpf.pinned(first)) in ("EACCES", "EPERM")
     assert as_nobody(lambda: os.unlink(first)) == "EACCES"
     with open_cgroup(running.sandbox.cgroup) as cgroup:
-        assert as_nobody(lambda: bpf.attached_programs(cgroup.fd, abi.HOOKS["connect4"][0])) == "EPERM"
+        assert as_nobody(lambda: bpf.attached_programs(cgroup.fd, abi.HOOKS["connect4"].attach_type)) == "EPERM"
     assert running("status").status == 0
 
 

@@ -200,7 +200,7 @@ def test_a_program_behind_ours_is_not_ours_to_repair(guard: Guard) -> None:
     from tests.kernel.guards import load_stranger
 
     guard.start()
-    kind = abi.HOOKS["connect4"][0]
+    kind = abi.HOOKS["connect4"].attach_type
     with open_cgroup(guard.sandbox.cgroup) as cgroup:
         program = load_stranger(kind)
         link = bpf.link_create(program, cgroup.fd, kind)

@@ -61,6 +61,7 @@ ASSEMBLED: Dict[str, Tuple[int, Dict[str, int]]] = {
 CONSTANTS: Dict[str, int] = {
     "IG_ABI": abi.ABI,
     "IG_MAP_BASE": abi.MAP_BASE,
+    "IG_HOOK_HERE": abi.HOOK_HERE,
     **{f"IG_MAP_{one.name}": one.value for one in Map},
     "IG_MAPS": len(Map),
     "IG_GENERATIONS": 1 + max(abi.GENERATIONS),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.errors import GuardError
-from imds_guard.kernel.compiler import with_map_fds
+from imds_guard.kernel.compiler import linked
 from tests.clang import BPF, clang, sections
 from tests.strategies import patient
 
@@ -40,27 +40,34 @@ def load_constant(value: int) -> bytes:
 def test_a_map_s_number_becomes_its_fd_and_nothing_else_changes() -> None:
     code = instruction(0xB7, 1, 5) + load_map(3) + load_constant(abi.MAP_BASE) + instruction(0x95)
     loaded = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1003) + bytes(8)
-    assert with_map_fds(code, abi.MAP_BASE, FDS) == (
+    assert linked(code, {}, abi.MAP_BASE, FDS) == (
         instruction(0xB7, 1, 5) + loaded + load_constant(abi.MAP_BASE) + instruction(0x95)
     )
 
 
+def test_a_value_of_the_loader_becomes_a_constant() -> None:
+    code = load_map(abi.HOOK_HERE - abi.MAP_BASE, register=7) + load_map(0) + instruction(0x95)
+    constant = instruction(LD_IMM64, 7, abi.HOOK_SENDMSG6) + bytes(8)
+    fd = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1000) + bytes(8)
+    assert linked(code, {abi.HOOK_HERE: abi.HOOK_SENDMSG6}, abi.MAP_BASE, FDS) == constant + fd + instruction(0x95)
+
+
 def test_the_second_slot_of_a_constant_is_not_taken_for_an_instruction() -> None:
     slots = instruction(LD_IMM64, 1) + load_map(0)[:8] + instruction(0x95)
-    assert with_map_fds(slots, abi.MAP_BASE, FDS) == slots
+    assert linked(slots, {}, abi.MAP_BASE, FDS) == slots
 
 
 @pytest.mark.parametrize("number", [-1, len(Map)])
 def test_a_map_that_is_none_of_ours_is_refused(number: int) -> None:
     with pytest.raises(GuardError, match=f"instruction 1 names an unknown map .{abi.MAP_BASE + number}"):
-        with_map_fds(instruction(0xB7) + load_map(number), abi.MAP_BASE, FDS)
+        linked(instruction(0xB7) + load_map(number), {}, abi.MAP_BASE, FDS)
 
 
 @patient
 @given(parts=st.lists(st.one_of(st.sampled_from(Map), st.integers(-(2**31), 2**31 - 1)), max_size=30))
 def test_every_map_is_replaced_and_no_constant(parts: List[int]) -> None:
     code = b"".join(load_map(part) if isinstance(part, Map) else load_constant(part) for part in parts)
-    fds = with_map_fds(code, abi.MAP_BASE, FDS)
+    fds = linked(code, {}, abi.MAP_BASE, FDS)
     found = [struct.unpack_from("=i", fds, 16 * n + 4)[0] for n in range(len(parts))]
     assert found == [FDS[part] if isinstance(part, Map) else part for part in parts]
 
@@ -76,11 +83,11 @@ def code_of_clang(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_the_hooks_use_every_map_but_the_one_of_names(code_of_clang: bytes) -> None:
-    linked = with_map_fds(code_of_clang, abi.MAP_BASE, FDS)
+    code = linked(code_of_clang, {abi.HOOK_HERE: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
     used = {
-        struct.unpack_from("=i", linked, at + 4)[0]
-        for at in range(0, len(linked), 8)
-        if linked[at] == LD_IMM64 and linked[at + 1] & 0xF0 == PSEUDO_MAP_FD
+        struct.unpack_from("=i", code, at + 4)[0]
+        for at in range(0, len(code), 8)
+        if code[at] == LD_IMM64 and code[at + 1] & 0xF0 == PSEUDO_MAP_FD
     }
     assert used == set(FDS) - {FDS[Map.LOCKS]}
 

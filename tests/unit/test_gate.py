@@ -57,7 +57,9 @@ def test_the_offsets_are_the_ones_that_the_loader_gives() -> None:
     assert set(OFFSETS) <= given
 
 
-@pytest.mark.parametrize("more", [[], ["-DIG_DIRECT"], ["-DIG_WIDEN=4096"], ["-D__KERNEL__"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "more", [[], ["-DIG_DIRECT"], ["-DIG_WIDEN=4096"], ["-DIG_WITHOUT_EGRESS"], ["-D__KERNEL__"]], ids=" ".join
+)
 def test_clang_warns_of_nothing_in_the_hooks(more: List[str], tmp_path: Path) -> None:
     clang(
         *("-target", "bpf", "-O2", "-g", "-Wall", "-Wextra", "-Werror"),

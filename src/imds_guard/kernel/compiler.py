@@ -99,8 +99,8 @@ def _stderr_of_c() -> Iterator[str]:
             os.close(saved)
 
 
-def with_map_fds(instructions: bytes, base: int, fds: Sequence[int]) -> bytes:
-    """The same instructions with the fd of map n wherever they name map ``base`` + n.
+def linked(instructions: bytes, values: Mapping[int, int], base: int, fds: Sequence[int]) -> bytes:
+    """The same instructions, with the fd of map n where they name map ``base`` + n, and with ``values`` by name.
 
     Raises GuardError when they name a map that is not ours. Encoding: struct bpf_insn, include/uapi/linux/bpf.h.
     """
@@ -110,8 +110,12 @@ def with_map_fds(instructions: bytes, base: int, fds: Sequence[int]) -> bytes:
         opcode, registers, _, immediate = struct.unpack_from("=BBhi", code, at)
         if opcode == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD:
             number = immediate - base
-            if not 0 <= number < len(fds):
+            if immediate in values:
+                code[at + 1] = registers & 0xF  # an ordinary constant
+                struct.pack_into("=i", code, at + 4, values[immediate])
+            elif 0 <= number < len(fds):
+                struct.pack_into("=i", code, at + 4, fds[number])
+            else:
                 raise GuardError(f"linking the eBPF programs: instruction {at // 8} names an unknown map ({immediate})")
-            struct.pack_into("=i", code, at + 4, fds[number])
         at += 16 if opcode == _LD_IMM64 else 8
     return bytes(code)

@@ -16,6 +16,7 @@ from imds_guard.policy import Address
 
 ABI = 2
 MAP_BASE = 0x494D4400
+HOOK_HERE = 0x494D44FF
 
 
 class Map(enum.IntEnum):
@@ -121,18 +122,20 @@ SHAPES: Dict[Map, bpf.MapShape] = {
 
 
 class HookShape(NamedTuple):
-    """A hook's attach type, and what the name of our program there begins with."""
+    """A hook's attach type, what the name of our program there begins with, its number, and its function in C."""
 
     attach_type: int
     prefix: str
+    number: int
+    function: str = "ig_sock_addr"
 
 
 HOOKS: Dict[str, HookShape] = {
-    "connect4": HookShape(bpf.ATTACH_CONNECT4, "ig_c4"),
-    "connect6": HookShape(bpf.ATTACH_CONNECT6, "ig_c6"),
-    "sendmsg4": HookShape(bpf.ATTACH_SENDMSG4, "ig_s4"),
-    "sendmsg6": HookShape(bpf.ATTACH_SENDMSG6, "ig_s6"),
-    "egress": HookShape(bpf.ATTACH_INET_EGRESS, "ig_eg"),
+    "connect4": HookShape(bpf.ATTACH_CONNECT4, "ig_c4", HOOK_CONNECT4),
+    "connect6": HookShape(bpf.ATTACH_CONNECT6, "ig_c6", HOOK_CONNECT6),
+    "sendmsg4": HookShape(bpf.ATTACH_SENDMSG4, "ig_s4", HOOK_SENDMSG4),
+    "sendmsg6": HookShape(bpf.ATTACH_SENDMSG6, "ig_s6", HOOK_SENDMSG6),
+    "egress": HookShape(bpf.ATTACH_INET_EGRESS, "ig_eg", HOOK_EGRESS, "ig_egress"),
 }
 
 EGRESS = "egress"

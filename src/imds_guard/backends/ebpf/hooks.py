@@ -67,8 +67,8 @@ _NEVER = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUP
 def inspect(cgroup: Cgroup, folder: Optional[str]) -> List[Hook]:
     """What is attached to the cgroup, by BPF_PROG_QUERY, beside what our links say."""
     return [
-        Hook(name, tuple(_attached(name, cgroup, kind)), _linked(name, cgroup, folder) if folder else None)
-        for name, (kind, _) in abi.HOOKS.items()
+        Hook(name, tuple(_attached(name, cgroup, shape.attach_type)), _linked(name, cgroup, folder) if folder else None)
+        for name, shape in abi.HOOKS.items()
     ]
 
 

@@ -52,7 +52,7 @@ def _require_maps() -> None:
 
 
 def _require_reading_programs() -> None:
-    attach_type, prefix = abi.HOOKS["connect4"]
+    attach_type, prefix, *_ = abi.HOOKS["connect4"]
     try:
         fd, refusal = bpf.prog_load_explained(_READS_KERNEL_MEMORY, f"{prefix}_probe", attach_type)
     except OSError as error:
@@ -67,7 +67,7 @@ def _require_reading_programs() -> None:
 
 def knows_current_task() -> bool:
     """True when programs here may use bpf_get_current_task_btf(), whose result the verifier knows the type of."""
-    attach_type, prefix = abi.HOOKS["connect4"]
+    attach_type, prefix, *_ = abi.HOOKS["connect4"]
     code = _instruction(0x85, 0, 0, 158) + _instruction(0xB7, 0, 0, 1) + _instruction(0x95, 0, 0, 0)
     try:
         os.close(bpf.prog_load(code, f"{prefix}_probe", attach_type))

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import Dict, Mapping, Optional, Sequence, Tuple
+from typing import Collection, Dict, Mapping, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, probe
 from imds_guard.errors import GuardError, Unsupported, trying
@@ -64,19 +64,20 @@ def kernel_offsets() -> Defines:
     return tuple((f"IG_OFF_{struct}_{member}".upper(), offset) for (struct, member), offset in offsets.items())
 
 
-def compile_hooks(defines: Defines = ()) -> Dict[str, bytes]:
-    """The instructions of each hook, maps not yet put in."""
+def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str, bytes]:
+    """The instructions of the named hooks' functions, nothing yet put in: function -> instructions."""
     folder = source_folder()
-    code = compiler.compile_functions(
+    return compiler.compile_functions(
         (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
         str(folder),
         str(folder / "include"),
-        tuple(f"ig_{hook}" for hook in abi.HOOKS),
-        kernel_offsets() + defines,
+        tuple(sorted({abi.HOOKS[name].function for name in names})),
+        kernel_offsets() + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
     )
-    return {hook: code[f"ig_{hook}"] for hook in abi.HOOKS}
 
 
+WITHOUT_EGRESS: Defines = (("IG_WITHOUT_EGRESS", 1),)
+"""A third of the time that compiling takes; strict alone has that hook."""
 DIRECT: Defines = (("IG_DIRECT", 1),)
 """Plain loads from the current task in place of a helper call a word; not every verifier takes them."""
 
@@ -86,8 +87,8 @@ def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -
     version = source_version(defines)
     if probe.knows_current_task():
         with contextlib.suppress(Unsupported):
-            return _load_all(names, compile_hooks(defines + DIRECT), map_fds, version)
-    return _load_all(names, compile_hooks(defines), map_fds, version)
+            return _load_all(names, compile_hooks(names, defines + DIRECT), map_fds, version)
+    return _load_all(names, compile_hooks(names, defines), map_fds, version)
 
 
 def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> Dict[str, int]:
@@ -104,10 +105,11 @@ def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence
 
 def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:
     """The fd of a hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
-    instructions = compiler.with_map_fds(code[hook], abi.MAP_BASE, map_fds)
+    shape = abi.HOOKS[hook]
+    instructions = compiler.linked(code[shape.function], {abi.HOOK_HERE: shape.number}, abi.MAP_BASE, map_fds)
     name = program_name(hook, version)
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
-        fd, refusal = bpf.prog_load_explained(instructions, name, abi.HOOKS[hook].attach_type)
+        fd, refusal = bpf.prog_load_explained(instructions, name, shape.attach_type)
     if fd < 0:
         raise Unsupported(
             f"loading the eBPF program {name}: the kernel's verifier refused it: {refusal}; nothing was changed, "
