@@ -18,8 +18,17 @@ _LEFT_OUT = frozenset(
 )
 
 
-def write(target: Path, script: str, files: Mapping[str, Path], env: Optional[Dict[str, str]] = None) -> None:
-    """A tar with job.sh and files or folders under the given names. ``env`` is exported before the script."""
+def write(
+    target: Path,
+    script: str,
+    files: Mapping[str, Path],
+    env: Optional[Dict[str, str]] = None,
+    compiled: Optional[Mapping[str, Path]] = None,
+) -> None:
+    """A tar with job.sh and files or folders under the given names. ``env`` is exported before the script.
+
+    ``compiled`` goes in with all that is there, ``files`` without what a build or a tool has left.
+    """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted((env or {}).items()))
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive:
         for name in MACHINERY:
@@ -27,6 +36,8 @@ def write(target: Path, script: str, files: Mapping[str, Path], env: Optional[Di
         _add_text(archive, "job.sh", exports + script)
         for name, path in files.items():
             archive.add(path, arcname=name, filter=_sources_only)
+        for name, path in (compiled or {}).items():
+            archive.add(path, arcname=name, filter=_as_root)
 
 
 def command(argv: Sequence[str], folder: str) -> str:
@@ -48,8 +59,10 @@ def _add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
 
 
 def _sources_only(member: tarfile.TarInfo) -> Optional[tarfile.TarInfo]:
-    if _LEFT_OUT & set(Path(member.name).parts):
-        return None
+    return None if _LEFT_OUT & set(Path(member.name).parts) else _as_root(member)
+
+
+def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
     return member

@@ -15,6 +15,7 @@ PACKAGES: Dict[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
+    "debugfs": "e2fsprogs",
     "depmod": "kmod",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",

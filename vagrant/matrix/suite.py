@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, List, Mapping, Optional, Sequence
 
-from vagrant.matrix import guest, job, kernel, userland, verdict, wheel
+from vagrant.matrix import guest, installed, job, kernel, userland, verdict, wheel
 from vagrant.matrix.table import BACKENDS, USUAL, Archive, Row
 from vagrant.matrix.verdict import Verdict
 
@@ -69,7 +69,8 @@ def run(plan: Plan, row: Row, progress: Callable[[str], None]) -> Verdict:
     progress("preparing")
     booted = machine(plan.archive, row, plan.accel)
     tarball = folder / "job.tar"
-    pack(plan, row, tarball)
+    tools = wheel.test_tools(row.userland.tools, row.userland.python)
+    pack(plan, row, tarball, installed.fetch(booted.userland, plan.wheel, tools))
     progress(f"booting {booted.kernel.release}")
     counter = _Counter(progress)
     outcome = guest.boot(booted, tarball, folder, row.deadline_s, counter.take)
@@ -85,11 +86,13 @@ def _verdict(row: Row, release: str, outcome: guest.Outcome, folder: Path) -> Ve
     return verdict.judge(row, outcome.status, folder / "results", release, outcome.seconds)
 
 
-def pack(plan: Plan, row: Row, tarball: Path) -> None:
-    """Writes the job of a row: the wheel, the tests, and the tools that they need."""
+def pack(plan: Plan, row: Row, tarball: Path, prepared: Optional[Mapping[str, Path]] = None) -> None:
+    """Writes the job of a row: the wheel, the tests, and the tools that they need.
+
+    ``prepared`` is what installed.fetch() gives, for guests whose userland is at hand; others install the wheel.
+    """
     files = {
         f"{plan.wheel.name}": plan.wheel,
-        "tools": wheel.test_tools(row.userland.tools, row.userland.python),
         "suite/tests": plan.tree / "tests",
         "suite/vagrant/__init__.py": plan.tree / "vagrant" / "__init__.py",
         "suite/vagrant/guest": plan.tree / "vagrant" / "guest",
@@ -99,6 +102,7 @@ def pack(plan: Plan, row: Row, tarball: Path) -> None:
         job.command(["sh", "suite/vagrant/guest/suite", *(plan.tests or _tests(row))], "."),
         files,
         {**_environment(row), "IMDS_GUARD_SHARE": plan.shares.get(row.name, _ALL)},
+        prepared or {"tools": wheel.test_tools(row.userland.tools, row.userland.python)},
     )
 
 

@@ -35,7 +35,7 @@ def _build(draft: Path, archive: Archive, userland: Userland) -> None:
     run(_bootstrap(archive, userland, tarball), deadline_s=3600)
     with tempfile.TemporaryDirectory(dir=draft) as folder:
         script = ["sh", "-ec", _TO_DISK, "sh", str(tarball), f"{folder}/root", str(draft / "root.img"), str(SPARE_MIB)]
-        run(_as_owner(script))
+        run(as_owner(script))
     tarball.unlink()
 
 
@@ -61,6 +61,6 @@ def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> List[str]
     return ["unshare", "--mount", *argv] if os.geteuid() == 0 else [*argv, "--mode=unshare"]
 
 
-def _as_owner(argv: Sequence[str]) -> List[str]:
-    """argv so that files' owners are what they are in the image: as root, or in a user namespace of mmdebstrap's."""
+def as_owner(argv: Sequence[str]) -> List[str]:
+    """Argv so that files' owners are what they are in the image: as root, or in a user namespace of mmdebstrap's."""
     return list(argv) if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper", *argv]
