@@ -22,8 +22,8 @@ RESULTS_MIB = 64
 STATE_MIB = 2048
 MOST_BOOTS = 5
 _EMULATED = "max,-erms,-fsrm,-la57"
-"""Without erms and fsrm kernel and C library copy in words: QEMU before 10 takes one octet at a time of "rep movsb", and
-half as long again to load libbcc. Without la57 page tables have a level less."""
+"""Without erms and fsrm kernel and C library copy words: QEMU before 10 takes "rep movsb" one octet at a time, and then
+libbcc takes half as long again to load. Without la57 page tables have a level less."""
 _CONTROL = re.compile(r"\x1b[\[(][0-9;?]*[a-zA-Z]|[\r\x00-\x08\x0e-\x1f]")
 
 
@@ -47,7 +47,7 @@ class Guest:
         # oops=panic: a kernel that stumbles must not go on and pass. panic=-1 with -no-reboot ends QEMU at once.
         # no_timer_check: where the host is busy an emulated timer fails the boot's test of it, and the kernel gives up.
         # noautogroup: else a storm of connects takes half of the one processor, however nice it is (sched(7)).
-        # nohz=off highres=off: a timer that ticks by itself. Each time that the kernel sets one is a wake-up on the host.
+        # nohz=off highres=off: a timer that ticks by itself; each time that the kernel sets one wakes up QEMU's thread.
         always = (
             "console=ttyS0 panic=-1 oops=panic no_timer_check noautogroup nohz=off highres=off random.trust_cpu=on "
             "net.ifnames=0"
@@ -103,8 +103,9 @@ def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> List[str]:
     accel = ["kvm", "-cpu", "host"] if guest.accel == "kvm" else ["tcg,thread=multi", "-cpu", _EMULATED]
     state = ["-drive", f"file={folder / 'state.img'},if=virtio,format=raw,cache=unsafe"] if guest.systemd else []
     return [
-        find("qemu-system-x86_64"), "-accel", *accel, "-machine", "pc", "-smp", str(guest.cpus), "-m", str(guest.memory_mib),
-        "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot", "-device", "virtio-rng-pci",
+        find("qemu-system-x86_64"), "-accel", *accel, "-machine", "pc", "-smp", str(guest.cpus),
+        "-m", str(guest.memory_mib), "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot",
+        "-device", "virtio-rng-pci",
         "-chardev", f"file,id=console,path={folder / 'console.log'},append=on", "-serial", "chardev:console",
         "-chardev", f"file,id=output,path={folder / 'output.log'},append=on", "-serial", "chardev:output",
         "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", guest.words,
