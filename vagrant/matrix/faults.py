@@ -42,8 +42,8 @@ FAULTS = (
     Fault(
         "an IPv4 address written as IPv6 is forgotten",
         HOOKS,
-        "\tig_set_ipv6(&to, ctx->user_ip6);\n\tif (!generation ||",
-        "\tig_set_ipv6(&to, ctx->user_ip6);\n\tif (!generation || ig_is_ipv4(&to) ||",
+        "\tig_set_ipv6(&to, ctx->user_ip6);\n\treturn ig_may_be_locked(generation, &to);",
+        "\tig_set_ipv6(&to, ctx->user_ip6);\n\treturn !ig_is_ipv4(&to) && ig_may_be_locked(generation, &to);",
         "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
     ),
     Fault(
