@@ -14,7 +14,7 @@ from vagrant.matrix import cache
 from vagrant.matrix.process import find, run
 from vagrant.matrix.userland import as_owner
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """One more whenever what _build() makes changes: the cache goes by it."""
 
 
@@ -34,10 +34,12 @@ def _build(draft: Path, image: Path, wheel: Path, tools: Path) -> None:
         run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), scratch, *map(str, (image, wheel, tools, draft))]))
 
 
-# Tools are compiled where the guest has them: the compiled code names its file. debugfs exits with 0 come what may, but
-# then there is no Python in the copy. Python before 3.12 has no --break-system-packages to be told of.
+# debugfs exits with 0 come what may, but then there is no Python in the copy. The copy is removed here: its files' owners
+# need not be ours (as_owner()). An older pip knows no --break-system-packages, and takes the variable for nothing.
 _INSTALL = """
-cd "$2"
+mkdir "$2/root"
+trap 'cd / && rm -rf "$2/root"' EXIT
+cd "$2/root"
 "$1" -R "rdump / ." "$3" 2>/dev/null
 mkdir -p job
 cp "$4" job/
