@@ -34,8 +34,8 @@ def _build(draft: Path, image: Path, wheel: Path, tools: Path) -> None:
         run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), scratch, *map(str, (image, wheel, tools, draft))]))
 
 
-# debugfs exits with 0 come what may, but then there is no Python in the copy. The copy is removed here: its files' owners
-# need not be ours (as_owner()). An older pip knows no --break-system-packages, and takes the variable for nothing.
+# debugfs exits with 0 come what may, but then there is no Python in the copy. The copy is removed here: its owners
+# need not be us (as_owner()). An older pip knows no --break-system-packages, and takes the variable for nothing.
 _INSTALL = """
 mkdir "$2/root"
 trap 'cd / && rm -rf "$2/root"' EXIT
