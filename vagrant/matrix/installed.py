@@ -14,7 +14,7 @@ from vagrant.matrix import cache
 from vagrant.matrix.process import find, run
 from vagrant.matrix.userland import as_owner
 
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """One more whenever what _build() makes changes: the cache goes by it."""
 
 
@@ -31,7 +31,10 @@ def fetch(image: Path, wheel: Path, tools: Path) -> Dict[str, Path]:
 
 def _build(draft: Path, image: Path, wheel: Path, tools: Path) -> None:
     with tempfile.TemporaryDirectory(dir=draft) as scratch:
-        run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), scratch, *map(str, (image, wheel, tools, draft))]))
+        # In a user namespace its root is not us: it may write into this folder, and only what it packs up becomes ours.
+        Path(scratch).chmod(0o777)
+        run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), scratch, *map(str, (image, wheel, tools))]))
+        run(["tar", "-xf", f"{scratch}/made.tar", "-C", str(draft), "--no-same-owner"])
 
 
 # debugfs exits with 0 come what may, but then there is no Python in the copy. The copy is removed here: its owners
@@ -52,6 +55,7 @@ python3 -m pip install --quiet --no-deps --no-index --no-warn-script-location ./
 cd tools
 python3 -m compileall -q -j 1 *pytest pluggy iniconfig packaging
 '
-cp -R --preserve=mode,timestamps,links usr/local "$6/local"
-cp -R --preserve=mode,timestamps,links job/tools "$6/tools"
+mv usr/local local
+tar -cf "$2/made.tar" local -C job tools
+chmod 644 "$2/made.tar"
 """
