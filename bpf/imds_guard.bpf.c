@@ -51,6 +51,29 @@ __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #define IG_MAP(number) ((const void *)ig_pseudo(1, IG_MAP_BASE + (number))) /* 1: BPF_PSEUDO_MAP_FD */
 #define IG_THIS_HOOK() ((__u32)ig_pseudo(1, IG_HOOK_HERE)) /* the loader makes a constant of it */
 
+/*
+ * A loop: up to times, at the most most, runs of step(context), until one returns another value than 0. With bpf_loop()
+ * (v5.17) the verifier follows the step once, and not each run of it. The step is a function then, which the loader puts
+ * behind the program (compiler.linked()); it has one argument, since bcc takes further ones for those of a kprobe.
+ */
+#ifdef IG_LOOP
+static long (*ig_loop)(__u32 times, const void *step, void *context, __u64 flags) = (void *)181;
+#define ig_step int
+#define ig_repeat(times, most, step, context) \
+	ig_loop(times, (const void *)ig_pseudo(4, IG_AT_##step), context, 0) /* 4: BPF_PSEUDO_FUNC */
+#else
+#define ig_step ig_inline int
+/* Without the asm clang makes one bound of the two, and the verifier does not know that one. */
+#define ig_repeat(times, most, step, context)                     \
+	for (__u32 ig_run = 0; ig_run < (most); ig_run++) {       \
+		__u32 ig_times = (times);                         \
+                                                                  \
+		asm volatile("" : "+r"(ig_times));                \
+		if (ig_run >= ig_times || step(context))          \
+			break;                                    \
+	}
+#endif
+
 #define IG_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
 #define IG_IPPROTO_TCP 6
 #define IG_IPPROTO_UDP 17
@@ -271,44 +294,64 @@ ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *l
 
 #define IG_QUAD 4 /* groups read at a time: a read costs more than the test of what it brought */
 
+struct ig_walk {
+	const struct ig_list *list;
+	const char *gid; /* of the first group */
+	__u64 failed;
+	__u32 generation;
+	__u32 number;
+	__u32 at; /* the next group to look at */
+	__u32 allowed_at; /* where an allowed one stands, or up to IG_QUAD - 1 before it */
+	__u32 seen;
+};
+
+ig_inline void ig_walk_one(struct ig_walk *walk)
+{
+	__u32 gid = 0;
+
+	walk->failed |= ig_read_kernel(&gid, sizeof(gid), walk->gid + (__u64)walk->at * sizeof(gid));
+	walk->seen |= ig_group(walk->generation, walk->number, walk->list, gid);
+	walk->at++;
+}
+
 /*
- * Up to IG_WALKED groups of the caller against a list of any length. *at becomes where an allowed one stands, for
- * ig_matched_group(): by a product with a computed 0 or 1, since a branch is two paths at each step (more than a million
+ * By a product with a computed 0 or 1, since without bpf_loop() a branch is two paths at each step (more than a million
  * instructions on v5.10), and a mask makes later verifiers fork all the same.
  */
-ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len,
-			       __u32 *at)
+ig_step ig_walk_four(struct ig_walk *walk)
 {
-	__u32 seen = list->zero, odd = len % IG_QUAD, i;
-	__u32 gids[IG_QUAD] = {};
-	__u64 failed = 0;
+	const struct ig_list *list = walk->list;
+	__u32 generation = walk->generation, number = walk->number, gids[IG_QUAD] = {}, four, hit;
 
-	/* Unrolled, or clang counts down from odd to 0, and before v6.8 "!= 0" taught the verifier nothing of a bound. */
+	walk->failed |= ig_read_kernel(gids, sizeof(gids), walk->gid + (__u64)walk->at * sizeof(gids[0]));
+	four = ig_group(generation, number, list, gids[0]);
+	four |= ig_group(generation, number, list, gids[1]);
+	four |= ig_group(generation, number, list, gids[2]);
+	four |= ig_group(generation, number, list, gids[3]);
+	hit = four & IG_ALLOW;
+	asm volatile("" : "+r"(hit));
+	walk->allowed_at += (walk->at - walk->allowed_at) * hit;
+	walk->seen |= four;
+	walk->at += IG_QUAD;
+	return 0;
+}
+
+/* Up to IG_WALKED groups of the caller against a list of any length. */
+ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len,
+			       __u32 *allowed_at)
+{
+	struct ig_walk walk = { .list = list, .gid = gid, .generation = generation, .number = number,
+				.allowed_at = list->zero, .seen = list->zero };
+	__u32 i;
+
+	/* Unrolled, or clang counts down to 0, and before v6.8 "!= 0" taught the verifier nothing of a bound. */
 #pragma clang loop unroll(full)
 	for (i = 0; i < IG_QUAD - 1; i++)
-		if (i < odd) {
-			failed |= ig_read_kernel(gids, sizeof(gids[0]), gid + i * sizeof(gids[0]));
-			seen |= ig_group(generation, number, list, gids[0]);
-		}
-	gid += odd * sizeof(gids[0]);
-	for (i = 0; i < IG_WALKED / IG_QUAD; i++) {
-		__u32 four, hit;
-
-		/* Else clang makes one bound of the two, and the verifier does not know that one. */
-		asm volatile("" : "+r"(len));
-		if (i >= len / IG_QUAD)
-			break;
-		failed |= ig_read_kernel(gids, sizeof(gids), gid + i * sizeof(gids));
-		four = ig_group(generation, number, list, gids[0]);
-		four |= ig_group(generation, number, list, gids[1]);
-		four |= ig_group(generation, number, list, gids[2]);
-		four |= ig_group(generation, number, list, gids[3]);
-		hit = four & IG_ALLOW;
-		asm volatile("" : "+r"(hit));
-		*at += (odd + i * IG_QUAD - *at) * hit;
-		seen |= four;
-	}
-	return failed ? IG_UNREAD : seen;
+		if (i < len % IG_QUAD)
+			ig_walk_one(&walk);
+	ig_repeat(len / IG_QUAD, IG_WALKED / IG_QUAD, ig_walk_four, &walk);
+	*allowed_at = walk.allowed_at;
+	return walk.failed ? IG_UNREAD : walk.seen;
 }
 
 /*
@@ -339,31 +382,42 @@ ig_inline bool ig_has_group(const struct ig_groups *groups, __u32 index, const c
 	return value == wanted;
 }
 
+struct ig_search {
+	const struct ig_groups *groups;
+	const char *gid;
+	__u64 failed;
+	__u32 len; /* of gid */
+	__u32 next; /* the listed group to look for */
+	__u32 found; /* the listed group that the caller is in, and what the list says of it */
+	__u32 verdict;
+};
+
+ig_step ig_search_one(struct ig_search *search)
+{
+	const struct ig_groups *groups = search->groups;
+	__u32 next = search->next++;
+
+	if (next >= IG_SEARCHED) /* the verifier asks */
+		return 1;
+	if (ig_has_group(groups, next, search->gid, search->len, &search->failed)) {
+		search->found = groups->gid[next];
+		search->verdict = next < groups->denied ? IG_DENY : IG_ALLOW;
+	}
+	return search->verdict || search->failed;
+}
+
 /* More than IG_WALKED groups: look for each listed group among them. Denied ones come first, so the first hit decides. */
 ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid, __u32 len, struct ig_caller *caller)
 {
 	struct ig_list_key key = { .generation = generation, .list = number };
-	const struct ig_groups *groups = ig_lookup(IG_MAP(IG_MAP_GROUPS), &key);
-	__u64 failed = 0;
-	__u32 i;
+	struct ig_search search = { .groups = ig_lookup(IG_MAP(IG_MAP_GROUPS), &key), .gid = gid, .len = len };
 
-	if (!groups)
+	if (!search.groups || search.groups->len > IG_SEARCHED)
 		return IG_UNREAD;
-	for (i = 0; i < IG_SEARCHED; i++) {
-		bool has;
-
-		if (i >= groups->len)
-			break;
-		has = ig_has_group(groups, i, gid, len, &failed);
-		if (failed)
-			return IG_UNREAD;
-		if (has) {
-			caller->searched = true;
-			caller->allowed_gid = groups->gid[i];
-			return i < groups->denied ? IG_DENY : IG_ALLOW;
-		}
-	}
-	return 0;
+	ig_repeat(search.groups->len, IG_SEARCHED, ig_search_one, &search);
+	caller->searched = search.verdict;
+	caller->allowed_gid = search.found;
+	return search.failed ? IG_UNREAD : search.verdict;
 }
 
 /* What the lists say of the caller's supplementary groups: struct group_info, whose gid[] is sorted (groups_sort()). */

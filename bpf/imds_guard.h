@@ -15,6 +15,8 @@
 /* Stands where a map's file descriptor goes; the loader puts the real one there (IG_MAP_BASE + the number below). */
 #define IG_MAP_BASE 0x494d4400
 #define IG_HOOK_HERE 0x494d44ff /* the same for the number of the hook that the program is for (enum ig_hook) */
+#define IG_AT_ig_walk_four 0x494d4500 /* the same for where this function begins */
+#define IG_AT_ig_search_one 0x494d4501
 enum ig_map {
 	IG_MAP_CONFIG,
 	IG_MAP_SETTINGS,

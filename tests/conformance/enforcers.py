@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Callable, Dict, FrozenSet, List, Optional, Protocol, Set, Tuple, Type, TypeVar
 
 from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import Policy, Reason
@@ -52,6 +53,7 @@ class Ebpf:
     """Programs stay attached to a cgroup above all sandboxes; from row to row only the policy changes, as in use."""
 
     refusals = frozenset({"EPERM"})
+    defines: Defines = ()
 
     def __init__(self, folder: Path) -> None:
         self._above = Sandbox()
@@ -60,7 +62,7 @@ class Ebpf:
 
     def __enter__(self) -> Ebpf:
         self._stack.enter_context(self._above)
-        self._backend = EbpfBackend(self._above.cgroup)
+        self._backend = EbpfBackend(self._above.cgroup, self.defines)
         self._stack.callback(self._backend.remove)
         return self
 

@@ -62,6 +62,7 @@ CONSTANTS: Dict[str, int] = {
     "IG_ABI": abi.ABI,
     "IG_MAP_BASE": abi.MAP_BASE,
     "IG_HOOK_HERE": abi.HOOK_HERE,
+    **{f"IG_AT_{function}": place for place, function in abi.STEPS.items()},
     **{f"IG_MAP_{one.name}": one.value for one in Map},
     "IG_MAPS": len(Map),
     "IG_GENERATIONS": 1 + max(abi.GENERATIONS),

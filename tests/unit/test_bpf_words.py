@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.errors import GuardError
-from imds_guard.kernel.compiler import linked
+from imds_guard.kernel import btf_made
+from imds_guard.kernel.compiler import linked, with_steps
 from tests.clang import BPF, clang, sections
 from tests.strategies import patient
 
-LD_IMM64, PSEUDO_MAP_FD = 0x18, 0x10
+LD_IMM64, PSEUDO_MAP_FD, PSEUDO_FUNC = 0x18, 0x10, 0x40
 FDS = [1000 + number for number in Map]
 
 
@@ -72,13 +73,70 @@ def test_every_map_is_replaced_and_no_constant(parts: List[int]) -> None:
     assert found == [FDS[part] if isinstance(part, Map) else part for part in parts]
 
 
+# --- functions that the kernel calls back ---------------------------------------------------------------------------
+
+STEPS = {100: ("ig_first", instruction(0xB7, 0, 1) + instruction(0x95)), 200: ("ig_second", instruction(0x95))}
+CONTEXT_FIRST = instruction(0xBF, 0x21)  # r1 = r2
+
+
+def load_function(place: int, register: int = 2) -> bytes:
+    """A ld_imm64 of a function's address, two slots long."""
+    return instruction(LD_IMM64, PSEUDO_FUNC | register, place) + bytes(8)
+
+
+def test_a_step_stands_behind_the_function_that_names_it() -> None:
+    code = load_constant(100) + load_function(200) + load_function(100, register=3) + instruction(0x95)
+    first, second = CONTEXT_FIRST + STEPS[200][1], CONTEXT_FIRST + STEPS[100][1]
+    whole = with_steps("ig_c4", code, STEPS)
+    assert whole.functions == (("ig_c4", 0), ("ig_second", 7), ("ig_first", 9))
+    # "the next instruction is imm further on": what the one at 2 (of two slots) names is at 7, 4 behind the slot 3.
+    assert whole.instructions == (
+        load_constant(100)
+        + load_function(7 - 2 - 1)
+        + load_function(9 - 4 - 1, register=3)
+        + instruction(0x95)
+        + first
+        + second
+    )
+
+
+def test_a_step_that_is_named_twice_stands_there_once() -> None:
+    whole = with_steps("ig_c4", load_function(200) + load_function(200) + instruction(0x95), STEPS)
+    assert whole.functions == (("ig_c4", 0), ("ig_second", 5))
+    assert whole.instructions == (
+        load_function(4) + load_function(2) + instruction(0x95) + CONTEXT_FIRST + STEPS[200][1]
+    )
+
+
+def test_a_program_without_steps_stays_as_it_is() -> None:
+    code = load_map(0) + load_constant(100) + instruction(0x95)
+    assert with_steps("ig_eg", code, STEPS) == (code, (("ig_eg", 0),))
+
+
+def test_the_types_of_functions_name_them_in_their_order() -> None:
+    blob = btf_made.functions(["ig_c4_01234567", "ig_first"])
+    strings = blob.split(b"ig_c4_01234567")[0].rindex(b"\0int\0")
+    after_head, int_octets, prototype_octets = 24, 16, 12
+    at = after_head + int_octets + prototype_octets
+    names = [struct.unpack_from("=I", blob, at + 12 * n)[0] + strings for n in range(2)]
+    assert [blob[name : blob.index(b"\0", name)] for name in names] == [b"ig_c4_01234567", b"ig_first"]
+    assert at + 2 * 12 == strings
+
+
+# --- what clang makes of the hooks ----------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def code_of_clang(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """All hooks, as clang alone compiles them."""
-    made = tmp_path_factory.mktemp("hooks") / "hooks.o"
+    return compiled_hooks(tmp_path_factory.mktemp("hooks") / "hooks.o")
+
+
+def compiled_hooks(made: Path, *more: str) -> bytes:
+    """The instructions of all functions, one after the other."""
     offsets = [f"-DIG_OFF_{struct}_{member}=8".upper() for struct, member in program._OFFSETS]
     include = f"-I{BPF}/include/include"
-    clang("-target", "bpf", "-O2", *offsets, include, "-c", str(BPF / "imds_guard.bpf.c"), "-o", str(made))
+    clang("-target", "bpf", "-O2", *more, *offsets, include, "-c", str(BPF / "imds_guard.bpf.c"), "-o", str(made))
     return sections(made.read_bytes())[".text"]
 
 
@@ -105,6 +163,11 @@ HELPERS = {
 def test_the_hooks_call_none_but_helpers_that_every_kernel_gives_them(code_of_clang: bytes) -> None:
     calls = {struct.unpack_from("=i", code_of_clang, at + 4)[0] for at in _calls(code_of_clang)}
     assert calls == set(HELPERS)
+
+
+def test_loops_by_the_kernel_call_one_helper_more(tmp_path: Path) -> None:
+    code = compiled_hooks(tmp_path / "hooks.o", "-DIG_LOOP")
+    assert {struct.unpack_from("=i", code, at + 4)[0] for at in _calls(code)} == {*HELPERS, 181}  # bpf_loop()
 
 
 def _calls(code: bytes) -> List[int]:

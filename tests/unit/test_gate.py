@@ -58,7 +58,9 @@ def test_the_offsets_are_the_ones_that_the_loader_gives() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["-DIG_DIRECT"], ["-DIG_WIDEN=4096"], ["-DIG_WITHOUT_EGRESS"], ["-D__KERNEL__"]], ids=" ".join
+    "more",
+    [[], ["-DIG_DIRECT"], ["-DIG_LOOP"], ["-DIG_WIDEN=4096"], ["-DIG_WITHOUT_EGRESS"], ["-D__KERNEL__"]],
+    ids=" ".join,
 )
 def test_clang_warns_of_nothing_in_the_hooks(more: List[str], tmp_path: Path) -> None:
     clang(

@@ -11,10 +11,10 @@ import ctypes
 import errno
 import os
 import struct
-from dataclasses import dataclass
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.errors import system_words
+from imds_guard.kernel import btf_made
 
 _SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -93,8 +93,7 @@ def _name(text: str) -> bytes:
 # --- maps -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MapShape:
+class MapShape(NamedTuple):
     """What a map is: BPF_MAP_TYPE_*, sizes in octets, BPF_F_* flags."""
 
     type: int
@@ -109,7 +108,7 @@ def map_create(shape: MapShape, name: str, inner_fd: int = 0) -> int:
     if shape.type != MAP_TYPE_SK_STORAGE:
         return _map_create(shape, name, inner_fd)
     # Socket storage is made with types alone: bpf_local_storage_map_alloc_check() in kernel/bpf/bpf_local_storage.c.
-    btf_fd = _load_btf(_words_btf(shape.value_size))
+    btf_fd = _load_btf(btf_made.words(shape.value_size))
     try:
         return _map_create(shape, name, inner_fd, (btf_fd, 1, 2))
     finally:
@@ -132,14 +131,6 @@ def _map_create(shape: MapShape, name: str, inner_fd: int, types: Tuple[int, int
         *types,
     )
     return call(MAP_CREATE, attr)[0]
-
-
-def _words_btf(octets: int) -> bytes:
-    """BTF (Documentation/bpf/btf.rst) with two types: 1 is a 32-bit word, 2 an array of them, ``octets`` long."""
-    kind_int, kind_array = 1 << 24, 3 << 24
-    types = struct.pack("=4I", 1, kind_int, 4, 32) + struct.pack("=6I", 0, kind_array, 0, 1, 1, octets // 4)
-    strings = b"\0word\0"
-    return struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings)) + types + strings
 
 
 def _load_btf(octets: bytes) -> int:
@@ -285,9 +276,33 @@ def _program_type(attach_type: int) -> int:
 
 
 def prog_load(
-    instructions: bytes, name: str, attach_type: int, log: Optional[ctypes.Array[ctypes.c_char]] = None
+    instructions: bytes,
+    name: str,
+    attach_type: int,
+    log: Optional[ctypes.Array[ctypes.c_char]] = None,
+    functions: Sequence[Tuple[str, int]] = (),
 ) -> int:
-    """The file descriptor of a verified program for a cgroup's hook; the verifier's words go to ``log``."""
+    """The file descriptor of a verified program for a cgroup's hook; the verifier's words go to ``log``.
+
+    ``functions``: the name and the first instruction of each, when there are several: one that the kernel is to call
+    back must have a type (check_ld_imm() in kernel/bpf/verifier.c).
+    """
+    if len(functions) < 2:
+        return _prog_load(instructions, name, attach_type, log, bytes(20))
+    records = b"".join(struct.pack("=II", at, btf_made.FIRST_FUNCTION + n) for n, (_, at) in enumerate(functions))
+    buffer = ctypes.create_string_buffer(records, len(records))
+    btf_fd = _load_btf(btf_made.functions([function for function, _ in functions]))
+    try:
+        types = struct.pack("=IIQI", btf_fd, 8, _pointer(buffer), len(functions))
+        return _prog_load(instructions, name, attach_type, log, types)
+    finally:
+        os.close(btf_fd)
+
+
+def _prog_load(
+    instructions: bytes, name: str, attach_type: int, log: Optional[ctypes.Array[ctypes.c_char]], types: bytes
+) -> int:
+    """``types``: prog_btf_fd, func_info_rec_size, func_info, func_info_cnt."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"Dual BSD/GPL")
     attr = struct.pack(
@@ -305,16 +320,18 @@ def prog_load(
         0,  # prog_ifindex
         attach_type,
     )
-    return call(PROG_LOAD, attr)[0]
+    return call(PROG_LOAD, attr + types)[0]
 
 
-def prog_load_explained(instructions: bytes, name: str, attach_type: int) -> Tuple[int, str]:
+def prog_load_explained(
+    instructions: bytes, name: str, attach_type: int, functions: Sequence[Tuple[str, int]] = ()
+) -> Tuple[int, str]:
     """A program's fd and "", or -1 and the last lines of the verifier's log.
 
     The log is asked for only after a failure: a buffer that is too small for it is ENOSPC, not a rejected program.
     """
     try:
-        return prog_load(instructions, name, attach_type), ""
+        return prog_load(instructions, name, attach_type, None, functions), ""
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
             raise
@@ -322,7 +339,7 @@ def prog_load_explained(instructions: bytes, name: str, attach_type: int) -> Tup
     for octets in _LOG_OCTETS:
         log = ctypes.create_string_buffer(octets)
         try:
-            return prog_load(instructions, name, attach_type, log), ""
+            return prog_load(instructions, name, attach_type, log, functions), ""
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 break
@@ -330,8 +347,7 @@ def prog_load_explained(instructions: bytes, name: str, attach_type: int) -> Tup
     return -1, "; ".join([system_words(refusal), *words])
 
 
-@dataclass(frozen=True)
-class ProgramDescription:
+class ProgramDescription(NamedTuple):
     """From struct bpf_prog_info: what runs, and on which maps. Times in nanoseconds, zero unless counted."""
 
     id: int
@@ -372,8 +388,7 @@ def describe_map(fd: int) -> Tuple[int, MapShape]:
 # --- links and cgroups ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LinkDescription:
+class LinkDescription(NamedTuple):
     """A cgroup link, from struct bpf_link_info."""
 
     id: int

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from imds_guard.errors import Unsupported, system_words
 
@@ -40,15 +39,14 @@ def _whole() -> Iterator[None]:
     """Raises Unsupported where the block finds that the blob ends too early, or names what is not in it."""
     try:
         yield
-    except (struct.error, ValueError, IndexError) as error:
+    except (struct.error, TypeError, ValueError, IndexError) as error:
         raise Unsupported(
             f"reading {PATH}: it contradicts itself ({error}), so the offsets of the kernel are not known; "
             "the iptables backend can serve instead"
         ) from error
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A member of a struct: its name ("" when it is anonymous), the type's ID, its offset in bits."""
 
     name: str
@@ -67,20 +65,21 @@ class Btf:
         self._types = blob[header + type_at : header + type_at + type_len]
         self._strings = blob[header + string_at : header + string_at + string_len]
         with _whole():
+            self._words = memoryview(self._types).cast("I")
             self._positions = self._walk()
 
     def _walk(self) -> List[int]:
-        """The position of each type, by ID; type 0 is void."""
-        positions, at, types = [0], 0, self._types
-        unpack = struct.Struct("=I").unpack_from
-        while at < len(types):
+        """The position of each type in words, by ID; type 0 is void. A kernel has more than 100,000."""
+        positions, at, words, end = [0], 0, self._words, len(self._words)
+        fixed = [3 + _EXTRA.get(kind, (0, 0))[0] // 4 for kind in range(_KNOWN_KINDS)]
+        each = [_EXTRA.get(kind, (0, 0))[1] // 4 for kind in range(_KNOWN_KINDS)]
+        while at < end:
             positions.append(at)
-            word = unpack(types, at + 4)[0]
-            kind, vlen = word >> 24 & 0x1F, word & 0xFFFF
+            word = words[at + 1]
+            kind = word >> 24 & 0x1F
             if kind >= _KNOWN_KINDS:
                 raise Unsupported(f"reading {PATH}: BTF kind {kind} is unknown to this version, a newer one is needed")
-            fixed, each = _EXTRA.get(kind, (0, 0))
-            at += 12 + fixed + each * vlen
+            at += fixed[kind] + each[kind] * (word & 0xFFFF)
         return positions
 
     def _text(self, offset: int) -> str:
@@ -90,11 +89,10 @@ class Btf:
         """The IDs of structs, by name; a name that has none is missing."""
         wanted = {offset: name for name in names for offset in self._offsets_of(name)}
         found: Dict[str, int] = {}
-        unpack = struct.Struct("=II").unpack_from
+        words = self._words
         for identity, at in enumerate(self._positions[1:], 1):
-            name_at, word = unpack(self._types, at)
-            if name_at in wanted and word >> 24 & 0x1F == _KIND_STRUCT:
-                found.setdefault(wanted[name_at], identity)
+            if words[at] in wanted and words[at + 1] >> 24 & 0x1F == _KIND_STRUCT:
+                found.setdefault(wanted[words[at]], identity)
         return found
 
     def _offsets_of(self, name: str) -> List[int]:
@@ -105,8 +103,8 @@ class Btf:
         return offsets
 
     def _members(self, identity: int) -> List[Member]:
-        at = self._positions[identity]
-        word = struct.unpack_from("=I", self._types, at + 4)[0]
+        at = self._positions[identity] * 4
+        word = self._words[self._positions[identity] + 1]
         if word >> 24 & 0x1F not in (_KIND_STRUCT, _KIND_UNION):
             return []
         has_bitfields = word >> 31
@@ -149,7 +147,7 @@ class Btf:
             identity = self._find([name]).get(name)
             if identity is None:
                 return None
-            return int(struct.unpack_from("=I", self._types, self._positions[identity] + 8)[0])
+            return self._words[self._positions[identity] + 2]
 
     def members(self, name: str) -> Dict[str, int]:
         """The offsets in octets of a struct's named members; empty when there is no such struct."""

@@ -13,11 +13,12 @@ import struct
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from imds_guard.errors import GuardError, Unsupported
 
-_LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
+_LD_IMM64, _PSEUDO_MAP_FD, _PSEUDO_FUNC = 0x18, 1, 4
+_R1_IS_R2 = struct.pack("=BBhi", 0xBF, 0x21, 0, 0)
 
 
 def has_bcc() -> bool:
@@ -99,23 +100,54 @@ def _stderr_of_c() -> Iterator[str]:
             os.close(saved)
 
 
+class Program(NamedTuple):
+    """Instructions of several functions, the program itself first: the name of each, and its first instruction."""
+
+    instructions: bytes
+    functions: Tuple[Tuple[str, int], ...]
+
+
+def with_steps(name: str, instructions: bytes, steps: Mapping[int, Tuple[str, bytes]]) -> Program:
+    """A function followed by those that it passes to bpf_loop(), which it names by the keys of ``steps``.
+
+    Each begins with a copy of its second argument, the context, to the first: bcc knows functions of one argument.
+    Encoding: BPF_PSEUDO_FUNC in include/uapi/linux/bpf.h, the distance to the function in instructions.
+    """
+    code = bytearray(instructions)
+    functions = {name: 0}
+    for at in _constants(instructions, _PSEUDO_FUNC):
+        step, body = steps[struct.unpack_from("=i", code, at + 4)[0]]
+        if step not in functions:
+            functions[step] = len(code) // 8
+            code += _R1_IS_R2 + body
+        struct.pack_into("=i", code, at + 4, functions[step] - at // 8 - 1)
+    return Program(bytes(code), tuple(functions.items()))
+
+
+def _constants(instructions: bytes, kind: int) -> Iterator[int]:
+    """Where the instructions of two slots are that load a constant of a kind (BPF_PSEUDO_*)."""
+    at = 0
+    while at < len(instructions):
+        wide = instructions[at] == _LD_IMM64
+        if wide and instructions[at + 1] >> 4 == kind:
+            yield at
+        at += 16 if wide else 8
+
+
 def linked(instructions: bytes, values: Mapping[int, int], base: int, fds: Sequence[int]) -> bytes:
     """The same instructions, with the fd of map n where they name map ``base`` + n, and with ``values`` by name.
 
     Raises GuardError when they name a map that is not ours. Encoding: struct bpf_insn, include/uapi/linux/bpf.h.
     """
     code = bytearray(instructions)
-    at = 0
-    while at < len(code):
-        opcode, registers, _, immediate = struct.unpack_from("=BBhi", code, at)
-        if opcode == _LD_IMM64 and registers >> 4 == _PSEUDO_MAP_FD:
-            number = immediate - base
-            if immediate in values:
-                code[at + 1] = registers & 0xF  # an ordinary constant
-                struct.pack_into("=i", code, at + 4, values[immediate])
-            elif 0 <= number < len(fds):
-                struct.pack_into("=i", code, at + 4, fds[number])
-            else:
-                raise GuardError(f"linking the eBPF programs: instruction {at // 8} names an unknown map ({immediate})")
-        at += 16 if opcode == _LD_IMM64 else 8
+    for at in _constants(instructions, _PSEUDO_MAP_FD):
+        immediate = struct.unpack_from("=i", code, at + 4)[0]
+        number = immediate - base
+        if immediate in values:
+            code[at + 1] &= 0xF  # an ordinary constant
+            struct.pack_into("=i", code, at + 4, values[immediate])
+        elif 0 <= number < len(fds):
+            struct.pack_into("=i", code, at + 4, fds[number])
+        else:
+            raise GuardError(f"linking the eBPF programs: instruction {at // 8} names an unknown map ({immediate})")
     return bytes(code)

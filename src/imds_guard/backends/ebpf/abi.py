@@ -17,6 +17,8 @@ from imds_guard.policy import Address
 ABI = 2
 MAP_BASE = 0x494D4400
 HOOK_HERE = 0x494D44FF
+STEPS = {0x494D4500: "ig_walk_four", 0x494D4501: "ig_search_one"}
+"""Functions that the hooks pass to bpf_loop(), by what they call them."""
 
 
 class Map(enum.IntEnum):

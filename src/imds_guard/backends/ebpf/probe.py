@@ -76,6 +76,16 @@ def knows_current_task() -> bool:
     return True
 
 
+def knows_loops() -> bool:
+    """True when programs here may use bpf_loop(), which v5.17 has, and needs the compiler to machine code (the JIT)."""
+    attach_type, prefix, *_ = abi.HOOKS["connect4"]
+    try:
+        os.close(bpf.prog_load(_LOOPS, f"{prefix}_probe", attach_type, None, (("ig_probe", 0), ("ig_step", 8))))
+    except OSError:
+        return False
+    return True
+
+
 def _instruction(opcode: int, registers: int, offset: int, immediate: int) -> bytes:
     return struct.pack("=BBhi", opcode, registers, offset, immediate)
 
@@ -89,6 +99,20 @@ _READS_KERNEL_MEMORY = b"".join(
         _instruction(0xB7, 0x02, 0, 8),  # r2 = 8
         _instruction(0x85, 0, 0, 113),  # bpf_probe_read_kernel(r1, r2, r3)
         _instruction(0xB7, 0x00, 0, 1),  # r0 = 1
+        _instruction(0x95, 0, 0, 0),  # exit
+    )
+)
+_LOOPS = b"".join(
+    (
+        _instruction(0xB7, 0x01, 0, 1),  # r1 = 1
+        _instruction(0x18, 0x42, 0, 6),  # r2 = the function six further on
+        _instruction(0x00, 0x00, 0, 0),
+        _instruction(0xB7, 0x03, 0, 0),  # r3 = 0
+        _instruction(0xB7, 0x04, 0, 0),  # r4 = 0
+        _instruction(0x85, 0, 0, 181),  # bpf_loop(r1, r2, r3, r4)
+        _instruction(0xB7, 0x00, 0, 1),  # r0 = 1
+        _instruction(0x95, 0, 0, 0),  # exit
+        _instruction(0xB7, 0x00, 0, 0),  # r0 = 0
         _instruction(0x95, 0, 0, 0),  # exit
     )
 )

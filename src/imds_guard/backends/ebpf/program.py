@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -58,6 +59,7 @@ def version_in_name(hook: str, name: str) -> Optional[str]:
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
 
 
+@functools.cache
 def kernel_offsets() -> Defines:
     """IG_OFF_* from the running kernel's BTF. Raises Unsupported where it has none that serve."""
     offsets = btf.read_kernel_btf().offsets(_OFFSETS)
@@ -66,12 +68,12 @@ def kernel_offsets() -> Defines:
 
 def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str, bytes]:
     """The instructions of the named hooks' functions, nothing yet put in: function -> instructions."""
-    folder = source_folder()
+    folder, loops = source_folder(), LOOP[0] in defines
     return compiler.compile_functions(
         (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
         str(folder),
         str(folder / "include"),
-        tuple(sorted({abi.HOOKS[name].function for name in names})),
+        tuple(sorted({abi.HOOKS[name].function for name in names} | (set(abi.STEPS.values()) if loops else set()))),
         kernel_offsets() + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
     )
 
@@ -80,15 +82,25 @@ WITHOUT_EGRESS: Defines = (("IG_WITHOUT_EGRESS", 1),)
 """A third of the time that compiling takes; strict alone has that hook."""
 DIRECT: Defines = (("IG_DIRECT", 1),)
 """Plain loads from the current task in place of a helper call a word; not every verifier takes them."""
+LOOP: Defines = (("IG_LOOP", 1),)
+"""Loops by bpf_loop(): loads in a tenth of the time."""
+PLAIN: Defines = (("IG_PLAIN", 1),)
+"""For tests: what serves every kernel, on one that could do better."""
 
 
 def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -> Dict[str, int]:
-    """The fd of the named hooks' programs, on the given maps: with plain loads where this kernel takes them."""
+    """The fd of the named hooks' programs, on the given maps: in the form that this kernel does best with."""
     version = source_version(defines)
-    if probe.knows_current_task():
+    better = () if PLAIN[0] in defines else better_form()
+    if better:
         with contextlib.suppress(Unsupported):
-            return _load_all(names, compile_hooks(names, defines + DIRECT), map_fds, version)
+            return _load_all(names, compile_hooks(names, defines + better), map_fds, version)
     return _load_all(names, compile_hooks(names, defines), map_fds, version)
+
+
+def better_form() -> Defines:
+    """What this kernel can do that Linux 5.10 can't."""
+    return (DIRECT if probe.knows_current_task() else ()) + (LOOP if probe.knows_loops() else ())
 
 
 def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> Dict[str, int]:
@@ -106,10 +118,12 @@ def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence
 def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:
     """The fd of a hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
     shape = abi.HOOKS[hook]
-    instructions = compiler.linked(code[shape.function], {abi.HOOK_HERE: shape.number}, abi.MAP_BASE, map_fds)
     name = program_name(hook, version)
+    steps = {place: (step, code[step]) for place, step in abi.STEPS.items() if step in code}
+    whole = compiler.with_steps(name, code[shape.function], steps)
+    instructions = compiler.linked(whole.instructions, {abi.HOOK_HERE: shape.number}, abi.MAP_BASE, map_fds)
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
-        fd, refusal = bpf.prog_load_explained(instructions, name, shape.attach_type)
+        fd, refusal = bpf.prog_load_explained(instructions, name, shape.attach_type, whole.functions)
     if fd < 0:
         raise Unsupported(
             f"loading the eBPF program {name}: the kernel's verifier refused it: {refusal}; nothing was changed, "

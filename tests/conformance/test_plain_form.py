@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hooks as they are compiled for the oldest kernels, on a kernel that has them in a better form.
+
+The forms differ in how they read credentials and in how they go through lists of groups: rows about these.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Iterator, Optional
+
+import pytest
+
+from imds_guard.backends.ebpf import program
+from imds_guard.kernel.sandbox import Sandbox
+from tests.conformance import cases_who
+from tests.conformance.conftest import EXPECTED_BACKENDS
+from tests.conformance.enforcers import Ebpf, Enforcer
+from tests.conformance.model import Case
+from tests.conformance.test_backends import check_row
+
+ROWS = [*cases_who.GROUPS, *cases_who.DENY_LISTS, *cases_who.USER_NAMESPACES]
+
+
+class PlainEbpf(Ebpf):
+    """Every kernel takes these programs."""
+
+    defines = program.PLAIN
+
+
+@pytest.fixture(scope="module")
+def enforcer(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Enforcer]:
+    """The better form is tried elsewhere; where there is none, so is this one."""
+    if not program.better_form():
+        if "ebpf" in EXPECTED_BACKENDS:
+            pytest.fail("a kernel of v5.17 or later is expected here, and knows neither bpf_loop() nor the task's type")
+        pytest.skip("eBPF is not to be had, or this kernel has no better form: test_backends.py has tried this one")
+    with PlainEbpf(tmp_path_factory.mktemp("plain")) as one:
+        yield one
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
+def test_row(case: Case, enforcer: Enforcer, sandbox: Sandbox, lacking: Dict[str, Optional[str]]) -> None:
+    """The same outcome, the same reason, the same policy read back."""
+    check_row(case, "ebpf", enforcer, sandbox, lacking)
