@@ -54,7 +54,7 @@ __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 /*
  * A loop: up to times, at the most most, runs of step(context), until one returns another value than 0. With bpf_loop()
  * (v5.17) the verifier follows the step once, and not each run of it. The step is a function then, which the loader puts
- * behind the program (compiler.linked()); it has one argument, since bcc takes further ones for those of a kprobe.
+ * behind the program (compiler.with_steps()); it has one argument, since bcc takes further ones for those of a kprobe.
  */
 #ifdef IG_LOOP
 static long (*ig_loop)(__u32 times, const void *step, void *context, __u64 flags) = (void *)181;
