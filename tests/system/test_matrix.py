@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Dict, Tuple
@@ -23,6 +25,22 @@ TREE = Path(__file__).resolve().parents[2]
 RUN = TREE / "vagrant" / "run.py"
 EXPECTS_BOTH, EXPECTS_ONE, EXPECTS_NONE = "6.1-debian-12", "lockdown", "neither"
 
+_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from vagrant.matrix import process, userland
+
+folder, nobody = Path(sys.argv[1]), int(sys.argv[2])
+os.chown(folder, nobody, nobody)
+os.setgroups([])
+os.setgid(nobody)
+os.setuid(nobody)
+with userland.scratch_of_owners(folder) as scratch:
+    make = 'mkdir "$1/theirs"; touch "$1/theirs/file"; chown -R 5:6 "$1/theirs"; stat -c %u:%g "$1/theirs/file"'
+    print(process.run(userland.as_owner(["sh", "-ec", make, "sh", str(scratch)])), os.listdir(scratch))
+print(os.listdir(folder))
+"""
+NOBODY = 65534
 GOOD = {"test_row[ebpf-a]": "passed", "test_row[iptables-a]": "passed"}
 
 
@@ -97,6 +115,34 @@ def test_the_list_is_the_file() -> None:
     words = [sys.executable, str(RUN), "--list", "--json"]
     listed = json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
     assert [one["name"] for one in listed] == [one.name for one in table.load().rows]
+
+
+def without_root(tmp_path: Path, sub_ids: str) -> subprocess.CompletedProcess[str]:
+    """Files of others' are made by nobody, who has these sub-IDs, in a folder that nobody else may enter."""
+    if os.geteuid() != 0 or shutil.which("newuidmap") is None:
+        pytest.skip("giving somebody sub-IDs needs root and newuidmap")
+    (tmp_path / "sub").write_text(sub_ids, encoding="ascii")
+    given = 'mount --bind "$1" /etc/subuid; mount --bind "$1" /etc/subgid; shift; exec "$@"'
+    with tempfile.TemporaryDirectory() as folder:
+        words = [sys.executable, "-c", _AS_NOBODY, folder, str(NOBODY)]
+        return subprocess.run(
+            ["unshare", "--mount", "sh", "-ec", given, "sh", str(tmp_path / "sub"), *words],
+            cwd=TREE, capture_output=True, check=False, text=True, timeout=60,
+        )  # fmt: skip
+
+
+def test_without_root_files_have_owners_and_none_is_left(tmp_path: Path) -> None:
+    """As images and what is installed in them are made; rmtree() could not remove what others own."""
+    done = without_root(tmp_path, "nobody:300000:65536\n")
+    assert done.stdout.split("\n") == ["5:6", " ['theirs']", "[]", ""], done.stderr
+
+
+def test_who_has_no_sub_ids_is_told_what_to_do(tmp_path: Path) -> None:
+    """In the words of unshare(1) and ours."""
+    done = without_root(tmp_path, "somebody:300000:65536\n")
+    assert done.returncode != 0
+    assert '"nobody" in /etc/subuid' in done.stderr
+    assert "usermod --add-subuids" in done.stderr
 
 
 def test_an_unknown_row_is_named() -> None:

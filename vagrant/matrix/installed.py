@@ -6,13 +6,12 @@ An emulated processor takes twenty seconds to install a wheel and to compile pyt
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Dict
 
 from vagrant.matrix import cache
 from vagrant.matrix.process import find, run
-from vagrant.matrix.userland import as_owner
+from vagrant.matrix.userland import as_owner, scratch_of_owners
 
 RECIPE_VERSION = 3
 """One more whenever what _build() makes changes: the cache goes by it."""
@@ -30,18 +29,14 @@ def fetch(image: Path, wheel: Path, tools: Path) -> Dict[str, Path]:
 
 
 def _build(draft: Path, image: Path, wheel: Path, tools: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=draft) as scratch:
-        # In a user namespace its root is not us: it may write into this folder, and only what it packs up becomes ours.
-        Path(scratch).chmod(0o777)
-        run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), scratch, *map(str, (image, wheel, tools))]))
-        run(["tar", "-xf", f"{scratch}/made.tar", "-C", str(draft), "--no-same-owner"])
+    with scratch_of_owners(draft) as scratch:
+        run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), *map(str, (scratch, image, wheel, tools, draft))]))
 
 
-# debugfs exits with 0 come what may, but then there is no Python in the copy. The copy is removed here: its owners
-# need not be us (as_owner()). An older pip knows no --break-system-packages, and takes the variable for nothing.
+# debugfs exits with 0 come what may, but then there is no Python in the copy. An older pip knows no
+# --break-system-packages, and takes the variable for nothing.
 _INSTALL = """
 mkdir "$2/root"
-trap 'cd / && rm -rf "$2/root"' EXIT
 cd "$2/root"
 "$1" -R "rdump / ." "$3" 2>/dev/null
 mkdir -p job
@@ -55,7 +50,5 @@ python3 -m pip install --quiet --no-deps --no-index --no-warn-script-location ./
 cd tools
 python3 -m compileall -q -j 1 *pytest pluggy iniconfig packaging
 '
-mv usr/local local
-tar -cf "$2/made.tar" local -C job tools
-chmod 644 "$2/made.tar"
+mv usr/local job/tools "$6"
 """

@@ -21,23 +21,28 @@ PACKAGES: Dict[str, str] = {
     "dpkg-deb": "dpkg",
     "tar": "tar",
     "unshare": "util-linux",
+    "newuidmap": "uidmap",
 }
 """Program -> the Debian package that has it."""
 
 
 def find(name: str) -> str:
     """The absolute path of a program; /usr/sbin counts even where PATH leaves it out (mke2fs and depmod are there)."""
-    path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin")
+    path = shutil.which(name, path=_search_path())
     if path is None:
         raise MatrixError(f"{name} is not installed: apt-get install {PACKAGES.get(name, name)}")
     return path
+
+
+def _search_path() -> str:
+    return (os.environ.get("PATH") or "/usr/bin") + ":/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def run(
     argv: Sequence[str], env: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, deadline_s: float = 900
 ) -> str:
     """Runs a program to its end and returns its standard output. Raises MatrixError with its stderr when it fails."""
-    merged = {**os.environ, "LC_ALL": "C", **(env or {})}
+    merged = {**os.environ, "PATH": _search_path(), "LC_ALL": "C", **(env or {})}
     try:
         done = subprocess.run(
             [find(argv[0]), *argv[1:]],

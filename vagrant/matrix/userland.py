@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, Iterator, List, Sequence
 
 from vagrant.matrix import archive as debian
 from vagrant.matrix import cache
-from vagrant.matrix.process import run
+from vagrant.matrix.errors import MatrixError
+from vagrant.matrix.process import find, run
 from vagrant.matrix.table import Archive, Userland
 
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
@@ -31,21 +33,21 @@ def fetch(archive: Archive, userland: Userland) -> Path:
 
 
 def _build(draft: Path, archive: Archive, userland: Userland) -> None:
-    tarball = draft / "root.tar"
-    run(_bootstrap(archive, userland, tarball), deadline_s=3600)
-    with tempfile.TemporaryDirectory(dir=draft) as folder:
-        script = ["sh", "-ec", _TO_DISK, "sh", str(tarball), f"{folder}/root", str(draft / "root.img"), str(SPARE_MIB)]
-        run(as_owner(script))
-    tarball.unlink()
+    with scratch_of_owners(draft) as scratch:
+        run(_bootstrap(archive, userland, scratch / "root.tar"), deadline_s=3600)
+        # Root of a user namespace may not make devices (mknod(2)); guests mount a devtmpfs over them anyway.
+        left_out = [] if os.geteuid() == 0 else ["--exclude=./dev/*"]
+        run(as_owner(["sh", "-ec", _TO_DISK, "sh", str(scratch), str(draft / "root.img"), str(SPARE_MIB), *left_out]))
 
 
 _TO_DISK = """
-mkdir "$2"
-tar -xf "$1" -C "$2" --numeric-owner --xattrs --xattrs-include='*'
-size=$(du -sm --apparent-size "$2" | cut -f1)
-PATH="$PATH:/usr/sbin:/sbin"
-mke2fs -q -t ext2 -b 4096 -m 0 -d "$2" "$3" $((size * 5 / 4 + $4))M
-rm -rf "$2"
+cd "$1"
+image=$2 spare=$3
+shift 3
+mkdir root
+tar -xf root.tar -C root --numeric-owner --xattrs --xattrs-include='*' "$@"
+size=$(du -sm --apparent-size root | cut -f1)
+mke2fs -q -t ext2 -b 4096 -m 0 -d root "$image" $((size * 5 / 4 + spare))M
 """
 
 
@@ -62,5 +64,32 @@ def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> List[str]
 
 
 def as_owner(argv: Sequence[str]) -> List[str]:
-    """Argv so that files' owners are what they are in the image: as root, or in a user namespace of mmdebstrap's."""
-    return list(argv) if os.geteuid() == 0 else ["mmdebstrap", "--unshare-helper", *argv]
+    """Argv so that files' owners are what they are in the image: as root, or in a user namespace whose root is us.
+
+    Root of mmdebstrap's own namespaces (--unshare-helper) is a sub-ID: a home of mode 700 shuts it out.
+    """
+    if os.geteuid() == 0:
+        return list(argv)
+    find("newuidmap")
+    namespace = ["unshare", "--map-root-user", "--map-auto"]
+    try:
+        # By itself first: where there may be no user namespace, a child that waits to map sub-IDs is left for ever.
+        run(["unshare", "--user", "true"])
+        run([*namespace, "chroot", "/", "true"])
+    except MatrixError as error:
+        raise MatrixError(
+            f"{error}; without root, disk images are made in a user namespace: that takes util-linux 2.38 and sub-IDs "
+            "(usermod --add-subuids FIRST-LAST --add-subgids FIRST-LAST $USER, 65536 that are nobody's), or be root"
+        ) from error
+    return [*namespace, *argv]
+
+
+@contextmanager
+def scratch_of_owners(draft: Path) -> Iterator[Path]:
+    """A folder for as_owner(): what is left in it need not be ours, so that its owner removes it."""
+    folder = tempfile.mkdtemp(dir=draft)
+    remove = as_owner(["rm", "-rf", folder])
+    try:
+        yield Path(folder)
+    finally:
+        run(remove)
