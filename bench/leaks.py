@@ -21,7 +21,7 @@ from typing import Callable, Dict, Iterator, List, Set
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src")]
 
-from imds_guard.backends.ebpf import EbpfBackend, program
+from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel import bpf, bpffs
 from imds_guard.kernel.cgroup import open_cgroup
@@ -145,8 +145,6 @@ def _is_there(command: int, identity: int) -> bool:
 @contextmanager
 def ebpf_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
     """A function that starts and stops once and, when it is told to, counts."""
-    offsets = program.kernel_offsets()
-    program.kernel_offsets = lambda: offsets  # reading BTF takes half of the time of a round, and is the same each time
     with Sandbox() as sandbox:
         backend, seen, charged = EbpfBackend(sandbox.cgroup, FAST), Seen(), Charged()
 
