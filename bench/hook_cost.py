@@ -14,7 +14,7 @@ import socket
 import statistics
 import struct
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, List, Sequence, Tuple
 
@@ -59,7 +59,7 @@ def _many(count: int) -> List[str]:
 def cases() -> List[Case]:
     """Those that the budget names."""
     many = range(10**6, 10**6 + 99_999)
-    strict = replace(_policy([LOCKED], [USER]), strict=True)
+    strict = _policy([LOCKED], [USER])._replace(strict=True)
     sixteen = (*range(62_100, 62_115), GROUP)
     return [
         Case("not locked, 1 lock", _policy([LOCKED], [USER]), OPEN, OTHER_USER, (), 1.5),

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.forwarded import Forwarded
@@ -44,8 +43,7 @@ Tell = Callable[[str], None]
 """Takes a line about what is being done now, for someone who waits at a terminal."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where and how to enforce: ``backend`` is ``auto``, ``ebpf`` or ``iptables``."""
 
     backend: str = choose.AUTO
@@ -57,15 +55,14 @@ class Place:
     """Connections that the policy does not allow stay open."""
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a change came to. ``lines`` tell what was done, ``warnings`` what to look at."""
 
     backend: str
     policy: Policy
-    lines: List[str] = field(default_factory=list)
-    warnings: List[str] = field(default_factory=list)
-    shut_out: List[preflight.ShutOut] = field(default_factory=list)
+    lines: List[str]
+    warnings: List[str]
+    shut_out: List[preflight.ShutOut]
     existing: Optional[connections.Sweep] = None
     """Connections that were there before; None where nobody lost a right."""
 
@@ -224,7 +221,7 @@ def _change(edited: Callable[[Policy], Policy], place: Place, takes_away: bool) 
     backend, policy = the_running(cgroup)
     wanted = edited(policy)
     if wanted == policy:
-        return Outcome(backend.name, policy, ["the policy says so already"])
+        return Outcome(backend.name, policy, ["the policy says so already"], [], [])
     lines = backend.apply(wanted) if not hasattr(backend, "change") else backend.change(wanted)
     if cgroup is None:
         lines += Forwarded().follow(wanted)
@@ -314,8 +311,7 @@ def save(policy: Policy, place: Place, path: str) -> None:
     try:
         kept = load_config(path, use_stored_ids=True) if os.path.exists(path) else Config(policy)
         cgroup = place.cgroup or kept.cgroup
-        wanted = replace(
-            kept,
+        wanted = kept._replace(
             policy=policy,
             backend=kept.backend if place.backend == choose.AUTO else place.backend,
             cgroup=cgroup,
@@ -350,8 +346,7 @@ def export(policy: Policy, form: str) -> Exported:
 # --- looking --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What the kernel holds. ``backend`` is None when nothing is active."""
 
     backend: Optional[str]
@@ -399,8 +394,7 @@ def _forwarding_faults(policy: Optional[Policy]) -> List[str]:
         return []
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """What each backend says, in the order in which they are taken, and who would be shut out."""
 
     verdicts: List[choose.Verdict]

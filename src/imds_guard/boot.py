@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from typing import Callable, List, Optional
+from typing import Callable, List, NamedTuple, Optional
 
 from imds_guard import actions
 from imds_guard.actions import Outcome, Place, Tell
@@ -17,8 +16,7 @@ from imds_guard.kernel.dmi import dmi_words
 from imds_guard.policy import Policy, PolicyError
 
 
-@dataclass(frozen=True)
-class Booted:
+class Booted(NamedTuple):
     """What is in force now. ``error`` is why it is not the configuration's policy; ``outcome`` what was put on."""
 
     outcome: Optional[Outcome] = None
@@ -49,8 +47,7 @@ def place_of(config: Config, place: Place) -> Place:
     """Where a configuration wants to be enforced, unless ``place`` says otherwise."""
     backend = config.backend if place.backend == choose.AUTO else place.backend
     cgroup = place.cgroup or config.cgroup
-    return replace(
-        place,
+    return place._replace(
         backend=backend,
         cgroup=cgroup,
         forwarded=place.forwarded or (config.forwarded if cgroup is None else None),
@@ -98,7 +95,7 @@ def _is_running(cgroup: Optional[str]) -> bool:
 
 def lock_down(place: Place, tell: Tell, begin: Begin) -> Outcome:
     """Puts the emergency lock on, with whatever backend can."""
-    return put_on(emergency_policy(dmi_words()), replace(place, backend=choose.AUTO), tell, begin)
+    return put_on(emergency_policy(dmi_words()), place._replace(backend=choose.AUTO), tell, begin)
 
 
 def put_on(policy: Policy, place: Place, tell: Tell, begin: Begin) -> Outcome:
@@ -110,7 +107,7 @@ def put_on(policy: Policy, place: Place, tell: Tell, begin: Begin) -> Outcome:
     except GuardError as error:
         if place.backend != choose.AUTO or place.cgroup is not None:
             raise
-        outcome = begin(policy, replace(place, backend="iptables"), tell)
+        outcome = begin(policy, place._replace(backend="iptables"), tell)
         outcome.warnings.append(f"ebpf failed: {error}")
         return outcome
 

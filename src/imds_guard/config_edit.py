@@ -7,7 +7,6 @@ the next table. Whatever comes of that is read again before it is taken.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Dict, List, Optional, Tuple
 
 from imds_guard.config_reader import Config, locks_by_table, parse_config
@@ -107,7 +106,7 @@ class _Edit:
         before = next(lock for lock in locks if lock.name == name)
         # The words for the endpoints can stay if they, with the new lists, stand for locks that are all wanted.
         endpoints = tuple(endpoint for lock in locks for endpoint in lock.endpoints)
-        if not self.take(make_policy(set_apart(replace(wanted, endpoints=endpoints))).locks):
+        if not self.take(make_policy(set_apart(wanted._replace(endpoints=endpoints))).locks):
             del self.wanted[name]
             table = self.document["lock"][name]
             if "preset" in table:

@@ -7,8 +7,7 @@ The grammar is the commented sample, data/config.toml. Nothing unknown in a file
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, TypeVar, Union
 
 from imds_guard.emergency import EMERGENCY_LOCK
 from imds_guard.endpoint_words import parse_endpoint
@@ -33,8 +32,7 @@ Meaning = TypeVar("Meaning")
 Resolve = Callable[[Union[str, int]], int]
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """What a configuration file says. ``warnings`` are sentences about names that have changed since it was saved."""
 
     policy: Policy
@@ -45,7 +43,17 @@ class Config:
     forwarded: Optional[str] = None
     """As Place.forwarded."""
     resolve_groups: bool = False
-    warnings: Tuple[str, ...] = field(default=(), compare=False)
+    warnings: Tuple[str, ...] = ()
+    """Configurations that differ in these alone are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Config) and tuple(self[:-1]) == tuple(other[:-1])
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(tuple(self[:-1]))
 
 
 def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_words: Optional[str] = None) -> Config:
@@ -93,15 +101,15 @@ def locks_by_table(text: str, use_stored_ids: bool = False) -> Dict[str, Tuple[L
     return {name: make_policy(file.lock(name, table)).locks for name, table in tables.items()}
 
 
-@dataclass
 class _File:
     """One file being read: where its keys stand, and the warnings so far."""
 
-    name: str
-    lines: KeyLines
-    use_stored_ids: bool
-    dmi_words: Optional[str]
-    warnings: List[str] = field(default_factory=list)
+    def __init__(self, name: str, lines: KeyLines, use_stored_ids: bool, dmi_words: Optional[str]) -> None:
+        self.name = name
+        self.lines = lines
+        self.use_stored_ids = use_stored_ids
+        self.dmi_words = dmi_words
+        self.warnings: List[str] = []
 
     def fail(self, path: Path, sentence: str, word: str = "") -> NoReturn:
         """Raises BadPolicy with the line of ``word`` in the value of ``path``."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
@@ -35,8 +34,7 @@ _NO_GROUP = MAX_ID + 1
 # --- what is found --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(NamedTuple):
     """A process with a descriptor of a socket. The name is safe to print."""
 
     pid: int
@@ -44,8 +42,7 @@ class Holder:
     user: str
 
 
-@dataclass(frozen=True)
-class Connection:
+class Connection(NamedTuple):
     """A connection to a locked endpoint that the policy does not allow."""
 
     protocol: Protocol
@@ -59,8 +56,7 @@ class Connection:
     why: str
 
 
-@dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedTuple):
     """What was found, and what came of it."""
 
     looked_into: Tuple[Namespace, ...]

@@ -10,8 +10,7 @@ import errno
 import ipaddress
 import socket
 import textwrap
-from dataclasses import dataclass
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Sequence, Tuple
 
 from imds_guard.backends import Backend
 from imds_guard.kernel import listeners
@@ -44,8 +43,7 @@ _LISTED_USER, _MEMBER, _STRANGER = 61_001, 61_002, 61_003
 _LISTED_GROUP, _OTHER_GROUP = 62_001, 62_002
 
 
-@dataclass(frozen=True)
-class DemoCaller:
+class DemoCaller(NamedTuple):
     """Somebody who tries."""
 
     words: str
@@ -73,8 +71,7 @@ ATTEMPTS: Tuple[Tuple[DemoCaller, str], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class DemoRow:
+class DemoRow(NamedTuple):
     """What became of one caller's request. ``before`` and ``after`` are ``answered`` or an errno's name."""
 
     caller: str
@@ -90,8 +87,7 @@ class DemoRow:
         return (self.after == ANSWERED) == self.decision.allowed
 
 
-@dataclass(frozen=True)
-class DemoResult:
+class DemoResult(NamedTuple):
     """All rows, and what the backend said when it was applied."""
 
     rows: Tuple[DemoRow, ...]

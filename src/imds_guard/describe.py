@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Dict, Optional, Pattern, Tuple
+from typing import TYPE_CHECKING, Dict, NamedTuple, Optional, Pattern, Tuple
 
 from imds_guard.identity import group_name, user_name
 from imds_guard.kernel.cgroup import Cgroup
@@ -30,8 +29,7 @@ _SLACK_S = 1.5
 # --- the program ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """What a process runs now; None for what can't be had."""
 
     exe: Optional[str] = None
@@ -76,8 +74,7 @@ def _command_line(process: psutil.Process) -> Optional[str]:
 # --- the place ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Home:
+class Home(NamedTuple):
     """A cgroup's path below the mount, and what it says of unit and container. Names as systemd escapes them."""
 
     path: Optional[str] = None

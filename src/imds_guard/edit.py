@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Callable, List, Optional, Set, Tuple
 
 from imds_guard.endpoint_words import endpoint_words
@@ -29,7 +28,7 @@ def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) 
     """``policy`` with ``who`` on the allowlist of every lock, or of the endpoint. Raises UsageError, BadPolicy."""
 
     def change(lock: Lock) -> Lock:
-        return replace(lock, allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))
+        return lock._replace(allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))
 
     return _change(policy, endpoint, change)
 
@@ -49,7 +48,7 @@ def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None)
         users = lock.allow.users - who.users
         if _is_wireserver(lock):
             users |= lock.allow.users & {0}
-        return replace(lock, allow=Identities(users, lock.allow.groups - who.groups))
+        return lock._replace(allow=Identities(users, lock.allow.groups - who.groups))
 
     return _change(policy, endpoint, change)
 
@@ -97,11 +96,11 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]
             locks.append(change(lock) if inside else lock)
             continue
         found = True
-        changed = change(replace(lock, endpoints=inside))
+        changed = change(lock._replace(endpoints=inside))
         if changed.allow == lock.allow:
             locks.append(lock)  # nothing to tell the parts apart
             continue
-        locks += [replace(lock, endpoints=outside), replace(changed, name=free_name(endpoint, names))]
+        locks += [lock._replace(endpoints=outside), changed._replace(name=free_name(endpoint, names))]
     if not found:
         locks, found = _change_within(policy, endpoint, change, names)
     if not found:
@@ -121,9 +120,9 @@ def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: Se
         common = Endpoint(endpoint.network, common_ports(one.tcp, endpoint.tcp), common_ports(one.udp, endpoint.udp))
         if one.network.prefixlen == longest and (common.tcp or common.udp):
             found = True
-            changed = change(replace(lock, endpoints=(common,)))
+            changed = change(lock._replace(endpoints=(common,)))
             if changed.allow != lock.allow:
-                locks.append(replace(changed, name=free_name(endpoint, names)))
+                locks.append(changed._replace(name=free_name(endpoint, names)))
     return locks, found
 
 

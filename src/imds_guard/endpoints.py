@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from dataclasses import dataclass
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy import ALL_PORTS, Address, Endpoint, Network, Ports, minus_ports, unmapped
@@ -30,8 +29,7 @@ class Standing(str, enum.Enum):
     """Never but by its own preset: containers' credentials, which the containers need."""
 
 
-@dataclass(frozen=True)
-class Service:
+class Service(NamedTuple):
     """One metadata service at an address."""
 
     name: str
@@ -41,8 +39,7 @@ class Service:
     """The ports it is known to listen on, for display; what is locked is in BuiltIn."""
 
 
-@dataclass(frozen=True)
-class BuiltIn:
+class BuiltIn(NamedTuple):
     """An address of the table with every service that is known there."""
 
     address: Address

@@ -8,7 +8,6 @@ brings the time.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Callable, Deque, Dict, List, Set
 
 WINDOW_S = 10.0
@@ -18,18 +17,17 @@ PROCESSES = 1000
 """Of a kind's processes so many are told apart."""
 
 
-@dataclass
 class Fold:
     """Records that are alike, and have not come out yet."""
 
-    key: bytes
-    first: bytes
-    last: bytes
-    due: float
-    count: int = 1
-    processes: Set[bytes] = field(default_factory=set)
-    memory: object = None
-    """Whatever the caller wants to know again when the fold comes out the next time."""
+    def __init__(self, key: bytes, record: bytes, due: float, processes: Set[bytes]) -> None:
+        self.key = key
+        self.first = self.last = record
+        self.due = due
+        self.count = 1
+        self.processes = processes
+        self.memory: object = None
+        """Whatever the caller wants to know again when the fold comes out the next time."""
 
 
 class Folding:
@@ -52,7 +50,7 @@ class Folding:
         elif len(self._open) >= KINDS:
             self.crowded_out += 1
         else:
-            fold = Fold(key, record, record, now + WINDOW_S, 1, {self._process(record)})
+            fold = Fold(key, record, now + WINDOW_S, {self._process(record)})
             self._open[key] = self._new[key] = fold
 
     def _join(self, fold: Fold, record: bytes) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Iterable, List, Optional, Set, Tuple
 
 from imds_guard.endpoint_words import parse_endpoint
@@ -43,9 +42,9 @@ def lockdown(policy: Optional[Policy], ip: str, users: Iterable[int] = ()) -> Po
             continue
         _check_not_denied(lock, added)
         name = free_name(endpoint, names) if outside else lock.name
-        locks += [replace(lock, endpoints=outside)] if outside else []
+        locks += [lock._replace(endpoints=outside)] if outside else []
         allow = Identities(lock.allow.users | added, lock.allow.groups)
-        locks.append(replace(lock, name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
+        locks.append(lock._replace(name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
     if open_yet.tcp or open_yet.udp:
         locks += set_apart(Lock(free_name(endpoint, names), (open_yet,), Identities(added)))
     return _checked(locks, policy)

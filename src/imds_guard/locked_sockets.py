@@ -7,7 +7,6 @@ import ipaddress
 import os
 import socket
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
 
 from imds_guard.errors import system_words
@@ -27,8 +26,7 @@ _PRIVILEGED_PORTS = 1024
 _SHOWN = 3
 
 
-@dataclass(frozen=True)
-class Scope:
+class Scope(NamedTuple):
     """Where to look: a path of a cgroup2 directory for sockets made in it or below; all network namespaces, or this."""
 
     cgroup: Optional[str] = None
@@ -43,13 +41,13 @@ class Candidate(NamedTuple):
     destination: Destination
 
 
-@dataclass
 class Candidates:
     """What was found, where was looked, and what could not be seen and why."""
 
-    sockets: List[Candidate] = field(default_factory=list)
-    looked_into: List[Namespace] = field(default_factory=list)
-    unseen: List[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.sockets: List[Candidate] = []
+        self.looked_into: List[Namespace] = []
+        self.unseen: List[str] = []
 
 
 def candidates(policy: Policy, scope: Scope) -> Candidates:

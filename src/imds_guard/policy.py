@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from dataclasses import dataclass, field, replace
-from typing import Dict, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -136,8 +135,7 @@ def unmapped(address: Address) -> Address:
     return address
 
 
-@dataclass(frozen=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """A locked address or prefix, with its locked ports for each protocol."""
 
     network: Network
@@ -157,8 +155,7 @@ class Endpoint:
         return (self.network.version, int(self.network.network_address), self.network.prefixlen)
 
 
-@dataclass(frozen=True)
-class Identities:
+class Identities(NamedTuple):
     """User IDs and group IDs of the initial user namespace. gid 0 is not uid 0."""
 
     users: FrozenSet[int] = frozenset()
@@ -171,8 +168,7 @@ class Identities:
 NOBODY = Identities()
 
 
-@dataclass(frozen=True)
-class Lock:
+class Lock(NamedTuple):
     """Endpoints, who may reach them, and what happens to everyone else."""
 
     name: str
@@ -187,8 +183,7 @@ class Lock:
         return self.allow.groups | self.deny.groups
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """All locks of a machine. Make one with ``make_policy()``, which checks it and gives it its normal form."""
 
     locks: Tuple[Lock, ...]
@@ -236,7 +231,7 @@ def _normal_lock(lock: Lock) -> Lock:
             raise PolicyError(f"lock {lock.name!r}: {endpoint.network} has no ports")
     if not merged:
         raise PolicyError(f"lock {lock.name!r} has no endpoint")
-    return replace(lock, endpoints=tuple(sorted(merged.values(), key=Endpoint.sort_key)))
+    return lock._replace(endpoints=tuple(sorted(merged.values(), key=Endpoint.sort_key)))
 
 
 def _normal_network(network: Network) -> Network:
@@ -284,8 +279,7 @@ def _check_overlaps(locks: Sequence[Lock]) -> None:
 # --- who connects where ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(NamedTuple):
     """The credentials of the connecting task, as IDs of the initial user namespace (credentials(7))."""
 
     fsuid: int
@@ -301,8 +295,7 @@ class Caller:
         return not (self.pid_namespace_is_initial and self.user_namespace_is_initial)
 
 
-@dataclass(frozen=True)
-class Destination:
+class Destination(NamedTuple):
     """Where a connect goes: address as it was given, port in host byte order."""
 
     address: Address
@@ -310,8 +303,7 @@ class Destination:
     protocol: Protocol = Protocol.TCP
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """What the kernel would take as a socket's source, which is where 0.0.0.0 leads.
 
     ``address`` is None when the socket is not bound. ``by_device`` is True when the kernel picks the address of an
@@ -326,15 +318,23 @@ class Source:
 UNBOUND = Source()
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The outcome for one connect. ``lock`` is None when nothing is locked there."""
 
     allowed: bool
     reason: Reason
     lock: Optional[str] = None
-    matched: Optional[Tuple[str, int]] = field(default=None, compare=False)
-    """The list entry that decided: ("user", uid) or ("group", gid)."""
+    matched: Optional[Tuple[str, int]] = None
+    """The list entry that decided: ("user", uid) or ("group", gid). Decisions that differ in it alone are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Decision) and tuple(self[:3]) == tuple(other[:3])
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(tuple(self[:3]))
 
 
 # --- the decision ---------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def decide(policy: Policy, caller: Caller, destination: Destination, source: Sou
         if _claimed_anywhere(policy, destination):
             return _decision(policy, Reason.UNSPECIFIED_DESTINATION, None)
         return Decision(True, Reason.NOT_LOCKED)
-    lock = find_lock(policy, replace(destination, address=address))
+    lock = find_lock(policy, destination._replace(address=address))
     if lock is None:
         return Decision(True, Reason.NOT_LOCKED)
     reason, matched = _judge(policy, lock, caller)

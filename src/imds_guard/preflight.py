@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.endpoints import BUILT_IN, Standing
 from imds_guard.errors import BadPolicy, NotPermitted
@@ -21,8 +20,7 @@ HTTP = 80
 _INTERPRETER = re.compile(r"python[0-9.]*|(?:ba|da)?sh")
 
 
-@dataclass(frozen=True)
-class Client:
+class Client(NamedTuple):
     """A program that is known to fetch metadata."""
 
     name: str
@@ -98,8 +96,7 @@ CLIENTS: Tuple[Client, ...] = (
 )
 
 
-@dataclass(frozen=True)
-class ShutOut:
+class ShutOut(NamedTuple):
     """Someone whom a policy would deny. ``pid`` is None for a client that is installed and does not run now."""
 
     pid: Optional[int]

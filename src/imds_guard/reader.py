@@ -8,9 +8,8 @@ import select
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Dict, Optional, cast
+from typing import Any, Dict, NamedTuple, Optional, cast
 
 from imds_guard.backends import choose
 from imds_guard.backends.ebpf import abi
@@ -37,8 +36,7 @@ _SPARED_BY_ALLOWED = 50
 FINISH_S = 2.0
 
 
-@dataclass(frozen=True)
-class Wish:
+class Wish(NamedTuple):
     """What is to be watched: a cgroup's guard or the machine's, with what is let through or without; only what is
     there now, or on and on.
     """

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 from imds_guard import edit
 from imds_guard.actions import the_running
@@ -37,8 +36,7 @@ _OTHERWISE: Dict[Reason, str] = {
 _AUDIT = "audit mode denies nobody: when all who should pass are on the list, start with --mode enforce"
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(NamedTuple):
     """What would let users in: the command for each, and the whole policy as TOML; empty when listing helps nobody."""
 
     commands: Tuple[Tuple[str, int], ...]
@@ -46,8 +44,7 @@ class Way:
     config: str
 
 
-@dataclass(frozen=True)
-class Reported:
+class Reported(NamedTuple):
     """The report, and what would let those in it through."""
 
     report: Report
@@ -86,7 +83,7 @@ def way_in(policy: Policy, rows: Tuple[Row, ...], cgroup: Optional[str]) -> Way:
 
 
 def _with_users(lock: Lock, users: Set[int]) -> Lock:
-    return replace(lock, allow=Identities(lock.allow.users | users, lock.allow.groups))
+    return lock._replace(allow=Identities(lock.allow.users | users, lock.allow.groups))
 
 
 def _command(user: str, endpoint: Optional[str], cgroup: Optional[str]) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
-from typing import List, Tuple
+from typing import List, NamedTuple, Tuple
 
 from imds_guard import actions
 from imds_guard.actions import Place
@@ -34,8 +33,7 @@ _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 -- r
 """What ProtectHome= and PrivateTmp= hide from the units."""
 
 
-@dataclass(frozen=True)
-class Wishes:
+class Wishes(NamedTuple):
     """Which of the units, and whether to begin now."""
 
     watch: bool = False
@@ -58,8 +56,7 @@ class Wishes:
         )
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """What was done, and what to look at."""
 
     lines: List[str]

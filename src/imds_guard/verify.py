@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
-from typing import List, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 from imds_guard import actions, boot
 from imds_guard.actions import Place, Status, Tell
@@ -16,8 +15,7 @@ from imds_guard.emergency import FAULT as EMERGENCY_FAULT
 from imds_guard.errors import BadPolicy, GuardError
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """What was found, and what is so after the repair, if there was one.
 
     ``repaired`` has a line for each fault that is gone: what was wrong, and what was done. ``failure`` is why nothing
@@ -26,15 +24,15 @@ class Checked:
 
     before: Status
     after: Status
-    repaired: List[str] = field(default_factory=list)
-    notes: List[str] = field(default_factory=list)
+    repaired: List[str]
+    notes: List[str]
     failure: Optional[GuardError] = None
 
 
 def verify(path: str, place: Place) -> Checked:
     """Looks, and changes nothing. The configuration says where, unless ``place`` does."""
     found = actions.status(_place(path, place).cgroup)
-    return Checked(found, found)
+    return Checked(found, found, [], [])
 
 
 def repair(path: str, place: Place, tell: Tell) -> Checked:
@@ -48,11 +46,11 @@ def repair(path: str, place: Place, tell: Tell) -> Checked:
     with actions.one_at_a_time(where.cgroup):
         before = actions.status(where.cgroup)
         if not _wants_repair(before, path):
-            return Checked(before, before)
+            return Checked(before, before, [], [])
         try:
             done, notes = _put_back(before, path, where, tell)
         except GuardError as error:
-            return Checked(before, actions.status(where.cgroup), failure=error)
+            return Checked(before, actions.status(where.cgroup), [], [], error)
         after = actions.status(where.cgroup)
     wrong = before.faults or ["nothing was in force"]
     return Checked(before, after, [f"{fault}: {done}" for fault in wrong if fault not in after.faults], notes)
@@ -78,7 +76,7 @@ def _put_back(before: Status, path: str, where: Place, tell: Tell) -> Done:
     policy = choose.running(where.cgroup)[str(before.backend)].unaltered()
     if policy is not None:
         asked = Forwarded().asked() if where.cgroup is None else None
-        place = replace(where, backend=str(before.backend), forwarded=asked)
+        place = where._replace(backend=str(before.backend), forwarded=asked)
         lines = actions.start_now(policy, place, tell).deeds
         return _with("the policy in force was put back", lines), []
     return _put_in_place_of_the_unreadable(path, where, tell)

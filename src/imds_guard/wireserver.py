@@ -6,7 +6,6 @@ Source: https://learn.microsoft.com/en-us/azure/virtual-network/what-is-ip-addre
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Tuple
 
 from imds_guard.endpoint_words import ports_words
@@ -29,14 +28,13 @@ def set_apart(lock: Lock) -> Tuple[Lock, ...]:
     for endpoint in own:
         _check_spared(lock.name, endpoint)
     rest = tuple(endpoint for endpoint in lock.endpoints if endpoint.network != single(WIRESERVER))
-    apart = replace(
-        lock,
+    apart = lock._replace(
         name=WIRESERVER_LOCK if rest else lock.name,
         endpoints=own,
         allow=Identities(lock.allow.users | {0}, lock.allow.groups),
         deny=Identities(lock.deny.users - {0}, lock.deny.groups - {0}),
     )
-    return (replace(lock, endpoints=rest), apart) if rest else (apart,)
+    return (lock._replace(endpoints=rest), apart) if rest else (apart,)
 
 
 def _check_spared(name: str, endpoint: Endpoint) -> None:

@@ -12,7 +12,6 @@ import os
 import socket
 import tempfile
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Iterator, Optional, Sequence, Set, TypeVar
 
@@ -191,7 +190,7 @@ class Stage:
 
     def apply(self, sandbox: Sandbox, wanted: Policy) -> None:
         """Puts a policy in force as this stage has it."""
-        self._enforcer.apply(sandbox, replace(wanted, strict=True) if self.guard is Guard.STRICT else wanted)
+        self._enforcer.apply(sandbox, wanted._replace(strict=True) if self.guard is Guard.STRICT else wanted)
 
     def reasons(self) -> Optional[Set[Reason]]:
         """Why connects and packets were judged as they were since a policy was put in force here."""

@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Callable, Dict, List, Tuple
 
 from imds_guard.backends.ebpf import EbpfBackend
@@ -195,7 +195,7 @@ WORKERS: Dict[str, Callable[[_Counter], None]] = {
 def storm(connects: int, *, flips: int = 0, strict: bool = False) -> Outcome:
     """At least so many connects, with at least so many changes of policy or of program meanwhile."""
     versions = [(*FAST, ("IG_ANOTHER_VERSION", number)) for number in (1, 2)]
-    policies = [replace(policy, strict=True) if strict else policy for policy in (OLD_POLICY, NEW_POLICY)]
+    policies = [policy._replace(strict=True) if strict else policy for policy in (OLD_POLICY, NEW_POLICY)]
     with Sandbox((IPV4, IPV6)) as sandbox:
         for address in (IPV4, IPV6):
             sandbox.serve_with(lambda address=address: _listen(address), _accept_forever)  # type: ignore[misc]

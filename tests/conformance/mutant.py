@@ -6,7 +6,6 @@ A mutant is given the whole row, since some faults are in what was looked at: th
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Callable, Dict, Iterable, Optional
 
 from imds_guard.policy import (
@@ -56,19 +55,19 @@ def judge(
 
 def with_locks(policy: Policy, change: Callable[[Lock], Lock]) -> Policy:
     """The policy with each lock changed."""
-    return replace(policy, locks=tuple(change(lock) for lock in policy.locks))
+    return policy._replace(locks=tuple(change(lock) for lock in policy.locks))
 
 
 def with_ids(policy: Policy, change: Callable[[Identities], Identities]) -> Policy:
     """The policy with each list of IDs changed."""
-    return with_locks(policy, lambda lock: replace(lock, allow=change(lock.allow), deny=change(lock.deny)))
+    return with_locks(policy, lambda lock: lock._replace(allow=change(lock.allow), deny=change(lock.deny)))
 
 
 def with_endpoints(policy: Policy, change: Callable[[Endpoint], Endpoint]) -> Policy:
     """The policy with each endpoint changed."""
-    return with_locks(policy, lambda lock: replace(lock, endpoints=tuple(change(one) for one in lock.endpoints)))
+    return with_locks(policy, lambda lock: lock._replace(endpoints=tuple(change(one) for one in lock.endpoints)))
 
 
 def with_groups(case: Case, groups: Iterable[int]) -> Caller:
     """The caller with other supplementary groups."""
-    return replace(model_caller(case), groups=frozenset(groups))
+    return model_caller(case)._replace(groups=frozenset(groups))

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from imds_guard.policy import (
     Decision,
     Identities,
@@ -19,7 +17,7 @@ from tests.conformance.mutant import judge, mutant, with_locks
 @mutant
 def empty_list_means_everyone(case: Case) -> Decision:
     """A lock without an allowlist is open."""
-    policy = with_locks(case.policy, lambda lock: lock if lock.allow else replace(lock, default=Verdict.ALLOW))
+    policy = with_locks(case.policy, lambda lock: lock if lock.allow else lock._replace(default=Verdict.ALLOW))
     return judge(case, policy=policy)
 
 
@@ -28,7 +26,7 @@ def groups_restrict_nobody(case: Case) -> Decision:
     """An allowlist of groups alone is not enforced."""
     policy = with_locks(
         case.policy,
-        lambda lock: replace(lock, default=Verdict.ALLOW) if lock.allow.groups and not lock.allow.users else lock,
+        lambda lock: lock._replace(default=Verdict.ALLOW) if lock.allow.groups and not lock.allow.users else lock,
     )
     return judge(case, policy=policy)
 
@@ -37,7 +35,7 @@ def groups_restrict_nobody(case: Case) -> Decision:
 def deny_after_allow(case: Case) -> Decision:
     """The allowlist is looked at first."""
     decision = judge(case)
-    without = judge(case, policy=with_locks(case.policy, lambda lock: replace(lock, deny=Identities())))
+    without = judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(deny=Identities())))
     if decision.reason in (Reason.DENIED_USER, Reason.DENIED_GROUP) and without.matched:
         return without
     return decision
@@ -46,13 +44,13 @@ def deny_after_allow(case: Case) -> Decision:
 @mutant
 def deny_lists_ignored(case: Case) -> Decision:
     """Nobody looks at deny lists."""
-    return judge(case, policy=with_locks(case.policy, lambda lock: replace(lock, deny=Identities())))
+    return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(deny=Identities())))
 
 
 @mutant
 def default_always_deny(case: Case) -> Decision:
     """A lock with only a deny list denies everyone."""
-    return judge(case, policy=with_locks(case.policy, lambda lock: replace(lock, default=Verdict.DENY)))
+    return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(default=Verdict.DENY)))
 
 
 @mutant
@@ -60,26 +58,26 @@ def one_list_for_all_locks(case: Case) -> Decision:
     """The allowlists of all locks are thrown together."""
     users = frozenset(uid for lock in case.policy.locks for uid in lock.allow.users)
     groups = frozenset(gid for lock in case.policy.locks for gid in lock.allow.groups)
-    return judge(case, policy=with_locks(case.policy, lambda lock: replace(lock, allow=Identities(users, groups))))
+    return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(allow=Identities(users, groups))))
 
 
 @mutant
 def one_deny_list_for_all_locks(case: Case) -> Decision:
     """The deny lists of all locks are thrown together."""
     users = frozenset(uid for lock in case.policy.locks for uid in lock.deny.users)
-    return judge(case, policy=with_locks(case.policy, lambda lock: replace(lock, deny=replace(lock.deny, users=users))))
+    return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(deny=lock.deny._replace(users=users))))
 
 
 @mutant
 def audit_enforced(case: Case) -> Decision:
     """Audit mode denies."""
-    return judge(case, policy=replace(case.policy, mode=Mode.ENFORCE))
+    return judge(case, policy=case.policy._replace(mode=Mode.ENFORCE))
 
 
 @mutant
 def enforce_audited(case: Case) -> Decision:
     """The mode is not known and taken for audit."""
-    return judge(case, policy=replace(case.policy, mode=Mode.AUDIT))
+    return judge(case, policy=case.policy._replace(mode=Mode.AUDIT))
 
 
 @mutant
@@ -94,25 +92,25 @@ def audit_has_no_reason(case: Case) -> Decision:
 @mutant
 def containers_ignored(case: Case) -> Decision:
     """Root of a container is root."""
-    return judge(case, policy=replace(case.policy, containers=Verdict.ALLOW))
+    return judge(case, policy=case.policy._replace(containers=Verdict.ALLOW))
 
 
 @mutant
 def containers_never_allowed(case: Case) -> Decision:
     """containers = "allow" has no effect."""
-    return judge(case, policy=replace(case.policy, containers=Verdict.DENY))
+    return judge(case, policy=case.policy._replace(containers=Verdict.DENY))
 
 
 @mutant
 def pid_namespaces_ignored(case: Case) -> Decision:
     """Only user namespaces make a container."""
-    return judge(case, caller=replace(model_caller(case), pid_namespace_is_initial=True))
+    return judge(case, caller=model_caller(case)._replace(pid_namespace_is_initial=True))
 
 
 @mutant
 def user_namespaces_ignored(case: Case) -> Decision:
     """Only PID namespaces make a container, and a mapped ID slips past a deny list."""
-    return judge(case, caller=replace(model_caller(case), user_namespace_is_initial=True))
+    return judge(case, caller=model_caller(case)._replace(user_namespace_is_initial=True))
 
 
 @mutant
@@ -126,7 +124,7 @@ def user_namespace_with_default_allow_forgotten(case: Case) -> Decision:
 def the_pid_namespace_of_the_children(case: Case) -> Decision:
     """nsproxy's PID namespace, which is the one that children get, in place of the task's own."""
     here = case.who.setting not in (Setting.UNSHARED_PID, Setting.PID_NAMESPACE)
-    return judge(case, caller=replace(model_caller(case), pid_namespace_is_initial=here))
+    return judge(case, caller=model_caller(case)._replace(pid_namespace_is_initial=here))
 
 
 @mutant
@@ -134,7 +132,7 @@ def network_namespaces_are_containers(case: Case) -> Decision:
     """A namespace of its own makes a process somebody else's."""
     if case.who.setting is not Setting.NETWORK_NAMESPACE:
         return judge(case)
-    return judge(case, caller=replace(model_caller(case), pid_namespace_is_initial=False))
+    return judge(case, caller=model_caller(case)._replace(pid_namespace_is_initial=False))
 
 
 @mutant
@@ -153,4 +151,4 @@ def containers_judged_without_a_lock(case: Case) -> Decision:
 @mutant
 def kernel_threads_forgotten(case: Case) -> Decision:
     """A kernel thread is uid 0."""
-    return judge(case, caller=replace(model_caller(case), kernel_thread=False))
+    return judge(case, caller=model_caller(case)._replace(kernel_thread=False))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import replace
 from typing import Callable
 
 from imds_guard.policy import (
@@ -69,7 +68,7 @@ def all_of_ipv6_covers_ipv4(case: Case) -> Decision:
 def prefixes_forgotten(case: Case) -> Decision:
     """Only single addresses are looked up."""
     locks = tuple(lock for lock in case.policy.locks if all(_single(one) for one in lock.endpoints))
-    return judge(case, policy=replace(case.policy, locks=locks))
+    return judge(case, policy=case.policy._replace(locks=locks))
 
 
 def _single(endpoint: Endpoint) -> bool:
@@ -91,7 +90,7 @@ def first_lock_by_name(case: Case) -> Decision:
 def _by_lock(case: Case, order: Callable[[Lock], int]) -> Decision:
     """Asks the locks one by one, each as if it were alone."""
     for lock in sorted(case.policy.locks, key=order):
-        alone = judge(case, policy=replace(case.policy, locks=(lock,)))
+        alone = judge(case, policy=case.policy._replace(locks=(lock,)))
         if alone.reason is not Reason.NOT_LOCKED:
             return alone
     return judge(case)
@@ -110,7 +109,7 @@ def most_specific_whatever_its_ports(case: Case) -> Decision:
     if not inner:
         return judge(case)
     longest = max(length for length, _ in inner)
-    return judge(case, policy=replace(case.policy, locks=tuple(lock for length, lock in inner if length == longest)))
+    return judge(case, policy=case.policy._replace(locks=tuple(lock for length, lock in inner if length == longest)))
 
 
 @mutant
@@ -118,7 +117,7 @@ def ports_ignored(case: Case) -> Decision:
     """A lock with ports locks them all."""
     everything = ((0, 65535),)
     policy = with_endpoints(
-        case.policy, lambda one: replace(one, tcp=one.tcp and everything, udp=one.udp and everything)
+        case.policy, lambda one: one._replace(tcp=one.tcp and everything, udp=one.udp and everything)
     )
     return judge(case, policy=policy)
 
@@ -128,13 +127,13 @@ def port_octets_swapped(case: Case) -> Decision:
     """The port is compared in network byte order."""
     destination = model_destination(case)
     swapped = int.from_bytes(destination.port.to_bytes(2, "big"), "little")
-    return judge(case, destination=replace(destination, port=swapped))
+    return judge(case, destination=destination._replace(port=swapped))
 
 
 @mutant
 def first_range_of_ports(case: Case) -> Decision:
     """Only the first range of a lock's ports is looked at."""
-    return judge(case, policy=with_endpoints(case.policy, lambda one: replace(one, tcp=one.tcp[:1], udp=one.udp[:1])))
+    return judge(case, policy=with_endpoints(case.policy, lambda one: one._replace(tcp=one.tcp[:1], udp=one.udp[:1])))
 
 
 @mutant
@@ -142,8 +141,7 @@ def hull_of_the_ports(case: Case) -> Decision:
     """From the lowest to the highest port, without the gaps."""
     policy = with_endpoints(
         case.policy,
-        lambda one: replace(
-            one,
+        lambda one: one._replace(
             tcp=one.tcp and ((one.tcp[0][0], one.tcp[-1][1]),),
             udp=one.udp and ((one.udp[0][0], one.udp[-1][1]),),
         ),
@@ -154,7 +152,7 @@ def hull_of_the_ports(case: Case) -> Decision:
 @mutant
 def protocol_ignored(case: Case) -> Decision:
     """What is locked for TCP is locked for UDP."""
-    policy = with_endpoints(case.policy, lambda one: replace(one, tcp=one.tcp or one.udp, udp=one.udp or one.tcp))
+    policy = with_endpoints(case.policy, lambda one: one._replace(tcp=one.tcp or one.udp, udp=one.udp or one.tcp))
     return judge(case, policy=policy)
 
 
@@ -196,21 +194,21 @@ def unspecified_is_loopback(case: Case) -> Decision:
 @mutant
 def devices_forgotten(case: Case) -> Decision:
     """0.0.0.0 on a socket that is bound to an interface is loopback."""
-    return judge(case, source=replace(model_source(case), by_device=False))
+    return judge(case, source=model_source(case)._replace(by_device=False))
 
 
 @mutant
 def devices_before_the_bound_address(case: Case) -> Decision:
     """An interface makes the destination unknown, whatever the socket is bound to."""
     source = model_source(case)
-    return judge(case, source=replace(source, address=None)) if source.by_device else judge(case)
+    return judge(case, source=source._replace(address=None)) if source.by_device else judge(case)
 
 
 @mutant
 def packet_info_forgotten(case: Case) -> Decision:
     """The socket's own address counts, not the one that an IP_PKTINFO puts in its place."""
     bind = case.attempt.bind
-    return judge(case, source=replace(model_source(case), address=None if bind is None else ipaddress.ip_address(bind)))
+    return judge(case, source=model_source(case)._replace(address=None if bind is None else ipaddress.ip_address(bind)))
 
 
 @mutant

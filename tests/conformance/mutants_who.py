@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import FrozenSet
 
 from imds_guard.policy import (
@@ -21,44 +20,44 @@ from tests.conformance.mutant import judge, mutant, with_groups, with_ids, with_
 def uid_from_the_gid_half(case: Case) -> Decision:
     """bpf_get_current_uid_gid() >> 32 taken for the uid."""
     caller = model_caller(case)
-    return judge(case, caller=replace(caller, fsuid=caller.fsgid))
+    return judge(case, caller=caller._replace(fsuid=caller.fsgid))
 
 
 @mutant
 def gid_from_the_uid_half(case: Case) -> Decision:
     """The low half taken for the gid."""
     caller = model_caller(case)
-    return judge(case, caller=replace(caller, fsgid=caller.fsuid))
+    return judge(case, caller=caller._replace(fsgid=caller.fsuid))
 
 
 @mutant
 def real_uid(case: Case) -> Decision:
     """The real user ID in place of the fs one."""
-    return judge(case, caller=replace(model_caller(case), fsuid=case.who.uids[0] + _offset(case)))
+    return judge(case, caller=model_caller(case)._replace(fsuid=case.who.uids[0] + _offset(case)))
 
 
 @mutant
 def effective_uid(case: Case) -> Decision:
     """The effective user ID in place of the fs one."""
-    return judge(case, caller=replace(model_caller(case), fsuid=case.who.uids[1] + _offset(case)))
+    return judge(case, caller=model_caller(case)._replace(fsuid=case.who.uids[1] + _offset(case)))
 
 
 @mutant
 def saved_uid(case: Case) -> Decision:
     """The saved user ID in place of the fs one."""
-    return judge(case, caller=replace(model_caller(case), fsuid=case.who.uids[2] + _offset(case)))
+    return judge(case, caller=model_caller(case)._replace(fsuid=case.who.uids[2] + _offset(case)))
 
 
 @mutant
 def real_gid(case: Case) -> Decision:
     """The real group ID in place of the fs one."""
-    return judge(case, caller=replace(model_caller(case), fsgid=case.who.gids[0] + _offset(case)))
+    return judge(case, caller=model_caller(case)._replace(fsgid=case.who.gids[0] + _offset(case)))
 
 
 @mutant
 def effective_gid(case: Case) -> Decision:
     """The effective group ID in place of the fs one."""
-    return judge(case, caller=replace(model_caller(case), fsgid=case.who.gids[1] + _offset(case)))
+    return judge(case, caller=model_caller(case)._replace(fsgid=case.who.gids[1] + _offset(case)))
 
 
 def _offset(case: Case) -> int:
@@ -71,8 +70,7 @@ def ids_as_the_user_namespace_shows_them(case: Case) -> Decision:
     caller, offset = model_caller(case), _offset(case)
     return judge(
         case,
-        caller=replace(
-            caller,
+        caller=caller._replace(
             fsuid=caller.fsuid - offset,
             fsgid=caller.fsgid - offset,
             groups=frozenset(gid - offset for gid in caller.groups),
@@ -97,7 +95,7 @@ def the_parents_groups(case: Case) -> Decision:
 @mutant
 def who_made_the_socket(case: Case) -> Decision:
     """The owner of the socket in place of the caller."""
-    return judge(case, caller=replace(model_caller(case), fsuid=0)) if case.who.socket_first else judge(case)
+    return judge(case, caller=model_caller(case)._replace(fsuid=0)) if case.who.socket_first else judge(case)
 
 
 @mutant
@@ -109,7 +107,7 @@ def primary_gid_only(case: Case) -> Decision:
 @mutant
 def supplementary_gids_only(case: Case) -> Decision:
     """The primary group is looked for among the supplementary ones, where it need not be."""
-    return judge(case, caller=replace(model_caller(case), fsgid=0xFFFFFFFF))
+    return judge(case, caller=model_caller(case)._replace(fsgid=0xFFFFFFFF))
 
 
 @mutant
@@ -166,7 +164,7 @@ def too_many_groups_cut_off(case: Case) -> Decision:
     """What can't be searched is taken for groups that are not listed."""
     caller = model_caller(case)
     decision = judge(case)
-    return judge(case, caller=replace(caller, groups=frozenset())) if _too_many(decision) else decision
+    return judge(case, caller=caller._replace(groups=frozenset())) if _too_many(decision) else decision
 
 
 def _too_many(decision: Decision) -> bool:
@@ -195,7 +193,7 @@ def sixteen_bit_ids(case: Case) -> Decision:
     """IDs cut to 16 bits."""
     caller = model_caller(case)
     policy = with_ids(case.policy, lambda ids: Identities(_low(ids.users), _low(ids.groups)))
-    cut = replace(caller, fsuid=caller.fsuid & 0xFFFF, fsgid=caller.fsgid & 0xFFFF, groups=_low(caller.groups))
+    cut = caller._replace(fsuid=caller.fsuid & 0xFFFF, fsgid=caller.fsgid & 0xFFFF, groups=_low(caller.groups))
     return judge(case, policy=policy, caller=cut)
 
 
@@ -226,7 +224,7 @@ def ids_in_one_map(case: Case) -> Decision:
 def denied_groups_in_the_user_map(case: Case) -> Decision:
     """The deny list's groups are written where its users belong."""
     policy = with_locks(
-        case.policy, lambda lock: replace(lock, deny=Identities(lock.deny.users | lock.deny.groups, frozenset()))
+        case.policy, lambda lock: lock._replace(deny=Identities(lock.deny.users | lock.deny.groups, frozenset()))
     )
     return judge(case, policy=policy)
 

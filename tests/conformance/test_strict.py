@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Dict, Iterator, List, Optional, Tuple
 
 import pytest
@@ -27,14 +26,14 @@ class StrictEbpf(Ebpf):
 
     def apply(self, sandbox: Sandbox, policy: Policy) -> None:
         """Enforcer.apply()."""
-        super().apply(sandbox, replace(policy, strict=True))
+        super().apply(sandbox, policy._replace(strict=True))
 
     def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
         """Enforcer.held(), which has to be strict."""
         policy, faults = super().held(sandbox)
         if policy is not None and not policy.strict:
             faults = [*faults, "it is not strict"]
-        return policy and replace(policy, strict=False), faults
+        return policy and policy._replace(strict=False), faults
 
 
 @pytest.fixture(scope="module")

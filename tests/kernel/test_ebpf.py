@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, Tuple
 
@@ -133,7 +132,7 @@ def test_maps_of_another_layout_are_replaced(guarded: Guarded) -> None:
 @pytest.mark.parametrize("hook", sorted(abi.HOOKS))
 def test_a_missing_hook_is_a_fault_and_start_repairs_it(guarded: Guarded, hook: str) -> None:
     sandbox, backend = guarded
-    policy = replace(OLD_POLICY, strict=hook == abi.EGRESS)
+    policy = OLD_POLICY._replace(strict=hook == abi.EGRESS)
     backend.apply(policy)
     fd = bpf.pinned(hooks.link_pin(guards.folder_of(sandbox.cgroup).path, hook))
     bpf.link_detach(fd)

@@ -7,7 +7,6 @@ import os
 import socket
 import struct
 import subprocess
-from dataclasses import replace
 from typing import Callable, Iterator, List, Tuple
 
 import pytest
@@ -24,7 +23,7 @@ from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLI
 Guarded = Tuple[Sandbox, EbpfBackend]
 
 GROUP = 62_100
-STRICT_OLD, STRICT_NEW = replace(OLD_POLICY, strict=True), replace(NEW_POLICY, strict=True)
+STRICT_OLD, STRICT_NEW = OLD_POLICY._replace(strict=True), NEW_POLICY._replace(strict=True)
 _ANSWER_WITHIN_S = 1.0
 """Long enough for loopback, where an answer is there before send() returns; a test waits so long for a lost packet."""
 
@@ -129,7 +128,7 @@ def udp(address: str = IPV4) -> Callable[[], socket.socket]:
 def both_protocols(policy: Policy) -> Policy:
     """The same over UDP, too."""
     locks = [
-        replace(lock, endpoints=tuple(replace(one, udp=one.tcp) for one in lock.endpoints)) for lock in policy.locks
+        lock._replace(endpoints=tuple(one._replace(udp=one.tcp) for one in lock.endpoints)) for lock in policy.locks
     ]
     return make_policy(locks, policy.mode, policy.containers, policy.strict)
 
@@ -305,7 +304,7 @@ def test_fragments_of_an_approved_datagram_pass(guarded: Guarded, address: str) 
 def test_audit_lets_it_through_and_counts(guarded: Guarded) -> None:
     sandbox, backend = guarded
     before = Client(sandbox, STRANGER, tcp())
-    backend.apply(replace(STRICT_OLD, mode=Mode.AUDIT))
+    backend.apply(STRICT_OLD._replace(mode=Mode.AUDIT))
     after = Client(sandbox, STRANGER, tcp())
     assert (before.answered(), after.answered()) == (True, True)
     counted = dict(zip(Reason, backend.state().counters))

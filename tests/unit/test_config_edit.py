@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import List
 
@@ -74,10 +73,10 @@ def changed(text: str, users: List[int], lock: str = "web") -> str:
     """The text after the users of a lock were made others."""
     before = parse_config(text)
     locks = [
-        replace(one, allow=Identities(frozenset(users), one.allow.groups)) if one.name == lock else one
+        one._replace(allow=Identities(frozenset(users), one.allow.groups)) if one.name == lock else one
         for one in before.policy.locks
     ]
-    wanted = replace(before, policy=make_policy(locks))
+    wanted = before._replace(policy=make_policy(locks))
     edited = config_edit.edit(text, "config", wanted)
     assert parse_config(edited) == wanted
     return edited
@@ -155,7 +154,7 @@ def test_a_key_that_is_new_stands_in_its_table_and_not_behind_the_next_comment()
 
 def test_new_keys_at_the_top_stand_behind_those_that_are_there() -> None:
     before = parse_config(HAND_MADE)
-    wanted = replace(before, backend="iptables", policy=Policy(before.policy.locks, containers=imds_allow()))
+    wanted = before._replace(backend="iptables", policy=Policy(before.policy.locks, containers=imds_allow()))
     edited = config_edit.edit(HAND_MADE, "config", wanted)
     assert parse_config(edited) == wanted
     added = ['containers = "allow"', 'backend = "iptables"']
@@ -172,12 +171,11 @@ def imds_allow() -> imds_guard.policy.Verdict:
 def test_a_lock_more_stands_at_the_end_and_one_less_is_gone() -> None:
     before = parse_config(HAND_MADE)
     kept = next(one for one in before.policy.locks if one.name == "web")
-    more = replace(
-        kept,
+    more = kept._replace(
         name="192.0.2.9",
         endpoints=parse_config(HAND_MADE.replace("192.0.2.1", "192.0.2.9")).policy.locks[1].endpoints,
     )
-    edited = config_edit.edit(HAND_MADE, "config", replace(before, policy=make_policy([kept, more])))
+    edited = config_edit.edit(HAND_MADE, "config", before._replace(policy=make_policy([kept, more])))
     table = HAND_MADE[: HAND_MADE.index("# and the batch jobs")]
     assert edited.startswith(table)
     assert '[lock."192.0.2.9"]' in edited[len(table) :]
@@ -190,8 +188,8 @@ def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypat
     monkeypatch.setattr("imds_guard.config_reader.read_dmi_words", lambda: dmi)
     before = parse_config(SAMPLE)
     assert len(before.policy.locks) == (2 if dmi else 1)
-    locks = [replace(one, allow=Identities(one.allow.users | {41001}, one.allow.groups)) for one in before.policy.locks]
-    edited = config_edit.edit(SAMPLE, "config", replace(before, policy=make_policy(locks)))
+    locks = [one._replace(allow=Identities(one.allow.users | {41001}, one.allow.groups)) for one in before.policy.locks]
+    edited = config_edit.edit(SAMPLE, "config", before._replace(policy=make_policy(locks)))
     assert parse_config(edited).policy.locks == tuple(locks)
     assert [line for line in SAMPLE.splitlines() if line not in edited.splitlines()] == []
     assert 'preset = "default"' in edited.splitlines()
@@ -200,7 +198,7 @@ def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypat
 def test_a_lock_that_lost_an_endpoint_lists_the_others() -> None:
     before = parse_config(SAMPLE)
     one = before.policy.locks[0]
-    wanted = replace(before, policy=make_policy([Lock(one.name, one.endpoints[1:], one.allow)]))
+    wanted = before._replace(policy=make_policy([Lock(one.name, one.endpoints[1:], one.allow)]))
     edited = config_edit.edit(SAMPLE, "config", wanted)
     assert parse_config(edited) == wanted
     assert comments(edited) == comments(SAMPLE)
@@ -259,7 +257,7 @@ def test_without_tomlkit_a_file_of_our_own_can_be_saved_over(tmp_path: Path, mon
     check_saving_to(path)
     save_config(config, path)
     check_saving_to(path)
-    save_config(replace(config, backend="ebpf"), path)
+    save_config(config._replace(backend="ebpf"), path)
     assert load_config(path).backend == "ebpf"
 
 
@@ -279,4 +277,4 @@ def test_saving_a_start_saves_how_it_was_started(tmp_path: Path) -> None:
     assert (found.backend, found.resolve_groups, found.forwarded) == ("iptables", True, "leave")
     assert place_of(found, Place()) == Place(backend="iptables", resolve_groups=True, forwarded="leave")
     actions.save(policy_from_words(users=["41002"], ips=["192.0.2.1"]), Place(), path)
-    assert replace(load_config(path), policy=policy) == found
+    assert load_config(path)._replace(policy=policy) == found

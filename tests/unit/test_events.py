@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from dataclasses import replace
 from typing import Any, Optional
 
 import pytest
@@ -26,7 +25,7 @@ RAW = abi.EVENT.pack(
     *(1, abi.HOOK_CONNECT4, Reason.NOT_LISTED, abi.VERDICT_DENIED, abi.TCP),
 )
 RECORD = watch.decode(RAW)
-PACKET = replace(RECORD, pid=0, tgid=0, cgroup_id=0, netns_cookie=0, fsgid=0, groups=0, comm=b"", hook="egress")
+PACKET = RECORD._replace(pid=0, tgid=0, cgroup_id=0, netns_cookie=0, fsgid=0, groups=0, comm=b"", hook="egress")
 
 
 def told(record: Record = RECORD, **changed: Any) -> events.Values:

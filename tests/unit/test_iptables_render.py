@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import replace
 from typing import Dict, List, Optional, Sequence
 
 import pytest
@@ -167,10 +166,10 @@ def test_digest_tells_policies_apart() -> None:
         policy_of([5], deny=[7]),
         policy_of([5], mode=Mode.AUDIT),
         policy_of([5], name="other"),
-        replace(base, containers=Verdict.ALLOW),
-        replace(base, locks=(replace(lock, default=Verdict.ALLOW),)),
-        replace(base, locks=(replace(lock, allow=Identities(groups=frozenset({5}))),)),
-        replace(base, locks=(replace(lock, endpoints=(Endpoint(IMDS, tcp=ALL_PORTS),)),)),
+        base._replace(containers=Verdict.ALLOW),
+        base._replace(locks=(lock._replace(default=Verdict.ALLOW),)),
+        base._replace(locks=(lock._replace(allow=Identities(groups=frozenset({5}))),)),
+        base._replace(locks=(lock._replace(endpoints=(Endpoint(IMDS, tcp=ALL_PORTS),)),)),
     ]
     assert len({digest(policy) for policy in (base, *others)}) == len(others) + 1
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import replace
 
 import pytest
 
@@ -92,7 +91,7 @@ def _mixed() -> Policy:
 
 def test_a_lock_over_several_addresses_is_split() -> None:
     """The user is added for that address alone, and the group goes on reaching both."""
-    policy = replace(lockdown(_mixed(), ECS, [FOO]), mode=Mode.ENFORCE)
+    policy = lockdown(_mixed(), ECS, [FOO])._replace(mode=Mode.ENFORCE)
     assert [allows(policy, FOO, ip) for ip in (IMDS, ECS)] == [False, True]
     assert [allows(policy, BAR, ip, gid=77) for ip in (IMDS, ECS)] == [True, True]
 
@@ -105,7 +104,7 @@ def test_mode_and_containers_stay() -> None:
 
 def test_a_lock_that_allows_by_default_denies_there_afterwards() -> None:
     """Locked down is locked down: who is on no list is denied on the ports that were open to all, and on the rest."""
-    policy = replace(lockdown(_mixed(), "10.1.2.3", [FOO]), mode=Mode.ENFORCE)
+    policy = lockdown(_mixed(), "10.1.2.3", [FOO])._replace(mode=Mode.ENFORCE)
     assert [allows(policy, uid, "10.1.2.3", port) for uid in (FOO, ROOT) for port in (80, 90)] == [True] * 2 + [
         False
     ] * 2

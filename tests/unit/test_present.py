@@ -123,10 +123,10 @@ def test_a_policy_as_values() -> None:
 
 def test_an_outcome() -> None:
     policy = make_policy([lock(FOO, "192.0.2.1", "192.0.2.2")])
-    lines = present.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG]))
+    lines = present.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG], [], []))
     assert "imds-guard is active (ebpf): 2 endpoints locked" in lines
     assert fits(lines)
-    one = present.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT)))
+    one = present.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT), [], [], []))
     assert one[0] == "imds-guard is active in audit mode, which denies nobody (iptables): 1 endpoint locked"
 
 
@@ -141,7 +141,7 @@ def test_warnings_of_an_outcome() -> None:
         "cloud-init is shut out: it is why, too",
     ]
     lenient = make_policy([lock(Identities(), deny=FOO, default=Verdict.ALLOW)])
-    assert present.outcome_warnings(Outcome("ebpf", lenient)) == []
+    assert present.outcome_warnings(Outcome("ebpf", lenient, [], [], [])) == []
 
 
 # --- status ---------------------------------------------------------------------------------------------------------

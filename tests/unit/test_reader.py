@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
 
 from imds_guard import reader
 from imds_guard.describe import NOTHING, Program
@@ -23,22 +22,23 @@ def gone() -> int:
 
 
 def test_the_program_of_a_line_before_is_that_of_the_same_process_later() -> None:
-    fold = Fold(b"", b"", b"", 0.0)
+    fold = Fold(b"", b"", 0.0, set())
     now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-    ours = replace(RECORD, tgid=os.getpid(), time_ns=now)
+    ours = RECORD._replace(tgid=os.getpid(), time_ns=now)
     program = reader._program_of(ours, fold)
     assert program.exe is not None
-    reborn = replace(ours, time_ns=0)  # as if the process had begun after it
+    reborn = ours._replace(time_ns=0)  # as if the process had begun after it
     assert reader._program_of(reborn, fold) == program
 
 
 def test_another_process_does_not_get_it() -> None:
-    fold = Fold(b"", b"", b"", 0.0, memory=(1, Program("/bin/one")))
-    assert reader._program_of(replace(RECORD, tgid=gone()), fold) == NOTHING
+    fold = Fold(b"", b"", 0.0, set())
+    fold.memory = (1, Program("/bin/one"))
+    assert reader._program_of(RECORD._replace(tgid=gone()), fold) == NOTHING
 
 
 def test_a_packet_has_no_program() -> None:
-    assert reader._program_of(replace(RECORD, tgid=0), Fold(b"", b"", b"", 0.0)) == NOTHING
+    assert reader._program_of(RECORD._replace(tgid=0), Fold(b"", b"", 0.0, set())) == NOTHING
 
 
 def test_signals_are_something_to_wait_for_and_are_given_back() -> None:

@@ -169,7 +169,7 @@ def test_records_have_the_sizes_of_their_maps_and_no_key_twice(policy: Policy, g
 @patient
 @given(one=policies(), other=policies())
 def test_digests_of_different_policies_differ(one: Policy, other: Policy) -> None:
-    same_records = dataclasses.replace(one, mode=other.mode, containers=other.containers) == other
+    same_records = one._replace(mode=other.mode, containers=other.containers) == other
     assert (rendered(one).digest() == rendered(other).digest()) == same_records
 
 
@@ -219,7 +219,7 @@ def test_the_trie_has_the_lock_and_the_list_of_the_most_specific_endpoint(
     policy: Policy, generation: int, data: st.DataObject
 ) -> None:
     drawn = data.draw(destinations(policy))
-    destination = dataclasses.replace(drawn, address=unmapped(drawn.address))
+    destination = drawn._replace(address=unmapped(drawn.address))
     assume(int(destination.address) != 0)
     image = rendered(policy, generation)
     expected, found = find_lock(policy, destination), look_up(image, destination)
@@ -241,7 +241,7 @@ def test_what_the_trie_does_not_have_is_what_the_policy_does_not_lock(
     drawn = data.draw(destinations(policy))
     address = unmapped(drawn.address)
     assume(int(address) != 0)
-    found = look_up(rendered(policy), dataclasses.replace(drawn, address=address))
+    found = look_up(rendered(policy), drawn._replace(address=address))
     decision = decide(policy, caller, drawn)
     assert (found is None) == (decision.reason is Reason.NOT_LOCKED)
 
@@ -287,7 +287,7 @@ def test_0000_is_denied_by_the_trie_where_its_interface_is_unknown_and_the_port_
 def test_the_first_look_never_says_no_for_a_locked_address(policy: Policy, data: st.DataObject) -> None:
     drawn = data.draw(destinations(policy))
     image = rendered(policy)
-    destination = dataclasses.replace(drawn, address=unmapped(drawn.address))
+    destination = drawn._replace(address=unmapped(drawn.address))
     if look_up(image, destination) is not None:
         assert may_be_locked(image, abi.address_octets(destination.address))
 

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from imds_guard.backends import Backend
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, UsageError
@@ -15,8 +14,7 @@ NAMES = ("ebpf", "iptables")
 """In the order in which ``auto`` takes them."""
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whether a backend can hold a policy here: ``refusal`` is None when it can."""
 
     backend: Backend

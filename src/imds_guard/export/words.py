@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Iterable, List, Sequence, Tuple
 
 from imds_guard.backends.iptables.render import id_ranges
 from imds_guard.policy import ALL_PORTS, Endpoint, Lock, Policy, Ports, Verdict
 
 
-@dataclass
 class Exported:
     """A policy in another tool's words.
 
@@ -18,9 +16,10 @@ class Exported:
     ``remarks`` on what is stricter, or can be told by no tool but ours. Both stand in the text as comments.
     """
 
-    text: str = ""
-    weakenings: List[str] = field(default_factory=list)
-    remarks: List[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.text = ""
+        self.weakenings: List[str] = []
+        self.remarks: List[str] = []
 
     def comments(self, title: str, sign: str = "#") -> List[str]:
         """The head of the text."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
 from imds_guard.kernel import syscalls
@@ -15,8 +14,7 @@ ROOT_INODE = 1
 """The root of every cgroup2 hierarchy, and of no cgroup namespace: kernfs numbers from 1, kernfs_create_root()."""
 
 
-@dataclass
-class Cgroup:
+class Cgroup(NamedTuple):
     """An open cgroup2 directory. ``id`` is what bpf_get_current_cgroup_id() and link descriptions call it."""
 
     fd: int

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Dict, FrozenSet, Iterator, List, Optional, Set, Tuple
+from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 from imds_guard.kernel.mounts import mounts
 
@@ -40,8 +39,7 @@ def _lives(pid: int) -> bool:
 # --- who holds a socket ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Holders:
+class Holders(NamedTuple):
     """Of each socket's inode the processes with a descriptor of it; how many processes could not be looked into."""
 
     pids: Dict[int, Tuple[int, ...]]
@@ -84,8 +82,7 @@ def _descriptors(pid: int) -> Iterator[str]:
 # --- network namespaces ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Namespace:
+class Namespace(NamedTuple):
     """A network namespace, and a path that opens it."""
 
     inode: int

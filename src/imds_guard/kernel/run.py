@@ -7,8 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
-from dataclasses import dataclass
-from typing import Dict, Optional, Sequence
+from typing import Dict, NamedTuple, Optional, Sequence
 
 from imds_guard.errors import GuardError, Unsupported, system_words
 
@@ -36,8 +35,7 @@ _PACKAGES: Dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Completed:
+class Completed(NamedTuple):
     """What a program that has ended said. ``status`` is negative when a signal ended it (-9 for SIGKILL)."""
 
     status: int

@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Callable, ContextManager, Iterable, Iterator, List, Optional, Tuple, TypeVar
+from typing import Callable, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
 from imds_guard.backends.ebpf import abi, hooks, probe, program
 from imds_guard.backends.ebpf.folder import Folder
@@ -23,8 +22,7 @@ from imds_guard.policy import Policy
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """What the kernel holds and runs. ``policy`` is None when nothing is locked or the maps can't be read.
 
     ``generation`` is 0 when nothing is locked, and None when there are no maps, or none that can be read.

@@ -6,8 +6,7 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.program import Defines
@@ -16,8 +15,7 @@ from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import Cgroup
 
 
-@dataclass(frozen=True)
-class Attached:
+class Attached(NamedTuple):
     """A program at a hook, in the order in which they run. ``version`` is None for somebody else's program."""
 
     id: int
@@ -28,8 +26,7 @@ class Attached:
     run_time_ns: int = 0
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(NamedTuple):
     """One hook as the kernel has it: every program attached to this cgroup there, and the one our link holds."""
 
     name: str

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import sys
-from dataclasses import dataclass
 from typing import Dict, FrozenSet, Iterable, List, Literal, Mapping, NamedTuple, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
@@ -32,8 +31,7 @@ BYTE_ORDER: Literal["little", "big"] = sys.byteorder
 Items = Tuple[Tuple[bytes, bytes], ...]
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """Every record of one generation but its settings: (key, value) pairs, as they lie in the maps."""
 
     generation: int
@@ -48,8 +46,7 @@ class Image:
         return state.digest()
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """struct ig_settings, without its digest and its serial."""
 
     mode: Mode

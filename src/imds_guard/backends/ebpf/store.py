@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -43,8 +42,7 @@ def _create(shape: bpf.MapShape, name: str) -> int:
         ) from error
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """What the maps hold of one generation; ``settings`` and ``digest`` are None when there is no valid record."""
 
     image: Image

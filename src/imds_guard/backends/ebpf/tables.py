@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from dataclasses import dataclass
-from typing import Dict, FrozenSet, List, Optional, Tuple
+from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -49,8 +48,7 @@ class Place:
         return folder.path if folder is not None and folder.exists() else None
 
 
-@dataclass(frozen=True)
-class Lists:
+class Lists(NamedTuple):
     """What one lock lets through beside users: for words about what would help."""
 
     allowed_groups: FrozenSet[int]
@@ -182,14 +180,13 @@ def _other_version() -> GuardError:
 # --- the report -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Denials of one user at one lock for one reason; address, port and ``comm`` are those of the first."""
 
     lock: Optional[str]
     reason: Reason
     fsuid: int
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
     first_ns: int
     """CLOCK_BOOTTIME, as is ``last_ns``."""
     last_ns: int
@@ -199,8 +196,7 @@ class Row:
     comm: bytes
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """Who was denied, or would have been in audit mode, since the policy in force came into force."""
 
     generation: int

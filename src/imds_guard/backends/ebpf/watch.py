@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Dict, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -30,8 +29,7 @@ _AT_VERDICT = 83
 # --- records --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """struct ig_event. ``lock`` is a number of ``generation``; ``comm`` is what the caller calls itself.
 
     Of a packet (hook ``egress``) the kernel knows no process: ``pid``, ``tgid`` and ``cgroup_id`` are 0.

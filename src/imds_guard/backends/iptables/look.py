@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 from imds_guard.backends.iptables.parse import Found, find, parse_chains
 from imds_guard.backends.iptables.render import HEAD, Chains
@@ -13,8 +12,7 @@ from imds_guard.backends.iptables.tables import Anchor, Program, Table, is_reach
 ANCHOR = Anchor("OUTPUT", HEAD)
 
 
-@dataclass(frozen=True)
-class FamilyRules:
+class FamilyRules(NamedTuple):
     """Table filter of one program; the rules in our chains; and the lines in them that can't be ours."""
 
     program: Program

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import urllib.parse
-from dataclasses import dataclass, field
-from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, Holding
 from imds_guard.backends.iptables.rules import LOG, RETURN, ForeignRule, Range, Rule, parse_rule
@@ -33,16 +32,16 @@ MAX_IDS = 524_288
 _EVERYWHERE: Dict[int, Network] = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("::/0")}
 
 
-@dataclass
 class FoundLock:
     """What the rules of one family say about one lock."""
 
-    name: str
-    tcp: Dict[Network, Ports] = field(default_factory=dict)
-    udp: Dict[Network, Ports] = field(default_factory=dict)
-    ids: Dict[Tuple[str, str], Set[int]] = field(default_factory=dict)
-    default: Verdict = Verdict.DENY
-    supplementary: bool = True
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tcp: Dict[Network, Ports] = {}
+        self.udp: Dict[Network, Ports] = {}
+        self.ids: Dict[Tuple[str, str], Set[int]] = {}
+        self.default = Verdict.DENY
+        self.supplementary = True
 
     def add(self, which: str, kind: str, range_: Range) -> None:
         """Notes ids of a list: ``which`` is "allow" or "deny", ``kind`` "users", "groups" or "members"."""
@@ -61,8 +60,7 @@ class FoundLock:
         return tuple(Endpoint(n, self.tcp.get(n, ()), self.udp.get(n, ())) for n in networks)
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """What one family's chains say. ``digest`` is of the whole policy that they are a part of."""
 
     locks: Tuple[FoundLock, ...]

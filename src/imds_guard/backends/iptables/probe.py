@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from dataclasses import dataclass
-from typing import Dict, Iterable, List, Sequence
+from typing import Dict, Iterable, List, NamedTuple, Sequence
 
 from imds_guard.backends.iptables.render import DENY, HEAD
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
@@ -26,8 +25,7 @@ _MEMBER_GID, _OTHER_ID = 64_321, 64_322
 _CONNECT_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
-class Probed:
+class Probed(NamedTuple):
     """What was seen. ``told`` is False when nothing could be tried; ``reason`` says what did not work, or why not."""
 
     owner: bool

@@ -16,8 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import urllib.parse
-from dataclasses import dataclass, field
-from typing import Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
 from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
@@ -46,12 +45,11 @@ Members = Mapping[Tuple[str, str], FrozenSet[int]]
 """("lock name", "allow" or "deny") -> the members of that list's groups."""
 
 
-@dataclass(frozen=True)
-class Holding:
+class Holding(NamedTuple):
     """What is to be in force. ``members`` is None where the kernel itself matches supplementary groups."""
 
     policy: Policy
-    members: Optional[Members] = field(default=None)
+    members: Optional[Members] = None
 
 
 def digest(policy: Policy) -> str:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
-from dataclasses import dataclass, replace
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from imds_guard.policy import Network
 
@@ -28,8 +27,7 @@ class ForeignRule(ValueError):
     """The text is no rule that we would write."""
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What a packet must be, and what then happens. ``goto`` tells -g from -j; ``reject_with`` is REJECT's word."""
 
     target: str
@@ -112,7 +110,7 @@ def parse_rule(text: str) -> Rule:
         if word == "!":
             rule, words = _inverted(rule, words, text)
         elif word in ("--suppl-groups", "--log-uid"):
-            rule = replace(rule, supplementary=rule.supplementary or word == "--suppl-groups")
+            rule = rule._replace(supplementary=rule.supplementary or word == "--suppl-groups")
         elif word in _OPTIONS and words:
             try:
                 rule = _OPTIONS[word](rule, words.pop(0))
@@ -121,7 +119,7 @@ def parse_rule(text: str) -> Rule:
         elif word == "--tcp-flags" and len(words) >= 2:
             if set(words.pop(0).split(",")) != {"FIN", "SYN", "RST", "ACK"} or words.pop(0) != "SYN":
                 raise ForeignRule(text)
-            rule = replace(rule, syn=True)
+            rule = rule._replace(syn=True)
         else:
             raise ForeignRule(text)
     return rule
@@ -130,7 +128,7 @@ def parse_rule(text: str) -> Rule:
 def _inverted(rule: Rule, words: List[str], text: str) -> Tuple[Rule, List[str]]:
     if words[:2] != ["--uid-owner", _range_words(EVERY_UID, "-")]:
         raise ForeignRule(text)
-    return replace(rule, ownerless=True), words[2:]
+    return rule._replace(ownerless=True), words[2:]
 
 
 def _match_name(rule: Rule, word: str) -> Rule:
@@ -152,15 +150,15 @@ def _parse_range(word: str, dash: str, highest: int) -> Range:
 
 
 _OPTIONS: Dict[str, Callable[[Rule, str], Rule]] = {
-    "-d": lambda rule, word: replace(rule, destination=ipaddress.ip_network(word)),
-    "-p": lambda rule, word: replace(rule, protocol=word),
+    "-d": lambda rule, word: rule._replace(destination=ipaddress.ip_network(word)),
+    "-p": lambda rule, word: rule._replace(protocol=word),
     "-m": _match_name,
-    "--dport": lambda rule, word: replace(rule, ports=_parse_range(word, ":", 65535)),
-    "--uid-owner": lambda rule, word: replace(rule, uids=_parse_range(word, "-", EVERY_UID[1])),
-    "--gid-owner": lambda rule, word: replace(rule, gids=_parse_range(word, "-", EVERY_UID[1])),
-    "--comment": lambda rule, word: replace(rule, comment=word),
-    "-j": lambda rule, word: replace(rule, target=word),
-    "-g": lambda rule, word: replace(rule, target=word, goto=True),
-    "--reject-with": lambda rule, word: replace(rule, reject_with=word),
+    "--dport": lambda rule, word: rule._replace(ports=_parse_range(word, ":", 65535)),
+    "--uid-owner": lambda rule, word: rule._replace(uids=_parse_range(word, "-", EVERY_UID[1])),
+    "--gid-owner": lambda rule, word: rule._replace(gids=_parse_range(word, "-", EVERY_UID[1])),
+    "--comment": lambda rule, word: rule._replace(comment=word),
+    "-j": lambda rule, word: rule._replace(target=word),
+    "-g": lambda rule, word: rule._replace(target=word, goto=True),
+    "--reject-with": lambda rule, word: rule._replace(reject_with=word),
     "--log-prefix": _log_prefix,
 }

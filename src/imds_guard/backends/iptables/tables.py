@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from dataclasses import dataclass
-from typing import Dict, Iterable, List, Mapping, NoReturn, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Sequence, Tuple
 
 from imds_guard.backends.iptables.rules import Rule
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
@@ -35,8 +34,7 @@ class NoTable(Unsupported):
     """The kernel has no tables of that kind, so nothing can be in them."""
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """One of the iptables commands: its IP version, its name, and whether it writes nf_tables or legacy tables."""
 
     version: int
@@ -49,8 +47,7 @@ class Program:
         return f"{self.command} ({self.kind})"
 
 
-@dataclass(frozen=True)
-class Anchor:
+class Anchor(NamedTuple):
     """A built-in chain and the chain of ours that its first rule jumps to."""
 
     builtin: str
