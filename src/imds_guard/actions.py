@@ -8,9 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from imds_guard.backends import Backend, choose
-from imds_guard.backends.forwarded import Forwarded
 from imds_guard.capabilities import REQUIRED
-from imds_guard.config import Config, check_saving_to, load_config, save_config
 from imds_guard.emergency import FAULT as EMERGENCY_FAULT
 from imds_guard.emergency import is_emergency
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
@@ -33,9 +31,12 @@ from imds_guard.policy import (
 
 # The rest is imported where it is used, for the sake of the start-up time: few commands need any of it.
 if TYPE_CHECKING:
-    from imds_guard import connections, preflight
+    from imds_guard import preflight
+    from imds_guard.backends.ebpf import State
+    from imds_guard.backends.forwarded import Forwarded
     from imds_guard.demo import DemoResult
     from imds_guard.export import Exported
+    from imds_guard.sweeps import Sweep
 
 UNSUPPORTED = Unsupported.exit_status
 
@@ -63,7 +64,7 @@ class Outcome(NamedTuple):
     lines: List[str]
     warnings: List[str]
     shut_out: List[preflight.ShutOut]
-    existing: Optional[connections.Sweep] = None
+    existing: Optional[Sweep] = None
     """Connections that were there before; None where nobody lost a right."""
 
     @property
@@ -104,9 +105,8 @@ def start_now(policy: Policy, place: Place, tell: Tell) -> Outcome:
         raise UsageError("--forwarded is about the packets of the whole machine: it does not go with --cgroup")
     names = choose.candidates(place.backend, place.cgroup)
     before = choose.running(place.cgroup)
-    guard = Forwarded()
     if place.cgroup is None:
-        guard.check(policy, place.forwarded)
+        forwarded().check(policy, place.forwarded)
     reasons: List[choose.Verdict] = []
     for name in names:
         verdict = choose.examine(policy, [name], place.cgroup, place.resolve_groups)[0]
@@ -118,11 +118,18 @@ def start_now(policy: Policy, place: Place, tell: Tell) -> Outcome:
                 reasons.append(choose.Verdict(verdict.backend, error))
                 continue
             lines += _remove_others(before, name)
-            lines += guard.settle(policy, place.forwarded) if place.cgroup is None else []
+            lines += forwarded().settle(policy, place.forwarded) if place.cgroup is None else []
             why = [f"{other.backend.name} can't be used: {other.refusal}" for other in reasons]
             return _outcome(verdict.backend, policy, lines, why, _sweep(verdict.backend, policy, place))
         reasons.append(verdict)
     raise choose.refused(reasons)
+
+
+def forwarded() -> Forwarded:
+    """The rules for what the machine forwards. A guard of a cgroup has none."""
+    from imds_guard.backends.forwarded import Forwarded  # noqa: PLC0415
+
+    return Forwarded()
 
 
 def _working(backend: Backend, before: Dict[str, Backend]) -> str:
@@ -136,19 +143,17 @@ def _remove_others(before: Dict[str, Backend], name: str) -> List[str]:
     return [line for other, backend in before.items() if other != name for line in backend.remove()]
 
 
-def _sweep(backend: Backend, policy: Policy, place: Place) -> connections.Sweep:
+def _sweep(backend: Backend, policy: Policy, place: Place) -> Sweep:
     """Only now that the policy is in force: nobody who is cut comes back. iptables judges one namespace."""
-    from imds_guard import connections  # noqa: PLC0415
+    from imds_guard import connections, sweeps  # noqa: PLC0415
     from imds_guard.locked_sockets import Scope  # noqa: PLC0415
 
     scope = Scope(place.cgroup, every_namespace=backend.name == "ebpf")
-    kept = connections.KEPT if place.keep_existing else None
-    return connections.sweep(policy, scope, connections.AUDIT if policy.mode is Mode.AUDIT else kept)
+    kept = sweeps.KEPT if place.keep_existing else None
+    return connections.sweep(policy, scope, sweeps.AUDIT if policy.mode is Mode.AUDIT else kept)
 
 
-def _outcome(
-    backend: Backend, policy: Policy, lines: List[str], why: List[str], existing: Optional[connections.Sweep]
-) -> Outcome:
+def _outcome(backend: Backend, policy: Policy, lines: List[str], why: List[str], existing: Optional[Sweep]) -> Outcome:
     warnings = [line[len("warning: ") :] for line in lines if line.startswith("warning: ")]
     said = [line for line in lines if not line.startswith("warning: ")]
     notes = getattr(backend, "notes", None)
@@ -177,7 +182,7 @@ def stop(cgroup: Optional[str]) -> List[str]:
             except Unsupported as error:
                 unasked = error if name == "ebpf" else unasked
         if cgroup is None:
-            lines += Forwarded().remove()
+            lines += forwarded().remove()
     if unasked is not None and not lines:
         raise unasked
     return lines
@@ -224,7 +229,7 @@ def _change(edited: Callable[[Policy], Policy], place: Place, takes_away: bool) 
         return Outcome(backend.name, policy, ["the policy says so already"], [], [])
     lines = backend.apply(wanted) if not hasattr(backend, "change") else backend.change(wanted)
     if cgroup is None:
-        lines += Forwarded().follow(wanted)
+        lines += forwarded().follow(wanted)
     return _outcome(backend, wanted, lines, [], _sweep(backend, wanted, place) if takes_away else None)
 
 
@@ -288,6 +293,8 @@ def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
 
 def check_saving(policy: Policy, without_root: bool, path: str) -> None:
     """Raises unless save() would succeed and no installed metadata client be shut out at the next boot."""
+    from imds_guard.config import check_saving_to  # noqa: PLC0415
+
     if is_emergency(policy):
         raise BadPolicy("saving the policy in force: it is the emergency lock; correct the configuration instead")
     check_saving_to(path)
@@ -308,6 +315,8 @@ def check_next_boot(policy: Policy, without_root: bool) -> None:
 
 def save(policy: Policy, place: Place, path: str) -> None:
     """Writes the policy that is in force for the next boot."""
+    from imds_guard.config import Config, load_config, save_config  # noqa: PLC0415
+
     try:
         kept = load_config(path, use_stored_ids=True) if os.path.exists(path) else Config(policy)
         cgroup = place.cgroup or kept.cgroup
@@ -352,8 +361,8 @@ class Status(NamedTuple):
     backend: Optional[str]
     policy: Optional[Policy]
     faults: List[str]
-    detail: Optional[object] = None
-    """backends.ebpf.State under eBPF."""
+    detail: Optional[State] = None
+    """Under eBPF."""
 
     @property
     def emergency(self) -> bool:
@@ -389,7 +398,7 @@ def _read(backend: Optional[Backend]) -> Optional[Policy]:
 
 def _forwarding_faults(policy: Optional[Policy]) -> List[str]:
     try:
-        return Forwarded().faults(policy)
+        return forwarded().faults(policy)
     except Unsupported:
         return []
 
@@ -399,7 +408,7 @@ class Checked(NamedTuple):
 
     verdicts: List[choose.Verdict]
     shut_out: List[preflight.ShutOut]
-    existing: Optional[connections.Sweep] = None
+    existing: Optional[Sweep] = None
     """Connections that start would cut; None without a policy."""
 
     @property
@@ -410,15 +419,18 @@ class Checked(NamedTuple):
 
 def check(policy: Optional[Policy], place: Place) -> Checked:
     """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
-    from imds_guard import connections  # noqa: PLC0415
-    from imds_guard.locked_sockets import Scope  # noqa: PLC0415
-
     names = choose.candidates(place.backend, place.cgroup)
     verdicts = choose.examine(policy, names, place.cgroup, place.resolve_groups)
     if policy is None:
         return Checked(verdicts, [])
-    scope = Scope(place.cgroup, every_namespace=place.backend != "iptables")
-    return Checked(verdicts, _shut_out(policy), connections.look(policy, scope))
+    return Checked(verdicts, _shut_out(policy), _look(policy, place))
+
+
+def _look(policy: Policy, place: Place) -> Sweep:
+    from imds_guard import connections  # noqa: PLC0415
+    from imds_guard.locked_sockets import Scope  # noqa: PLC0415
+
+    return connections.look(policy, Scope(place.cgroup, every_namespace=place.backend != "iptables"))
 
 
 def require_root(command: str) -> None:

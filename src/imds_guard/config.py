@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 
-from imds_guard import config_edit
+from imds_guard import CONFIG_PATH, config_edit
 from imds_guard.command_policy import policy_from_words
-from imds_guard.config_reader import CONFIG_PATH, Config, load_config, parse_config, read_text, word_at_top
+from imds_guard.config_reader import Config, load_config, parse_config, read_text, word_at_top
 from imds_guard.config_writer import dump_config
 from imds_guard.endpoint_words import endpoint_words, parse_endpoint
 from imds_guard.errors import GuardError, system_words

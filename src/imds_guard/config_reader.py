@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, TypeVar, Union
 
+from imds_guard import CONFIG_PATH
 from imds_guard.emergency import EMERGENCY_LOCK
 from imds_guard.endpoint_words import parse_endpoint
 from imds_guard.endpoints import preset
@@ -18,8 +19,6 @@ from imds_guard.kernel.dmi import dmi_words as read_dmi_words
 from imds_guard.policy import Endpoint, Identities, Lock, Mode, Policy, PolicyError, Verdict, make_policy
 from imds_guard.toml_lines import KeyLines, Path, load_toml
 from imds_guard.wireserver import set_apart
-
-CONFIG_PATH = "/etc/imds-guard/config.toml"
 
 _TOP_KEYS = (
     *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),

@@ -22,53 +22,14 @@ from imds_guard.errors import BadPolicy, NotPermitted, system_words
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.holders import Holders, Namespace, holders_of, process_name
 from imds_guard.locked_sockets import Candidate, Scope, address_of, ask, candidates, processes
-from imds_guard.policy import MAX_ID, Address, Caller, Destination, Mode, Policy, Protocol, decide
+from imds_guard.policy import MAX_ID, Caller, Destination, Mode, Policy, decide
+from imds_guard.sweeps import AUDIT, COME_BACK, REFUSED, UNABLE, Connection, Holder, Sweep
 from imds_guard.words import visible
 
 PASSES = 5
 """A look that finds nothing ends it; this many that find something mean that connections come back."""
 
 _NO_GROUP = MAX_ID + 1
-
-
-# --- what is found --------------------------------------------------------------------------------------------------
-
-
-class Holder(NamedTuple):
-    """A process with a descriptor of a socket. The name is safe to print."""
-
-    pid: int
-    name: str
-    user: str
-
-
-class Connection(NamedTuple):
-    """A connection to a locked endpoint that the policy does not allow."""
-
-    protocol: Protocol
-    local: Tuple[Address, int]
-    remote: Tuple[Address, int]
-    holders: Tuple[Holder, ...]
-    user: str
-    """Who made it."""
-    namespace: int
-    """The inode of its network namespace."""
-    why: str
-
-
-class Sweep(NamedTuple):
-    """What was found, and what came of it."""
-
-    looked_into: Tuple[Namespace, ...]
-    unseen: Tuple[str, ...] = ()
-    """What could not be looked into, and why."""
-    cut: Tuple[Connection, ...] = ()
-    left: Tuple[Connection, ...] = ()
-    why_left: str = ""
-
-
-KEPT, AUDIT, UNABLE, REFUSED, COME_BACK = "kept", "audit", "unable", "refused", "come-back"
-"""Why connections were left: as asked; audit mode; the kernel can't; it did not do it; there are always new ones."""
 
 
 def look(policy: Policy, scope: Scope) -> Sweep:

@@ -16,10 +16,10 @@ from imds_guard.endpoints import builtin, builtin_at
 from imds_guard.errors import BadPolicy
 from imds_guard.policy import ALL_PORTS, NO_PORTS, Address, Endpoint, Network, Ports, minus_ports, normal_ports
 
-_BRACKETED = re.compile(r"\[([^\[\]]*)\](?:/([^:]*))?(?::(.*))?")
-_PLAIN = re.compile(r"([^/:]*)(?:/([^:]*))?(?::(.*))?")
-_DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}", re.ASCII)
-_LEADING_ZERO = re.compile(r"(?:^|[.:])0[0-9]+(?:\.[0-9]+)+|[0-9]\.0[0-9]", re.ASCII)
+_BRACKETED = r"\[([^\[\]]*)\](?:/([^:]*))?(?::(.*))?"
+_PLAIN = r"([^/:]*)(?:/([^:]*))?(?::(.*))?"
+_DECIMAL = r"0|[1-9][0-9]{0,9}"
+_LEADING_ZERO = r"(?:^|[.:])0[0-9]+(?:\.[0-9]+)+|[0-9]\.0[0-9]"
 _PROTOCOLS = ("tcp", "udp", "any")
 
 
@@ -72,14 +72,14 @@ def _split_head(head: str) -> Tuple[str, Optional[str], Optional[str]]:
         return _split_bracketed(head)
     if head.count(":") >= 2:
         return _split_bare_v6(head)
-    match = _PLAIN.fullmatch(head)
+    match = re.fullmatch(_PLAIN, head)
     if match is None:
         raise _Refused("an address comes first, then /LENGTH, then :PORTS")
     return match[1], match[2], match[3]
 
 
 def _split_bracketed(head: str) -> Tuple[str, Optional[str], Optional[str]]:
-    match = _BRACKETED.fullmatch(head)
+    match = re.fullmatch(_BRACKETED, head)
     if match is None:
         raise _Refused("after the bracket come /LENGTH and :PORTS, as in [fd00:ec2::254]:80")
     if ":" not in match[1]:
@@ -130,7 +130,7 @@ def _address(text: str) -> Address:
     if "%" in text:
         raise _Refused("an address is locked on every interface: leave out the scope (%...)")
     # Python 3.9.0 to 3.9.4 take leading zeros as decimal, the C library takes them as octal (CVE-2021-29921).
-    if _LEADING_ZERO.search(text) and "." in text:
+    if re.search(_LEADING_ZERO, text) and "." in text:
         raise _Refused("a leading zero in an octet means octal to some programs and decimal to others")
     try:
         return ipaddress.ip_address(text)
@@ -139,7 +139,7 @@ def _address(text: str) -> Address:
 
 
 def _length(text: str, address: Address) -> int:
-    if _DECIMAL.fullmatch(text) is None or int(text) > address.max_prefixlen:
+    if re.fullmatch(_DECIMAL, text) is None or int(text) > address.max_prefixlen:
         raise _Refused(f"{text!r} is no prefix length (0 to {address.max_prefixlen})")
     return int(text)
 
@@ -165,7 +165,7 @@ def _range(item: str) -> Tuple[int, int]:
 
 
 def _port(text: str) -> int:
-    if _DECIMAL.fullmatch(text) is None or int(text) > 65535:
+    if re.fullmatch(_DECIMAL, text) is None or int(text) > 65535:
         raise _Refused(f"{text!r} is no port (80, 80+443, 8000-8100, !53 or *)")
     return int(text)
 

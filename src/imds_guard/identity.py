@@ -20,8 +20,6 @@ USER_NS_INITIAL = 0xEFFFFFFD
 PF_KTHREAD = 0x00200000
 """Linux include/linux/sched.h."""
 
-_NUMBER = re.compile(r"[0-9]+", re.ASCII)
-
 
 class NoSuchProcess(GuardError):
     """The process has ended, or never was."""
@@ -101,7 +99,7 @@ def create_group(name: str) -> int:
 
 
 def _number(word: Union[str, int], kind: str) -> Union[int, None]:
-    if isinstance(word, str) and _NUMBER.fullmatch(word) is None:
+    if isinstance(word, str) and not (word.isascii() and word.isdigit()):
         if not word.strip():
             raise BadPolicy(f"an empty {kind} name means nobody that can be found: give a name or a number")
         return None

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.endpoints import BUILT_IN, Standing
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
+from imds_guard.kernel.holders import process_ids
 from imds_guard.policy import Caller, Decision, Destination, Policy, decide
 
 if TYPE_CHECKING:
@@ -184,9 +186,24 @@ def _destinations(client: Client) -> Tuple[Destination, ...]:
 
 
 def _processes() -> Iterator[psutil.Process]:
-    import psutil  # noqa: PLC0415 -- start-up time: most commands look at no process
+    """Those that may be a known client's; psutil says which of them are, and is imported only if there are any."""
+    known = [os.fsencode(word) for client in CLIENTS for word in (*client.programs, *client.paths)]
+    for pid in process_ids():
+        words = _words(pid)
+        if any(word in words for word in known):
+            import psutil  # noqa: PLC0415 -- start-up time: it takes half as long as all the rest
 
-    yield from psutil.process_iter()
+            with suppress(psutil.NoSuchProcess):
+                yield psutil.Process(pid)
+
+
+def _words(pid: int) -> bytes:
+    """All that the name of a process is made of; empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as comm, open(f"/proc/{pid}/cmdline", "rb") as command_line:
+            return comm.read() + command_line.read()
+    except OSError:
+        return b""
 
 
 def _client_of(process: psutil.Process) -> Optional[Client]:

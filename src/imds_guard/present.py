@@ -4,24 +4,27 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any, Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
 
-from imds_guard.actions import Checked, Outcome, Status, allows_nobody
-from imds_guard.backends.ebpf import State
-from imds_guard.backends.ebpf.hooks import Hook
-from imds_guard.config import endpoint_words
-from imds_guard.demo import DemoResult
+from imds_guard.actions import allows_nobody
+from imds_guard.endpoint_words import endpoint_words
 from imds_guard.endpoints import BUILT_IN, BuiltIn, default_entries
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy import Caller, Decision, Destination, Identities, Lock, Mode, Policy, Reason, Verdict
-from imds_guard.preflight import ShutOut
 from imds_guard.present_connections import (
     connection_lines,
     connection_warnings,
     connections_values,
     would_cut_lines,
 )
-from imds_guard.verify import Checked as Verified
+
+if TYPE_CHECKING:
+    from imds_guard.actions import Checked, Outcome, Status
+    from imds_guard.backends.ebpf import State
+    from imds_guard.backends.ebpf.hooks import Hook
+    from imds_guard.demo import DemoResult
+    from imds_guard.preflight import ShutOut
+    from imds_guard.verify import Checked as Verified
 
 WIDTH = 78
 
@@ -184,7 +187,7 @@ def status_lines(status: Status) -> List[str]:
     lines = [state_line(status)]
     for fault in status.faults:
         lines += _wrapped("  fault: ", fault)
-    if isinstance(status.detail, State):
+    if status.detail is not None:
         lines += _ebpf_lines(status.detail)
     if status.policy is not None:
         lines.append(f"containers: {'judged by their IDs' if status.policy.containers is Verdict.ALLOW else 'denied'}")
@@ -228,7 +231,7 @@ def status_values(status: Status) -> Dict[str, Any]:
         "faults": status.faults,
         "policy": policy_values(status.policy),
     }
-    if isinstance(status.detail, State):
+    if status.detail is not None:
         values["ebpf"] = _ebpf_values(status.detail)
     return values
 

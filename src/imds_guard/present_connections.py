@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
 
-from imds_guard.connections import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE, Connection, Sweep
-from imds_guard.kernel.holders import Namespace, process_name
-from imds_guard.policy import Address
+from imds_guard.kernel.holders import process_name
+from imds_guard.sweeps import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE
 from imds_guard.words import visible
+
+if TYPE_CHECKING:
+    from imds_guard.kernel.holders import Namespace
+    from imds_guard.policy import Address
+    from imds_guard.sweeps import Connection, Sweep
 
 MANY = 12
 

@@ -9,7 +9,6 @@ from typing import List, NamedTuple, Optional, Tuple
 from imds_guard import actions, boot
 from imds_guard.actions import Place, Status, Tell
 from imds_guard.backends import choose
-from imds_guard.backends.forwarded import Forwarded
 from imds_guard.config import Config, load_config, word_at_top
 from imds_guard.emergency import FAULT as EMERGENCY_FAULT
 from imds_guard.errors import BadPolicy, GuardError
@@ -75,7 +74,7 @@ def _put_back(before: Status, path: str, where: Place, tell: Tell) -> Done:
             raise booted.error
     policy = choose.running(where.cgroup)[str(before.backend)].unaltered()
     if policy is not None:
-        asked = Forwarded().asked() if where.cgroup is None else None
+        asked = actions.forwarded().asked() if where.cgroup is None else None
         place = where._replace(backend=str(before.backend), forwarded=asked)
         lines = actions.start_now(policy, place, tell).deeds
         return _with("the policy in force was put back", lines), []

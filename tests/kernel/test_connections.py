@@ -17,18 +17,7 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 import pytest
 
 from imds_guard import present_connections
-from imds_guard.connections import (
-    AUDIT,
-    COME_BACK,
-    KEPT,
-    PASSES,
-    REFUSED,
-    UNABLE,
-    Connection,
-    Sweep,
-    look,
-    sweep,
-)
+from imds_guard.connections import PASSES, look, sweep
 from imds_guard.kernel import children, holders, netns
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, listen, sockaddr
@@ -37,6 +26,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
 from imds_guard.locked_sockets import Scope
 from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.sweeps import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE, Connection, Sweep
 from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard
 from tests.kernel.places import without_capabilities
 from tests.kernel.rules_in_a_sandbox import NO_GROUP

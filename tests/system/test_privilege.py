@@ -14,7 +14,6 @@ import pytest
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.capabilities import REQUIRED
-from imds_guard.cli import cli
 from imds_guard.kernel import bpf, lockfile, privileges
 from imds_guard.kernel.bpffs import find_bpffs
 from imds_guard.kernel.cgroup import open_cgroup
@@ -24,6 +23,7 @@ from tests import command
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, Result
 from tests.kernel import places
 from tests.kernel.guards import traces
+from tests.tree import every_command
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
 
@@ -103,7 +103,7 @@ def running() -> Iterator[Guard]:
 
 
 def test_every_command_says_what_it_takes() -> None:
-    assert set(REQUIRED) == (set(cli.commands) | {"ip-lockdown"}) - FOR_EVERYONE
+    assert set(REQUIRED) == (set(every_command()) | {"ip-lockdown"}) - FOR_EVERYONE
     assert set(WORDS) == set(REQUIRED)
 
 

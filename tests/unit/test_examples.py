@@ -12,9 +12,9 @@ from typing import List, Tuple
 
 import pytest
 
-from imds_guard import cli
 from imds_guard.config import parse_config
 from imds_guard.service import UNITS
+from tests.tree import every_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.rglob("*") if path.is_file())
@@ -90,7 +90,7 @@ def commands() -> List[Tuple[str, str]]:
 @pytest.mark.parametrize(("name", "words"), commands())
 def test_a_command_is_one_and_takes_its_options(name: str, words: str) -> None:
     command, *arguments = shlex.split(words)
-    cli.cli.commands[command].make_context(command, arguments)
+    every_command()[command].make_context(command, arguments)
 
 
 def test_commands_are_found() -> None:

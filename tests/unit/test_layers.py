@@ -14,6 +14,8 @@ from typing import Dict, FrozenSet, Iterator, List, Set
 import pytest
 
 import imds_guard
+from imds_guard.cli.group import MODULES, cli
+from tests.tree import every_command
 
 ROOT = Path(imds_guard.__file__).parent
 
@@ -180,10 +182,11 @@ def test_no_module_knows_itself_by_way_of_others() -> None:
     assert remaining == {}
 
 
-def imported_by(statement: str) -> Set[str]:
-    """Our modules, and the top-level ones of others, that a fresh interpreter has after a statement."""
-    ours = "{n if n.startswith('imds_guard') else n.split('.')[0] for n in sys.modules}"
-    program = f"{statement}\nimport sys, json\nprint(json.dumps(sorted({ours})))"
+def imported_by(statement: str, after: str = "") -> Set[str]:
+    """Our modules, and the top-level ones of others, that a fresh interpreter gets by a statement ``after`` another."""
+    added = "{n if n.startswith('imds_guard') else n.split('.')[0] for n in set(sys.modules) - before}"
+    program = f"import sys\n{after}\nbefore = set(sys.modules)\n{statement}\nadded = {added}\nimport json\n"
+    program += "print(json.dumps(sorted(added)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -197,9 +200,38 @@ def test_changing_a_policy_does_not_pay_for_the_compiler_or_for_looking_at_proce
     assert imported_by(f"import {module}").isdisjoint({"bcc", "psutil", "click"})
 
 
-def test_the_command_line_imports_neither_bcc_nor_what_single_commands_need() -> None:
-    single = {f"imds_guard.{name}" for name in ("connections", "demo", "edit", "export", "preflight", "metrics")}
-    assert imported_by("import imds_guard.cli").isdisjoint({"bcc", "psutil", "rich", "prometheus_client"} | single)
+SLOW = frozenset(
+    ("bcc", "dataclasses", "psutil", "rich", "prometheus_client", "tomllib", "tomlkit", "json", "subprocess", "shutil")
+)
+"""What a command that does not need it must not wait for."""
+
+
+def run_by(*words: str) -> Set[str]:
+    """As imported_by(), of a call of the command line, however it ends, beside what click itself takes."""
+    quietly = "contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())"
+    call = f"with contextlib.suppress(SystemExit), {quietly}: imds_guard.cli.main({list(words)!r})"
+    return imported_by(f"import imds_guard.cli\n{call}", "import click, contextlib, io")
+
+
+def test_the_command_line_imports_no_command_that_is_not_called() -> None:
+    imported = run_by("--version")
+    assert {name.partition(".")[2] for name in imported if name.startswith("imds_guard.")} == {
+        *("cli", "cli.group", "cli.output", "errors", "policy"),
+    }
+    assert imported.isdisjoint(SLOW | {"ctypes", "hashlib", "socket", "tempfile"})
+
+
+def test_every_module_of_commands_is_known_by_their_names() -> None:
+    modules = {f"imds_guard.cli.{name}" for name in MODULES.values()}
+    assert modules == {name for name in SOURCES if "imds_guard.cli.group" in imports_of(name)} - {"imds_guard.cli"}
+    assert set(every_command()) == set(MODULES) == set(cli.commands)
+
+
+def test_a_look_at_the_guard_imports_neither_what_changes_it_nor_a_configuration() -> None:
+    imported = run_by("status", "--cgroup", "/nowhere")
+    assert "imds_guard.backends.ebpf" in imported or os.geteuid() != 0
+    ours = ("backends.iptables", "config", "connections", "demo", "kernel.compiler", "kernel.sandbox", "preflight")
+    assert imported.isdisjoint(SLOW | {f"imds_guard.{name}" for name in (*ours, "backends.ebpf.program")})
 
 
 def test_policy_imports_nothing_but_the_standard_library_and_itself() -> None:

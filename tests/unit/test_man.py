@@ -15,6 +15,7 @@ import pytest
 from imds_guard import cli, config_reader
 from imds_guard.cli.lockdown import lock_down
 from imds_guard.config import parse_config
+from tests.tree import every_command
 
 MAN = Path(cli.__file__).resolve().parents[1] / "data" / "man"
 COMMANDS, CONFIG = MAN / "imds-guard.8", MAN / "imds-guard.toml.5"
@@ -54,7 +55,7 @@ def options_of(command: click.Command) -> Set[str]:
 
 def tree() -> Dict[str, click.Command]:
     """Every command, ip-lockdown among them."""
-    return {**cli.cli.commands, "ip-lockdown": lock_down}
+    return {**every_command(), "ip-lockdown": lock_down}
 
 
 SECTIONS = {page: parts(page, "Sh") for page in PAGES}
@@ -111,7 +112,7 @@ def test_the_examples_of_the_configuration_are_configurations() -> None:
 @pytest.mark.parametrize("line", re.findall(r"^\.Dl imds-guard (.*)", COMMANDS.read_text("utf-8"), re.MULTILINE))
 def test_an_example_is_a_command_with_options_that_it_takes(line: str) -> None:
     command, *arguments = line.split()
-    cli.cli.commands[command].make_context(command, arguments)
+    every_command()[command].make_context(command, arguments)
 
 
 def test_it_says_what_is_not_prevented_what_it_writes_and_how_it_ends() -> None:

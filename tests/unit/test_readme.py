@@ -11,7 +11,7 @@ from typing import Dict, List, Set
 import click
 import pytest
 
-from imds_guard import cli
+from tests.tree import every_command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,12 +44,12 @@ def synopsis() -> Dict[str, Set[str]]:
 
 def options_of(command: str) -> Set[str]:
     """The options that a command really has."""
-    parameters = cli.cli.commands[command].params
+    parameters = every_command()[command].params
     return {name for parameter in parameters if isinstance(parameter, click.Option) for name in parameter.opts}
 
 
 def test_the_synopsis_has_every_command_and_no_other() -> None:
-    assert set(synopsis()) == set(cli.cli.commands)
+    assert set(synopsis()) == set(every_command())
 
 
 def test_the_synopsis_has_every_option_of_start() -> None:
@@ -73,7 +73,7 @@ def test_an_example_is_a_command_with_options_that_it_takes(line: str) -> None:
     command, *arguments = words(line)
     if command in OF_RUN:
         return
-    cli.cli.commands[command].make_context(command, list(arguments))
+    every_command()[command].make_context(command, list(arguments))
 
 
 def test_there_are_examples() -> None:

@@ -15,6 +15,7 @@ import imds_guard
 from imds_guard import service
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
+from tests.tree import every_command
 
 UNITS = Path(imds_guard.__file__).parent / "data" / "systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
@@ -61,14 +62,12 @@ def test_what_changes_or_reads_the_guard_may_do_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_command_is_ours_and_exists(name: str) -> None:
-    from imds_guard import cli
-
     commands = [value for key, value in settings(name)["Service"] if key.startswith("Exec")]
     assert commands
     for command in commands:
         program, word, *words = command.split()
         assert program == service.PROGRAM
-        taken = {option for one in cli.cli.commands[word].params for option in one.opts}
+        taken = {option for one in every_command()[word].params for option in one.opts}
         assert {one for one in words if one.startswith("--")} <= taken
 
 

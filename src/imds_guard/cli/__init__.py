@@ -10,14 +10,12 @@ from typing import NoReturn, Optional, Sequence
 
 import click
 
-from imds_guard.cli import guard, look, service, watch
 from imds_guard.cli.group import cli
-from imds_guard.cli.lockdown import lock_down
 from imds_guard.cli.output import fail
 from imds_guard.errors import BadPolicy, GuardError, system_words
 from imds_guard.policy import PolicyError
 
-__all__ = ["cli", "guard", "ip_lockdown", "look", "main", "service", "watch"]
+__all__ = ["cli", "ip_lockdown", "main"]
 
 
 class _Terminated(BaseException):
@@ -75,4 +73,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
 
 def ip_lockdown(arguments: Optional[Sequence[str]] = None) -> NoReturn:
     """The ``ip-lockdown`` command, in place of the script of that name."""
+    from imds_guard.cli.lockdown import lock_down  # noqa: PLC0415 -- start-up time: the other command has no use for it
+
     _run(lock_down, arguments, "ip-lockdown")

@@ -3,12 +3,43 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Dict, List, Optional
+
 import click
 
 from imds_guard import __version__
 
+MODULES: Dict[str, str] = {
+    **dict.fromkeys(("start", "check", "export"), "policies"),
+    **dict.fromkeys(("stop", "allow", "revoke"), "guard"),
+    **dict.fromkeys(("status", "explain"), "ask"),
+    **dict.fromkeys(("endpoints", "demo"), "look"),
+    **dict.fromkeys(("watch", "report", "metrics"), "watch"),
+    **dict.fromkeys(("install-service", "uninstall-service", "verify"), "service"),
+}
+"""Command -> the module beside this one that adds it."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, no_args_is_help=False)
+
+class Commands(click.Group):
+    """Imports a command when it is called, and none of the others: start-up time."""
+
+    def list_commands(self, ctx: click.Context) -> List[str]:
+        """In the order in which --help has them."""
+        return sorted(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
+        """The command of that name, or None."""
+        if cmd_name in MODULES:
+            importlib.import_module(f"imds_guard.cli.{MODULES[cmd_name]}")
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    no_args_is_help=False,
+)
 @click.version_option(__version__, prog_name="imds-guard")
 def cli() -> None:
     """Only the right users and groups reach the instance metadata service."""

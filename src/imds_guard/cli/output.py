@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import textwrap
-from typing import Iterable, NoReturn
+from typing import TYPE_CHECKING, Iterable, NoReturn
 
 import click
 
-from imds_guard.actions import Outcome
+if TYPE_CHECKING:
+    from imds_guard.actions import Outcome
 
 _USUAL_COLUMNS = 80
 
@@ -31,6 +30,8 @@ def warn(lines: Iterable[str]) -> None:
 def _say_aside(sentence: str) -> None:
     """On standard error: one line for who reads it by program, and for people lines that break between words."""
     if sys.stderr.isatty():
+        import textwrap  # noqa: PLC0415 -- start-up time: a program that calls us takes the line as it is
+
         columns = os.get_terminal_size(sys.stderr.fileno()).columns or _USUAL_COLUMNS
         sentence = textwrap.fill(sentence, columns, break_long_words=False, break_on_hyphens=False)
     click.echo(sentence, err=True)
@@ -38,6 +39,8 @@ def _say_aside(sentence: str) -> None:
 
 def say_json(values: object) -> None:
     """The answer as JSON, on standard output."""
+    import json  # noqa: PLC0415 -- start-up time: few calls ask for it
+
     click.echo(json.dumps(values, indent=2, sort_keys=True))
 
 

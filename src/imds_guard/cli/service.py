@@ -8,13 +8,12 @@ from typing import Any, Optional
 
 import click
 
-from imds_guard import actions
+from imds_guard import CONFIG_PATH, actions
 from imds_guard.actions import Place
+from imds_guard.cli.ask import STATUS_UNKNOWN, status_exit
 from imds_guard.cli.group import cli
-from imds_guard.cli.guard import STATUS_UNKNOWN, status_exit
 from imds_guard.cli.options import cgroup_option, config_option, json_option
 from imds_guard.cli.output import fail, say, say_json, tell, warn
-from imds_guard.config import CONFIG_PATH
 from imds_guard.errors import GuardError, UsageError
 
 

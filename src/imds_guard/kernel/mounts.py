@@ -72,4 +72,4 @@ def _parse(line: str) -> Mount:
 
 def _plain(text: str) -> str:
     r"""Undoes the kernel's \040 for a space and the like."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text)
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text) if "\\" in text else text

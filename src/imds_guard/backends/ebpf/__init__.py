@@ -6,18 +6,32 @@ from __future__ import annotations
 import os
 import time
 from contextlib import contextmanager
-from typing import Callable, ContextManager, Iterable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Callable,
+    ContextManager,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+)
 
-from imds_guard.backends.ebpf import abi, hooks, probe, program
+from imds_guard.backends.ebpf import abi, hooks, probe
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.hooks import Hook
-from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.ebpf.render import parse, render
 from imds_guard.backends.ebpf.store import Maps, Snapshot
 from imds_guard.errors import GuardError, NotPermitted, system_words, trying
-from imds_guard.kernel import bpffs, compiler, lockfile, privileges
+from imds_guard.kernel import bpffs, lockfile, privileges
 from imds_guard.kernel.cgroup import Cgroup, open_cgroup
 from imds_guard.policy import Policy
+
+# The programs are imported where they are needed, for the sake of the start-up time: to look at a guard takes none.
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf.program import Defines
 
 _T = TypeVar("_T")
 
@@ -207,6 +221,9 @@ class EbpfBackend:
 
     def _check_running_or_compilable(self, cgroup: Cgroup, policy: Optional[Policy]) -> None:
         """A guard that runs this version needs no compiler."""
+        from imds_guard.backends.ebpf import program  # noqa: PLC0415
+        from imds_guard.kernel import compiler  # noqa: PLC0415
+
         probe.require_place()
         probe.require_bpf()
         path = bpffs.find_bpffs()
@@ -215,7 +232,7 @@ class EbpfBackend:
         folder = Folder(path, cgroup.id, cgroup.is_root) if path else None
         found = hooks.inspect(cgroup, folder.path if folder is not None and folder.exists() else None)
         needed = abi.needed_hooks(policy is not None and policy.strict)
-        current = [h.name for h in found if h.ours and h.ours.version == program.source_version(self._defines)]
+        current = [h.name for h in found if h.ours and h.ours.version == self._version()]
         if not set(needed) <= set(current):
             compiler.require_bcc()
             program.kernel_offsets()
@@ -264,17 +281,15 @@ class EbpfBackend:
         """Loads the programs anew, on the same maps and with the policy unchanged, unless they are as they should."""
         ids = set(maps.ids())
         found = _inspect(cgroup, folder.path, needed)
-        version = self._version()
         missing = {hook.name for hook in found if hook.ours is None or not set(hook.ours.map_ids) <= ids}
-        current = keep_version or all(hook.ours is not None and hook.ours.version == version for hook in found)
-        if current and not missing:
+        if not missing and (keep_version or _are_of(found, self._version())):
             return _detach_strays(cgroup, folder)
         privileges.lift_memory_lock_limit()
         hooks.put_in_place(cgroup, folder.path, maps.fds(), found, self._defines)
         hooks.verify(cgroup, folder.path, maps.ids(), needed)
         lines = _detach_strays(cgroup, folder)
         if not missing:
-            return [*lines, f"put version {version} of the programs in place"]
+            return [*lines, f"put version {self._version()} of the programs in place"]
         if missing.isdisjoint(abi.needed_hooks(_holds_packets(maps))):
             return [*lines, f"attached {', '.join(sorted(missing))}, too"]
         return [*lines, "repaired the hooks"]
@@ -306,6 +321,8 @@ class EbpfBackend:
             return  # a map's pin is gone: detaching the hooks will do
 
     def _version(self) -> str:
+        from imds_guard.backends.ebpf import program  # noqa: PLC0415
+
         return program.source_version(self._defines)
 
 
@@ -333,6 +350,11 @@ def _undo(first: Exception, *steps: Callable[[], None]) -> None:
 
 def _in_force(maps: Maps) -> Optional[Snapshot]:
     return maps.snapshot(maps.generation()) if maps.generation() else None
+
+
+def _are_of(found: Iterable[Hook], version: str) -> bool:
+    """True when every hook runs programs of ours, of that version."""
+    return all(hook.ours is not None and hook.ours.version == version for hook in found)
 
 
 def _holds_packets(maps: Maps) -> bool:

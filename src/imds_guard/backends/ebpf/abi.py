@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Dict, NamedTuple, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 from imds_guard.kernel import bpf
 from imds_guard.policy import Address
@@ -147,6 +147,20 @@ EGRESS = "egress"
 def needed_hooks(strict: bool) -> Tuple[str, ...]:
     """The hooks that a policy needs."""
     return tuple(name for name in HOOKS if strict or name != EGRESS)
+
+
+VERSION_DIGITS = 8
+
+
+def program_name(hook: str, version: str) -> str:
+    """``ig_c4_0123abcd``: what bpftool shows, and what tells our programs from others'."""
+    return f"{HOOKS[hook].prefix}_{version}"
+
+
+def version_in_name(hook: str, name: str) -> Optional[str]:
+    """The version in the name of one of our programs, or None for somebody else's program."""
+    prefix = HOOKS[hook].prefix + "_"
+    return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
 
 
 _MAPPED_PREFIX = bytes(10) + b"\xff\xff"

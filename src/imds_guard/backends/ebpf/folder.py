@@ -12,8 +12,6 @@ removes it.
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import stat
 from contextlib import suppress
 from typing import List
@@ -56,12 +54,12 @@ class Folder:
                 # Its maker may go on filling it, so that it is never empty: the name is taken from it first, at once.
                 what = f"renaming {path}, which someone else put there"
                 with trying(what, "see who may write there, and try again"), suppress(FileNotFoundError):
-                    os.rename(path, f"{self.path}{_STRANGER}{secrets.token_hex(8)}")
+                    os.rename(path, f"{self.path}{_STRANGER}{os.urandom(8).hex()}")
         # As far as it goes: what is still being filled stays until the next command, and bears no name of a guard.
         with suppress(OSError):
             for path in self._strangers():
                 if os.path.isdir(path) and not os.path.islink(path):
-                    shutil.rmtree(path, ignore_errors=True)  # follows no link (shutil.rmtree.avoids_symlink_attacks)
+                    _remove_tree(path)
                 else:
                     os.unlink(path)
 
@@ -121,6 +119,12 @@ class Folder:
             for name in os.listdir(path):
                 os.unlink(os.path.join(path, name))
             os.rmdir(path)
+
+
+def _remove_tree(path: str) -> None:
+    import shutil  # noqa: PLC0415 -- start-up time: nearly no command has anything to remove
+
+    shutil.rmtree(path, ignore_errors=True)  # follows no link (shutil.rmtree.avoids_symlink_attacks)
 
 
 def _is_roots_folder(path: str) -> bool:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import errno
 import os
 from contextlib import contextmanager, suppress
-from typing import Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from imds_guard.backends.ebpf import abi, program
-from imds_guard.backends.ebpf.program import Defines
+from imds_guard.backends.ebpf import abi
 from imds_guard.errors import GuardError, Unsupported, system_words, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import Cgroup
+
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf.program import Defines
 
 
 class Attached(NamedTuple):
@@ -92,7 +94,7 @@ def _describe(hook: str, identity: int) -> Optional[Attached]:
             found = bpf.describe_program(fd)
         finally:
             os.close(fd)
-    version = program.version_in_name(hook, found.name)
+    version = abi.version_in_name(hook, found.name)
     return Attached(identity, found.name, version, found.map_ids, found.run_count, found.run_time_ns)
 
 
@@ -122,6 +124,8 @@ def put_in_place(
 
     All are loaded before the first is attached. ``pins`` is the folder that the links are pinned in, if another.
     """
+    from imds_guard.backends.ebpf import program  # noqa: PLC0415 -- start-up time: few commands load programs
+
     loaded = program.load_hooks([hook.name for hook in found], map_fds, defines)
     try:
         for hook in found:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import sys
+from _blake2 import blake2s  # what hashlib.blake2s is; hashlib loads OpenSSL, too, which takes longer than the rest
 from typing import Dict, FrozenSet, Iterable, List, Literal, Mapping, NamedTuple, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
@@ -39,7 +39,7 @@ class Image(NamedTuple):
 
     def digest(self) -> bytes:
         """16 octets that change with any record; the order in which the kernel hands records out does not matter."""
-        state = hashlib.blake2s(digest_size=16)
+        state = blake2s(digest_size=16)
         for number in sorted(self.items):
             state.update(bytes([number]))
             state.update(b"".join(key + value for key, value in sorted(self.items[number])))

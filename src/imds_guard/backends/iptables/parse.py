@@ -8,7 +8,6 @@ What is no rule of ours is left out here: that the rules are not what render() m
 from __future__ import annotations
 
 import ipaddress
-import urllib.parse
 from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, Holding
@@ -113,6 +112,8 @@ def _find_locks(chains: Chains, version: int) -> Dict[str, FoundLock]:
 
 
 def _lock_name(rule: Rule) -> str:
+    import urllib.parse  # noqa: PLC0415 -- start-up time: most machines have no rules of ours
+
     # Octets that are no UTF-8, which somebody else must have written, come as surrogates that no policy can hold.
     kind, _, name = rule.comment.encode(errors="replace").decode().partition("=")
     return urllib.parse.unquote(name) if kind == "lock" and name else rule.target

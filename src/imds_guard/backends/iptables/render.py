@@ -13,9 +13,7 @@ packet meets everybody else's rules as it would without ours.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import urllib.parse
 from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
@@ -54,6 +52,8 @@ class Holding(NamedTuple):
 
 def digest(policy: Policy) -> str:
     """Sixteen hex digits that tell one policy from another; both families carry them."""
+    import hashlib  # noqa: PLC0415 -- start-up time: no rules are read or written where there is a guard by eBPF
+
     words = [policy.mode.value, policy.containers.value]
     for lock in policy.locks:
         words += [lock.name, lock.default.value]
@@ -91,6 +91,8 @@ def lock_chain(number: int) -> str:
 
 def lock_comment(name: str) -> str:
     """A lock's name in ASCII without quotes or spaces: at most 194 of a comment's 255 octets."""
+    import urllib.parse  # noqa: PLC0415
+
     return "lock=" + urllib.parse.quote(name, safe="")
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that ask the guard that runs: status, explain."""
+
+from __future__ import annotations
+
+import sys
+from typing import Optional
+
+import click
+
+from imds_guard import actions, identity, present
+from imds_guard.actions import Status
+from imds_guard.cli.group import cli
+from imds_guard.cli.options import cgroup_option, json_option
+from imds_guard.cli.output import fail, say, say_json
+from imds_guard.endpoint_words import parse_endpoint
+from imds_guard.errors import GuardError, UsageError
+
+STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
+"""As systemctl status has them (LSB: 0 running, 3 not running, 4 unknown)."""
+
+
+@cli.command()
+@cgroup_option
+@json_option
+def status(cgroup: Optional[str], as_json: bool) -> None:
+    """Show what the kernel enforces.
+
+    Exit status: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
+    """
+    actions.require_root("status")
+    try:
+        found = actions.status(cgroup)
+    except GuardError as error:
+        fail(error, STATUS_UNKNOWN)
+    if as_json:
+        say_json(present.status_values(found))
+    else:
+        say(present.status_lines(found))
+    sys.exit(status_exit(found))
+
+
+def status_exit(found: Status) -> int:
+    """The exit status that tells the state."""
+    word = present.status_word(found)
+    return {"active": STATUS_ACTIVE, "degraded": STATUS_DEGRADED, "inactive": STATUS_INACTIVE}[word]
+
+
+@cli.command(short_help="Say how a connect would be judged, and why.")
+@click.option("--pid", type=click.IntRange(min=1), metavar="N", help="Ask for a running process.")
+@click.option("--user", metavar="U", help="Ask for a user as after a fresh login.")
+@click.argument("endpoint")
+@cgroup_option
+@json_option
+def explain(pid: Optional[int], user: Optional[str], endpoint: str, cgroup: Optional[str], as_json: bool) -> None:
+    """Say whether a connect to ENDPOINT (ADDRESS[:PORT]) would be allowed, and by which rule."""
+    actions.require_root("explain")
+    if (pid is None) == (user is None):
+        raise UsageError("name either --pid or --user")
+    caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
+    decision, destination = actions.explain(caller, parse_endpoint(endpoint), cgroup)
+    if as_json:
+        say_json(present.decision_values(caller, destination, decision))
+    else:
+        say(present.decision_lines(caller, destination, decision))
