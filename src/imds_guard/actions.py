@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from imds_guard.backends import Backend, choose
 from imds_guard.capabilities import REQUIRED
@@ -85,12 +85,21 @@ def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
         # What is wrong with the cgroup, the backend says.
         with suppress(OSError):
             name = f"command-{os.stat(cgroup).st_ino}"
-    with lockfile.exclusive(name):
+    with lockfile.exclusive(name), _reading_tables_once(cgroup):
         try:
             yield
         finally:
             if name != of_the_machine:
                 lockfile.forget(name)
+
+
+def _reading_tables_once(cgroup: Optional[str]) -> ContextManager[None]:
+    """A guard of a cgroup has nothing to do with iptables."""
+    if cgroup is not None:
+        return nullcontext()
+    from imds_guard.backends.iptables.tables import reading_once  # noqa: PLC0415 -- start-up time
+
+    return reading_once()
 
 
 def start(policy: Policy, place: Place, tell: Tell) -> Outcome:
@@ -372,6 +381,11 @@ class Status(NamedTuple):
 
 def status(cgroup: Optional[str]) -> Status:
     """Reads back what is in force."""
+    with _reading_tables_once(cgroup):
+        return _status(cgroup)
+
+
+def _status(cgroup: Optional[str]) -> Status:
     found = _running(cgroup)
     # One look at eBPF, for what is told of it to be of one moment.
     detail = found["ebpf"].state() if "ebpf" in found else None  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from typing import Callable, Dict, FrozenSet, List, Optional, Protocol, Set, Tup
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.backends.iptables.tables import reading_once
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import Policy, Reason
 from tests.conformance.families import ADDRESSES
@@ -123,14 +124,20 @@ class Iptables:
         """Enforcer.apply()."""
 
         def checked() -> None:
-            self._backend.check(policy)
-            self._backend.apply(policy)
+            with reading_once():
+                self._backend.check(policy)
+                self._backend.apply(policy)
 
         sandbox.call(checked, timeout_s=PATIENCE_S)
 
     def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
         """Enforcer.held()."""
-        return sandbox.call(lambda: (self._backend.read(), self._backend.faults()), timeout_s=PATIENCE_S)
+
+        def looked() -> Tuple[Optional[Policy], List[str]]:
+            with reading_once():
+                return self._backend.read(), self._backend.faults()
+
+        return sandbox.call(looked, timeout_s=PATIENCE_S)
 
     def reasons(self) -> Optional[Set[Reason]]:
         """Enforcer.reasons(): a rule has no reason."""

@@ -15,6 +15,7 @@ from imds_guard.backends.iptables.probe import Probed, probe
 from imds_guard.backends.iptables.tables import NoTable, Program, default_program
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.kernel.credentials import become
+from imds_guard.kernel.netns import unshare_network
 from imds_guard.kernel.run import Completed, find_program, run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import ALL_PORTS, Mode, Verdict
@@ -178,6 +179,54 @@ def test_rule_before_ours_is_seen(machine: Machine) -> None:
     assert machine.faults() == []
     assert machine.reach(STRANGER) == REFUSED
     assert f"-A OUTPUT -d {V4}/32 -j ACCEPT" in machine.rules(4)
+
+
+def test_a_rule_that_comes_between_the_look_and_the_change_does_not_stay_before_ours(machine: Machine) -> None:
+    """What a command remembers of the tables is not what it writes by."""
+    machine.apply(policy_for([FOO]))
+    before_ours = ["-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT"]
+
+    def command() -> List[str]:
+        backend = machine.backend()
+        with tables.reading_once():
+            assert backend.faults() == []
+            assert run([KINDS[machine.kind][0], "-w", "10", *before_ours]).status == 0
+            assert backend.faults() == []  # as it was read
+            backend.apply(policy_for([FOO]))
+            return backend.faults()
+
+    assert machine.call(command) == []
+    assert machine.faults() == []
+    assert machine.reach(STRANGER) == REFUSED
+
+
+def test_what_a_command_remembers_ends_with_it(machine: Machine) -> None:
+    """And what it has changed itself, it reads again."""
+
+    def command() -> Tuple[bool, bool, bool]:
+        backend = machine.backend()
+        with tables.reading_once():
+            before = backend.in_force()
+            backend.apply(policy_for([FOO]))
+            after = backend.in_force()
+        run([KINDS[machine.kind][0], "-w", "10", "-F", "OUTPUT"])
+        return before, after, any("nothing in OUTPUT leads to" in line for line in backend.faults())
+
+    assert machine.call(command) == (False, True, True)
+
+
+def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
+    """Children of a command try rules in one."""
+    machine.apply(policy_for([FOO]))
+    program = default_program(4, KINDS[machine.kind][0])
+
+    def here_and_there() -> Tuple[bool, bool]:
+        with tables.reading_once():
+            here = "IMDS-GUARD" in tables.read_table(program)
+            unshare_network([])
+            return here, "IMDS-GUARD" in tables.read_table(program)
+
+    assert machine.call(here_and_there) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import click
 import psutil
 import pytest
 
-from imds_guard.backends.ebpf import EbpfBackend, abi, program
+from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.errors import Unsupported
 from imds_guard.kernel import bpf, bpffs, netns
 from imds_guard.kernel.cgroup import open_cgroup
@@ -341,4 +341,4 @@ def ours_at_the_root() -> List[str]:
                 if fd is not None:
                     names.append((hook, bpf.describe_program(fd).name))
                     os.close(fd)
-    return [name for hook, name in names if program.version_in_name(hook, name) is not None]
+    return [name for hook, name in names if abi.version_in_name(hook, name) is not None]

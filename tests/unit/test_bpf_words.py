@@ -181,9 +181,9 @@ def _calls(code: bytes) -> List[int]:
 @pytest.mark.parametrize("hook", sorted(abi.HOOKS))
 def test_a_program_s_name_fits_the_kernel_and_tells_its_version(hook: str) -> None:
     version = program.source_version()
-    name = program.program_name(hook, version)
+    name = abi.program_name(hook, version)
     assert len(name) <= 15
-    assert {other: program.version_in_name(other, name) for other in abi.HOOKS} == {
+    assert {other: abi.version_in_name(other, name) for other in abi.HOOKS} == {
         other: version if other == hook else None for other in abi.HOOKS
     }
 
@@ -192,7 +192,7 @@ def test_a_program_s_name_fits_the_kernel_and_tells_its_version(hook: str) -> No
     "name", ["", "ig_c4", "ig_c4_", "ig_c4_123", "ig_c4_123456789", "sd_fw_ingress", "ig_c6_12345678"]
 )
 def test_other_people_s_programs_are_not_taken_for_ours(name: str) -> None:
-    assert program.version_in_name("connect4", name) is None
+    assert abi.version_in_name("connect4", name) is None
 
 
 SOURCES = ("egress.h", "imds_guard.bpf.c", "imds_guard.h", "marks.h", "tell.h")

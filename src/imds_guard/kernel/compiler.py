@@ -10,7 +10,6 @@ import functools
 import importlib.util
 import os
 import struct
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
@@ -90,6 +89,8 @@ def _environment(**values: str) -> Iterator[None]:
 @contextmanager
 def _stderr_of_c() -> Iterator[str]:
     """Collects what C code writes to file descriptor 2; yields the name of the file."""
+    import tempfile  # noqa: PLC0415 -- start-up time: few commands compile
+
     with tempfile.NamedTemporaryFile() as file:
         saved = os.dup(2)
         os.dup2(file.fileno(), 2)

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Collection, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Collection, Dict, Mapping, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, probe
 from imds_guard.errors import GuardError, Unsupported, trying
@@ -30,8 +30,6 @@ _OFFSETS = (
     ("pid", "level"),
 )
 
-VERSION_DIGITS = 8
-
 
 def source_folder() -> Path:
     """The bpf/ folder: inside the installed package, or beside src/ in a checkout."""
@@ -45,18 +43,7 @@ def source_version(defines: Defines = ()) -> str:
     for path in sorted(source_folder().glob("*.[ch]")):
         state.update(path.read_bytes())
     state.update(repr(defines).encode())
-    return state.hexdigest()[:VERSION_DIGITS]
-
-
-def program_name(hook: str, version: str) -> str:
-    """``ig_c4_0123abcd``: what bpftool shows, and what tells our programs from others'."""
-    return f"{abi.HOOKS[hook].prefix}_{version}"
-
-
-def version_in_name(hook: str, name: str) -> Optional[str]:
-    """The version in the name of one of our programs, or None for somebody else's program."""
-    prefix = abi.HOOKS[hook].prefix + "_"
-    return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
+    return state.hexdigest()[: abi.VERSION_DIGITS]
 
 
 @functools.cache
@@ -118,7 +105,7 @@ def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence
 def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:
     """The fd of a hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
     shape = abi.HOOKS[hook]
-    name = program_name(hook, version)
+    name = abi.program_name(hook, version)
     steps = {place: (step, code[step]) for place, step in abi.STEPS.items() if step in code}
     whole = compiler.with_steps(name, code[shape.function], steps)
     instructions = compiler.linked(whole.instructions, {abi.HOOK_HERE: shape.number}, abi.MAP_BASE, map_fds)

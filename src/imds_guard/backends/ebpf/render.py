@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 import sys
-from _blake2 import blake2s  # what hashlib.blake2s is; hashlib loads OpenSSL, too, which takes longer than the rest
 from typing import Dict, FrozenSet, Iterable, List, Literal, Mapping, NamedTuple, Optional, Tuple
 
 from imds_guard.backends.ebpf import abi
@@ -25,6 +24,11 @@ from imds_guard.policy import (
     minus_ports,
     normal_ports,
 )
+
+try:  # start-up time: hashlib has the same function, and loads OpenSSL for others
+    from _blake2 import blake2s
+except ImportError:  # a Python that has all of its hashes from OpenSSL
+    from hashlib import blake2s
 
 BYTE_ORDER: Literal["little", "big"] = sys.byteorder
 

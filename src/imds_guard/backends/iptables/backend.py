@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Backend that keeps a policy in iptables. Each method looks at the rules as they are; nothing is remembered."""
+"""The Backend that keeps a policy in iptables. It looks at the rules as they are, but see tables.reading_once()."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Dict, Iterable, List, Mapping, NamedTuple, NoReturn, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from imds_guard.backends.iptables.rules import Rule
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
@@ -143,8 +143,44 @@ def _legacy_tables(version: int) -> List[str]:
         return []
 
 
+_remembered: Optional[Dict[Tuple[int, str, int], Table]] = None
+
+
+@contextlib.contextmanager
+def reading_once() -> Iterator[None]:
+    """Within the block a table is read once, and again for each change of it by replace() and after that.
+
+    For one command from its beginning to its end: most of what it would do is else to read the same tables again.
+    """
+    global _remembered  # noqa: PLW0603 -- so that backends in a command need not know of each other
+    before, _remembered = _remembered, {}
+    try:
+        yield
+    finally:
+        _remembered = before
+
+
+def _forget(program: Program) -> bool:
+    """True when there was something to forget."""
+    return _remembered is not None and _remembered.pop(_place(program), None) is not None
+
+
+def _place(program: Program) -> Tuple[int, str, int]:
+    """Which table it is: also by the namespace, since children of a command try rules in one of their own."""
+    return program.version, program.kind, os.stat("/proc/thread-self/ns/net").st_ino
+
+
 def read_table(program: Program) -> Table:
-    """Table filter as it is now."""
+    """Table filter as it is now, or was when it was read before (reading_once())."""
+    if _remembered is None:
+        return _read_now(program)
+    place = _place(program)
+    if place not in _remembered:
+        _remembered[place] = _read_now(program)
+    return _remembered[place]
+
+
+def _read_now(program: Program) -> Table:
     completed = run([_with(program, "save"), "-t", "filter"], timeout_s=RESTORE_TIMEOUT_S)
     if completed.status != 0:
         _refuse(program, "could not be read", completed)
@@ -223,6 +259,8 @@ def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = 
     by the old rules or by the new ones. Raises GuardError, with the old rules in force.
     """
     table = read_table(program)
+    if restore_text(table, anchor, chains) and _forget(program):
+        table = read_table(program)  # others may have put rules before ours since
     text = restore_text(table, anchor, chains)
     if not text:
         return False
@@ -232,7 +270,10 @@ def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = 
             f"{program.title} can't remove our chain while the rule {foreign[0]!r} leads to it: delete that"
         )
     argv = [_with(program, "restore"), "--noflush", "-w", str(lock_wait_s)]
-    completed = run(argv, stdin=text, timeout_s=RESTORE_TIMEOUT_S)
+    try:
+        completed = run(argv, stdin=text, timeout_s=RESTORE_TIMEOUT_S)
+    finally:
+        _forget(program)
     if completed.status != 0:
         _refuse(program, f"did not take the rules{_culprit(text, completed)}", completed)
     return True
