@@ -2,9 +2,9 @@
 """Makes the n-th call of a command to the system fail, at the one door that each kind of call has.
 
 Doors: ``bpf.invoke`` for bpf(2); Python's audit events for files that are written, renamed, made and removed, and for
-flock(2); ``subprocess.Popen`` as kernel/run.py has it; membarrier(2) and renameat2(2) in kernel/syscalls.py. Every call
-but the failing one is real. Audit hooks can't be taken off again (sys.addaudithook), so there is one for all tests,
-which does nothing unless a fault is planted in this very process.
+flock(2); ``subprocess.Popen``, which kernel/run.py calls; membarrier(2) and renameat2(2) in kernel/syscalls.py. Every
+call but the failing one is real. Audit hooks can't be taken off again (sys.addaudithook), so there is one for all
+tests, which does nothing unless a fault is planted in this very process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
-from imds_guard.kernel import bpf, run, syscalls
+from imds_guard.kernel import bpf, syscalls
 
 BPF, FILE, PROGRAM, SYSCALL = "bpf", "file", "program", "syscall"
 
@@ -119,23 +119,20 @@ def _failing_bpf(fault: Fault, door: Callable[[int, bytes], Tuple[int, int, byte
     return invoke
 
 
-class _Subprocess:
-    """The module subprocess as kernel/run.py uses it."""
-
-    PIPE, TimeoutExpired = subprocess.PIPE, subprocess.TimeoutExpired
-
-    def __init__(self, fault: Fault) -> None:
-        self._fault = fault
-
-    def Popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        fault = self._fault
+def _failing_program(fault: Fault, door: Any) -> Any:
+    def popen(argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        started: subprocess.Popen[str]
         if not fault.meets(PROGRAM, " ".join(argv)):
-            return subprocess.Popen(argv, **options)
-        if fault.code == REFUSES:
-            return subprocess.Popen(["/bin/sh", "-c", "cat >/dev/null; echo refused by a fault >&2; exit 4"], **options)
-        if fault.code == IS_KILLED:
-            return subprocess.Popen(["/bin/sh", "-c", '"$@"; kill -KILL $$', "sh", *argv], **options)
-        raise fault.error(PROGRAM)
+            started = door(argv, **options)
+        elif fault.code == REFUSES:
+            started = door(["/bin/sh", "-c", "cat >/dev/null; echo refused by a fault >&2; exit 4"], **options)
+        elif fault.code == IS_KILLED:
+            started = door(["/bin/sh", "-c", '"$@"; kill -KILL $$', "sh", *argv], **options)
+        else:
+            raise fault.error(PROGRAM)
+        return started
+
+    return popen
 
 
 def _failing_call(fault: Fault, name: str, call: Callable[..., None]) -> Callable[..., None]:
@@ -150,9 +147,9 @@ def _failing_call(fault: Fault, name: str, call: Callable[..., None]) -> Callabl
 @contextmanager
 def planted(fault: Fault) -> Iterator[Fault]:
     """Counts the calls of the block, and has the chosen ones fail."""
-    before = bpf.invoke, run.subprocess, syscalls.membarrier, syscalls.exchange  # type: ignore[attr-defined]
+    before = bpf.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange
     bpf.invoke = _failing_bpf(fault, bpf.invoke)
-    run.subprocess = _Subprocess(fault)  # type: ignore[attr-defined, assignment]
+    subprocess.Popen = _failing_program(fault, subprocess.Popen)  # type: ignore[misc]
     syscalls.membarrier = _failing_call(fault, "membarrier", syscalls.membarrier)
     syscalls.exchange = _failing_call(fault, "renameat2", syscalls.exchange)
     _planted.append(fault)
@@ -160,7 +157,7 @@ def planted(fault: Fault) -> Iterator[Fault]:
         yield fault
     finally:
         _planted.pop()
-        bpf.invoke, run.subprocess, syscalls.membarrier, syscalls.exchange = before  # type: ignore[attr-defined]
+        bpf.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange = before  # type: ignore[misc]
 
 
 def codes_for(kind: str, number: int, every: bool) -> Sequence[int]:
