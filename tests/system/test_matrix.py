@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,27 @@ def test_who_has_no_sub_ids_is_told_what_to_do(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert '"nobody" in /etc/subuid' in done.stderr
     assert "usermod --add-subuids" in done.stderr
+
+
+_LEAVES_ONE = """
+import subprocess, sys
+from vagrant.matrix import process
+subprocess.Popen(process.dies_with_us(["sh", "-c", "echo $$; exec sleep 1000"]))
+sys.stdin.read()
+"""
+
+
+def test_no_guest_outlives_a_run_that_is_killed() -> None:
+    """As a job of a CI is, when somebody cancels it."""
+    words = [sys.executable, "-c", _LEAVES_ONE]
+    with subprocess.Popen(words, cwd=TREE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runs:
+        assert runs.stdout is not None
+        guest = os.pidfd_open(int(runs.stdout.readline()))
+        assert select.select([guest], [], [], 0) == ([], [], [])
+        runs.kill()
+    ended, _, _ = select.select([guest], [], [], 30)  # a pidfd can be read when the process has ended: pidfd_open(2)
+    os.close(guest)
+    assert ended == [guest]
 
 
 def test_an_unknown_row_is_named() -> None:

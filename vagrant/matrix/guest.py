@@ -16,7 +16,7 @@ from typing import Callable, List, Optional
 from vagrant.matrix.disk import blank, format_blank
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.kernel import KernelFiles
-from vagrant.matrix.process import find
+from vagrant.matrix.process import dies_with_us, find
 
 RESULTS_MIB = 64
 STATE_MIB = 2048
@@ -120,7 +120,7 @@ def _run(argv: List[str], folder: Path, deadline: float, progress: Callable[[byt
     """Waits for QEMU to end; returns why it had to be ended, or nothing."""
     with open(folder / "qemu.log", "wb") as said, open(folder / "output.log", "rb") as output:
         output.seek(0, os.SEEK_END)
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+        process = subprocess.Popen(dies_with_us(argv), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         try:
             while True:
                 with suppress(subprocess.TimeoutExpired):

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from vagrant.matrix.errors import MatrixError
 
@@ -20,6 +20,7 @@ PACKAGES: Dict[str, str] = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "tar": "tar",
+    "setpriv": "util-linux",
     "unshare": "util-linux",
     "newuidmap": "uidmap",
 }
@@ -32,6 +33,11 @@ def find(name: str) -> str:
     if path is None:
         raise MatrixError(f"{name} is not installed: apt-get install {PACKAGES.get(name, name)}")
     return path
+
+
+def dies_with_us(argv: Sequence[str]) -> List[str]:
+    """Argv so that the program is killed when this process ends, whatever ended it (PR_SET_PDEATHSIG, prctl(2))."""
+    return [find("setpriv"), "--pdeathsig", "KILL", *argv]
 
 
 def _search_path() -> str:
