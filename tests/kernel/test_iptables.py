@@ -215,6 +215,20 @@ def test_what_a_command_remembers_ends_with_it(machine: Machine) -> None:
     assert machine.call(command) == (False, True, True)
 
 
+def test_what_is_changed_in_an_inner_block_is_read_anew_outside(machine: Machine) -> None:
+    """As status() in the middle of a repair."""
+
+    def command() -> Tuple[bool, bool]:
+        backend = machine.backend()
+        with tables.reading_once():
+            before = backend.in_force()
+            with tables.reading_once():
+                backend.apply(policy_for([FOO]))
+            return before, backend.in_force()
+
+    assert machine.call(command) == (False, True)
+
+
 def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
     """Children of a command try rules in one."""
     machine.apply(policy_for([FOO]))

@@ -157,7 +157,7 @@ def reading_once() -> Iterator[None]:
     try:
         yield
     finally:
-        _remembered = before
+        _remembered = None if before is None else {}  # what was changed inside, an outer block must read anew
 
 
 def _forget(program: Program) -> bool:
