@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Callable, Dict, FrozenSet, List, Optional, Protocol, Set, Tuple, Type, TypeVar
@@ -12,6 +12,7 @@ from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.backends.iptables.tables import reading_once
+from imds_guard.errors import GuardError
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import Policy, Reason
 from tests.conformance.families import ADDRESSES
@@ -109,6 +110,9 @@ class Iptables:
         self._backend = IptablesBackend(state_folder=str(folder))
 
     def __enter__(self) -> Iptables:
+        # What a child finds out ends with it. Asked here it is asked once, and not again for each verb.
+        with suppress(GuardError):  # apply() says it
+            self._backend._probe(self._backend._programs(), audit=False)
         return self
 
     def __exit__(

@@ -41,7 +41,8 @@ def backend(request: pytest.FixtureRequest, services: None) -> Iterator[str]:
         assert started.returncode == 0, started
         assert f"imds-guard is active ({name})" in started.stdout
         yield name
-        world.command("stop")
+        if world.left():  # a test failed before the one that stops
+            world.command("stop")
 
 
 @contextmanager

@@ -6,13 +6,16 @@ IMDS_GUARD_EXPECT says what must work; IMDS_GUARD_ROW is set in the guests of va
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
 import subprocess
-import sys
 from contextlib import ExitStack, contextmanager
 from typing import Dict, FrozenSet, Iterator, List, Sequence
+
+from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.credentials import become
 
 EXPECT = frozenset(os.environ.get("IMDS_GUARD_EXPECT", "").split(","))
 PRIVATE_MOUNTS = "private-mounts" in os.environ.get("IMDS_GUARD_SETUP", "").split()
@@ -35,19 +38,6 @@ INACTIVE = 4 if "refuse-bpf" in os.environ.get("IMDS_GUARD_SETUP", "").split() e
 """Where bpf(2) is refused nobody can tell what is attached, and status says that: 4."""
 PATIENCE_S = 900
 """bcc takes 20 s of an emulated processor, and ten times that while the host has other work."""
-
-_CONNECT = """
-import errno, socket, sys
-for address in sys.argv[1:]:
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
-        one.settimeout(20)
-        try:
-            one.connect((address, 80))
-            print("connected")
-        except OSError as error:
-            print(errno.errorcode[error.errno or errno.ETIMEDOUT])
-"""
-
 
 _PRIVATE_BPFFS = 'mount -t bpf bpf /sys/fs/bpf; exec "$@"'
 
@@ -81,18 +71,22 @@ def done(*words: str) -> str:
 
 def reach(uid: int, *groups: int) -> List[str]:
     """How a connect to each of SERVICES ends, for a fresh process of this user in these supplementary groups."""
-    argv = [sys.executable, "-I", "-S", "-c", _CONNECT, *SERVICES]
-    ended = subprocess.run(
-        argv,
-        user=uid,
-        group=OTHERS,
-        extra_groups=groups,
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=PATIENCE_S,
-        check=True,
-    )
-    return ended.stdout.split()
+
+    def inside() -> List[str]:
+        become((uid,) * 3, (OTHERS,) * 3, groups)
+        return [_outcome(address) for address in SERVICES]
+
+    return run_in_child(inside, timeout_s=PATIENCE_S)
+
+
+def _outcome(address: str) -> str:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
+        one.settimeout(20)
+        try:
+            one.connect((address, 80))
+        except OSError as error:
+            return errno.errorcode[error.errno or errno.ETIMEDOUT]
+    return "connected"
 
 
 def everywhere(outcome: str) -> List[str]:
