@@ -55,7 +55,7 @@ def test_what_can_not_work_is_refused() -> None:
         assert result.stderr.startswith("imds-guard: "), result
         assert result.stderr.count("\n") == 1, result
         assert reach(STRANGER) == everywhere("connected")
-    assert command("status").returncode == INACTIVE
+        assert command("status").returncode == INACTIVE
 
 
 def test_who_gets_through(backend: str) -> None:

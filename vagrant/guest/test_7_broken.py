@@ -9,12 +9,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vagrant.guest.service import CONFIG, NETWORK, REQUIRED, UNIT, VERIFY, journal, show, slow_down, systemctl
+from vagrant.guest.service import NETWORK, REQUIRED, UNIT, VERIFY, journal, show, slow_down, systemctl
 from vagrant.guest.test_5_service import EBPF, assert_locked
-from vagrant.guest.world import ACTIVE, DEGRADED, command, done
+from vagrant.guest.world import ACTIVE, DEGRADED, IPV4, IPV6, ONE, command, done
 
 FILE = Path("/etc/imds-guard/config.toml")
 BAD_POLICY = 78
+_CONFIGURATION = f"""\
+on_error = "closed"
+
+[lock."metadata"]
+endpoints = ["{IPV4}", "{IPV6}"]
+users = ["root", {ONE}]
+"""
 
 
 @EBPF
@@ -29,8 +36,8 @@ def test_without_a_configuration_nothing_is_installed(backend: str) -> None:
 @EBPF
 def test_the_service_with_all_that_watches_over_it(backend: str) -> None:
     """Twice is the same as once; the timer runs with the unit."""
-    done("start", "--backend", backend, *CONFIG, "--save")
-    done("stop")
+    FILE.parent.mkdir()
+    FILE.write_text(_CONFIGURATION, encoding="utf-8")
     slow_down(UNIT, VERIFY.replace("timer", "service"), REQUIRED)
     systemctl("enable", NETWORK)
     for _ in range(2):
