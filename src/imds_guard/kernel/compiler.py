@@ -53,12 +53,20 @@ def compile_functions(
     # -g0: bcc asks for debug information, which nobody reads here; the same instructions come out a fifth sooner.
     flags = ["-g0", f"-I{include}", *(f"-D{name}={value}" for name, value in defines)]
     with _environment(BCC_KERNEL_SOURCE=stubs), _stderr_of_c() as words:
+        bcc = _import_bcc(words)
         try:
-            import bcc  # noqa: PLC0415  (a change of policy must not pay for it; here and not in each child)
-
             return run_in_child(lambda: _compile(bcc, source, flags, functions, words), timeout_s=_TIMEOUT_S)
-        except (ChildFailed, ImportError, OSError) as error:  # OSError: ctypes finds no libbcc
+        except ChildFailed as error:
             raise _refused(error, words) from error
+
+
+def _import_bcc(words: str) -> ModuleType:
+    """Here and not in each child; and not before, for a change of policy must not pay for it."""
+    try:
+        import bcc  # noqa: PLC0415
+    except (Exception, SystemExit) as error:  # it loads libbcc, and may be another project's
+        raise _refused(error, words) from error
+    return bcc  # type: ignore[no-any-return]
 
 
 def _compile(bcc: ModuleType, source: str, flags: List[str], functions: Sequence[str], words: str) -> Dict[str, bytes]:
