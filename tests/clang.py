@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import subprocess
 from pathlib import Path
 from typing import Dict, Sequence
 
-import pytest
-
 from imds_guard.backends.ebpf.program import source_folder
+from tests.tools import need
 
 BPF = source_folder()
 INCLUDES = (f"-I{BPF}", f"-I{BPF}/include/include")
@@ -19,10 +17,8 @@ INCLUDES = (f"-I{BPF}", f"-I{BPF}/include/include")
 
 def clang(*arguments: str) -> None:
     """Runs clang; what it says of the source fails the test. Skips where there is no clang."""
-    program = shutil.which("clang")
-    if program is None:
-        pytest.skip("clang is not installed")
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    need("clang")
+    done = subprocess.run(["clang", *arguments], capture_output=True, text=True, check=False)
     assert not done.stderr, done.stderr
     assert done.returncode == 0
 

@@ -11,7 +11,7 @@ from typing import AbstractSet, Callable, Iterator, Optional
 import pytest
 
 from imds_guard.backends.iptables import IptablesBackend
-from imds_guard.kernel.run import find_program, run
+from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import Policy
 from tests.faults import trials
@@ -19,6 +19,7 @@ from tests.faults.callers import Callers
 from tests.faults.trials import Before, Trial
 from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
 from tests.kernel.rules_in_a_sandbox import KINDS
+from tests.tools import need
 
 EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
 PLACES = [(address, PORT) for address in (IPV4, IPV6)]
@@ -73,8 +74,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     kind: str = request.param
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
-    if find_program(KINDS[kind][0]) is None:
-        pytest.skip(f"{KINDS[kind][0]} is not installed")
+    need(KINDS[kind][0])
     with Sandbox((IPV4, IPV6)) as sandbox:
         sandbox.serve((IPV4, IPV6), (PORT,))
         with Callers(sandbox, sorted(EVERYONE), PLACES) as callers:

@@ -16,10 +16,11 @@ import pytest
 from imds_guard.backends.forwarded import Forwarded, forwarding_is_on
 from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.kernel.netns import CLONE_NEWNET, enter
-from imds_guard.kernel.run import find_program, run
+from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import Mode, Policy, Verdict, make_policy
 from tests.kernel.rules_in_a_sandbox import FOO, KINDS, STRANGER, V4, V6, connect, policy_for
+from tests.tools import need
 
 T = TypeVar("T")
 
@@ -104,8 +105,7 @@ def routed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Routed]:
     kind: str = request.param
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
-    if find_program("ip") is None or find_program(KINDS[kind][0]) is None:
-        pytest.skip(f"ip or {KINDS[kind][0]} is not installed")
+    need("ip", KINDS[kind][0])
     with Sandbox() as client, Sandbox() as router, Sandbox((V4, V6)) as server:
         boxes = {"client": client, "router": router, "server": server}
         _wire(boxes)

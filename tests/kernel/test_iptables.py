@@ -16,7 +16,7 @@ from imds_guard.backends.iptables.tables import NoTable, Program, default_progra
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.netns import unshare_network
-from imds_guard.kernel.run import Completed, find_program, run
+from imds_guard.kernel.run import Completed, run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import ALL_PORTS, Mode, Verdict
 from tests.kernel.rules_in_a_sandbox import (
@@ -34,6 +34,7 @@ from tests.kernel.rules_in_a_sandbox import (
     Machine,
     policy_for,
 )
+from tests.tools import need
 
 REFUSED = "ECONNREFUSED"
 
@@ -44,8 +45,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
     kind: str = request.param
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
-    if find_program(KINDS[kind][0]) is None:
-        pytest.skip(f"{KINDS[kind][0]} is not installed")
+    need(KINDS[kind][0])
     with Sandbox((V4, V6, OTHER)) as sandbox:
         sandbox.serve(SERVED, PORTS)
         yield Machine(sandbox, kind, str(tmp_path))

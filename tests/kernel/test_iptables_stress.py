@@ -22,7 +22,7 @@ from imds_guard.errors import GuardError
 from imds_guard.kernel.children import ChildFailed, fork
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, sockaddr
-from imds_guard.kernel.run import Completed, find_program, run
+from imds_guard.kernel.run import Completed, run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy import Policy
 from tests.kernel.rules_in_a_sandbox import (
@@ -39,6 +39,7 @@ from tests.kernel.rules_in_a_sandbox import (
     Machine,
     policy_for,
 )
+from tests.tools import need
 
 REFUSED = "ECONNREFUSED"
 
@@ -49,8 +50,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
     kind: str = request.param
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
-    if find_program(KINDS[kind][0]) is None:
-        pytest.skip(f"{KINDS[kind][0]} is not installed")
+    need(KINDS[kind][0])
     with Sandbox((V4, V6, OTHER)) as sandbox:
         sandbox.serve(SERVED, PORTS)
         yield Machine(sandbox, kind, str(tmp_path))

@@ -14,12 +14,12 @@ from typing import List, Sequence, Set
 import pytest
 
 from imds_guard import __version__
+from tests.tools import missing, need
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
 SCRIPTS = tuple(PACKAGING / "debian" / f"imds-guard.{name}" for name in ("postinst", "prerm", "postrm"))
 UNITS = {path.name for path in (ROOT / "src" / "imds_guard" / "data" / "systemd").iterdir()}
-expected = "packages" in os.environ.get("IMDS_GUARD_EXPECT", "").split(",")
 
 
 def output(*command: str, cwd: Path = ROOT, status: int = 0) -> str:
@@ -27,18 +27,6 @@ def output(*command: str, cwd: Path = ROOT, status: int = 0) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
-
-
-def missing(reason: str) -> None:
-    """A tool that is not here: skips, unless this gate must prove the packages."""
-    assert not expected, reason
-    pytest.skip(reason)
-
-
-def need(*tools: str) -> None:
-    for tool in tools:
-        if shutil.which(tool) is None:
-            missing(f"{tool} is not installed")
 
 
 # --- Debian ---------------------------------------------------------------------------------------------------------
@@ -208,8 +196,7 @@ def test_bash_completes_commands_and_choices(completions: Path) -> None:
 
 
 def test_fish_completes_commands(completions: Path) -> None:
-    if shutil.which("fish") is None:
-        pytest.skip("fish is not installed")
+    need("fish")
     script = completions / "fish" / "vendor_completions.d" / "imds-guard.fish"
     found = in_shell(completions, "fish", "--no-config", "-c", f"source {script}; complete -C 'imds-guard unin'")
     assert found[0] == "uninstall-service"

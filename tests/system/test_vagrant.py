@@ -14,6 +14,7 @@ from typing import Callable, Dict, List
 
 import pytest
 
+from tests.tools import missing, need
 from vagrant.box import build, here, image, job, machines
 from vagrant.box.edit import Edit
 from vagrant.matrix import suite, table
@@ -23,25 +24,16 @@ from vagrant.matrix.process import run
 
 TREE = Path(__file__).resolve().parents[2]
 FOLDER = TREE / "vagrant"
-EXPECTED = os.environ.get("IMDS_GUARD_EXPECT", "").split(",")
 ROWS = [row.name for row in table.load().rows]
 PATIENCE_S = 300
 
 Ran = subprocess.CompletedProcess
 
 
-def needs(program: str) -> None:
-    """Skips where a program is missing, unless IMDS_GUARD_EXPECT has "vagrant": then it is a failure."""
-    if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
-        return
-    assert "vagrant" not in EXPECTED, f"{program} is not installed, and IMDS_GUARD_EXPECT has vagrant"
-    pytest.skip(f"{program} is not installed")
-
-
 @pytest.fixture
 def vagrant(tmp_path: Path) -> Callable[..., Ran[str]]:
     """Runs vagrant with a state of the test's own: (folder, words, provider) -> what came of it."""
-    needs("vagrant")
+    need("vagrant")
 
     def command(folder: Path, *words: str, provider: str = "libvirt") -> Ran[str]:
         state = {
@@ -72,7 +64,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def test_the_vagrantfile_is_ruby() -> None:
-    needs("ruby")
+    need("ruby")
     for path in (FOLDER / "Vagrantfile", FOLDER / "box" / "Vagrantfile"):
         assert subprocess.run(["ruby", "-wc", str(path)], capture_output=True, text=True, check=True).stderr == ""
 
@@ -179,7 +171,7 @@ def test_the_job_is_the_matrix_job(tmp_path: Path) -> None:
 @pytest.fixture
 def ext2(tmp_path: Path) -> Path:
     """A small image with /etc/hosts in it."""
-    needs("mke2fs")
+    need("mke2fs")
     root = tmp_path / "root"
     (root / "etc").mkdir(parents=True)
     (root / "etc" / "hosts").write_text("127.0.0.1 localhost\n")
@@ -229,7 +221,7 @@ def test_an_edit_that_fails_is_told(ext2: Path, tmp_path: Path) -> None:
 def test_partitions_lie_where_the_table_says(tmp_path: Path) -> None:
     """At whole MiB, the first one active and shifted by as many sectors as its boot sector expects."""
     if not any(path.exists() for path in image.MBR):
-        needs("syslinux")
+        missing("syslinux-common is not installed")
     parts = []
     for number, size in enumerate((3 * image.MIB, 512, 2 * image.MIB)):
         parts.append(tmp_path / f"part{number}")
@@ -255,8 +247,7 @@ def test_an_unknown_row_is_named(command: str) -> None:
     if command == "up-here":
         if os.geteuid() != 0:
             pytest.skip("up-here is for root")
-        for program in here.PROGRAMS:
-            needs(program)
+        need(*here.PROGRAMS)
     done = subprocess.run([str(FOLDER / command), "2.6-debian-1"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith(f"{command}: there is no row '2.6-debian-1'")

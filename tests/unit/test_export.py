@@ -17,9 +17,10 @@ from imds_guard.errors import Unsupported, UsageError
 from imds_guard.export import FORMATS, export
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.netns import unshare_network
-from imds_guard.kernel.run import Completed, find_program, run
+from imds_guard.kernel.run import Completed, run
 from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from tests.conformance.differential import make_block
+from tests.tools import need
 
 NOT_DNS = ((0, 52), (54, 65535))
 
@@ -88,8 +89,7 @@ def _load(argv: List[str], text: str) -> Completed:
     """Runs a loader in a network namespace of its own."""
     if os.geteuid() != 0:
         pytest.skip("loading rules needs root")
-    if find_program(argv[0]) is None:
-        pytest.skip(f"{argv[0]} is not installed")
+    need(argv[0])
 
     def inside() -> Completed:
         unshare_network([])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import List
 import pytest
 
 from tests.clang import BPF, INCLUDES, clang
+from tests.tools import missing, need
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("run", ".ci/run")
@@ -32,7 +32,7 @@ def passes(*command: str) -> None:
 def python_tool(*command: str) -> None:
     """Runs a module of the environment that the tests run in."""
     if importlib.util.find_spec(command[0]) is None:
-        pytest.skip(f"{command[0]} is not installed beside pytest (pip install -e '.[test]')")
+        missing(f"{command[0]} is not installed beside pytest (pip install -e '.[test]')")
     passes(sys.executable, "-m", *command)
 
 
@@ -80,8 +80,7 @@ def test_the_header_can_be_included_alone_and_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script: str) -> None:
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
+    need("shellcheck")
     passes("shellcheck", script)
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Dict, List, Set
@@ -15,6 +14,7 @@ import pytest
 from imds_guard import cli, config_reader
 from imds_guard.cli.lockdown import lock_down
 from imds_guard.config import parse_config
+from tests.tools import need
 from tests.tree import every_command
 
 MAN = Path(cli.__file__).resolve().parents[1] / "data" / "man"
@@ -147,8 +147,7 @@ def test_every_variable_that_the_program_reads_is_there() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_mandoc_finds_nothing(page: Path) -> None:
-    if shutil.which("mandoc") is None:
-        pytest.skip("mandoc is not installed")
+    need("mandoc")
     done = subprocess.run(["mandoc", "-T", "lint", str(page)], stdout=subprocess.PIPE, text=True, check=False)
     # Whether other programs' pages are installed here says nothing about ours.
     assert [line for line in done.stdout.splitlines() if "mandoc.db" not in line and "Xr" not in line] == []
@@ -156,8 +155,7 @@ def test_mandoc_finds_nothing(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_man_shows_it_without_a_warning(page: Path) -> None:
-    if shutil.which("man") is None or shutil.which("groff") is None:
-        pytest.skip("man-db or groff is not installed")
+    need("man", "groff")
     done = subprocess.run(
         ["man", "--warnings", "-E", "UTF-8", "-l", str(page)],
         env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "MANWIDTH": "80"},

@@ -15,6 +15,7 @@ import imds_guard
 from imds_guard import service
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
+from tests.tools import need
 from tests.tree import every_command
 
 UNITS = Path(imds_guard.__file__).parent / "data" / "systemd"
@@ -103,8 +104,7 @@ def test_stopping_the_lock_does_not_stop_the_network() -> None:
 
 def test_systemd_reads_the_units(tmp_path: Path) -> None:
     """With its own eyes: an option that it does not know is a warning there."""
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed")
+    need("systemd-analyze")
     from tests.command import run
 
     for unit in UNITS.iterdir():
