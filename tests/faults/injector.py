@@ -83,7 +83,12 @@ class Fault:
     @property
     def hit(self) -> Optional[Call]:
         """The call that failed first; None when the command came to its end before."""
-        return self.calls[self.first - 1] if 0 < self.first <= len(self.calls) else None
+        return self.hits[0] if self.hits else None
+
+    @property
+    def hits(self) -> List[Call]:
+        """The calls that failed. Where the first one is survived, the command tells of a later one, of another kind."""
+        return self.calls[self.first - 1 : self.last or self.first] if self.first else []
 
 
 _planted: List[Fault] = []

@@ -150,9 +150,9 @@ def faults_of_sentence(said: BaseException, fault: Optional[Fault] = None) -> Li
         wrong.append("it shows Python")
     # Where membarrier(2) can't be had another way is taken: that one is told of.
     if fault is not None and fault.code > 0 and fault.hit is not None and fault.hit.kind != injector.SYSCALL:
-        symbol = errno.errorcode[fault.error(fault.hit.kind).errno or 0]
-        if symbol not in text:
-            wrong.append(f"it does not say {symbol}")
+        symbols = sorted({errno.errorcode[fault.error(call.kind).errno or 0] for call in fault.hits})
+        if not any(symbol in text for symbol in symbols):
+            wrong.append(f"it does not say {' or '.join(symbols)}")
     return wrong
 
 
