@@ -41,6 +41,8 @@ _COMMANDS = {
     and not name.startswith(("MAP_TYPE_", "PROG_TYPE_", "LINK_TYPE_"))
     and isinstance(getattr(bpf, name), int)
 }
+_ASK = frozenset({"BPF_PROG_LOAD", "BPF_BTF_LOAD"})
+"""With these a command finds out, too, what the kernel can; it goes on without what it can't."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,17 @@ class Fault:
     @property
     def hit(self) -> Optional[Call]:
         """The call that failed first; None when the command came to its end before."""
-        return self.hits[0] if self.hits else None
+        return self.calls[self.first - 1] if 0 < self.first <= len(self.calls) else None
 
     @property
-    def hits(self) -> List[Call]:
-        """The calls that failed. Where the first one is survived, the command tells of a later one, of another kind."""
-        return self.calls[self.first - 1 : self.last or self.first] if self.first else []
+    def causes(self) -> List[Call]:
+        """The calls that the command may give as its reason: the first that failed.
+
+        Where that one may have asked what the kernel can, it is survived: then also the first that did more than ask.
+        """
+        failed = self.calls[self.first - 1 : self.last or self.first] if self.hit else []
+        more = [call for call in failed if call.what not in _ASK]
+        return failed[:1] + more[:1]
 
 
 _planted: List[Fault] = []

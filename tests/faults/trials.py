@@ -150,7 +150,7 @@ def faults_of_sentence(said: BaseException, fault: Optional[Fault] = None) -> Li
         wrong.append("it shows Python")
     # Where membarrier(2) can't be had another way is taken: that one is told of.
     if fault is not None and fault.code > 0 and fault.hit is not None and fault.hit.kind != injector.SYSCALL:
-        symbols = sorted({errno.errorcode[fault.error(call.kind).errno or 0] for call in fault.hits})
+        symbols = sorted({errno.errorcode[fault.error(call.kind).errno or 0] for call in fault.causes})
         if not any(symbol in text for symbol in symbols):
             wrong.append(f"it does not say {' or '.join(symbols)}")
     return wrong
