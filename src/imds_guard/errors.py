@@ -52,19 +52,19 @@ def system_words(error: OSError) -> str:
 
 @contextmanager
 def trying(what: str, advice: str) -> Iterator[None]:
-    """Turns an OSError of the block into one sentence: ``what``, the file or system call unless that has it, the
-    system's words, ``advice``.
-    """
+    """Turns an OSError of the block into one sentence: tried(), then ``advice``."""
     try:
         yield
     except PermissionError as error:
         raise NotPermitted(
-            f"{_with_place(what, error)}: {system_words(error)}; run this as root with CAP_SYS_ADMIN and "
+            f"{tried(what, error)}; run this as root with CAP_SYS_ADMIN and "
             "CAP_NET_ADMIN, where no seccomp filter or security module forbids it"
         ) from error
     except OSError as error:
-        raise GuardError(f"{_with_place(what, error)}: {system_words(error)}; {advice}") from error
+        raise GuardError(f"{tried(what, error)}; {advice}") from error
 
 
-def _with_place(what: str, error: OSError) -> str:
-    return what if error.filename is None or str(error.filename) in what else f"{what}: {error.filename}"
+def tried(what: str, error: OSError) -> str:
+    """``what``, the file or system call where the error has one that ``what`` does not name, and the system's words."""
+    named = error.filename is None or str(error.filename) in what
+    return f"{what}: {system_words(error)}" if named else f"{what}: {error.filename}: {system_words(error)}"
