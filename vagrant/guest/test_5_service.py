@@ -21,7 +21,7 @@ from vagrant.guest.storm import Storm
 from vagrant.guest.world import ACTIVE, INACTIVE, ONE, STRANGER, command, done, everywhere, left, reach
 
 EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
-RESTARTS = 50 if os.environ["IMDS_GUARD_ROW"] == "service-debian-12" else 6
+RESTARTS = 50
 """An emulated processor takes five seconds for a restart, and two more where the log of denials is restarted, too."""
 WITH_THE_LOG = 3
 
