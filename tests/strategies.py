@@ -12,7 +12,7 @@ from typing import Dict, List, Tuple
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     MAX_ID,
     Address,
     Caller,

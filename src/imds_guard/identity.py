@@ -11,7 +11,7 @@ from typing import Dict, FrozenSet, List, Union
 
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_words
 from imds_guard.kernel.run import run
-from imds_guard.policy import MAX_ID, Caller
+from imds_guard.policy.model import MAX_ID, Caller
 
 PID_NS_INITIAL = 0xEFFFFFFC
 USER_NS_INITIAL = 0xEFFFFFFD

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from typing import Callable
 
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.rings import Ring
 from tests.adversary.scene import ATTACKER_TOO, ELSEWHERE, IPV6, OPEN4, USUAL

@@ -17,7 +17,7 @@ from typing import Callable, Iterator, Optional, Sequence, Set, TypeVar
 
 from imds_guard.kernel import children
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Endpoint, Identities, Lock, Policy, Reason, Verdict, make_policy, normal_ports
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Reason, Verdict, make_policy, normal_ports
 from tests.adversary import privileges, service
 from tests.adversary.model import Guard, Run
 from tests.adversary.privileges import in_child, or_refused

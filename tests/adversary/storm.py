@@ -21,7 +21,7 @@ from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.kernel import children
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests.kernel.guards import BOTH, FAST, IPV4, IPV6, MAPPED, NEW_POLICY, OLD_POLICY, PORT, STRANGER
 
 _GROUP = 62_001

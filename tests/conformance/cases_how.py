@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import List
 
-from imds_guard.policy import ALL_PORTS, Reason
+from imds_guard.policy.model import ALL_PORTS, Reason
 from tests.conformance.families import IPV4, IPV6, MAPPED
 from tests.conformance.model import Attempt, Case
 from tests.conformance.rows import ALICE, PORT_80, STAFF, STRANGER, fixed, go, imds, lock, locks, row, who

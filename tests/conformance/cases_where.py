@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from imds_guard.policy import ALL_PORTS, NO_PORTS, Reason
+from imds_guard.policy.model import ALL_PORTS, NO_PORTS, Reason
 from tests.conformance.families import IPV4, IPV6, LINK_LOCAL, MAPPED, Family
 from tests.conformance.rows import (
     ALICE,

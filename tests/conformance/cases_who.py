@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import List, Tuple
 
-from imds_guard.policy import Mode, Reason, Verdict
+from imds_guard.policy.model import Mode, Reason, Verdict
 from tests.conformance.model import USER_NAMESPACE_OFFSET, Case, Setting
 from tests.conformance.rows import ALICE, BOB, CREW, OTHERS, STAFF, STRANGER, go, imds, row, who
 

@@ -10,7 +10,7 @@ import pytest
 
 from imds_guard.errors import NotPermitted, Unsupported
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests.conformance import witness
 from tests.conformance.enforcers import ENFORCERS, Enforcer
 from tests.conformance.families import ADDRESSES

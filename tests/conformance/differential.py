@@ -15,7 +15,7 @@ from typing import FrozenSet, List, Sequence, Tuple
 
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import sockaddr
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     ALL_PORTS,
     Caller,
     Decision,

@@ -8,7 +8,7 @@ import ipaddress
 from dataclasses import dataclass
 from typing import Iterable, Optional, Tuple
 
-from imds_guard.policy import Caller, Destination, Policy, Protocol, Reason, Source
+from imds_guard.policy.model import Caller, Destination, Policy, Protocol, Reason, Source
 
 USER_NAMESPACE_OFFSET = 500_000
 """An ID inside the user namespaces of the table is this much more outside."""

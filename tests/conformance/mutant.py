@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Callable, Dict, Iterable, Optional
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     Caller,
     Decision,
     Destination,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     Decision,
     Identities,
     Mode,

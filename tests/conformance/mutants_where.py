@@ -6,7 +6,7 @@ from __future__ import annotations
 import ipaddress
 from typing import Callable
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     UNBOUND,
     Decision,
     Endpoint,

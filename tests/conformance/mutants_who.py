@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import FrozenSet
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     Caller,
     Decision,
     Identities,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import ipaddress
 from typing import Callable, Iterable, List, Optional, Sequence, Tuple
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     ALL_PORTS,
     NO_PORTS,
     Endpoint,

@@ -9,7 +9,7 @@ from typing import Dict, Optional
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Reason
+from imds_guard.policy.model import Reason
 from tests.conformance.attempts import CONNECTED
 from tests.conformance.cases import CASES
 from tests.conformance.conftest import apply_or_skip, ready

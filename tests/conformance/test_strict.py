@@ -8,7 +8,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy, Reason
+from imds_guard.policy.model import Policy, Reason
 from tests.conformance.attempts import CONNECTED
 from tests.conformance.cases import CASES
 from tests.conformance.conftest import apply_or_skip, ready

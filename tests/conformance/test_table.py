@@ -10,7 +10,7 @@ from typing import Dict, Optional
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Reason
+from imds_guard.policy.model import Reason
 from tests.conformance.attempts import CONNECTED, FORMS
 from tests.conformance.cases import CASES, MODEL_CASES
 from tests.conformance.differences import KNOWN

@@ -9,10 +9,10 @@ from typing import AbstractSet, Callable, Iterator, List, Optional
 
 import pytest
 
-from imds_guard import actions
-from imds_guard.actions import Place
 from imds_guard.backends.ebpf import EbpfBackend
-from imds_guard.policy import Identities, Policy
+from imds_guard.commands import guard as actions
+from imds_guard.commands.guard import Place
+from imds_guard.policy.model import Identities, Policy
 from tests.faults import trials
 from tests.faults.callers import Callers
 from tests.faults.trials import Before, Trial

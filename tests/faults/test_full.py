@@ -18,12 +18,12 @@ import pytest
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.iptables import IptablesBackend
-from imds_guard.config import Config, load_config, save_config
+from imds_guard.config.store import Config, load_config, save_config
 from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf, lockfile, netns
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Identities, Lock, Policy, make_policy
+from imds_guard.policy.model import Identities, Lock, Policy, make_policy
 from tests.faults import injector, trials
 from tests.faults.injector import Fault
 from tests.kernel import guards, places

@@ -13,7 +13,7 @@ import pytest
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests.faults import trials
 from tests.faults.callers import Callers
 from tests.faults.trials import Before, Trial

@@ -17,7 +17,7 @@ import pytest
 
 from imds_guard.cli import main
 from imds_guard.kernel import children
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests.faults import injector, trials
 from tests.faults.callers import Callers
 from tests.faults.injector import Fault

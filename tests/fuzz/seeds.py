@@ -12,7 +12,7 @@ from imds_guard.backends.ebpf.render import render, settings_of
 from imds_guard.backends.iptables.render import Holding
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import rule_texts
-from imds_guard.policy import Identities, Lock, Policy, Verdict, make_policy
+from imds_guard.policy.model import Identities, Lock, Policy, Verdict, make_policy
 from tests.fuzz.targets import octets_of
 from tests.kernel.guards import policy
 

@@ -20,13 +20,13 @@ from imds_guard.backends.iptables.parse import combine, find, parse_chains
 from imds_guard.backends.iptables.render import Holding
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import owned, parse_save
-from imds_guard.config import Config, dump_config
-from imds_guard.config_reader import parse_config
-from imds_guard.endpoint_words import endpoint_words, parse_endpoint
+from imds_guard.config.read import parse_config
+from imds_guard.config.store import Config, dump_config
+from imds_guard.config.toml_lines import KeyLines, load_toml
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.kernel.btf import Btf
-from imds_guard.policy import PolicyError, make_policy
-from imds_guard.toml_lines import KeyLines, load_toml
+from imds_guard.policy.endpoint_syntax import endpoint_words, parse_endpoint
+from imds_guard.policy.model import PolicyError, make_policy
 
 __all__ = ["TARGETS", "image_of", "octets_of", "parse", "parse_settings"]
 

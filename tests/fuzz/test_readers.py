@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, user_id
-from imds_guard.policy import MAX_ID
+from imds_guard.policy.model import MAX_ID
 from tests import strategies
 from tests.fuzz import seeds, targets
 

@@ -13,7 +13,7 @@ from imds_guard.backends import Backend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.errors import Unsupported
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests import strategies
 from tests.kernel import guards
 

@@ -13,7 +13,7 @@ from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Ports, Verdict, make_policy
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Ports, Verdict, make_policy
 
 T = TypeVar("T")
 

@@ -16,17 +16,17 @@ from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 
 import pytest
 
-from imds_guard import present_connections
-from imds_guard.connections import PASSES, look, sweep
+from imds_guard.connections.cut import PASSES, look, sweep
+from imds_guard.connections.find import Scope
+from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE, Connection, Sweep
 from imds_guard.kernel import children, holders, netns
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, listen, sockaddr
 from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
-from imds_guard.locked_sockets import Scope
-from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
-from imds_guard.sweeps import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE, Connection, Sweep
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.present import connections as present_connections
 from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard
 from tests.kernel.places import without_capabilities
 from tests.kernel.rules_in_a_sandbox import NO_GROUP

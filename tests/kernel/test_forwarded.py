@@ -18,7 +18,7 @@ from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.kernel.netns import CLONE_NEWNET, enter
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Mode, Policy, Verdict, make_policy
+from imds_guard.policy.model import Mode, Policy, Verdict, make_policy
 from tests.kernel.rules_in_a_sandbox import FOO, KINDS, STRANGER, V4, V6, connect, policy_for
 from tests.tools import need
 

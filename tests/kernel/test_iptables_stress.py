@@ -24,7 +24,7 @@ from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.run import Completed, run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 from tests.kernel.rules_in_a_sandbox import (
     BAR,
     FOO,

@@ -9,7 +9,8 @@ from typing import Any, Dict, Iterator, NamedTuple, Tuple
 
 import pytest
 
-from imds_guard import actions, present
+from imds_guard.commands import guard as actions
+from imds_guard.present import text as present
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, STAFF, TWO, Guard
 
@@ -268,7 +269,7 @@ NEEDS_ROOT: Dict[str, Tuple[str, ...]] = {
 }
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present, imds_guard.demo\n"  # read before: the tree may be root's alone
+    "import os, imds_guard.present.text, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 

@@ -13,9 +13,9 @@ import pytest
 from imds_guard.backends import Backend
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
-from imds_guard.demo import ANSWERED, ATTEMPTS, DemoResult, DemoRow, render, run_demo
+from imds_guard.commands.demo import ANSWERED, ATTEMPTS, DemoResult, DemoRow, render, run_demo
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy import Decision, Policy, Reason
+from imds_guard.policy.model import Decision, Policy, Reason
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root")
 

@@ -13,7 +13,7 @@ from typing import Callable, Dict, Iterator, Sequence, Tuple
 import pytest
 
 from imds_guard.backends.ebpf import abi
-from imds_guard.capabilities import REQUIRED
+from imds_guard.commands.capabilities import REQUIRED
 from imds_guard.kernel import bpf, lockfile, privileges
 from imds_guard.kernel.bpffs import find_bpffs
 from imds_guard.kernel.cgroup import open_cgroup
@@ -156,7 +156,7 @@ def test_a_guard_that_runs_is_not_touched_by_one_who_may_not(running: Guard) -> 
 # --- whoever is not root --------------------------------------------------------------------------------------------
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present, imds_guard.demo\n"  # read before: the tree may be root's alone
+    "import os, imds_guard.present.text, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 

@@ -9,7 +9,7 @@ from typing import FrozenSet, List, Optional, Tuple
 
 from imds_guard.backends.iptables.render import HEAD, Chains
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
-from imds_guard.policy import Address, Protocol
+from imds_guard.policy.model import Address, Protocol
 
 
 @dataclass(frozen=True)

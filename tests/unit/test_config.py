@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import imds_guard
-from imds_guard.config import (
+from imds_guard.config.store import (
     Config,
     dump_config,
     endpoint_words,
@@ -28,10 +28,10 @@ from imds_guard.config import (
     save_config,
     word_at_top,
 )
-from imds_guard.endpoints import BUILT_IN, WIRESERVER, single
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import is_missing_group
-from imds_guard.policy import (
+from imds_guard.policy.builtin import BUILT_IN, WIRESERVER, single
+from imds_guard.policy.model import (
     ALL_PORTS,
     Endpoint,
     Identities,

@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import imds_guard
-from imds_guard import actions, config_edit
-from imds_guard.actions import Place
-from imds_guard.boot import place_of
-from imds_guard.config import (
+from imds_guard.commands import guard as actions
+from imds_guard.commands.boot import place_of
+from imds_guard.commands.guard import Place
+from imds_guard.config import edit as config_edit
+from imds_guard.config.store import (
     Config,
     check_saving_to,
     dump_config,
@@ -25,7 +26,7 @@ from imds_guard.config import (
     save_config,
 )
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
-from imds_guard.policy import Identities, Lock, Policy, make_policy
+from imds_guard.policy.model import Identities, Lock, Policy, make_policy
 from tests import strategies
 
 tomlkit = pytest.importorskip("tomlkit")
@@ -162,9 +163,9 @@ def test_new_keys_at_the_top_stand_behind_those_that_are_there() -> None:
     assert [line for line in edited.splitlines() if line not in added] == HAND_MADE.splitlines()
 
 
-def imds_allow() -> imds_guard.policy.Verdict:
+def imds_allow() -> imds_guard.policy.model.Verdict:
     """What containers = "allow" means."""
-    return imds_guard.policy.Verdict.ALLOW
+    return imds_guard.policy.model.Verdict.ALLOW
 
 
 @keeps_lists
@@ -185,7 +186,7 @@ def test_a_lock_more_stands_at_the_end_and_one_less_is_gone() -> None:
 @pytest.mark.parametrize("dmi", ["", CLOUD])
 def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it stands for two locks, whose lists have both changed."""
-    monkeypatch.setattr("imds_guard.config_reader.read_dmi_words", lambda: dmi)
+    monkeypatch.setattr("imds_guard.config.read.read_dmi_words", lambda: dmi)
     before = parse_config(SAMPLE)
     assert len(before.policy.locks) == (2 if dmi else 1)
     locks = [one._replace(allow=Identities(one.allow.users | {41001}, one.allow.groups)) for one in before.policy.locks]

@@ -10,8 +10,8 @@ from typing import Optional
 
 import pytest
 
-from imds_guard import describe
-from imds_guard.describe import NOTHING, home_in
+from imds_guard.watch import process_info as describe
+from imds_guard.watch.process_info import NOTHING, home_in
 
 HEX = "0123456789ab" + "c" * 52
 SHORT = HEX[:12]

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from imds_guard import edit
-from imds_guard.config import parse_endpoint, policy_from_words
+from imds_guard.config.store import parse_endpoint, policy_from_words
 from imds_guard.errors import GuardError, UsageError
-from imds_guard.policy import (
+from imds_guard.policy import edit
+from imds_guard.policy.model import (
     UNBOUND,
     Caller,
     Destination,

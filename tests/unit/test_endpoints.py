@@ -9,7 +9,9 @@ from typing import Set
 
 import pytest
 
-from imds_guard.endpoints import (
+from imds_guard.errors import BadPolicy
+from imds_guard.kernel.dmi import dmi_words
+from imds_guard.policy.builtin import (
     BUILT_IN,
     PRESETS,
     WIRESERVER,
@@ -18,9 +20,7 @@ from imds_guard.endpoints import (
     default_endpoints,
     preset,
 )
-from imds_guard.errors import BadPolicy
-from imds_guard.kernel.dmi import dmi_words
-from imds_guard.policy import ALL_PORTS, Endpoint, Protocol, minus_ports
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Protocol, minus_ports
 
 EVERYWHERE = {
     "169.254.169.254",

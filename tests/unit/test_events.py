@@ -9,13 +9,13 @@ from typing import Any, Optional
 
 import pytest
 
-from imds_guard import events
 from imds_guard.backends.ebpf import abi, watch
 from imds_guard.backends.ebpf.tables import Lists
 from imds_guard.backends.ebpf.watch import Record
-from imds_guard.describe import Home, Names, Program
-from imds_guard.events import as_json, as_line, denial, would_allow
-from imds_guard.policy import Protocol, Reason
+from imds_guard.policy.model import Protocol, Reason
+from imds_guard.watch import event as events
+from imds_guard.watch.event import as_json, as_line, denial, would_allow
+from imds_guard.watch.process_info import Home, Names, Program
 
 UID, GID = 61_001, 62_001
 

@@ -12,8 +12,8 @@ from typing import List, Tuple
 
 import pytest
 
-from imds_guard.config import parse_config
-from imds_guard.service import UNITS
+from imds_guard.commands.service import UNITS
+from imds_guard.config.store import parse_config
 from tests.tools import need
 from tests.tree import every_command
 

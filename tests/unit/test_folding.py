@@ -8,8 +8,8 @@ from typing import List, Tuple
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imds_guard import folding
-from imds_guard.folding import KINDS, LINES_A_SECOND, WINDOW_S, Folding, Rate
+from imds_guard.watch import fold as folding
+from imds_guard.watch.fold import KINDS, LINES_A_SECOND, WINDOW_S, Folding, Rate
 
 
 def new() -> Folding:

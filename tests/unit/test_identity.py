@@ -27,7 +27,7 @@ from imds_guard.identity import (
     user_id,
     user_name,
 )
-from imds_guard.policy import MAX_ID
+from imds_guard.policy.model import MAX_ID
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes IDs or the group database: root only")
 

@@ -14,7 +14,7 @@ from imds_guard.backends.iptables.parse import combine, find, parse_chains
 from imds_guard.backends.iptables.render import HEAD, Chains, Holding, digest, id_ranges, lock_comment, render
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, ForeignRule, Rule, parse_rule
 from imds_guard.backends.iptables.tables import Anchor, is_first, parse_save, restore_text, rule_texts
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     ALL_PORTS,
     Caller,
     Destination,

@@ -88,10 +88,10 @@ def layers_below(package: str) -> Set[str]:
 
 
 def test_modules_were_found() -> None:
-    assert {"imds_guard.cli", "imds_guard.policy", "imds_guard.kernel.bpf"} <= set(SOURCES)
+    assert {"imds_guard.cli", "imds_guard.policy.model", "imds_guard.kernel.bpf"} <= set(SOURCES)
 
 
-@pytest.mark.parametrize("name", ["imds_guard.policy", "imds_guard.errors"])
+@pytest.mark.parametrize("name", ["imds_guard.policy.model", "imds_guard.errors"])
 def test_policy_and_errors_know_nothing_of_ours(name: str) -> None:
     assert ours(name) == []
 
@@ -120,10 +120,10 @@ DEEDS = frozenset(("boot", "metrics", "reporting", "service", "verify"))
 
 
 def test_what_does_things_does_not_know_how_they_are_shown() -> None:
-    assert {layer(name) for name in importers_of("imds_guard.actions")} <= {"cli", "present"} | DEEDS
+    assert {layer(name) for name in importers_of("imds_guard.commands.guard")} <= {"cli", "present"} | DEEDS
     for deed in DEEDS:
         assert {layer(name) for name in importers_of(f"imds_guard.{deed}")} <= {"cli", "present"} | DEEDS
-    assert {layer(name) for name in importers_of("imds_guard.present")} == {"cli"}
+    assert {layer(name) for name in importers_of("imds_guard.present.text")} == {"cli"}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_what_does_things_does_not_know_how_they_are_shown() -> None:
     [
         ("click", [name for name in importers_of("click") if layer(name) == "cli"]),
         ("bcc", ["imds_guard.kernel.compiler"]),
-        ("prometheus_client", ["imds_guard.metrics"]),
+        ("prometheus_client", ["imds_guard.commands.metrics"]),
         ("rich", ["imds_guard.cli.watch"]),
         ("subprocess", ["imds_guard.kernel.run"]),
         ("ctypes", [name for name in importers_of("ctypes") if layer(name) == "kernel"]),
@@ -194,7 +194,8 @@ def imported_by(statement: str, after: str = "") -> Set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["imds_guard.backends.ebpf", "imds_guard.backends.choose", "imds_guard.actions", "imds_guard.config"]
+    "module",
+    ["imds_guard.backends.ebpf", "imds_guard.backends.choose", "imds_guard.commands.guard", "imds_guard.config.store"],
 )
 def test_changing_a_policy_does_not_pay_for_the_compiler_or_for_looking_at_processes(module: str) -> None:
     assert imported_by(f"import {module}").isdisjoint({"bcc", "psutil", "click"})
@@ -235,6 +236,6 @@ def test_a_look_at_the_guard_imports_neither_what_changes_it_nor_a_configuration
 
 
 def test_policy_imports_nothing_but_the_standard_library_and_itself() -> None:
-    imported = imported_by("import imds_guard.policy")
-    assert {name for name in imported if name.startswith("imds")} == {"imds_guard", "imds_guard.policy"}
+    imported = imported_by("import imds_guard.policy.model")
+    assert {name for name in imported if name.startswith("imds")} == {"imds_guard", "imds_guard.policy.model"}
     assert imported.isdisjoint({"ctypes", "subprocess", "bcc", "psutil", "click"})

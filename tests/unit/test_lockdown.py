@@ -8,8 +8,8 @@ import ipaddress
 import pytest
 
 from imds_guard.errors import BadPolicy
-from imds_guard.lockdown import lockdown
-from imds_guard.policy import (
+from imds_guard.policy.lockdown import lockdown
+from imds_guard.policy.model import (
     ALL_PORTS,
     Caller,
     Destination,

@@ -11,9 +11,10 @@ from typing import Dict, List, Set
 import click
 import pytest
 
-from imds_guard import cli, config_reader
+from imds_guard import cli
 from imds_guard.cli.lockdown import lock_down
-from imds_guard.config import parse_config
+from imds_guard.config import read as config_reader
+from imds_guard.config.store import parse_config
 from tests.tools import need
 from tests.tree import every_command
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
-from imds_guard.events import as_json
-from imds_guard.outlet import FULL, MOST_FOLLOWERS, MOST_LINES, Followers, Lead, Outlet
+from imds_guard.watch.event import as_json
+from imds_guard.watch.output import FULL, MOST_FOLLOWERS, MOST_LINES, Followers, Lead, Outlet
 
 
 @contextmanager

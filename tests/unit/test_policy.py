@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     ALL_PORTS,
     UNBOUND,
     Address,

@@ -12,11 +12,11 @@ from typing import Dict, Iterator, List, Sequence
 
 import pytest
 
-from imds_guard import preflight
-from imds_guard.config import policy_from_words
-from imds_guard.endpoints import PRESETS
-from imds_guard.policy import Mode, Verdict
-from imds_guard.preflight import CLIENTS, Client, ShutOut, installed_shut_out, shut_out
+from imds_guard.commands import preflight
+from imds_guard.commands.preflight import CLIENTS, Client, ShutOut, installed_shut_out, shut_out
+from imds_guard.config.store import policy_from_words
+from imds_guard.policy.builtin import PRESETS
+from imds_guard.policy.model import Mode, Verdict
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="looks at other users' processes: root only")
 needs_host = pytest.mark.skipif(

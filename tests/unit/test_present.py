@@ -7,14 +7,14 @@ from typing import Any, List
 
 import pytest
 
-from imds_guard import present
-from imds_guard.actions import Checked, Outcome, Status
 from imds_guard.backends.choose import Verdict as BackendVerdict
 from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
-from imds_guard.config import parse_endpoint
+from imds_guard.commands.guard import Checked, Outcome, Status
+from imds_guard.commands.preflight import ShutOut
+from imds_guard.config.store import parse_endpoint
 from imds_guard.errors import Unsupported
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     Caller,
     Decision,
     Destination,
@@ -27,7 +27,7 @@ from imds_guard.policy import (
     decide,
     make_policy,
 )
-from imds_guard.preflight import ShutOut
+from imds_guard.present import text as present
 
 FOO = Identities(frozenset([41_001]))
 ROOT = Identities(frozenset([0]), frozenset([0]))

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import time
 
-from imds_guard import reader
-from imds_guard.describe import NOTHING, Program
-from imds_guard.folding import Fold
+from imds_guard.watch import leader as reader
+from imds_guard.watch.fold import Fold
+from imds_guard.watch.process_info import NOTHING, Program
 from tests.unit.test_events import RECORD
 
 

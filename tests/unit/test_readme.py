@@ -81,7 +81,7 @@ def test_there_are_examples() -> None:
 
 
 def test_endpoints_in_the_examples_are_endpoints() -> None:
-    from imds_guard.endpoint_words import parse_endpoint
+    from imds_guard.policy.endpoint_syntax import parse_endpoint
 
     given = [words(line) for line in EXAMPLES]
     found = [after for line in given for option, after in zip(line, line[1:]) if option == "--ip"]

@@ -19,7 +19,7 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.render import Image, parse, parse_settings, render, settings_of
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     ALL_PORTS,
     NOBODY,
     Caller,

@@ -12,7 +12,7 @@ from typing import Dict, Iterator, List, Tuple
 import pytest
 
 import imds_guard
-from imds_guard import service
+from imds_guard.commands import service
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
 from tests.tools import need
@@ -178,7 +178,7 @@ def test_a_client_that_would_be_shut_out_at_the_next_boot_is_a_refusal(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless that is meant."""
-    from imds_guard import preflight
+    from imds_guard.commands import preflight
 
     client = preflight.Client("cloud-init", ("cloud-init",), (), paths=(program,))
     monkeypatch.setattr(preflight, "CLIENTS", (client,))

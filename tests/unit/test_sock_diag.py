@@ -17,13 +17,13 @@ from typing import Callable, Iterator, List, Tuple
 
 import pytest
 
+from imds_guard.connections.find import _locked_addresses
 from imds_guard.kernel import holders, netns
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.holders import Namespace, holders_of, network_namespaces, process_name
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
-from imds_guard.locked_sockets import _locked_addresses
-from imds_guard.policy import ALL_PORTS, Endpoint, Lock, make_policy
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, make_policy
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
 

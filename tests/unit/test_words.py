@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imds_guard import words
+from imds_guard import text as words
 
 TEXTS = st.text(st.characters(exclude_categories=()))
 

@@ -13,7 +13,7 @@ from typing import Dict, Optional, Set
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.store import Maps
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Reason
+from imds_guard.policy.model import Reason
 from tests.conformance import enforcers
 from tests.conformance.families import ADDRESSES
 

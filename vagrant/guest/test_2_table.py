@@ -17,7 +17,7 @@ from typing import Callable, Dict, Iterator, List, Optional, Tuple
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy import Policy, Reason
+from imds_guard.policy.model import Policy, Reason
 from tests.conformance.attempts import CONNECTED
 from tests.conformance.cases import CASES
 from tests.conformance.conftest import ready

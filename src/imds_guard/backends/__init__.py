@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import List, Optional, Protocol
 
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 
 
 class Backend(Protocol):

@@ -7,7 +7,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from imds_guard.backends import Backend
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, UsageError
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 
 AUTO = "auto"
 NAMES = ("ebpf", "iptables")

@@ -13,7 +13,7 @@ import click
 from imds_guard.cli.group import cli
 from imds_guard.cli.output import fail
 from imds_guard.errors import BadPolicy, GuardError, system_words
-from imds_guard.policy import PolicyError
+from imds_guard.policy.model import PolicyError
 
 __all__ = ["cli", "ip_lockdown", "main"]
 

@@ -8,13 +8,15 @@ from typing import Optional
 
 import click
 
-from imds_guard import actions, identity, present
-from imds_guard.actions import Status
+from imds_guard import identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import fail, say, say_json
-from imds_guard.endpoint_words import parse_endpoint
+from imds_guard.commands import guard as actions
+from imds_guard.commands.guard import Status
 from imds_guard.errors import GuardError, UsageError
+from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.present import text as present
 
 STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 """As systemctl status has them (LSB: 0 running, 3 not running, 4 unknown)."""

@@ -7,12 +7,12 @@ import os
 from typing import Any, List, Optional, Tuple
 
 from imds_guard import CONFIG_PATH
-from imds_guard.actions import Place
-from imds_guard.boot import place_of
-from imds_guard.config import load_config, policy_from_words
+from imds_guard.commands.boot import place_of
+from imds_guard.commands.guard import Place
+from imds_guard.config.store import load_config, policy_from_words
 from imds_guard.errors import UsageError
 from imds_guard.kernel.dmi import dmi_words
-from imds_guard.policy import Mode, Policy, Verdict
+from imds_guard.policy.model import Mode, Policy, Verdict
 
 
 class Words:

@@ -8,14 +8,15 @@ from typing import Any, Callable, Optional, Sequence
 
 import click
 
-from imds_guard import CONFIG_PATH, actions, identity
-from imds_guard.actions import Outcome, Place
+from imds_guard import CONFIG_PATH, identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option
 from imds_guard.cli.output import say, show_outcome, warn
-from imds_guard.endpoint_words import parse_endpoint
+from imds_guard.commands import guard as actions
+from imds_guard.commands.guard import Outcome, Place
 from imds_guard.errors import UsageError
-from imds_guard.policy import Endpoint, Identities, Policy
+from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.model import Endpoint, Identities, Policy
 
 
 @cli.command(short_help="Open the locks; leave nothing in the kernel.")
@@ -27,7 +28,7 @@ from imds_guard.policy import Endpoint, Identities, Policy
 @cgroup_option
 def stop(service: Optional[str], cgroup: Optional[str]) -> None:
     """Open the locks and remove everything of ours from the kernel."""
-    from imds_guard.service import may_open, repairs_itself  # noqa: PLC0415
+    from imds_guard.commands.service import may_open, repairs_itself  # noqa: PLC0415
 
     actions.require_root("stop")
     if service is not None and not may_open(service):

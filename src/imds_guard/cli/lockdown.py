@@ -7,14 +7,15 @@ from typing import Optional, Tuple
 
 import click
 
-from imds_guard import actions, identity
-from imds_guard.actions import Place
+from imds_guard import identity
 from imds_guard.cli.options import (
     backend_option,
     cgroup_option,
     keep_existing_option,
 )
 from imds_guard.cli.output import show_outcome, tell
+from imds_guard.commands import guard as actions
+from imds_guard.commands.guard import Place
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

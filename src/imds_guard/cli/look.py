@@ -7,10 +7,10 @@ from typing import Optional
 
 import click
 
-from imds_guard import actions
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import backend_option, json_option
 from imds_guard.cli.output import say, say_json, tell
+from imds_guard.commands import guard as actions
 from imds_guard.errors import GuardError
 from imds_guard.kernel.dmi import dmi_words
 
@@ -19,7 +19,7 @@ from imds_guard.kernel.dmi import dmi_words
 @json_option
 def endpoints(as_json: bool) -> None:
     """List the built-in endpoints with their sources."""
-    from imds_guard import present  # noqa: PLC0415
+    from imds_guard.present import text as present  # noqa: PLC0415
 
     rows = present.endpoint_rows(dmi_words())
     if as_json:
@@ -33,8 +33,8 @@ def endpoints(as_json: bool) -> None:
 @json_option
 def demo(backend: Optional[str], as_json: bool) -> None:
     """Show who gets through before and after locking, in a network namespace and a cgroup of its own."""
-    from imds_guard import demo as stage  # noqa: PLC0415
-    from imds_guard import present  # noqa: PLC0415
+    from imds_guard.commands import demo as stage  # noqa: PLC0415
+    from imds_guard.present import text as present  # noqa: PLC0415
 
     actions.require_root("demo")
     tell("making a network namespace with a fake metadata service, and trying to reach it ...")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Iterable, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from imds_guard.actions import Outcome
+    from imds_guard.commands.guard import Outcome
 
 _USUAL_COLUMNS = 80
 
@@ -52,7 +52,7 @@ def tell(line: str) -> None:
 
 def show_outcome(outcome: Outcome, as_json: bool) -> None:
     """What a change came to, and its warnings."""
-    from imds_guard import present  # noqa: PLC0415
+    from imds_guard.present import text as present  # noqa: PLC0415
 
     if as_json:
         say_json(present.outcome_values(outcome))

@@ -8,9 +8,7 @@ from typing import Any, Optional
 
 import click
 
-from imds_guard import CONFIG_PATH, actions
-from imds_guard import boot as boot_time
-from imds_guard.actions import Place
+from imds_guard import CONFIG_PATH
 from imds_guard.cli.given import Words
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import (
@@ -22,6 +20,9 @@ from imds_guard.cli.options import (
     resolve_option,
 )
 from imds_guard.cli.output import say, say_json, show_outcome, tell, warn
+from imds_guard.commands import boot as boot_time
+from imds_guard.commands import guard as actions
+from imds_guard.commands.guard import Place
 from imds_guard.errors import BadPolicy, UsageError
 
 
@@ -97,7 +98,7 @@ def _start_at_boot(path: str, place: Place, as_json: bool) -> None:
 @json_option
 def check(backend: Optional[str], cgroup: Optional[str], resolve_groups: bool, as_json: bool, **given: Any) -> None:
     """Say what this machine can do, which backend would be taken, and why not the others. Changes nothing."""
-    from imds_guard import present  # noqa: PLC0415
+    from imds_guard.present import text as present  # noqa: PLC0415
 
     words = Words(given)
     actions.require_root("check")

@@ -8,12 +8,13 @@ from typing import Any, Optional
 
 import click
 
-from imds_guard import CONFIG_PATH, actions
-from imds_guard.actions import Place
+from imds_guard import CONFIG_PATH
 from imds_guard.cli.ask import STATUS_UNKNOWN, status_exit
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, config_option, json_option
 from imds_guard.cli.output import fail, say, say_json, tell, warn
+from imds_guard.commands import guard as actions
+from imds_guard.commands.guard import Place
 from imds_guard.errors import GuardError, UsageError
 
 
@@ -29,7 +30,7 @@ def install_service(**given: Any) -> None:
     Writes systemd units and switches them on. The same call again changes nothing; units that were switched on before
     stay so.
     """
-    from imds_guard import service  # noqa: PLC0415
+    from imds_guard.commands import service  # noqa: PLC0415
 
     actions.require_root("install-service")
     done = service.install(service.Wishes(**given), sys.argv[0])
@@ -40,7 +41,7 @@ def install_service(**given: Any) -> None:
 @cli.command("uninstall-service")
 def uninstall_service() -> None:
     """Take the systemd units away again. What is locked stays locked until imds-guard stop."""
-    from imds_guard import service  # noqa: PLC0415
+    from imds_guard.commands import service  # noqa: PLC0415
 
     actions.require_root("uninstall-service")
     say(service.uninstall())
@@ -56,8 +57,8 @@ def verify(repair: bool, config: Optional[str], cgroup: Optional[str], as_json: 
 
     Exit status, after a repair if there was one: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
     """
-    from imds_guard import present  # noqa: PLC0415
-    from imds_guard import verify as verifying  # noqa: PLC0415
+    from imds_guard.commands import verify as verifying  # noqa: PLC0415
+    from imds_guard.present import text as present  # noqa: PLC0415
 
     actions.require_root("verify")
     path, place = CONFIG_PATH if config is None else config, Place(cgroup=cgroup)

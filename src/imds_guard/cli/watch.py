@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Optional
 
 import click
 
-from imds_guard import actions
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import say, say_json, warn
+from imds_guard.commands import guard as actions
 
 if TYPE_CHECKING:
-    from imds_guard.reporting import Reported
+    from imds_guard.commands.report import Reported
 
 
 @cli.command(short_help="Tell of denials as they happen.")
@@ -28,10 +28,11 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: Optional[str]) -> No
 
     Several may run: one reads, the others follow it. Connects that are alike become one line and a count.
     """
-    from imds_guard import events, watching  # noqa: PLC0415
     from imds_guard.kernel import notify  # noqa: PLC0415
-    from imds_guard.outlet import Outlet  # noqa: PLC0415
-    from imds_guard.reader import Wish  # noqa: PLC0415
+    from imds_guard.watch import event as events  # noqa: PLC0415
+    from imds_guard.watch import run as watching  # noqa: PLC0415
+    from imds_guard.watch.leader import Wish  # noqa: PLC0415
+    from imds_guard.watch.output import Outlet  # noqa: PLC0415
 
     actions.require_root("watch")
     outlet = Outlet(sys.stdout.fileno(), events.as_json if as_json else events.as_line)
@@ -43,7 +44,7 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: Optional[str]) -> No
 @cgroup_option
 def report(as_json: bool, cgroup: Optional[str]) -> None:
     """Show who was denied, or would have been in audit mode, and what would let them through."""
-    from imds_guard import reporting  # noqa: PLC0415
+    from imds_guard.commands import report as reporting  # noqa: PLC0415
 
     actions.require_root("report")
     found = reporting.report(cgroup)
@@ -60,7 +61,7 @@ def report(as_json: bool, cgroup: Optional[str]) -> None:
 
 def _show_table(found: Reported) -> bool:
     """With rich, on a terminal that wants colour; False where the table is to be plain."""
-    from imds_guard import reporting  # noqa: PLC0415
+    from imds_guard.commands import report as reporting  # noqa: PLC0415
 
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
@@ -86,7 +87,7 @@ def _show_table(found: Reported) -> bool:
 @cgroup_option
 def metrics(textfile: Optional[str], cgroup: Optional[str]) -> None:
     """Print state and counters as Prometheus text."""
-    from imds_guard import metrics as exposition  # noqa: PLC0415
+    from imds_guard.commands import metrics as exposition  # noqa: PLC0415
 
     actions.require_root("metrics")
     text = exposition.metrics(cgroup)

@@ -11,7 +11,7 @@ from imds_guard.export.netfilter import iptables, nftables
 from imds_guard.export.systemd import systemd
 from imds_guard.export.windows import windows
 from imds_guard.export.words import Exported, note_strict
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 
 _WRITERS: Dict[str, Callable[[Policy], Exported]] = {
     "iptables": iptables,

@@ -15,7 +15,7 @@ from imds_guard.export.words import (
     note_user_namespaces,
     port_words,
 )
-from imds_guard.policy import Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict
 
 
 def iptables(policy: Policy) -> Exported:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import List
 
 from imds_guard.export.words import Exported
-from imds_guard.policy import Lock, Mode, Policy, Verdict
+from imds_guard.policy.model import Lock, Mode, Policy, Verdict
 
 
 def systemd(policy: Policy) -> Exported:

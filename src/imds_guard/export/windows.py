@@ -11,7 +11,7 @@ from typing import Iterable, List, Tuple
 
 from imds_guard.export.words import Exported, note_containers, port_words
 from imds_guard.identity import group_name, user_name
-from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 
 _HEAD = """\
 $ErrorActionPreference = 'Stop'

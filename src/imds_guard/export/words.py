@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Iterable, List, Sequence, Tuple
 
 from imds_guard.backends.iptables.render import id_ranges
-from imds_guard.policy import ALL_PORTS, Endpoint, Lock, Policy, Ports, Verdict
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, Policy, Ports, Verdict
 
 
 class Exported:

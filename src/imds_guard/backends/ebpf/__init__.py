@@ -27,7 +27,7 @@ from imds_guard.backends.ebpf.store import Maps, Snapshot
 from imds_guard.errors import GuardError, NotPermitted, tried, trying
 from imds_guard.kernel import bpffs, lockfile, privileges
 from imds_guard.kernel.cgroup import Cgroup, open_cgroup
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 
 # The programs are imported where they are needed, for the sake of the start-up time: to look at a guard takes none.
 if TYPE_CHECKING:

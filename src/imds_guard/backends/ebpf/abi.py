@@ -12,7 +12,7 @@ import struct
 from typing import Dict, NamedTuple, Optional, Tuple
 
 from imds_guard.kernel import bpf
-from imds_guard.policy import Address
+from imds_guard.policy.model import Address
 
 ABI = 2
 MAP_BASE = 0x494D4400

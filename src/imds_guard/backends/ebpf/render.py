@@ -10,7 +10,7 @@ from typing import Dict, FrozenSet, Iterable, List, Literal, Mapping, NamedTuple
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     NO_PORTS,
     Endpoint,
     Identities,

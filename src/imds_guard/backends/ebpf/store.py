@@ -13,7 +13,7 @@ from imds_guard.backends.ebpf.render import BYTE_ORDER, Image, Settings, parse_s
 from imds_guard.backends.ebpf.render import render as render_image
 from imds_guard.errors import GuardError, NotPermitted, system_words, trying
 from imds_guard.kernel import bpf, grace, privileges
-from imds_guard.policy import Policy
+from imds_guard.policy.model import Policy
 
 _ZERO = bytes(4)
 _HASHES = (Map.ENDPOINTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)

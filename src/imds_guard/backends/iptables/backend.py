@@ -30,7 +30,7 @@ from imds_guard.backends.iptables.tables import (
     rule_texts,
 )
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy import Mode, Policy, PolicyError
+from imds_guard.policy.model import Mode, Policy, PolicyError
 
 if TYPE_CHECKING:
     from imds_guard.backends.iptables.probe import Probed

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Dict, List
 
-from imds_guard.policy import Policy, Protocol, Verdict
+from imds_guard.policy.model import Policy, Protocol, Verdict
 
 DIFFERENCES: Dict[str, str] = {
     "refusal": "a denied connect ends with ECONNREFUSED, where eBPF gives EPERM",

@@ -11,7 +11,7 @@ import pwd
 from typing import Dict, FrozenSet, Iterable, Tuple
 
 from imds_guard.backends.iptables.render import Members
-from imds_guard.policy import Identities, Policy
+from imds_guard.policy.model import Identities, Policy
 
 
 def resolve(policy: Policy) -> Members:

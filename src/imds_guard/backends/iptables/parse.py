@@ -12,7 +12,7 @@ from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optiona
 
 from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, Holding
 from imds_guard.backends.iptables.rules import LOG, RETURN, ForeignRule, Range, Rule, parse_rule
-from imds_guard.policy import (
+from imds_guard.policy.model import (
     ALL_PORTS,
     Endpoint,
     Identities,

@@ -17,7 +17,7 @@ import itertools
 from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
-from imds_guard.policy import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 
 HEAD = "IMDS-GUARD"
 TCP = "IMDS-GUARD-T"

@@ -10,7 +10,7 @@ import ipaddress
 import shlex
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from imds_guard.policy import Network
+from imds_guard.policy.model import Network
 
 Range = Tuple[int, int]
 """Both ends belong to it."""

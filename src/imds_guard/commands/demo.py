@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets through, before and after locking: in a network namespace and a cgroup of its own, with a fake service.
+
+Nothing reaches the machine's network, no policy of the machine is touched, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import textwrap
+from typing import Callable, List, NamedTuple, Sequence, Tuple
+
+from imds_guard.backends import Backend
+from imds_guard.kernel import listeners
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy.model import (
+    ALL_PORTS,
+    Caller,
+    Decision,
+    Destination,
+    Endpoint,
+    Identities,
+    Lock,
+    Policy,
+    decide,
+    make_policy,
+    minus_ports,
+)
+
+IPV4, IPV6, MAPPED = "169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254"
+_PORT = 80
+_ANSWER = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 19\r\n\r\nfake-instance-role\n"
+_WAIT_S = 3.0
+
+ANSWERED = "answered"
+
+# Numbers that are nobody's on most machines, and it would not matter if they were somebody's: nothing is done as them
+# outside the namespace. No user has the number of a group.
+_LISTED_USER, _MEMBER, _STRANGER = 61_001, 61_002, 61_003
+_LISTED_GROUP, _OTHER_GROUP = 62_001, 62_002
+
+
+class DemoCaller(NamedTuple):
+    """Somebody who tries."""
+
+    words: str
+    uid: int
+    gid: int
+    groups: Tuple[int, ...] = ()
+
+
+ROOT = DemoCaller("root", 0, 0)
+LISTED = DemoCaller("listed user", _LISTED_USER, _OTHER_GROUP)
+MEMBER = DemoCaller("member of group", _MEMBER, _OTHER_GROUP, (_OTHER_GROUP, _LISTED_GROUP))
+STRANGER = DemoCaller("stranger", _STRANGER, _OTHER_GROUP)
+
+LEGEND = f"Allowed: user {_LISTED_USER} and members of group {_LISTED_GROUP}. The metadata service is a fake."
+
+
+ATTEMPTS: Tuple[Tuple[DemoCaller, str], ...] = (
+    (ROOT, IPV4),
+    (LISTED, IPV4),
+    (LISTED, IPV6),
+    (MEMBER, IPV4),
+    (STRANGER, IPV4),
+    (STRANGER, IPV6),
+    (STRANGER, MAPPED),
+)
+
+
+class DemoRow(NamedTuple):
+    """What became of one caller's request. ``before`` and ``after`` are ``answered`` or an errno's name."""
+
+    caller: str
+    address: str
+    before: str
+    after: str
+    why: str
+    decision: Decision
+
+    @property
+    def as_decided(self) -> bool:
+        """True when the kernel did what the policy says."""
+        return (self.after == ANSWERED) == self.decision.allowed
+
+
+class DemoResult(NamedTuple):
+    """All rows, and what the backend said when it was applied."""
+
+    rows: Tuple[DemoRow, ...]
+    policy: Policy
+    backend: str
+
+    @property
+    def whole(self) -> bool:
+        """True when everybody got through before, and the kernel did what the policy says after."""
+        return all(row.before == ANSWERED and row.as_decided for row in self.rows)
+
+
+def demo_policy() -> Policy:
+    """TCP on every port but DNS, for one user and the members of one group."""
+    ports = minus_ports(ALL_PORTS, ((53, 53),))
+    endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=ports) for address in (IPV4, IPV6))
+    allow = Identities(frozenset({_LISTED_USER}), frozenset({_LISTED_GROUP}))
+    return make_policy([Lock("demo", endpoints, allow=allow)])
+
+
+def run_demo(make_backend: Callable[[str], Backend], *, inside: bool = False) -> DemoResult:
+    """Lets everybody try, locks, and lets everybody try again.
+
+    ``make_backend`` is given the path of the demonstration's cgroup. ``inside`` has the backend at work in the
+    demonstration's namespace, which is where iptables must be. Raises Unsupported, NotPermitted.
+    """
+    policy = demo_policy()
+    with Sandbox((IPV4, IPV6)) as sandbox:
+        sandbox.serve_with(_listen, _serve_forever)
+        backend = make_backend(sandbox.cgroup)
+        before = _try_all(sandbox)
+        try:
+            _at(sandbox, inside, lambda: backend.check(policy))
+            _at(sandbox, inside, lambda: backend.apply(policy))
+            after = _try_all(sandbox)
+        finally:
+            _at(sandbox, inside, backend.remove)
+    rows = tuple(
+        _row(policy, caller, address, *outcomes) for (caller, address), outcomes in zip(ATTEMPTS, zip(before, after))
+    )
+    return DemoResult(rows, policy, backend.name)
+
+
+def _at(sandbox: Sandbox, inside: bool, verb: Callable[[], object]) -> None:
+    if inside:
+        sandbox.call(verb, timeout_s=60)
+    else:
+        verb()
+
+
+def _row(policy: Policy, caller: DemoCaller, address: str, before: str, after: str) -> DemoRow:
+    decision = decide(
+        policy,
+        Caller(caller.uid, caller.gid, frozenset(caller.groups)),
+        Destination(ipaddress.ip_address(address), _PORT),
+    )
+    return DemoRow(caller.words, address, before, after, _why(decision), decision)
+
+
+def _why(decision: Decision) -> str:
+    return "not listed" if decision.matched is None else f"{decision.matched[0]} is listed"
+
+
+# --- the callers ----------------------------------------------------------------------------------------------------
+
+
+def _try_all(sandbox: Sandbox) -> List[str]:
+    return [sandbox.call(lambda one=one, to=to: _request(one, to)) for one, to in ATTEMPTS]  # type: ignore[misc]
+
+
+def _request(caller: DemoCaller, address: str) -> str:
+    """Takes the caller's IDs for good and asks the service, in a child."""
+    become(uids=(caller.uid,) * 3, gids=(caller.gid,) * 3, groups=caller.groups)
+    with socket.socket(listeners.family(address)) as client:
+        client.settimeout(_WAIT_S)
+        try:
+            client.connect((address, _PORT))
+            client.sendall(b"GET /latest/meta-data/ HTTP/1.0\r\n\r\n")
+            status = client.recv(64).split(b"\r\n")[0]
+        except socket.timeout:
+            return "no answer"
+        except OSError as error:
+            return errno.errorcode.get(error.errno or 0, str(error))
+    return ANSWERED if status == b"HTTP/1.0 200 OK" else "another answer"
+
+
+# --- the fake service -----------------------------------------------------------------------------------------------
+
+
+def _listen() -> List[socket.socket]:
+    return [one for one in listeners.listen((IPV4, IPV6), (_PORT,)) if one.type == socket.SOCK_STREAM]
+
+
+def _serve_forever(sockets: List[socket.socket]) -> None:
+    listeners.each_ready(sockets, _answer)
+
+
+def _answer(listening: socket.socket) -> None:
+    client = listening.accept()[0]
+    with client:
+        client.settimeout(_WAIT_S)
+        client.recv(4096)
+        client.sendall(_ANSWER)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+_HEAD = ("WHO", "ASKS", "BEFORE", "AFTER", "WHY")
+_GAP = "  "
+_LEAST_ROOM = 10
+
+
+def render(rows: Sequence[DemoRow], width: int = 80) -> str:
+    """The rows as a table; the last column wraps when that keeps it within ``width``."""
+    cells = [_HEAD, *((row.caller, row.address, row.before, row.after, row.why) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD) - 1)]
+    left = sum(widths) + len(_GAP) * len(widths)
+    lines: List[str] = []
+    for line in cells:
+        first, *more = textwrap.wrap(line[-1], max(width - left, _LEAST_ROOM))
+        lines.append(_GAP.join(word.ljust(size) for word, size in zip(line, widths)) + _GAP + first)
+        lines.extend(" " * left + rest for rest in more)
+    return "\n".join(lines)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state and the counters as Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Iterable, Iterator, List, Optional, Tuple
+
+from imds_guard import __version__
+from imds_guard.backends.ebpf import State
+from imds_guard.backends.ebpf.abi import needed_hooks
+from imds_guard.backends.ebpf.tables import Place, Report, read_report
+from imds_guard.commands.guard import Status, status
+from imds_guard.errors import GuardError, Unsupported, system_words
+from imds_guard.kernel import files
+from imds_guard.policy.model import Mode, Reason
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+
+_NAME = "imds_guard"
+
+
+def metrics(cgroup: Optional[str]) -> bytes:
+    """The text; it says ``imds_guard_active 0`` where nothing is locked. Raises Unsupported without the library."""
+    try:
+        from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 -- no other command needs it
+    except ImportError as error:
+        raise Unsupported(
+            "printing metrics: the Python library prometheus_client is missing; install python3-prometheus-client "
+            "(python3-prometheus_client on Fedora and RHEL)"
+        ) from error
+    registry = CollectorRegistry(auto_describe=False)
+    _register(registry, list(_families(*_read(cgroup))))
+    text: bytes = generate_latest(registry)
+    return text
+
+
+class _Collected:
+    """What prometheus_client asks for metrics."""
+
+    def __init__(self, families: List[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """The metrics, read before."""
+        return self._families
+
+
+def _register(registry: CollectorRegistry, families: List[Metric]) -> None:
+    registry.register(_Collected(families))  # type: ignore[arg-type]
+
+
+def _read(cgroup: Optional[str]) -> Tuple[Status, Optional[Report]]:
+    found = status(cgroup)
+    if not isinstance(found.detail, State):
+        return found, None
+    try:
+        return found, read_report(Place(cgroup))
+    except GuardError:
+        return found, None  # its maps can't be read, and faults says so
+
+
+# --- families -------------------------------------------------------------------------------------------------------
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
+
+    return GaugeMetricFamily(f"{_NAME}_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, labels: Tuple[str, ...] = ()) -> CounterMetricFamily:
+    from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415
+
+    return CounterMetricFamily(f"{_NAME}_{name}", text, labels=labels)
+
+
+def _versions(found: Status) -> InfoMetricFamily:
+    from prometheus_client.core import InfoMetricFamily  # noqa: PLC0415
+
+    programs = ",".join(found.detail.versions) if isinstance(found.detail, State) else ""
+    words = {"version": __version__, "backend": found.backend or "none", "programs": programs}
+    return InfoMetricFamily(_NAME, "What runs: versions, and what enforces.", value=words)
+
+
+def _families(found: Status, report: Optional[Report]) -> Iterator[Metric]:
+    yield _versions(found)
+    yield _gauge("active", "1 when a policy is in force.", found.backend is not None)
+    yield _gauge("degraded", "1 when something is wrong with what should be in force.", bool(found.faults))
+    audit = found.policy is not None and found.policy.mode is Mode.AUDIT
+    yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
+    if isinstance(found.detail, State):
+        yield from _of_state(found.detail)
+        yield from _of_hooks(found.detail, needed_hooks(found.policy is not None and found.policy.strict))
+    if report is not None:
+        yield from _of_report(report)
+
+
+def _of_state(state: State) -> Iterator[Metric]:
+    if state.generation is not None:
+        yield _gauge("policy_generation", "The generation in force: 1 or 2, they alternate.", state.generation)
+    decisions = _counter("decisions", "Connects to locked endpoints, by reason and outcome.", ("reason", "outcome"))
+    for reason, (enforced, audited) in zip(Reason, state.counters):
+        if reason is Reason.NOT_LOCKED:
+            continue
+        decisions.add_metric([reason.word, "allowed" if reason.permits else "denied"], enforced)
+        if not reason.permits:
+            decisions.add_metric([reason.word, "audited"], audited)
+    if state.counters:
+        yield decisions
+        lost = _counter("lost_records", "Denials whose record found no room in the ring buffer.")
+        lost.add_metric([], state.lost_events)
+        yield lost
+        overflow = _counter("report_overflow", "Denials that found no room in the report.")
+        overflow.add_metric([], state.report_overflow)
+        yield overflow
+
+
+def _of_hooks(state: State, needed: Tuple[str, ...]) -> Iterator[Metric]:
+    """The kernel counts runs while somebody asks for it: sysctl kernel.bpf_stats_enabled, or BPF_ENABLE_STATS."""
+    attached = _gauge_by_hook("hook_attached", "1 when the hook runs our program.")
+    runs = _counter("hook_runs", "Runs of the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
+    seconds = _counter("hook_seconds", "Time spent in the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
+    for hook in state.hooks:
+        if hook.name not in needed:
+            continue
+        attached.add_metric([hook.name], hook.ours is not None)
+        if hook.ours is not None and hook.ours.run_count:
+            runs.add_metric([hook.name], hook.ours.run_count)
+            seconds.add_metric([hook.name], hook.ours.run_time_ns / 1e9)
+    yield attached
+    if runs.samples:
+        yield runs
+        yield seconds
+
+
+def _gauge_by_hook(name: str, text: str) -> GaugeMetricFamily:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
+
+    return GaugeMetricFamily(f"{_NAME}_{name}", text, labels=("hook",))
+
+
+def _of_report(report: Report) -> Iterator[Metric]:
+    yield _gauge("policy_changes", "Policies that this guard has had since it was started.", report.serial)
+    text = "Denials under the policy in force, by lock and reason; a change of policy begins anew."
+    denials = _counter("lock_denials", text, ("lock", "reason"))
+    sums: Counter[Tuple[str, str]] = Counter()
+    for row in report.rows:
+        sums[row.lock or "", row.reason.word] += row.count
+    for labels, count in sorted(sums.items()):
+        denials.add_metric(list(labels), count)
+    yield denials
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def write_textfile(text: bytes, path: str) -> None:
+    """Writes a file for node_exporter in one step: it sees the old one or the new one. Raises GuardError."""
+    try:
+        files.replace(path, text)
+    except OSError as error:
+        raise GuardError(
+            f"writing metrics to {path}: {system_words(error)}; name a file in a folder that is there, and writable"
+        ) from error

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of the command line as a Policy."""
+
+from __future__ import annotations
+
+from typing import Sequence, Tuple
+
+from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.identity import create_group, group_id, is_missing_group, user_id
+from imds_guard.policy.builtin import default_endpoints, preset
+from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, PolicyError, Verdict, make_policy
+from imds_guard.policy.wireserver import set_apart
+
+
+def policy_from_words(
+    *,
+    users: Sequence[str] = (),
+    groups: Sequence[str] = (),
+    deny_users: Sequence[str] = (),
+    deny_groups: Sequence[str] = (),
+    ips: Sequence[str] = (),
+    presets: Sequence[str] = (),
+    nobody: bool = False,
+    mode: Mode = Mode.ENFORCE,
+    containers: Verdict = Verdict.DENY,
+    strict: bool = False,
+    dmi_words: str = "",
+    create_groups: bool = False,
+) -> Policy:
+    """One allowlist over all the endpoints given (lock ``default``), the WireServer apart (lock ``wireserver``).
+
+    Without ``ips`` and ``presets``: the built-in endpoints of this machine. With ``create_groups`` unknown ``groups``
+    are made, after everything else has been found right. Raises UsageError, BadPolicy.
+    """
+    _check_who(bool(users or groups), bool(deny_users or deny_groups), nobody)
+    endpoints = _endpoints_from_words(ips, presets, dmi_words)
+    allowed_users = frozenset(user_id(word) for word in users)
+    deny = Identities(frozenset(map(user_id, deny_users)), frozenset(map(group_id, deny_groups)))
+    missing = [word for word in groups if create_groups and is_missing_group(word)]
+    known = [group_id(word) for word in groups if word not in missing]
+    default = Verdict.DENY if users or groups or nobody else Verdict.ALLOW
+    shape = Lock("default", endpoints, Identities(allowed_users, frozenset(known)), deny, default)
+    set_apart(shape)
+    made = [create_group(word) for word in missing]
+    allow = Identities(allowed_users, frozenset(known + made))
+    try:
+        return make_policy(set_apart(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
+    except PolicyError as error:
+        raise BadPolicy(str(error)) from None
+
+
+def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:
+    if nobody and allowlist:
+        raise UsageError("--nobody contradicts --user and --group")
+    if not (allowlist or denylist or nobody):
+        raise UsageError("nobody would be allowed: name a --group or a --user, or say --nobody if that is meant")
+
+
+def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_words: str) -> Tuple[Endpoint, ...]:
+    if not ips and not presets:
+        return default_endpoints(dmi_words)
+    found = [parse_endpoint(word) for word in ips]
+    for name in presets:
+        found += preset(name, dmi_words)
+    return tuple(found)

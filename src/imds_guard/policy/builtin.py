@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metadata services of the clouds: where each one listens, and who says so.
+
+What is locked at such an address is TCP on every port but 53: the same addresses serve DNS, NTP and DHCP on some
+clouds (GCP, Oracle, Azure), and a machine that lost those would be broken.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+from imds_guard.errors import BadPolicy
+from imds_guard.policy.model import ALL_PORTS, Address, Endpoint, Network, Ports, minus_ports, unmapped
+
+DNS = ((53, 53),)
+DNS_AND_DHCP = ((53, 53), (67, 67))
+
+
+class Standing(str, enum.Enum):
+    """When a built-in endpoint is locked without having been asked for."""
+
+    DEFAULT = "default"
+    """On every machine: the address is link-local, or unique-local and listed by its vendor."""
+    ON_ITS_CLOUD = "on-its-cloud"
+    """Where DMI names the cloud: elsewhere the address is somebody else's host (public or shared address space)."""
+    ON_REQUEST = "on-request"
+    """Never but by its own preset: containers' credentials, which the containers need."""
+
+
+class Service(NamedTuple):
+    """One metadata service at an address."""
+
+    name: str
+    presets: Tuple[str, ...]
+    source: str
+    ports: str = "80"
+    """The ports it is known to listen on, for display; what is locked is in BuiltIn."""
+
+
+class BuiltIn(NamedTuple):
+    """An address of the table with every service that is known there."""
+
+    address: Address
+    services: Tuple[Service, ...]
+    standing: Standing = Standing.DEFAULT
+    dmi: Tuple[str, ...] = ()
+    """Words of which one stands in DMI on the cloud in question; any case."""
+    spared: Ports = DNS
+    """TCP ports that are left alone."""
+    note: str = ""
+
+    @property
+    def presets(self) -> Tuple[str, ...]:
+        """The presets that hold this address, without ``default`` and ``all``."""
+        return tuple(dict.fromkeys(name for service in self.services for name in service.presets))
+
+    @property
+    def by_default(self) -> bool:
+        """True when it is locked on every machine."""
+        return self.standing is Standing.DEFAULT
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """What is locked when this address is named without ports."""
+        return Endpoint(single(self.address), tcp=minus_ports(ALL_PORTS, self.spared))
+
+
+def single(address: Address) -> Network:
+    """The prefix that holds just ``address``."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return ipaddress.IPv4Network(address)
+    return ipaddress.IPv6Network(address)
+
+
+CLOUD_INIT = "cloud-init, cloudinit/sources/"
+BOTOCORE = "botocore, botocore/utils.py"
+AWS_SOURCE = "https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ec2-instance-metadata.html"
+EKS_SOURCE = "https://docs.aws.amazon.com/eks/latest/userguide/pod-id-how-it-works.html"
+AZURE_SOURCE = "https://learn.microsoft.com/en-us/azure/virtual-network/what-is-ip-address-168-63-129-16"
+OCI_SOURCE = "oci (Oracle's Python SDK), oci/auth/signers/instance_principals_security_token_signer.py"
+
+WIRESERVER = ipaddress.ip_address("168.63.129.16")
+
+BUILT_IN: Tuple[BuiltIn, ...] = (
+    BuiltIn(
+        ipaddress.ip_address("169.254.169.254"),
+        (
+            Service("AWS EC2", ("aws",), AWS_SOURCE),
+            Service("GCP", ("gcp",), "google-auth, google/auth/compute_engine/_metadata.py", "80, 443"),
+            Service("Azure IMDS", ("azure",), CLOUD_INIT + "DataSourceAzure.py"),
+            Service("Oracle Cloud", ("oracle",), CLOUD_INIT + "DataSourceOracle.py"),
+            Service("OpenStack", ("openstack",), "https://docs.openstack.org/nova/latest/user/metadata.html"),
+            Service("Hetzner", ("hetzner",), CLOUD_INIT + "DataSourceHetzner.py"),
+            Service("Akamai (Linode)", ("akamai",), CLOUD_INIT + "DataSourceAkamai.py"),
+            Service("DigitalOcean", ("digitalocean",), CLOUD_INIT + "DataSourceDigitalOcean.py"),
+            Service("Vultr", ("vultr",), CLOUD_INIT + "DataSourceVultr.py"),
+            Service("UpCloud", ("upcloud",), CLOUD_INIT + "DataSourceUpCloud.py"),
+            Service("Exoscale", ("exoscale",), CLOUD_INIT + "DataSourceExoscale.py"),
+            Service(
+                "IBM Cloud",
+                ("ibm",),
+                "ibm-cloud-sdk-core, ibm_cloud_sdk_core/token_managers/vpc_instance_token_manager.py",
+            ),
+            Service("Huawei Cloud", ("huawei",), "huaweicloudsdkcore, huaweicloudsdkcore/auth/internal.py"),
+            Service("Naver Cloud", ("naver",), "https://api.ncloud-docs.com/docs/en/compute-vmetadata-serverdata"),
+        ),
+        note="GCP and Oracle serve DNS and NTP here too",
+    ),
+    BuiltIn(ipaddress.ip_address("fd00:ec2::254"), (Service("AWS EC2", ("aws",), CLOUD_INIT + "DataSourceEc2.py"),)),
+    BuiltIn(
+        ipaddress.ip_address("fd20:ce::254"),
+        (Service("GCP", ("gcp",), "lists of third parties only; Google's own pages do not give it", "80, 443"),),
+        note="machines that have IPv6 alone",
+    ),
+    BuiltIn(ipaddress.ip_address("fd00:c1::a9fe:a9fe"), (Service("Oracle Cloud", ("oracle",), OCI_SOURCE),)),
+    BuiltIn(
+        ipaddress.ip_address("fe80::a9fe:a9fe"),
+        (
+            Service(
+                "OpenStack",
+                ("openstack",),
+                "https://docs.openstack.org/neutron/latest/admin/config-metadata-ipv6.html",
+            ),
+        ),
+        note="link-local: locked on every interface",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("fd00:a9fe:a9fe::1"),
+        (Service("Akamai (Linode)", ("akamai",), CLOUD_INIT + "DataSourceAkamai.py"),),
+    ),
+    BuiltIn(
+        ipaddress.ip_address("169.254.42.42"),
+        (Service("Scaleway", ("scaleway",), CLOUD_INIT + "DataSourceScaleway.py"),),
+        note="user data is given to source ports below 1024 alone",
+    ),
+    BuiltIn(ipaddress.ip_address("fd00:42::42"), (Service("Scaleway", ("scaleway",), "systemd, hwdb.d/40-imds.hwdb"),)),
+    BuiltIn(
+        ipaddress.ip_address("169.254.0.23"),
+        (Service("Tencent Cloud", ("tencent",), "https://cloud.tencent.com/document/product/213/4934"),),
+        note="metadata.tencentyun.com",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("fd00:100::100:200"),
+        (Service("Alibaba Cloud", ("alibaba",), "https://github.com/canonical/cloud-init/pull/6893"),),
+        note="machines that have IPv6 alone",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("100.100.100.200"),
+        (Service("Alibaba Cloud", ("alibaba",), CLOUD_INIT + "DataSourceAliYun.py"),),
+        Standing.ON_ITS_CLOUD,
+        dmi=("Alibaba Cloud",),
+        note="shared address space (RFC 6598)",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("100.96.0.96"),
+        (Service("Volcengine, BytePlus", ("volcengine",), "Cilium, pkg/volcengine metadata client"),),
+        Standing.ON_ITS_CLOUD,
+        dmi=("Volcengine", "BytePlus", "ByteDance"),
+        note="shared address space (RFC 6598)",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("192.0.0.192"),
+        (
+            Service(
+                "Oracle Cloud Classic",
+                ("oracle-classic",),
+                "Oracle Cloud Infrastructure Compute Classic, instance attributes",
+            ),
+        ),
+        Standing.ON_ITS_CLOUD,
+        dmi=("OracleCloud",),
+        note="IETF protocol assignments (RFC 6890)",
+    ),
+    BuiltIn(
+        WIRESERVER,
+        (Service("Azure WireServer, HostGAPlugin", ("azure", "wireserver"), AZURE_SOURCE, "80, 32526"),),
+        Standing.ON_ITS_CLOUD,
+        # The chassis asset tag of every Azure machine: ds-identify in cloud-init, is_azure_chassis().
+        dmi=("7783-7084-3265-9085-8269-3286-77",),
+        spared=DNS_AND_DHCP,
+        note="a public address that serves DNS and DHCP too; a lock of its own, which always lets user 0",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("169.254.170.2"),
+        (Service("AWS ECS task credentials", ("ecs",), BOTOCORE),),
+        Standing.ON_REQUEST,
+        note="tasks need it",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("169.254.170.23"),
+        (Service("AWS EKS Pod Identity", ("eks",), EKS_SOURCE),),
+        Standing.ON_REQUEST,
+        note="pods need it",
+    ),
+    BuiltIn(
+        ipaddress.ip_address("fd00:ec2::23"),
+        (Service("AWS EKS Pod Identity", ("eks",), EKS_SOURCE),),
+        Standing.ON_REQUEST,
+        note="pods need it",
+    ),
+)
+
+_BY_ADDRESS: Dict[Address, BuiltIn] = {entry.address: entry for entry in BUILT_IN}
+
+DEFAULT_PRESET = "default"
+ALL_PRESET = "all"
+PRESETS: Tuple[str, ...] = (
+    DEFAULT_PRESET,
+    ALL_PRESET,
+    *sorted({name for entry in BUILT_IN for name in entry.presets}),
+)
+
+
+def builtin(address: Address) -> Optional[BuiltIn]:
+    """The entry of the table for one address (a mapped one too), or None."""
+    return _BY_ADDRESS.get(unmapped(address))
+
+
+def builtin_at(network: Network) -> Optional[BuiltIn]:
+    """The entry of the table that is this prefix exactly: a single address, or None."""
+    if network.prefixlen != network.max_prefixlen:
+        return None
+    return builtin(network.network_address)
+
+
+def default_entries(dmi_words: str) -> Tuple[BuiltIn, ...]:
+    """What is locked when nothing is named, on a machine whose DMI holds ``dmi_words``."""
+    return tuple(entry for entry in BUILT_IN if entry.by_default or _is_on_its_cloud(entry, dmi_words))
+
+
+def default_endpoints(dmi_words: str) -> Tuple[Endpoint, ...]:
+    """The endpoints of default_entries()."""
+    return _endpoints(default_entries(dmi_words))
+
+
+def preset(name: str, dmi_words: str = "") -> Tuple[Endpoint, ...]:
+    """The endpoints of one preset; ``dmi_words`` count for ``default`` alone. Raises BadPolicy."""
+    return _endpoints(preset_entries(name, dmi_words))
+
+
+def preset_entries(name: str, dmi_words: str = "") -> Tuple[BuiltIn, ...]:
+    """The entries of one preset. Raises BadPolicy for a name that is none."""
+    if name == DEFAULT_PRESET:
+        return default_entries(dmi_words)
+    if name == ALL_PRESET:
+        return tuple(entry for entry in BUILT_IN if entry.standing is not Standing.ON_REQUEST)
+    found = tuple(entry for entry in BUILT_IN if name in entry.presets)
+    if not found:
+        raise BadPolicy(f"there is no preset {name!r}: take one of {', '.join(PRESETS)}")
+    return found
+
+
+def _is_on_its_cloud(entry: BuiltIn, dmi_words: str) -> bool:
+    held = dmi_words.casefold()
+    return entry.standing is Standing.ON_ITS_CLOUD and any(word.casefold() in held for word in entry.dmi)
+
+
+def _endpoints(entries: Iterable[BuiltIn]) -> Tuple[Endpoint, ...]:
+    found: List[Endpoint] = [entry.endpoint for entry in entries]
+    return tuple(sorted(found, key=Endpoint.sort_key))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``allow`` and ``revoke`` make of the policy in force. Pure."""
+
+from __future__ import annotations
+
+from typing import Callable, List, Optional, Set, Tuple
+
+from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.policy.builtin import WIRESERVER, single
+from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.lockdown import divide, free_name
+from imds_guard.policy.model import (
+    Endpoint,
+    Identities,
+    Lock,
+    Network,
+    Policy,
+    PolicyError,
+    Verdict,
+    common_ports,
+    make_policy,
+)
+
+Change = Callable[[Lock], Lock]
+
+
+def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
+    """``policy`` with ``who`` on the allowlist of every lock, or of the endpoint. Raises UsageError, BadPolicy."""
+
+    def change(lock: Lock) -> Lock:
+        return lock._replace(allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))
+
+    return _change(policy, endpoint, change)
+
+
+def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
+    """``policy`` without ``who`` on the allowlist; user 0 keeps the WireServer. Raises UsageError, BadPolicy.
+
+    A lock that lets everyone through whom it does not deny is refused: off its list they would still get through.
+    """
+
+    def change(lock: Lock) -> Lock:
+        if lock.default is Verdict.ALLOW:
+            raise UsageError(
+                f"revoking under lock {lock.name!r}: it lets everyone through who is not on its deny list, so nobody "
+                "would be shut out; start again with --deny-user or --deny-group"
+            )
+        users = lock.allow.users - who.users
+        if _is_wireserver(lock):
+            users |= lock.allow.users & {0}
+        return lock._replace(allow=Identities(users, lock.allow.groups - who.groups))
+
+    return _change(policy, endpoint, change)
+
+
+def _change(policy: Policy, endpoint: Optional[Endpoint], change: Change) -> Policy:
+    if endpoint is None:
+        _check_alike(policy)
+        locks = [change(lock) for lock in policy.locks]
+    else:
+        locks = _change_at(policy, endpoint, change)
+    try:
+        return make_policy(locks, policy.mode, policy.containers, policy.strict)
+    except PolicyError as error:
+        raise BadPolicy(str(error)) from None
+
+
+def _check_alike(policy: Policy) -> None:
+    """Without --ip all locks change, which is only clear when they have the same allowlist."""
+    if not _are_alike(policy):
+        names = "; ".join(f"{lock.name!r}: --ip {endpoint_words(lock.endpoints[0])[0]}" for lock in policy.locks)
+        raise UsageError(f"the locks have different allowlists, so say which one is meant ({names})")
+
+
+def _are_alike(policy: Policy) -> bool:
+    """The WireServer's list has user 0 whether or not the others have."""
+    others = {lock.allow for lock in policy.locks if not _is_wireserver(lock)}
+    with_root = {Identities(lock.allow.users | {0}, lock.allow.groups) for lock in policy.locks}
+    return len(others) <= 1 and len(with_root) <= 1
+
+
+def _is_wireserver(lock: Lock) -> bool:
+    """By what it locks: alone, or split, it has a name of its own."""
+    return any(endpoint.network == single(WIRESERVER) for endpoint in lock.endpoints)
+
+
+def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]:
+    """A lock that holds the endpoint among others is split; both parts keep its lists but for the change."""
+    names = {lock.name for lock in policy.locks}
+    locks: List[Lock] = []
+    found = False
+    for lock in policy.locks:
+        inside, outside = divide(lock, endpoint)
+        if not inside or not outside:
+            found = found or bool(inside)
+            locks.append(change(lock) if inside else lock)
+            continue
+        found = True
+        changed = change(lock._replace(endpoints=inside))
+        if changed.allow == lock.allow:
+            locks.append(lock)  # nothing to tell the parts apart
+            continue
+        locks += [lock._replace(endpoints=outside), changed._replace(name=free_name(endpoint, names))]
+    if not found:
+        locks, found = _change_within(policy, endpoint, change, names)
+    if not found:
+        raise UsageError(f"no lock holds {endpoint_words(endpoint)[0]}: imds-guard status lists the endpoints")
+    return locks
+
+
+def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: Set[str]) -> Tuple[List[Lock], bool]:
+    """A prefix around the endpoint is split by a lock for the endpoint alone, since the most specific one counts."""
+    locks = list(policy.locks)
+    around = [
+        (lock, one) for lock in policy.locks for one in lock.endpoints if _is_around(one.network, endpoint.network)
+    ]
+    longest = max((one.network.prefixlen for _, one in around), default=0)
+    found = False
+    for lock, one in around:
+        common = Endpoint(endpoint.network, common_ports(one.tcp, endpoint.tcp), common_ports(one.udp, endpoint.udp))
+        if one.network.prefixlen == longest and (common.tcp or common.udp):
+            found = True
+            changed = change(lock._replace(endpoints=(common,)))
+            if changed.allow != lock.allow:
+                locks.append(changed._replace(name=free_name(endpoint, names)))
+    return locks, found
+
+
+def _is_around(network: Network, inner: Network) -> bool:
+    return network.version == inner.version and inner.subnet_of(network)  # type: ignore[arg-type]

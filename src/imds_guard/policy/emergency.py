@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lock that is put on at boot when nobody can tell which one was meant: the built-in endpoints, for root alone.
+
+It is known by its name, so that whoever reads the policy back from the kernel knows what it is. No configuration may
+use the name.
+"""
+
+from __future__ import annotations
+
+from imds_guard.policy.builtin import default_endpoints
+from imds_guard.policy.model import Identities, Lock, Policy, make_policy
+from imds_guard.policy.wireserver import set_apart
+
+EMERGENCY_LOCK = "emergency"
+
+FAULT = (
+    "emergency lock: the configuration could not be used, so the built-in endpoints are locked for everyone but root; "
+    "correct it, then run systemctl restart imds-guard (or imds-guard start)"
+)
+
+
+def emergency_policy(dmi_words: str) -> Policy:
+    """The built-in endpoints of a machine whose DMI holds ``dmi_words``, for user 0 alone."""
+    lock = Lock(EMERGENCY_LOCK, default_endpoints(dmi_words), Identities(users=frozenset({0})))
+    return make_policy(set_apart(lock))
+
+
+def is_emergency(policy: Policy) -> bool:
+    """True for the policy above, also after an allow or a revoke."""
+    return any(lock.name == EMERGENCY_LOCK for lock in policy.locks)

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An endpoint as people write it: ``ADDR[/LEN][:PORTS][,PROTOCOL]`` or ``[V6][/LEN][:PORTS][,PROTOCOL]``.
+
+PORTS is ``*``, or ports and ranges joined by ``+`` (``80``, ``80+443``, ``8000-8100``), or ``!`` before such a list for
+every other port. PROTOCOL is tcp, udp or any. A single address of the built-in table that comes without ports takes
+the table's (TCP, and neither DNS nor DHCP). Anything else: no ports means all, no protocol means TCP and UDP.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import List, Optional, Tuple
+
+from imds_guard.errors import BadPolicy
+from imds_guard.policy.builtin import builtin, builtin_at
+from imds_guard.policy.model import ALL_PORTS, NO_PORTS, Address, Endpoint, Network, Ports, minus_ports, normal_ports
+
+_BRACKETED = r"\[([^\[\]]*)\](?:/([^:]*))?(?::(.*))?"
+_PLAIN = r"([^/:]*)(?:/([^:]*))?(?::(.*))?"
+_DECIMAL = r"0|[1-9][0-9]{0,9}"
+_LEADING_ZERO = r"(?:^|[.:])0[0-9]+(?:\.[0-9]+)+|[0-9]\.0[0-9]"
+_PROTOCOLS = ("tcp", "udp", "any")
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """The endpoint that ``text`` means. Raises BadPolicy, one sentence that quotes ``text``."""
+    try:
+        return _parse(text)
+    except _Refused as refused:
+        raise BadPolicy(f"{text!r} is not an endpoint: {refused}") from None
+
+
+class _Refused(ValueError):
+    """Why a word is refused, as the second half of a sentence."""
+
+
+def _parse(text: str) -> Endpoint:
+    if not text:
+        raise _Refused("it is empty")
+    if any(letter.isspace() for letter in text):
+        raise _Refused("it holds a blank")
+    head, protocol = _split_protocol(text)
+    address_text, length_text, ports_text = _split_head(head)
+    network = _network(address_text, length_text)
+    if network.prefixlen == network.max_prefixlen and int(network.network_address) == 0:
+        raise _Refused("a connect to the unspecified address goes to this machine itself and is judged by that address")
+    entry = builtin_at(network)
+    if ports_text is None and entry is not None:
+        ports, protocol = entry.endpoint.tcp, protocol or "tcp"
+    else:
+        ports = ALL_PORTS if ports_text is None else _ports(ports_text)
+    return Endpoint(
+        network,
+        tcp=NO_PORTS if protocol == "udp" else ports,
+        udp=NO_PORTS if protocol == "tcp" else ports,
+    )
+
+
+def _split_protocol(text: str) -> Tuple[str, Optional[str]]:
+    head, comma, protocol = text.partition(",")
+    if not comma:
+        return head, None
+    if protocol not in _PROTOCOLS:
+        raise _Refused(f"{protocol!r} is no protocol (tcp, udp or any)")
+    return head, protocol
+
+
+def _split_head(head: str) -> Tuple[str, Optional[str], Optional[str]]:
+    """Address, length and ports, the last two None where they are not given."""
+    if head.startswith("["):
+        return _split_bracketed(head)
+    if head.count(":") >= 2:
+        return _split_bare_v6(head)
+    match = re.fullmatch(_PLAIN, head)
+    if match is None:
+        raise _Refused("an address comes first, then /LENGTH, then :PORTS")
+    return match[1], match[2], match[3]
+
+
+def _split_bracketed(head: str) -> Tuple[str, Optional[str], Optional[str]]:
+    match = re.fullmatch(_BRACKETED, head)
+    if match is None:
+        raise _Refused("after the bracket come /LENGTH and :PORTS, as in [fd00:ec2::254]:80")
+    if ":" not in match[1]:
+        raise _Refused("only IPv6 addresses stand in brackets")
+    return match[1], match[2], match[3]
+
+
+def _split_bare_v6(head: str) -> Tuple[str, Optional[str], Optional[str]]:
+    """A bare IPv6 address has no ports; what looks like one with ports is refused where that can be told."""
+    address, slash, length = head.partition("/")
+    if ":" in length:
+        length, _, ports = length.partition(":")
+        raise _Refused(f"an IPv6 address with ports needs brackets: [{address}]/{length}:{ports}")
+    before, _, last = address.rpartition(":")
+    if _is_builtin(before):
+        raise _Refused(f"an IPv6 address with ports needs brackets: [{before}]:{last}")
+    return address, length if slash else None, None
+
+
+def _is_builtin(text: str) -> bool:
+    try:
+        return builtin(ipaddress.ip_address(text)) is not None
+    except ValueError:
+        return False
+
+
+def _network(address_text: str, length_text: Optional[str]) -> Network:
+    address = _address(address_text)
+    length = address.max_prefixlen if length_text is None else _length(length_text, address)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    if mapped is not None and length >= 96:
+        address, length = mapped, length - 96
+    network: Network
+    if isinstance(address, ipaddress.IPv4Address):
+        network = ipaddress.IPv4Network((int(address), length), strict=False)
+    else:
+        network = ipaddress.IPv6Network((int(address), length), strict=False)
+    if network.network_address != address:
+        raise _Refused(
+            f"{address} has bits set beyond its prefix: {network} is the whole prefix, {address} the one address"
+        )
+    return network
+
+
+def _address(text: str) -> Address:
+    if not text:
+        raise _Refused("the address is missing")
+    if "%" in text:
+        raise _Refused("an address is locked on every interface: leave out the scope (%...)")
+    # Python 3.9.0 to 3.9.4 take leading zeros as decimal, the C library takes them as octal (CVE-2021-29921).
+    if re.search(_LEADING_ZERO, text) and "." in text:
+        raise _Refused("a leading zero in an octet means octal to some programs and decimal to others")
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        raise _Refused(f"{text!r} is not an IP address (host names are not looked up)") from None
+
+
+def _length(text: str, address: Address) -> int:
+    if re.fullmatch(_DECIMAL, text) is None or int(text) > address.max_prefixlen:
+        raise _Refused(f"{text!r} is no prefix length (0 to {address.max_prefixlen})")
+    return int(text)
+
+
+def _ports(text: str) -> Ports:
+    if text == "*":
+        return ALL_PORTS
+    negated = text.startswith("!")
+    listed = normal_ports(_range(item) for item in (text[1:] if negated else text).split("+"))
+    ports = minus_ports(ALL_PORTS, listed) if negated else listed
+    if not ports:
+        raise _Refused("no port is left")
+    return ports
+
+
+def _range(item: str) -> Tuple[int, int]:
+    low, dash, high = item.partition("-")
+    first = _port(low)
+    last = _port(high) if dash else first
+    if last < first:
+        raise _Refused(f"the range of ports {item} runs backwards")
+    return first, last
+
+
+def _port(text: str) -> int:
+    if re.fullmatch(_DECIMAL, text) is None or int(text) > 65535:
+        raise _Refused(f"{text!r} is no port (80, 80+443, 8000-8100, !53 or *)")
+    return int(text)
+
+
+# --- the other way --------------------------------------------------------------------------------------------------
+
+
+def endpoint_words(endpoint: Endpoint) -> List[str]:
+    """The words that mean ``endpoint``: one, or one for each protocol when their ports differ."""
+    entry = builtin_at(endpoint.network)
+    if entry is not None and entry.endpoint == endpoint:
+        return [_address_words(endpoint.network, "")]
+    bare = "" if entry is None else ":*"
+    if endpoint.tcp == endpoint.udp:
+        return [_address_words(endpoint.network, ports_words(endpoint.tcp, bare))]
+    return [
+        _address_words(endpoint.network, ports_words(ports, bare)) + "," + protocol
+        for ports, protocol in ((endpoint.tcp, "tcp"), (endpoint.udp, "udp"))
+        if ports
+    ]
+
+
+def ports_words(ports: Ports, every: str = ":*") -> str:
+    """``:80+443`` or ``:!53``, whichever has fewer parts; ``every`` for all ports."""
+    if ports == ALL_PORTS:
+        return every
+    others = minus_ports(ALL_PORTS, ports)
+    sign, shown = ("!", others) if len(others) < len(ports) else ("", ports)
+    return ":" + sign + "+".join(str(low) if low == high else f"{low}-{high}" for low, high in shown)
+
+
+def _address_words(network: Network, ports: str) -> str:
+    address = str(network.network_address)
+    length = "" if network.prefixlen == network.max_prefixlen else f"/{network.prefixlen}"
+    if network.version == 6 and ports:
+        address = f"[{address}]"
+    return address + length + ports
