@@ -12,9 +12,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import List, Sequence, Tuple
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path[:0] = [str(SOURCE)]
@@ -32,7 +32,7 @@ class Budget:
     mebibytes: float = 200
 
 
-def _run(arguments: Sequence[str]) -> Tuple[float, float]:
+def _run(arguments: Sequence[str]) -> tuple[float, float]:
     """Seconds and peak MiB of one run of imds-guard."""
     code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from imds_guard.cli import main; main()"
     begun = time.monotonic()
@@ -46,7 +46,7 @@ def _run(arguments: Sequence[str]) -> Tuple[float, float]:
     return time.monotonic() - begun, usage.ru_maxrss / 1024
 
 
-def _line(name: str, runs: List[Tuple[float, float]], budget: Budget) -> bool:
+def _line(name: str, runs: list[tuple[float, float]], budget: Budget) -> bool:
     """Prints the median; True when it is within the budget."""
     seconds, mebibytes = statistics.median(r[0] for r in runs), max(r[1] for r in runs)
     print(

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 sys.path[:0] = [str(SOURCE)]
@@ -62,7 +63,7 @@ class Watched:
         code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from imds_guard.cli import main; main()"
         words = [sys.executable, "-I", "-c", code, "watch", "--json", "--cgroup", cgroup]
         self.process = subprocess.Popen(words, stdout=subprocess.PIPE)
-        self.lines: List[Tuple[float, Dict[str, Any]]] = []
+        self.lines: list[tuple[float, dict[str, Any]]] = []
         self._seen = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -103,7 +104,7 @@ def guarded() -> Iterator[Sandbox]:
             backend.remove()
 
 
-def ask(times: int, a_second: Optional[int] = None) -> int:
+def ask(times: int, a_second: int | None = None) -> int:
     """Connects that are denied, as fast as can be or evenly spaced. Returns how many were."""
     become(uids=(UID,) * 3, gids=(GID,) * 3, groups=())
     denied = 0
@@ -149,9 +150,9 @@ def steady_share(sandbox: Sandbox, watched: Watched) -> float:
     return (usage(watched.process.pid).seconds - before) / (time.monotonic() - begun)
 
 
-def told(watched: Watched) -> Dict[str, int]:
+def told(watched: Watched) -> dict[str, int]:
     """Denials by what became of them: ``denied`` (in a line), ``left-out``, ``lost``."""
-    sums: Dict[str, int] = {"denied": 0, "left-out": 0, "lost": 0}
+    sums: dict[str, int] = {"denied": 0, "left-out": 0, "lost": 0}
     for _, line in watched.lines:
         if line["event"] in sums:
             sums[line["event"]] += line["count"]
@@ -163,7 +164,7 @@ def kernels_count(sandbox: Sandbox) -> int:
     return sum(enforced for enforced, _ in EbpfBackend(sandbox.cgroup).state().counters)
 
 
-def most_in_a_second(stamps: List[float]) -> int:
+def most_in_a_second(stamps: list[float]) -> int:
     """The most lines that came within any second."""
     best = first = 0
     for last, stamp in enumerate(stamps):

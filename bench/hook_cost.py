@@ -14,9 +14,10 @@ import socket
 import statistics
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src")]
 
@@ -40,7 +41,7 @@ class Case:
     policy: Policy
     address: str
     uid: int
-    groups: Tuple[int, ...]
+    groups: tuple[int, ...]
     at_most: float
     hook: str = "connect4"
 
@@ -51,12 +52,12 @@ def _policy(addresses: Sequence[str], users: Sequence[int] = (), groups: Sequenc
     return make_policy([Lock("bench", endpoints, Identities(frozenset(users), frozenset(groups)))])
 
 
-def _many(count: int) -> List[str]:
+def _many(count: int) -> list[str]:
     first = int(ipaddress.IPv4Address("10.0.0.0"))
     return [str(ipaddress.IPv4Address(first + 7 * n)) for n in range(count)]
 
 
-def cases() -> List[Case]:
+def cases() -> list[Case]:
     """Those that the budget names."""
     many = range(10**6, 10**6 + 99_999)
     strict = _policy([LOCKED], [USER])._replace(strict=True)
@@ -74,7 +75,7 @@ def cases() -> List[Case]:
     ]
 
 
-def _connects(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], None]:
+def _connects(address: str, uid: int, groups: tuple[int, ...]) -> Callable[[], None]:
     """Connects that don't wait for an answer: the hook is what counts, and nobody listens."""
 
     def run() -> None:
@@ -89,7 +90,7 @@ def _connects(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], N
     return run
 
 
-def _packets(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], None]:
+def _packets(address: str, uid: int, groups: tuple[int, ...]) -> Callable[[], None]:
     """Datagrams of one connected socket, to one that takes them and reads none."""
 
     def run() -> None:
@@ -103,7 +104,7 @@ def _packets(address: str, uid: int, groups: Tuple[int, ...]) -> Callable[[], No
     return run
 
 
-def _count(prog_id: int) -> Tuple[int, int]:
+def _count(prog_id: int) -> tuple[int, int]:
     fd = bpf.program_by_id(prog_id)
     assert fd is not None
     try:
@@ -121,7 +122,7 @@ def _cost(sandbox: Sandbox, prog_id: int, connects: Callable[[], None]) -> float
     return (after[0] - before[0]) / (after[1] - before[1])
 
 
-def measure(case: Case) -> Tuple[float, float]:
+def measure(case: Case) -> tuple[float, float]:
     """Median nanoseconds a run of the guard's program at a hook, and of an empty one at the same hook elsewhere."""
     with Sandbox((LOCKED, OPEN)) as guarded, Sandbox((LOCKED, OPEN)) as bare:
         backend = EbpfBackend(guarded.cgroup)
@@ -139,7 +140,7 @@ def measure(case: Case) -> Tuple[float, float]:
     return statistics.median(r[0] for r in rounds), statistics.median(r[1] for r in rounds)
 
 
-def _attach_empty(sandbox: Sandbox, hook: str) -> Tuple[int, int]:
+def _attach_empty(sandbox: Sandbox, hook: str) -> tuple[int, int]:
     """The ID of an attached program that does nothing, and its link's fd."""
     kind = abi.HOOKS[hook].attach_type
     nothing = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit

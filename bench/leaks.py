@@ -14,10 +14,11 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Set
+from typing import Callable
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src")]
 
@@ -102,9 +103,9 @@ def _memory_cgroup() -> str:
 class Seen:
     """The IDs of all maps, programs and links that were ever made, which the kernel gives out only once."""
 
-    maps: Set[int] = field(default_factory=set)
-    programs: Set[int] = field(default_factory=set)
-    links: Set[int] = field(default_factory=set)
+    maps: set[int] = field(default_factory=set)
+    programs: set[int] = field(default_factory=set)
+    links: set[int] = field(default_factory=set)
 
     def note(self, backend: EbpfBackend, cgroup: str) -> None:
         """Notes what is there while the guard is on."""
@@ -117,7 +118,7 @@ class Seen:
                 os.close(fd)
                 self.links.add(link.id)
 
-    def alive(self) -> Dict[str, int]:
+    def alive(self) -> dict[str, int]:
         """How many still are. The kernel frees them some time after the last reference is gone."""
         kinds = (
             ("maps", bpf.MAP_GET_FD_BY_ID, self.maps),
@@ -143,12 +144,12 @@ def _is_there(command: int, identity: int) -> bool:
 
 
 @contextmanager
-def ebpf_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
+def ebpf_rounds() -> Iterator[Callable[[int, bool], dict[str, int]]]:
     """A function that starts and stops once and, when it is told to, counts."""
     with Sandbox() as sandbox:
         backend, seen, charged = EbpfBackend(sandbox.cgroup, FAST), Seen(), Charged()
 
-        def once(number: int, count: bool) -> Dict[str, int]:
+        def once(number: int, count: bool) -> dict[str, int]:
             backend.apply(_policy(number))
             if count or number % 50 == 0:
                 seen.note(backend, sandbox.cgroup)
@@ -170,13 +171,13 @@ def ebpf_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
 
 
 @contextmanager
-def iptables_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
+def iptables_rounds() -> Iterator[Callable[[int, bool], dict[str, int]]]:
     """The same with rules, in a namespace that this process is in by then."""
     with Sandbox() as sandbox, tempfile.TemporaryDirectory() as folder:
         backend, charged = IptablesBackend(state_folder=folder), Charged()
         sandbox.join()
 
-        def once(number: int, count: bool) -> Dict[str, int]:
+        def once(number: int, count: bool) -> dict[str, int]:
             backend.apply(_policy(number))
             backend.remove()
             if not count:
@@ -198,7 +199,7 @@ def iptables_rounds() -> Iterator[Callable[[int, bool], Dict[str, int]]]:
 BACKENDS = {"ebpf": ebpf_rounds, "iptables": iptables_rounds}
 
 
-def measure(name: str, milestones: List[int]) -> List[Dict[str, int]]:
+def measure(name: str, milestones: list[int]) -> list[dict[str, int]]:
     """What is left at each of the milestones, which are numbers of starts and stops."""
     found = []
     with BACKENDS[name]() as once:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, Sequence
 
 from imds_guard.backends.ebpf.program import source_folder
 from tests.tools import need
@@ -23,7 +23,7 @@ def clang(*arguments: str) -> None:
     assert done.returncode == 0
 
 
-def compiled_for_bpf(source: str, folder: Path, defines: Sequence[str] = ()) -> Dict[str, bytes]:
+def compiled_for_bpf(source: str, folder: Path, defines: Sequence[str] = ()) -> dict[str, bytes]:
     """The sections of a BPF object, with BTF."""
     return sections(_built(source, folder, ".o", "-target", "bpf", "-c", *defines).read_bytes())
 
@@ -40,7 +40,7 @@ def _built(source: str, folder: Path, suffix: str, *arguments: str) -> Path:
     return made
 
 
-def sections(elf: bytes) -> Dict[str, bytes]:
+def sections(elf: bytes) -> dict[str, bytes]:
     """The sections of a 64-bit ELF file by name (elf(5): Elf64_Ehdr, Elf64_Shdr)."""
     table_at = struct.unpack_from("=Q", elf, 40)[0]
     size, count, names_index = struct.unpack_from("=3H", elf, 58)

@@ -7,10 +7,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
+from typing import Any
 
 import imds_guard
 from imds_guard.backends.ebpf import EbpfBackend
@@ -70,13 +71,13 @@ def argv(
     before: str = "",
     interpreter: Sequence[str] = ("-I",),
     path: Sequence[str] = (SOURCES,),
-) -> Tuple[str, ...]:
+) -> tuple[str, ...]:
     """The command line; ``before`` is Python that runs after the import of the command, and before the command."""
     code = f"import sys; sys.path[:0] = {list(path)!r}\nfrom imds_guard.cli import {entry}\n{before}\n{entry}()"
     return (sys.executable, *interpreter, "-c", code, *words)
 
 
-def run(argv: Sequence[str], environment: Optional[Dict[str, str]] = None) -> Result:
+def run(argv: Sequence[str], environment: dict[str, str] | None = None) -> Result:
     """Runs a program to its end."""
     done = subprocess.run(
         argv,
@@ -103,7 +104,7 @@ class Guard:
         self.sandbox = sandbox
         self.backend = EbpfBackend(sandbox.cgroup)
 
-    def words(self, command: str, *words: str) -> Tuple[str, ...]:
+    def words(self, command: str, *words: str) -> tuple[str, ...]:
         """The command and its words, with ``--cgroup``."""
         return (command, "--cgroup", self.sandbox.cgroup, *words)
 

@@ -7,7 +7,6 @@ Values come from small pools with neighbours in them, so that prefixes nest, por
 from __future__ import annotations
 
 import ipaddress
-from typing import Dict, List, Tuple
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -82,7 +81,7 @@ def _can_be_locked(network: Network) -> bool:
     return network.prefixlen < network.max_prefixlen or (int(network.network_address) != 0 and not mapped)
 
 
-def _claim(claimed: Dict[Network, Dict[Protocol, Ports]], endpoint: Endpoint) -> Endpoint:
+def _claim(claimed: dict[Network, dict[Protocol, Ports]], endpoint: Endpoint) -> Endpoint:
     """What of an endpoint no lock before has claimed."""
     taken = claimed.setdefault(plain(endpoint.network), {protocol: () for protocol in Protocol})
     left = {protocol: minus_ports(endpoint.ports(protocol), taken[protocol]) for protocol in Protocol}
@@ -102,11 +101,11 @@ def plain(network: Network) -> Network:
 @st.composite
 def policies(draw: st.DrawFn, max_locks: int = 4, *, also_strict: bool = False) -> Policy:
     """Valid policies, in normal form; with no lock, too. ``also_strict``: some that only eBPF can hold."""
-    claimed: Dict[Network, Dict[Protocol, Ports]] = {}
+    claimed: dict[Network, dict[Protocol, Ports]] = {}
     # A few lists for all locks: equal ones are stored once.
     lists = draw(st.lists(st.tuples(identities(), identities(), st.sampled_from(Verdict)), min_size=1, max_size=3))
     endpoints = st.builds(Endpoint, networks().filter(_can_be_locked), ports(), ports())
-    locks: List[Lock] = []
+    locks: list[Lock] = []
     for name in draw(st.lists(st.sampled_from(_NAMES), unique=True, max_size=max_locks)):
         drawn = draw(st.lists(endpoints, min_size=1, max_size=3))
         free = tuple(one for one in (_claim(claimed, endpoint) for endpoint in drawn) if one.tcp or one.udp)
@@ -126,13 +125,13 @@ def destinations(policy: Policy) -> st.SearchStrategy[Destination]:
     return st.builds(Destination, st.one_of(*near, addresses()), port, st.sampled_from(Protocol))
 
 
-def _edges(network: Network) -> List[Address]:
+def _edges(network: Network) -> list[Address]:
     first, last = int(network[0]), int(network[-1])
     kind = ipaddress.IPv4Address if network.version == 4 else ipaddress.IPv6Address
     return [kind(n) for n in (first - 1, first, last, last + 1) if 0 <= n < 1 << network.max_prefixlen]
 
 
-def _port_edges(endpoint: Endpoint) -> Tuple[int, ...]:
+def _port_edges(endpoint: Endpoint) -> tuple[int, ...]:
     ranges = endpoint.tcp + endpoint.udp
     near = {port for low, high in ranges for port in (low - 1, low, high, high + 1)}
     return tuple(port for port in near if 0 <= port <= 65535)

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 import click
 
 from imds_guard.cli import cli
 
 
-def every_command() -> Dict[str, click.Command]:
+def every_command() -> dict[str, click.Command]:
     """Every command by its name."""
     context = click.Context(cli)
     found = {name: cli.get_command(context, name) for name in cli.list_commands(context)}

@@ -9,14 +9,15 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable
 
 from tests.command import Guard, argv
 
 PATIENCE_S = 60.0
 
-Line = Dict[str, Any]
+Line = dict[str, Any]
 
 
 class Watch:
@@ -26,7 +27,7 @@ class Watch:
         self.process = process
         self._as_json = as_json
         self._text = b""
-        self.seen: List[Line] = []
+        self.seen: list[Line] = []
         self.errors = b""
 
     def _take(self, deadline: float) -> bool:
@@ -79,7 +80,7 @@ class Watch:
 
 @contextmanager
 def watch(
-    guard: Guard, *words: str, as_json: bool = True, environment: Optional[Dict[str, str]] = None
+    guard: Guard, *words: str, as_json: bool = True, environment: dict[str, str] | None = None
 ) -> Iterator[Watch]:
     """Runs it, and kills it at the end if it runs still."""
     all_words = argv(guard.words("watch", *(["--json"] if as_json else []), *words))

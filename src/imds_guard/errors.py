@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 
 class GuardError(Exception):

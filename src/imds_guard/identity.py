@@ -7,7 +7,6 @@ import grp
 import os
 import pwd
 import re
-from typing import Dict, FrozenSet, List, Union
 
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_words
 from imds_guard.kernel.run import run
@@ -28,7 +27,7 @@ class NoSuchProcess(GuardError):
 # --- names and numbers ----------------------------------------------------------------------------------------------
 
 
-def user_id(word: Union[str, int]) -> int:
+def user_id(word: str | int) -> int:
     """The user ID for a name or a number; all digits is a number, and needs no account. Raises BadPolicy."""
     number = _number(word, "user")
     if number is not None:
@@ -42,7 +41,7 @@ def user_id(word: Union[str, int]) -> int:
         ) from None
 
 
-def group_id(word: Union[str, int]) -> int:
+def group_id(word: str | int) -> int:
     """The group ID for a name or a number; all digits is a number, and needs no entry. Raises BadPolicy."""
     number = _number(word, "group")
     if number is not None:
@@ -98,7 +97,7 @@ def create_group(name: str) -> int:
     return group_id(name)
 
 
-def _number(word: Union[str, int], kind: str) -> Union[int, None]:
+def _number(word: str | int, kind: str) -> int | None:
     if isinstance(word, str) and not (word.isascii() and word.isdigit()):
         if not word.strip():
             raise BadPolicy(f"an empty {kind} name means nobody that can be found: give a name or a number")
@@ -119,7 +118,7 @@ def _shown(name: str, otherwise: str) -> str:
 # --- the credentials of callers -------------------------------------------------------------------------------------
 
 
-def caller_of_user(word: Union[str, int]) -> Caller:
+def caller_of_user(word: str | int) -> Caller:
     """The credentials that a fresh login of a user has: primary group and every group of the group database."""
     uid = user_id(word)
     try:
@@ -160,7 +159,7 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def _status_fields(text: str) -> Dict[str, str]:
+def _status_fields(text: str) -> dict[str, str]:
     lines = (line.partition(":") for line in text.splitlines())
     return {name: value.strip() for name, _, value in lines}
 
@@ -170,13 +169,13 @@ def _filesystem_id(value: str) -> int:
     return int(value.split()[3])
 
 
-def _groups(value: str) -> FrozenSet[int]:
+def _groups(value: str) -> frozenset[int]:
     return frozenset(int(word) for word in value.split())
 
 
 def _stat_flags(text: str) -> int:
     """Field 9 of /proc/PID/stat; field 2, the name, may hold blanks and parentheses (proc_pid_stat(5))."""
-    after_name: List[str] = text[text.rindex(")") + 1 :].split()
+    after_name: list[str] = text[text.rindex(")") + 1 :].split()
     return int(after_name[6])
 
 

@@ -9,7 +9,8 @@ import os
 import socket
 import struct
 import subprocess
-from typing import Callable, Iterator, Tuple
+from collections.abc import Iterator
+from typing import Callable
 
 from imds_guard.kernel.credentials import become
 from tests.adversary.model import Attack, Verdict, Way
@@ -50,7 +51,7 @@ def _not_connected() -> socket.socket:
 
 
 @contextlib.contextmanager
-def _giver(prepare: Prepare) -> Iterator[Tuple[int, socket.socket]]:
+def _giver(prepare: Prepare) -> Iterator[tuple[int, socket.socket]]:
     """An allowed process that has prepared a socket: its process ID, and a channel on which it is asked for it."""
     ours, theirs = socket.socketpair()
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-from typing import Callable, List, Tuple
+from typing import Callable
 
 from imds_guard.kernel import netns
 from imds_guard.kernel.credentials import Triple, become
@@ -70,7 +70,7 @@ def _take_back() -> bytes:
 def _racing_threads() -> bytes:
     """One thread becomes allowed and denied in turns, another one, who is neither, connects all the time."""
     stop = threading.Event()
-    found: List[bytes] = []
+    found: list[bytes] = []
 
     def flicker() -> None:
         become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER, ALLOWED, ALLOWED))
@@ -108,7 +108,7 @@ def _any_id() -> bytes:
 _ASK = f"exec 3<>/dev/tcp/%s/{PORT}; echo '?' >&3; read -r -t 3 -u 3 line; echo \"$line\""
 
 
-def run_bash(program: str, address: str, uid: int, gid: int, groups: List[int]) -> bytes:
+def run_bash(program: str, address: str, uid: int, gid: int, groups: list[int]) -> bytes:
     """What the service at the address told a copy of bash."""
     done = subprocess.run(
         [program, "-p", "-c", _ASK % address],
@@ -134,7 +134,7 @@ def _set_id_program(mode: int, owner: int, group: int) -> Run:
     return attack
 
 
-def _shed_by_a_set_id_program(groups: List[int]) -> Run:
+def _shed_by_a_set_id_program(groups: list[int]) -> Run:
     """A member of a denied group runs a set-group-ID program that it made itself, of another group of its own."""
 
     def attack(scene: Scene) -> bytes:
@@ -170,7 +170,7 @@ def _own_namespace(*inner: int) -> Callable[[], bytes]:
     return attack
 
 
-def _subordinate(uids: Triple, groups: Tuple[int, ...], address: str = IPV4) -> Callable[[], bytes]:
+def _subordinate(uids: Triple, groups: tuple[int, ...], address: str = IPV4) -> Callable[[], bytes]:
     """In a user namespace with a range of IDs that belong to nobody, beside the attacker's own."""
 
     def inside() -> bytes:

@@ -10,8 +10,9 @@ import secrets
 import select
 import socket
 import struct
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Callable, Iterator
+from typing import Callable
 
 from tests.adversary import privileges, remote
 from tests.adversary.model import Attack, Run, Verdict, Way

@@ -8,8 +8,9 @@ import ctypes
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List
+from typing import Callable
 
 from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import open_cgroup
@@ -37,7 +38,7 @@ def target(cgroup: str) -> Target:
         return Target(guards.folder_of(cgroup).path, cgroup, opened.id)
 
 
-def _pins(of: Target, what: str) -> List[str]:
+def _pins(of: Target, what: str) -> list[str]:
     return [os.path.join(of.pins, name) for name in os.listdir(of.pins) if name.startswith(what)]
 
 
@@ -83,7 +84,7 @@ def _maps_by_number(of: Target) -> Iterator[int]:
             yield bpf.call(bpf.MAP_GET_FD_BY_ID, struct.pack("=III", number, 0, 0))[0]
 
 
-TAKE_APART: Dict[str, Callable[[Target], None]] = {
+TAKE_APART: dict[str, Callable[[Target], None]] = {
     "detach": _detach,
     "detach-by-number": _detach_by_number,
     "replace": _replace,

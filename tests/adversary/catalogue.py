@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Tuple
 
 from tests.adversary import (
     attacks_address,
@@ -25,7 +24,7 @@ from tests.adversary.model import Attack
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- catalogue -->", "<!-- /catalogue -->"
 
-CHAPTERS: Tuple[Tuple[str, Tuple[Attack, ...]], ...] = (
+CHAPTERS: tuple[tuple[str, tuple[Attack, ...]], ...] = (
     ("The address", attacks_address.ATTACKS),
     ("The connect", attacks_connect.ATTACKS),
     ("The identity", attacks_identity.ATTACKS),
@@ -35,7 +34,7 @@ CHAPTERS: Tuple[Tuple[str, Tuple[Attack, ...]], ...] = (
     ("Packets", attacks_packets.ATTACKS),
     ("The guard itself", attacks_service.ATTACKS),
 )
-CATALOGUE: Tuple[Attack, ...] = tuple(attack for _, attacks in CHAPTERS for attack in attacks)
+CATALOGUE: tuple[Attack, ...] = tuple(attack for _, attacks in CHAPTERS for attack in attacks)
 
 
 def table() -> str:
@@ -43,7 +42,7 @@ def table() -> str:
     return "\n".join(line for title, attacks in CHAPTERS for line in _chapter(title, attacks))
 
 
-def _chapter(title: str, attacks: Tuple[Attack, ...]) -> Tuple[str, ...]:
+def _chapter(title: str, attacks: tuple[Attack, ...]) -> tuple[str, ...]:
     head = ("", f"### {title}", "", "| id | attack | what happens | why | test |", "| --- | --- | --- | --- | --- |")
     return (*head, *(_row(attack) for attack in attacks))
 

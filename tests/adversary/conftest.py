@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Dict, Iterator, Optional
 
 import pytest
 
@@ -24,9 +24,9 @@ class Stages:
         self.secret = secrets.token_hex(16).encode()
         self._folder = folder
         self._stack = ExitStack()
-        self._now: Optional[Stage] = None
-        self._scene: Optional[Scene] = None
-        self._lacking: Dict[str, Optional[str]] = {}
+        self._now: Stage | None = None
+        self._scene: Scene | None = None
+        self._lacking: dict[str, str | None] = {}
 
     def enter(self, guard: Guard) -> Stage:
         """The stage with this guard; the one before is taken down first."""
@@ -44,7 +44,7 @@ class Stages:
             raise AssertionError("no stage was entered")
         return self._scene
 
-    def lacks(self, need: str) -> Optional[str]:
+    def lacks(self, need: str) -> str | None:
         """None, or why a thing that an attack needs is not to be had here."""
         if need not in self._lacking:
             self._lacking[need] = needs.PROBES[need](self.scene)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Callable, Dict, List, Tuple
+from typing import TYPE_CHECKING, Callable
 
 if TYPE_CHECKING:
     from tests.adversary.scene import Scene
@@ -27,7 +27,7 @@ class Verdict(enum.Enum):
     OPEN = "not stopped"
 
     @property
-    def through(self) -> Dict[Guard, bool]:
+    def through(self) -> dict[Guard, bool]:
         """Which runs an attack of this verdict takes, and whether the attacker then has the service's secret.
 
         One that is blocked succeeds where nothing guards: else its failure would prove nothing.
@@ -48,7 +48,7 @@ class Way:
     """One form of an attack."""
 
     run: Run
-    needs: Tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     """Keys of needs.PROBES: what the kernel must have for it."""
     own_network: bool = False
     """It changes the network namespace, so it gets one of its own."""
@@ -63,10 +63,10 @@ class Attack:
     verdict: Verdict
     why: str
     """What happens, for somebody who reads the table alone."""
-    ways: Dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, Way] = field(default_factory=dict)
     test: str = "adversary/test_attacks.py"
     """The file below tests/ that shows it."""
 
-    def runs(self) -> List[Tuple[Guard, str]]:
+    def runs(self) -> list[tuple[Guard, str]]:
         """Every (guard, way) that has to be tried."""
         return [(guard, name) for guard in self.verdict.through for name in self.ways]

@@ -7,7 +7,7 @@ import errno
 import os
 import socket
 import struct
-from typing import Callable, Dict, Optional
+from typing import Callable
 
 from imds_guard.kernel import bpf
 from tests.adversary import privileges, remote, service
@@ -18,7 +18,7 @@ from tests.adversary.scene import IPV4, OPEN4, OPEN6, Scene
 from tests.conformance.probes import PROBES as OF_THE_TABLE
 
 
-def _tried(what: str, trial: Callable[[], object], *absent: int) -> Optional[str]:
+def _tried(what: str, trial: Callable[[], object], *absent: int) -> str | None:
     try:
         trial()
     except OSError as error:
@@ -28,7 +28,7 @@ def _tried(what: str, trial: Callable[[], object], *absent: int) -> Optional[str
     return None
 
 
-def _socket(what: str, kind: int, protocol: int) -> Optional[str]:
+def _socket(what: str, kind: int, protocol: int) -> str | None:
     absent = (errno.EPROTONOSUPPORT, errno.EINVAL, errno.ESOCKTNOSUPPORT)
     return _tried(what, lambda: socket.socket(socket.AF_INET, kind, protocol).close(), *absent)
 
@@ -49,12 +49,12 @@ def _overriding() -> None:
     os.close(bpf.prog_load(OVERRIDING, "probe", bpf.ATTACH_CONNECT4))
 
 
-def _subtree(scene: Scene) -> Optional[str]:
+def _subtree(scene: Scene) -> str | None:
     """The root of the hierarchy has inode 1 (cgroup_get_kernfs_id() in Linux): behind it there is no outside."""
     return "the guard is at the root, so there is no outside" if os.stat(scene.guard_cgroup).st_ino == 1 else None
 
 
-PROBES: Dict[str, Callable[[Scene], Optional[str]]] = {
+PROBES: dict[str, Callable[[Scene], str | None]] = {
     **{name: lambda scene, probe=probe: scene.inside(probe) for name, probe in OF_THE_TABLE.items()},  # type: ignore[misc]
     "udp-lite": lambda scene: scene.inside(lambda: _socket("UDP-Lite", socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)),
     "source-route": lambda scene: scene.inside(lambda: _tried("source routes", _source_route, errno.EINVAL)),

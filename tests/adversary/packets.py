@@ -8,7 +8,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
-from typing import Callable, Optional, Tuple
+from typing import Callable
 
 from tests.adversary.scene import WAIT_S
 from tests.adversary.talk import REQUEST
@@ -48,7 +48,7 @@ def _pseudo_header(flow: Flow, protocol: int, length: int) -> bytes:
     return ends + struct.pack("!II" if family == socket.AF_INET6 else "!HH", *_order(family, protocol, length))
 
 
-def _order(family: int, protocol: int, length: int) -> Tuple[int, int]:
+def _order(family: int, protocol: int, length: int) -> tuple[int, int]:
     """RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6."""
     return (length, protocol) if family == socket.AF_INET6 else (protocol, length)
 
@@ -70,7 +70,7 @@ def udp_packet_with_options(flow: Flow, payload: bytes) -> bytes:
     return _ipv4(flow, _UDP, datagram(flow, payload), options=b"\x01" * 8)
 
 
-def udp_fragments(flow: Flow, payload: bytes) -> Tuple[bytes, bytes]:
+def udp_fragments(flow: Flow, payload: bytes) -> tuple[bytes, bytes]:
     """The first has the UDP header alone, the second all the rest."""
     body = datagram(flow, payload)
     more_fragments = 0x2000
@@ -110,7 +110,7 @@ class Segment:
     payload: bytes
 
 
-def parse_segment(packet: bytes, flow: Flow) -> Optional[Segment]:
+def parse_segment(packet: bytes, flow: Flow) -> Segment | None:
     """The TCP segment of an IPv4 packet that answers the flow, or None for any other packet."""
     if len(packet) < 40 or packet[0] >> 4 != 4 or packet[9] != _TCP:
         return None
@@ -123,7 +123,7 @@ def parse_segment(packet: bytes, flow: Flow) -> Optional[Segment]:
     return Segment(sequence, packet[header + 13], packet[header + (packet[header + 12] >> 4) * 4 : total])
 
 
-def parse_datagram(packet: bytes, flow: Flow) -> Optional[bytes]:
+def parse_datagram(packet: bytes, flow: Flow) -> bytes | None:
     """The payload of the UDP datagram of an IPv4 packet that answers the flow, or None for any other packet."""
     if len(packet) < 28 or packet[0] >> 4 != 4 or packet[9] != _UDP:
         return None

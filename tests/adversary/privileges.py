@@ -8,7 +8,8 @@ import errno
 import os
 import struct
 import subprocess
-from typing import Callable, Iterable, List, Sequence, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Callable, TypeVar
 
 from imds_guard.errors import GuardError
 from imds_guard.kernel import children, netns
@@ -98,7 +99,7 @@ def enter_user_namespace(inner_uid: int, inner_gid: int) -> None:
             file.write(text)
 
 
-def in_mapped_user_namespace(maps: List[str], fn: Callable[[], T]) -> T:
+def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T]) -> T:
     """What ``fn`` returns in a child with these maps of user and group IDs, written from outside as root.
 
     newuidmap(1) does the same for somebody whom /etc/subuid gives the IDs.

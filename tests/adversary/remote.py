@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator
 
 from imds_guard.kernel import children, netns
 from tests.adversary import service

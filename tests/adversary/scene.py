@@ -11,9 +11,10 @@ import ipaddress
 import os
 import socket
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Optional, Sequence, Set, TypeVar
+from typing import Callable, TypeVar
 
 from imds_guard.kernel import children
 from imds_guard.kernel.sandbox import Sandbox
@@ -77,9 +78,7 @@ ELSEWHERE = policy(ALLOWED, locked=("169.254.170.2",))
 class Scene:
     """One namespace with its service. ``folder`` can be read by everyone; the cgroup is the sandbox's."""
 
-    def __init__(
-        self, sandbox: Sandbox, apply: Optional[Callable[[Policy], object]], folder: Path, secret: bytes
-    ) -> None:
+    def __init__(self, sandbox: Sandbox, apply: Callable[[Policy], object] | None, folder: Path, secret: bytes) -> None:
         self.sandbox = sandbox
         self.folder = folder
         self._apply = apply
@@ -192,7 +191,7 @@ class Stage:
         """Puts a policy in force as this stage has it."""
         self._enforcer.apply(sandbox, wanted._replace(strict=True) if self.guard is Guard.STRICT else wanted)
 
-    def reasons(self) -> Optional[Set[Reason]]:
+    def reasons(self) -> set[Reason] | None:
         """Why connects and packets were judged as they were since a policy was put in force here."""
         return self._enforcer.reasons()
 

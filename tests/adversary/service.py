@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-from typing import List, Sequence
+from collections.abc import Sequence
 
 from imds_guard.kernel.listeners import family, sockaddr
 
 IPPROTO_UDPLITE = 136
 
 
-def listen(addresses: Sequence[str], ports: Sequence[int]) -> List[socket.socket]:
+def listen(addresses: Sequence[str], ports: Sequence[int]) -> list[socket.socket]:
     """Sockets that listen, in the namespace of the caller; that of UDP-Lite only where there is such a thing."""
     sockets = []
     for address in addresses:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from typing import Callable, Dict, List, Tuple
+from typing import Callable
 
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.kernel import children
@@ -66,7 +66,7 @@ class Outcome:
     """What a storm came to."""
 
     tally: Tally
-    kinds: Dict[str, Tally]
+    kinds: dict[str, Tally]
     flips: int
     updates: int
 
@@ -86,7 +86,7 @@ class _Counter:
         return Tally(*_COUNTS.unpack(self._memory[: _COUNTS.size]))
 
 
-def _numbers(tally: Tally) -> Tuple[int, int, int, int, int]:
+def _numbers(tally: Tally) -> tuple[int, int, int, int, int]:
     return (tally.denied, tally.slipped_through, tally.connected, tally.failed, tally.error)
 
 
@@ -159,7 +159,7 @@ def _changing(counter: _Counter) -> None:
         with lock:
             counter.add(more)
 
-    def turn(uids: Tuple[int, int]) -> None:
+    def turn(uids: tuple[int, int]) -> None:
         become(gids=(_GROUP,) * 3, groups=())
         while True:
             for uid in uids:
@@ -178,7 +178,7 @@ def _changing(counter: _Counter) -> None:
     threads[0].join()
 
 
-WORKERS: Dict[str, Callable[[_Counter], None]] = {
+WORKERS: dict[str, Callable[[_Counter], None]] = {
     "denied, IPv4": _steady(STRANGER, IPV4),
     "denied, mapped": _steady(STRANGER, MAPPED),
     "allowed, IPv4": _steady(BOTH, IPV4),
@@ -208,7 +208,7 @@ def storm(connects: int, *, flips: int = 0, strict: bool = False) -> Outcome:
 
 
 def _rage(
-    sandbox: Sandbox, backends: List[EbpfBackend], policies: List[Policy], connects: int, at_least: int
+    sandbox: Sandbox, backends: list[EbpfBackend], policies: list[Policy], connects: int, at_least: int
 ) -> Outcome:
     counters = {name: _Counter() for name in WORKERS}
 
@@ -232,11 +232,11 @@ def _rage(
     return Outcome(sum(kinds.values(), Tally()), kinds, flips, updates)
 
 
-def _total(counters: Dict[str, _Counter]) -> Tally:
+def _total(counters: dict[str, _Counter]) -> Tally:
     return sum((counter.tally() for counter in counters.values()), Tally())
 
 
-def _until(reached: Callable[[], bool], counters: Dict[str, _Counter], pids: Dict[str, int]) -> None:
+def _until(reached: Callable[[], bool], counters: dict[str, _Counter], pids: dict[str, int]) -> None:
     """Returns when it is so. Fails when a worker has ended, or nothing moves any more."""
     watched = {name: os.pidfd_open(pid) for name, pid in pids.items()}
     try:
@@ -252,7 +252,7 @@ def _until(reached: Callable[[], bool], counters: Dict[str, _Counter], pids: Dic
             os.close(fd)
 
 
-def main(words: List[str]) -> int:
+def main(words: list[str]) -> int:
     """The command line. Exit status 1 when one connect of all was judged wrongly."""
     if not words or not words[0].isdigit():
         sys.stderr.write("usage: python3 -m tests.adversary.storm CONNECTS [--strict]\n")

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import socket
 import struct
-from typing import Any, Optional, Tuple
+from typing import Any
 
 from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.netns import LOOPBACK_INDEX
@@ -53,7 +53,7 @@ def fetch(address: str = IPV4, kind: int = socket.SOCK_STREAM, protocol: int = 0
 
 def fetch_named(host: str) -> bytes:
     """What a program does that was given an address as text: getaddrinfo(3), then connect."""
-    error: Optional[OSError] = None
+    error: OSError | None = None
     for number, kind, protocol, _, target in socket.getaddrinfo(host, PORT, type=socket.SOCK_STREAM):
         with socket.socket(number, kind, protocol) as one:
             patient(one)
@@ -65,7 +65,7 @@ def fetch_named(host: str) -> bytes:
     raise error or OSError(errno.ENOENT, f"{host} is no address")
 
 
-def there(address: str = IPV4) -> Tuple[Any, ...]:
+def there(address: str = IPV4) -> tuple[Any, ...]:
     """The service, for the socket module."""
     return sockaddr(address, PORT)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Callable, Dict
+from typing import Callable
 
 import pytest
 
@@ -43,7 +43,7 @@ def _half_closed(client: socket.socket, peer: socket.socket) -> None:
     client.close()
 
 
-CLOSINGS: Dict[str, Closing] = {"client": _client_first, "server": _server_first, "half": _half_closed}
+CLOSINGS: dict[str, Closing] = {"client": _client_first, "server": _server_first, "half": _half_closed}
 
 
 def _converse(address: str, closing: Closing) -> bool:

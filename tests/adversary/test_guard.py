@@ -8,9 +8,10 @@ import select
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Dict, Iterator
+from typing import Callable
 
 import pytest
 
@@ -96,13 +97,13 @@ def _dangling(path: str, victim: str) -> None:
     os.symlink(os.path.join(victim, "nothing"), path)
 
 
-PREPARED: Dict[str, Callable[[str, str], None]] = {
+PREPARED: dict[str, Callable[[str, str], None]] = {
     "link": _link,
     "dangling-link": _dangling,
     "folder": _folder_in_folder,
     "folder-with-link": _link_in_folder,
 }
-NAMES: Dict[str, Callable[[Folder], str]] = {
+NAMES: dict[str, Callable[[Folder], str]] = {
     "guard": lambda folder: folder.path,
     "new": lambda folder: folder.building,
     "old": lambda folder: folder.leaving,
@@ -186,7 +187,7 @@ def test_somebody_who_makes_the_names_again_and_again_keeps_nobody_from_starting
 # --- modes ----------------------------------------------------------------------------------------------------------
 
 
-def _modes(folder: str) -> Dict[str, int]:
+def _modes(folder: str) -> dict[str, int]:
     return {name: stat.S_IMODE(os.lstat(os.path.join(folder, name)).st_mode) for name in os.listdir(folder)}
 
 
@@ -237,7 +238,7 @@ def test_nobody_else_reaches_the_pins(scene: Scene, act: str) -> None:
     """Not by their names either."""
     _backend(scene).apply(USUAL)
     pins = folder_of(scene.guard_cgroup).path
-    acts: Dict[str, Callable[[], object]] = {
+    acts: dict[str, Callable[[], object]] = {
         "rename": lambda: os.rename(pins, pins + "~old"),
         "remove": lambda: os.unlink(os.path.join(pins, "link_connect4")),
         "open": lambda: os.close(os.open(os.path.join(pins, "config"), os.O_RDONLY)),

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import struct
-from typing import Any, Callable, Dict, Tuple
+from typing import Any, Callable
 
 from imds_guard.kernel.listeners import sockaddr
 from imds_guard.kernel.netns import LOOPBACK_INDEX
@@ -60,11 +60,11 @@ def make_socket(attempt: Attempt) -> socket.socket:
     return one
 
 
-def _there(attempt: Attempt) -> Tuple[Any, ...]:
+def _there(attempt: Attempt) -> tuple[Any, ...]:
     return sockaddr(attempt.to, attempt.port)
 
 
-def _open_address(attempt: Attempt) -> Tuple[Any, ...]:
+def _open_address(attempt: Attempt) -> tuple[Any, ...]:
     """Loopback, of the socket's family."""
     return sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port)
 
@@ -219,7 +219,7 @@ def _udp_sendmmsg(one: socket.socket, attempt: Attempt) -> None:
         second.wait()
 
 
-def _ancillary(attempt: Attempt) -> Tuple[int, int, bytes]:
+def _ancillary(attempt: Attempt) -> tuple[int, int, bytes]:
     """IP_PKTINFO or IPV6_PKTINFO, by the family of the address (ip(7), ipv6(7))."""
     info = attempt.packet_info
     if info is None:
@@ -262,7 +262,7 @@ def _udp_ring(one: socket.socket, attempt: Attempt) -> None:
     _sent(one.send)
 
 
-FORMS: Dict[str, Callable[[socket.socket, Attempt], None]] = {
+FORMS: dict[str, Callable[[socket.socket, Attempt], None]] = {
     "connect": _connect,
     "nonblocking": _nonblocking,
     "fastopen-sendto": _fastopen_sendto,

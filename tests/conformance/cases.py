@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Tuple
-
 from tests.conformance import cases_how, cases_where, cases_who
 from tests.conformance.model import Case, unique
 
-CASES: Tuple[Case, ...] = unique([*cases_who.CASES, *cases_where.CASES, *cases_how.CASES])
+CASES: tuple[Case, ...] = unique([*cases_who.CASES, *cases_where.CASES, *cases_how.CASES])
 
-MODEL_CASES: Tuple[Case, ...] = unique([*CASES, *cases_who.KERNEL_THREADS])
+MODEL_CASES: tuple[Case, ...] = unique([*CASES, *cases_who.KERNEL_THREADS])
 """The table with the rows that no test can bring about in a kernel."""

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import List
-
 from imds_guard.policy.model import ALL_PORTS, Reason
 from tests.conformance.families import IPV4, IPV6, MAPPED
 from tests.conformance.model import Attempt, Case
@@ -13,9 +11,9 @@ from tests.conformance.rows import ALICE, PORT_80, STAFF, STRANGER, fixed, go, i
 _any = imds(users=[ALICE], udp=ALL_PORTS)
 
 
-def _forms() -> List[Case]:
+def _forms() -> list[Case]:
     """Each way to connect: denied to a stranger, open to a listed user, and no matter beside the lock."""
-    rows: List[Case] = []
+    rows: list[Case] = []
     for form, requires in (
         ("nonblocking", ()),
         ("fastopen-sendto", ("fastopen",)),
@@ -41,9 +39,9 @@ def _forms() -> List[Case]:
     return rows
 
 
-def _odd_families() -> List[Case]:
+def _odd_families() -> list[Case]:
     """An address structure of another family than the socket's, which the kernel takes for UDP."""
-    rows: List[Case] = []
+    rows: list[Case] = []
     for form in ("udp-connect-ipv4-on-ipv6-socket", "udp-sendto-ipv4-on-ipv6-socket", "udp-sendto-as-unspec"):
         rows += row(f"{form}-denied", _any, who(STRANGER), go(form=form), Reason.NOT_LISTED, families=(IPV4,))
         rows += row(f"{form}-allowed", _any, who(ALICE), go(form=form), Reason.ALLOWED_USER, families=(IPV4,))
@@ -118,7 +116,7 @@ DEVICE = [
 ]  # fmt: skip
 
 
-def _unspecified_udp(form: str) -> List[Case]:
+def _unspecified_udp(form: str) -> list[Case]:
     return [
         *row(
             f"unspecified-bound-to-locked-{form}", _any, who(STRANGER), go("unspecified", form=form, bind="locked"),

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 from imds_guard.policy.model import Mode, Reason, Verdict
 from tests.conformance.model import USER_NAMESPACE_OFFSET, Case, Setting
 from tests.conformance.rows import ALICE, BOB, CREW, OTHERS, STAFF, STRANGER, go, imds, row, who
@@ -60,9 +58,9 @@ REAL_EFFECTIVE_FS = [
 ]  # fmt: skip
 
 
-def _group_rows() -> List[Case]:
+def _group_rows() -> list[Case]:
     """The allowed group at each end and in the middle of lists of each size, and groups that fall between."""
-    rows: List[Case] = []
+    rows: list[Case] = []
     for size in (1, 3, 64, 1024, 1025, 65536):
         groups = tuple(100_000 + 2 * position for position in range(size))
         caller = who(STRANGER, OTHERS, groups)
@@ -78,7 +76,7 @@ def _group_rows() -> List[Case]:
     return rows
 
 
-_MANY_LISTED: Tuple[int, ...] = tuple(range(300_000, 300_128))
+_MANY_LISTED: tuple[int, ...] = tuple(range(300_000, 300_128))
 _MANY_HELD = tuple(range(200_000, 201_025))
 
 GROUPS = [

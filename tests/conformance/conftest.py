@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, Iterator, Optional
+from collections.abc import Iterator
 
 import pytest
 
@@ -64,7 +64,7 @@ def ready(sandbox: Sandbox) -> Sandbox:
 
 
 @pytest.fixture(scope="session")
-def lacking(as_root: None) -> Dict[str, Optional[str]]:
+def lacking(as_root: None) -> dict[str, str | None]:
     """For each thing that a row may require: None, or the sentence that says why this kernel has it not."""
     with Sandbox() as fresh:
         return {name: fresh.call(probe) for name, probe in PROBES.items()}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Dict, Optional, Tuple
 
 _OPENER = "the identity that counts is the one that opened the socket"
 _NAMESPACE = "one network namespace is judged, not those made later"
@@ -15,7 +14,7 @@ _LOOPBACK = "the kernel takes loopback for ::, whatever the socket is bound to, 
 _GROUPS = "any number of groups is compared"
 
 # Backend -> (pattern of row ids, why). The first pattern that fits decides.
-KNOWN: Dict[str, Tuple[Tuple[str, str], ...]] = {
+KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "ebpf": (),
     "iptables": (
         ("socket-made-by-*", _OPENER),
@@ -44,7 +43,7 @@ KNOWN: Dict[str, Tuple[Tuple[str, str], ...]] = {
 }
 
 
-def difference(backend: str, row_id: str) -> Optional[str]:
+def difference(backend: str, row_id: str) -> str | None:
     """Why ``backend`` gives the opposite of what the table says for the row, or None when it must agree."""
     for pattern, why in KNOWN[backend]:
         if fnmatchcase(row_id, pattern):

@@ -9,9 +9,9 @@ import errno
 import ipaddress
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import FrozenSet, List, Sequence, Tuple
 
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import sockaddr
@@ -56,7 +56,7 @@ _NETWORKS = (
     "fe80::/10",
     "fd00::/8",
 )
-_PORTS: Tuple[Ports, ...] = (ALL_PORTS, ((80, 80),), ((0, 52), (54, 65535)), ((443, 8080),), ((53, 67), (8080, 8080)))
+_PORTS: tuple[Ports, ...] = (ALL_PORTS, ((80, 80),), ((0, 52), (54, 65535)), ((443, 8080),), ((53, 67), (8080, 8080)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Attempt:
     rgid: int
     egid: int
     fsgid: int
-    groups: Tuple[int, ...]
+    groups: tuple[int, ...]
     to: str
     port: int
     protocol: Protocol
@@ -81,9 +81,9 @@ class Block:
 
     seed: int
     policy: Policy
-    attempts: Tuple[Attempt, ...]
+    attempts: tuple[Attempt, ...]
 
-    def decisions(self) -> List[Decision]:
+    def decisions(self) -> list[Decision]:
         """What the specification says of each attempt."""
         return [decide(self.policy, _caller(attempt), _destination(attempt)) for attempt in self.attempts]
 
@@ -137,7 +137,7 @@ def _identities(random: Random, likely: float) -> Identities:
     return Identities(_ids(random, likely), _ids(random, likely))
 
 
-def _ids(random: Random, likely: float) -> FrozenSet[int]:
+def _ids(random: Random, likely: float) -> frozenset[int]:
     if random.random() > likely:
         return frozenset()
     if random.random() < 0.2:
@@ -160,7 +160,7 @@ def _attempt(random: Random, policy: Policy) -> Attempt:
 _EVERYWHERE = tuple((address, port, protocol) for address in ADDRESSES for port in PORTS for protocol in Protocol)
 
 
-def _locked(policy: Policy) -> Sequence[Tuple[str, int, Protocol]]:
+def _locked(policy: Policy) -> Sequence[tuple[str, int, Protocol]]:
     """The places with a listener that some lock covers; everywhere when there is none."""
     found = [
         (address, port, protocol)
@@ -170,7 +170,7 @@ def _locked(policy: Policy) -> Sequence[Tuple[str, int, Protocol]]:
     return found or _EVERYWHERE
 
 
-def _three(random: Random) -> Tuple[int, int, int]:
+def _three(random: Random) -> tuple[int, int, int]:
     """Real, effective and fs ID. Who has not the effective ID 0 may take on as fs ID only what it has already."""
     real, effective = random.choice((*_IDS, *_MANY)), random.choice((*_IDS, *_MANY))
     if random.random() < 0.7:
@@ -184,7 +184,7 @@ def _three(random: Random) -> Tuple[int, int, int]:
 # --- for real -------------------------------------------------------------------------------------------------------
 
 
-def attempt_all(attempts: Sequence[Attempt]) -> List[str]:
+def attempt_all(attempts: Sequence[Attempt]) -> list[str]:
     """The errno of each attempt, made one after the other by the calling thread, which must be root's."""
     return [_one(attempt) for attempt in attempts]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Callable, Dict, FrozenSet, List, Optional, Protocol, Set, Tuple, Type, TypeVar
+from typing import Callable, Protocol, TypeVar
 
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.program import Defines
@@ -26,13 +26,13 @@ PATIENCE_S = 300.0
 class Enforcer(Protocol):
     """A backend, where it enforces, and how a denial looks there. Closed by the ``with`` block."""
 
-    refusals: FrozenSet[str]
+    refusals: frozenset[str]
     """The errnos that a denied connect may end with."""
 
     def __enter__(self) -> Enforcer: ...
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
     def sandbox(self) -> Sandbox:
@@ -41,10 +41,10 @@ class Enforcer(Protocol):
     def apply(self, sandbox: Sandbox, policy: Policy) -> None:
         """Checks the policy and puts it in force. Raises Unsupported or NotPermitted."""
 
-    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+    def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
         """The policy that the kernel holds, and what the backend says is wrong."""
 
-    def reasons(self) -> Optional[Set[Reason]]:
+    def reasons(self) -> set[Reason] | None:
         """Why connects were judged as they were since the policy was applied; None where nobody counts."""
 
     def remove(self, sandbox: Sandbox) -> None:
@@ -59,7 +59,7 @@ class Ebpf:
 
     def __init__(self, folder: Path) -> None:
         self._above = Sandbox()
-        self._before: Dict[Reason, int] = {}
+        self._before: dict[Reason, int] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Ebpf:
@@ -69,7 +69,7 @@ class Ebpf:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
 
@@ -83,11 +83,11 @@ class Ebpf:
         self._backend.apply(policy)
         self._before = self._counts()
 
-    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+    def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
         """Enforcer.held()."""
         return self._backend.read(), self._backend.faults()
 
-    def reasons(self) -> Optional[Set[Reason]]:
+    def reasons(self) -> set[Reason] | None:
         """Enforcer.reasons(): by the hooks' own counters."""
         return {reason for reason, count in self._counts().items() if count != self._before.get(reason, 0)}
 
@@ -95,7 +95,7 @@ class Ebpf:
         """Enforcer.remove()."""
         self._backend.remove()
 
-    def _counts(self) -> Dict[Reason, int]:
+    def _counts(self) -> dict[Reason, int]:
         return {Reason(number): sum(counts) for number, counts in enumerate(self._backend.state().counters)}
 
 
@@ -116,7 +116,7 @@ class Iptables:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
 
@@ -134,16 +134,16 @@ class Iptables:
 
         sandbox.call(checked, timeout_s=PATIENCE_S)
 
-    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+    def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
         """Enforcer.held()."""
 
-        def looked() -> Tuple[Optional[Policy], List[str]]:
+        def looked() -> tuple[Policy | None, list[str]]:
             with reading_once():
                 return self._backend.read(), self._backend.faults()
 
         return sandbox.call(looked, timeout_s=PATIENCE_S)
 
-    def reasons(self) -> Optional[Set[Reason]]:
+    def reasons(self) -> set[Reason] | None:
         """Enforcer.reasons(): a rule has no reason."""
         return None
 
@@ -152,4 +152,4 @@ class Iptables:
         sandbox.call(self._backend.remove, timeout_s=PATIENCE_S)
 
 
-ENFORCERS: Dict[str, Callable[[Path], Enforcer]] = {"ebpf": Ebpf, "iptables": Iptables}
+ENFORCERS: dict[str, Callable[[Path], Enforcer]] = {"ebpf": Ebpf, "iptables": Iptables}

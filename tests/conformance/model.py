@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Iterable, Optional, Tuple
 
 from imds_guard.policy.model import Caller, Destination, Policy, Protocol, Reason, Source
 
@@ -31,15 +31,15 @@ class Setting(enum.Enum):
 class Who:
     """How the child takes its IDs: real, effective and saved; then the fs IDs, which follow the effective ones."""
 
-    uids: Tuple[int, int, int]
-    gids: Tuple[int, int, int]
-    groups: Tuple[int, ...] = ()
-    fsuid: Optional[int] = None
-    fsgid: Optional[int] = None
+    uids: tuple[int, int, int]
+    gids: tuple[int, int, int]
+    groups: tuple[int, ...] = ()
+    fsuid: int | None = None
+    fsgid: int | None = None
     setting: Setting = Setting.PROCESS
     socket_first: bool = False
     """The socket is made by root, before the IDs are taken."""
-    parent_groups: Tuple[int, ...] = ()
+    parent_groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PacketInfo:
     """The ancillary message IP_PKTINFO (ip(7)): the interface is lo, or left to the kernel."""
 
     interface: bool = False
-    source: Optional[str] = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class Attempt:
     to: str
     port: int = 80
     form: str = "connect"
-    bind: Optional[str] = None
+    bind: str | None = None
     device: bool = False
     """SO_BINDTODEVICE to lo, whose primary IPv4 address is the locked one."""
-    packet_info: Optional[PacketInfo] = None
+    packet_info: PacketInfo | None = None
 
     @property
     def protocol(self) -> Protocol:
@@ -79,7 +79,7 @@ class Case:
     attempt: Attempt
     expected: Reason
     allowed: bool
-    requires: Tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     """Keys of probes.PROBES: what the kernel must have for the row to be run."""
 
     @property
@@ -120,7 +120,7 @@ def model_source(case: Case) -> Source:
     return Source(None if own is None else ipaddress.ip_address(own), by_device)
 
 
-def unique(cases: Iterable[Case]) -> Tuple[Case, ...]:
+def unique(cases: Iterable[Case]) -> tuple[Case, ...]:
     """The cases as they are; two with the same id are an error of the table."""
     table = tuple(cases)
     ids = [case.id for case in table]

@@ -6,7 +6,8 @@ A mutant is given the whole row, since some faults are in what was looked at: th
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Iterable, Optional
+from collections.abc import Iterable
+from typing import Callable
 
 from imds_guard.policy.model import (
     Caller,
@@ -27,7 +28,7 @@ from tests.conformance.model import (
 )
 
 Mutant = Callable[[Case], Decision]
-REGISTERED: Dict[str, Mutant] = {}
+REGISTERED: dict[str, Mutant] = {}
 
 
 def mutant(function: Mutant) -> Mutant:
@@ -39,10 +40,10 @@ def mutant(function: Mutant) -> Mutant:
 def judge(
     case: Case,
     *,
-    policy: Optional[Policy] = None,
-    caller: Optional[Caller] = None,
-    destination: Optional[Destination] = None,
-    source: Optional[Source] = None,
+    policy: Policy | None = None,
+    caller: Caller | None = None,
+    destination: Destination | None = None,
+    source: Source | None = None,
 ) -> Decision:
     """decide() for the row, with what is given in place of what is right."""
     return decide(

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Dict
-
 from tests.conformance import mutants_lists, mutants_where, mutants_who
 from tests.conformance.mutant import REGISTERED, Mutant
 
-MUTANTS: Dict[str, Mutant] = dict(REGISTERED)
+MUTANTS: dict[str, Mutant] = dict(REGISTERED)
 
 __all__ = ["MUTANTS", "mutants_lists", "mutants_where", "mutants_who"]

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import FrozenSet
-
 from imds_guard.policy.model import (
     Caller,
     Decision,
@@ -197,7 +195,7 @@ def sixteen_bit_ids(case: Case) -> Decision:
     return judge(case, policy=policy, caller=cut)
 
 
-def _low(ids: FrozenSet[int]) -> FrozenSet[int]:
+def _low(ids: frozenset[int]) -> frozenset[int]:
     return frozenset(number & 0xFFFF for number in ids)
 
 

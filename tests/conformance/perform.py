@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Callable, Dict, List
+from typing import Callable
 
 from imds_guard.kernel import netns
 from imds_guard.kernel.children import fork, run_in_child
@@ -33,7 +33,7 @@ def _attempt(case: Case) -> str:
 
 def _in_thread(case: Case) -> str:
     """In a thread; the first one stays root, so it can tell if the IDs were everybody's."""
-    results: List[str] = []
+    results: list[str] = []
     thread = threading.Thread(target=lambda: results.append(_attempt(case)))
     thread.start()
     thread.join()
@@ -104,7 +104,7 @@ def allow_fastopen() -> None:
         switch.write(str(0x1 | 0x2 | 0x4 | 0x200 | 0x400))
 
 
-SETTINGS: Dict[Setting, Callable[[Case], str]] = {
+SETTINGS: dict[Setting, Callable[[Case], str]] = {
     Setting.PROCESS: _attempt,
     Setting.THREAD: _in_thread,
     Setting.CHILD: _in_child,

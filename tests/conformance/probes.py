@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import Callable, Dict, Optional
+from typing import Callable
 
 from imds_guard.errors import system_words
 from imds_guard.kernel import netns
@@ -13,7 +13,7 @@ from tests.conformance import uring
 from tests.conformance.attempts import IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT
 
 
-def _tried(what: str, trial: Callable[[], None], absent: tuple[int, ...]) -> Optional[str]:
+def _tried(what: str, trial: Callable[[], None], absent: tuple[int, ...]) -> str | None:
     """None when the trial went well, a sentence when its errno says that the kernel lacks it; else it raises."""
     try:
         trial()
@@ -42,7 +42,7 @@ def _user_namespace() -> None:
     netns.unshare(netns.CLONE_NEWUSER)
 
 
-PROBES: Dict[str, Callable[[], Optional[str]]] = {
+PROBES: dict[str, Callable[[], str | None]] = {
     # ENOPROTOOPT: net.mptcp.enabled is 0. EPROTONOSUPPORT: not built in.
     "mptcp": lambda: _tried("MPTCP", _mptcp, (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)),
     "fastopen": lambda: _tried("TCP Fast Open", _fastopen, (errno.ENOPROTOOPT, errno.EOPNOTSUPP)),

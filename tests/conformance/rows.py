@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Callable, Iterable, List, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import Callable
 
 from imds_guard.policy.model import (
     ALL_PORTS,
@@ -40,12 +41,12 @@ def who(
     groups: Iterable[int] = (),
     *,
     setting: Setting = Setting.PROCESS,
-    uids: Optional[Tuple[int, int, int]] = None,
-    gids: Optional[Tuple[int, int, int]] = None,
-    fsuid: Optional[int] = None,
-    fsgid: Optional[int] = None,
+    uids: tuple[int, int, int] | None = None,
+    gids: tuple[int, int, int] | None = None,
+    fsuid: int | None = None,
+    fsgid: int | None = None,
     socket_first: bool = False,
-    parent_groups: Tuple[int, ...] = (),
+    parent_groups: tuple[int, ...] = (),
 ) -> Who:
     """A caller with one user ID and one group ID, unless the four are given one by one."""
     return Who(
@@ -124,10 +125,10 @@ def go(
     port: int = 80,
     form: str = "connect",
     *,
-    bind: Optional[str] = None,
+    bind: str | None = None,
     device: bool = False,
     interface: bool = False,
-    source: Optional[str] = None,
+    source: str | None = None,
 ) -> ThisWay:
     """An attempt; ``to``, ``bind`` and ``source`` are names of Family's addresses.
 
@@ -155,10 +156,10 @@ def row(
     attempt: ThisWay,
     expected: Reason,
     *,
-    allowed: Optional[bool] = None,
+    allowed: bool | None = None,
     families: Sequence[Family] = FAMILIES,
-    requires: Tuple[str, ...] = (),
-) -> List[Case]:
+    requires: tuple[str, ...] = (),
+) -> list[Case]:
     """One row for each family. ``allowed`` need only be said where the reason does not tell it (audit)."""
     let_through = expected in _PERMITTING if allowed is None else allowed
     return [

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, Optional
 
 import pytest
 
@@ -21,14 +20,14 @@ from tests.conformance.perform import perform
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_row(
-    case: Case, backend_name: str, enforcer: Enforcer, sandbox: Sandbox, lacking: Dict[str, Optional[str]]
+    case: Case, backend_name: str, enforcer: Enforcer, sandbox: Sandbox, lacking: dict[str, str | None]
 ) -> None:
     """The kernel judges the row as the table says, for the reason that it says, and the policy reads back."""
     check_row(case, backend_name, enforcer, sandbox, lacking)
 
 
 def check_row(
-    case: Case, backend_name: str, enforcer: Enforcer, sandbox: Sandbox, lacking: Dict[str, Optional[str]]
+    case: Case, backend_name: str, enforcer: Enforcer, sandbox: Sandbox, lacking: dict[str, str | None]
 ) -> None:
     """Skips what this kernel can't bring about."""
     for need in case.requires:

@@ -7,9 +7,9 @@ IMDS_GUARD_DIFFERENTIAL is how many cases are tried (2,000), IMDS_GUARD_SEED whe
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
 
 import pytest
 
@@ -22,14 +22,14 @@ from tests.conformance.enforcers import ENFORCERS, Enforcer
 CASES = int(os.environ.get("IMDS_GUARD_DIFFERENTIAL", "2000"))
 FIRST_SEED = int(os.environ.get("IMDS_GUARD_SEED", "1"))
 
-Running = Tuple[Enforcer, Sandbox]
+Running = tuple[Enforcer, Sandbox]
 
 
 @pytest.fixture
-def running(as_root: None, tmp_path: Path) -> Iterator[Dict[str, Running]]:
+def running(as_root: None, tmp_path: Path) -> Iterator[dict[str, Running]]:
     """Every backend that works here, each with a sandbox of its own."""
     with ExitStack() as stack:
-        found: Dict[str, Running] = {}
+        found: dict[str, Running] = {}
         for name, make in ENFORCERS.items():
             try:
                 enforcer = stack.enter_context(make(tmp_path))
@@ -46,14 +46,14 @@ def running(as_root: None, tmp_path: Path) -> Iterator[Dict[str, Running]]:
         yield found
 
 
-def test_same_answer(running: Dict[str, Running]) -> None:
+def test_same_answer(running: dict[str, Running]) -> None:
     """No caller is judged otherwise by a backend than by decide()."""
     seeds = range(FIRST_SEED, FIRST_SEED + max(1, CASES // CASES_OF_A_POLICY))
     wrong = [line for seed in seeds for line in _disagreements(make_block(seed), running)]
     assert wrong == []
 
 
-def _disagreements(block: Block, running: Dict[str, Running]) -> List[str]:
+def _disagreements(block: Block, running: dict[str, Running]) -> list[str]:
     answers = {name: _answers(block, *one) for name, one in running.items()}
     return [
         f"IMDS_GUARD_SEED={block.seed} IMDS_GUARD_DIFFERENTIAL=1 ./run test tests/conformance/test_differential.py"
@@ -68,7 +68,7 @@ def _agree(allowed: bool, answer: str, enforcer: Enforcer) -> bool:
     return answer == "connected" if allowed else answer in enforcer.refusals
 
 
-def _answers(block: Block, enforcer: Enforcer, sandbox: Sandbox) -> List[str]:
+def _answers(block: Block, enforcer: Enforcer, sandbox: Sandbox) -> list[str]:
     enforcer.apply(sandbox, block.policy)
     return sandbox.call(lambda: attempt_all(block.attempts), timeout_s=120)
 

@@ -6,7 +6,7 @@ The forms differ in how they read credentials and in how they go through lists o
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, Optional
+from collections.abc import Iterator
 
 import pytest
 
@@ -39,6 +39,6 @@ def enforcer(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
-def test_row(case: Case, enforcer: Enforcer, sandbox: Sandbox, lacking: Dict[str, Optional[str]]) -> None:
+def test_row(case: Case, enforcer: Enforcer, sandbox: Sandbox, lacking: dict[str, str | None]) -> None:
     """The same outcome, the same reason, the same policy read back."""
     check_row(case, "ebpf", enforcer, sandbox, lacking)

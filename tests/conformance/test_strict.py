@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterator, List, Optional, Tuple
+from collections.abc import Iterator
 
 import pytest
 
@@ -28,7 +28,7 @@ class StrictEbpf(Ebpf):
         """Enforcer.apply()."""
         super().apply(sandbox, policy._replace(strict=True))
 
-    def held(self, sandbox: Sandbox) -> Tuple[Optional[Policy], List[str]]:
+    def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
         """Enforcer.held(), which has to be strict."""
         policy, faults = super().held(sandbox)
         if policy is not None and not policy.strict:
@@ -49,14 +49,14 @@ def strict_sandbox(strict: StrictEbpf) -> Iterator[Sandbox]:
         yield ready(fresh)
 
 
-def skip_without(case: Case, lacking: Dict[str, Optional[str]]) -> None:
+def skip_without(case: Case, lacking: dict[str, str | None]) -> None:
     for need in case.requires:
         if lacking[need] is not None:
             pytest.skip(str(lacking[need]))
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
-def test_row(case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: Dict[str, Optional[str]]) -> None:
+def test_row(case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: dict[str, str | None]) -> None:
     """Strict changes nothing for connects: the same rows, the same outcomes, the same reasons, nothing dropped."""
     skip_without(case, lacking)
     apply_or_skip(strict, strict_sandbox, case.policy, "ebpf")
@@ -68,7 +68,7 @@ def test_row(case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: D
 
 @pytest.mark.parametrize("case", MPTCP, ids=lambda case: case.id)
 def test_mptcp_is_let_through_or_denied_at_once(
-    case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: Dict[str, Optional[str]]
+    case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: dict[str, str | None]
 ) -> None:
     """Where the hook sees the socket that sends the packets, it is marked. Where it sees the one above it, whose
     packets nobody could tell from others, the connect is EPERM, and does not hang.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Dict, Optional
 
 import pytest
 
@@ -52,7 +51,7 @@ def test_ids_of_users_and_groups_differ() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
-def test_connects_when_nothing_is_locked(name: str, open_sandbox: Sandbox, lacking: Dict[str, Optional[str]]) -> None:
+def test_connects_when_nothing_is_locked(name: str, open_sandbox: Sandbox, lacking: dict[str, str | None]) -> None:
     """Otherwise a denial would prove nothing."""
     rows = [case for case in CASES if case.name == name and all(lacking[need] is None for need in case.requires)]
     outcomes = {case.id: open_sandbox.call(partial(perform, case)) for case in rows}

@@ -8,7 +8,6 @@ import mmap
 import os
 import select
 import struct
-from typing import Tuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,7 +53,7 @@ class Ring:
         if result < 0:
             raise OSError(-result, os.strerror(-result))
 
-    def _completion(self) -> Tuple[int, int]:
+    def _completion(self) -> tuple[int, int]:
         (tail,) = struct.unpack_from("=I", self._cq, self._cq_tail)
         if tail != 1:
             raise AssertionError(f"the ring has {tail} completions in place of one")

@@ -13,7 +13,6 @@ import os
 import secrets
 import socket
 from types import TracebackType
-from typing import List, Optional, Type
 
 from imds_guard.kernel import listeners
 from tests.conformance.families import ADDRESSES, LOOPBACK, PORTS
@@ -34,7 +33,7 @@ class Token:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._news.close()
 
@@ -46,12 +45,12 @@ class Token:
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
 
 
-def listen() -> List[socket.socket]:
+def listen() -> list[socket.socket]:
     """Sockets for every address and port of the table, in the namespace of the caller."""
     return listeners.listen((*ADDRESSES, *LOOPBACK), PORTS)
 
 
-def testify_forever(sockets: List[socket.socket]) -> None:
+def testify_forever(sockets: list[socket.socket]) -> None:
     """Takes connections, and sends a datagram's payload's owner the news that it came."""
     news = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 

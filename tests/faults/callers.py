@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import select
 import socket
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Dict, FrozenSet, Optional, Sequence, Tuple, Type
 
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
@@ -15,7 +15,7 @@ from imds_guard.kernel.sandbox import Sandbox
 _GROUP = 62_001
 _PATIENCE_S = 60.0
 
-Place = Tuple[str, int]
+Place = tuple[str, int]
 
 
 class Callers:
@@ -25,7 +25,7 @@ class Callers:
         self._sandbox = sandbox
         self._users = tuple(users)
         self._places = tuple(places)
-        self._pipes: Dict[int, Tuple[int, int]] = {}
+        self._pipes: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Callers:
         for user in self._users:
@@ -38,13 +38,13 @@ class Callers:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for pipe in self._pipes.values():
             for fd in pipe:
                 os.close(fd)
 
-    def passing(self) -> Tuple[FrozenSet[int], ...]:
+    def passing(self) -> tuple[frozenset[int], ...]:
         """Which users get through, for each place."""
         for asks, _ in self._pipes.values():
             os.write(asks, b"?")

@@ -13,9 +13,10 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable
 
 from imds_guard.kernel import bpf, syscalls
 
@@ -24,7 +25,7 @@ BPF, FILE, PROGRAM, SYSCALL = "bpf", "file", "program", "syscall"
 REFUSES, IS_KILLED = -1, -2
 """What can happen to a program beside not being started: it fails and does nothing; it is killed when it is done."""
 
-CODES: Dict[str, Tuple[int, ...]] = {
+CODES: dict[str, tuple[int, ...]] = {
     BPF: (errno.EPERM, errno.ENOMEM, errno.ENOSPC, errno.E2BIG, errno.EINTR),
     FILE: (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO),
     PROGRAM: (errno.ENOMEM, REFUSES, IS_KILLED),
@@ -58,11 +59,11 @@ class Fault:
     """The calls that a command has made, and which of them fail: from ``first`` to ``last``, or that one alone."""
 
     first: int = 0
-    last: Optional[int] = None
+    last: int | None = None
     code: int = 0
-    instead: Optional[Callable[[], object]] = None
+    instead: Callable[[], object] | None = None
     """What happens in front of the call, which is then made: in place of its failing."""
-    calls: List[Call] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     owner: int = field(default_factory=os.getpid)
 
     def meets(self, kind: str, what: str) -> bool:
@@ -83,12 +84,12 @@ class Fault:
         return OSError(code, os.strerror(code))
 
     @property
-    def hit(self) -> Optional[Call]:
+    def hit(self) -> Call | None:
         """The call that failed first; None when the command came to its end before."""
         return self.calls[self.first - 1] if 0 < self.first <= len(self.calls) else None
 
     @property
-    def causes(self) -> List[Call]:
+    def causes(self) -> list[Call]:
         """The calls that the command may give as its reason: the first that failed.
 
         Where that one may have asked what the kernel can, it is survived: then also the first that did more than ask.
@@ -98,10 +99,10 @@ class Fault:
         return failed[:1] + more[:1]
 
 
-_planted: List[Fault] = []
+_planted: list[Fault] = []
 
 
-def _audit(event: str, arguments: Tuple[Any, ...]) -> None:
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if not _planted:
         return
     if event == "open":
@@ -122,8 +123,8 @@ def _audit(event: str, arguments: Tuple[Any, ...]) -> None:
 sys.addaudithook(_audit)
 
 
-def _failing_bpf(fault: Fault, door: Callable[[int, bytes], Tuple[int, int, bytes]]) -> Any:
-    def invoke(command: int, attr: bytes) -> Tuple[int, int, bytes]:
+def _failing_bpf(fault: Fault, door: Callable[[int, bytes], tuple[int, int, bytes]]) -> Any:
+    def invoke(command: int, attr: bytes) -> tuple[int, int, bytes]:
         if fault.meets(BPF, _COMMANDS.get(command, str(command))):
             return -1, fault.error(BPF).errno or 0, attr
         return door(command, attr)

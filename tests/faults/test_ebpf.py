@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import AbstractSet, Callable, Iterator, List, Optional
+from typing import Callable
 
 import pytest
 
@@ -23,7 +25,7 @@ EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
 PLACES = [(address, PORT) for address in (IPV4, IPV6, MAPPED)]
 
 
-def _seen(users: AbstractSet[int], read: Optional[Policy]) -> Before:
+def _seen(users: AbstractSet[int], read: Policy | None) -> Before:
     return Before((frozenset(users),) * len(PLACES), read)
 
 
@@ -147,7 +149,7 @@ def test_an_upgrade_of_the_programs(stage: Stage) -> None:
 
 def test_a_change_of_layout(stage: Stage) -> None:
     """New maps with another policy in them: hook by hook moves over, and moves back where one of them can't."""
-    missing: List[str] = []
+    missing: list[str] = []
 
     def spoil() -> None:
         stage.backend.remove()

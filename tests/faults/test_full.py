@@ -10,8 +10,9 @@ import contextlib
 import ctypes
 import os
 import resource
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Iterator, Tuple
+from typing import Callable
 
 import pytest
 
@@ -40,7 +41,7 @@ _CAP_SYS_RESOURCE = 24
 
 
 @pytest.fixture
-def guarded() -> Iterator[Tuple[Sandbox, EbpfBackend]]:
+def guarded() -> Iterator[tuple[Sandbox, EbpfBackend]]:
     with guards.guarded_sandbox(guards.FAST) as (sandbox, backend):
         backend.apply(OLD_POLICY)
         yield sandbox, backend
@@ -91,7 +92,7 @@ def _fill(file: str) -> None:
         filler.write(bytes(4096))
 
 
-def test_no_inode_left_in_run(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_no_inode_left_in_run(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """The lock file can't be made: nothing is changed, and the sentence says where."""
     sandbox, backend = guarded
     os.makedirs(lockfile.FOLDER, mode=0o700, exist_ok=True)
@@ -106,7 +107,7 @@ def test_no_octet_left_in_run(tmp_path: Path) -> None:
     """iptables' record can't be written: the rules before stay, and no half of a record."""
     with Sandbox((IPV4, IPV6)) as sandbox:
 
-        def inside() -> Tuple[object, str, object]:
+        def inside() -> tuple[object, str, object]:
             backend = IptablesBackend(state_folder=str(tmp_path))
             backend.apply(OLD_POLICY)
             _full(str(tmp_path), "size=8k,mode=700")
@@ -122,7 +123,7 @@ def test_no_room_to_save(tmp_path: Path) -> None:
     """The file that was there stays, whole, and no other one."""
     file = tmp_path / "config.toml"
 
-    def inside() -> Tuple[object, str, object]:
+    def inside() -> tuple[object, str, object]:
         places.own_mounts()
         _full(str(tmp_path), "size=16k,nr_inodes=5")
         os.truncate(tmp_path / "filler", 8192)
@@ -148,7 +149,7 @@ def _unmount() -> None:
 
 @pytest.mark.parametrize("lose", [places.with_read_only_bpffs, _unmount])
 @pytest.mark.parametrize("verb", ["upgrade", "stop"])
-def test_bpffs_goes_in_the_middle(guarded: Tuple[Sandbox, EbpfBackend], verb: str, lose: Callable[[], object]) -> None:
+def test_bpffs_goes_in_the_middle(guarded: tuple[Sandbox, EbpfBackend], verb: str, lose: Callable[[], object]) -> None:
     """Read-only or gone in front of a call: old or new, and the next command comes to its end."""
     sandbox, backend = guarded
     newer = EbpfBackend(sandbox.cgroup, (*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
@@ -159,8 +160,8 @@ def test_bpffs_goes_in_the_middle(guarded: Tuple[Sandbox, EbpfBackend], verb: st
 
     everyone = frozenset({OLD, NEW, BOTH, guards.STRANGER})
 
-    def run(fault: Fault) -> Tuple[int, str]:
-        def inside() -> Tuple[int, str]:
+    def run(fault: Fault) -> tuple[int, str]:
+        def inside() -> tuple[int, str]:
             places.own_mounts()
             fault.owner = os.getpid()
             with injector.planted(fault):
@@ -202,7 +203,7 @@ def _many_locks(count: int) -> Policy:
     ids=lambda value: value.name if isinstance(value, Map) else "",
 )
 def test_a_full_map(
-    guarded: Tuple[Sandbox, EbpfBackend], monkeypatch: pytest.MonkeyPatch, number: Map, room: int, policy: Policy
+    guarded: tuple[Sandbox, EbpfBackend], monkeypatch: pytest.MonkeyPatch, number: Map, room: int, policy: Policy
 ) -> None:
     """The kernel says E2BIG or ENOSPC: the policy before stays, with all that it had, and what was written goes."""
     sandbox, backend = guarded
@@ -243,7 +244,7 @@ def test_little_memory_may_be_locked() -> None:
     """Where maps count: a sentence that names the limit, and nothing is left. Where they don't: it starts."""
     with guards.guarded_sandbox(guards.FAST) as (sandbox, backend):
 
-        def inside() -> Tuple[bool, str]:
+        def inside() -> tuple[bool, str]:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (65_536, 65_536))
             places.without_capabilities(_CAP_SYS_RESOURCE)
             return _counts_locked_memory(), _words_of(lambda: backend.apply(OLD_POLICY))
@@ -260,7 +261,7 @@ def test_little_memory_may_be_locked() -> None:
 # --- clocks ---------------------------------------------------------------------------------------------------------
 
 
-def test_clocks_that_have_jumped(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_clocks_that_have_jumped(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """A command whose clocks are ten years ahead of the last one's does what it always does, and back again."""
     sandbox, backend = guarded
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import AbstractSet, Callable, Iterator, Optional
+from typing import Callable
 
 import pytest
 
@@ -26,7 +28,7 @@ PLACES = [(address, PORT) for address in (IPV4, IPV6)]
 _PATIENCE_S = 3600
 
 
-def _seen(users: AbstractSet[int], read: Optional[Policy]) -> Before:
+def _seen(users: AbstractSet[int], read: Policy | None) -> Before:
     return Before((frozenset(users),) * len(PLACES), read)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
 
 import pytest
 
@@ -38,17 +38,17 @@ class Stage:
     cgroup: str
     callers: Callers
 
-    def words(self, command: str, *more: str) -> List[str]:
+    def words(self, command: str, *more: str) -> list[str]:
         """A command line."""
         return [command, "--cgroup", self.cgroup, *more]
 
-    def start(self, policy: Policy) -> List[str]:
+    def start(self, policy: Policy) -> list[str]:
         """The command line that puts a policy in force."""
         users = sorted(policy.locks[0].allow.users)
         who = [word for user in users for word in ("--user", str(user))]
         return self.words("start", *who, "--ip", f"{IPV4}:80,tcp", "--ip", f"[{IPV6}]:80,tcp")
 
-    def run(self, words: List[str], fault: Fault) -> Tuple[int, str, int]:
+    def run(self, words: list[str], fault: Fault) -> tuple[int, str, int]:
         """How a command ended in a child, what it said on stderr, and how many calls it made."""
         errors, theirs = os.pipe()
         counts, count = os.pipe()

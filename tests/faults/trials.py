@@ -11,8 +11,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Callable
 
 from imds_guard.errors import GuardError
 from tests.faults import injector
@@ -27,7 +28,7 @@ _ALL = 10**9
 class Before:
     """What a look at the world shows: who gets through at each place, and what the backend says the policy is."""
 
-    passing: Tuple[FrozenSet[int], ...]
+    passing: tuple[frozenset[int], ...]
     read: object
 
 
@@ -46,13 +47,13 @@ class Trial:
     new: Before
     repair: Callable[[], object]
     least_calls: int
-    problems: List[str] = field(default_factory=list)
-    sentences: Dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    sentences: dict[str, int] = field(default_factory=dict)
     failed: int = 0
     succeeded: int = 0
 
 
-def calls_of(trial: Trial) -> List[Call]:
+def calls_of(trial: Trial) -> list[Call]:
     """The calls of a run in which nothing fails; it must lead from the old policy to the new one."""
     trial.prepare()
     assert trial.look() == trial.old
@@ -62,7 +63,7 @@ def calls_of(trial: Trial) -> List[Call]:
     return fault.calls
 
 
-def plan(calls: Sequence[Call], *, most: int) -> List[Fault]:
+def plan(calls: Sequence[Call], *, most: int) -> list[Fault]:
     """The faults to plant: all of them, or about ``most``, spread over the calls and over what can fail."""
     numbered = list(enumerate(calls, 1))
     every = max(1, -(-len(calls) // most))
@@ -96,7 +97,7 @@ def run(trial: Trial, *, most: int = 16) -> None:
 def _try(trial: Trial, fault: Fault) -> None:
     trial.prepare()
     fds = _open_fds()
-    said: Optional[BaseException] = None
+    said: BaseException | None = None
     with injector.planted(fault):
         try:
             trial.command()
@@ -115,7 +116,7 @@ def _try(trial: Trial, fault: Fault) -> None:
     trial.problems += [f"{what}: {one}" for one in complaints]
 
 
-def _judge(trial: Trial, fault: Fault, said: Optional[BaseException]) -> List[str]:
+def _judge(trial: Trial, fault: Fault, said: BaseException | None) -> list[str]:
     seen = trial.look()
     if said is None:
         trial.succeeded += 1
@@ -136,7 +137,7 @@ def _each_is_whole(trial: Trial, seen: Before) -> bool:
     return all(there in judged for there, *judged in zip(seen.passing, trial.old.passing, trial.new.passing))
 
 
-def faults_of_sentence(said: BaseException, fault: Optional[Fault] = None) -> List[str]:
+def faults_of_sentence(said: BaseException, fault: Fault | None = None) -> list[str]:
     """What is wrong with an error: it must be one sentence of ours, with what was tried and what the system said."""
     text = str(said)
     if not isinstance(said, GuardError):
@@ -156,7 +157,7 @@ def faults_of_sentence(said: BaseException, fault: Optional[Fault] = None) -> Li
     return wrong
 
 
-def _words(fault: Fault, said: Optional[BaseException]) -> str:
+def _words(fault: Fault, said: BaseException | None) -> str:
     hit = fault.hit
     code = {injector.REFUSES: "refuses", injector.IS_KILLED: "is killed"}.get(fault.code) or errno.errorcode[fault.code]
     where = f"{hit.kind} {hit.what}" if hit else "(not reached)"
@@ -164,7 +165,7 @@ def _words(fault: Fault, said: Optional[BaseException]) -> str:
     return f"call {fault.first} ({where}){scope} says {code}, the command says {said!s:.300}"
 
 
-def _open_fds() -> FrozenSet[Tuple[str, str]]:
+def _open_fds() -> frozenset[tuple[str, str]]:
     found = set()
     for name in os.listdir("/proc/self/fd"):
         try:

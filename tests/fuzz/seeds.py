@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 import imds_guard
 from imds_guard.backends.ebpf.render import render, settings_of
@@ -64,7 +63,7 @@ def _cred() -> bytes:
     return struct.pack("=3I", 0, 1 << 24, 4) + bytes(4) + struct.pack("=3I", 1, 4 << 24 | 2, 16) + members
 
 
-def seeds() -> Dict[str, List[bytes]]:
+def seeds() -> dict[str, list[bytes]]:
     """By the name of the target."""
     image = render(several_locks(), 1)
     record = settings_of(several_locks()).pack(image.digest(), 1)
@@ -82,7 +81,7 @@ def seeds() -> Dict[str, List[bytes]]:
 
 _SHORT_BTF = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(_cred()), 0, 16) + _cred()[:50]
 
-FOUND: Tuple[Tuple[str, bytes], ...] = (
+FOUND: tuple[tuple[str, bytes], ...] = (
     ("rules", b"*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT\nCOMMIT\n"),  # somebody's rule that only counts
     ("rules", _saved(several_locks()).replace(b"lock=", b"lock=\xff")),
     ("btf", _btf(_cred()[:-3], b"\0cred\0fsuid\0")),

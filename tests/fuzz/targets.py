@@ -8,7 +8,8 @@ taken back. The same functions serve atheris (fuzz_readers.py) and the tests, wh
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable
 
 from imds_guard.backends.ebpf import _policy_of, abi, program
 from imds_guard.backends.ebpf.abi import Map
@@ -71,7 +72,7 @@ def lines(octets: bytes) -> None:
             assert line is None or 1 <= line <= len(text.splitlines()), (path, line)
 
 
-def _paths(table: Mapping[str, Any], above: Tuple[str, ...] = ()) -> Iterator[Tuple[str, ...]]:
+def _paths(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     for key, value in table.items():
         yield (*above, key)
         if isinstance(value, dict):
@@ -87,13 +88,13 @@ _KEYS_AND_VALUES = {
 }
 
 
-def image_of(octets: bytes) -> Tuple[Image, bytes]:
+def image_of(octets: bytes) -> tuple[Image, bytes]:
     """The octets as records: settings first, then for each record the number of its map, its length and its start.
 
     What is left of a record is zeros, since most of a real one is.
     """
     settings, rest = octets[: abi.SETTINGS.size].ljust(abi.SETTINGS.size, b"\0"), octets[abi.SETTINGS.size :]
-    items: Dict[Map, List[Tuple[bytes, bytes]]] = {number: [] for number in _KEYS_AND_VALUES}
+    items: dict[Map, list[tuple[bytes, bytes]]] = {number: [] for number in _KEYS_AND_VALUES}
     order = list(_KEYS_AND_VALUES)
     while rest:
         number, length = order[rest[0] % len(order)], rest[1] if len(rest) > 1 else 0
@@ -162,4 +163,4 @@ def event(octets: bytes) -> None:
         decode(raw)
 
 
-TARGETS: Dict[str, Target] = {one.__name__: one for one in (config, endpoint, lines, maps, rules, btf, event)}
+TARGETS: dict[str, Target] = {one.__name__: one for one in (config, endpoint, lines, maps, rules, btf, event)}

@@ -10,7 +10,6 @@ import contextlib
 import io
 import os
 from pathlib import Path
-from typing import List, Tuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -55,7 +54,7 @@ _VALUES = (
 _COMMANDS = ("start", "stop", "allow", "revoke", "check", "explain", "export", "status", "endpoints", "nonsense")
 
 
-def words() -> st.SearchStrategy[List[str]]:
+def words() -> st.SearchStrategy[list[str]]:
     """A command, options and what may follow them, and anything at all."""
     option = st.tuples(st.sampled_from(_OPTIONS), st.one_of(st.sampled_from(_VALUES), st.text(max_size=10))).map(list)
     value = st.one_of(st.sampled_from(_VALUES), st.sampled_from(_OPTIONS), st.text(max_size=10)).map(lambda one: [one])
@@ -67,7 +66,7 @@ def words() -> st.SearchStrategy[List[str]]:
     )
 
 
-def _run(line: List[str], entry: object = main) -> Tuple[int, str]:
+def _run(line: list[str], entry: object = main) -> tuple[int, str]:
     """The exit status and what was said on stderr; a traceback is an exception that gets out of here."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -78,7 +77,7 @@ def _run(line: List[str], entry: object = main) -> Tuple[int, str]:
     raise AssertionError("the command did not end")
 
 
-def _judge(line: List[str], status: int, said: str) -> None:
+def _judge(line: list[str], status: int, said: str) -> None:
     complaints = [one for one in said.split("\n") if one and not one.startswith("warning: ")]
     assert status in _KNOWN, (line, status, said)
     assert "Traceback" not in said, (line, said)
@@ -102,7 +101,7 @@ def test_any_words(entry: object, tmp_path: Path) -> None:
 
     @settings(max_examples=EXAMPLES, deadline=_HUNG_MS, suppress_health_check=list(HealthCheck), database=None)
     @given(words())
-    def one(line: List[str]) -> None:
+    def one(line: list[str]) -> None:
         os.environ["IMDS_GUARD_TRACEBACK"] = "1"  # a fault of ours is raised, not told
         line = line if entry is main else line[1:]
         before = _files(tmp_path)
@@ -124,6 +123,6 @@ def test_any_words(entry: object, tmp_path: Path) -> None:
         assert guards.traces(sandbox.cgroup) == {"attached": 0, "pins": 0}
 
 
-def _files(folder: Path) -> List[str]:
+def _files(folder: Path) -> list[str]:
     there = sorted(os.listdir("/etc/imds-guard")) if os.path.isdir("/etc/imds-guard") else []
     return sorted(os.listdir(folder)) + there

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import string
-from typing import List, Tuple, Union
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -43,7 +42,7 @@ def test_the_seeds_get_through() -> None:
 
 
 @st.composite
-def mutated(draw: st.DrawFn, originals: List[bytes]) -> bytes:
+def mutated(draw: st.DrawFn, originals: list[bytes]) -> bytes:
     """A seed with up to eight spans cut out, doubled, or replaced by octets."""
     octets = draw(st.sampled_from(originals))
     for _ in range(draw(st.integers(1, 8))):
@@ -97,7 +96,7 @@ _IN_LOCK = st.sampled_from(
 def configurations(draw: st.DrawFn) -> str:
     """TOML, mostly, with the keys that a configuration has, and values that it may not have."""
 
-    def pairs(keys: st.SearchStrategy[str], most: int) -> List[Tuple[str, str]]:
+    def pairs(keys: st.SearchStrategy[str], most: int) -> list[tuple[str, str]]:
         return draw(st.lists(st.tuples(keys, _values()), max_size=most, unique_by=lambda pair: pair[0]))
 
     lines = [f"{key} = {value}" for key, value in pairs(_TOP, 3)]
@@ -134,7 +133,7 @@ def test_endpoints(text: str) -> None:
 
 @quick
 @given(st.one_of(st.text(max_size=40), st.integers(), st.integers().map(str), st.text("0123456789+-_ ", max_size=12)))
-def test_ids(word: Union[str, int]) -> None:
+def test_ids(word: str | int) -> None:
     """A user or group is an ID in range, or refused."""
     for meaning in (user_id, group_id):
         try:

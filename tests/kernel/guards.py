@@ -10,8 +10,8 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Dict, FrozenSet, Iterator, List, Sequence, Tuple
 
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.backends.ebpf.folder import Folder
@@ -47,7 +47,7 @@ FAST = (("IG_WALKED", 16), ("IG_SEARCHED", 2))
 
 
 @contextmanager
-def guarded_sandbox(defines: Defines = ()) -> Iterator[Tuple[Sandbox, EbpfBackend]]:
+def guarded_sandbox(defines: Defines = ()) -> Iterator[tuple[Sandbox, EbpfBackend]]:
     """A namespace with the fake service, and a backend for its cgroup that is removed at the end."""
     with Sandbox((IPV4, IPV6)) as sandbox:
         sandbox.serve((IPV4, IPV6), (PORT,))
@@ -69,14 +69,14 @@ def _connect(address: str) -> str:
         return "connected"
 
 
-def passing(sandbox: Sandbox, users: Sequence[int] = (OLD, NEW, BOTH, STRANGER)) -> FrozenSet[int]:
+def passing(sandbox: Sandbox, users: Sequence[int] = (OLD, NEW, BOTH, STRANGER)) -> frozenset[int]:
     """Which users get through; each must fare the same over IPv4, IPv6 and a mapped address."""
     outcomes = sandbox.call(lambda: {user: _fork_and_try(user) for user in users})
     assert all(len(set(seen)) == 1 for seen in outcomes.values()), outcomes
     return frozenset(user for user, seen in outcomes.items() if seen[0] == "connected")
 
 
-def _fork_and_try(user: int) -> List[str]:
+def _fork_and_try(user: int) -> list[str]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -131,7 +131,7 @@ class Storm:
         assert select.select([self._begun], [], [], 20)[0], "the storm did not begin"
         os.close(self._begun)
 
-    def counts(self) -> Tuple[int, int, int]:
+    def counts(self) -> tuple[int, int, int]:
         """(connected, denied, anything else) so far."""
         connected, denied, other = self._COUNTS.unpack(self._memory[:24])
         return connected, denied, other
@@ -148,7 +148,7 @@ class Storm:
 # --- what is in the kernel ------------------------------------------------------------------------------------------
 
 
-def traces(cgroup: str) -> Dict[str, int]:
+def traces(cgroup: str) -> dict[str, int]:
     """How many programs are attached to a cgroup, and pins are in bpffs for it: both zero when nothing is left."""
     with open_cgroup(cgroup) as opened:
         path = bpffs.find_bpffs()

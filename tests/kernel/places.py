@@ -8,7 +8,7 @@ import errno
 import os
 import platform
 import struct
-from typing import Sequence
+from collections.abc import Sequence
 
 from imds_guard.kernel import bpf, netns
 from imds_guard.kernel.mounts import mounts

@@ -6,7 +6,8 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-from typing import Callable, Dict, List, Sequence, Tuple, TypeVar
+from collections.abc import Sequence
+from typing import Callable, TypeVar
 
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel.credentials import become
@@ -25,7 +26,7 @@ PORTS = (80, 8080)
 FOO, BAR, STRANGER = 41_001, 41_002, 41_003
 STAFF, NO_GROUP = 51_001, 51_009
 
-KINDS: Dict[str, Tuple[str, str]] = {
+KINDS: dict[str, tuple[str, str]] = {
     "nf_tables": ("iptables-nft", "ip6tables-nft"),
     "legacy": ("iptables-legacy", "ip6tables-legacy"),
 }
@@ -50,11 +51,11 @@ class Machine:
         """What ``fn`` returns inside."""
         return self.sandbox.call(fn, timeout_s=120)
 
-    def apply(self, policy: Policy) -> List[str]:
+    def apply(self, policy: Policy) -> list[str]:
         """Applies a policy; returns the lines."""
         return self.call(lambda: self.backend().apply(policy))
 
-    def faults(self) -> List[str]:
+    def faults(self) -> list[str]:
         """What the backend says is wrong."""
         return self.call(lambda: self.backend().faults())
 

@@ -12,7 +12,8 @@ import select
 import socket
 import struct
 import time
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable
 
 import pytest
 
@@ -56,13 +57,13 @@ def locked(
 
 # --- people with connections ----------------------------------------------------------------------------------------
 
-Open = Callable[[], List[socket.socket]]
+Open = Callable[[], list[socket.socket]]
 
 
 def opening(to: str = SERVICE, kind: int = socket.SOCK_STREAM, protocol: int = 0, port: int = PORT) -> Open:
     """Makes one connected socket."""
 
-    def made() -> List[socket.socket]:
+    def made() -> list[socket.socket]:
         one = socket.socket(family(to), kind, protocol)
         one.settimeout(WITHIN_S)
         one.connect(sockaddr(to, port))
@@ -83,12 +84,12 @@ class Client:
         self._line.send(word)
         return self._line.recv(4096).decode()
 
-    def speak(self) -> List[str]:
+    def speak(self) -> list[str]:
         """For each of its sockets ``sent``, or the errno."""
         return self.ask(b"s").split()
 
 
-def _serve(line: socket.socket, sockets: List[socket.socket]) -> None:
+def _serve(line: socket.socket, sockets: list[socket.socket]) -> None:
     line.send(b".")
     while line.recv(1):
         line.send(" ".join(map(_spoken, sockets)).encode() or b"-")
@@ -112,7 +113,7 @@ class Stage:
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
         self.scope = Scope(sandbox.cgroup)
-        self._lines: List[socket.socket] = []
+        self._lines: list[socket.socket] = []
 
     def client(
         self,
@@ -152,7 +153,7 @@ class Stage:
             line.close()
 
 
-def _keep_forever(listening: List[socket.socket]) -> None:
+def _keep_forever(listening: list[socket.socket]) -> None:
     """Takes every connection and never ends one."""
     kept = []
     streams = {one.fileno(): one for one in listening if one.type == socket.SOCK_STREAM}
@@ -181,11 +182,11 @@ def here() -> Iterator[Stage]:
         yield one
 
 
-def pids(several: Sequence[Connection]) -> List[int]:
+def pids(several: Sequence[Connection]) -> list[int]:
     return sorted(holder.pid for one in several for holder in one.holders)
 
 
-KINDS: Dict[str, Open] = {
+KINDS: dict[str, Open] = {
     "tcp": opening(),
     "tcp6": opening(SERVICE_V6),
     "tcp-mapped": opening(MAPPED),
@@ -245,7 +246,7 @@ def _listen_to_one() -> socket.socket:
     return one
 
 
-def _connects_until_one_waits() -> List[socket.socket]:
+def _connects_until_one_waits() -> list[socket.socket]:
     """Non-blocking connects; a listener with a full queue drops the first packet (listen(2))."""
     made = []
     for _ in range(BACKLOG_FULL):
@@ -261,7 +262,7 @@ def _connects_until_one_waits() -> List[socket.socket]:
 def test_a_half_closed_connection_is_cut(here: Stage) -> None:
     """It can still be read from."""
 
-    def half() -> List[socket.socket]:
+    def half() -> list[socket.socket]:
         (one,) = opening()()
         one.shutdown(socket.SHUT_WR)
         return [one]
@@ -295,7 +296,7 @@ def test_what_is_not_locked_is_left_alone(here: Stage) -> None:
     assert [client.speak() for client in others] == [["sent"]] * 2
 
 
-def _listening_at(address: str, port: int) -> List[socket.socket]:
+def _listening_at(address: str, port: int) -> list[socket.socket]:
     one = socket.socket(family(address))
     one.bind(sockaddr(address, port))
     one.listen(8)
@@ -313,7 +314,7 @@ def test_a_connection_that_came_in_is_left_alone(here: Stage) -> None:
 def test_one_holder_who_is_not_allowed_is_enough(here: Stage) -> None:
     """The socket of an allowed user, which a child of another user has inherited."""
 
-    def two() -> List[socket.socket]:
+    def two() -> list[socket.socket]:
         made = opening()()
         reader, writer = os.pipe()
 
@@ -344,7 +345,7 @@ def test_a_socket_that_is_in_flight_is_judged_by_its_maker(here: Stage, allowed:
     ours, theirs = socket.socketpair()
     with ours, theirs:
 
-        def send_away() -> List[socket.socket]:
+        def send_away() -> list[socket.socket]:
             (one,) = opening()()
             socket.send_fds(theirs, [b"."], [one.fileno()])
             one.close()
@@ -362,7 +363,7 @@ def test_without_a_process_and_elsewhere_than_at_home_it_is_a_container_s(here: 
     ours, theirs = socket.socketpair()
     with ours, theirs:
 
-        def send_away() -> List[socket.socket]:
+        def send_away() -> list[socket.socket]:
             (one,) = opening()()
             socket.send_fds(theirs, [b"."], [one.fileno()])
             one.close()
@@ -385,7 +386,7 @@ def test_a_container_is_denied_whatever_its_ids(here: Stage) -> None:
 def _in_pid_namespace(made: Open) -> Open:
     """The connection is handed to a first process of a new PID namespace; ours drops it."""
 
-    def work() -> List[socket.socket]:
+    def work() -> list[socket.socket]:
         netns.unshare(netns.CLONE_NEWPID)
         ours, theirs = socket.socketpair()
         (one,) = made()
@@ -524,7 +525,7 @@ def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: An
 def test_a_namespace_that_refuses_is_named(here: Stage) -> None:
     """setns(2) takes CAP_SYS_ADMIN; without it nothing is said to have been looked into but our own."""
 
-    def work() -> Tuple[int, List[str]]:
+    def work() -> tuple[int, list[str]]:
         without_capabilities(CAP_SYS_ADMIN)
         done = look(locked(), here.scope)
         return len(done.looked_into), list(done.unseen)
@@ -577,7 +578,7 @@ def test_a_kernel_that_can_not_cut_is_told_from_one_that_will_not(here: Stage, m
 def test_one_who_comes_back_again_and_again_ends_the_looking(here: Stage) -> None:
     """Nothing is in force here that would keep him from it."""
 
-    def comes_back() -> List[socket.socket]:
+    def comes_back() -> list[socket.socket]:
         def again() -> None:
             while True:
                 (one,) = opening()()
@@ -606,7 +607,7 @@ def test_many_connections_are_cut_in_bounded_time(here: Stage) -> None:
     """2,000 denied ones of one process, and one of an allowed user."""
     import resource
 
-    def many() -> List[socket.socket]:
+    def many() -> list[socket.socket]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         return [opening(kind=socket.SOCK_DGRAM)()[0] for _ in range(2000)]
 
@@ -628,7 +629,7 @@ def test_many_connections_are_cut_in_bounded_time(here: Stage) -> None:
 
 
 @pytest.fixture
-def guarded(here: Stage) -> Iterator[Tuple[Guard, Stage]]:
+def guarded(here: Stage) -> Iterator[tuple[Guard, Stage]]:
     guard = Guard(here.sandbox)
     try:
         yield guard, here
@@ -639,7 +640,7 @@ def guarded(here: Stage) -> Iterator[Tuple[Guard, Stage]]:
 LOCK = ("--user", str(ONE), "--ip", f"{SERVICE}:80")
 
 
-def test_start_cuts_and_says_so(guarded: Tuple[Guard, Stage]) -> None:
+def test_start_cuts_and_says_so(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     denied, allowed = here.client(opening()), here.client(opening(), uid=ONE)
     said = guard.start(*LOCK)
@@ -650,7 +651,7 @@ def test_start_cuts_and_says_so(guarded: Tuple[Guard, Stage]) -> None:
     assert guard.start(*LOCK).stdout.count("no open connection had to be cut (looked into ") == 1
 
 
-def test_start_keeps_what_it_is_told_to_keep(guarded: Tuple[Guard, Stage]) -> None:
+def test_start_keeps_what_it_is_told_to_keep(guarded: tuple[Guard, Stage]) -> None:
     """With a warning; the next start without the option cuts."""
     guard, here = guarded
     client = here.client(opening())
@@ -662,7 +663,7 @@ def test_start_keeps_what_it_is_told_to_keep(guarded: Tuple[Guard, Stage]) -> No
     assert client.speak() == ["ECONNABORTED"]
 
 
-def test_revoke_cuts_and_allow_does_not_look(guarded: Tuple[Guard, Stage]) -> None:
+def test_revoke_cuts_and_allow_does_not_look(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     guard.start(*LOCK)
     assert guard("allow", "--user", str(TWO), "--json").values["connections"] is None
@@ -673,7 +674,7 @@ def test_revoke_cuts_and_allow_does_not_look(guarded: Tuple[Guard, Stage]) -> No
     assert client.speak() + other.speak() == ["ECONNABORTED", "sent"]
 
 
-def test_audit_mode_cuts_nothing_and_says_what_it_would(guarded: Tuple[Guard, Stage]) -> None:
+def test_audit_mode_cuts_nothing_and_says_what_it_would(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     client = here.client(opening())
     said = guard.start(*LOCK, "--mode", "audit")
@@ -682,7 +683,7 @@ def test_audit_mode_cuts_nothing_and_says_what_it_would(guarded: Tuple[Guard, St
     assert f"(pid {client.pid}, user {STRANGER})" in said.stdout
 
 
-def test_check_says_what_start_would_cut(guarded: Tuple[Guard, Stage]) -> None:
+def test_check_says_what_start_would_cut(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     client = here.client(opening())
     said = guard("check", *LOCK).answer

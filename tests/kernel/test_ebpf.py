@@ -8,9 +8,9 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Iterator, Tuple
 
 import pytest
 
@@ -24,7 +24,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from tests.kernel import guards
 from tests.kernel.guards import BOTH, IPV4, NEW, NEW_POLICY, OLD, OLD_POLICY, STRANGER
 
-Guarded = Tuple[Sandbox, EbpfBackend]
+Guarded = tuple[Sandbox, EbpfBackend]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def guarded() -> Iterator[Guarded]:
         yield pair
 
 
-def _program_ids(backend: EbpfBackend) -> Tuple[int, ...]:
+def _program_ids(backend: EbpfBackend) -> tuple[int, ...]:
     return tuple(p.id for hook in backend.state().hooks for p in hook.attached)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, TypeVar
+from typing import Callable, TypeVar
 
 import pytest
 
@@ -31,7 +32,7 @@ NOT_DNS = ((0, 52), (54, 65535))
 class Routed:
     """The three namespaces; ``router`` has forwarding switched on."""
 
-    def __init__(self, boxes: Dict[str, Sandbox], kind: str, folder: str) -> None:
+    def __init__(self, boxes: dict[str, Sandbox], kind: str, folder: str) -> None:
         self.boxes = boxes
         self.kind = kind
         self._folder = folder
@@ -44,11 +45,11 @@ class Routed:
         """What ``fn`` returns in the router."""
         return self.boxes["router"].call(fn, timeout_s=60)
 
-    def settle(self, policy: Policy, word: Optional[str] = None) -> List[str]:
+    def settle(self, policy: Policy, word: str | None = None) -> list[str]:
         """Forwarded.settle() in the router."""
         return self.on_router(lambda: self.rules().settle(policy, word))
 
-    def faults(self, policy: Optional[Policy]) -> List[str]:
+    def faults(self, policy: Policy | None) -> list[str]:
         """Forwarded.faults() in the router."""
         return self.on_router(lambda: self.rules().faults(policy))
 
@@ -62,7 +63,7 @@ def _ip(command: str) -> None:
     assert done.status == 0, f"ip {command}: {done.complaint}"
 
 
-def _wire(boxes: Dict[str, Sandbox]) -> None:
+def _wire(boxes: dict[str, Sandbox]) -> None:
     """client 10.0.1.2 - 10.0.1.1 router 10.0.2.1 - 10.0.2.2 server, and fd00:1:: and fd00:2:: beside them."""
     pids = {name: box.spawn(signal.pause) for name, box in boxes.items()}
     router = boxes["router"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Tuple
 
 import pytest
 
@@ -85,7 +85,7 @@ def test_remove_clears_ipv6_too(machine: Machine) -> None:
     assert machine.call(lambda: machine.backend().remove()) == []
 
 
-def _without_builtin(*saved: str) -> List[str]:
+def _without_builtin(*saved: str) -> list[str]:
     """nft makes the empty built-in chains when it first looks; they are the kernel's, not ours."""
     return [line for text in saved for line in text.splitlines() if " ACCEPT [" not in line]
 
@@ -101,7 +101,7 @@ def test_earlier_accept_does_not_win(machine: Machine) -> None:
 
 # --- other people's rules -------------------------------------------------------------------------------------------
 
-_OTHERS: Tuple[Tuple[str, ...], ...] = (
+_OTHERS: tuple[tuple[str, ...], ...] = (
     ("-N", "ADMIN"),
     ("-A", "OUTPUT", "-p", "udp", "--dport", "9999", "-j", "DROP"),
     ("-A", "OUTPUT", "-j", "ADMIN"),
@@ -125,7 +125,7 @@ def test_other_peoples_rules_stay_as_they_are(machine: Machine) -> None:
     assert (machine.rules(4), machine.rules(6)) == before
 
 
-def _not_ours(saved: str) -> List[str]:
+def _not_ours(saved: str) -> list[str]:
     return [line for line in saved.splitlines() if "IMDS-GUARD" not in line.replace("IMDS-GUARD is not mine", "")]
 
 
@@ -186,7 +186,7 @@ def test_a_rule_that_comes_between_the_look_and_the_change_does_not_stay_before_
     machine.apply(policy_for([FOO]))
     before_ours = ["-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT"]
 
-    def command() -> List[str]:
+    def command() -> list[str]:
         backend = machine.backend()
         with tables.reading_once():
             assert backend.faults() == []
@@ -203,7 +203,7 @@ def test_a_rule_that_comes_between_the_look_and_the_change_does_not_stay_before_
 def test_what_a_command_remembers_ends_with_it(machine: Machine) -> None:
     """And what it has changed itself, it reads again."""
 
-    def command() -> Tuple[bool, bool, bool]:
+    def command() -> tuple[bool, bool, bool]:
         backend = machine.backend()
         with tables.reading_once():
             before = backend.in_force()
@@ -218,7 +218,7 @@ def test_what_a_command_remembers_ends_with_it(machine: Machine) -> None:
 def test_what_is_changed_in_an_inner_block_is_read_anew_outside(machine: Machine) -> None:
     """As status() in the middle of a repair."""
 
-    def command() -> Tuple[bool, bool]:
+    def command() -> tuple[bool, bool]:
         backend = machine.backend()
         with tables.reading_once():
             before = backend.in_force()
@@ -234,7 +234,7 @@ def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
     machine.apply(policy_for([FOO]))
     program = default_program(4, KINDS[machine.kind][0])
 
-    def here_and_there() -> Tuple[bool, bool]:
+    def here_and_there() -> tuple[bool, bool]:
         with tables.reading_once():
             here = "IMDS-GUARD" in tables.read_table(program)
             unshare_network([])
@@ -254,7 +254,7 @@ def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
     ],
     ids=" ".join,
 )
-def test_edited_chain_is_seen(machine: Machine, words: Tuple[str, ...]) -> None:
+def test_edited_chain_is_seen(machine: Machine, words: tuple[str, ...]) -> None:
     """A chain of ours that someone edited is a fault, and apply() repairs it."""
     machine.apply(policy_for([FOO, BAR]))
     machine.iptables(*words)
@@ -301,7 +301,7 @@ def test_udp_connect_sends_nothing(machine: Machine) -> None:
     """Known difference "udp-connect": connect() of a UDP socket succeeds, and its first datagram is refused."""
     machine.apply(policy_for([FOO], udp=ALL_PORTS))
 
-    def try_it() -> Tuple[int, str]:
+    def try_it() -> tuple[int, str]:
         become((STRANGER,) * 3, (NO_GROUP,) * 3, ())
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
             connected = one.connect_ex((V4, 80))

@@ -11,8 +11,9 @@ import statistics
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Tuple
+from typing import Callable
 
 import pytest
 
@@ -131,7 +132,7 @@ def test_a_connection_that_was_open_goes_on(machine: Machine) -> None:
     """Known difference "open": what was connected before is not cut; what connects afterwards is denied."""
     machine.call(lambda: machine.backend().remove())
 
-    def try_it() -> Tuple[bytes, bool]:
+    def try_it() -> tuple[bytes, bool]:
         with socket.create_server((V4, 0)) as listener:
             one = socket.create_connection((V4, listener.getsockname()[1]))
             peer = listener.accept()[0]
@@ -178,7 +179,7 @@ def test_a_thousand_scattered_users_cost_at_most_three_times_one(
 
 def _median_connect_s(uid: int, times: int = 400) -> float:
     become((uid,) * 3, (NO_GROUP,) * 3, ())
-    took: List[float] = []
+    took: list[float] = []
     for _ in range(times):
         with socket.socket() as one:
             # A reset in place of TIME_WAIT: the ports of one address are few.
@@ -198,7 +199,7 @@ def _killed_before(step: int, act: Callable[[], object]) -> Callable[[], bool]:
     def inside() -> bool:
         started = 0
 
-        def counting(argv: List[str], stdin: str = "", *, timeout_s: float = 60) -> Completed:
+        def counting(argv: list[str], stdin: str = "", *, timeout_s: float = 60) -> Completed:
             nonlocal started
             started += 1
             if started == step:
@@ -228,7 +229,7 @@ def _survives(machine: Machine, step: int, act: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("old", [None, policy_for([FOO])], ids=["first", "change"])
-def test_killed_at_any_step_of_apply(machine: Machine, old: Optional[Policy]) -> None:
+def test_killed_at_any_step_of_apply(machine: Machine, old: Policy | None) -> None:
     """Whenever apply() is killed, each family holds old rules or new ones, faults() tells, and apply() repairs."""
     new = policy_for([BAR], udp=((80, 80),))
     step = 0
@@ -247,7 +248,7 @@ def test_killed_at_any_step_of_apply(machine: Machine, old: Optional[Policy]) ->
     assert step > 4
 
 
-def _check_state(machine: Machine, old: Optional[Policy], new: Policy, done: bool) -> None:
+def _check_state(machine: Machine, old: Policy | None, new: Policy, done: bool) -> None:
     held = machine.call(lambda: machine.backend().read())
     if old is not None:
         assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2

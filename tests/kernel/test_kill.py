@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import Callable, FrozenSet, Iterator, Tuple
+from collections.abc import Iterator
+from typing import Callable
 
 import pytest
 
@@ -28,7 +29,7 @@ _MOST_STEPS = 500
 
 
 @pytest.fixture
-def guarded() -> Iterator[Tuple[Sandbox, EbpfBackend]]:
+def guarded() -> Iterator[tuple[Sandbox, EbpfBackend]]:
     if os.geteuid() != 0:
         pytest.skip("attaching programs needs root")
     with guards.guarded_sandbox(guards.FAST) as pair:
@@ -61,7 +62,7 @@ def _die_at(step: int) -> None:
 
     door = bpf.invoke
 
-    def counting_door(command: int, attr: bytes) -> Tuple[int, int, bytes]:
+    def counting_door(command: int, attr: bytes) -> tuple[int, int, bytes]:
         count()
         return door(command, attr)
 
@@ -81,12 +82,12 @@ def _kill_at_each_step(
     raise AssertionError(f"the command has more than {_MOST_STEPS} steps")
 
 
-def _expect(sandbox: Sandbox, step: int, *whole: FrozenSet[int]) -> None:
+def _expect(sandbox: Sandbox, step: int, *whole: frozenset[int]) -> None:
     seen = guards.passing(sandbox)
     assert seen in whole, f"killed in front of step {step}: {set(seen)} get through"
 
 
-def test_kill_during_a_change_of_policy(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_kill_during_a_change_of_policy(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """Old or new, at every step; and the next change works."""
     sandbox, backend = guarded
 
@@ -100,7 +101,7 @@ def test_kill_during_a_change_of_policy(guarded: Tuple[Sandbox, EbpfBackend]) ->
     assert steps > 30
 
 
-def test_kill_during_start(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_kill_during_start(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """Nothing or the policy; then start works, and stop leaves nothing."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)  # so that the compiled program is at hand in each child
@@ -118,7 +119,7 @@ def test_kill_during_start(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
     assert steps > 50
 
 
-def test_kill_during_stop(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_kill_during_stop(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """The policy or nothing; then stop comes to its end."""
     sandbox, backend = guarded
 
@@ -132,7 +133,7 @@ def test_kill_during_stop(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
     assert steps > 20
 
 
-def test_kill_during_an_upgrade(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_kill_during_an_upgrade(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """Some hooks new, some old, all on the same maps: the policy holds at every step, the changed one as well."""
     sandbox, backend = guarded
     other = EbpfBackend(sandbox.cgroup, defines=(*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
@@ -149,7 +150,7 @@ def test_kill_during_an_upgrade(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
     assert steps > 50
 
 
-def test_kill_during_a_change_of_layout(guarded: Tuple[Sandbox, EbpfBackend]) -> None:
+def test_kill_during_a_change_of_layout(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     """Hook by hook moves to new maps, with the same policy: it holds at every step."""
     from imds_guard.backends.ebpf import abi
     from imds_guard.backends.ebpf.abi import Map

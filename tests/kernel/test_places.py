@@ -6,8 +6,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple, TypeVar
+from typing import Any, Callable, NamedTuple, TypeVar
 
 import click
 import psutil
@@ -59,7 +60,7 @@ def in_pid_namespace(fn: Callable[[], T]) -> T:
     return run_in_child(fn, timeout_s=command.PATIENCE_S)
 
 
-def locked(guard: Guard) -> List[str]:
+def locked(guard: Guard) -> list[str]:
     """How user ONE and a stranger fare."""
     return [guard.reach(ONE), guard.reach(STRANGER)]
 
@@ -78,7 +79,7 @@ class Place(NamedTuple):
     words: Sequence[str]
 
 
-PLACES: Dict[str, Place] = {
+PLACES: dict[str, Place] = {
     "no BTF": Place(places.without_btf, UNSUPPORTED, ("/sys/kernel/btf/vmlinux", "CONFIG_DEBUG_INFO_BTF")),
     "read-only bpffs": Place(places.with_read_only_bpffs, UNSUPPORTED, ("it is read-only; mount -o remount,rw",)),
     "bpf(2) is ENOSYS": Place(lambda: places.forbid_bpf(errno.ENOSYS), UNSUPPORTED, ("ENOSYS", "seccomp")),
@@ -162,7 +163,7 @@ def test_in_a_pid_namespace(guard: Guard) -> None:
         assert traces(guard.sandbox.cgroup) == NOTHING
 
 
-def root_of_cgroups() -> Tuple[bool, int]:
+def root_of_cgroups() -> tuple[bool, int]:
     """Whether the root was found, and its inode."""
     with open_cgroup() as found:
         return found.is_root, found.id
@@ -216,7 +217,7 @@ def test_a_lock_outlives_the_mount_namespace_that_it_was_made_in(guard: Guard) -
 def test_what_hides_the_machines_bpffs_is_not_taken_for_it(guard: Guard, hide: Callable[[], None]) -> None:
     """Either it is refused, or PID 1's is found behind it; a pin in the private one would go with the namespace."""
 
-    def start() -> Tuple[Result, List[str]]:
+    def start() -> tuple[Result, list[str]]:
         done = command.run(command.argv(guard.words("start", *LOCK)))
         return done, os.listdir(bpffs.USUAL_PATH)
 
@@ -244,7 +245,7 @@ def few_modules(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def argv_without_site(words: Sequence[str], *folders: Path) -> Tuple[str, ...]:
+def argv_without_site(words: Sequence[str], *folders: Path) -> tuple[str, ...]:
     """The command on a Python that has these folders of modules alone, beside its own."""
     return command.argv(words, interpreter=("-I", "-S"), path=(command.SOURCES, *map(str, folders)))
 
@@ -264,7 +265,7 @@ def test_a_running_guard_needs_no_bcc(guard: Guard, few_modules: Path) -> None:
     assert [guard.reach(uid) for uid in (ONE, TWO, STRANGER)] == ["EPERM", "connected", "connected"]
 
 
-BROKEN: Dict[str, str] = {
+BROKEN: dict[str, str] = {
     "its library is missing": "raise OSError('libbcc.so.0: cannot open shared object file')",
     "it is another project's": "BRAVAIS = 'body-centred cubic'",
     "it compiles nothing": (
@@ -289,7 +290,7 @@ def test_a_bcc_that_does_not_work(guard: Guard, few_modules: Path, tmp_path_fact
 
 # --- the fallback ---------------------------------------------------------------------------------------------------
 
-FALLBACKS: Dict[str, Tuple[Callable[[], None], str]] = {
+FALLBACKS: dict[str, tuple[Callable[[], None], str]] = {
     "no bcc": (places.forbid_attaching, "looking for bcc"),
     "bpf(2) is ENOSYS": (lambda: places.forbid_bpf(errno.ENOSYS), "ENOSYS"),
     "bpf(2) is EPERM": (lambda: places.forbid_bpf(errno.EPERM), "EPERM"),
@@ -308,7 +309,7 @@ def test_iptables_takes_over_and_says_why(guard: Guard, few_modules: Path, case:
         places.with_own_run_folder()
         forbid()
 
-    def start_and_look() -> Tuple[Result, Result, Result]:
+    def start_and_look() -> tuple[Result, Result, Result]:
         first = command.run(argv_without_site(("check", "--json", *LOCK), few_modules))
         started = command.run(argv_without_site(("start", "--json", *LOCK), few_modules))
         return first, started, command.run(argv_without_site(("status", "--json"), few_modules))
@@ -331,7 +332,7 @@ def test_iptables_takes_over_and_says_why(guard: Guard, few_modules: Path, case:
     assert ours_at_the_root() == []
 
 
-def ours_at_the_root() -> List[str]:
+def ours_at_the_root() -> list[str]:
     """The names of programs of ours at the root of cgroup2."""
     names = []
     with open_cgroup() as root:

@@ -8,7 +8,7 @@ falls into that gap all the time; a mutant that does not wait for the grace peri
 from __future__ import annotations
 
 import os
-from typing import Iterator, List, Tuple
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,7 +36,7 @@ def _change_often(backend: EbpfBackend, times: int) -> None:
         backend.change(NEW_POLICY if n % 2 == 0 else OLD_POLICY)
 
 
-def _begin(sandbox: Sandbox) -> Tuple[Storm, Storm]:
+def _begin(sandbox: Sandbox) -> tuple[Storm, Storm]:
     """A caller who may not under either policy, and one who may under both."""
     return Storm(sandbox, STRANGER), Storm(sandbox, BOTH, MAPPED)
 
@@ -133,7 +133,7 @@ def test_two_starts_at_once(sandbox: Sandbox) -> None:
     backend = EbpfBackend(sandbox.cgroup)
     backend.apply(OLD_POLICY)
     backend.remove()
-    outcomes: List[str] = []
+    outcomes: list[str] = []
     for _ in range(5):
         pids = [children.fork(lambda p=wanted: backend.apply(p)) for wanted in (OLD_POLICY, NEW_POLICY)]  # type: ignore[misc]
         outcomes += [str(os.waitpid(pid, 0)[1]) for pid in pids]

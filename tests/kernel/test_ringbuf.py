@@ -7,8 +7,8 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, List
 
 import pytest
 
@@ -69,7 +69,7 @@ class Written:
 
         self.sandbox.call(all_of_them)
 
-    def ports(self) -> List[int]:
+    def ports(self) -> list[int]:
         """The ports in the records that are there."""
         return [socket.ntohs(struct.unpack_from("=I", record)[0]) for record in self.ring.read()]
 

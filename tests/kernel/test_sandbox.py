@@ -8,7 +8,6 @@ import select
 import socket
 import struct
 import threading
-from typing import List, Tuple
 
 import pytest
 
@@ -174,7 +173,7 @@ def test_a_child_that_ends_early_is_told_at_once() -> None:
 # --- nothing is left ------------------------------------------------------------------------------------------------
 
 
-def _spawn_family(sandbox: Sandbox) -> List[int]:
+def _spawn_family(sandbox: Sandbox) -> list[int]:
     """A child that hangs, and a grandchild whose parent has ended; both are ended by the sandbox alone."""
     reader, writer = os.pipe()
     sandbox.spawn(lambda: _tell_and_hang(writer))
@@ -191,7 +190,7 @@ def _orphan(writer: int) -> None:
         _tell_and_hang(writer)
 
 
-def _ended(pidfds: List[int]) -> bool:
+def _ended(pidfds: list[int]) -> bool:
     """True when each process behind a descriptor has ended.
 
     Their cgroup may be empty a moment before: do_exit() calls cgroup_exit() first, and then exit_notify().
@@ -216,7 +215,7 @@ def test_nothing_is_left() -> None:
 def test_nothing_is_left_after_a_failure() -> None:
     """The same when the block raises."""
     sandbox = Sandbox(ADDRESSES)
-    processes: List[int] = []
+    processes: list[int] = []
 
     def fail() -> None:
         with sandbox:
@@ -232,7 +231,7 @@ def test_nothing_is_left_after_a_failure() -> None:
 # --- identities -----------------------------------------------------------------------------------------------------
 
 
-def _ids() -> Tuple[List[int], List[int], int]:
+def _ids() -> tuple[list[int], list[int], int]:
     """The four user IDs, the four group IDs and the number of groups of the calling thread, as proc(5) shows them."""
     fields = {}
     with open("/proc/thread-self/status", encoding="ascii") as lines:
@@ -242,7 +241,7 @@ def _ids() -> Tuple[List[int], List[int], int]:
     return [int(word) for word in fields["Uid"]], [int(word) for word in fields["Gid"]], len(fields["Groups"])
 
 
-def _become_and_show(**ids: object) -> Tuple[List[int], List[int], int]:
+def _become_and_show(**ids: object) -> tuple[list[int], list[int], int]:
     become(**ids)  # type: ignore[arg-type]
     return _ids()
 
@@ -269,8 +268,8 @@ def test_become_takes_as_many_groups_as_the_kernel() -> None:
 def test_become_changes_one_thread() -> None:
     """The C library would change them all."""
 
-    def in_thread() -> Tuple[List[int], List[int]]:
-        seen: List[List[int]] = []
+    def in_thread() -> tuple[list[int], list[int]]:
+        seen: list[list[int]] = []
         thread = threading.Thread(target=lambda: seen.append(_become_and_show(uids=(7001,) * 3, gids=(8001,) * 3)[0]))
         thread.start()
         thread.join()
@@ -299,7 +298,7 @@ def test_an_id_without_the_privilege_is_an_error() -> None:
 def test_unshare_and_enter() -> None:
     """enter() leads back into a namespace that was left by unshare()."""
 
-    def there_and_back() -> Tuple[bool, bool]:
+    def there_and_back() -> tuple[bool, bool]:
         own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         before = os.fstat(own).st_ino
         netns.unshare(netns.CLONE_NEWNET)

@@ -7,7 +7,8 @@ import os
 import socket
 import struct
 import subprocess
-from typing import Callable, Iterator, List, Tuple
+from collections.abc import Iterator
+from typing import Callable
 
 import pytest
 
@@ -20,7 +21,7 @@ from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Po
 from tests.kernel import guards
 from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
 
-Guarded = Tuple[Sandbox, EbpfBackend]
+Guarded = tuple[Sandbox, EbpfBackend]
 
 GROUP = 62_100
 STRICT_OLD, STRICT_NEW = OLD_POLICY._replace(strict=True), NEW_POLICY._replace(strict=True)
@@ -41,7 +42,7 @@ def guarded() -> Iterator[Guarded]:
             backend.remove()
 
 
-def _listen() -> List[socket.socket]:
+def _listen() -> list[socket.socket]:
     sockets = []
     for address in (IPV4, IPV6):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -54,10 +55,10 @@ def _listen() -> List[socket.socket]:
     return sockets
 
 
-def _echo_forever(sockets: List[socket.socket]) -> None:
+def _echo_forever(sockets: list[socket.socket]) -> None:
     from imds_guard.kernel.listeners import each_ready
 
-    connections: List[socket.socket] = []
+    connections: list[socket.socket] = []
 
     def answer(one: socket.socket) -> None:
         if one.type == socket.SOCK_DGRAM:
@@ -76,7 +77,7 @@ def _echo_forever(sockets: List[socket.socket]) -> None:
 class Client:
     """A child that holds one connection of one user, and says of each message whether it was answered."""
 
-    def __init__(self, sandbox: Sandbox, user: int, make: Callable[[], socket.socket], groups: Tuple[int, ...] = ()):
+    def __init__(self, sandbox: Sandbox, user: int, make: Callable[[], socket.socket], groups: tuple[int, ...] = ()):
         ours, theirs = socket.socketpair()
         self._pipe = ours
 

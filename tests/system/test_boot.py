@@ -7,8 +7,8 @@ import os
 import pwd
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List
 
 import pytest
 
@@ -54,7 +54,7 @@ def boot(guard: Guard, folder: Path, text: str | None) -> Result:
     return guard("start", "--boot", "--config", str(path))
 
 
-def who(guard: Guard, to: str = IPV4) -> List[int]:
+def who(guard: Guard, to: str = IPV4) -> list[int]:
     """Who gets through."""
     return [uid for uid in (0, ONE, TWO, STRANGER) if guard.reach(uid, to) == "connected"]
 

@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, List, Sequence, Set, Tuple
 
 import pytest
 
@@ -30,11 +30,11 @@ def guard() -> Iterator[Guard]:
         yield one
 
 
-def program_ids(guard: Guard) -> List[int]:
+def program_ids(guard: Guard) -> list[int]:
     return [program["id"] for hook in guard.status()["ebpf"]["hooks"] for program in hook["programs"]]
 
 
-def allowed_users(guard: Guard) -> List[Tuple[str, List[int]]]:
+def allowed_users(guard: Guard) -> list[tuple[str, list[int]]]:
     """By lock."""
     locks = guard.status()["policy"]["locks"]
     return [(lock["name"], [user["id"] for user in lock["allow"]["users"]]) for lock in locks]
@@ -48,7 +48,7 @@ def test_start_locks_and_stop_opens(guard: Guard) -> None:
     everyone = [(ONE, 1, ()), (STRANGER, STAFF, ()), (STRANGER, 1, (7, STAFF, 99)), (STRANGER, 1, ()), (0, 0, ())]
     locked = (SERVICE, MAPPED, SERVICE_V6)
 
-    def outcomes(to: str) -> List[str]:
+    def outcomes(to: str) -> list[str]:
         return [guard.reach(uid, to, gid=gid, groups=groups) for uid, gid, groups in everyone]
 
     assert outcomes(SERVICE) == ["connected"] * 5
@@ -143,7 +143,7 @@ def test_a_second_start_changes_the_policy_alone(guard: Guard) -> None:
     assert (guard.reach(ONE), guard.reach(TWO)) == ("EPERM", "connected")
 
 
-def imported_by(words: Sequence[str], folder: Path) -> Set[str]:
+def imported_by(words: Sequence[str], folder: Path) -> set[str]:
     """The top-level modules that a command had imported when it ended; it must end well."""
     noted = folder / "modules"
     done = command.run(
@@ -377,7 +377,7 @@ def test_explain_a_process(guard: Guard) -> None:
     """The answer is what the kernel does: the process itself tries."""
     guard.start()
 
-    def try_and_explain(*ids: int) -> Tuple[str, bool, str]:
+    def try_and_explain(*ids: int) -> tuple[str, bool, str]:
         uid, gid, *groups = ids
         with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=groups) as process:
             explained = guard("explain", "--pid", str(process.pid), f"{SERVICE}:80", "--json").values

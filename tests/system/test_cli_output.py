@@ -8,9 +8,9 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List
 
 import pytest
 
@@ -104,7 +104,7 @@ COLUMNS = 80
 _URL = re.compile(r"https?://\S+")
 
 
-def too_long(text: str, guard: Guard) -> List[str]:
+def too_long(text: str, guard: Guard) -> list[str]:
     """The lines of more than 80 columns; the cgroup of the test has a longer path than one would choose."""
     shown = text.replace(guard.sandbox.cgroup, "/sys/fs/cgroup/unified/web.slice")
     return [line for line in shown.splitlines() if len(line) > COLUMNS and not _URL.search(line)]

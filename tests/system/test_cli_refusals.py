@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Tuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -50,7 +51,7 @@ def running(guard_of_all: Running) -> Running:
 
 WHO = ("--user", str(ONE))
 
-WORDS: Dict[str, Tuple[int, Tuple[str, ...], str]] = {
+WORDS: dict[str, tuple[int, tuple[str, ...], str]] = {
     # names and numbers
     "unknown group": (
         BAD,
@@ -154,7 +155,7 @@ def test_a_bad_word_changes_nothing(running: Running, case: str) -> None:
     running.assert_unchanged()
 
 
-FILES: Dict[str, Tuple[str, str]] = {
+FILES: dict[str, tuple[str, str]] = {
     "unknown key": (
         'enforcing = true\n[lock.web]\nendpoints = ["192.0.2.1"]\nusers = [1]\n',
         ":1: unknown key 'enforcing'",
@@ -256,7 +257,7 @@ def test_after_all_of_this_the_guard_still_guards(guard_of_all: Running) -> None
 
 # --- whoever is not root --------------------------------------------------------------------------------------------
 
-NEEDS_ROOT: Dict[str, Tuple[str, ...]] = {
+NEEDS_ROOT: dict[str, tuple[str, ...]] = {
     "start": WHO,
     "stop": (),
     "status": (),
@@ -292,7 +293,7 @@ def test_ip_lockdown_is_for_root_too() -> None:
 
 @needs_root
 @pytest.mark.parametrize("words", [("--help",), ("start", "--help"), ("endpoints",), ("--version",)])
-def test_everyone_may_read(words: Tuple[str, ...]) -> None:
+def test_everyone_may_read(words: tuple[str, ...]) -> None:
     assert command.run(command.argv(words, before=BECOME_NOBODY)).answer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Callable, Dict, List, Set, Tuple
+from typing import Callable
 
 import psutil
 import pytest
@@ -32,17 +32,17 @@ EXPECTED = {
 }
 
 
-def _our_sandboxes() -> Set[str]:
+def _our_sandboxes() -> set[str]:
     """Those of this process: other tests of the same run may hold theirs meanwhile."""
     return {path for path, _, _ in os.walk("/sys/fs/cgroup") if f"sandbox-{os.getpid()}-" in os.path.basename(path)}
 
 
-def _our_children() -> Set[int]:
+def _our_children() -> set[int]:
     """Zombies, too. Other tests of the same run may have some meanwhile, as with the sandboxes."""
     return {child.pid for child in psutil.Process().children()}
 
 
-def _demos(folder: Path) -> Dict[str, Tuple[Callable[[], DemoResult], str]]:
+def _demos(folder: Path) -> dict[str, tuple[Callable[[], DemoResult], str]]:
     """By backend: the demonstration, and the errno of a denial."""
     return {
         "ebpf": (lambda: run_demo(EbpfBackend), "EPERM"),
@@ -99,7 +99,7 @@ def test_it_leaves_nothing(backend: str, tmp_path: Path) -> None:
 class _FailsToApply(EbpfBackend):
     """The real backend, up to a failure after everything is attached."""
 
-    def apply(self, policy: Policy) -> List[str]:
+    def apply(self, policy: Policy) -> list[str]:
         """Attaches, then fails."""
         super().apply(policy)
         raise GuardError("failed on purpose")
@@ -118,7 +118,7 @@ def test_it_leaves_nothing_when_applying_fails() -> None:
     assert not os.path.exists(seen[0])
 
 
-def _rows(after: str) -> Tuple[DemoRow, ...]:
+def _rows(after: str) -> tuple[DemoRow, ...]:
     return tuple(
         DemoRow(caller.words, address, ANSWERED, after, "group is listed", Decision(True, Reason.ALLOWED_GROUP))
         for caller, address in ATTEMPTS

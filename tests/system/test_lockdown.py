@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from typing import Callable, Iterator, List, Tuple
+from collections.abc import Iterator
+from typing import Callable
 
 import pytest
 
@@ -40,7 +41,7 @@ def lock_down(request: pytest.FixtureRequest, guard: Guard) -> Command:
     return on_ebpf if request.param == "ebpf" else on_iptables
 
 
-def _through(guard: Guard) -> List[Tuple[str, int]]:
+def _through(guard: Guard) -> list[tuple[str, int]]:
     """Who gets where."""
     return [(to, uid) for to in (SERVICE, NEIGHBOUR) for uid in (0, ONE, TWO) if guard.reach(uid, to) == "connected"]
 
@@ -81,7 +82,7 @@ def test_nobody_is_a_lock_too(guard: Guard, lock_down: Command) -> None:
     ("words", "status"), [(("192.0.2.999",), 78), (("192.0.2.1", "no-such-user"), 78), ((), 2)], ids=str
 )
 def test_a_mistake_is_told_on_stderr_and_locks_nothing(
-    guard: Guard, lock_down: Command, words: Tuple[str, ...], status: int
+    guard: Guard, lock_down: Command, words: tuple[str, ...], status: int
 ) -> None:
     done = lock_down(*words)
     assert (done.status, done.stdout) == (status, "")

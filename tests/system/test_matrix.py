@@ -12,7 +12,6 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Tuple
 from xml.etree import ElementTree
 
 import pytest
@@ -49,7 +48,7 @@ def row(name: str) -> table.Row:
     return table.load().row(name)
 
 
-def judged(folder: Path, name: str, outcomes: Dict[str, str], status: int = 0) -> Verdict:
+def judged(folder: Path, name: str, outcomes: dict[str, str], status: int = 0) -> Verdict:
     """The verdict on a row whose guest left a JUnit report with these outcomes ("skipped: why" for a skip)."""
     top = ElementTree.Element("testsuites")
     for test, outcome in outcomes.items():
@@ -76,7 +75,7 @@ def test_what_is_expected_and_passes(tmp_path: Path) -> None:
         (EXPECTS_BOTH, {}, "no test ran"),
     ],
 )
-def test_what_fails_a_row(tmp_path: Path, name: str, outcomes: Dict[str, str], complaint: str) -> None:
+def test_what_fails_a_row(tmp_path: Path, name: str, outcomes: dict[str, str], complaint: str) -> None:
     """A failure, a skip that nobody justified, a success that nobody expected, and no tests at all."""
     found = judged(tmp_path, name, outcomes)
     assert found.state == FAILED
@@ -95,7 +94,7 @@ def test_a_status_without_a_failed_test_fails_the_row(tmp_path: Path) -> None:
         (EXPECTS_BOTH, "test_row[ebpf-c]", "skipped: this kernel has no io_uring for us: EPERM"),
     ],
 )
-def test_a_skip_that_is_justified(tmp_path: Path, skip: Tuple[str, str, str]) -> None:
+def test_a_skip_that_is_justified(tmp_path: Path, skip: tuple[str, str, str]) -> None:
     """By what the row expects, or by a [[skip]] of kernels.toml."""
     name, test, outcome = skip
     passed = {"test_row[iptables-a]": "passed"} if name == EXPECTS_ONE else GOOD

@@ -7,9 +7,9 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import List, Sequence, Set
 
 import pytest
 
@@ -61,12 +61,12 @@ def build(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package
 
 
-def below(folder: Path) -> Set[str]:
+def below(folder: Path) -> set[str]:
     """The files in a folder, as paths from it."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def files(package: Path) -> Set[str]:
+def files(package: Path) -> set[str]:
     """What a .deb installs, folders left out."""
     lines = output("dpkg-deb", "--contents", str(package)).splitlines()
     names = [line.split(maxsplit=5)[5].split(" -> ")[0] for line in lines]
@@ -177,7 +177,7 @@ def completions(deb: Path, tmp_path: Path) -> Path:
     return tmp_path / "usr" / "share"
 
 
-def in_shell(completions: Path, *command: str) -> List[str]:
+def in_shell(completions: Path, *command: str) -> list[str]:
     path = f"{completions.parents[1]}/bin:{os.environ['PATH']}"
     done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -253,7 +253,7 @@ find /etc/imds-guard /run/imds-guard -type f -printf '%f\\n' 2>/dev/null | sort
 """
 
 
-def after(stage: Path, *calls: str) -> List[str]:
+def after(stage: Path, *calls: str) -> list[str]:
     """The names of what is left after calls of the scripts, in namespaces of their own without a systemd."""
     lines = "\n".join(f"sh {PACKAGING}/debian/imds-guard.{call}" for call in calls)
     path = f"PATH={stage}/bin:{stage}/no-chroot:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -261,7 +261,7 @@ def after(stage: Path, *calls: str) -> List[str]:
     return output("unshare", "--mount", "--net", "sh", "-c", script).split()
 
 
-def asked(stage: Path) -> List[str]:
+def asked(stage: Path) -> list[str]:
     return (stage / "asked").read_text(encoding="utf-8").splitlines()
 
 
@@ -346,7 +346,7 @@ def rpm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package
 
 
-def listed(package: Path) -> Set[str]:
+def listed(package: Path) -> set[str]:
     return set(output("rpm", "--query", "--list", "--package", str(package)).splitlines())
 
 
@@ -360,7 +360,7 @@ def test_the_rpm_has_what_the_deb_has(rpm: Path, deb: Path) -> None:
             name = re.sub(pattern, place, name)
         return name
 
-    def compared(names: Set[str]) -> Set[str]:
+    def compared(names: set[str]) -> set[str]:
         left_out = re.compile(
             r"/usr/share/(doc|licenses|lintian)/|module/imds_guard-[0-9.]+\.dist-info/|module/.*__pycache__"
         )

@@ -7,8 +7,9 @@ import errno
 import functools
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Dict, Iterator, Sequence, Tuple
+from typing import Callable
 
 import pytest
 
@@ -32,7 +33,7 @@ NOTHING = {"attached": 0, "pins": 0}
 SAVE = ("--save", "--without-root", "--config")
 LOCK = ("--user", str(ONE), "--ip", SERVICE)
 
-WORDS: Dict[str, Tuple[str, ...]] = {
+WORDS: dict[str, tuple[str, ...]] = {
     "start": LOCK,
     "stop": (),
     "status": (),
@@ -60,7 +61,7 @@ ON_ITS_OWN = sorted(set(WORDS) - {"install-service", "uninstall-service"})
 EVERY_CAPABILITY = range(int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii")) + 1)
 
 
-def argv(guard: Guard, name: str, before: str = "") -> Tuple[str, ...]:
+def argv(guard: Guard, name: str, before: str = "") -> tuple[str, ...]:
     """The command against the sandbox's cgroup."""
     where = () if name in WITHOUT_CGROUP else ("--cgroup", guard.sandbox.cgroup)
     if name == "ip-lockdown":
@@ -234,7 +235,7 @@ def test_modes_do_not_depend_on_the_umask(guard: Guard, tmp_path: Path, umask: i
     config = tmp_path / "made" / "config.toml"
     config.parent.mkdir(mode=0o755)
 
-    def inside() -> Dict[str, str]:
+    def inside() -> dict[str, str]:
         places.with_own_run_folder()
         os.umask(umask)
         for words in (("start", *LOCK), ("allow", "--user", str(TWO), *SAVE, str(config))):
@@ -270,7 +271,7 @@ def _owned_by_nobody(path: str) -> None:
     os.chown(path, 65534, 65533)
 
 
-PLANTED: Dict[str, Tuple[Planted, str]] = {
+PLANTED: dict[str, tuple[Planted, str]] = {
     "a link": (lambda path: os.symlink("/etc/passwd", path), "ELOOP"),
     "a link to nowhere": (lambda path: os.symlink("/nonexistent/file", path), "ELOOP"),
     "somebody's file": (_owned_by_nobody, "EEXIST"),

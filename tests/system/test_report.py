@@ -13,8 +13,8 @@ import socket
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -160,7 +160,7 @@ def test_without_a_guard_there_is_no_report(guard: Guard) -> None:
     assert guard("report").sentence == "reading the report: imds-guard is not active; run imds-guard start first"
 
 
-def on_a_terminal(guard: Guard, environment: Dict[str, str]) -> Tuple[str, int]:
+def on_a_terminal(guard: Guard, environment: dict[str, str]) -> tuple[str, int]:
     """What ``report`` prints on a terminal of 80 columns, and its exit status."""
     ours, theirs = pty.openpty()
     subprocess.run(["stty", "cols", "80", "rows", "25"], stdin=theirs, check=True)
@@ -184,7 +184,7 @@ def on_a_terminal(guard: Guard, environment: Dict[str, str]) -> Tuple[str, int]:
 _CODES = re.compile("\x1b\\[[0-9;]*m")
 
 
-def table_of(text: str) -> List[str]:
+def table_of(text: str) -> list[str]:
     """The lines above the commands."""
     return _CODES.sub("", text).partition("To let them through")[0].splitlines()
 
@@ -203,7 +203,7 @@ def test_on_a_terminal_it_is_a_table_in_colour_that_fits(guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "xterm-256color", "NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_who_wants_no_colour_gets_none(guard: Guard, environment: Dict[str, str]) -> None:
+def test_who_wants_no_colour_gets_none(guard: Guard, environment: dict[str, str]) -> None:
     start(guard)
     guard.reach(STRANGER, SERVICE)
     text, status = on_a_terminal(guard, environment)
@@ -225,7 +225,7 @@ def test_without_rich_the_table_is_plain_and_it_says_what_to_install(guard: Guar
 
 # --- metrics --------------------------------------------------------------------------------------------------------
 
-Samples = Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def samples(text: str) -> Samples:
@@ -328,10 +328,10 @@ def test_without_the_library_it_says_what_to_install(guard: Guard) -> None:
 
 
 @pytest.fixture(scope="module")
-def under_iptables() -> Dict[str, command.Result]:
+def under_iptables() -> dict[str, command.Result]:
     """What each command says where iptables enforces: in a namespace, with a /run/imds-guard of its own."""
 
-    def inside() -> Dict[str, command.Result]:
+    def inside() -> dict[str, command.Result]:
         places.with_own_run_folder()
         places.forbid_attaching()
         who = ("--user", str(ONE), "--ip", SERVICE, "--backend", "iptables", "--forwarded", "leave")
@@ -347,13 +347,13 @@ def under_iptables() -> Dict[str, command.Result]:
 
 @pytest.mark.parametrize(("name", "doing"), [("watch", "watching denials"), ("report", "reading the report")])
 def test_iptables_tells_nobody_whom_it_refuses(
-    under_iptables: Dict[str, command.Result], name: str, doing: str
+    under_iptables: dict[str, command.Result], name: str, doing: str
 ) -> None:
     assert under_iptables[name].status == 69
     assert under_iptables[name].sentence.startswith(f"{doing}: iptables is what enforces, and its rules tell nobody")
 
 
-def test_metrics_under_iptables(under_iptables: Dict[str, command.Result]) -> None:
+def test_metrics_under_iptables(under_iptables: dict[str, command.Result]) -> None:
     found = samples(under_iptables["metrics"].answer)
     assert of(found, "active") == 1
     assert of(found, "info", version=__version__, backend="iptables", programs="") == 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, Sequence
 
 from imds_guard import __version__
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(words: Sequence[str], cwd: Path, script: Path = ROOT / "run", **more: str) -> subprocess.CompletedProcess[str]:
     """Runs it without what this machine's pip is told by the environment."""
-    environment: Dict[str, str] = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment: dict[str, str] = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment.update(more)
     return subprocess.run([str(script), *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable
 
 import pytest
 
@@ -75,7 +75,7 @@ def test_the_scripts_are_shell(name: str) -> None:
 
 
 @pytest.mark.parametrize("words", [("libvirt",), ("virtualbox", "-p")])
-def test_every_row_is_valid(vagrant: Callable[..., Ran[str]], words: List[str]) -> None:
+def test_every_row_is_valid(vagrant: Callable[..., Ran[str]], words: list[str]) -> None:
     """For both providers; -p checks all but the provider's own options, so that it needs no VirtualBox."""
     provider, *options = words
     done = vagrant(FOLDER, "validate", *options, provider=provider)
@@ -84,7 +84,7 @@ def test_every_row_is_valid(vagrant: Callable[..., Ran[str]], words: List[str]) 
 
 @pytest.mark.parametrize(("provider", "options"), [("libvirt", []), ("virtualbox", ["-p"])])
 def test_no_row_is_left_out_of_the_validation(
-    vagrant: Callable[..., Ran[str]], copy: Path, provider: str, options: List[str]
+    vagrant: Callable[..., Ran[str]], copy: Path, provider: str, options: list[str]
 ) -> None:
     """A mistake in what is said of the last row for one provider alone is found."""
     text = (copy / "Vagrantfile").read_text(encoding="utf-8")
@@ -139,7 +139,7 @@ def test_a_box_that_was_built_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("legacy-cgroups", ["bookworm", "bookworm-security"], suite._LEGACY_CGROUPS),
     ],
 )
-def test_what_a_stock_box_needs(name: str, suites: List[str], cmdline: str) -> None:
+def test_what_a_stock_box_needs(name: str, suites: list[str], cmdline: str) -> None:
     """The suite of the row's kernel, where its release is not the box's own, and the kernel's words."""
     matrix = table.load()
     found = machines.machine(matrix, matrix.row(name))
@@ -180,7 +180,7 @@ def ext2(tmp_path: Path) -> Path:
     return made
 
 
-def stat(image: Path, path: str) -> Dict[str, str]:
+def stat(image: Path, path: str) -> dict[str, str]:
     """What debugfs says of a file: mode, owner and group."""
     words = run(["debugfs", "-R", f"stat {path}", str(image)]).replace("\n", " ").split()
     return {key: words[words.index(f"{key}:") + 1] for key in ("Mode", "User", "Group")}

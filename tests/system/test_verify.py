@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Tuple
+from typing import Callable
 
 import pytest
 
@@ -35,7 +36,7 @@ def guard() -> Iterator[Guard]:
         yield one
 
 
-def who(guard: Guard) -> List[int]:
+def who(guard: Guard) -> list[int]:
     """Who gets through."""
     return [uid for uid in (0, ONE, TWO, STRANGER) if guard.reach(uid) == "connected"]
 
@@ -136,7 +137,7 @@ def open_the_lock(guard: Guard) -> None:
     poke(guard, Map.CONFIG, bytes(4), abi.CONFIG.pack(0))
 
 
-DAMAGE: Dict[str, Tuple[Callable[[Guard], None], str, List[int]]] = {
+DAMAGE: dict[str, tuple[Callable[[Guard], None], str, list[int]]] = {
     "unlinked hook": (unlink_hook, "the hook connect6 is not attached", [ONE]),
     "unpinned map": (unpin_map, "the pin of a map is gone", [TWO]),
     "added user": (add_a_stranger, "the maps are not as imds-guard wrote them", [TWO]),
@@ -149,7 +150,7 @@ believed, TWO, whom the configuration allows, where it could not."""
 
 @pytest.mark.parametrize(("damage", "said", "through"), DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damage_is_seen_and_repaired(
-    guard: Guard, tmp_path: Path, damage: Callable[[Guard], None], said: str, through: List[int]
+    guard: Guard, tmp_path: Path, damage: Callable[[Guard], None], said: str, through: list[int]
 ) -> None:
     """A line for what was wrong and what was done; then it is whole."""
     path = configured(tmp_path)
@@ -254,7 +255,7 @@ def on_iptables(guard: Guard, *words: str) -> Result:
     return inside(guard, sys.executable, "-I", str(NO_BPF), *command.argv(words))
 
 
-RULES: Dict[str, Tuple[Tuple[str, ...], str, int]] = {
+RULES: dict[str, tuple[tuple[str, ...], str, int]] = {
     "ACCEPT before our jump": (("-I", "OUTPUT", "-j", "ACCEPT"), "other people's rules stand before ours", ONE),
     "flushed OUTPUT": (("-F", "OUTPUT"), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
     "flushed chain": (("-F", "IMDS-GUARD"), "", TWO),
@@ -266,7 +267,7 @@ RULES: Dict[str, Tuple[Tuple[str, ...], str, int]] = {
 
 @pytest.mark.parametrize(("words", "said", "through"), RULES.values(), ids=RULES.keys())
 def test_changed_rules_are_seen_and_repaired(
-    guard: Guard, tmp_path: Path, words: Tuple[str, ...], said: str, through: int
+    guard: Guard, tmp_path: Path, words: tuple[str, ...], said: str, through: int
 ) -> None:
     path = configured(tmp_path, 'backend = "iptables"' + CONFIGURED)
     assert on_iptables(guard, "start", "--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6).status == 0

@@ -8,9 +8,9 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Iterator, List
 
 import pytest
 
@@ -393,7 +393,7 @@ def test_once_is_refused_without_a_guard_and_beside_another_watch(guard: Guard) 
         assert "another imds-guard watch" in guard("watch", "--once").sentence
 
 
-def files_of(guard: Guard) -> List[str]:
+def files_of(guard: Guard) -> list[str]:
     """What a watch of this guard has in /run."""
     return [path.name for path in Path(lockfile.FOLDER).glob(f"watch-{folder_of(guard.sandbox.cgroup).name}*")]
 

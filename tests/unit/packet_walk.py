@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
-from typing import FrozenSet, List, Optional, Tuple
 
 from imds_guard.backends.iptables.render import HEAD, Chains
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
@@ -19,9 +18,9 @@ class Packet:
     address: Address
     port: int
     protocol: Protocol
-    uid: Optional[int]
+    uid: int | None
     gid: int = 0
-    groups: FrozenSet[int] = frozenset()
+    groups: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Walk:
 
 def walk(chains: Chains, packet: Packet) -> Walk:
     """Sends a packet through our chains. A goto keeps the place to return to; nft counts both as a level."""
-    stack: List[Tuple[str, int]] = []
+    stack: list[tuple[str, int]] = []
     chain, place, met, depth, logged = HEAD, 0, 0, 1, False
     while True:
         if place >= len(chains[chain]):

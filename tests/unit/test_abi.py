@@ -7,7 +7,6 @@ import ctypes
 import os
 import re
 import struct
-from typing import Dict, List, Tuple, Union
 
 import pytest
 from hypothesis import given
@@ -26,7 +25,7 @@ PROGRAM = (BPF / "imds_guard.bpf.c").read_text(encoding="utf-8")
 # --- what Python says -----------------------------------------------------------------------------------------------
 
 # The Python struct, and the C members in its order: "gid:128" takes 128 of its values, "pad" is one run of x.
-PACKED: Dict[str, Tuple[struct.Struct, str]] = {
+PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_config": (abi.CONFIG, "generation pad"),
     "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest strict pad serial"),
     "ig_endpoint_key": (abi.ENDPOINT_KEY, "prefixlen generation pad address"),
@@ -49,7 +48,7 @@ PACKED: Dict[str, Tuple[struct.Struct, str]] = {
     "ig_mark": (abi.MARK, "serial fsuid gid list kind place_unknown pad"),
 }
 # Those that Python puts together without a struct.Struct: the size, and the offset of each member.
-ASSEMBLED: Dict[str, Tuple[int, Dict[str, int]]] = {
+ASSEMBLED: dict[str, tuple[int, dict[str, int]]] = {
     "ig_address": (16, {"word": 0}),
     "ig_first_look": (
         abi.FIRST_LOOK_OCTETS,
@@ -58,7 +57,7 @@ ASSEMBLED: Dict[str, Tuple[int, Dict[str, int]]] = {
     "ig_endpoint": (abi.ENDPOINT_OCTETS, {"ranges_len": 0, "pad": 4, "ranges": abi.ENDPOINT_HEAD.size}),
 }
 
-CONSTANTS: Dict[str, int] = {
+CONSTANTS: dict[str, int] = {
     "IG_ABI": abi.ABI,
     "IG_MAP_BASE": abi.MAP_BASE,
     "IG_HOOK_HERE": abi.HOOK_HERE,
@@ -119,7 +118,7 @@ CONSTANTS: Dict[str, int] = {
     "IG_MAX_GROUPS": os.sysconf("SC_NGROUPS_MAX"),
 }
 
-KEYS_AND_VALUES: Dict[Map, Tuple[Union[str, int], Union[str, int]]] = {
+KEYS_AND_VALUES: dict[Map, tuple[str | int, str | int]] = {
     Map.CONFIG: (4, "ig_config"),
     Map.SETTINGS: (4, "ig_settings"),
     Map.FIRST_LOOK: (4, "ig_first_look"),
@@ -136,7 +135,7 @@ KEYS_AND_VALUES: Dict[Map, Tuple[Union[str, int], Union[str, int]]] = {
 }
 
 
-def layout(shape: struct.Struct, members: str) -> Dict[str, int]:
+def layout(shape: struct.Struct, members: str) -> dict[str, int]:
     """The offset that Python gives each member."""
     offsets = iter(value_offsets(shape.format))
     found = {}
@@ -149,7 +148,7 @@ def layout(shape: struct.Struct, members: str) -> Dict[str, int]:
     return found
 
 
-def value_offsets(form: str) -> List[int]:
+def value_offsets(form: str) -> list[int]:
     """The offset of each value of a struct format, and of each run of x."""
     order, done, offsets = form[0], "", []
     for count, letter in re.findall(r"(\d*)([a-zA-Z])", form):
@@ -161,7 +160,7 @@ def value_offsets(form: str) -> List[int]:
     return offsets
 
 
-def expected_layout(name: str) -> Tuple[int, Dict[str, int]]:
+def expected_layout(name: str) -> tuple[int, dict[str, int]]:
     """The size and the members' offsets that Python gives a C struct."""
     if name in ASSEMBLED:
         return ASSEMBLED[name]
@@ -175,7 +174,7 @@ STRUCTS = re.findall(r"^struct (ig_\w+) \{", HEADER, re.MULTILINE)
 COMMENTLESS = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
 
 
-def constants_of_header() -> List[str]:
+def constants_of_header() -> list[str]:
     """Every macro with a value, and every enumerator."""
     macros = re.findall(r"^#define (\w+)[ \t]+\S", COMMENTLESS, re.MULTILINE)
     enums = re.findall(r"enum \w+ \{(.*?)\}", COMMENTLESS, re.DOTALL)
@@ -183,7 +182,7 @@ def constants_of_header() -> List[str]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The header compiled with a variable of each struct, and the value of each constant in a section of its own."""
     names = ", ".join(constants_of_header())
     variables = "".join(f"struct {name} v_{name};\n" for name in STRUCTS)
@@ -195,7 +194,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def btf(compiled: Dict[str, bytes]) -> Btf:
+def btf(compiled: dict[str, bytes]) -> Btf:
     """What clang says of the header's structs."""
     return Btf(compiled[".BTF"])
 
@@ -209,12 +208,12 @@ def test_a_struct_has_the_size_and_the_offsets_that_python_packs(name: str, btf:
     assert (btf.struct_size(name), btf.members(name)) == expected_layout(name)
 
 
-def test_every_constant_of_the_header_has_the_value_that_python_has(compiled: Dict[str, bytes]) -> None:
+def test_every_constant_of_the_header_has_the_value_that_python_has(compiled: dict[str, bytes]) -> None:
     values = struct.unpack(f"={len(constants_of_header())}q", compiled["constants"])
     assert dict(zip(constants_of_header(), values)) == CONSTANTS
 
 
-def size_of(what: Union[str, int]) -> int:
+def size_of(what: str | int) -> int:
     return what if isinstance(what, int) else expected_layout(what)[0]
 
 

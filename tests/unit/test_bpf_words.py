@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 import pytest
 from hypothesis import given
@@ -66,7 +65,7 @@ def test_a_map_that_is_none_of_ours_is_refused(number: int) -> None:
 
 @patient
 @given(parts=st.lists(st.one_of(st.sampled_from(Map), st.integers(-(2**31), 2**31 - 1)), max_size=30))
-def test_every_map_is_replaced_and_no_constant(parts: List[int]) -> None:
+def test_every_map_is_replaced_and_no_constant(parts: list[int]) -> None:
     code = b"".join(load_map(part) if isinstance(part, Map) else load_constant(part) for part in parts)
     fds = linked(code, {}, abi.MAP_BASE, FDS)
     found = [struct.unpack_from("=i", fds, 16 * n + 4)[0] for n in range(len(parts))]
@@ -170,7 +169,7 @@ def test_loops_by_the_kernel_call_one_helper_more(tmp_path: Path) -> None:
     assert {struct.unpack_from("=i", code, at + 4)[0] for at in _calls(code)} == {*HELPERS, 181}  # bpf_loop()
 
 
-def _calls(code: bytes) -> List[int]:
+def _calls(code: bytes) -> list[int]:
     """Positions of BPF_CALL instructions; second slots of ld_imm64 have opcode 0."""
     return [at for at in range(0, len(code), 8) if code[at] == 0x85]
 
@@ -208,7 +207,7 @@ def source_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_version_changes_with_each_source_and_with_the_defines(source_copy: Path) -> None:
-    seen: Dict[str, Tuple[str, ...]] = {program.source_version(): ("as it is",)}
+    seen: dict[str, tuple[str, ...]] = {program.source_version(): ("as it is",)}
     seen[program.source_version((("IG_WIDEN", 1),))] = ("widened",)
     for name in SOURCES:
         with (source_copy / name).open("a", encoding="utf-8") as file:

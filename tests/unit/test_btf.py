@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import Dict, List, Tuple
 
 import pytest
 from hypothesis import given
@@ -54,7 +53,7 @@ int used(struct nested *n) { return a_static + n->before + a_pointer(n->unknown,
 #define AT(s, m) __builtin_offsetof(struct s, m)
 """
 
-ASKED: Tuple[Tuple[str, str], ...] = (
+ASKED: tuple[tuple[str, str], ...] = (
     *(("plain", name) for name in ("c", "s", "i", "p", "tail")),
     *(("nested", name) for name in ("before", "x", "in_union", "other", "named", "deep_a", "deep_b", "whole")),
     *(("nested", name) for name in ("call", "unknown")),
@@ -68,7 +67,7 @@ SIZED = ("plain", "nested", "bits", "tight", "empty", "flexible", "inner")
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The sections of SOURCE, with clang's own answers in one of them."""
     answers = [f"AT({name}, {member})" for name, member in ASKED] + [f"sizeof(struct {name})" for name in SIZED]
     source = f"{SOURCE}const unsigned long long answers[] SECTION = {{ {', '.join(answers)} }};\n"
@@ -76,23 +75,23 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def answers(compiled: Dict[str, bytes]) -> List[int]:
+def answers(compiled: dict[str, bytes]) -> list[int]:
     """What clang computed."""
     return list(struct.unpack(f"={len(ASKED) + len(SIZED)}Q", compiled["from_clang"]))
 
 
 @pytest.fixture(scope="module")
-def blob(compiled: Dict[str, bytes]) -> bytes:
+def blob(compiled: dict[str, bytes]) -> bytes:
     """clang's BTF of SOURCE."""
     return compiled[".BTF"]
 
 
-def test_offsets_are_those_of_clang_also_inside_anonymous_members(blob: bytes, answers: List[int]) -> None:
+def test_offsets_are_those_of_clang_also_inside_anonymous_members(blob: bytes, answers: list[int]) -> None:
     assert Btf(blob).offsets(ASKED) == dict(zip(ASKED, answers))
 
 
 @pytest.mark.parametrize("name", SIZED)
-def test_a_size_is_that_of_clang(name: str, blob: bytes, answers: List[int]) -> None:
+def test_a_size_is_that_of_clang(name: str, blob: bytes, answers: list[int]) -> None:
     assert Btf(blob).struct_size(name) == answers[len(ASKED) + SIZED.index(name)]
 
 
@@ -113,7 +112,7 @@ def test_a_name_that_ends_like_a_struct_s_is_another(blob: bytes) -> None:
 @pytest.mark.parametrize(
     "wanted", [("plain", "nothing"), ("nowhere", "c"), ("bits", "high"), ("small", "FIRST"), ("plain", "")]
 )
-def test_what_has_no_offset_in_octets_is_refused_by_name(wanted: Tuple[str, str], blob: bytes) -> None:
+def test_what_has_no_offset_in_octets_is_refused_by_name(wanted: tuple[str, str], blob: bytes) -> None:
     with pytest.raises(Unsupported, match=f"looking up {wanted[1]} of struct {wanted[0]} .*iptables backend"):
         Btf(blob).offsets([wanted])
 
@@ -138,7 +137,7 @@ def test_a_kind_of_a_later_kernel_is_refused_since_its_length_is_unknown(kind: i
         Btf(header(struct.pack("=III", 0, kind << 24, 0), b"\0"))
 
 
-def named_struct(name: str, size: int, members: List[Tuple[int, int, int]], strings: bytearray) -> bytes:
+def named_struct(name: str, size: int, members: list[tuple[int, int, int]], strings: bytearray) -> bytes:
     strings += name.encode() + b"\0"
     head = struct.pack("=III", len(strings) - len(name) - 1, 4 << 24 | len(members), size)
     return head + b"".join(struct.pack("=III", *member) for member in members)
@@ -149,7 +148,7 @@ def named_struct(name: str, size: int, members: List[Tuple[int, int, int]], stri
     sizes=st.lists(st.integers(0, 2**31), min_size=1, max_size=20),
     vlens=st.lists(st.integers(0, 5), min_size=20, max_size=20),
 )
-def test_each_struct_is_found_behind_the_others(sizes: List[int], vlens: List[int]) -> None:
+def test_each_struct_is_found_behind_the_others(sizes: list[int], vlens: list[int]) -> None:
     strings = bytearray(b"\0m\0")
     types = b"".join(
         named_struct(f"s{n}", size, [(1, 0, 32 * i) for i in range(vlens[n])], strings) for n, size in enumerate(sizes)

@@ -10,7 +10,6 @@ import pwd
 import re
 import stat
 from pathlib import Path
-from typing import Dict, List
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -202,7 +201,7 @@ def test_an_endpoint_survives_its_words(network: Network, tcp: Ports, udp: Ports
         (Endpoint(ipaddress.ip_network("10.0.0.0/8"), ALL_PORTS, ALL_PORTS), ["10.0.0.0/8"]),
     ],
 )
-def test_the_words_of_an_endpoint_are_short(endpoint: Endpoint, words: List[str]) -> None:
+def test_the_words_of_an_endpoint_are_short(endpoint: Endpoint, words: list[str]) -> None:
     assert words == endpoint_words(endpoint)
 
 
@@ -217,7 +216,7 @@ users = [0]
 """
 
 
-def locks_of(config: Config) -> Dict[str, Lock]:
+def locks_of(config: Config) -> dict[str, Lock]:
     return {lock.name: lock for lock in config.policy.locks}
 
 
@@ -422,7 +421,7 @@ def test_a_written_file_holds_names_with_their_ids() -> None:
 
 
 @pytest.mark.parametrize("words", [{"nobody": True}, {"users": ["0"]}, {"deny_users": ["5"]}])
-def test_the_command_lines_policies_survive_being_written(words: Dict[str, List[str]]) -> None:
+def test_the_command_lines_policies_survive_being_written(words: dict[str, list[str]]) -> None:
     policy = policy_from_words(presets=["all", "ecs"], **words)  # type: ignore[arg-type]
     assert Config(policy) == parse_config(dump_config(Config(policy)))
 
@@ -482,7 +481,7 @@ def test_without_endpoints_the_defaults_of_the_machine_are_locked() -> None:
 
 
 @pytest.mark.parametrize("words", [{"groups": ["6"]}, {"nobody": True}, {"deny_users": ["0"]}])
-def test_the_wireservers_lock_always_lets_root(words: Dict[str, List[str]]) -> None:
+def test_the_wireservers_lock_always_lets_root(words: dict[str, list[str]]) -> None:
     policy = policy_from_words(presets=["azure"], **words)  # type: ignore[arg-type]
     apart = {lock.name: lock for lock in policy.locks}["wireserver"]
     assert 0 in apart.allow.users
@@ -516,7 +515,7 @@ def test_nobody_must_be_said() -> None:
         {"groups": ["imds-guard-absent"]},
     ],
 )
-def test_an_unknown_word_is_a_bad_policy(words: Dict[str, List[str]]) -> None:
+def test_an_unknown_word_is_a_bad_policy(words: dict[str, list[str]]) -> None:
     with pytest.raises(BadPolicy):
         policy_from_words(**words)  # type: ignore[arg-type]
 
@@ -530,7 +529,7 @@ def test_an_unknown_word_is_a_bad_policy(words: Dict[str, List[str]]) -> None:
         {"ips": ["168.63.129.16:*"]},
     ],
 )
-def test_no_group_is_made_when_another_word_is_wrong(words: Dict[str, List[str]]) -> None:
+def test_no_group_is_made_when_another_word_is_wrong(words: dict[str, list[str]]) -> None:
     name = f"imdsgN{os.getpid()}"
     with pytest.raises(BadPolicy):
         policy_from_words(groups=[name], create_groups=True, **words)  # type: ignore[arg-type]

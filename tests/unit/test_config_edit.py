@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import List
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -65,12 +64,12 @@ nobody = true
 """
 
 
-def comments(text: str) -> List[str]:
+def comments(text: str) -> list[str]:
     """Every comment line, and every comment behind something, of a text without # in its strings."""
     return ["#" + line.partition("#")[2] for line in text.splitlines() if "#" in line]
 
 
-def changed(text: str, users: List[int], lock: str = "web") -> str:
+def changed(text: str, users: list[int], lock: str = "web") -> str:
     """The text after the users of a lock were made others."""
     before = parse_config(text)
     locks = [

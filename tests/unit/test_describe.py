@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Optional
 
 import pytest
 
@@ -45,7 +44,7 @@ USER = "/user.slice/user-1000.slice/user@1000.service"
         ("/lxc/web", None, "lxc:web"),
     ],
 )
-def test_unit_and_container_of_a_path(path: str, unit: Optional[str], container: Optional[str]) -> None:
+def test_unit_and_container_of_a_path(path: str, unit: str | None, container: str | None) -> None:
     home = home_in(path)
     assert (home.path, home.unit, home.container) == (path, unit, container)
 

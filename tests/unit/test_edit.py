@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Tuple
+from typing import Callable
 
 import pytest
 from hypothesis import assume, given
@@ -177,7 +177,7 @@ def test_who_gets_through_by_default_can_not_be_revoked() -> None:
 
 
 @st.composite
-def changes(draw: st.DrawFn) -> Tuple[Policy, Identities, Endpoint]:
+def changes(draw: st.DrawFn) -> tuple[Policy, Identities, Endpoint]:
     """A policy, someone, and an endpoint of one of its locks, or some of its ports."""
     policy = draw(policies())
     assume(policy.locks)
@@ -203,7 +203,7 @@ def is_named(who: Identities, caller: Caller) -> bool:
 @patient
 @given(changes(), callers(), st.data())
 def test_nobody_else_and_nowhere_else(
-    change: Tuple[Policy, Identities, Endpoint], caller: Caller, data: st.DataObject
+    change: tuple[Policy, Identities, Endpoint], caller: Caller, data: st.DataObject
 ) -> None:
     """A split is not seen but at its endpoint, by those whom it is about."""
     policy, who, endpoint = change
@@ -222,7 +222,7 @@ def test_nobody_else_and_nowhere_else(
 @patient
 @given(changes(), st.data())
 def test_who_is_allowed_gets_through_and_who_is_revoked_does_not(
-    change: Tuple[Policy, Identities, Endpoint], data: st.DataObject
+    change: tuple[Policy, Identities, Endpoint], data: st.DataObject
 ) -> None:
     """Where the endpoint is the most specific one, and no deny list speaks."""
     policy, who, endpoint = change

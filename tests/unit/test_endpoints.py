@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Set
 
 import pytest
 
@@ -40,7 +39,7 @@ CREDENTIALS = {"169.254.170.2", "169.254.170.23", "fd00:ec2::23"}
 AZURE_DMI = "Microsoft Corporation\nVirtual Machine\n7783-7084-3265-9085-8269-3286-77"
 
 
-def addresses(endpoints: tuple[Endpoint, ...]) -> Set[str]:
+def addresses(endpoints: tuple[Endpoint, ...]) -> set[str]:
     return {str(endpoint.network.network_address) for endpoint in endpoints}
 
 
@@ -80,7 +79,7 @@ def test_the_defaults_of_a_machine_without_dmi_are_the_link_local_and_listed_uni
         ("Microsoft Corporation\nVirtual Machine", set()),
     ],
 )
-def test_public_and_shared_addresses_are_default_only_where_dmi_names_their_cloud(words: str, added: Set[str]) -> None:
+def test_public_and_shared_addresses_are_default_only_where_dmi_names_their_cloud(words: str, added: set[str]) -> None:
     """Hyper-V and VirtualBox name makers that run clouds too; they are none."""
     assert EVERYWHERE | added == addresses(default_endpoints(words))
 
@@ -107,7 +106,7 @@ def test_containers_credentials_are_in_no_other_preset(name: str) -> None:
         ("eks", {"169.254.170.23", "fd00:ec2::23"}),
     ],
 )
-def test_a_preset_holds_the_addresses_of_its_cloud(name: str, expected: Set[str]) -> None:
+def test_a_preset_holds_the_addresses_of_its_cloud(name: str, expected: set[str]) -> None:
     assert expected == addresses(preset(name))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import Any, Optional
+from typing import Any
 
 import pytest
 
@@ -180,7 +180,7 @@ def test_hostile_text_stays_in_its_value(as_text: Any) -> None:
         (Reason.KERNEL_THREAD, UID, None, None),
     ],
 )
-def test_what_would_have_let_it_through(reason: Reason, uid: int, lists: Optional[Lists], words: Optional[str]) -> None:
+def test_what_would_have_let_it_through(reason: Reason, uid: int, lists: Lists | None, words: str | None) -> None:
     assert would_allow(reason, uid, lists, Names()) == words
 
 

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import List, Tuple
 
 import pytest
 
@@ -84,7 +83,7 @@ def test_a_page_says_of_every_example_how_it_was_checked() -> None:
     assert [word for word in listed if not (EXAMPLES / word).exists()] == []
 
 
-def commands() -> List[Tuple[str, str]]:
+def commands() -> list[tuple[str, str]]:
     """Every ``imds-guard WORD ...`` in the examples: the file and the words."""
     found = []
     for path in FILES:
@@ -112,7 +111,7 @@ def test_units_in_it_exist(path: Path) -> None:
     assert set(named) <= set(UNITS)
 
 
-def configurations() -> List[Tuple[str, str]]:
+def configurations() -> list[tuple[str, str]]:
     """Every configuration in the examples: from its [lock line to the first line that is no TOML of ours."""
     found = []
     for path in FILES:

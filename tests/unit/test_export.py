@@ -6,8 +6,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Dict, Iterable, List
 
 import pytest
 
@@ -57,7 +57,7 @@ def test_an_allowlist_of_users_is_weakened_by_nobody(form: str) -> None:
 
 # Which formats weaken which policy: nftables and PF see no supplementary groups; user namespaces exist on Linux alone;
 # IPAddressDeny= has no identities.
-_WEAK: Dict[str, List[str]] = {
+_WEAK: dict[str, list[str]] = {
     "groups": [],
     "denied-group": ["nftables", "pf"],
     "lenient": ["iptables", "nftables", "systemd"],
@@ -85,7 +85,7 @@ def test_unknown_format() -> None:
 # --- loadable -------------------------------------------------------------------------------------------------------
 
 
-def _load(argv: List[str], text: str) -> Completed:
+def _load(argv: list[str], text: str) -> Completed:
     """Runs a loader in a network namespace of its own."""
     if os.geteuid() != 0:
         pytest.skip("loading rules needs root")
@@ -134,7 +134,7 @@ def test_iptables_text_is_the_policy(seed: int) -> None:
 # --- the other words ------------------------------------------------------------------------------------------------
 
 
-def rules_of(policy: Policy, form: str) -> List[str]:
+def rules_of(policy: Policy, form: str) -> list[str]:
     return [line for line in export(policy, form).text.splitlines() if line and not line.startswith("#")]
 
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import List, Tuple
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +15,7 @@ def new() -> Folding:
     return Folding(lambda record: record[:1], lambda record: record[1:2])
 
 
-def told(one: Folding) -> List[Tuple[bytes, int]]:
+def told(one: Folding) -> list[tuple[bytes, int]]:
     """What is new, taken as told."""
     found = []
     for fold in one.fresh():
@@ -86,7 +84,7 @@ def test_processes_of_a_kind_are_bounded() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abcd"), st.booleans()), max_size=60))
-def test_every_record_comes_out_once(steps: List[Tuple[int, str, bool]]) -> None:
+def test_every_record_comes_out_once(steps: list[tuple[int, str, bool]]) -> None:
     """Whatever comes when, and whether or not there is room for a line."""
     one, out, now = new(), 0, 0.0
     for later, kind, room in steps:
@@ -104,9 +102,9 @@ def test_every_record_comes_out_once(steps: List[Tuple[int, str, bool]]) -> None
 
 
 @given(st.lists(st.floats(0, 0.2), max_size=400), st.sampled_from([0, 10, 50]))
-def test_no_second_has_more_lines_than_it_may(gaps: List[float], spared: int) -> None:
+def test_no_second_has_more_lines_than_it_may(gaps: list[float], spared: int) -> None:
     rate, now = Rate(), 0.0
-    taken: List[float] = []
+    taken: list[float] = []
     for gap in gaps:
         now += gap
         if rate.take(now, spared):

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
 
 import pytest
 
@@ -62,7 +61,7 @@ def test_the_offsets_are_the_ones_that_the_loader_gives() -> None:
     [[], ["-DIG_DIRECT"], ["-DIG_LOOP"], ["-DIG_WIDEN=4096"], ["-DIG_WITHOUT_EGRESS"], ["-D__KERNEL__"]],
     ids=" ".join,
 )
-def test_clang_warns_of_nothing_in_the_hooks(more: List[str], tmp_path: Path) -> None:
+def test_clang_warns_of_nothing_in_the_hooks(more: list[str], tmp_path: Path) -> None:
     clang(
         *("-target", "bpf", "-O2", "-g", "-Wall", "-Wextra", "-Werror"),
         *INCLUDES,
@@ -89,7 +88,7 @@ def test_a_script_can_be_run(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111 == 0o111
 
 
-def sources() -> List[Path]:
+def sources() -> list[Path]:
     """Every file that is ours to license, outside folders that tools make."""
     folders = ("src", "tests", "bpf", "vagrant", "bench")
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in {".py", ".c", ".h"}]

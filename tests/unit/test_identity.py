@@ -9,7 +9,8 @@ import grp
 import os
 import pwd
 import subprocess
-from typing import Callable, Iterator, List, Union
+from collections.abc import Iterator
+from typing import Callable
 
 import pytest
 
@@ -75,13 +76,13 @@ def test_names_resolve_as_the_system_has_them() -> None:
 @pytest.mark.parametrize(
     ("word", "number"), [("1001", 1001), (1001, 1001), ("0", 0), ("007", 7), (str(MAX_ID), MAX_ID)]
 )
-def test_all_digits_is_a_number_that_needs_no_account(word: Union[str, int], number: int) -> None:
+def test_all_digits_is_a_number_that_needs_no_account(word: str | int, number: int) -> None:
     assert number == user_id(word)
     assert number == group_id(word)
 
 
 @pytest.mark.parametrize("word", ["4294967295", 4294967295, -1, "9" * 5000, "99999999999"])
-def test_a_number_that_is_no_id_is_refused(word: Union[str, int]) -> None:
+def test_a_number_that_is_no_id_is_refused(word: str | int) -> None:
     for resolve in (user_id, group_id):
         with pytest.raises(BadPolicy, match="ID: they go from 0 to 4294967294"):
             resolve(word)
@@ -211,7 +212,7 @@ def test_a_user_namespace_and_a_pid_namespace_show() -> None:
 
 def _only_child(pid: int) -> int:
     with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
-        children: List[str] = file.read().split()
+        children: list[str] = file.read().split()
     assert len(children) == 1
     return int(children[0])
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -45,7 +45,7 @@ def policy_of(
     return make_policy([lock], mode)
 
 
-def read_back(families: Dict[int, Chains]) -> Optional[Holding]:
+def read_back(families: dict[int, Chains]) -> Holding | None:
     found = []
     for version, chains in families.items():
         parsed, foreign = parse_chains(rule_texts(chains))
@@ -55,7 +55,7 @@ def read_back(families: Dict[int, Chains]) -> Optional[Holding]:
     return combine(found)
 
 
-def both(policy: Policy) -> Dict[int, Chains]:
+def both(policy: Policy) -> dict[int, Chains]:
     return {version: render(Holding(policy), version) for version in (4, 6)}
 
 
@@ -231,8 +231,8 @@ _id_ranges = st.tuples(st.integers(0, 2**32 - 2), st.integers(0, 2**32 - 2)).map
     comment=st.text("abc=%0", max_size=9),
 )
 def test_rule_text_parses(
-    uids: Optional[tuple[int, int]],
-    gids: Optional[tuple[int, int]],
+    uids: tuple[int, int] | None,
+    gids: tuple[int, int] | None,
     supplementary: bool,
     goto: bool,
     comment: str,
@@ -260,7 +260,7 @@ def test_ranges_are_the_ids(ids: set[int]) -> None:
     assert all(one[1] + 1 < other[0] for one, other in zip(ranges, ranges[1:]))
 
 
-def lines_of(text: str) -> List[str]:
+def lines_of(text: str) -> list[str]:
     return text.splitlines()
 
 

@@ -8,8 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterator, List, Set
 
 import pytest
 
@@ -25,15 +25,15 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-SOURCES: Dict[str, ast.Module] = {
+SOURCES: dict[str, ast.Module] = {
     module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))
 }
 """Module name -> its syntax tree."""
 
 
-def imports_of(name: str) -> FrozenSet[str]:
+def imports_of(name: str) -> frozenset[str]:
     """Every module that a module imports, also inside functions, but not for types alone."""
-    found: Set[str] = set()
+    found: set[str] = set()
     for node in _nodes(SOURCES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -57,16 +57,16 @@ def _is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def ours(name: str) -> List[str]:
+def ours(name: str) -> list[str]:
     return sorted(other for other in imports_of(name) if other.split(".")[0] == "imds_guard")
 
 
-def below(package: str) -> List[str]:
+def below(package: str) -> list[str]:
     """A package's modules, itself included."""
     return [name for name in SOURCES if name == package or name.startswith(package + ".")]
 
 
-def importers_of(package: str) -> List[str]:
+def importers_of(package: str) -> list[str]:
     """The modules that import a package or something in it."""
     return [
         name
@@ -81,7 +81,7 @@ def layer(name: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def layers_below(package: str) -> Set[str]:
+def layers_below(package: str) -> set[str]:
     """The other parts that a package knows."""
     known = {layer(other) for name in below(package) for other in ours(name)}
     return known - {layer(package)}
@@ -138,7 +138,7 @@ def test_what_does_things_does_not_know_how_they_are_shown() -> None:
         ("logging", []),
     ],
 )
-def test_a_package_has_one_door(package: str, importers: List[str]) -> None:
+def test_a_package_has_one_door(package: str, importers: list[str]) -> None:
     assert importers_of(package) == importers
 
 
@@ -182,7 +182,7 @@ def test_no_module_knows_itself_by_way_of_others() -> None:
     assert remaining == {}
 
 
-def imported_by(statement: str, after: str = "") -> Set[str]:
+def imported_by(statement: str, after: str = "") -> set[str]:
     """Our modules, and the top-level ones of others, that a fresh interpreter gets by a statement ``after`` another."""
     added = "{n if n.startswith('imds_guard') else n.split('.')[0] for n in set(sys.modules) - before}"
     program = f"import sys\n{after}\nbefore = set(sys.modules)\n{statement}\nadded = {added}\nimport json\n"
@@ -207,7 +207,7 @@ SLOW = frozenset(
 """What a command that does not need it must not wait for."""
 
 
-def run_by(*words: str) -> Set[str]:
+def run_by(*words: str) -> set[str]:
     """As imported_by(), of a call of the command line, however it ends, beside what click itself takes."""
     quietly = "contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())"
     call = f"with contextlib.suppress(SystemExit), {quietly}: imds_guard.cli.main({list(words)!r})"

@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import Dict, List, Set
 
 import click
 import pytest
@@ -25,9 +24,9 @@ SHOWN = re.compile(r"(?<![\w-])Fl (?:-([a-z][a-z-]*)|([a-z]))\b")
 """mdoc's Fl puts one dash before its word."""
 
 
-def parts(page: Path, macro: str) -> Dict[str, str]:
+def parts(page: Path, macro: str) -> dict[str, str]:
     """The text below each heading: Sh are sections, Ss what is inside one."""
-    found: Dict[str, str] = {}
+    found: dict[str, str] = {}
     name = ""
     for line in page.read_text(encoding="utf-8").splitlines():
         heading = re.match(r"\.(Sh|Ss) (.*)", line)
@@ -38,23 +37,23 @@ def parts(page: Path, macro: str) -> Dict[str, str]:
     return found
 
 
-def described(text: str) -> Set[str]:
+def described(text: str) -> set[str]:
     """The options that a list describes."""
     items = [line for line in text.splitlines() if line.startswith(".It Fl ")]
     return {f"--{long}" if long else f"-{short}" for line in items for long, short in SHOWN.findall(line)}
 
 
-def synopsis(text: str) -> Set[str]:
+def synopsis(text: str) -> set[str]:
     """The options of the lines before a command's first sentence."""
     return {f"--{long}" for long, _ in SHOWN.findall(text.split(".Pp", maxsplit=1)[0])}
 
 
-def options_of(command: click.Command) -> Set[str]:
+def options_of(command: click.Command) -> set[str]:
     """The options that a command really has."""
     return {name for parameter in command.params if isinstance(parameter, click.Option) for name in parameter.opts}
 
 
-def tree() -> Dict[str, click.Command]:
+def tree() -> dict[str, click.Command]:
     """Every command, ip-lockdown among them."""
     return {**every_command(), "ip-lockdown": lock_down}
 
@@ -100,7 +99,7 @@ def test_the_choices_of_an_option_are_those_that_it_takes(name: str) -> None:
     ("section", "keys"),
     [("KEYS OF THE WHOLE", config_reader._TOP_KEYS), ("KEYS OF A LOCK", config_reader._LOCK_KEYS)],
 )
-def test_the_manual_has_every_key_and_no_other(section: str, keys: List[str]) -> None:
+def test_the_manual_has_every_key_and_no_other(section: str, keys: list[str]) -> None:
     assert sorted(re.findall(r"^\.It Va (\w+)$", SECTIONS[CONFIG][section], re.MULTILINE)) == sorted(keys)
 
 

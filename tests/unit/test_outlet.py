@@ -7,16 +7,17 @@ import json
 import os
 import select
 import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 from imds_guard.watch.event import as_json
 from imds_guard.watch.output import FULL, MOST_FOLLOWERS, MOST_LINES, Followers, Lead, Outlet
 
 
 @contextmanager
-def pipe() -> Iterator[Tuple[int, Outlet]]:
+def pipe() -> Iterator[tuple[int, Outlet]]:
     reader, writer = os.pipe()
     try:
         yield reader, Outlet(writer, as_json)
@@ -25,7 +26,7 @@ def pipe() -> Iterator[Tuple[int, Outlet]]:
         os.close(writer)
 
 
-def lines(reader: int) -> List[Dict[str, Any]]:
+def lines(reader: int) -> list[dict[str, Any]]:
     """What is there, in whole lines."""
     text = b""
     while select.select([reader], [], [], 0)[0]:
@@ -53,7 +54,7 @@ def test_a_reader_who_does_not_read_is_not_waited_for_and_hears_how_much_it_miss
             outlet.put({"event": "denied", "count": 2})
             assert outlet.push()
         outlet.put({"event": "lost", "count": 7})
-        seen: List[Dict[str, Any]] = []
+        seen: list[dict[str, Any]] = []
         while outlet.pending:
             seen += _whole(reader)
             assert outlet.push()
@@ -64,10 +65,10 @@ def test_a_reader_who_does_not_read_is_not_waited_for_and_hears_how_much_it_miss
     assert gaps[0]["lost"] == 7
 
 
-_REST: Dict[int, bytes] = {}
+_REST: dict[int, bytes] = {}
 
 
-def _whole(reader: int) -> List[Dict[str, Any]]:
+def _whole(reader: int) -> list[dict[str, Any]]:
     """One read, and the whole lines of it; the rest is kept for the next time."""
     if not select.select([reader], [], [], 0)[0]:
         return []
@@ -94,7 +95,7 @@ def test_a_reader_who_is_gone_is_noticed() -> None:
 def test_followers_hear_and_are_bounded(tmp_path: Path) -> None:
     path = str(tmp_path / "sock")
     followers = Followers(path, as_json)
-    leads: List[Lead] = []
+    leads: list[Lead] = []
     try:
         for _ in range(MOST_FOLLOWERS + 1):
             lead = Lead.find(path, wants_allowed=not leads)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Iterable, List, Tuple
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -58,11 +58,11 @@ def reason(policy: Policy, caller: Caller, address: Address = LOCKED, port: int 
 ranges = st.lists(st.tuples(st.integers(0, 65535), st.integers(0, 65535)).map(lambda r: (min(r), max(r))), max_size=6)
 
 
-def is_in(listed: Iterable[Tuple[int, int]], port: int) -> bool:
+def is_in(listed: Iterable[tuple[int, int]], port: int) -> bool:
     return any(low <= port <= high for low, high in listed)
 
 
-def edges(*lists: List[Tuple[int, int]]) -> List[int]:
+def edges(*lists: list[tuple[int, int]]) -> list[int]:
     """Every port at which membership can change, and its neighbours."""
     found = {0, 65535}
     for low, high in (one for listed in lists for one in listed):
@@ -71,7 +71,7 @@ def edges(*lists: List[Tuple[int, int]]) -> List[int]:
 
 
 @given(ranges)
-def test_normal_ports_keep_the_same_ports_in_separate_ascending_ranges(listed: List[Tuple[int, int]]) -> None:
+def test_normal_ports_keep_the_same_ports_in_separate_ascending_ranges(listed: list[tuple[int, int]]) -> None:
     found = normal_ports(listed)
     for port in edges(listed):
         assert is_in(listed, port) == is_in(found, port)
@@ -80,7 +80,7 @@ def test_normal_ports_keep_the_same_ports_in_separate_ascending_ranges(listed: L
 
 @given(ranges, ranges)
 def test_minus_and_common_ports_are_the_set_operations(
-    one: List[Tuple[int, int]], other: List[Tuple[int, int]]
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
 ) -> None:
     left, right = normal_ports(one), normal_ports(other)
     for port in edges(one, other):
@@ -89,12 +89,12 @@ def test_minus_and_common_ports_are_the_set_operations(
 
 
 @given(ranges, st.integers(0, 65535))
-def test_has_port_is_membership(listed: List[Tuple[int, int]], port: int) -> None:
+def test_has_port_is_membership(listed: list[tuple[int, int]], port: int) -> None:
     assert is_in(listed, port) == has_port(normal_ports(listed), port)
 
 
 @pytest.mark.parametrize("wrong", [(-1, 80), (80, 65536), (81, 80)])
-def test_a_range_of_ports_that_is_none_is_refused(wrong: Tuple[int, int]) -> None:
+def test_a_range_of_ports_that_is_none_is_refused(wrong: tuple[int, int]) -> None:
     with pytest.raises(PolicyError, match="is not a range of ports"):
         normal_ports([wrong])
 
@@ -132,7 +132,7 @@ def test_two_spellings_of_a_policy_are_equal() -> None:
         ([lock(deny=Identities(groups=frozenset({-1})))], "-1 is not a user or group ID"),
     ],
 )
-def test_a_policy_that_contradicts_itself_is_refused(locks: List[Lock], said: str) -> None:
+def test_a_policy_that_contradicts_itself_is_refused(locks: list[Lock], said: str) -> None:
     with pytest.raises(PolicyError) as caught:
         make_policy(locks)
     assert said in str(caught.value)

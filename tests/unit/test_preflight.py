@@ -7,8 +7,8 @@ import contextlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
 
 import pytest
 
@@ -27,12 +27,12 @@ pytestmark = [needs_root, needs_host]
 STRANGER, STRANGERS = 45_001, 45_002
 
 
-def by_pid(found: Sequence[ShutOut]) -> Dict[int, ShutOut]:
+def by_pid(found: Sequence[ShutOut]) -> dict[int, ShutOut]:
     return {one.pid: one for one in found if one.pid is not None}
 
 
 @contextlib.contextmanager
-def running(argv: List[str], uid: int = STRANGER, gid: int = STRANGERS) -> Iterator[subprocess.Popen[bytes]]:
+def running(argv: list[str], uid: int = STRANGER, gid: int = STRANGERS) -> Iterator[subprocess.Popen[bytes]]:
     """A process with these IDs, there to the end of the block: it waits for its standard input."""
     with subprocess.Popen(argv, stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=[]) as process:
         try:
@@ -73,7 +73,7 @@ def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
         {"nobody": True, "mode": Mode.AUDIT},
     ],
 )
-def test_a_client_that_keeps_its_access_is_not_named(folder: Path, words: Dict[str, object]) -> None:
+def test_a_client_that_keeps_its_access_is_not_named(folder: Path, words: dict[str, object]) -> None:
     with running([program(folder, "google_guest_agent")]) as process:
         assert process.pid not in by_pid(shut_out(policy_from_words(**words)))  # type: ignore[arg-type]
 
@@ -113,7 +113,7 @@ def test_a_process_that_has_ended_is_left_out(folder: Path) -> None:
     with subprocess.Popen([program(folder, "kubelet")], stdin=subprocess.DEVNULL) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert process.pid not in by_pid(shut_out(policy_from_words(nobody=True)))
-    found: Dict[int, ShutOut] = {}
+    found: dict[int, ShutOut] = {}
     destinations = preflight._destinations(CLIENTS[0])
     preflight._judge(policy_from_words(nobody=True), found, process.pid, destinations, "{}")
     assert found == {}

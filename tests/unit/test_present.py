@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, List
+from typing import Any
 
 import pytest
 
@@ -38,7 +38,7 @@ def lock(allow: Identities = FOO, *words: str, **more: Any) -> Lock:
     return Lock("web", tuple(map(parse_endpoint, words or ("192.0.2.1",))), allow, **more)
 
 
-def fits(lines: List[str]) -> bool:
+def fits(lines: list[str]) -> bool:
     return max(map(len, lines)) <= 80
 
 
@@ -227,7 +227,7 @@ def test_many_locks_are_counted() -> None:
 # --- explain and check ----------------------------------------------------------------------------------------------
 
 
-def explained(policy: Policy, caller: Caller, to: str = "192.0.2.1") -> List[str]:
+def explained(policy: Policy, caller: Caller, to: str = "192.0.2.1") -> list[str]:
     destination = Destination(parse_endpoint(to).network.network_address, 80)
     return present.decision_lines(caller, destination, decide(policy, caller, destination))
 

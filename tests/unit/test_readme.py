@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import Dict, List, Set
 
 import click
 import pytest
@@ -15,22 +14,22 @@ from tests.tree import every_command
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS: List[str] = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCKS: list[str] = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 EXAMPLES = [line for block in BLOCKS for line in block.splitlines() if line.startswith("sudo ./run ")]
 SYNOPSIS = next(block for block in BLOCKS if block.startswith("imds-guard start"))
 OF_RUN = ("test", "matrix")
 """Words that ./run keeps for itself."""
 
 
-def words(line: str) -> List[str]:
+def words(line: str) -> list[str]:
     """An example's words after ./run, its comment left out."""
     return shlex.split(line, comments=True)[2:]
 
 
-def synopsis() -> Dict[str, Set[str]]:
+def synopsis() -> dict[str, set[str]]:
     """Command -> the options that the synopsis gives it."""
-    found: Dict[str, Set[str]] = {}
-    current: List[str] = []
+    found: dict[str, set[str]] = {}
+    current: list[str] = []
     for line in SYNOPSIS.splitlines():
         begins = re.match(r"imds-guard ([a-z|-]+)", line)
         if begins:
@@ -42,7 +41,7 @@ def synopsis() -> Dict[str, Set[str]]:
     return found
 
 
-def options_of(command: str) -> Set[str]:
+def options_of(command: str) -> set[str]:
     """The options that a command really has."""
     parameters = every_command()[command].params
     return {name for parameter in parameters if isinstance(parameter, click.Option) for name in parameter.opts}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import struct
-from typing import Callable, Dict, FrozenSet, Iterable, List, Optional, Tuple
+from collections.abc import Iterable
+from typing import Callable
 
 import pytest
 from hypothesis import assume, example, given
@@ -52,7 +53,7 @@ def rendered(policy: Policy, generation: int = 1) -> Image:
         raise
 
 
-def single(address: str, tcp: Tuple[Tuple[int, int], ...] = ALL_PORTS) -> Endpoint:
+def single(address: str, tcp: tuple[tuple[int, int], ...] = ALL_PORTS) -> Endpoint:
     return Endpoint(ipaddress.ip_network(address), tcp)
 
 
@@ -67,11 +68,11 @@ def one_lock(*endpoints: Endpoint, allow: Identities = NOBODY, deny: Identities 
 class Found:
     """The range that a look-up ends at: its list, and its lock's name unless it is of no lock."""
 
-    lock: Optional[str]
+    lock: str | None
     list: int
 
 
-def look_up(image: Image, destination: Destination) -> Optional[Found]:
+def look_up(image: Image, destination: Destination) -> Found | None:
     """What the trie has for a destination, as LPM_TRIE has it: of all keys that match, the longest."""
     wanted = struct.pack("=B3x", image.generation) + abi.address_octets(destination.address)
     matching = [
@@ -93,24 +94,24 @@ def first_bits(octets: bytes, bits: int) -> int:
     return int.from_bytes(octets, "big") >> (len(octets) * 8 - bits)
 
 
-def ranges_of(value: bytes) -> List[Tuple[int, ...]]:
+def ranges_of(value: bytes) -> list[tuple[int, ...]]:
     count = struct.unpack_from("=I", value)[0]
     return [abi.RANGE.unpack_from(value, abi.ENDPOINT_HEAD.size + n * abi.RANGE.size) for n in range(count)]
 
 
-def lock_names(image: Image) -> Dict[int, str]:
+def lock_names(image: Image) -> dict[int, str]:
     return {
         abi.SMALL_KEY.unpack(key)[1]: abi.LOCK.unpack(value)[2].rstrip(b"\0").decode()
         for key, value in image.items[Map.LOCKS]
     }
 
 
-def members_of(image: Image, number: int, kind: int, verdict: int) -> FrozenSet[int]:
+def members_of(image: Image, number: int, kind: int, verdict: int) -> frozenset[int]:
     rows = ((abi.MEMBER.unpack(key), abi.MEMBER_VALUE.unpack(value)[0]) for key, value in image.items[Map.MEMBERS])
     return frozenset(i for (_, k, n, i), bits in rows if (k, n) == (kind, number) and bits & verdict)
 
 
-def list_record(image: Image, number: int) -> Tuple[int, ...]:
+def list_record(image: Image, number: int) -> tuple[int, ...]:
     wanted = (image.generation - 1) * abi.LISTS + number
     records = {struct.unpack("=I", key)[0]: abi.LIST.unpack(value) for key, value in image.items[Map.LISTS]}
     return records[wanted]
@@ -259,7 +260,7 @@ def test_what_the_trie_does_not_have_is_what_the_policy_does_not_lock(
     ],
 )
 def test_a_port_that_the_narrow_lock_leaves_belongs_to_the_wide_one(
-    address: str, port: int, protocol: Protocol, lock: Optional[str]
+    address: str, port: int, protocol: Protocol, lock: str | None
 ) -> None:
     found = look_up(render(NESTED, 2), Destination(ipaddress.ip_address(address), port, protocol))
     assert (found and found.lock) == lock
@@ -313,7 +314,7 @@ def test_the_first_look_says_no_for_nearly_every_other_address(address: ipaddres
 @example(allowed=frozenset(range(128)), denied=frozenset())
 @example(allowed=frozenset(range(127)), denied=frozenset({127, 128}))
 def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
-    allowed: FrozenSet[int], denied: FrozenSet[int]
+    allowed: frozenset[int], denied: frozenset[int]
 ) -> None:
     groups = {"allow": Identities(groups=allowed), "deny": Identities(groups=denied)}
     image = render(one_lock(single("192.0.2.1"), **groups), 1)
@@ -329,7 +330,7 @@ def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
     assert searched(image) == (sorted(denied), sorted(allowed - denied), flags & abi.LIST_SMALL)
 
 
-def searched(image: Image) -> Tuple[List[int], List[int], int]:
+def searched(image: Image) -> tuple[list[int], list[int], int]:
     """The denied and the allowed groups of the record for callers with many; of a list that has none, nothing."""
     records = [abi.GROUPS.unpack(value) for _, value in image.items[Map.GROUPS]]
     if not records:

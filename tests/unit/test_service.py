@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
 
 import pytest
 
@@ -25,9 +25,9 @@ GUARDING = [name for name in SERVICES if name != "imds-guard-watch.service"]
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="who may write where is asked as root")
 
 
-def settings(name: str) -> Dict[str, List[Tuple[str, str]]]:
+def settings(name: str) -> dict[str, list[tuple[str, str]]]:
     """Section -> (key, value) pairs, in order; a key may come twice."""
-    found: Dict[str, List[Tuple[str, str]]] = {}
+    found: dict[str, list[tuple[str, str]]] = {}
     for line in (UNITS / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             section = found.setdefault(line.strip("[]"), [])
@@ -37,12 +37,12 @@ def settings(name: str) -> Dict[str, List[Tuple[str, str]]]:
     return found
 
 
-def of(name: str, section: str, key: str) -> List[str]:
+def of(name: str, section: str, key: str) -> list[str]:
     """The words of a key, of all its lines."""
     return [word for one, value in settings(name)[section] if one == key for word in value.split()]
 
 
-def hardening(name: str) -> List[Tuple[str, str]]:
+def hardening(name: str) -> list[tuple[str, str]]:
     """Everything behind the first capability."""
     pairs = settings(name)["Service"]
     return pairs[[key for key, _ in pairs].index("CapabilityBoundingSet") :]
@@ -210,7 +210,7 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
         (service.Wishes(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
     ],
 )
-def test_the_files_are_those_that_are_wished_for(wishes: service.Wishes, files: List[str]) -> None:
+def test_the_files_are_those_that_are_wished_for(wishes: service.Wishes, files: list[str]) -> None:
     assert set(wishes.files) == set(files)
 
 

@@ -11,9 +11,10 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, List, Tuple
+from typing import Callable
 
 import pytest
 
@@ -41,7 +42,7 @@ def in_namespace(fn: Callable[[], object]) -> None:
     run_in_child(inside)
 
 
-def connected(family: socket.AddressFamily, kind: socket.SocketKind) -> Tuple[socket.socket, socket.socket]:
+def connected(family: socket.AddressFamily, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
     """A server's socket and a client's."""
     server = socket.socket(family, kind)
     server.bind((FAMILIES[family], 0))
@@ -52,7 +53,7 @@ def connected(family: socket.AddressFamily, kind: socket.SocketKind) -> Tuple[so
     return server, client
 
 
-def ends(one: Socket) -> Tuple[str, int, str, int]:
+def ends(one: Socket) -> tuple[str, int, str, int]:
     local, remote = (str(ipaddress.ip_address(packed)) for packed in (one.local, one.remote))
     return local, one.local_port, remote, one.remote_port
 
@@ -64,7 +65,7 @@ KINDS = [(socket.SOCK_STREAM, socket.IPPROTO_TCP, CONNECTED), (socket.SOCK_DGRAM
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize(("kind", "protocol", "states"), KINDS)
 def test_a_socket_is_told_as_it_is(
-    family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, states: Tuple[int, ...]
+    family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, states: tuple[int, ...]
 ) -> None:
     """Both ends, its inode, who made it, and that it is connected."""
 
@@ -100,7 +101,7 @@ def test_only_what_is_wanted_comes_back() -> None:
 
     def work() -> None:
         server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
-        seen: List[Tuple[bytes, int]] = []
+        seen: list[tuple[bytes, int]] = []
 
         def wanted(address: bytes, port: int) -> bool:
             seen.append((address, port))
@@ -238,7 +239,7 @@ def test_a_socket_is_held_by_whoever_has_a_descriptor() -> None:
     assert holders_of(frozenset([inode])).pids == {}
 
 
-def holders_of_in_child(inode: int) -> Tuple[int, ...]:
+def holders_of_in_child(inode: int) -> tuple[int, ...]:
     return run_in_child(lambda: holders_of(frozenset([inode])).pids[inode])
 
 
@@ -256,7 +257,7 @@ def _first_thread_ends() -> None:
 
 
 @contextmanager
-def _processes(*programs: Callable[[], object]) -> Iterator[List[int]]:
+def _processes(*programs: Callable[[], object]) -> Iterator[list[int]]:
     """Children that nobody waits for until the end."""
     pids = []
     for program in programs:
@@ -319,7 +320,7 @@ def test_our_own_namespace_comes_first_and_once() -> None:
 # --- which addresses ------------------------------------------------------------------------------------------------
 
 
-def addresses() -> Iterator[Tuple[str, bool]]:
+def addresses() -> Iterator[tuple[str, bool]]:
     """An address, and whether 10.1.0.0/16, 192.0.2.1 and 2001:db8::/32 cover it."""
     yield from (("10.1.2.3", True), ("10.2.0.0", False), ("192.0.2.1", True), ("192.0.2.2", False))
     yield from (("2001:db8:1::1", True), ("2001:db9::1", False), ("::ffff:10.1.2.3", True), ("::ffff:10.2.2.3", False))

@@ -18,9 +18,9 @@ import stat
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Sequence
 
 from vagrant.box import image, machines
 from vagrant.box.edit import Edit
@@ -45,7 +45,7 @@ def fetch(matrix: Matrix, row: Row) -> Path:
     files = kernel.fetch(matrix.archive, row.kernel)
     packages = tuple(sorted({*row.userland.packages, *PACKAGES}))
     root = userland.fetch(matrix.archive, replace(row.userland, packages=packages))
-    recipe: Dict[str, object] = {
+    recipe: dict[str, object] = {
         "kernel": files.initrd.parent.name,
         "userland": root.parent.name,
         "cmdline": machines.cmdline(row),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import List
 
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.process import find, run
@@ -17,9 +16,9 @@ class Edit:
         self._image = image
         self._scratch = scratch / "edit"
         self._scratch.mkdir()
-        self._commands: List[str] = []
+        self._commands: list[str] = []
 
-    def names(self, folder: str) -> List[str]:
+    def names(self, folder: str) -> list[str]:
         """What is in a folder before the changes."""
         # A line of "ls -p": /inode/mode/uid/gid/name/size/
         lines = run(["debugfs", "-R", f"ls -p {folder}", str(self._image)]).splitlines()

@@ -16,10 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Dict, List, Optional, Sequence, Tuple
 
 from vagrant.box import build, machines
 from vagrant.box import job as packed
@@ -68,7 +68,7 @@ def up(matrix: Matrix, row: Row, results: Path, deadline_s: float, driver: str) 
     return verdict.judge(row, status, results / "results", release, seconds)
 
 
-def steps(results: Path) -> List[Tuple[str, int, int]]:
+def steps(results: Path) -> list[tuple[str, int, int]]:
     """The steps that have ended: name, seconds, status."""
     path = results / "steps"
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
@@ -80,13 +80,13 @@ def _last_step(results: Path) -> str:
     return f"the step after {ended[-1]}" if ended else "the first step"
 
 
-def _argv(row: Row, scratch: Path) -> List[str]:
+def _argv(row: Row, scratch: Path) -> list[str]:
     # setpriv: should this process be killed, unshare is, and with it (--kill-child) PID 1 of the namespace.
     inside = ["sh", str(INSIDE), row.name, str(scratch), str(job.TREE)]
     return [find("setpriv"), "--pdeathsig", "KILL", "--", find("unshare"), *NAMESPACES, "--", *inside]
 
 
-def run(argv: Sequence[str], env: Dict[str, str], deadline_s: float) -> Optional[int]:
+def run(argv: Sequence[str], env: dict[str, str], deadline_s: float) -> int | None:
     """The status, or None when the deadline passed. All that was started is dead afterwards, whatever happened."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
     process = subprocess.Popen(
@@ -133,7 +133,7 @@ def _require_programs() -> None:
         )
 
 
-def _stopped(number: int, frame: Optional[FrameType]) -> None:
+def _stopped(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

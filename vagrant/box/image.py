@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Sequence
+from typing import BinaryIO
 
 from vagrant.matrix.disk import blank
 from vagrant.matrix.errors import MatrixError

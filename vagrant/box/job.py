@@ -8,8 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from vagrant.matrix import cache, job, suite, table, wheel
 from vagrant.matrix.errors import MatrixError

@@ -10,7 +10,6 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Tuple
 
 from vagrant.matrix import cache, suite, table
 from vagrant.matrix.errors import MatrixError
@@ -26,8 +25,8 @@ class Machine:
     userland: str
     series: str
     cmdline: str
-    sources: Tuple[str, ...]
-    packages: Tuple[str, ...]
+    sources: tuple[str, ...]
+    packages: tuple[str, ...]
     memory_mib: int
     cpus: int
     has_suite: bool
@@ -60,7 +59,7 @@ def link(name: str) -> Path:
     return cache.root() / "boxes" / f"{name}.box"
 
 
-def _sources(matrix: Matrix, row: Row) -> Tuple[str, ...]:
+def _sources(matrix: Matrix, row: Row) -> tuple[str, ...]:
     """sources.list lines for the suite of the row's kernel, as far as the userland's own release does not have it."""
     own, wanted = row.userland.suite, row.kernel.suite
     release = wanted.split("-", maxsplit=1)[0]

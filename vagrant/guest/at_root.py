@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Dict, Optional, Set
 
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.store import Maps
@@ -23,7 +22,7 @@ class AtRoot(enforcers.Ebpf):
 
     def __init__(self, folder: Path) -> None:
         self._backend = EbpfBackend()
-        self._before: Dict[Reason, int] = {}
+        self._before: dict[Reason, int] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> AtRoot:
@@ -36,11 +35,11 @@ class AtRoot(enforcers.Ebpf):
         """Enforcer.sandbox(): anywhere, for everything is below the root."""
         return Sandbox(ADDRESSES)
 
-    def reasons(self) -> Optional[Set[Reason]]:
+    def reasons(self) -> set[Reason] | None:
         """Enforcer.reasons(), since this was last asked."""
         before, self._before = self._before, self._counts()
         return {reason for reason, count in self._before.items() if count != before.get(reason, 0)}
 
-    def _counts(self) -> Dict[Reason, int]:
+    def _counts(self) -> dict[Reason, int]:
         """From the map alone: all of the backend's state takes an emulated processor a fifth of a second."""
         return {Reason(number): sum(pair) for number, pair in enumerate(self._maps.counters()[: len(Reason)])}

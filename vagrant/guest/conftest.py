@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Iterator, List, Tuple
 
 import pytest
 
@@ -57,12 +57,12 @@ def _somebody_elses_rule() -> Iterator[None]:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """First what needs no backend, then all that is about one, then all that is about the other."""
     items.sort(key=_place)
 
 
-def _place(item: pytest.Item) -> Tuple[int, str]:
+def _place(item: pytest.Item) -> tuple[int, str]:
     """By backend, then by the number in the file's name: pytest's own order goes by fixtures."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return (1 + world.BACKENDS.index(params["backend"]) if "backend" in params else 0, item.path.name)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from types import TracebackType
-from typing import Dict, Optional, Type
 
 from vagrant.guest.world import IPV4, IPV6, PATIENCE_S
 
@@ -40,7 +39,7 @@ class Storm:
 
     def __init__(self, uid: int) -> None:
         self._uid = uid
-        self.outcomes: Dict[str, int] = {}
+        self.outcomes: dict[str, int] = {}
 
     def __enter__(self) -> Storm:
         self._process = subprocess.Popen(
@@ -56,7 +55,7 @@ class Storm:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._process.send_signal(signal.SIGTERM)
         try:

@@ -10,9 +10,10 @@ together run them all on each backend. The cases, how they are brought about and
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable
 
 import pytest
 
@@ -28,17 +29,17 @@ from tests.conformance.perform import perform
 from tests.conformance.probes import PROBES
 from vagrant.guest.at_root import AtRoot
 
-ENFORCERS: Dict[str, Callable[[Path], Enforcer]] = {"ebpf": AtRoot, "iptables": Iptables}
+ENFORCERS: dict[str, Callable[[Path], Enforcer]] = {"ebpf": AtRoot, "iptables": Iptables}
 MANY_GROUPS = 1024
 AT_ONCE = 18
 
 
-def by_policy() -> List[List[Case]]:
+def by_policy() -> list[list[Case]]:
     """The cases, those with the same policy together, in the order in which the policies first appear.
 
     A policy that most cases are about is there several times, so that no row has all of them.
     """
-    together: Dict[Policy, List[Case]] = {}
+    together: dict[Policy, list[Case]] = {}
     for case in CASES:
         together.setdefault(case.policy, []).append(case)
     return [cases[at : at + AT_ONCE] for cases in together.values() for at in range(0, len(cases), AT_ONCE)]
@@ -50,7 +51,7 @@ def depends_on_the_kernel(case: Case) -> bool:
     return kind or bool(case.requires)
 
 
-def sample(backend: str, place: int, of: int) -> List[Case]:
+def sample(backend: str, place: int, of: int) -> list[Case]:
     """Policies ``place``, ``place + of``, ...; for eBPF also what depends on the kernel in one of six policies.
 
     Nearly every kernel has two rows or more. The fallback judges packets, whoever made them and how.
@@ -64,7 +65,7 @@ def sample(backend: str, place: int, of: int) -> List[Case]:
     return chosen
 
 
-def shares() -> List[Tuple[str, Case]]:
+def shares() -> list[tuple[str, Case]]:
     """IMDS_GUARD_SHARE is "BACKEND=PLACE/OF ..."."""
     found = []
     for word in os.environ["IMDS_GUARD_SHARE"].split():
@@ -81,7 +82,7 @@ class Bench:
         self.name = name
         self.enforcer = enforcer
         self.sandbox = sandbox
-        self._policy: Optional[Policy] = None
+        self._policy: Policy | None = None
 
     def lay_out(self, policy: Policy) -> None:
         """Puts a policy in force and reads it back, unless it was the last one."""
@@ -109,7 +110,7 @@ def bench(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
 
 
 @pytest.fixture(scope="session")
-def lacking() -> Dict[str, Optional[str]]:
+def lacking() -> dict[str, str | None]:
     """For each thing that a case may require: None, or the sentence that says why this kernel has it not."""
     with Sandbox() as fresh:
         return {name: fresh.call(probe) for name, probe in PROBES.items()}
@@ -121,7 +122,7 @@ def lacking() -> Dict[str, Optional[str]]:
     ids=lambda value: value.id if isinstance(value, Case) else value,
     indirect=["backend"],
 )
-def test_row(case: Case, bench: Bench, lacking: Dict[str, Optional[str]]) -> None:
+def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
     """The kernel judges the case as the table says, for the reason that it says."""
     for need in case.requires:
         if lacking[need] is not None:

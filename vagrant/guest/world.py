@@ -11,8 +11,8 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Dict, FrozenSet, Iterator, List, Sequence
 
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
@@ -21,7 +21,7 @@ EXPECT = frozenset(os.environ.get("IMDS_GUARD_EXPECT", "").split(","))
 PRIVATE_MOUNTS = "private-mounts" in os.environ.get("IMDS_GUARD_SETUP", "").split()
 BACKENDS = ("ebpf", "iptables")
 TAKEN = next((name for name in BACKENDS if name in EXPECT), None)
-REFUSALS: Dict[str, FrozenSet[str]] = {
+REFUSALS: dict[str, frozenset[str]] = {
     "ebpf": frozenset({"EPERM"}),
     "iptables": frozenset({"ECONNREFUSED"}),
 }
@@ -69,10 +69,10 @@ def done(*words: str) -> str:
     return result.stdout
 
 
-def reach(uid: int, *groups: int) -> List[str]:
+def reach(uid: int, *groups: int) -> list[str]:
     """How a connect to each of SERVICES ends, for a fresh process of this user in these supplementary groups."""
 
-    def inside() -> List[str]:
+    def inside() -> list[str]:
         become((uid,) * 3, (OTHERS,) * 3, groups)
         return [_outcome(address) for address in SERVICES]
 
@@ -89,12 +89,12 @@ def _outcome(address: str) -> str:
     return "connected"
 
 
-def everywhere(outcome: str) -> List[str]:
+def everywhere(outcome: str) -> list[str]:
     """That outcome at each of SERVICES."""
     return [outcome] * len(SERVICES)
 
 
-def assert_denied(backend: str, outcomes: List[str]) -> None:
+def assert_denied(backend: str, outcomes: list[str]) -> None:
     """Every one of the outcomes is a denial by this backend."""
     assert [outcome in REFUSALS[backend] for outcome in outcomes] == [True] * len(SERVICES), outcomes
 
@@ -114,7 +114,7 @@ def listeners() -> Iterator[None]:
         yield
 
 
-def left() -> List[str]:
+def left() -> list[str]:
     """Pins of ours, and chains and rules of ours, in what iptables commands are here."""
     found = [name for name in os.listdir("/sys/fs/bpf") if "imds" in name]
     for tables in ("iptables-save", "ip6tables-save"):

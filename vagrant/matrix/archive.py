@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Sequence
 
 from vagrant.matrix import cache
 from vagrant.matrix.errors import MatrixError
@@ -31,7 +31,7 @@ Acquire::Check-Valid-Until "false";
 """
 
 
-def sources(archive: Archive, suite: str) -> List[str]:
+def sources(archive: Archive, suite: str) -> list[str]:
     """The sources.list lines for a suite: its release, that release's security updates, and backports if asked for."""
     release = suite.split("-", maxsplit=1)[0]
     signed = f"deb [arch=amd64 signed-by={archive.keyring}]"
@@ -50,7 +50,7 @@ class Suite:
         with cache.locked(f"apt-{self._state.name}"):
             self._prepare(sources(archive, name))
 
-    def _prepare(self, lines: List[str]) -> None:
+    def _prepare(self, lines: list[str]) -> None:
         stamp = self._state / "updated"
         if stamp.exists() and time.time() - stamp.stat().st_mtime < LISTS_LAST_S:
             return
@@ -62,7 +62,7 @@ class Suite:
         run(["apt-get", "update", "--error-on=any"], env=self._env)
         stamp.touch()
 
-    def names(self, prefix: str) -> List[str]:
+    def names(self, prefix: str) -> list[str]:
         """The packages whose names begin so."""
         return run(["apt-cache", "pkgnames", prefix], env=self._env).split()
 

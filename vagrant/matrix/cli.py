@@ -8,11 +8,11 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
-from typing import List, Optional, Sequence
 
 from vagrant.matrix import (
     accel,
@@ -32,7 +32,7 @@ from vagrant.matrix.table import Matrix, Row
 COMMANDS = ("run", "exec", "table")
 
 
-def main(argv: List[str]) -> int:
+def main(argv: list[str]) -> int:
     """Exit status: 0 all as expected, 1 a row failed, 2 usage, 3 a guest was lost or could not be prepared."""
     if argv[:1] not in ([word] for word in (*COMMANDS, "-h", "--help")):
         argv = ["run", *argv]
@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
     return _conclude(found, results, whole=whole)
 
 
-def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int, record: Optional[Matrix]) -> List[verdict.Verdict]:
+def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int, record: Matrix | None) -> list[verdict.Verdict]:
     progress, writing = report.Progress(), Lock()
 
     def one(row: Row) -> verdict.Verdict:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Tuple
 
 HOOKS = "bpf/imds_guard.bpf.c"
 _INSTALLED = "vagrant/guest/test_1_installed.py"
@@ -27,7 +26,7 @@ class Fault:
     old: str
     new: str
     row: str
-    tests: Tuple[str, ...]
+    tests: tuple[str, ...]
     says: str
 
 

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, List, Optional
+from typing import Callable
 
 from vagrant.matrix.disk import blank, format_blank
 from vagrant.matrix.errors import MatrixError
@@ -62,7 +62,7 @@ class Outcome:
     """How a boot ended: ``lost`` says why nothing came back, else ``status`` is the job's exit status."""
 
     seconds: float
-    status: Optional[int] = None
+    status: int | None = None
     lost: str = ""
 
 
@@ -101,7 +101,7 @@ def console_tail(folder: Path, lines: int = 25) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> List[str]:
+def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> list[str]:
     accel = ["kvm", "-cpu", "host"] if guest.accel == "kvm" else ["tcg,thread=multi", "-cpu", _EMULATED]
     state = ["-drive", f"file={folder / 'state.img'},if=virtio,format=raw,cache=unsafe"] if guest.systemd else []
     return [
@@ -118,7 +118,7 @@ def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> List[str]:
     ]  # fmt: skip
 
 
-def _run(argv: List[str], folder: Path, deadline: float, progress: Callable[[bytes], None]) -> str:
+def _run(argv: list[str], folder: Path, deadline: float, progress: Callable[[bytes], None]) -> str:
     """Waits for QEMU to end; returns why it had to be ended, or nothing."""
     with open(folder / "qemu.log", "wb") as said, open(folder / "output.log", "rb") as output:
         output.seek(0, os.SEEK_END)
@@ -151,7 +151,7 @@ def _last_words(console: Path) -> str:
     return "it ended before it handed out results" if text else "it never wrote to its console"
 
 
-def _collect(results: Path, folder: Path) -> Optional[int]:
+def _collect(results: Path, folder: Path) -> int | None:
     """Unpacks what the guest wrote; its job's exit status, or None when it wrote nothing whole."""
     folder.mkdir(exist_ok=True)
     try:

@@ -7,7 +7,6 @@ import gzip
 import lzma
 import stat
 from pathlib import Path
-from typing import Dict, List
 
 from vagrant.matrix.errors import MatrixError
 
@@ -24,9 +23,9 @@ def expand_modules(folder: Path) -> None:
         packed.unlink()
 
 
-def load_order(folder: Path) -> List[Path]:
+def load_order(folder: Path) -> list[Path]:
     """The files of NEEDED and of what they need, in the order in which insmod takes them."""
-    dependencies: Dict[str, List[str]] = {}
+    dependencies: dict[str, list[str]] = {}
     for line in (folder / "modules.dep").read_text(encoding="ascii").splitlines():
         path, _, needs = line.partition(":")
         dependencies[path] = needs.split()
@@ -34,7 +33,7 @@ def load_order(folder: Path) -> List[Path]:
     builtin = {
         Path(line).stem.replace("-", "_") for line in (folder / "modules.builtin").read_text(encoding="ascii").split()
     }
-    ordered: List[str] = []
+    ordered: list[str] = []
     for name in NEEDED:
         if name in by_name:
             # modules.dep lists what a module needs with the deepest last (depmod(8), modules.dep(5)).
@@ -44,7 +43,7 @@ def load_order(folder: Path) -> List[Path]:
     return [folder / path for path in dict.fromkeys(ordered)]
 
 
-def write(target: Path, busybox: Path, modules: List[Path]) -> None:
+def write(target: Path, busybox: Path, modules: list[Path]) -> None:
     """Writes the gzipped cpio archive that QEMU hands to the kernel."""
     archive = _Cpio()
     for folder in ("bin", "dev", "modules"):

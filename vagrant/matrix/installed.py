@@ -7,7 +7,6 @@ An emulated processor takes twenty seconds to install a wheel and to compile pyt
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict
 
 from vagrant.matrix import cache
 from vagrant.matrix.process import find, run
@@ -17,13 +16,13 @@ RECIPE_VERSION = 3
 """One more whenever what _build() makes changes: the cache goes by it."""
 
 
-def fetch(image: Path, wheel: Path, tools: Path) -> Dict[str, Path]:
+def fetch(image: Path, wheel: Path, tools: Path) -> dict[str, Path]:
     """Folders for a job: ``local``, to be laid over the guest's /usr/local, and ``tools``, for PYTHONPATH.
 
     All three come from the cache, so that their folders' names stand for what is in them.
     """
     sources = {"image": image.parent.name, "wheel": wheel.parent.name, "tools": tools.name}
-    recipe: Dict[str, object] = {"version": RECIPE_VERSION, **sources}
+    recipe: dict[str, object] = {"version": RECIPE_VERSION, **sources}
     folder = cache.entry("installed", image.parent.name, recipe, lambda draft: _build(draft, image, wheel, tools))
     return {"local": folder / "local", "tools": folder / "tools"}
 

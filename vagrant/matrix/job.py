@@ -7,8 +7,8 @@ import io
 import os
 import shlex
 import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Dict, Iterable, Mapping, Optional, Sequence
 
 GUEST = Path(__file__).resolve().parent.parent / "guest"
 MACHINERY = ("pid1", "pid1-systemd", "run-job", "reboot")
@@ -22,8 +22,8 @@ def write(
     target: Path,
     script: str,
     files: Mapping[str, Path],
-    env: Optional[Dict[str, str]] = None,
-    compiled: Optional[Mapping[str, Path]] = None,
+    env: dict[str, str] | None = None,
+    compiled: Mapping[str, Path] | None = None,
 ) -> None:
     """A tar with job.sh and files or folders under the given names. ``env`` is exported before the script.
 
@@ -45,7 +45,7 @@ def command(argv: Sequence[str], folder: str) -> str:
     return f"cd {shlex.quote(folder)}\n{' '.join(shlex.quote(word) for word in argv)}\n"
 
 
-def tree(leave_out: Iterable[str] = ()) -> Dict[str, Path]:
+def tree(leave_out: Iterable[str] = ()) -> dict[str, Path]:
     """The working tree for write(), without what a build or a tool has left in it."""
     skipped = _LEFT_OUT | set(leave_out)
     return {f"tree/{name}": TREE / name for name in sorted(os.listdir(TREE)) if name not in skipped}
@@ -58,7 +58,7 @@ def _add_text(archive: tarfile.TarFile, name: str, text: str) -> None:
     archive.addfile(member, io.BytesIO(text.encode()))
 
 
-def _sources_only(member: tarfile.TarInfo) -> Optional[tarfile.TarInfo]:
+def _sources_only(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return None if _LEFT_OUT & set(Path(member.name).parts) else _as_root(member)
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Tuple
 
 from vagrant.matrix import cache, initramfs
 from vagrant.matrix.archive import Suite
@@ -32,7 +32,7 @@ class KernelFiles:
     modules: Path
 
 
-def choose(names: Iterable[str], series: str, flavour: str) -> Tuple[str, List[str]]:
+def choose(names: Iterable[str], series: str, flavour: str) -> tuple[str, list[str]]:
     """The newest ABI of a series among package names, and the packages that hold its image and its modules.
 
     From 6.19 on linux-image-* is empty: the image is in linux-binary-*, the modules in linux-modules-*, the list of
@@ -42,7 +42,7 @@ def choose(names: Iterable[str], series: str, flavour: str) -> Tuple[str, List[s
     pattern = re.compile(
         rf"linux-(image|binary|binary-unsigned|modules|base)-({re.escape(series)}\.[^-+]*[-+].*)-{re.escape(flavour)}"
     )
-    found: Dict[str, Dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for name in names:
         match = pattern.fullmatch(name)
         if match:
@@ -60,7 +60,7 @@ def fetch(archive: Archive, kernel: Kernel) -> KernelFiles:
     """Downloads and prepares the newest kernel of a series, or finds it in the cache."""
     suite = Suite(archive, kernel.suite)
     release, packages = choose(suite.names("linux-"), kernel.series, kernel.flavour)
-    recipe: Dict[str, object] = {
+    recipe: dict[str, object] = {
         "packages": {name: suite.version(name) for name in packages},
         "version": RECIPE_VERSION,
         "init": hashlib.sha256(initramfs.INIT.read_bytes()).hexdigest(),
@@ -69,7 +69,7 @@ def fetch(archive: Archive, kernel: Kernel) -> KernelFiles:
     return KernelFiles(release, folder / "vmlinuz", folder / "initrd", folder / "modules.img")
 
 
-def _build(draft: Path, archive: Archive, suite: Suite, release: str, packages: List[str]) -> None:
+def _build(draft: Path, archive: Archive, suite: Suite, release: str, packages: list[str]) -> None:
     unpacked = draft / "unpacked"
     suite.unpack(packages, unpacked)
     modules = unpacked / "lib" / "modules" / release

@@ -8,9 +8,9 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List, Sequence, Tuple
 
 from vagrant.matrix import accel, cache, job, report, suite, table, wheel
 from vagrant.matrix.errors import MatrixError
@@ -21,7 +21,7 @@ from vagrant.matrix.verdict import FAILED, LOST, Verdict
 CAUGHT, SLIPPED_THROUGH = "caught", "SLIPPED THROUGH"
 
 
-def main(argv: List[str]) -> int:
+def main(argv: list[str]) -> int:
     """Exit status: 0 every fault was caught, 1 one slipped through, 2 usage, 3 a guest was lost."""
     options = _parser().parse_args(argv)
     try:
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen(words: Sequence[str]) -> List[Fault]:
+def _chosen(words: Sequence[str]) -> list[Fault]:
     found = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
     if not found:
         raise MatrixError(
@@ -64,11 +64,11 @@ def plant(fault: Fault, tree: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
-def _run_all(matrix: Matrix, faults: Sequence[Fault], options: argparse.Namespace) -> List[Tuple[Fault, Verdict]]:
+def _run_all(matrix: Matrix, faults: Sequence[Fault], options: argparse.Namespace) -> list[tuple[Fault, Verdict]]:
     results = (options.results or cache.root() / "faults").absolute()
     progress, way = report.Progress(), accel.choose(matrix, "auto")
 
-    def one(fault: Fault) -> Tuple[Fault, Verdict]:
+    def one(fault: Fault) -> tuple[Fault, Verdict]:
         with tempfile.TemporaryDirectory(prefix="imds-guard-fault-") as scratch:
             tree = Path(scratch, "tree")
             _copy(options.tree, tree)
@@ -92,7 +92,7 @@ def outcome(fault: Fault, found: Verdict) -> str:
     return CAUGHT if found.state == FAILED and right else SLIPPED_THROUGH
 
 
-def _tell(found: Sequence[Tuple[Fault, Verdict]]) -> int:
+def _tell(found: Sequence[tuple[Fault, Verdict]]) -> int:
     outcomes = [outcome(fault, one) for fault, one in found]
     for (fault, one), word in zip(found, outcomes):
         said = next((text for text in one.complaints if re.search(fault.says, text)), "; ".join(one.complaints))

@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
 
 from vagrant.matrix.errors import MatrixError
 
-PACKAGES: Dict[str, str] = {
+PACKAGES: dict[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
@@ -35,7 +35,7 @@ def find(name: str) -> str:
     return path
 
 
-def dies_with_us(argv: Sequence[str]) -> List[str]:
+def dies_with_us(argv: Sequence[str]) -> list[str]:
     """Argv so that the program is killed when this process ends, whatever ended it (PR_SET_PDEATHSIG, prctl(2))."""
     return [find("setpriv"), "--pdeathsig", "KILL", *argv]
 
@@ -45,7 +45,7 @@ def _search_path() -> str:
 
 
 def run(
-    argv: Sequence[str], env: Optional[Dict[str, str]] = None, cwd: Optional[Path] = None, deadline_s: float = 900
+    argv: Sequence[str], env: dict[str, str] | None = None, cwd: Path | None = None, deadline_s: float = 900
 ) -> str:
     """Runs a program to its end and returns its standard output. Raises MatrixError with its stderr when it fails."""
     merged = {**os.environ, "PATH": _search_path(), "LC_ALL": "C", **(env or {})}

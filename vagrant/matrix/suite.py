@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Callable
 
 from vagrant.matrix import guest, installed, job, kernel, userland, verdict, wheel
 from vagrant.matrix.table import BACKENDS, USUAL, Archive, Row
@@ -38,12 +39,12 @@ class Plan:
 _ALL = " ".join(f"{backend}=0/1" for backend in sorted(BACKENDS))
 
 
-def shares(rows: Sequence[Row], every: Optional[int] = None) -> Dict[str, str]:
+def shares(rows: Sequence[Row], every: int | None = None) -> dict[str, str]:
     """Every row one of ``every`` policies of the table; by default as many as there are rows with that backend.
 
     So all rows together run all of it on each backend, and a row alone runs the same as among the others.
     """
-    words: Dict[str, List[str]] = {row.name: [] for row in rows}
+    words: dict[str, list[str]] = {row.name: [] for row in rows}
     for backend in sorted(BACKENDS):
         having = [row for row in rows if backend in row.expect and USUAL in row.tests]
         of = every or len(having)
@@ -86,7 +87,7 @@ def _verdict(row: Row, release: str, outcome: guest.Outcome, folder: Path) -> Ve
     return verdict.judge(row, outcome.status, folder / "results", release, outcome.seconds)
 
 
-def pack(plan: Plan, row: Row, tarball: Path, prepared: Optional[Mapping[str, Path]] = None) -> None:
+def pack(plan: Plan, row: Row, tarball: Path, prepared: Mapping[str, Path] | None = None) -> None:
     """Writes the job of a row: the wheel, the tests, and the tools that they need.
 
     ``prepared`` is what installed.fetch() gives, for guests whose userland is at hand; others install the wheel.
@@ -106,13 +107,13 @@ def pack(plan: Plan, row: Row, tarball: Path, prepared: Optional[Mapping[str, Pa
     )
 
 
-def _tests(row: Row) -> List[str]:
+def _tests(row: Row) -> list[str]:
     # Where no backend works there is nothing that could be tried on one.
     usual = USUAL_TESTS if row.expect & BACKENDS else USUAL_TESTS[:1]
     return [path for word in row.tests for path in (usual if word == USUAL else (word,))]
 
 
-def _environment(row: Row) -> Dict[str, str]:
+def _environment(row: Row) -> dict[str, str]:
     return {
         "IMDS_GUARD_ROW": row.name,
         "IMDS_GUARD_EXPECT": row.expectation_words,
@@ -130,9 +131,9 @@ class _Counter:
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
         self._rest = b""
-        self._counts: Dict[bytes, int] = {b"PASSED": 0, b"FAILED": 0, b"ERROR": 0, b"SKIPPED": 0}
+        self._counts: dict[bytes, int] = {b"PASSED": 0, b"FAILED": 0, b"ERROR": 0, b"SKIPPED": 0}
         self._percent = ""
-        self._told: Optional[float] = None
+        self._told: float | None = None
 
     def take(self, output: bytes) -> None:
         """The next piece of output."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping
+from typing import Any
 
 from vagrant.matrix import cache
 from vagrant.matrix.errors import MatrixError
@@ -54,21 +55,21 @@ def write_table(matrix: Matrix, readme: Path) -> None:
         readme.write_text(wanted, encoding="utf-8")
 
 
-def read_record(path: Path = RECORD) -> Dict[str, Dict[str, Any]]:
+def read_record(path: Path = RECORD) -> dict[str, dict[str, Any]]:
     """Row name -> what was recorded; empty when nothing was."""
     if not path.exists():
         return {}
-    known: Dict[str, Dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return known
 
 
-def longest_first(rows: Iterable[Row], path: Path = RECORD) -> List[Row]:
+def longest_first(rows: Iterable[Row], path: Path = RECORD) -> list[Row]:
     """Rows by how long they took last; one that never ran is the first: what is long and comes last runs alone."""
     known = read_record(path)
     return sorted(rows, key=lambda row: -known.get(row.name, {}).get("seconds", math.inf))
 
 
-def stale(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> List[str]:
+def stale(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The rows without a result, or with one of a row that meant something else."""
     return [row.name for row in matrix.rows if known.get(row.name, {}).get("meaning") != meaning(row)]
 
@@ -89,7 +90,7 @@ def put_into(text: str, rendered: str) -> str:
     return f"{before}{BEGIN}\n{rendered}{END}{after}"
 
 
-def _cells(row: Row, known: Mapping[str, Any]) -> List[str]:
+def _cells(row: Row, known: Mapping[str, Any]) -> list[str]:
     named = sorted(row.setup) if USUAL in row.tests else [row.name]
     special = ", ".join([*named, *([f"`{row.cmdline}`"] if row.cmdline else [])])
     return [

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Iterable, Mapping, Tuple, Type, TypeVar
+from typing import Any, TypeVar
 
 from vagrant.matrix.errors import MatrixError
 
@@ -55,8 +56,8 @@ class Userland:
     suite: str
     python: str
     bcc: str
-    packages: Tuple[str, ...]
-    tools: Tuple[str, ...]
+    packages: tuple[str, ...]
+    tools: tuple[str, ...]
     stands_for: str = ""
 
 
@@ -65,7 +66,7 @@ class Skip:
     """A reason (regular expression) with which tests may be skipped on these kernels, and why that is right."""
 
     reason: str
-    kernels: FrozenSet[str]
+    kernels: frozenset[str]
     why: str
 
 
@@ -76,14 +77,14 @@ class Row:
     name: str
     kernel: Kernel
     userland: Userland
-    expect: FrozenSet[str]
+    expect: frozenset[str]
     why: str
     cmdline: str = ""
-    setup: FrozenSet[str] = frozenset()
+    setup: frozenset[str] = frozenset()
     memory_mib: int = 1024
     deadline_s: int = 3600
-    skips: Tuple[Skip, ...] = ()
-    tests: Tuple[str, ...] = (USUAL,)
+    skips: tuple[Skip, ...] = ()
+    tests: tuple[str, ...] = (USUAL,)
     cpus: int = 1
 
     @property
@@ -104,7 +105,7 @@ class Matrix:
     archive: Archive
     kernels: Mapping[str, Kernel]
     userlands: Mapping[str, Userland]
-    rows: Tuple[Row, ...]
+    rows: tuple[Row, ...]
 
     def row(self, name: str) -> Row:
         """The row of that name, or KERNEL+USERLAND as a row of its own that expects nothing. Raises MatrixError."""
@@ -160,7 +161,7 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
     for key, known in (("kernel", kernels), ("userland", userlands)):
         if body.get(key) not in known:
             raise MatrixError(f"{what}: {key} = {body.get(key)!r} is not described in the file")
-    merged: Dict[str, Any] = dict(body)
+    merged: dict[str, Any] = dict(body)
     merged["kernel"] = kernels[body["kernel"]]
     merged["userland"] = userlands[body["userland"]]
     merged["expect"] = _words(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
@@ -169,7 +170,7 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
     return _make(Row, merged, what)
 
 
-def _words(given: Iterable[str], known: FrozenSet[str], what: str) -> FrozenSet[str]:
+def _words(given: Iterable[str], known: frozenset[str], what: str) -> frozenset[str]:
     given = list(given)
     unknown = set(given) - known
     if unknown:
@@ -180,7 +181,7 @@ def _words(given: Iterable[str], known: FrozenSet[str], what: str) -> FrozenSet[
 _T = TypeVar("_T")
 
 
-def _make(kind: Type[_T], body: Mapping[str, Any], what: str) -> _T:
+def _make(kind: type[_T], body: Mapping[str, Any], what: str) -> _T:
     _only(body, {field.name for field in fields(kind)}, what)  # type: ignore[arg-type]
     try:
         return kind(**body)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence
 
 from vagrant.matrix import archive as debian
 from vagrant.matrix import cache
@@ -23,7 +23,7 @@ SPARE_MIB = 64
 
 def fetch(archive: Archive, userland: Userland) -> Path:
     """The userland's image, built unless it is in the cache."""
-    recipe: Dict[str, object] = {
+    recipe: dict[str, object] = {
         "version": RECIPE_VERSION,
         "sources": debian.sources(archive, userland.suite),
         "packages": userland.packages,
@@ -51,7 +51,7 @@ mke2fs -q -t ext2 -b 4096 -m 0 -d root "$image" $((size * 5 / 4 + spare))M
 """
 
 
-def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> List[str]:
+def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> list[str]:
     argv = [
         "mmdebstrap", "--quiet", "--variant=minbase", "--architectures=amd64",
         f"--include={','.join(userland.packages)}",
@@ -63,7 +63,7 @@ def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> List[str]
     return ["unshare", "--mount", *argv] if os.geteuid() == 0 else [*argv, "--mode=unshare"]
 
 
-def as_owner(argv: Sequence[str]) -> List[str]:
+def as_owner(argv: Sequence[str]) -> list[str]:
     """Argv so that files' owners are what they are in the image: as root, or in a user namespace whose root is us.
 
     Root of mmdebstrap's own namespaces (--unshare-helper) is a sub-ID: a home of mode 700 shuts it out.

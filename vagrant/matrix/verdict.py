@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
 from xml.etree import ElementTree
 
 from vagrant.matrix.table import BACKENDS, Row, Skip
@@ -39,8 +39,8 @@ class Verdict:
     passed: int = 0
     failed: int = 0
     skips: Mapping[str, int] = field(default_factory=dict)
-    complaints: Tuple[str, ...] = ()
-    works: Tuple[str, ...] = ()
+    complaints: tuple[str, ...] = ()
+    works: tuple[str, ...] = ()
 
     @property
     def line(self) -> str:
@@ -71,7 +71,7 @@ def judge(row: Row, status: int, results: Path, release: str, seconds: float) ->
     )  # fmt: skip
 
 
-def works(tests: Iterable[Test]) -> Tuple[str, ...]:
+def works(tests: Iterable[Test]) -> tuple[str, ...]:
     """The backends that passed at least one test and failed none."""
     tests = list(tests)
     found = []
@@ -82,13 +82,13 @@ def works(tests: Iterable[Test]) -> Tuple[str, ...]:
     return tuple(found)
 
 
-def never_run(folders: Iterable[Path]) -> List[str]:
+def never_run(folders: Iterable[Path]) -> list[str]:
     """The tests that every row skipped, by the rows' results: nothing shows that they can pass at all."""
     tests = [test for folder in folders for report in folder.glob("junit*.xml") for test in read_junit(report)]
     return sorted({test.name for test in tests} - {test.name for test in tests if test.outcome != "skipped"})
 
 
-def read_junit(path: Path) -> List[Test]:
+def read_junit(path: Path) -> list[Test]:
     """The tests of one JUnit report as pytest writes it; an error in a fixture counts as a failure."""
     return [_test(case) for case in ElementTree.parse(path).getroot().iter("testcase")]  # noqa: S314  (our own guest wrote it)
 
@@ -102,13 +102,13 @@ def _test(case: ElementTree.Element) -> Test:
     return Test(name, "passed")
 
 
-def _failures(tests: Iterable[Test]) -> List[str]:
+def _failures(tests: Iterable[Test]) -> list[str]:
     return [f"{test.name}: {_first_line(test.words)}" for test in tests if test.outcome == "failed"]
 
 
-def _unjustified(row: Row, tests: Iterable[Test]) -> List[str]:
+def _unjustified(row: Row, tests: Iterable[Test]) -> list[str]:
     """Skips that neither the row's expectations nor kernels.toml's list of reasons account for."""
-    complaints: Dict[str, int] = Counter()
+    complaints: dict[str, int] = Counter()
     for test in tests:
         if test.outcome != "skipped" or any(test.about(backend) for backend in BACKENDS - row.expect):
             continue
@@ -121,7 +121,7 @@ def _covers(skip: Skip, row: Row, test: Test) -> bool:
     return row.kernel.series in skip.kernels and re.search(skip.reason, test.words) is not None
 
 
-def _unexpected(row: Row, tests: Sequence[Test]) -> List[str]:
+def _unexpected(row: Row, tests: Sequence[Test]) -> list[str]:
     return [
         f"{backend} works here though {row.name} does not expect it: correct kernels.toml, or find out what enforced"
         for backend in works(tests)
@@ -129,7 +129,7 @@ def _unexpected(row: Row, tests: Sequence[Test]) -> List[str]:
     ]
 
 
-def _reasons(tests: Iterable[Test]) -> Dict[str, int]:
+def _reasons(tests: Iterable[Test]) -> dict[str, int]:
     return dict(Counter(_first_line(test.words) for test in tests if test.outcome == "skipped"))
 
 

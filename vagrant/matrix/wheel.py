@@ -7,8 +7,8 @@ import hashlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 from vagrant.matrix import cache
 from vagrant.matrix.process import run

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from imds_guard.backends import Backend
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, UsageError
@@ -18,10 +19,10 @@ class Verdict(NamedTuple):
     """Whether a backend can hold a policy here: ``refusal`` is None when it can."""
 
     backend: Backend
-    refusal: Optional[GuardError]
+    refusal: GuardError | None
 
 
-def make(name: str, cgroup: Optional[str] = None, resolve_groups: bool = False) -> Backend:
+def make(name: str, cgroup: str | None = None, resolve_groups: bool = False) -> Backend:
     """The backend of that name. Imported here: a command needs one of them, seldom both."""
     if name == "ebpf":
         from imds_guard.backends.ebpf import EbpfBackend  # noqa: PLC0415
@@ -34,14 +35,14 @@ def make(name: str, cgroup: Optional[str] = None, resolve_groups: bool = False) 
     return IptablesBackend(resolve_groups=resolve_groups)
 
 
-def candidates(wanted: str, cgroup: Optional[str]) -> Sequence[str]:
+def candidates(wanted: str, cgroup: str | None) -> Sequence[str]:
     """The backends that may serve: the one named, or all that fit."""
     if wanted != AUTO:
         return (wanted,)
     return ("ebpf",) if cgroup is not None else NAMES
 
 
-def examine(policy: Optional[Policy], names: Sequence[str], cgroup: Optional[str], resolve: bool) -> List[Verdict]:
+def examine(policy: Policy | None, names: Sequence[str], cgroup: str | None, resolve: bool) -> list[Verdict]:
     """Asks each backend whether it can hold the policy."""
     verdicts = []
     for name in names:
@@ -62,9 +63,9 @@ def refused(verdicts: Sequence[Verdict]) -> GuardError:
     return Unsupported(f"no backend can hold the policy here, nothing was changed ({reasons})")
 
 
-def running(cgroup: Optional[str]) -> Dict[str, Backend]:
+def running(cgroup: str | None) -> dict[str, Backend]:
     """The backends that enforce something now, by name; one that can't be asked here holds nothing."""
-    found: Dict[str, Backend] = {}
+    found: dict[str, Backend] = {}
     for name in candidates(AUTO, cgroup):
         backend = make(name, cgroup)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-from typing import Dict, List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 from imds_guard.backends.iptables.parse import parse_chains
 from imds_guard.backends.iptables.record import STATE_FOLDER, Record
@@ -58,7 +58,7 @@ def forwarding_is_on() -> bool:
     return False
 
 
-def choose(policy: Policy, word: Optional[str], forwarding: bool) -> Tuple[bool, List[str]]:
+def choose(policy: Policy, word: str | None, forwarding: bool) -> tuple[bool, list[str]]:
     """Whether forwarded packets are to be dropped, and what to tell. ``word`` is what was asked for, None if nothing.
 
     Raises UsageError where dropping would undo what the policy lets containers do.
@@ -90,7 +90,7 @@ def render(policy: Policy, version: int) -> Chains:
     return {HEAD: rules, DENY: denial(policy.mode, version)} if rules else {}
 
 
-def _ranges(ports: Sequence[Range]) -> Sequence[Optional[Range]]:
+def _ranges(ports: Sequence[Range]) -> Sequence[Range | None]:
     return [None] if tuple(ports) == ALL_PORTS else list(ports)
 
 
@@ -99,22 +99,22 @@ class Forwarded:
 
     def __init__(
         self,
-        commands: Tuple[str, str] = ("iptables", "ip6tables"),
+        commands: tuple[str, str] = ("iptables", "ip6tables"),
         *,
         state_folder: str = STATE_FOLDER,
         lock_wait_s: int = LOCK_WAIT_S,
     ) -> None:
-        self.commands: Dict[int, str] = {4: commands[0], 6: commands[1]}
+        self.commands: dict[int, str] = {4: commands[0], 6: commands[1]}
         self.lock_wait_s = lock_wait_s
         self.record = Record(state_folder, "forwarded")
 
-    def check(self, policy: Policy, word: Optional[str]) -> None:
+    def check(self, policy: Policy, word: str | None) -> None:
         """Raises UsageError or Unsupported when ``word`` was asked for and can't be had. Changes nothing."""
         if choose(policy, word, forwarding_is_on())[0] and word is not None:
             for version in _versions(policy):
                 read_table(default_program(version, self.commands[version]))
 
-    def settle(self, policy: Policy, word: Optional[str]) -> List[str]:
+    def settle(self, policy: Policy, word: str | None) -> list[str]:
         """Does what ``word`` asks, or what is right without one. Returns lines that tell what was done.
 
         Where nothing was asked for and iptables can't be had, a line warns, and faults() says so from then on.
@@ -132,15 +132,15 @@ class Forwarded:
                 raise
             return [*lines, f"warning: packets that this machine forwards still reach the locked endpoints: {error}"]
 
-    def follow(self, policy: Policy) -> List[str]:
+    def follow(self, policy: Policy) -> list[str]:
         """The same for a policy that was changed: what was asked for at the start still holds."""
         return self.settle(policy, self.asked())
 
-    def asked(self) -> Optional[str]:
+    def asked(self) -> str | None:
         """What was asked for when the policy was put in force, as settle() takes it."""
         return LEAVE if self.record.read() == LEAVE else None
 
-    def apply(self, policy: Policy) -> List[str]:
+    def apply(self, policy: Policy) -> list[str]:
         """Puts rules for the policy's endpoints at the head of FORWARD, in place of those that were there."""
         with self.record.locked():
             programs = [default_program(version, self.commands[version]) for version in (4, 6)]
@@ -158,14 +158,14 @@ class Forwarded:
         titles = " and ".join(program.title for program in programs)
         return [f"forwarded packets to locked endpoints are rejected, by rules in FORWARD written with {titles}"]
 
-    def remove(self) -> List[str]:
+    def remove(self) -> list[str]:
         """Takes our rules out of FORWARD; harmless when there are none."""
         with self.record.locked():
             lines = self._clear(every_program(self.commands, needed=self.record.read() == DROP))
             self.record.remove()
         return lines
 
-    def _clear(self, programs: Sequence[Program]) -> List[str]:
+    def _clear(self, programs: Sequence[Program]) -> list[str]:
         cleared = clear(programs, ANCHOR, self.lock_wait_s)
         return [f"rules for forwarded packets were removed with {program.title}" for program in cleared]
 
@@ -173,7 +173,7 @@ class Forwarded:
         """True when FORWARD leads to rules of ours, IPv4 or IPv6."""
         return any(_is_reached(program) for program in every_program(self.commands, needed=self.record.read() == DROP))
 
-    def faults(self, policy: Optional[Policy]) -> List[str]:
+    def faults(self, policy: Policy | None) -> list[str]:
         """What is wrong in FORWARD for the policy that is in force, a sentence each."""
         if policy is None:
             left = self.in_force()
@@ -194,16 +194,16 @@ def _is_reached(program: Program) -> bool:
     return False
 
 
-def _versions(policy: Policy) -> List[int]:
+def _versions(policy: Policy) -> list[int]:
     return sorted({endpoint.network.version for lock in policy.locks for endpoint in lock.endpoints})
 
 
-def _faults(program: Program, policy: Policy) -> List[str]:
+def _faults(program: Program, policy: Policy) -> list[str]:
     table = read_table(program)
     title = program.title
     if not is_reached(table, ANCHOR):
         return [f"{title}: packets that this machine forwards reach the locked endpoints; start again to reject them"]
-    lines: List[str] = []
+    lines: list[str] = []
     if not is_first(table, ANCHOR):
         lines.append(f"{title}: other people's rules in FORWARD stand before ours; start again to put ours first")
     chains, foreign = parse_chains(owned(table, ANCHOR))

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NoReturn, Optional, Sequence
+from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
@@ -26,7 +27,7 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
     raise _Terminated
 
 
-def _run(command: click.Command, arguments: Optional[Sequence[str]], name: str) -> NoReturn:
+def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> NoReturn:
     """Every way a command can end, as an exit status."""
     os.umask(0o022)  # whatever the caller's was: what we make has the mode that we say, and root can use it
     signal.signal(signal.SIGTERM, _on_sigterm)
@@ -66,12 +67,12 @@ def _please() -> str:
     return "please report it with what IMDS_GUARD_TRACEBACK=1 prints"
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> NoReturn:
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``imds-guard`` command."""
     _run(cli, arguments, "imds-guard")
 
 
-def ip_lockdown(arguments: Optional[Sequence[str]] = None) -> NoReturn:
+def ip_lockdown(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``ip-lockdown`` command, in place of the script of that name."""
     from imds_guard.cli.lockdown import lock_down  # noqa: PLC0415 -- start-up time: the other command has no use for it
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Optional
 
 import click
 
@@ -25,7 +24,7 @@ STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 @cli.command()
 @cgroup_option
 @json_option
-def status(cgroup: Optional[str], as_json: bool) -> None:
+def status(cgroup: str | None, as_json: bool) -> None:
     """Show what the kernel enforces.
 
     Exit status: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
@@ -54,7 +53,7 @@ def status_exit(found: Status) -> int:
 @click.argument("endpoint")
 @cgroup_option
 @json_option
-def explain(pid: Optional[int], user: Optional[str], endpoint: str, cgroup: Optional[str], as_json: bool) -> None:
+def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None, as_json: bool) -> None:
     """Say whether a connect to ENDPOINT (ADDRESS[:PORT]) would be allowed, and by which rule."""
     actions.require_root("explain")
     if (pid is None) == (user is None):

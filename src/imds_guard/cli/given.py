@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, List, Optional, Tuple
+from typing import Any
 
 from imds_guard import CONFIG_PATH
 from imds_guard.commands.boot import place_of
@@ -19,17 +19,17 @@ class Words:
     """The policy options of one call, as they were given."""
 
     def __init__(self, given: Any) -> None:
-        self.groups: Tuple[str, ...] = given.pop("groups")
-        self.users: Tuple[str, ...] = given.pop("users")
-        self.deny_groups: Tuple[str, ...] = given.pop("deny_groups")
-        self.deny_users: Tuple[str, ...] = given.pop("deny_users")
+        self.groups: tuple[str, ...] = given.pop("groups")
+        self.users: tuple[str, ...] = given.pop("users")
+        self.deny_groups: tuple[str, ...] = given.pop("deny_groups")
+        self.deny_users: tuple[str, ...] = given.pop("deny_users")
         self.nobody: bool = given.pop("nobody")
-        self.ips: Tuple[str, ...] = given.pop("ips")
-        self.presets: Tuple[str, ...] = given.pop("presets")
-        self.mode: Optional[str] = given.pop("mode")
-        self.containers: Optional[str] = given.pop("containers")
+        self.ips: tuple[str, ...] = given.pop("ips")
+        self.presets: tuple[str, ...] = given.pop("presets")
+        self.mode: str | None = given.pop("mode")
+        self.containers: str | None = given.pop("containers")
         self.strict: bool = given.pop("strict")
-        self.config: Optional[str] = given.pop("config")
+        self.config: str | None = given.pop("config")
 
     @property
     def describe_policy(self) -> bool:
@@ -37,7 +37,7 @@ class Words:
         who = self.groups or self.users or self.deny_groups or self.deny_users or self.nobody
         return bool(who or self.ips or self.presets)
 
-    def policy(self, place: Place, create_groups: bool) -> Tuple[Policy, Place, List[str]]:
+    def policy(self, place: Place, create_groups: bool) -> tuple[Policy, Place, list[str]]:
         """The policy, the place, and warnings: from the options if they describe one, else from the file."""
         if not self.describe_policy:
             return self._from_file(place)
@@ -59,7 +59,7 @@ class Words:
         )
         return policy, place, []
 
-    def _from_file(self, place: Place) -> Tuple[Policy, Place, List[str]]:
+    def _from_file(self, place: Place) -> tuple[Policy, Place, list[str]]:
         path = CONFIG_PATH if self.config is None else self.config
         if self.config is None and not os.path.exists(path):
             raise UsageError(

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Dict, List, Optional
 
 import click
 
 from imds_guard import __version__
 
-MODULES: Dict[str, str] = {
+MODULES: dict[str, str] = {
     **dict.fromkeys(("start", "check", "export"), "policies"),
     **dict.fromkeys(("stop", "allow", "revoke"), "guard"),
     **dict.fromkeys(("status", "explain"), "ask"),
@@ -24,11 +23,11 @@ MODULES: Dict[str, str] = {
 class Commands(click.Group):
     """Imports a command when it is called, and none of the others: start-up time."""
 
-    def list_commands(self, ctx: click.Context) -> List[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which --help has them."""
         return sorted(MODULES)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> Optional[click.Command]:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, or None."""
         if cmd_name in MODULES:
             importlib.import_module(f"imds_guard.cli.{MODULES[cmd_name]}")

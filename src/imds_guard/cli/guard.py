@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, Callable
 
 import click
 
@@ -26,7 +27,7 @@ from imds_guard.policy.model import Endpoint, Identities, Policy
     help="As this unit's ExecStop=: leave the lock alone unless systemd stops the unit for good.",
 )
 @cgroup_option
-def stop(service: Optional[str], cgroup: Optional[str]) -> None:
+def stop(service: str | None, cgroup: str | None) -> None:
     """Open the locks and remove everything of ours from the kernel."""
     from imds_guard.commands.service import may_open, repairs_itself  # noqa: PLC0415
 
@@ -46,14 +47,14 @@ def _who(groups: Sequence[str], users: Sequence[str]) -> Identities:
 
 
 def _change(
-    change: Callable[[Identities, Optional[Endpoint], Optional[str], Callable[[Policy], None]], Outcome],
+    change: Callable[[Identities, Endpoint | None, str | None, Callable[[Policy], None]], Outcome],
     groups: Sequence[str],
     users: Sequence[str],
-    ip: Optional[str],
+    ip: str | None,
     save: bool,
     without_root: bool,
-    config: Optional[str],
-    cgroup: Optional[str],
+    config: str | None,
+    cgroup: str | None,
     as_json: bool,
 ) -> None:
     who, endpoint = _who(groups, users), None if ip is None else parse_endpoint(ip)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
-
 import click
 
 from imds_guard import identity
@@ -24,9 +22,7 @@ from imds_guard.commands.guard import Place
 @backend_option
 @cgroup_option
 @keep_existing_option
-def lock_down(
-    ip: str, users: Tuple[str, ...], backend: Optional[str], cgroup: Optional[str], keep_existing: bool
-) -> None:
+def lock_down(ip: str, users: tuple[str, ...], backend: str | None, cgroup: str | None, keep_existing: bool) -> None:
     """Deny IP to everyone but USERS, beside those whom earlier calls let through.
 
     Locks of other addresses are not touched. The same call again changes nothing.

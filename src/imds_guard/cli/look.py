@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import click
 
 from imds_guard.cli.group import cli
@@ -31,7 +29,7 @@ def endpoints(as_json: bool) -> None:
 @cli.command(short_help="Show who gets through, in a namespace of its own.")
 @backend_option
 @json_option
-def demo(backend: Optional[str], as_json: bool) -> None:
+def demo(backend: str | None, as_json: bool) -> None:
     """Show who gets through before and after locking, in a network namespace and a cgroup of its own."""
     from imds_guard.commands import demo as stage  # noqa: PLC0415
     from imds_guard.present import text as present  # noqa: PLC0415

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Optional
+from typing import Any
 
 import click
 
@@ -43,10 +43,10 @@ from imds_guard.errors import BadPolicy, UsageError
 )
 @json_option
 def start(
-    backend: Optional[str],
-    cgroup: Optional[str],
+    backend: str | None,
+    cgroup: str | None,
     resolve_groups: bool,
-    forwarded: Optional[str],
+    forwarded: str | None,
     keep_existing: bool,
     create_group: bool,
     save: bool,
@@ -96,7 +96,7 @@ def _start_at_boot(path: str, place: Place, as_json: bool) -> None:
 @cgroup_option
 @resolve_option
 @json_option
-def check(backend: Optional[str], cgroup: Optional[str], resolve_groups: bool, as_json: bool, **given: Any) -> None:
+def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json: bool, **given: Any) -> None:
     """Say what this machine can do, which backend would be taken, and why not the others. Changes nothing."""
     from imds_guard.present import text as present  # noqa: PLC0415
 
@@ -125,7 +125,7 @@ def check(backend: Optional[str], cgroup: Optional[str], resolve_groups: bool, a
     help="Whose words.",
 )
 @click.option("--force", is_flag=True, help="Export even what that format can only say more weakly.")
-def export(form: str, force: bool, cgroup: Optional[str], **given: Any) -> None:
+def export(form: str, force: bool, cgroup: str | None, **given: Any) -> None:
     """Print the policy in another tool's words: the one in force, unless options or --config name another."""
     words = Words(given)
     actions.require_root("export")

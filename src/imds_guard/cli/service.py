@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, Optional
+from typing import Any
 
 import click
 
@@ -52,7 +52,7 @@ def uninstall_service() -> None:
 @config_option
 @cgroup_option
 @json_option
-def verify(repair: bool, config: Optional[str], cgroup: Optional[str], as_json: bool) -> None:
+def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) -> None:
     """Check that hooks, maps and rules are as they were put in place, where the configuration says.
 
     Exit status, after a repair if there was one: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--all", "allowed", is_flag=True, help="Tell of connects that are let through, too.")
 @click.option("--once", is_flag=True, help="Tell what is there now, and end.")
 @cgroup_option
-def watch(as_json: bool, allowed: bool, once: bool, cgroup: Optional[str]) -> None:
+def watch(as_json: bool, allowed: bool, once: bool, cgroup: str | None) -> None:
     """Tell of denials as they happen, a line each, until it is interrupted.
 
     Several may run: one reads, the others follow it. Connects that are alike become one line and a count.
@@ -42,7 +42,7 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: Optional[str]) -> No
 @cli.command(short_help="Show who was denied, and what would let them in.")
 @json_option
 @cgroup_option
-def report(as_json: bool, cgroup: Optional[str]) -> None:
+def report(as_json: bool, cgroup: str | None) -> None:
     """Show who was denied, or would have been in audit mode, and what would let them through."""
     from imds_guard.commands import report as reporting  # noqa: PLC0415
 
@@ -85,7 +85,7 @@ def _show_table(found: Reported) -> bool:
 @cli.command()
 @click.option("--textfile", metavar="PATH", help="Write them to a file, for node_exporter.")
 @cgroup_option
-def metrics(textfile: Optional[str], cgroup: Optional[str]) -> None:
+def metrics(textfile: str | None, cgroup: str | None) -> None:
     """Print state and counters as Prometheus text."""
     from imds_guard.commands import metrics as exposition  # noqa: PLC0415
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Callable, List, NamedTuple, Optional
+from typing import Callable, NamedTuple
 
 from imds_guard.backends import choose
 from imds_guard.commands import guard as actions
@@ -19,8 +19,8 @@ from imds_guard.policy.model import Policy, PolicyError
 class Booted(NamedTuple):
     """What is in force now. ``error`` is why it is not the configuration's policy; ``outcome`` what was put on."""
 
-    outcome: Optional[Outcome] = None
-    error: Optional[GuardError] = None
+    outcome: Outcome | None = None
+    error: GuardError | None = None
 
 
 Begin = Callable[[Policy, Place, Tell], Outcome]
@@ -86,7 +86,7 @@ def _without_the_policy(error: GuardError, path: str, place: Place, tell: Tell, 
     return Booted(outcome, _more(error, words))
 
 
-def _is_running(cgroup: Optional[str]) -> bool:
+def _is_running(cgroup: str | None) -> bool:
     try:
         return bool(choose.running(cgroup))
     except GuardError:
@@ -116,7 +116,7 @@ def _more(error: GuardError, words: str) -> GuardError:
     return type(error)(f"{error}; {words}")
 
 
-def _lift_emergency(cgroup: Optional[str]) -> List[str]:
+def _lift_emergency(cgroup: str | None) -> list[str]:
     """A policy for a subtree does not take the place of an emergency lock on the whole machine."""
     if cgroup is None:
         return []

@@ -7,8 +7,6 @@ them it is refused. The systemd units bound their processes by the same sets.
 
 from __future__ import annotations
 
-from typing import Dict, Tuple
-
 from imds_guard.kernel.privileges import (
     CAP_BPF,
     CAP_DAC_OVERRIDE,
@@ -23,14 +21,14 @@ from imds_guard.kernel.privileges import (
     CAP_SYS_PTRACE,
 )
 
-Capabilities = Tuple[int, ...]
+Capabilities = tuple[int, ...]
 
 # CAP_SYS_ADMIN: programs, links and maps by their ID (bpf_prog_get_fd_by_id() in Linux asks for nothing less), by which
 # every command tells what is attached from what it attached itself. It stands for CAP_BPF and CAP_PERFMON.
 # CAP_NET_ADMIN: attaching, reading and writing iptables' rules, ending connections.
 _GUARDING: Capabilities = (CAP_NET_ADMIN, CAP_SYS_ADMIN)
 
-REQUIRED: Dict[str, Capabilities] = {
+REQUIRED: dict[str, Capabilities] = {
     **dict.fromkeys(("start", "stop", "allow", "revoke", "verify", "ip-lockdown"), _GUARDING),
     **dict.fromkeys(("status", "check", "explain", "export", "report", "metrics"), _GUARDING),
     # Pinned maps alone. Before Linux c8644cd0efe7 ("bpf: refine kernel.unprivileged_bpf_disabled behaviour") (in
@@ -44,7 +42,7 @@ REQUIRED: Dict[str, Capabilities] = {
 }
 """By command. One that is not here anybody may run."""
 
-MORE: Dict[str, Capabilities] = {
+MORE: dict[str, Capabilities] = {
     "whose processes connections are, and which network namespaces they live in": (CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH),
     "locks with groups in iptables: trying whether it matches them": (CAP_SETGID, CAP_SETUID, CAP_KILL),
     "iptables-legacy": (CAP_NET_RAW,),

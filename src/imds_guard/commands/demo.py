@@ -10,7 +10,8 @@ import errno
 import ipaddress
 import socket
 import textwrap
-from typing import Callable, List, NamedTuple, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Callable, NamedTuple
 
 from imds_guard.backends import Backend
 from imds_guard.kernel import listeners
@@ -49,7 +50,7 @@ class DemoCaller(NamedTuple):
     words: str
     uid: int
     gid: int
-    groups: Tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
 
 
 ROOT = DemoCaller("root", 0, 0)
@@ -60,7 +61,7 @@ STRANGER = DemoCaller("stranger", _STRANGER, _OTHER_GROUP)
 LEGEND = f"Allowed: user {_LISTED_USER} and members of group {_LISTED_GROUP}. The metadata service is a fake."
 
 
-ATTEMPTS: Tuple[Tuple[DemoCaller, str], ...] = (
+ATTEMPTS: tuple[tuple[DemoCaller, str], ...] = (
     (ROOT, IPV4),
     (LISTED, IPV4),
     (LISTED, IPV6),
@@ -90,7 +91,7 @@ class DemoRow(NamedTuple):
 class DemoResult(NamedTuple):
     """All rows, and what the backend said when it was applied."""
 
-    rows: Tuple[DemoRow, ...]
+    rows: tuple[DemoRow, ...]
     policy: Policy
     backend: str
 
@@ -154,7 +155,7 @@ def _why(decision: Decision) -> str:
 # --- the callers ----------------------------------------------------------------------------------------------------
 
 
-def _try_all(sandbox: Sandbox) -> List[str]:
+def _try_all(sandbox: Sandbox) -> list[str]:
     return [sandbox.call(lambda one=one, to=to: _request(one, to)) for one, to in ATTEMPTS]  # type: ignore[misc]
 
 
@@ -177,11 +178,11 @@ def _request(caller: DemoCaller, address: str) -> str:
 # --- the fake service -----------------------------------------------------------------------------------------------
 
 
-def _listen() -> List[socket.socket]:
+def _listen() -> list[socket.socket]:
     return [one for one in listeners.listen((IPV4, IPV6), (_PORT,)) if one.type == socket.SOCK_STREAM]
 
 
-def _serve_forever(sockets: List[socket.socket]) -> None:
+def _serve_forever(sockets: list[socket.socket]) -> None:
     listeners.each_ready(sockets, _answer)
 
 
@@ -205,7 +206,7 @@ def render(rows: Sequence[DemoRow], width: int = 80) -> str:
     cells = [_HEAD, *((row.caller, row.address, row.before, row.after, row.why) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD) - 1)]
     left = sum(widths) + len(_GAP) * len(widths)
-    lines: List[str] = []
+    lines: list[str] = []
     for line in cells:
         first, *more = textwrap.wrap(line[-1], max(width - left, _LEAST_ROOM))
         lines.append(_GAP.join(word.ljust(size) for word, size in zip(line, widths)) + _GAP + first)

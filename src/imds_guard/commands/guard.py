@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Callable, ContextManager, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from imds_guard.backends import Backend, choose
 from imds_guard.commands.capabilities import REQUIRED
@@ -48,9 +49,9 @@ class Place(NamedTuple):
     """Where and how to enforce: ``backend`` is ``auto``, ``ebpf`` or ``iptables``."""
 
     backend: str = choose.AUTO
-    cgroup: Optional[str] = None
+    cgroup: str | None = None
     resolve_groups: bool = False
-    forwarded: Optional[str] = None
+    forwarded: str | None = None
     """``drop``, ``leave``, or None for what suits the machine."""
     keep_existing: bool = False
     """Connections that the policy does not allow stay open."""
@@ -61,14 +62,14 @@ class Outcome(NamedTuple):
 
     backend: str
     policy: Policy
-    lines: List[str]
-    warnings: List[str]
-    shut_out: List[preflight.ShutOut]
-    existing: Optional[Sweep] = None
+    lines: list[str]
+    warnings: list[str]
+    shut_out: list[preflight.ShutOut]
+    existing: Sweep | None = None
     """Connections that were there before; None where nobody lost a right."""
 
     @property
-    def deeds(self) -> List[str]:
+    def deeds(self) -> list[str]:
         """What was done, with the connections that were cut, by number."""
         cut = len(self.existing.cut) if self.existing is not None else 0
         return [*self.lines, f"cut {cut} open connection{'' if cut == 1 else 's'}"] if cut else list(self.lines)
@@ -78,7 +79,7 @@ class Outcome(NamedTuple):
 
 
 @contextmanager
-def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
+def one_at_a_time(cgroup: str | None) -> Iterator[None]:
     """Commands that change something wait for each other: what one has read, no other changes meanwhile."""
     name = of_the_machine = "command"
     if cgroup is not None:
@@ -93,7 +94,7 @@ def one_at_a_time(cgroup: Optional[str]) -> Iterator[None]:
                 lockfile.forget(name)
 
 
-def _reading_tables_once(cgroup: Optional[str]) -> ContextManager[None]:
+def _reading_tables_once(cgroup: str | None) -> AbstractContextManager[None]:
     """A guard of a cgroup has nothing to do with iptables."""
     if cgroup is not None:
         return nullcontext()
@@ -116,7 +117,7 @@ def start_now(policy: Policy, place: Place, tell: Tell) -> Outcome:
     before = choose.running(place.cgroup)
     if place.cgroup is None:
         forwarded().check(policy, place.forwarded)
-    reasons: List[choose.Verdict] = []
+    reasons: list[choose.Verdict] = []
     for name in names:
         verdict = choose.examine(policy, [name], place.cgroup, place.resolve_groups)[0]
         if verdict.refusal is None:
@@ -141,13 +142,13 @@ def forwarded() -> Forwarded:
     return Forwarded()
 
 
-def _working(backend: Backend, before: Dict[str, Backend]) -> str:
+def _working(backend: Backend, before: dict[str, Backend]) -> str:
     if backend.name == "ebpf" and "ebpf" not in before:
         return "compiling the eBPF programs and attaching them ..."
     return f"putting the policy in force ({backend.name}) ..."
 
 
-def _remove_others(before: Dict[str, Backend], name: str) -> List[str]:
+def _remove_others(before: dict[str, Backend], name: str) -> list[str]:
     """Only now that the new backend holds: two hold for a moment, never none."""
     return [line for other, backend in before.items() if other != name for line in backend.remove()]
 
@@ -163,7 +164,7 @@ def _sweep(backend: Backend, policy: Policy, place: Place) -> Sweep:
     return connections.sweep(policy, scope, sweeps.AUDIT if policy.mode is Mode.AUDIT else kept)
 
 
-def _outcome(backend: Backend, policy: Policy, lines: List[str], why: List[str], existing: Optional[Sweep]) -> Outcome:
+def _outcome(backend: Backend, policy: Policy, lines: list[str], why: list[str], existing: Sweep | None) -> Outcome:
     warnings = [line[len("warning: ") :] for line in lines if line.startswith("warning: ")]
     said = [line for line in lines if not line.startswith("warning: ")]
     notes = getattr(backend, "notes", None)
@@ -172,20 +173,20 @@ def _outcome(backend: Backend, policy: Policy, lines: List[str], why: List[str],
     return Outcome(backend.name, policy, said, why + warnings, _shut_out(policy), existing)
 
 
-def _shut_out(policy: Policy) -> List[preflight.ShutOut]:
+def _shut_out(policy: Policy) -> list[preflight.ShutOut]:
     from imds_guard.commands import preflight  # noqa: PLC0415
 
     return preflight.shut_out(policy)
 
 
-def stop(cgroup: Optional[str]) -> List[str]:
+def stop(cgroup: str | None) -> list[str]:
     """Takes everything of ours out of the kernel. Returns what was done.
 
     Raises Unsupported when nothing was found and eBPF could not be asked: then something of it may be there.
     """
     with one_at_a_time(cgroup):
-        lines: List[str] = []
-        unasked: Optional[Unsupported] = None
+        lines: list[str] = []
+        unasked: Unsupported | None = None
         for name in choose.candidates(choose.AUTO, cgroup):
             try:
                 lines += choose.make(name, cgroup).remove()
@@ -201,7 +202,7 @@ def stop(cgroup: Optional[str]) -> List[str]:
 # --- changes to what is running -------------------------------------------------------------------------------------
 
 
-def the_running(cgroup: Optional[str]) -> Tuple[Backend, Policy]:
+def the_running(cgroup: str | None) -> tuple[Backend, Policy]:
     """The backend that enforces, and its policy. Raises GuardError when there is none, or it can't be read."""
     found = _running(cgroup)
     if not found:
@@ -214,7 +215,7 @@ def the_running(cgroup: Optional[str]) -> Tuple[Backend, Policy]:
     raise GuardError(f"reading the policy in force: {faults or 'it is not whole'}; run imds-guard start to repair it")
 
 
-def _running(cgroup: Optional[str]) -> Dict[str, Backend]:
+def _running(cgroup: str | None) -> dict[str, Backend]:
     """As choose.running(). Where nothing is found and eBPF can't be asked, that is an error, not "nothing"."""
     found = choose.running(cgroup)
     if not found:
@@ -247,7 +248,7 @@ Accept = Callable[[Policy], None]
 """Raises GuardError for a policy that must not come into force."""
 
 
-def allow(who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept) -> Outcome:
+def allow(who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept) -> Outcome:
     """Adds to the allowlist of the running policy."""
     from imds_guard.policy import edit  # noqa: PLC0415
 
@@ -274,7 +275,7 @@ def _check_not_denied(policy: Policy, who: Identities) -> None:
 
 
 def revoke(
-    who: Identities, endpoint: Optional[Endpoint], cgroup: Optional[str], accept: Accept, keep_existing: bool = False
+    who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept, keep_existing: bool = False
 ) -> Outcome:
     """Takes off the allowlist of the running policy."""
     from imds_guard.policy import edit  # noqa: PLC0415
@@ -287,7 +288,7 @@ def revoke(
     return change(edited, Place(cgroup=cgroup, keep_existing=keep_existing), takes_away=True)
 
 
-def lock_down(ip: str, users: List[int], place: Place, tell: Tell) -> Outcome:
+def lock_down(ip: str, users: list[int], place: Place, tell: Tell) -> Outcome:
     """What ``ip-lockdown`` does: adds to the policy in force, or begins one with the best backend."""
     from imds_guard.policy import lockdown  # noqa: PLC0415
 
@@ -368,10 +369,10 @@ def export(policy: Policy, form: str) -> Exported:
 class Status(NamedTuple):
     """What the kernel holds. ``backend`` is None when nothing is active."""
 
-    backend: Optional[str]
-    policy: Optional[Policy]
-    faults: List[str]
-    detail: Optional[State] = None
+    backend: str | None
+    policy: Policy | None
+    faults: list[str]
+    detail: State | None = None
     """Under eBPF."""
 
     @property
@@ -380,13 +381,13 @@ class Status(NamedTuple):
         return self.policy is not None and is_emergency(self.policy)
 
 
-def status(cgroup: Optional[str]) -> Status:
+def status(cgroup: str | None) -> Status:
     """Reads back what is in force."""
     with _reading_tables_once(cgroup):
         return _status(cgroup)
 
 
-def _status(cgroup: Optional[str]) -> Status:
+def _status(cgroup: str | None) -> Status:
     found = _running(cgroup)
     # One look at eBPF, for what is told of it to be of one moment.
     detail = found["ebpf"].state() if "ebpf" in found else None  # type: ignore[attr-defined]
@@ -403,7 +404,7 @@ def _status(cgroup: Optional[str]) -> Status:
     return Status(chosen, policy, faults, detail)
 
 
-def _read(backend: Optional[Backend]) -> Optional[Policy]:
+def _read(backend: Backend | None) -> Policy | None:
     """None for what can't be read as a policy, where faults() says what is wrong, and where nothing is in force."""
     try:
         return backend.read() if backend is not None else None
@@ -411,7 +412,7 @@ def _read(backend: Optional[Backend]) -> Optional[Policy]:
         return None
 
 
-def _forwarding_faults(policy: Optional[Policy]) -> List[str]:
+def _forwarding_faults(policy: Policy | None) -> list[str]:
     try:
         return forwarded().faults(policy)
     except Unsupported:
@@ -421,18 +422,18 @@ def _forwarding_faults(policy: Optional[Policy]) -> List[str]:
 class Checked(NamedTuple):
     """What each backend says, in the order in which they are taken, and who would be shut out."""
 
-    verdicts: List[choose.Verdict]
-    shut_out: List[preflight.ShutOut]
-    existing: Optional[Sweep] = None
+    verdicts: list[choose.Verdict]
+    shut_out: list[preflight.ShutOut]
+    existing: Sweep | None = None
     """Connections that start would cut; None without a policy."""
 
     @property
-    def taken(self) -> Optional[str]:
+    def taken(self) -> str | None:
         """The backend that start would take."""
         return next((verdict.backend.name for verdict in self.verdicts if verdict.refusal is None), None)
 
 
-def check(policy: Optional[Policy], place: Place) -> Checked:
+def check(policy: Policy | None, place: Place) -> Checked:
     """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
     names = choose.candidates(place.backend, place.cgroup)
     verdicts = choose.examine(policy, names, place.cgroup, place.resolve_groups)
@@ -460,7 +461,7 @@ def require_root(command: str) -> None:
         )
 
 
-def explain(caller: Caller, endpoint: Endpoint, cgroup: Optional[str]) -> Tuple[Decision, Destination]:
+def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None) -> tuple[Decision, Destination]:
     """What the policy in force says to a caller who connects to one address; to port 80 where that is left open."""
     network = endpoint.network
     if network.prefixlen != network.max_prefixlen:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Iterable, Iterator, List, Optional, Tuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from imds_guard import __version__
 from imds_guard.backends.ebpf import State
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _NAME = "imds_guard"
 
 
-def metrics(cgroup: Optional[str]) -> bytes:
+def metrics(cgroup: str | None) -> bytes:
     """The text; it says ``imds_guard_active 0`` where nothing is locked. Raises Unsupported without the library."""
     try:
         from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 -- no other command needs it
@@ -40,7 +41,7 @@ def metrics(cgroup: Optional[str]) -> bytes:
 class _Collected:
     """What prometheus_client asks for metrics."""
 
-    def __init__(self, families: List[Metric]) -> None:
+    def __init__(self, families: list[Metric]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
@@ -48,11 +49,11 @@ class _Collected:
         return self._families
 
 
-def _register(registry: CollectorRegistry, families: List[Metric]) -> None:
+def _register(registry: CollectorRegistry, families: list[Metric]) -> None:
     registry.register(_Collected(families))  # type: ignore[arg-type]
 
 
-def _read(cgroup: Optional[str]) -> Tuple[Status, Optional[Report]]:
+def _read(cgroup: str | None) -> tuple[Status, Report | None]:
     found = status(cgroup)
     if not isinstance(found.detail, State):
         return found, None
@@ -71,7 +72,7 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"{_NAME}_{name}", text, value=value)
 
 
-def _counter(name: str, text: str, labels: Tuple[str, ...] = ()) -> CounterMetricFamily:
+def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> CounterMetricFamily:
     from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415
 
     return CounterMetricFamily(f"{_NAME}_{name}", text, labels=labels)
@@ -85,7 +86,7 @@ def _versions(found: Status) -> InfoMetricFamily:
     return InfoMetricFamily(_NAME, "What runs: versions, and what enforces.", value=words)
 
 
-def _families(found: Status, report: Optional[Report]) -> Iterator[Metric]:
+def _families(found: Status, report: Report | None) -> Iterator[Metric]:
     yield _versions(found)
     yield _gauge("active", "1 when a policy is in force.", found.backend is not None)
     yield _gauge("degraded", "1 when something is wrong with what should be in force.", bool(found.faults))
@@ -118,7 +119,7 @@ def _of_state(state: State) -> Iterator[Metric]:
         yield overflow
 
 
-def _of_hooks(state: State, needed: Tuple[str, ...]) -> Iterator[Metric]:
+def _of_hooks(state: State, needed: tuple[str, ...]) -> Iterator[Metric]:
     """The kernel counts runs while somebody asks for it: sysctl kernel.bpf_stats_enabled, or BPF_ENABLE_STATS."""
     attached = _gauge_by_hook("hook_attached", "1 when the hook runs our program.")
     runs = _counter("hook_runs", "Runs of the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
@@ -146,7 +147,7 @@ def _of_report(report: Report) -> Iterator[Metric]:
     yield _gauge("policy_changes", "Policies that this guard has had since it was started.", report.serial)
     text = "Denials under the policy in force, by lock and reason; a change of policy begins anew."
     denials = _counter("lock_denials", text, ("lock", "reason"))
-    sums: Counter[Tuple[str, str]] = Counter()
+    sums: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
         sums[row.lock or "", row.reason.word] += row.count
     for labels, count in sorted(sums.items()):

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
@@ -26,18 +27,18 @@ class Client(NamedTuple):
     """A program that is known to fetch metadata."""
 
     name: str
-    programs: Tuple[str, ...]
+    programs: tuple[str, ...]
     """File names of the program or of its script."""
-    presets: Tuple[str, ...]
+    presets: tuple[str, ...]
     """Where it fetches from: presets of the built-in table; empty for every cloud's default addresses."""
     user: str = "root"
     """The account that its package runs it as."""
-    paths: Tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
     """Files of which one is there when it is installed."""
 
 
 # Names and paths: the packages' own file lists (Debian, Amazon Linux, and the projects' repositories).
-CLIENTS: Tuple[Client, ...] = (
+CLIENTS: tuple[Client, ...] = (
     Client("cloud-init", ("cloud-init",), (), paths=("/usr/bin/cloud-init",)),
     Client(
         "systemd-imdsd",
@@ -101,18 +102,18 @@ CLIENTS: Tuple[Client, ...] = (
 class ShutOut(NamedTuple):
     """Someone whom a policy would deny. ``pid`` is None for a client that is installed and does not run now."""
 
-    pid: Optional[int]
+    pid: int | None
     name: str
     user: str
     why: str
 
 
-def shut_out(policy: Policy) -> List[ShutOut]:
+def shut_out(policy: Policy) -> list[ShutOut]:
     """Running metadata clients that ``policy`` would deny. Open connections are the business of connections.py.
 
     A process that ends meanwhile is left out, and so is one that the caller may not look at: as root every one is seen.
     """
-    found: Dict[int, ShutOut] = {}
+    found: dict[int, ShutOut] = {}
     for process in _processes():
         client = _client_of(process)
         if client is not None:
@@ -126,9 +127,9 @@ def shut_out(policy: Policy) -> List[ShutOut]:
     return [found[pid] for pid in sorted(found)]
 
 
-def installed_shut_out(policy: Policy) -> List[ShutOut]:
+def installed_shut_out(policy: Policy) -> list[ShutOut]:
     """Known clients that are installed and whose account ``policy`` would deny, running or not."""
-    found: List[ShutOut] = []
+    found: list[ShutOut] = []
     for client in CLIENTS:
         if not any(os.path.exists(path) for path in client.paths):
             continue
@@ -144,7 +145,7 @@ def installed_shut_out(policy: Policy) -> List[ShutOut]:
 
 
 def _judge(
-    policy: Policy, found: Dict[int, ShutOut], pid: int, destinations: Sequence[Destination], sentence: str
+    policy: Policy, found: dict[int, ShutOut], pid: int, destinations: Sequence[Destination], sentence: str
 ) -> None:
     """Adds the process to ``found`` when one of the destinations would be denied to it."""
     if pid in found:
@@ -160,7 +161,7 @@ def _judge(
 
 def _first_denied(
     policy: Policy, caller: Caller, destinations: Sequence[Destination]
-) -> Optional[Tuple[Destination, Decision]]:
+) -> tuple[Destination, Decision] | None:
     for destination in destinations:
         decision = decide(policy, caller, destination)
         if not decision.allowed:
@@ -173,7 +174,7 @@ def _why(destination: Destination, decision: Decision, sentence: str) -> str:
     return f"{sentence.format(f'{host}:{destination.port}')}: {decision.reason.word} in lock {decision.lock!r}"
 
 
-def _destinations(client: Client) -> Tuple[Destination, ...]:
+def _destinations(client: Client) -> tuple[Destination, ...]:
     """Where a client fetches from, by the built-in table."""
     return tuple(
         Destination(entry.address, HTTP)
@@ -206,7 +207,7 @@ def _words(pid: int) -> bytes:
         return b""
 
 
-def _client_of(process: psutil.Process) -> Optional[Client]:
+def _client_of(process: psutil.Process) -> Client | None:
     """The known client that a process is, by its name or by the program or script that it runs."""
     import psutil  # noqa: PLC0415
 

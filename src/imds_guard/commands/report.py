@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, NamedTuple
 
 from imds_guard.backends.ebpf.tables import Place, Report, Row, read_report
 from imds_guard.commands.guard import the_running
@@ -21,7 +21,7 @@ from imds_guard.watch.process_info import Names, fs_text, iso_time, wall_clock
 _LISTING_HELPS = (Reason.NOT_LISTED, Reason.TOO_MANY_GROUPS)
 """Reasons that go away when the user is on the allowlist."""
 
-_OTHERWISE: Dict[Reason, str] = {
+_OTHERWISE: dict[Reason, str] = {
     Reason.DENIED_USER: "users on a deny list stay out until they are off it",
     Reason.DENIED_GROUP: "members of a denied group stay out until the group is off the list, or they out of the group",
     Reason.CONTAINER: 'containers are let in by containers = "allow" alone, which judges them by their IDs',
@@ -39,7 +39,7 @@ _AUDIT = "audit mode denies nobody: when all who should pass are on the list, st
 class Way(NamedTuple):
     """What would let users in: the command for each, and the whole policy as TOML; empty when listing helps nobody."""
 
-    commands: Tuple[Tuple[str, int], ...]
+    commands: tuple[tuple[str, int], ...]
     """(command, how many denials it would end)."""
     config: str
 
@@ -49,11 +49,11 @@ class Reported(NamedTuple):
 
     report: Report
     way: Way
-    notes: Tuple[str, ...]
+    notes: tuple[str, ...]
     """What no allowlist changes, a sentence each."""
 
 
-def report(cgroup: Optional[str]) -> Reported:
+def report(cgroup: str | None) -> Reported:
     """Reads the report of the policy in force. Raises Unsupported under iptables, GuardError when nothing is active."""
     require_ebpf(cgroup, "reading the report")
     found = read_report(Place(cgroup))
@@ -64,7 +64,7 @@ def report(cgroup: Optional[str]) -> Reported:
     return Reported(found, way_in(policy, found.rows, cgroup), notes)
 
 
-def way_in(policy: Policy, rows: Tuple[Row, ...], cgroup: Optional[str]) -> Way:
+def way_in(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Way:
     """Commands and policy that would let through everyone in ``rows`` whom an allowlist helps."""
     helped = [row for row in rows if row.reason in _LISTING_HELPS and row.lock is not None]
     if not helped:
@@ -73,7 +73,7 @@ def way_in(policy: Policy, rows: Tuple[Row, ...], cgroup: Optional[str]) -> Way:
     counts: Counter[str] = Counter()
     for row in helped:
         counts[_command(words[row.fsuid], None if alike else _endpoint_of(policy, row), cgroup)] += row.count
-    users: Dict[str, Set[int]] = {}
+    users: dict[str, set[int]] = {}
     for row in helped:
         users.setdefault(row.lock or "", set()).add(row.fsuid)
     locks = [_with_users(lock, users.get(lock.name, set())) for lock in policy.locks]
@@ -82,11 +82,11 @@ def way_in(policy: Policy, rows: Tuple[Row, ...], cgroup: Optional[str]) -> Way:
     return Way(tuple(counts.most_common()), text.partition("\n\n")[2])
 
 
-def _with_users(lock: Lock, users: Set[int]) -> Lock:
+def _with_users(lock: Lock, users: set[int]) -> Lock:
     return lock._replace(allow=Identities(lock.allow.users | users, lock.allow.groups))
 
 
-def _command(user: str, endpoint: Optional[str], cgroup: Optional[str]) -> str:
+def _command(user: str, endpoint: str | None, cgroup: str | None) -> str:
     words = ["imds-guard", "allow", "--user", user]
     words += [] if endpoint is None else ["--ip", endpoint]
     words += [] if cgroup is None else ["--cgroup", cgroup]
@@ -123,7 +123,7 @@ def user_word(uid: int) -> str:
 # --- for JSON -------------------------------------------------------------------------------------------------------
 
 
-def values(found: Reported) -> Dict[str, Any]:
+def values(found: Reported) -> dict[str, Any]:
     """The report for JSON."""
     names = Names()
     return {
@@ -138,7 +138,7 @@ def values(found: Reported) -> Dict[str, Any]:
     }
 
 
-def _row_values(row: Row, names: Names) -> Dict[str, Any]:
+def _row_values(row: Row, names: Names) -> dict[str, Any]:
     return {
         "lock": row.lock,
         "user": visible(names.user(row.fsuid)),
@@ -158,7 +158,7 @@ def _row_values(row: Row, names: Names) -> Dict[str, Any]:
 
 HEAD = ("WHO, LOCK", "WHY, HOW OFTEN", "FIRST TO, BY", "FIRST, LAST (UTC)")
 
-Cell = Tuple[str, str]
+Cell = tuple[str, str]
 """Two lines of a table."""
 
 
@@ -168,7 +168,7 @@ MANY_LINES = 400
 """A longer configuration is left to JSON."""
 
 
-def title(found: Reported) -> List[str]:
+def title(found: Reported) -> list[str]:
     """What the rows are."""
     audit = found.report.mode is Mode.AUDIT
     who = "Who would have been denied" if audit else "Who was denied"
@@ -176,13 +176,13 @@ def title(found: Reported) -> List[str]:
     return [since, "A change of policy begins a new report."]
 
 
-def cells(found: Reported) -> List[Tuple[Cell, ...]]:
+def cells(found: Reported) -> list[tuple[Cell, ...]]:
     """The rows of the table, most denials first."""
     names = Names()
     return [_cells(row, names) for row in found.report.rows[:MANY]]
 
 
-def _cells(row: Row, names: Names) -> Tuple[Cell, ...]:
+def _cells(row: Row, names: Names) -> tuple[Cell, ...]:
     name = visible(names.user(row.fsuid))
     who = name if name == str(row.fsuid) else f"{name} ({row.fsuid})"
     first, last = (iso_time(wall_clock(ns))[:19].replace("T", " ") for ns in (row.first_ns, row.last_ns))
@@ -197,7 +197,7 @@ def _cells(row: Row, names: Names) -> Tuple[Cell, ...]:
     )
 
 
-def plain(rows: List[Tuple[Cell, ...]]) -> List[str]:
+def plain(rows: list[tuple[Cell, ...]]) -> list[str]:
     """The table without colour."""
     both = [tuple((word, "") for word in HEAD), *rows]
     widths = [max(len(line) for row in both for line in row[column]) for column in range(len(HEAD))]
@@ -209,7 +209,7 @@ def plain(rows: List[Tuple[Cell, ...]]) -> List[str]:
     return [line for line in lines if line]
 
 
-def after(found: Reported) -> List[str]:
+def after(found: Reported) -> list[str]:
     """What stands below the table."""
     report, way = found.report, found.way
     lines = [f"and {len(report.rows) - MANY} more (--json has them all)"] if len(report.rows) > MANY else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple
 
 from imds_guard.commands import guard as actions
 from imds_guard.commands.boot import place_of
@@ -46,13 +46,13 @@ class Wishes(NamedTuple):
     now: bool = False
 
     @property
-    def enabled(self) -> Tuple[str, ...]:
+    def enabled(self) -> tuple[str, ...]:
         """The units that are switched on."""
         wanted = ((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock))
         return tuple(name for name, is_wanted in wanted if is_wanted)
 
     @property
-    def files(self) -> Tuple[str, ...]:
+    def files(self) -> tuple[str, ...]:
         """The units that must be there for these."""
         return tuple(
             name for name in UNITS if name in self.enabled or (self.verify and name.startswith("imds-guard-v"))
@@ -62,8 +62,8 @@ class Wishes(NamedTuple):
 class Done(NamedTuple):
     """What was done, and what to look at."""
 
-    lines: List[str]
-    warnings: List[str]
+    lines: list[str]
+    warnings: list[str]
 
 
 # --- install --------------------------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def _check_roots_own(path: str) -> None:
         path = os.path.dirname(path)
 
 
-def _check_configuration(wishes: Wishes, path: str) -> List[str]:
+def _check_configuration(wishes: Wishes, path: str) -> list[str]:
     """What to look at. Raises BadPolicy for a configuration that boot could not use, or that shuts a client out."""
     if not os.path.exists(path):
         raise BadPolicy(
@@ -139,12 +139,12 @@ def _check_configuration(wishes: Wishes, path: str) -> List[str]:
     return warnings
 
 
-def _network_units() -> List[str]:
+def _network_units() -> list[str]:
     folders = (FOLDER, "/run/systemd/system", *PACKAGED)
     return [name for name in _required_by() if any(os.path.exists(os.path.join(place, name)) for place in folders)]
 
 
-def _required_by() -> List[str]:
+def _required_by() -> list[str]:
     line = next(line for line in _text(REQUIRED).splitlines() if line.startswith("RequiredBy="))
     return line.partition("=")[2].split()
 
@@ -155,7 +155,7 @@ def _text(name: str) -> str:
         return file.read()
 
 
-def _put(name: str, program: str, folder: str) -> List[str]:
+def _put(name: str, program: str, folder: str) -> list[str]:
     """Writes one unit, unless the package's is there and runs the same program."""
     if program == PROGRAM and any(os.path.exists(os.path.join(place, name)) for place in PACKAGED):
         return []
@@ -192,7 +192,7 @@ def _write(path: str, text: str) -> None:
         raise GuardError(f"writing {path}: {system_words(error)}; the service is not installed") from error
 
 
-def _switch_on(wishes: Wishes) -> List[str]:
+def _switch_on(wishes: Wishes) -> list[str]:
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
     systemd.systemctl("enable", "--quiet", *wishes.enabled)
@@ -209,7 +209,7 @@ def _switch_on(wishes: Wishes) -> List[str]:
 # --- uninstall ------------------------------------------------------------------------------------------------------
 
 
-def uninstall(folder: str = FOLDER) -> List[str]:
+def uninstall(folder: str = FOLDER) -> list[str]:
     """Switches the units off and removes those that install() wrote. What is locked stays locked."""
     there = [name for name in UNITS if _is_there(name, folder)]
     if not there:

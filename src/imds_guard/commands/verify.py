@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.backends import choose
 from imds_guard.commands import boot
@@ -24,9 +24,9 @@ class Checked(NamedTuple):
 
     before: Status
     after: Status
-    repaired: List[str]
-    notes: List[str]
-    failure: Optional[GuardError] = None
+    repaired: list[str]
+    notes: list[str]
+    failure: GuardError | None = None
 
 
 def verify(path: str, place: Place) -> Checked:
@@ -60,7 +60,7 @@ def _wants_repair(found: Status, path: str) -> bool:
     return bool(found.faults) or (found.backend is None and os.path.exists(path))
 
 
-Done = Tuple[str, List[str]]
+Done = tuple[str, list[str]]
 """What was done, as the end of a sentence, and what to look at."""
 
 
@@ -94,7 +94,7 @@ def _put_in_place_of_the_unreadable(path: str, where: Place, tell: Tell) -> Done
     return "the emergency lock took its place", [f"there is no usable configuration {path} that says what was meant"]
 
 
-def _with(words: str, lines: List[str]) -> str:
+def _with(words: str, lines: list[str]) -> str:
     return f"{words} ({'; '.join(lines)})" if lines else words
 
 
@@ -103,7 +103,7 @@ def _place(path: str, place: Place) -> Place:
     return boot.place_of(config, place) if config is not None else place
 
 
-def _usable(path: str) -> Optional[Config]:
+def _usable(path: str) -> Config | None:
     try:
         return load_config(path, use_stored_ids=True) if os.path.exists(path) else None
     except GuardError:

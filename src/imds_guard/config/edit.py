@@ -7,7 +7,7 @@ the next table. Whatever comes of that is read again before it is taken.
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 from imds_guard.config.read import Config, locks_by_table, parse_config
 from imds_guard.config.toml_lines import KeyLines, Path
@@ -26,7 +26,7 @@ from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.policy.model import Lock, Verdict, make_policy
 from imds_guard.policy.wireserver import set_apart
 
-Added = List[Tuple[Path, List[str]]]
+Added = list[tuple[Path, list[str]]]
 """Lines that belong behind the header of a table; at the top of the file for the empty path."""
 
 
@@ -53,7 +53,7 @@ def edit(text: str, path: str, config: Config) -> str:
     raise GuardError(f"saving to {path}: what stands there can't be changed with its comments kept; move the file away")
 
 
-def _try(text: str, config: Config, in_place: bool) -> Optional[str]:
+def _try(text: str, config: Config, in_place: bool) -> str | None:
     """None when what came out does not say ``config``."""
     import tomlkit  # noqa: PLC0415
     from tomlkit.exceptions import TOMLKitError  # noqa: PLC0415
@@ -74,7 +74,7 @@ class _Edit:
         self.config = config
         self.in_place = in_place
         self.tables = locks_by_table(text, use_stored_ids=True)
-        self.wanted: Dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
+        self.wanted: dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
         self.added: Added = []
 
     def run(self) -> str:
@@ -95,7 +95,7 @@ class _Edit:
             elif value is not None and value != usual:
                 self.added.append(((), [f"{key} = {scalar(value)}"]))
 
-    def edit_lock(self, name: str, locks: Tuple[Lock, ...]) -> None:
+    def edit_lock(self, name: str, locks: tuple[Lock, ...]) -> None:
         """Leaves a table alone that says what is wanted; else it comes to say the lock of its own name."""
         if self.take(locks):
             return
@@ -114,7 +114,7 @@ class _Edit:
             self.put(name, table, "endpoints", dump_endpoints(wanted))
         self.edit_lists(name, self.document["lock"][name], wanted, before)
 
-    def take(self, locks: Tuple[Lock, ...]) -> bool:
+    def take(self, locks: tuple[Lock, ...]) -> bool:
         """True when these locks are all wanted; they need not be written any more."""
         if any(self.wanted.get(lock.name) != lock for lock in locks):
             return False
@@ -149,7 +149,7 @@ class _Edit:
         if table.get("default", usual.value) != lock.default.value:
             self.put(name, table, "default", [f"default = {quoted(lock.default.value)}"])
 
-    def put(self, name: str, table: Any, key: str, lines: List[str]) -> None:
+    def put(self, name: str, table: Any, key: str, lines: list[str]) -> None:
         """Gives a key of a table another value; without lines it is taken out."""
         if key not in table:
             self.added.append((("lock", name), lines))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 from imds_guard.errors import BadPolicy, UsageError
 from imds_guard.identity import create_group, group_id, is_missing_group, user_id
@@ -57,7 +57,7 @@ def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:
         raise UsageError("nobody would be allowed: name a --group or a --user, or say --nobody if that is meant")
 
 
-def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_words: str) -> Tuple[Endpoint, ...]:
+def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_words: str) -> tuple[Endpoint, ...]:
     if not ips and not presets:
         return default_endpoints(dmi_words)
     found = [parse_endpoint(word) for word in ips]

@@ -7,7 +7,8 @@ The grammar is the commented sample, data/config.toml. Nothing unknown in a file
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple, TypeVar, Union
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 
 from imds_guard import CONFIG_PATH
 from imds_guard.config.toml_lines import KeyLines, Path, load_toml
@@ -38,11 +39,11 @@ class Config(NamedTuple):
     on_error: str = "closed"
     """What a policy that is unusable at boot leads to: ``closed`` (all but root locked out) or ``open``."""
     backend: str = "auto"
-    cgroup: Optional[str] = None
-    forwarded: Optional[str] = None
+    cgroup: str | None = None
+    forwarded: str | None = None
     """As Place.forwarded."""
     resolve_groups: bool = False
-    warnings: Tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """Configurations that differ in these alone are equal."""
 
     def __eq__(self, other: object) -> bool:
@@ -55,7 +56,7 @@ class Config(NamedTuple):
         return hash(tuple(self[:-1]))
 
 
-def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_words: Optional[str] = None) -> Config:
+def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_words: str | None = None) -> Config:
     """The configuration in the file ``path``. Raises BadPolicy, one sentence with the file and the line."""
     return parse_config(read_text(path), path, use_stored_ids, dmi_words)
 
@@ -72,7 +73,7 @@ def read_text(path: str) -> str:
         raise BadPolicy(f"{path}: this is not TOML: octet {error.start} is not UTF-8") from error
 
 
-def word_at_top(path: str, key: str) -> Optional[str]:
+def word_at_top(path: str, key: str) -> str | None:
     """The string of a key that is in no table, of a file that is TOML, whatever else is wrong with it; or None."""
     try:
         said = load_toml(read_text(path), path).get(key)
@@ -81,9 +82,7 @@ def word_at_top(path: str, key: str) -> Optional[str]:
     return said if isinstance(said, str) else None
 
 
-def parse_config(
-    text: str, name: str = "config", use_stored_ids: bool = False, dmi_words: Optional[str] = None
-) -> Config:
+def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, dmi_words: str | None = None) -> Config:
     """The configuration in ``text``; ``name`` stands for the file in errors.
 
     Where an ID is stored beside a name and they no longer agree: BadPolicy, or with ``use_stored_ids`` (at boot) the ID
@@ -93,7 +92,7 @@ def parse_config(
     return _File(name, KeyLines(text), use_stored_ids, dmi_words).config(raw)
 
 
-def locks_by_table(text: str, use_stored_ids: bool = False) -> Dict[str, Tuple[Lock, ...]]:
+def locks_by_table(text: str, use_stored_ids: bool = False) -> dict[str, tuple[Lock, ...]]:
     """The locks that each table of a usable configuration stands for: one, or two where the WireServer is among it."""
     file = _File("config", KeyLines(text), use_stored_ids, None)
     tables = load_toml(text, "config").get("lock", {})
@@ -103,19 +102,19 @@ def locks_by_table(text: str, use_stored_ids: bool = False) -> Dict[str, Tuple[L
 class _File:
     """One file being read: where its keys stand, and the warnings so far."""
 
-    def __init__(self, name: str, lines: KeyLines, use_stored_ids: bool, dmi_words: Optional[str]) -> None:
+    def __init__(self, name: str, lines: KeyLines, use_stored_ids: bool, dmi_words: str | None) -> None:
         self.name = name
         self.lines = lines
         self.use_stored_ids = use_stored_ids
         self.dmi_words = dmi_words
-        self.warnings: List[str] = []
+        self.warnings: list[str] = []
 
     def fail(self, path: Path, sentence: str, word: str = "") -> NoReturn:
         """Raises BadPolicy with the line of ``word`` in the value of ``path``."""
         line = self.lines.find(path, word)
         raise BadPolicy(f"{self.name}:{line}: {sentence}" if line else f"{self.name}: {sentence}")
 
-    def config(self, raw: Dict[str, Any]) -> Config:
+    def config(self, raw: dict[str, Any]) -> Config:
         self.check_keys((), raw, _TOP_KEYS)
         mode = self.choice((), raw, "mode", ("enforce", "audit"))
         containers = self.choice((), raw, "containers", ("deny", "allow"))
@@ -127,14 +126,14 @@ class _File:
         resolve_groups = self.flag((), raw, "resolve_groups")
         return Config(policy, on_error, backend, cgroup, forwarded, resolve_groups, tuple(self.warnings))
 
-    def forwarded(self, raw: Dict[str, Any], cgroup: Optional[str]) -> Optional[str]:
+    def forwarded(self, raw: dict[str, Any], cgroup: str | None) -> str | None:
         if "forwarded" not in raw:
             return None
         if cgroup is not None:
             self.fail(("forwarded",), "forwarded is about the packets of the whole machine: it does not go with cgroup")
         return self.choice((), raw, "forwarded", ("drop", "leave"))
 
-    def cgroup(self, raw: Dict[str, Any]) -> Optional[str]:
+    def cgroup(self, raw: dict[str, Any]) -> str | None:
         value = raw.get("cgroup")
         if value is not None and not (isinstance(value, str) and os.path.isabs(value)):
             self.fail(("cgroup",), f"cgroup = {value!r} must be an absolute path")
@@ -148,20 +147,20 @@ class _File:
             line = max((self.lines.find(path) or 0 for path in named), default=0)
             raise BadPolicy(f"{self.name}:{line}: {error}" if line else f"{self.name}: {error}") from None
 
-    def locks(self, raw: Dict[str, Any]) -> List[Lock]:
+    def locks(self, raw: dict[str, Any]) -> list[Lock]:
         tables = raw.get("lock", {})
         if not isinstance(tables, dict):
             self.fail(("lock",), "locks are tables with a name: write [lock.NAME]")
         if not tables:
             self.fail((), "no lock is described: add [lock.NAME]")
-        found: List[Lock] = []
+        found: list[Lock] = []
         for name, table in tables.items():
             if not isinstance(table, dict):
                 self.fail(("lock", name), f"lock.{name} must be a table: write [lock.{name}]")
             found += self.lock(name, table)
         return found
 
-    def lock(self, name: str, table: Dict[str, Any]) -> Sequence[Lock]:
+    def lock(self, name: str, table: dict[str, Any]) -> Sequence[Lock]:
         path = ("lock", name)
         if name == EMERGENCY_LOCK:
             self.fail(path, f"{name!r} is what the lock is called that boot puts on when this file is unusable: rename")
@@ -175,7 +174,7 @@ class _File:
         except BadPolicy as error:
             self.fail((*path, "endpoints"), str(error))
 
-    def default(self, path: Path, table: Dict[str, Any], allow: Identities, deny: Identities) -> Verdict:
+    def default(self, path: Path, table: dict[str, Any], allow: Identities, deny: Identities) -> Verdict:
         nobody = self.flag(path, table, "nobody")
         usual = "allow" if deny and not allow and not nobody else "deny"
         default = Verdict(self.choice(path, table, "default", ("deny", "allow"), usual))
@@ -185,8 +184,8 @@ class _File:
             self.fail(path, f"lock {path[-1]!r} allows nobody: give users or groups, or say so with nobody = true")
         return default
 
-    def endpoints(self, path: Path, table: Dict[str, Any]) -> Tuple[Endpoint, ...]:
-        found: List[Endpoint] = []
+    def endpoints(self, path: Path, table: dict[str, Any]) -> tuple[Endpoint, ...]:
+        found: list[Endpoint] = []
         for word in self.words(path, table, "endpoints"):
             found.append(self.resolved((*path, "endpoints"), word, parse_endpoint))
         for word in self.words(path, table, "preset"):
@@ -195,12 +194,12 @@ class _File:
             self.fail(path, f"lock {path[-1]!r} locks nothing: give endpoints or a preset")
         return tuple(found)
 
-    def preset(self, name: str) -> Tuple[Endpoint, ...]:
+    def preset(self, name: str) -> tuple[Endpoint, ...]:
         if self.dmi_words is None:
             self.dmi_words = read_dmi_words()
         return preset(name, self.dmi_words)
 
-    def identities(self, path: Path, table: Dict[str, Any], users: str, groups: str) -> Identities:
+    def identities(self, path: Path, table: dict[str, Any], users: str, groups: str) -> Identities:
         return Identities(
             frozenset(self.identity((*path, users), entry, user_id) for entry in self.entries(path, table, users)),
             frozenset(self.identity((*path, groups), entry, group_id) for entry in self.entries(path, table, groups)),
@@ -213,13 +212,13 @@ class _File:
             self.fail(path, f"{path[-1]} holds {entry!r}: give a name, a number or {{ name = ..., id = ... }}")
         return self.resolved(path, entry, resolve)
 
-    def stored_identity(self, path: Path, entry: Dict[str, Any], resolve: Resolve) -> int:
+    def stored_identity(self, path: Path, entry: dict[str, Any], resolve: Resolve) -> int:
         name, number = entry.get("name"), entry.get("id")
         if set(entry) != {"name", "id"} or not isinstance(name, str) or type(number) is not int:
             self.fail(path, f"{path[-1]} holds {entry!r}: such an entry has a name and a number, id, and nothing else")
         stored = self.resolved(path, number, resolve)
         try:
-            current: Optional[int] = resolve(name)
+            current: int | None = resolve(name)
         except BadPolicy:
             current = None
         if current == stored:
@@ -238,13 +237,13 @@ class _File:
         except BadPolicy as error:
             self.fail(path, str(error), str(word))
 
-    def check_keys(self, path: Path, table: Dict[str, Any], known: Sequence[str]) -> None:
+    def check_keys(self, path: Path, table: dict[str, Any], known: Sequence[str]) -> None:
         for key in table:
             if key not in known:
                 where = f"in lock {path[-1]!r}" if path else "at the top"
                 self.fail((*path, key), f"unknown key {key!r} {where}: known are {', '.join(known)}")
 
-    def flag(self, path: Path, table: Dict[str, Any], key: str) -> bool:
+    def flag(self, path: Path, table: dict[str, Any], key: str) -> bool:
         """True or false; false where the key is absent."""
         value = table.get(key, False)
         if not isinstance(value, bool):
@@ -252,7 +251,7 @@ class _File:
         return bool(value)
 
     def choice(
-        self, path: Path, table: Dict[str, Any], key: str, words: Sequence[str], usual: Optional[str] = None
+        self, path: Path, table: dict[str, Any], key: str, words: Sequence[str], usual: str | None = None
     ) -> str:
         """One of ``words``; ``usual``, or the first, where the key is absent."""
         value = table.get(key, words[0] if usual is None else usual)
@@ -260,13 +259,13 @@ class _File:
             self.fail((*path, key), f"{key} = {value!r} must be {' or '.join(repr(word) for word in words)}")
         return str(value)
 
-    def entries(self, path: Path, table: Dict[str, Any], key: str) -> List[Any]:
+    def entries(self, path: Path, table: dict[str, Any], key: str) -> list[Any]:
         value = table.get(key, [])
         if not isinstance(value, list):
             self.fail((*path, key), f"{key} = {value!r} must be a list")
         return value
 
-    def words(self, path: Path, table: Dict[str, Any], key: str) -> List[str]:
+    def words(self, path: Path, table: dict[str, Any], key: str) -> list[str]:
         """The strings of a list; for ``preset`` a single string is a list of one."""
         value = table.get(key, [])
         listed = [value] if key == "preset" and isinstance(value, str) else value

@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 from imds_guard.errors import BadPolicy, Unsupported
 
-Path = Tuple[str, ...]
+Path = tuple[str, ...]
 
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _HEADER = re.compile(r"\s*(\[.*\])\s*(?:#.*)?")
 _POSITION = re.compile(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", re.DOTALL)
 
 
-def load_toml(text: str, name: str) -> Dict[str, Any]:
+def load_toml(text: str, name: str) -> dict[str, Any]:
     """The tables of ``text``. Raises BadPolicy with ``name`` and line, Unsupported where there is no TOML parser."""
     try:
         return _parse(text)
@@ -29,7 +29,7 @@ def load_toml(text: str, name: str) -> Dict[str, Any]:
         raise BadPolicy(_syntax_words(name, str(error))) from None
 
 
-def _parse(text: str) -> Dict[str, Any]:
+def _parse(text: str) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib  # noqa: PLC0415 -- start-up time: most commands read no TOML
     else:
@@ -49,7 +49,7 @@ class KeyLines:
 
     def __init__(self, text: str) -> None:
         self._text = text.splitlines()
-        self._lines: Dict[Path, int] = {}
+        self._lines: dict[Path, int] = {}
         table: Path = ()
         for number, line in enumerate(self._text, 1):
             header = _HEADER.fullmatch(line)
@@ -65,7 +65,7 @@ class KeyLines:
         for length in range(1, len(key) + 1):
             self._lines.setdefault(table + key[:length], number)
 
-    def find(self, path: Path, word: str = "") -> Optional[int]:
+    def find(self, path: Path, word: str = "") -> int | None:
         """The line of ``path``, or of its nearest known parent; of ``word`` in its value when that is given."""
         while path and path not in self._lines:
             path = path[:-1]
@@ -92,7 +92,7 @@ def _header_path(header: str) -> Path:
         value: Any = _parse(header)
     except ValueError:
         return ()
-    found: List[str] = []
+    found: list[str] = []
     while isinstance(value, (dict, list)) and value:
         if isinstance(value, list):
             value = value[0]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, FrozenSet, List, Optional, Sequence, Tuple, Union
+from collections.abc import Sequence
+from typing import Callable, Union
 
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy
@@ -11,7 +12,7 @@ from imds_guard.identity import group_id, group_name, user_id, user_name
 from imds_guard.policy.endpoint_syntax import endpoint_words
 from imds_guard.policy.model import Lock, Verdict
 
-IdList = Tuple[str, FrozenSet[int], Callable[[int], str], Callable[[str], int]]
+IdList = tuple[str, frozenset[int], Callable[[int], str], Callable[[str], int]]
 """A key of a lock, the IDs in it, and how these and names lead to each other."""
 
 
@@ -32,7 +33,7 @@ def scalar(value: Scalar) -> str:
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
-def top_values(config: Config) -> List[Tuple[str, Optional[Scalar], Optional[Scalar]]]:
+def top_values(config: Config) -> list[tuple[str, Scalar | None, Scalar | None]]:
     """The keys at the top with their values, and with those that an absent key stands for; None is an absent key."""
     return [
         ("mode", config.policy.mode.value, "enforce"),
@@ -46,7 +47,7 @@ def top_values(config: Config) -> List[Tuple[str, Optional[Scalar], Optional[Sca
     ]
 
 
-def dump_lock(lock: Lock) -> List[str]:
+def dump_lock(lock: Lock) -> list[str]:
     """The table of a lock, after an empty line."""
     lines = ["", f"[lock.{quoted(lock.name)}]", *dump_endpoints(lock)]
     for key, ids, name_of, id_of in id_lists(lock):
@@ -57,12 +58,12 @@ def dump_lock(lock: Lock) -> List[str]:
     return lines
 
 
-def dump_endpoints(lock: Lock) -> List[str]:
+def dump_endpoints(lock: Lock) -> list[str]:
     """The list of endpoints."""
     return dump_list("endpoints", [quoted(word) for item in lock.endpoints for word in endpoint_words(item)])
 
 
-def id_lists(lock: Lock) -> List[IdList]:
+def id_lists(lock: Lock) -> list[IdList]:
     """The lists of a lock, in the order in which they are written."""
     return [
         ("users", lock.allow.users, user_name, user_id),
@@ -77,7 +78,7 @@ def says_nobody(lock: Lock) -> bool:
     return not lock.allow and lock.default is Verdict.DENY
 
 
-def dump_list(key: str, items: Sequence[str]) -> List[str]:
+def dump_list(key: str, items: Sequence[str]) -> list[str]:
     """A key with a list, an item a line; nothing for an empty one."""
     return [f"{key} = [", *(f"  {item}," for item in items), "]"] if items else []
 

@@ -16,7 +16,7 @@ import errno
 import os
 from contextlib import suppress
 from functools import lru_cache
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple
 
 from imds_guard.connections.find import Candidate, Scope, address_of, ask, candidates, processes
 from imds_guard.connections.values import AUDIT, COME_BACK, REFUSED, UNABLE, Connection, Holder, Sweep
@@ -37,9 +37,9 @@ def look(policy: Policy, scope: Scope) -> Sweep:
     return _swept(_find(policy, scope), {}, AUDIT if policy.mode is Mode.AUDIT else "")
 
 
-def sweep(policy: Policy, scope: Scope, keep: Optional[str] = None) -> Sweep:
+def sweep(policy: Policy, scope: Scope, keep: str | None = None) -> Sweep:
     """Cuts the connections that ``policy``, which is in force, does not allow; with ``keep`` it names them only."""
-    cut: Dict[bytes, Connection] = {}
+    cut: dict[bytes, Connection] = {}
     for _ in range(PASSES):
         found = _find(policy, scope)
         if keep is not None or not found.denied:
@@ -61,17 +61,17 @@ class _Denied(NamedTuple):
 
 
 class _Found(NamedTuple):
-    looked_into: Tuple[Namespace, ...]
-    unseen: List[str]
-    denied: List[_Denied]
+    looked_into: tuple[Namespace, ...]
+    unseen: list[str]
+    denied: list[_Denied]
 
 
-def _swept(found: _Found, cut: Dict[bytes, Connection], why_left: str) -> Sweep:
+def _swept(found: _Found, cut: dict[bytes, Connection], why_left: str) -> Sweep:
     left = tuple(one.connection for one in found.denied)
     return Sweep(found.looked_into, tuple(found.unseen), tuple(cut.values()), left, why_left if left else "")
 
 
-def _cut(found: _Found, cut: Dict[bytes, Connection]) -> None:
+def _cut(found: _Found, cut: dict[bytes, Connection]) -> None:
     """Ends what is denied and enters it into ``cut``. Raises OSError."""
     for namespace in {one.candidate.namespace for one in found.denied}:
         with suppress(FileNotFoundError), ask(namespace) as diag:  # its last process may have ended
@@ -101,14 +101,14 @@ class _Judge:
     def __init__(self, policy: Policy, holders: Holders) -> None:
         self._policy = policy
         self._holders = holders
-        self._callers: Dict[int, Optional[Caller]] = {}
-        self._users: Dict[int, Caller] = {}
-        self._reasons: Dict[Tuple[Caller, Destination], str] = {}
-        self._named: Dict[int, Holder] = {}
+        self._callers: dict[int, Caller | None] = {}
+        self._users: dict[int, Caller] = {}
+        self._reasons: dict[tuple[Caller, Destination], str] = {}
+        self._named: dict[int, Holder] = {}
         self._user_name = lru_cache(maxsize=None)(user_name)
         self._initial_namespace = _inode("/proc/1/ns/net")
 
-    def denied(self, one: Candidate) -> Optional[Connection]:
+    def denied(self, one: Candidate) -> Connection | None:
         """The connection with the reason why, if the policy denies it."""
         pids = self._holders.pids.get(one.socket.inode, ())
         callers = {pid: caller for pid in pids for caller in [self._caller(pid)] if caller is not None}
@@ -139,7 +139,7 @@ class _Judge:
             self._named[pid] = Holder(pid, visible(process_name(pid)), self._user_name(caller.fsuid))
         return self._named[pid]
 
-    def _caller(self, pid: int) -> Optional[Caller]:
+    def _caller(self, pid: int) -> Caller | None:
         if pid not in self._callers:
             self._callers[pid] = _or_none(lambda: caller_of_pid(pid))
         return self._callers[pid]
@@ -154,7 +154,7 @@ class _Judge:
         return Caller(known.fsuid, known.fsgid, known.groups, pid_namespace_is_initial=at_home)
 
 
-def _or_none(read: Callable[[], Caller]) -> Optional[Caller]:
+def _or_none(read: Callable[[], Caller]) -> Caller | None:
     """None for a process that has ended or may not be looked at, and for a user without an account."""
     try:
         return read()
@@ -162,7 +162,7 @@ def _or_none(read: Callable[[], Caller]) -> Optional[Caller]:
         return None
 
 
-def _inode(path: str) -> Optional[int]:
+def _inode(path: str) -> int | None:
     try:
         return os.stat(path).st_ino
     except OSError:

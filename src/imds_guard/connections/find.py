@@ -7,7 +7,7 @@ import ipaddress
 import os
 import socket
 from contextlib import suppress
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Set, Tuple
+from typing import NamedTuple
 
 from imds_guard.errors import system_words
 from imds_guard.kernel import sock_diag
@@ -29,7 +29,7 @@ _SHOWN = 3
 class Scope(NamedTuple):
     """Where to look: a path of a cgroup2 directory for sockets made in it or below; all network namespaces, or this."""
 
-    cgroup: Optional[str] = None
+    cgroup: str | None = None
     every_namespace: bool = True
 
 
@@ -45,9 +45,9 @@ class Candidates:
     """What was found, where was looked, and what could not be seen and why."""
 
     def __init__(self) -> None:
-        self.sockets: List[Candidate] = []
-        self.looked_into: List[Namespace] = []
-        self.unseen: List[str] = []
+        self.sockets: list[Candidate] = []
+        self.looked_into: list[Namespace] = []
+        self.unseen: list[str] = []
 
 
 def candidates(policy: Policy, scope: Scope) -> Candidates:
@@ -59,7 +59,7 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
     if hidden:
         found.unseen.append(f"the network namespace of {processes(hidden)} was not found")
     wanted, cgroups = _locked_addresses(policy), _cgroup_ids(scope.cgroup)
-    refused: Dict[str, List[Namespace]] = {}
+    refused: dict[str, list[Namespace]] = {}
     for namespace in namespaces:
         try:
             found.sockets += _in_namespace(namespace, wanted, cgroups, found.unseen)
@@ -72,7 +72,7 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
     return found
 
 
-def _refused(words: str, several: List[Namespace]) -> str:
+def _refused(words: str, several: list[Namespace]) -> str:
     paths = ", ".join(one.path for one in several[:_SHOWN])
     more = f" and {len(several) - _SHOWN} more" if len(several) > _SHOWN else ""
     return f"entering {paths}{more}: {words}, it takes CAP_SYS_ADMIN"
@@ -95,10 +95,10 @@ def ask(namespace: Namespace) -> SockDiag:
 
 
 def _in_namespace(
-    namespace: Namespace, wanted: sock_diag.Wanted, cgroups: Optional[FrozenSet[int]], unseen: List[str]
-) -> List[Candidate]:
+    namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[int] | None, unseen: list[str]
+) -> list[Candidate]:
     """The sockets of a namespace that lead to a locked address and that somebody can use. Raises OSError."""
-    found: List[Candidate] = []
+    found: list[Candidate] = []
     with ask(namespace) as diag:
         for protocol, number, states in _KINDS:
             try:
@@ -116,12 +116,12 @@ def _in_namespace(
 
 
 def _sockets(
-    diag: SockDiag, number: int, states: Tuple[int, ...], wanted: Optional[sock_diag.Wanted] = None
-) -> List[Socket]:
+    diag: SockDiag, number: int, states: tuple[int, ...], wanted: sock_diag.Wanted | None = None
+) -> list[Socket]:
     return [one for family in _FAMILIES for one in diag.sockets(family, number, states, wanted)]
 
 
-def _called_by_us(diag: SockDiag, sockets: List[Socket]) -> List[Socket]:
+def _called_by_us(diag: SockDiag, sockets: list[Socket]) -> list[Socket]:
     """Without those that seem to have come in: the peer's port is none of a service, and somebody listens at ours.
 
     Nothing in the kernel says who began.
@@ -132,11 +132,11 @@ def _called_by_us(diag: SockDiag, sockets: List[Socket]) -> List[Socket]:
     return [one for one in sockets if one.remote_port < _PRIVILEGED_PORTS or not _came_in(one, listening)]
 
 
-def _listening(diag: SockDiag) -> Set[Tuple[Address, int]]:
+def _listening(diag: SockDiag) -> set[tuple[Address, int]]:
     return {(address_of(one.local), one.local_port) for one in _sockets(diag, socket.IPPROTO_TCP, (LISTEN,))}
 
 
-def _came_in(one: Socket, listening: Set[Tuple[Address, int]]) -> bool:
+def _came_in(one: Socket, listening: set[tuple[Address, int]]) -> bool:
     places = (address_of(one.local), *_ANYWHERE)
     return any((place, one.local_port) in listening for place in places)
 
@@ -146,7 +146,7 @@ def address_of(packed: bytes) -> Address:
     return unmapped(ipaddress.ip_address(packed))
 
 
-def _cgroup_ids(path: Optional[str]) -> Optional[FrozenSet[int]]:
+def _cgroup_ids(path: str | None) -> frozenset[int] | None:
     """The IDs of a cgroup and of all below it: the inodes of their directories (kernfs_node in Linux)."""
     if path is None:
         return None
@@ -159,7 +159,7 @@ def _cgroup_ids(path: Optional[str]) -> Optional[FrozenSet[int]]:
 
 def _locked_addresses(policy: Policy) -> sock_diag.Wanted:
     """A quick test that lets everything through that some lock covers, whatever the port."""
-    networks: Dict[Tuple[int, int], Set[int]] = {}
+    networks: dict[tuple[int, int], set[int]] = {}
     for lock in policy.locks:
         for endpoint in lock.endpoints:
             network = endpoint.network

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Tuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from imds_guard.kernel.holders import Namespace
@@ -22,9 +22,9 @@ class Connection(NamedTuple):
     """A connection to a locked endpoint that the policy does not allow."""
 
     protocol: Protocol
-    local: Tuple[Address, int]
-    remote: Tuple[Address, int]
-    holders: Tuple[Holder, ...]
+    local: tuple[Address, int]
+    remote: tuple[Address, int]
+    holders: tuple[Holder, ...]
     user: str
     """Who made it."""
     namespace: int
@@ -35,11 +35,11 @@ class Connection(NamedTuple):
 class Sweep(NamedTuple):
     """What was found, and what came of it."""
 
-    looked_into: Tuple[Namespace, ...]
-    unseen: Tuple[str, ...] = ()
+    looked_into: tuple[Namespace, ...]
+    unseen: tuple[str, ...] = ()
     """What could not be looked into, and why."""
-    cut: Tuple[Connection, ...] = ()
-    left: Tuple[Connection, ...] = ()
+    cut: tuple[Connection, ...] = ()
+    left: tuple[Connection, ...] = ()
     why_left: str = ""
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Tuple
+from typing import Callable
 
 from imds_guard.errors import UsageError
 from imds_guard.export.bsd import ipfw, pf
@@ -13,7 +13,7 @@ from imds_guard.export.windows import windows
 from imds_guard.export.words import Exported, note_strict
 from imds_guard.policy.model import Policy
 
-_WRITERS: Dict[str, Callable[[Policy], Exported]] = {
+_WRITERS: dict[str, Callable[[Policy], Exported]] = {
     "iptables": iptables,
     "nftables": nftables,
     "pf": pf,
@@ -22,7 +22,7 @@ _WRITERS: Dict[str, Callable[[Policy], Exported]] = {
     "systemd": systemd,
 }
 
-FORMATS: Tuple[str, ...] = tuple(_WRITERS)
+FORMATS: tuple[str, ...] = tuple(_WRITERS)
 
 
 def export(policy: Policy, format: str) -> Exported:

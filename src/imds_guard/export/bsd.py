@@ -7,7 +7,7 @@ Sources: pf.conf(5), "user" and "group": the effective IDs of who opened the soc
 
 from __future__ import annotations
 
-from typing import Iterable, List
+from collections.abc import Iterable
 
 from imds_guard.errors import Unsupported
 from imds_guard.export.words import Exported, entries, id_words, note_containers, note_primary_groups, port_words
@@ -39,9 +39,9 @@ def _pf_match(endpoint: Endpoint, protocol: Protocol) -> str:
     return f"{family} proto {protocol.value} from any to {network}{port}"
 
 
-def _pf_lock(lock: Lock, match: str, mode: Mode) -> List[str]:
+def _pf_lock(lock: Lock, match: str, mode: Mode) -> list[str]:
     deny = "pass out log quick" if mode is Mode.AUDIT else "block return out quick"
-    rules: List[str] = []
+    rules: list[str] = []
     for verdict, identities in ((deny, lock.deny), ("pass out quick", lock.allow)):
         for word, ids in (("user", identities.users), ("group", identities.groups)):
             if ids:
@@ -92,22 +92,22 @@ def _ipfw_match(endpoint: Endpoint, protocol: Protocol) -> str:
     return f"{protocol.value} from any to any {family} {endpoint.network}{port} out{setup}"
 
 
-def _ipfw_lock(lock: Lock, mode: Mode) -> List[str]:
+def _ipfw_lock(lock: Lock, mode: Mode) -> list[str]:
     behind = [f"skipto {BEHIND} ip from any to any"]
-    rules: List[str] = []
+    rules: list[str] = []
     for kinds, identities in ((_ipfw_denial(mode), lock.deny), (behind, lock.allow)):
         for word, ids in (("uid", identities.users), ("gid", identities.groups)):
             rules += [f"{kind} {block}" for block in _or_blocks(word, ids) for kind in kinds]
     return rules + (_ipfw_denial(mode) if lock.default is Verdict.DENY else behind)
 
 
-def _or_blocks(word: str, ids: Iterable[int]) -> List[str]:
+def _or_blocks(word: str, ids: Iterable[int]) -> list[str]:
     ordered = sorted(ids)
     parts = [ordered[low : low + IDS_IN_A_RULE] for low in range(0, len(ordered), IDS_IN_A_RULE)]
     return ["{ " + " or ".join(f"{word} {number}" for number in part) + " }" for part in parts]
 
 
-def _ipfw_denial(mode: Mode) -> List[str]:
+def _ipfw_denial(mode: Mode) -> list[str]:
     if mode is Mode.AUDIT:
         return ["count log ip from any to any", f"skipto {BEHIND} ip from any to any"]
     return [

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, Iterable, List
+from collections.abc import Iterable
 
 from imds_guard.backends.iptables.render import HEAD, Holding, render
 from imds_guard.export.words import (
@@ -32,7 +32,7 @@ def iptables(policy: Policy) -> Exported:
         )
     exported.remarks.append("who counts is who opened the socket; only this network namespace is judged")
     families = {version: render(Holding(policy), version) for version in (4, 6)}
-    chains: Dict[str, None] = dict.fromkeys([HEAD, *families[4], *families[6]])
+    chains: dict[str, None] = dict.fromkeys([HEAD, *families[4], *families[6]])
     lines = exported.comments("Load with: iptables-restore --noflush < FILE && ip6tables-restore --noflush < FILE")
     lines += ["*filter", *(f":{chain} - [0:0]" for chain in chains), f"-I OUTPUT 1 -j {HEAD}"]
     for version, family in families.items():
@@ -72,17 +72,17 @@ def nftables(policy: Policy) -> Exported:
     return exported
 
 
-def _chain(name: str, rules: Iterable[str]) -> List[str]:
+def _chain(name: str, rules: Iterable[str]) -> list[str]:
     return [f"\tchain {name} {{", *(f"\t\t{rule}" for rule in rules), "\t}"]
 
 
-def _denial(mode: Mode) -> List[str]:
+def _denial(mode: Mode) -> list[str]:
     if mode is Mode.AUDIT:
         return ['log prefix "imds-guard would deny: " flags skuid']
     return ["meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable"]
 
 
-def _lock(lock: Lock) -> List[str]:
+def _lock(lock: Lock) -> list[str]:
     rules = [f"# {lock.name}"]
     rules += [f"{match} goto deny" for match in _matches(lock.deny)]
     rules += [f"{match} return" for match in _matches(lock.allow)]
@@ -92,13 +92,13 @@ def _lock(lock: Lock) -> List[str]:
     return [*rules, "goto deny"]
 
 
-def _matches(identities: Identities) -> List[str]:
+def _matches(identities: Identities) -> list[str]:
     pairs = (("skuid", identities.users), ("skgid", identities.groups))
     return [f"meta {key} {{ {', '.join(id_words(ids, '-'))} }}" for key, ids in pairs if ids]
 
 
-def _find(policy: Policy, protocol: Protocol) -> List[str]:
-    rules: List[str] = []
+def _find(policy: Policy, protocol: Protocol) -> list[str]:
+    rules: list[str] = []
     for number, _, endpoint in entries(policy):
         if not endpoint.ports(protocol):
             continue

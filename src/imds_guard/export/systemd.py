@@ -6,8 +6,6 @@ Source: systemd.resource-control(5). It denies the whole unit, so it goes to uni
 
 from __future__ import annotations
 
-from typing import List
-
 from imds_guard.export.words import Exported
 from imds_guard.policy.model import Lock, Mode, Policy, Verdict
 
@@ -20,7 +18,7 @@ def systemd(policy: Policy) -> Exported:
         "all ports and protocols of an address are denied, DNS and NTP at 169.254.169.254 too",
         "an address that IPAddressAllow= names in the unit or in a slice above it stays open",
     ]
-    lines: List[str] = []
+    lines: list[str] = []
     for lock in policy.locks:
         lines += _lock(lock, exported)
     if policy.mode is Mode.AUDIT:
@@ -33,7 +31,7 @@ def systemd(policy: Policy) -> Exported:
     return exported
 
 
-def _lock(lock: Lock, exported: Exported) -> List[str]:
+def _lock(lock: Lock, exported: Exported) -> list[str]:
     if lock.default is Verdict.ALLOW:
         exported.weakenings.append(f"lock {lock.name!r} denies some users alone, which can't be said: it is left out")
         return [f"# {lock.name}: left out"]

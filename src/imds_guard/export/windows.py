@@ -7,7 +7,7 @@ The principals of a blocking rule are an SDDL string: to whom the rule applies i
 
 from __future__ import annotations
 
-from typing import Iterable, List, Tuple
+from collections.abc import Iterable
 
 from imds_guard.export.words import Exported, note_containers, port_words
 from imds_guard.identity import group_name, user_name
@@ -40,7 +40,7 @@ def windows(policy: Policy) -> Exported:
     return exported
 
 
-def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> List[str]:
+def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> list[str]:
     allowed, denied = _names(lock.allow), _names(lock.deny)
     if allowed[1]:
         exported.remarks.append(
@@ -62,10 +62,10 @@ def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> List[str]:
     return lines
 
 
-def _names(identities: Identities) -> Tuple[List[str], List[int]]:
+def _names(identities: Identities) -> tuple[list[str], list[int]]:
     """Names of accounts and groups; IDs that have none here."""
-    names: List[str] = []
-    nameless: List[int] = []
+    names: list[str] = []
+    nameless: list[int] = []
     for ids, look in ((identities.users, user_name), (identities.groups, group_name)):
         for number in sorted(ids):
             name = look(number)
@@ -89,7 +89,7 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _rules(lock: Lock, mode: Mode, variable: str) -> List[str]:
+def _rules(lock: Lock, mode: Mode, variable: str) -> list[str]:
     enabled = "False" if mode is Mode.AUDIT else "True"
     head = f"New-NetFirewallRule -Group 'imds-guard' -DisplayName {_quoted('imds-guard: ' + lock.name)}"
     return [

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, List, Sequence, Tuple
+from collections.abc import Iterable, Sequence
 
 from imds_guard.backends.iptables.render import id_ranges
 from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, Policy, Ports, Verdict
@@ -18,32 +18,32 @@ class Exported:
 
     def __init__(self) -> None:
         self.text = ""
-        self.weakenings: List[str] = []
-        self.remarks: List[str] = []
+        self.weakenings: list[str] = []
+        self.remarks: list[str] = []
 
-    def comments(self, title: str, sign: str = "#") -> List[str]:
+    def comments(self, title: str, sign: str = "#") -> list[str]:
         """The head of the text."""
         lines = [title, *(f"Note: {one}" for one in self.remarks), *(f"WEAKER: {one}" for one in self.weakenings)]
         return [f"{sign} {line}" for line in lines]
 
 
-def entries(policy: Policy) -> List[Tuple[int, Lock, Endpoint]]:
+def entries(policy: Policy) -> list[tuple[int, Lock, Endpoint]]:
     """(number of the lock, lock, endpoint), the most specific first: the first that matches is the one that counts."""
     every = [(number, lock, endpoint) for number, lock in enumerate(policy.locks) for endpoint in lock.endpoints]
     return sorted(every, key=lambda entry: (-entry[2].network.prefixlen, entry[2].sort_key(), entry[0]))
 
 
-def ranges_words(ranges: Iterable[Tuple[int, int]], dash: str) -> List[str]:
+def ranges_words(ranges: Iterable[tuple[int, int]], dash: str) -> list[str]:
     """``5`` or ``5-9`` for each range."""
     return [str(low) if low == high else f"{low}{dash}{high}" for low, high in ranges]
 
 
-def id_words(ids: Iterable[int], dash: str) -> List[str]:
+def id_words(ids: Iterable[int], dash: str) -> list[str]:
     """The ids as few ranges."""
     return ranges_words(id_ranges(ids), dash)
 
 
-def port_words(ports: Ports, dash: str) -> List[str]:
+def port_words(ports: Ports, dash: str) -> list[str]:
     """The ports as ranges; nothing where all are meant."""
     return [] if ports == ALL_PORTS else ranges_words(ports, dash)
 

@@ -11,7 +11,8 @@ import ctypes
 import errno
 import os
 import struct
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from imds_guard.errors import system_words
 from imds_guard.kernel import btf_made
@@ -55,7 +56,7 @@ it would write over whatever lies behind a shorter buffer."""
 _ENOTSUPP = 524  # include/linux/errno.h; not an errno that C knows
 
 
-def invoke(command: int, attr: bytes) -> Tuple[int, int, bytes]:
+def invoke(command: int, attr: bytes) -> tuple[int, int, bytes]:
     """The door itself: the result, the errno (0 on success), and union bpf_attr as the kernel left it."""
     number = _SYSCALL_NUMBERS.get(os.uname().machine)
     if number is None:
@@ -65,7 +66,7 @@ def invoke(command: int, attr: bytes) -> Tuple[int, int, bytes]:
     return result, 0 if result >= 0 else ctypes.get_errno(), buffer.raw[: len(attr)]
 
 
-def call(command: int, attr: bytes) -> Tuple[int, bytes]:
+def call(command: int, attr: bytes) -> tuple[int, bytes]:
     """bpf(2): the result, and union bpf_attr as the kernel left it. Raises OSError."""
     for _ in range(5):
         result, code, after = invoke(command, attr)
@@ -81,7 +82,7 @@ def _refusal(command: int, code: int) -> OSError:
     return OSError(code, os.strerror(code), f"bpf(BPF_{_COMMANDS.get(command, command)})")
 
 
-def _pointer(buffer: Optional[ctypes.Array[ctypes.c_char]]) -> int:
+def _pointer(buffer: ctypes.Array[ctypes.c_char] | None) -> int:
     return 0 if buffer is None else ctypes.addressof(buffer)
 
 
@@ -115,7 +116,7 @@ def map_create(shape: MapShape, name: str, inner_fd: int = 0) -> int:
         os.close(btf_fd)
 
 
-def _map_create(shape: MapShape, name: str, inner_fd: int, types: Tuple[int, int, int] = (0, 0, 0)) -> int:
+def _map_create(shape: MapShape, name: str, inner_fd: int, types: tuple[int, int, int] = (0, 0, 0)) -> int:
     """``types``: a BTF object's fd, and in it the number of the key's type and of the value's."""
     attr = struct.pack(
         "=7I16s4I",
@@ -138,7 +139,7 @@ def _load_btf(octets: bytes) -> int:
     return call(BTF_LOAD, struct.pack("=QQIII", _pointer(buffer), 0, len(octets), 0, 0))[0]
 
 
-def _element(fd: int, key: Optional[ctypes.Array[ctypes.c_char]], value: int, flags: int = 0) -> bytes:
+def _element(fd: int, key: ctypes.Array[ctypes.c_char] | None, value: int, flags: int = 0) -> bytes:
     return struct.pack("=IIQQQ", fd, 0, _pointer(key), value, flags)
 
 
@@ -149,7 +150,7 @@ def map_update(fd: int, key: bytes, value: bytes) -> None:
     call(MAP_UPDATE_ELEM, _element(fd, key_buffer, _pointer(value_buffer)))
 
 
-def map_lookup(fd: int, key: bytes, value_size: int) -> Optional[bytes]:
+def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     """One element's value, or None. For a per-CPU map ``value_size`` is that of all possible CPUs together."""
     key_buffer = ctypes.create_string_buffer(key, len(key))
     value_buffer = ctypes.create_string_buffer(value_size)
@@ -173,7 +174,7 @@ def map_delete(fd: int, key: bytes) -> None:
 
 
 def _keys_one_by_one(fd: int, key_size: int) -> Iterator[bytes]:
-    key: Optional[ctypes.Array[ctypes.c_char]] = None
+    key: ctypes.Array[ctypes.c_char] | None = None
     following = ctypes.create_string_buffer(key_size)
     while True:
         try:
@@ -195,7 +196,7 @@ def _batch_attr(fd: int, start: int, end: int, keys: int, values: int, count: in
     return struct.pack("=QQQQIIQQ", start, end, keys, values, count, fd, 0, 0)
 
 
-def map_items(fd: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
+def map_items(fd: int, shape: MapShape) -> list[tuple[bytes, bytes]]:
     """Every element of a hash or a trie, in no order: by batch where the kernel can, else one by one."""
     try:
         return _items_by_batch(fd, shape)
@@ -206,9 +207,9 @@ def map_items(fd: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
     return [(key, value) for key, value in found if value is not None]
 
 
-def _items_by_batch(fd: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
+def _items_by_batch(fd: int, shape: MapShape) -> list[tuple[bytes, bytes]]:
     cursor = ctypes.create_string_buffer(max(shape.key_size, 8))
-    items: List[Tuple[bytes, bytes]] = []
+    items: list[tuple[bytes, bytes]] = []
     start, room = 0, min(_FEW, shape.max_entries)
     while True:
         # A batch of a hash table stops at whole buckets: ENOSPC when one has more elements than there is room for.
@@ -222,7 +223,7 @@ def _items_by_batch(fd: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
         start, room = _pointer(cursor), min(BATCH, shape.max_entries)
 
 
-def _lookup_batch(attr: bytes) -> Tuple[int, bool]:
+def _lookup_batch(attr: bytes) -> tuple[int, bool]:
     """How many elements were copied, and whether they were the last ones (ENOENT)."""
     _, code, after = invoke(MAP_LOOKUP_BATCH, attr)
     if code not in (0, errno.ENOENT):
@@ -230,12 +231,12 @@ def _lookup_batch(attr: bytes) -> Tuple[int, bool]:
     return struct.unpack_from("=I", after, 32)[0], code == errno.ENOENT
 
 
-def _split(keys: bytes, values: bytes, count: int, shape: MapShape) -> List[Tuple[bytes, bytes]]:
+def _split(keys: bytes, values: bytes, count: int, shape: MapShape) -> list[tuple[bytes, bytes]]:
     k, v = shape.key_size, shape.value_size
     return [(keys[i * k : (i + 1) * k], values[i * v : (i + 1) * v]) for i in range(count)]
 
 
-def map_update_all(fd: int, items: Sequence[Tuple[bytes, bytes]]) -> None:
+def map_update_all(fd: int, items: Sequence[tuple[bytes, bytes]]) -> None:
     """Sets many elements: by batch where the kernel can, else one by one."""
     for at in range(0, len(items), BATCH):
         part = items[at : at + BATCH]
@@ -279,8 +280,8 @@ def prog_load(
     instructions: bytes,
     name: str,
     attach_type: int,
-    log: Optional[ctypes.Array[ctypes.c_char]] = None,
-    functions: Sequence[Tuple[str, int]] = (),
+    log: ctypes.Array[ctypes.c_char] | None = None,
+    functions: Sequence[tuple[str, int]] = (),
 ) -> int:
     """The file descriptor of a verified program for a cgroup's hook; the verifier's words go to ``log``.
 
@@ -300,7 +301,7 @@ def prog_load(
 
 
 def _prog_load(
-    instructions: bytes, name: str, attach_type: int, log: Optional[ctypes.Array[ctypes.c_char]], types: bytes
+    instructions: bytes, name: str, attach_type: int, log: ctypes.Array[ctypes.c_char] | None, types: bytes
 ) -> int:
     """``types``: prog_btf_fd, func_info_rec_size, func_info, func_info_cnt."""
     code = ctypes.create_string_buffer(instructions, len(instructions))
@@ -324,8 +325,8 @@ def _prog_load(
 
 
 def prog_load_explained(
-    instructions: bytes, name: str, attach_type: int, functions: Sequence[Tuple[str, int]] = ()
-) -> Tuple[int, str]:
+    instructions: bytes, name: str, attach_type: int, functions: Sequence[tuple[str, int]] = ()
+) -> tuple[int, str]:
     """A program's fd and "", or -1 and the last lines of the verifier's log.
 
     The log is asked for only after a failure: a buffer that is too small for it is ENOSPC, not a rejected program.
@@ -352,7 +353,7 @@ class ProgramDescription(NamedTuple):
 
     id: int
     name: str
-    map_ids: Tuple[int, ...]
+    map_ids: tuple[int, ...]
     run_time_ns: int
     run_count: int
 
@@ -377,7 +378,7 @@ def _object_description(fd: int, room: bytes) -> bytes:
     return buffer.raw
 
 
-def describe_map(fd: int) -> Tuple[int, MapShape]:
+def describe_map(fd: int) -> tuple[int, MapShape]:
     """A map's ID and shape, from struct bpf_map_info."""
     kind, identity, key_size, value_size, max_entries, flags = struct.unpack_from(
         "=6I", _object_description(fd, bytes(80))
@@ -430,7 +431,7 @@ def describe_link(fd: int) -> LinkDescription:
     return LinkDescription(identity, kind, prog_id, cgroup_id, attach_type)
 
 
-def attached_programs(cgroup_fd: int, attach_type: int) -> List[int]:
+def attached_programs(cgroup_fd: int, attach_type: int) -> list[int]:
     """IDs of the programs attached to this very cgroup at a hook, in the order they run (BPF_PROG_QUERY)."""
     ids = (ctypes.c_uint32 * 1024)()
     attr = struct.pack("=4IQII", cgroup_fd, attach_type, 0, 0, ctypes.addressof(ids), 1024, 0)
@@ -451,7 +452,7 @@ def _ids(command: int) -> Iterator[int]:
         yield current
 
 
-def _fd_by_id(command: int, identity: int) -> Optional[int]:
+def _fd_by_id(command: int, identity: int) -> int | None:
     try:
         return call(command, struct.pack("=III", identity, 0, 0))[0]
     except OSError as error:
@@ -460,14 +461,14 @@ def _fd_by_id(command: int, identity: int) -> Optional[int]:
         raise
 
 
-def program_by_id(identity: int) -> Optional[int]:
+def program_by_id(identity: int) -> int | None:
     """A program's fd, or None when it is gone."""
     return _fd_by_id(PROG_GET_FD_BY_ID, identity)
 
 
-def links_of_cgroup(cgroup_id: int) -> List[Tuple[int, LinkDescription]]:
+def links_of_cgroup(cgroup_id: int) -> list[tuple[int, LinkDescription]]:
     """(fd, description) of every link on a cgroup; the caller closes the fds."""
-    found: List[Tuple[int, LinkDescription]] = []
+    found: list[tuple[int, LinkDescription]] = []
     for identity in _ids(LINK_GET_NEXT_ID):
         fd = _fd_by_id(LINK_GET_FD_BY_ID, identity)
         if fd is None:
@@ -506,7 +507,7 @@ def enable_run_statistics() -> int:
 def possible_cpus() -> int:
     """How many values a per-CPU map has for a key: CPUs in /sys/devices/system/cpu/possible ("0-3,5")."""
     with open("/sys/devices/system/cpu/possible", encoding="ascii") as file:
-        parts: Dict[int, None] = {}
+        parts: dict[int, None] = {}
         for part in file.read().strip().split(","):
             low, _, high = part.partition("-")
             parts.update(dict.fromkeys(range(int(low), int(high or low) + 1)))

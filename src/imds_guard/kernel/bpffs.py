@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Optional
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
 from imds_guard.kernel import syscalls
@@ -14,7 +13,7 @@ from imds_guard.kernel.mounts import Mount, mounts, same_namespace_as_pid1, wind
 USUAL_PATH = "/sys/fs/bpf"
 
 
-def find_bpffs() -> Optional[str]:
+def find_bpffs() -> str | None:
     """A path to the bpffs of PID 1 that works from here, or None when PID 1 has none.
 
     Raises Unsupported when it has one that can't be reached from this mount namespace.
@@ -73,7 +72,7 @@ def _close_to_others(path: str) -> None:
             ) from error
 
 
-def _of_pid1() -> Optional[Mount]:
+def _of_pid1() -> Mount | None:
     try:
         found = [mount for mount in mounts("bpf", "1") if mount.root == "/"]
     except OSError as error:
@@ -82,7 +81,7 @@ def _of_pid1() -> Optional[Mount]:
     return usual[-1] if usual else None
 
 
-def _device(path: str) -> Optional[int]:
+def _device(path: str) -> int | None:
     try:
         return os.stat(path).st_dev
     except OSError:

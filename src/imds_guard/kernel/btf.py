@@ -7,8 +7,9 @@ Format: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.errors import Unsupported, system_words
 
@@ -17,7 +18,7 @@ PATH = "/sys/kernel/btf/vmlinux"
 _MAGIC = 0xEB9F
 _KIND_STRUCT, _KIND_UNION = 4, 5
 # Octets after struct btf_type, by kind: fixed, and for each of vlen elements.
-_EXTRA: Dict[int, Tuple[int, int]] = {
+_EXTRA: dict[int, tuple[int, int]] = {
     1: (4, 0),  # INT
     3: (12, 0),  # ARRAY
     4: (0, 12),  # STRUCT
@@ -68,7 +69,7 @@ class Btf:
             self._words = memoryview(self._types).cast("I")
             self._positions = self._walk()
 
-    def _walk(self) -> List[int]:
+    def _walk(self) -> list[int]:
         """The position of each type in words, by ID; type 0 is void. A kernel has more than 100,000."""
         positions, at, words, end = [0], 0, self._words, len(self._words)
         fixed = [3 + _EXTRA.get(kind, (0, 0))[0] // 4 for kind in range(_KNOWN_KINDS)]
@@ -85,24 +86,24 @@ class Btf:
     def _text(self, offset: int) -> str:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode()
 
-    def _find(self, names: Iterable[str]) -> Dict[str, int]:
+    def _find(self, names: Iterable[str]) -> dict[str, int]:
         """The IDs of structs, by name; a name that has none is missing."""
         wanted = {offset: name for name in names for offset in self._offsets_of(name)}
-        found: Dict[str, int] = {}
+        found: dict[str, int] = {}
         words = self._words
         for identity, at in enumerate(self._positions[1:], 1):
             if words[at] in wanted and words[at + 1] >> 24 & 0x1F == _KIND_STRUCT:
                 found.setdefault(wanted[words[at]], identity)
         return found
 
-    def _offsets_of(self, name: str) -> List[int]:
+    def _offsets_of(self, name: str) -> list[int]:
         needle, offsets, at = b"\0" + name.encode() + b"\0", [], 0
         while (at := self._strings.find(needle, at)) >= 0:
             at += 1
             offsets.append(at)
         return offsets
 
-    def _members(self, identity: int) -> List[Member]:
+    def _members(self, identity: int) -> list[Member]:
         at = self._positions[identity] * 4
         word = self._words[self._positions[identity] + 1]
         if word >> 24 & 0x1F not in (_KIND_STRUCT, _KIND_UNION):
@@ -114,7 +115,7 @@ class Btf:
             members.append(Member(self._text(name_at), type_id, offset & 0xFFFFFF if has_bitfields else offset))
         return members
 
-    def _offset_bits(self, identity: int, name: str, levels: int = _MOST_LEVELS) -> Optional[int]:
+    def _offset_bits(self, identity: int, name: str, levels: int = _MOST_LEVELS) -> int | None:
         """Members of anonymous structs and unions count as members of what they are in."""
         for member in self._members(identity) if levels else ():
             if member.name == name:
@@ -124,7 +125,7 @@ class Btf:
                 return member.offset_bits + inner
         return None
 
-    def offsets(self, wanted: Iterable[Tuple[str, str]]) -> Dict[Tuple[str, str], int]:
+    def offsets(self, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
         """The offset in octets of each (struct, member). Raises Unsupported for one that is not there."""
         pairs = list(wanted)
         with _whole():
@@ -141,7 +142,7 @@ class Btf:
             result[name, member] = bits // 8
         return result
 
-    def struct_size(self, name: str) -> Optional[int]:
+    def struct_size(self, name: str) -> int | None:
         """A struct's size in octets, or None."""
         with _whole():
             identity = self._find([name]).get(name)
@@ -149,7 +150,7 @@ class Btf:
                 return None
             return self._words[self._positions[identity] + 2]
 
-    def members(self, name: str) -> Dict[str, int]:
+    def members(self, name: str) -> dict[str, int]:
         """The offsets in octets of a struct's named members; empty when there is no such struct."""
         with _whole():
             identity = self._find([name]).get(name)

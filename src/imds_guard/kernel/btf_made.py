@@ -7,7 +7,7 @@ Format: Documentation/bpf/btf.rst. Type 1 is always a 32-bit integer.
 from __future__ import annotations
 
 import struct
-from typing import Sequence
+from collections.abc import Sequence
 
 _INT, _ARRAY, _FUNC, _FUNC_PROTO = 1 << 24, 3 << 24, 12 << 24, 13 << 24
 _SIGNED = 1 << 24

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
 from imds_guard.kernel import syscalls
@@ -37,7 +37,7 @@ class Cgroup(NamedTuple):
         self.close()
 
 
-def open_cgroup(path: Optional[str] = None) -> Cgroup:
+def open_cgroup(path: str | None = None) -> Cgroup:
     """The given cgroup2 directory, or the root of the hierarchy wherever it is mounted, or mounted for the purpose."""
     if path is not None:
         return _open_given(path)
@@ -78,7 +78,7 @@ def _is_cgroup2(fd: int) -> bool:
     return True
 
 
-def _open_mounted_root() -> Optional[Cgroup]:
+def _open_mounted_root() -> Cgroup | None:
     for mount in mounts("cgroup2"):
         try:
             fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

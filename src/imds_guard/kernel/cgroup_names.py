@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from typing import Optional
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -14,7 +13,7 @@ _HANDLE = struct.Struct("=IiQ")  # struct file_handle (open_by_handle_at(2)) wit
 _FILEID_KERNFS = 0xFE  # include/linux/exportfs.h
 
 
-def path_of_cgroup(root_fd: int, identity: int) -> Optional[str]:
+def path_of_cgroup(root_fd: int, identity: int) -> str | None:
     """The path below the directory ``root_fd`` of a cgroup2 mount; None when it is gone or can't be asked.
 
     It takes CAP_DAC_READ_SEARCH. Since Linux 33c5ac9175195 ("kernfs: implement custom exportfs ops and fid type") (in

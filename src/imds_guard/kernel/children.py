@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from types import TracebackType
-from typing import Callable, Optional, Type, TypeVar
+from typing import Callable, TypeVar
 
 from imds_guard.errors import GuardError
 
@@ -58,7 +58,7 @@ def _text(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
 
 
-def fork(fn: Callable[[], object], failed: Optional[Callable[[BaseException], None]] = None) -> int:
+def fork(fn: Callable[[], object], failed: Callable[[BaseException], None] | None = None) -> int:
     """The process ID of a child that runs ``fn`` and exits; ``failed`` is given what it raised, else stderr its text.
 
     The child dies with its parent (PR_SET_PDEATHSIG in prctl(2)), unless it changes its IDs.
@@ -89,7 +89,7 @@ class _Top:
         return None
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if error is not None:

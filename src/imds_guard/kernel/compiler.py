@@ -10,10 +10,11 @@ import functools
 import importlib.util
 import os
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import NamedTuple
 
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.kernel.children import ChildFailed, run_in_child
@@ -43,7 +44,7 @@ def require_bcc() -> None:
 
 @functools.cache
 def compile_functions(
-    source: str, include: str, stubs: str, functions: Tuple[str, ...], defines: Tuple[Tuple[str, int], ...]
+    source: str, include: str, stubs: str, functions: tuple[str, ...], defines: tuple[tuple[str, int], ...]
 ) -> Mapping[str, bytes]:
     """The instructions (8 octets each) of each function.
 
@@ -69,7 +70,7 @@ def _import_bcc(words: str) -> ModuleType:
     return bcc  # type: ignore[no-any-return]
 
 
-def _compile(bcc: ModuleType, source: str, flags: List[str], functions: Sequence[str], words: str) -> Dict[str, bytes]:
+def _compile(bcc: ModuleType, source: str, flags: list[str], functions: Sequence[str], words: str) -> dict[str, bytes]:
     """In a child, which has another effective user than root, but root's way with files.
 
     For root alone libbcc reads every name in /proc/kallsyms, two fifths of the time that our programs take. It would
@@ -131,10 +132,10 @@ class Program(NamedTuple):
     """Instructions of several functions, the program itself first: the name of each, and its first instruction."""
 
     instructions: bytes
-    functions: Tuple[Tuple[str, int], ...]
+    functions: tuple[tuple[str, int], ...]
 
 
-def with_steps(name: str, instructions: bytes, steps: Mapping[int, Tuple[str, bytes]]) -> Program:
+def with_steps(name: str, instructions: bytes, steps: Mapping[int, tuple[str, bytes]]) -> Program:
     """A function followed by those that it passes to bpf_loop(), which it names by the keys of ``steps``.
 
     Each begins with a copy of its second argument, the context, to the first: bcc knows functions of one argument.

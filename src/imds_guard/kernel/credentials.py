@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Dict, Iterable, Optional, Tuple
+from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long  # setfsuid(2) returns an ID, which may have its 32nd bit set
@@ -16,18 +16,18 @@ _libc.syscall.restype = ctypes.c_long  # setfsuid(2) returns an ID, which may ha
 # Sources: arch/x86/entry/syscalls/syscall_64.tbl and include/uapi/asm-generic/unistd.h in Linux.
 _X86_64 = {"setgroups": 116, "setresuid": 117, "setresgid": 119, "setfsuid": 122, "setfsgid": 123}
 _GENERIC = {"setgroups": 159, "setresuid": 147, "setresgid": 149, "setfsuid": 151, "setfsgid": 152}
-_NUMBERS: Dict[str, Dict[str, int]] = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
+_NUMBERS: dict[str, dict[str, int]] = {"x86_64": _X86_64, "aarch64": _GENERIC, "riscv64": _GENERIC}
 
-Triple = Tuple[int, int, int]
+Triple = tuple[int, int, int]
 """Real, effective and saved ID."""
 
 
 def become(
-    uids: Optional[Triple] = None,
-    gids: Optional[Triple] = None,
-    groups: Optional[Iterable[int]] = None,
-    fsuid: Optional[int] = None,
-    fsgid: Optional[int] = None,
+    uids: Triple | None = None,
+    gids: Triple | None = None,
+    groups: Iterable[int] | None = None,
+    fsuid: int | None = None,
+    fsgid: int | None = None,
 ) -> None:
     """The calling thread has these IDs afterwards; what is None stays, but an effective ID carries its fs ID along.
 
@@ -58,7 +58,7 @@ def _call(name: str, *arguments: int) -> int:
     return result
 
 
-def _set_groups(groups: Tuple[int, ...]) -> None:
+def _set_groups(groups: tuple[int, ...]) -> None:
     array = (ctypes.c_uint32 * max(len(groups), 1))(*groups)
     _call("setgroups", len(groups), ctypes.addressof(array))
 

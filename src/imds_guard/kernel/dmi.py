@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from typing import List
 
 DMI_FOLDER = "/sys/class/dmi/id"
 
@@ -26,7 +25,7 @@ _FIELDS = (
 
 def dmi_words(folder: str = DMI_FOLDER) -> str:
     """The fields that name a maker or a product, one a line; empty where there is no DMI (containers, some ARM)."""
-    found: List[str] = []
+    found: list[str] = []
     for field in _FIELDS:
         try:
             with open(os.path.join(folder, field), encoding="utf-8", errors="replace") as file:

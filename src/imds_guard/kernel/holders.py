@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Set, Tuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from imds_guard.kernel.mounts import mounts
 
 
-def process_ids() -> List[int]:
+def process_ids() -> list[int]:
     """Every process that /proc shows, in ascending order."""
     return sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
 
@@ -42,18 +43,18 @@ def _lives(pid: int) -> bool:
 class Holders(NamedTuple):
     """Of each socket's inode the processes with a descriptor of it; how many processes could not be looked into."""
 
-    pids: Dict[int, Tuple[int, ...]]
+    pids: dict[int, tuple[int, ...]]
     hidden: int
 
 
-def holders_of(inodes: FrozenSet[int]) -> Holders:
+def holders_of(inodes: frozenset[int]) -> Holders:
     """Looks through the descriptors of every process; those of other users take CAP_SYS_PTRACE.
 
     A socket that is in flight (SCM_RIGHTS in unix(7)), registered with an io_uring, or open in a thread that shares no
     descriptors with its process has no holder here.
     """
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    found: Dict[int, Set[int]] = {}
+    found: dict[int, set[int]] = {}
     hidden = 0
     for pid in process_ids() if wanted else ():
         try:
@@ -87,14 +88,14 @@ class Namespace(NamedTuple):
 
     inode: int
     path: str
-    pid: Optional[int]
+    pid: int | None
     """A process that lives in it; None for one that is only mounted somewhere (ip-netns(8))."""
 
 
 OWN = "/proc/thread-self/ns/net"
 
 
-def network_namespaces() -> Tuple[List[Namespace], int]:
+def network_namespaces() -> tuple[list[Namespace], int]:
     """The calling thread's, then every other one that a process lives in or a mount keeps, and how many hid theirs.
 
     One that only a descriptor or a socket keeps alive is not found.

@@ -7,11 +7,12 @@ import contextlib
 import ipaddress
 import selectors
 import socket
-from typing import Any, Callable, Iterable, List, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Callable
 
 from imds_guard.kernel.netns import LOOPBACK_INDEX
 
-SocketAddress = Tuple[Any, ...]
+SocketAddress = tuple[Any, ...]
 
 
 def sockaddr(address: str, port: int) -> SocketAddress:
@@ -27,7 +28,7 @@ def family(address: str) -> socket.AddressFamily:
     return socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
 
 
-def listen(addresses: Iterable[str], ports: Sequence[int]) -> List[socket.socket]:
+def listen(addresses: Iterable[str], ports: Sequence[int]) -> list[socket.socket]:
     """A listening TCP socket and a UDP socket for each address and port."""
     sockets = []
     for address in addresses:

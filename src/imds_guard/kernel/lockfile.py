@@ -8,8 +8,8 @@ import fcntl
 import os
 import stat
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Iterator, Optional
 
 from imds_guard.errors import GuardError, NotPermitted, system_words
 
@@ -19,7 +19,7 @@ _POLL_S = 0.05
 
 
 @contextmanager
-def exclusive(name: str, wait_s: Optional[float] = None) -> Iterator[None]:
+def exclusive(name: str, wait_s: float | None = None) -> Iterator[None]:
     """Holds ``/run/imds-guard/NAME.lock``; the kernel lets go of it when the process dies.
 
     An unprivileged process can't open the file, so it can't hold the lock against us.
@@ -31,7 +31,7 @@ def exclusive(name: str, wait_s: Optional[float] = None) -> Iterator[None]:
         os.close(fd)
 
 
-def attempt(name: str) -> Optional[int]:
+def attempt(name: str) -> int | None:
     """A file descriptor that holds ``/run/imds-guard/NAME.lock`` until it is closed; None when another process does."""
     while True:
         fd = _open(name)

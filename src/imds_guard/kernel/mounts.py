@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Iterator, List, NamedTuple, Optional
+from collections.abc import Iterator
+from typing import NamedTuple
 
 
 class Mount(NamedTuple):
@@ -18,7 +19,7 @@ class Mount(NamedTuple):
     read_only: bool
 
 
-def mounts(kind: str, pid: str = "self") -> List[Mount]:
+def mounts(kind: str, pid: str = "self") -> list[Mount]:
     """The mounts of one filesystem type that a process sees, in the order of mounting."""
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return [mount for mount in map(_parse, file) if mount.kind == kind]
@@ -32,7 +33,7 @@ def same_namespace_as_pid1() -> bool:
     return _first_id("self") == _first_id("1")
 
 
-def window_to_pid1() -> Optional[str]:
+def window_to_pid1() -> str | None:
     """A process ID in PID 1's mount namespace whose /proc/PID/root and /proc/PID/ns/mnt we may use, or None.
 
     PID 1's own asks for all of its capabilities; the shell that called us (``ip netns exec``) has no more than we.

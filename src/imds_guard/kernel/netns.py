@@ -10,7 +10,7 @@ import select
 import socket
 import struct
 import time
-from typing import Iterable, Tuple
+from collections.abc import Iterable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -117,7 +117,7 @@ def _request(route: socket.socket, kind: int, flags: int, body: bytes) -> None:
         raise OSError(-number, f"netlink request {kind}: {os.strerror(-number)}")
 
 
-def _exchange(route: socket.socket, kind: int, flags: int, body: bytes) -> Tuple[int, bytes]:
+def _exchange(route: socket.socket, kind: int, flags: int, body: bytes) -> tuple[int, bytes]:
     """The type and the body of the answer to one netlink request."""
     length = struct.calcsize("=IHHII") + len(body)
     route.send(struct.pack("=IHHII", length, kind, flags | _NLM_F_REQUEST, 0, 0) + body)

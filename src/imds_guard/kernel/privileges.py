@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
-from typing import Iterable, List, Optional
+from collections.abc import Iterable
 
 # Source: include/uapi/linux/capability.h
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE = 1, 2, 5, 6, 7, 10
@@ -43,7 +43,7 @@ def capability_name(capability: int) -> str:
     return _NAMES[capability]
 
 
-def missing_capabilities(wanted: Iterable[int]) -> List[str]:
+def missing_capabilities(wanted: Iterable[int]) -> list[str]:
     """The names of those we lack; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7))."""
     held = effective_capabilities()
     if held >> CAP_SYS_ADMIN & 1:
@@ -66,7 +66,7 @@ def lift_memory_lock_limit() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
 
 
-def memory_lock_limit() -> Optional[int]:
+def memory_lock_limit() -> int | None:
     """RLIMIT_MEMLOCK in octets, or None when there is none."""
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if soft == resource.RLIM_INFINITY else soft

@@ -12,7 +12,6 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from typing import List, Tuple
 
 from imds_guard.kernel import bpf, syscalls
 
@@ -57,7 +56,7 @@ class RingBuffer:
         self._consumer_page.close()
         os.close(self._fd)
 
-    def read(self, at_most: int = 8192) -> List[bytes]:
+    def read(self, at_most: int = 8192) -> list[bytes]:
         """The records that are complete, oldest first; fewer than there are when one is still being written.
 
         Three places need order between memory accesses (the kernel's part is an xchg() and its acquire and release
@@ -78,9 +77,9 @@ class RingBuffer:
         _barrier()
         return records
 
-    def _scan(self, position: int, end: int, at_most: int) -> Tuple[List[Tuple[int, int]], int]:
+    def _scan(self, position: int, end: int, at_most: int) -> tuple[list[tuple[int, int]], int]:
         """(place in the data, length) of each complete record, and the position behind the last one."""
-        places: List[Tuple[int, int]] = []
+        places: list[tuple[int, int]] = []
         while position < end and len(places) < at_most:
             at = position & (self._size - 1)
             header = self._words[at // _LENGTH.size]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, Dict, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.errors import GuardError, Unsupported, system_words
 
@@ -17,7 +18,7 @@ SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 _KEPT_ENVIRONMENT = ("SOURCE_DATE_EPOCH", "TERM")
 
-_PACKAGES: Dict[str, str] = {
+_PACKAGES: dict[str, str] = {
     "iptables": "iptables",
     "ip6tables": "iptables",
     "ip": "iproute2 (iproute on Fedora and RHEL)",
@@ -53,7 +54,7 @@ class Completed(NamedTuple):
         return "; ".join(lines)
 
 
-def find_program(name: str) -> Optional[str]:
+def find_program(name: str) -> str | None:
     """The absolute path of a program in SAFE_PATH, or None. An absolute name is only checked."""
     # shutil.which() does no more, and with shutil come three libraries that compress.
     paths = [name] if os.path.dirname(name) else [os.path.join(folder, name) for folder in SAFE_PATH.split(":")]
@@ -105,7 +106,7 @@ def _finish(process: subprocess.Popen[str], argv: Sequence[str], stdin: str, tim
     return Completed(process.returncode, stdout, stderr)
 
 
-def _environment() -> Dict[str, str]:
+def _environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
     return {**kept, "PATH": SAFE_PATH, "LC_ALL": "C"}
 

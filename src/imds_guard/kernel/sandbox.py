@@ -12,8 +12,9 @@ import select
 import signal
 import socket
 import time
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Callable, Iterable, List, Optional, Sequence, Type, TypeVar
+from typing import Callable, TypeVar
 
 from imds_guard.errors import Unsupported, system_words
 from imds_guard.kernel import children, listeners, netns, syscalls
@@ -31,12 +32,12 @@ class Sandbox:
     in the one whose path is ``below``, by default at the top of the cgroup2 mount.
     """
 
-    def __init__(self, addresses: Iterable[str] = (), *, below: Optional[str] = None) -> None:
+    def __init__(self, addresses: Iterable[str] = (), *, below: str | None = None) -> None:
         self.addresses = tuple(addresses)
         self._below = below
         self.cgroup = ""
         self.netns_fd = -1
-        self._spawned: List[int] = []
+        self._spawned: list[int] = []
 
     def __enter__(self) -> Sandbox:
         self.cgroup = _new_cgroup(self._below or _cgroup2_mount())
@@ -48,7 +49,7 @@ class Sandbox:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self.netns_fd)
         for pid in self._spawned:

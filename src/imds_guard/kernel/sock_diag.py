@@ -10,8 +10,9 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Type
+from typing import Callable, NamedTuple
 
 from imds_guard.kernel import netns
 
@@ -54,7 +55,7 @@ class Socket(NamedTuple):
     """Of who made it, in the initial user namespace."""
     inode: int
     """0 when no file leads to it: its last holder has closed it, or nobody has accepted it yet."""
-    cgroup_id: Optional[int]
+    cgroup_id: int | None
     """Of the cgroup2 directory that it was made in; None before Linux v5.8 ("inet_diag: add cgroup id attribute")."""
     identity: bytes
     """struct inet_diag_sockid, with the cookie: no later socket has the same."""
@@ -66,7 +67,7 @@ Wanted = Callable[[bytes, int], bool]
 class SockDiag:
     """A netlink socket that asks about one network namespace: that of ``namespace_fd``, or the calling thread's."""
 
-    def __init__(self, namespace_fd: Optional[int] = None) -> None:
+    def __init__(self, namespace_fd: int | None = None) -> None:
         self._socket = _open() if namespace_fd is None else _open_in(namespace_fd)
         self._sequence = 0
 
@@ -74,13 +75,13 @@ class SockDiag:
         return self
 
     def __exit__(
-        self, kind: Optional[Type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
 
     def sockets(
-        self, family: int, protocol: int, states: Tuple[int, ...], wanted: Optional[Wanted] = None
-    ) -> List[Socket]:
+        self, family: int, protocol: int, states: tuple[int, ...], wanted: Wanted | None = None
+    ) -> list[Socket]:
         """The sockets of one address family and protocol (IPPROTO_TCP, IPPROTO_UDP) in these states.
 
         ``wanted`` is asked about each one's packed remote address and its port. MPTCP's subflows are among those of
@@ -108,7 +109,7 @@ class SockDiag:
             return False
         return True
 
-    def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[Tuple[int, memoryview]]:
+    def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[tuple[int, memoryview]]:
         """The messages of an answer, up to its end. Raises OSError with the kernel's errno."""
         self._sequence += 1
         header = _HEADER.pack(_HEADER.size + len(body), kind, flags | _NLM_F_REQUEST, self._sequence, 0)
@@ -130,8 +131,8 @@ def _open() -> socket.socket:
 
 def _open_in(namespace_fd: int) -> socket.socket:
     """A socket belongs to the namespace it was made in for good, so a thread goes there, and ends (setns(2))."""
-    opened: List[socket.socket] = []
-    failed: List[OSError] = []
+    opened: list[socket.socket] = []
+    failed: list[OSError] = []
 
     def work() -> None:
         try:
@@ -148,7 +149,7 @@ def _open_in(namespace_fd: int) -> socket.socket:
     return opened[0]
 
 
-def _messages(received: memoryview, sequence: int) -> Iterator[Tuple[int, memoryview]]:
+def _messages(received: memoryview, sequence: int) -> Iterator[tuple[int, memoryview]]:
     """Type and body of each netlink message (netlink(7)) that answers request ``sequence``."""
     while len(received) >= _HEADER.size:
         length, kind, _, answered, _ = _HEADER.unpack_from(received)
@@ -168,7 +169,7 @@ def _check(message: memoryview) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _remote(message: memoryview, size: int) -> Tuple[bytes, int]:
+def _remote(message: memoryview, size: int) -> tuple[bytes, int]:
     port, address = _REMOTE.unpack_from(message)
     return address[:size], port
 
@@ -185,7 +186,7 @@ def _parse(protocol: int, message: memoryview) -> Socket:
     )
 
 
-def _attributes(rest: memoryview) -> Dict[int, memoryview]:
+def _attributes(rest: memoryview) -> dict[int, memoryview]:
     found = {}
     while len(rest) >= _ATTRIBUTE.size:
         length, kind = _ATTRIBUTE.unpack_from(rest)

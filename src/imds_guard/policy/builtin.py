@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.model import ALL_PORTS, Address, Endpoint, Network, Ports, minus_ports, unmapped
@@ -33,7 +34,7 @@ class Service(NamedTuple):
     """One metadata service at an address."""
 
     name: str
-    presets: Tuple[str, ...]
+    presets: tuple[str, ...]
     source: str
     ports: str = "80"
     """The ports it is known to listen on, for display; what is locked is in BuiltIn."""
@@ -43,16 +44,16 @@ class BuiltIn(NamedTuple):
     """An address of the table with every service that is known there."""
 
     address: Address
-    services: Tuple[Service, ...]
+    services: tuple[Service, ...]
     standing: Standing = Standing.DEFAULT
-    dmi: Tuple[str, ...] = ()
+    dmi: tuple[str, ...] = ()
     """Words of which one stands in DMI on the cloud in question; any case."""
     spared: Ports = DNS
     """TCP ports that are left alone."""
     note: str = ""
 
     @property
-    def presets(self) -> Tuple[str, ...]:
+    def presets(self) -> tuple[str, ...]:
         """The presets that hold this address, without ``default`` and ``all``."""
         return tuple(dict.fromkeys(name for service in self.services for name in service.presets))
 
@@ -83,7 +84,7 @@ OCI_SOURCE = "oci (Oracle's Python SDK), oci/auth/signers/instance_principals_se
 
 WIRESERVER = ipaddress.ip_address("168.63.129.16")
 
-BUILT_IN: Tuple[BuiltIn, ...] = (
+BUILT_IN: tuple[BuiltIn, ...] = (
     BuiltIn(
         ipaddress.ip_address("169.254.169.254"),
         (
@@ -202,45 +203,45 @@ BUILT_IN: Tuple[BuiltIn, ...] = (
     ),
 )
 
-_BY_ADDRESS: Dict[Address, BuiltIn] = {entry.address: entry for entry in BUILT_IN}
+_BY_ADDRESS: dict[Address, BuiltIn] = {entry.address: entry for entry in BUILT_IN}
 
 DEFAULT_PRESET = "default"
 ALL_PRESET = "all"
-PRESETS: Tuple[str, ...] = (
+PRESETS: tuple[str, ...] = (
     DEFAULT_PRESET,
     ALL_PRESET,
     *sorted({name for entry in BUILT_IN for name in entry.presets}),
 )
 
 
-def builtin(address: Address) -> Optional[BuiltIn]:
+def builtin(address: Address) -> BuiltIn | None:
     """The entry of the table for one address (a mapped one too), or None."""
     return _BY_ADDRESS.get(unmapped(address))
 
 
-def builtin_at(network: Network) -> Optional[BuiltIn]:
+def builtin_at(network: Network) -> BuiltIn | None:
     """The entry of the table that is this prefix exactly: a single address, or None."""
     if network.prefixlen != network.max_prefixlen:
         return None
     return builtin(network.network_address)
 
 
-def default_entries(dmi_words: str) -> Tuple[BuiltIn, ...]:
+def default_entries(dmi_words: str) -> tuple[BuiltIn, ...]:
     """What is locked when nothing is named, on a machine whose DMI holds ``dmi_words``."""
     return tuple(entry for entry in BUILT_IN if entry.by_default or _is_on_its_cloud(entry, dmi_words))
 
 
-def default_endpoints(dmi_words: str) -> Tuple[Endpoint, ...]:
+def default_endpoints(dmi_words: str) -> tuple[Endpoint, ...]:
     """The endpoints of default_entries()."""
     return _endpoints(default_entries(dmi_words))
 
 
-def preset(name: str, dmi_words: str = "") -> Tuple[Endpoint, ...]:
+def preset(name: str, dmi_words: str = "") -> tuple[Endpoint, ...]:
     """The endpoints of one preset; ``dmi_words`` count for ``default`` alone. Raises BadPolicy."""
     return _endpoints(preset_entries(name, dmi_words))
 
 
-def preset_entries(name: str, dmi_words: str = "") -> Tuple[BuiltIn, ...]:
+def preset_entries(name: str, dmi_words: str = "") -> tuple[BuiltIn, ...]:
     """The entries of one preset. Raises BadPolicy for a name that is none."""
     if name == DEFAULT_PRESET:
         return default_entries(dmi_words)
@@ -257,6 +258,6 @@ def _is_on_its_cloud(entry: BuiltIn, dmi_words: str) -> bool:
     return entry.standing is Standing.ON_ITS_CLOUD and any(word.casefold() in held for word in entry.dmi)
 
 
-def _endpoints(entries: Iterable[BuiltIn]) -> Tuple[Endpoint, ...]:
-    found: List[Endpoint] = [entry.endpoint for entry in entries]
+def _endpoints(entries: Iterable[BuiltIn]) -> tuple[Endpoint, ...]:
+    found: list[Endpoint] = [entry.endpoint for entry in entries]
     return tuple(sorted(found, key=Endpoint.sort_key))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, List, Optional, Set, Tuple
+from typing import Callable
 
 from imds_guard.errors import BadPolicy, UsageError
 from imds_guard.policy.builtin import WIRESERVER, single
@@ -24,7 +24,7 @@ from imds_guard.policy.model import (
 Change = Callable[[Lock], Lock]
 
 
-def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
+def allow(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
     """``policy`` with ``who`` on the allowlist of every lock, or of the endpoint. Raises UsageError, BadPolicy."""
 
     def change(lock: Lock) -> Lock:
@@ -33,7 +33,7 @@ def allow(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) 
     return _change(policy, endpoint, change)
 
 
-def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None) -> Policy:
+def revoke(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
     """``policy`` without ``who`` on the allowlist; user 0 keeps the WireServer. Raises UsageError, BadPolicy.
 
     A lock that lets everyone through whom it does not deny is refused: off its list they would still get through.
@@ -53,7 +53,7 @@ def revoke(policy: Policy, who: Identities, endpoint: Optional[Endpoint] = None)
     return _change(policy, endpoint, change)
 
 
-def _change(policy: Policy, endpoint: Optional[Endpoint], change: Change) -> Policy:
+def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy:
     if endpoint is None:
         _check_alike(policy)
         locks = [change(lock) for lock in policy.locks]
@@ -84,10 +84,10 @@ def _is_wireserver(lock: Lock) -> bool:
     return any(endpoint.network == single(WIRESERVER) for endpoint in lock.endpoints)
 
 
-def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]:
+def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]:
     """A lock that holds the endpoint among others is split; both parts keep its lists but for the change."""
     names = {lock.name for lock in policy.locks}
-    locks: List[Lock] = []
+    locks: list[Lock] = []
     found = False
     for lock in policy.locks:
         inside, outside = divide(lock, endpoint)
@@ -108,7 +108,7 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> List[Lock]
     return locks
 
 
-def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: Set[str]) -> Tuple[List[Lock], bool]:
+def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: set[str]) -> tuple[list[Lock], bool]:
     """A prefix around the endpoint is split by a lock for the endpoint alone, since the most specific one counts."""
     locks = list(policy.locks)
     around = [

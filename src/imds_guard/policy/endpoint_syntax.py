@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import List, Optional, Tuple
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.builtin import builtin, builtin_at
@@ -57,7 +56,7 @@ def _parse(text: str) -> Endpoint:
     )
 
 
-def _split_protocol(text: str) -> Tuple[str, Optional[str]]:
+def _split_protocol(text: str) -> tuple[str, str | None]:
     head, comma, protocol = text.partition(",")
     if not comma:
         return head, None
@@ -66,7 +65,7 @@ def _split_protocol(text: str) -> Tuple[str, Optional[str]]:
     return head, protocol
 
 
-def _split_head(head: str) -> Tuple[str, Optional[str], Optional[str]]:
+def _split_head(head: str) -> tuple[str, str | None, str | None]:
     """Address, length and ports, the last two None where they are not given."""
     if head.startswith("["):
         return _split_bracketed(head)
@@ -78,7 +77,7 @@ def _split_head(head: str) -> Tuple[str, Optional[str], Optional[str]]:
     return match[1], match[2], match[3]
 
 
-def _split_bracketed(head: str) -> Tuple[str, Optional[str], Optional[str]]:
+def _split_bracketed(head: str) -> tuple[str, str | None, str | None]:
     match = re.fullmatch(_BRACKETED, head)
     if match is None:
         raise _Refused("after the bracket come /LENGTH and :PORTS, as in [fd00:ec2::254]:80")
@@ -87,7 +86,7 @@ def _split_bracketed(head: str) -> Tuple[str, Optional[str], Optional[str]]:
     return match[1], match[2], match[3]
 
 
-def _split_bare_v6(head: str) -> Tuple[str, Optional[str], Optional[str]]:
+def _split_bare_v6(head: str) -> tuple[str, str | None, str | None]:
     """A bare IPv6 address has no ports; what looks like one with ports is refused where that can be told."""
     address, slash, length = head.partition("/")
     if ":" in length:
@@ -106,7 +105,7 @@ def _is_builtin(text: str) -> bool:
         return False
 
 
-def _network(address_text: str, length_text: Optional[str]) -> Network:
+def _network(address_text: str, length_text: str | None) -> Network:
     address = _address(address_text)
     length = address.max_prefixlen if length_text is None else _length(length_text, address)
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
@@ -155,7 +154,7 @@ def _ports(text: str) -> Ports:
     return ports
 
 
-def _range(item: str) -> Tuple[int, int]:
+def _range(item: str) -> tuple[int, int]:
     low, dash, high = item.partition("-")
     first = _port(low)
     last = _port(high) if dash else first
@@ -173,7 +172,7 @@ def _port(text: str) -> int:
 # --- the other way --------------------------------------------------------------------------------------------------
 
 
-def endpoint_words(endpoint: Endpoint) -> List[str]:
+def endpoint_words(endpoint: Endpoint) -> list[str]:
     """The words that mean ``endpoint``: one, or one for each protocol when their ports differ."""
     entry = builtin_at(endpoint.network)
     if entry is not None and entry.endpoint == endpoint:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Iterable, List, Optional, Set, Tuple
+from collections.abc import Iterable
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.endpoint_syntax import parse_endpoint
@@ -21,7 +21,7 @@ from imds_guard.policy.model import (
 from imds_guard.policy.wireserver import set_apart
 
 
-def lockdown(policy: Optional[Policy], ip: str, users: Iterable[int] = ()) -> Policy:
+def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Policy:
     """``policy`` with the endpoint ``ip`` denied to everyone but ``users`` and whom a lock there lets through already.
 
     A lock that holds the endpoint among others is split, and both parts keep its lists. Ports of the endpoint that no
@@ -32,7 +32,7 @@ def lockdown(policy: Optional[Policy], ip: str, users: Iterable[int] = ()) -> Po
     added = frozenset(users)
     old = policy.locks if policy is not None else ()
     names = {lock.name for lock in old}
-    locks: List[Lock] = []
+    locks: list[Lock] = []
     open_yet = endpoint
     for lock in old:
         inside, outside = divide(lock, endpoint)
@@ -50,7 +50,7 @@ def lockdown(policy: Optional[Policy], ip: str, users: Iterable[int] = ()) -> Po
     return _checked(locks, policy)
 
 
-def _checked(locks: Iterable[Lock], policy: Optional[Policy]) -> Policy:
+def _checked(locks: Iterable[Lock], policy: Policy | None) -> Policy:
     try:
         if policy is None:
             return make_policy(locks)
@@ -59,10 +59,10 @@ def _checked(locks: Iterable[Lock], policy: Optional[Policy]) -> Policy:
         raise BadPolicy(str(error)) from None
 
 
-def divide(lock: Lock, endpoint: Endpoint) -> Tuple[Tuple[Endpoint, ...], Tuple[Endpoint, ...]]:
+def divide(lock: Lock, endpoint: Endpoint) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:
     """The lock's endpoints as what ``endpoint`` covers on the same prefix, and the rest."""
-    inside: List[Endpoint] = []
-    outside: List[Endpoint] = []
+    inside: list[Endpoint] = []
+    outside: list[Endpoint] = []
     for one in lock.endpoints:
         if one.network != endpoint.network:
             outside.append(one)
@@ -89,7 +89,7 @@ def _check_not_denied(lock: Lock, users: Iterable[int]) -> None:
         )
 
 
-def free_name(endpoint: Endpoint, names: Set[str]) -> str:
+def free_name(endpoint: Endpoint, names: set[str]) -> str:
     """The address, with a number behind it when a lock is called that; noted in ``names``."""
     network = endpoint.network
     base = str(network if network.prefixlen < network.max_prefixlen else network.network_address)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Union
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
-Ports = Tuple[Tuple[int, int], ...]
+Ports = tuple[tuple[int, int], ...]
 """Disjoint inclusive ranges in ascending order, never adjacent; ports in host byte order."""
 
 NO_PORTS: Ports = ()
@@ -85,9 +86,9 @@ class Reason(enum.IntEnum):
 # --- ports ----------------------------------------------------------------------------------------------------------
 
 
-def normal_ports(ranges: Iterable[Tuple[int, int]]) -> Ports:
+def normal_ports(ranges: Iterable[tuple[int, int]]) -> Ports:
     """The same ports as disjoint ascending ranges that do not touch."""
-    merged: List[Tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if not 0 <= low <= high <= 65535:
             raise PolicyError(f"{low}-{high} is not a range of ports")
@@ -102,7 +103,7 @@ def minus_ports(ports: Ports, taken: Ports) -> Ports:
     """The ports of ``ports`` that are not in ``taken``."""
     rest = list(ports)
     for low, high in taken:
-        split: List[Tuple[int, int]] = []
+        split: list[tuple[int, int]] = []
         for a, b in rest:
             if b < low or a > high:
                 split.append((a, b))
@@ -150,7 +151,7 @@ class Endpoint(NamedTuple):
         """True when ``address`` (not a mapped one) lies in the prefix. An IPv6 prefix never covers IPv4."""
         return address.version == self.network.version and address in self.network
 
-    def sort_key(self) -> Tuple[int, int, int]:
+    def sort_key(self) -> tuple[int, int, int]:
         """IPv4 first, then by address, then the shorter prefix."""
         return (self.network.version, int(self.network.network_address), self.network.prefixlen)
 
@@ -158,8 +159,8 @@ class Endpoint(NamedTuple):
 class Identities(NamedTuple):
     """User IDs and group IDs of the initial user namespace. gid 0 is not uid 0."""
 
-    users: FrozenSet[int] = frozenset()
-    groups: FrozenSet[int] = frozenset()
+    users: frozenset[int] = frozenset()
+    groups: frozenset[int] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.users or self.groups)
@@ -172,13 +173,13 @@ class Lock(NamedTuple):
     """Endpoints, who may reach them, and what happens to everyone else."""
 
     name: str
-    endpoints: Tuple[Endpoint, ...]
+    endpoints: tuple[Endpoint, ...]
     allow: Identities = NOBODY
     deny: Identities = NOBODY
     default: Verdict = Verdict.DENY
 
     @property
-    def listed_groups(self) -> FrozenSet[int]:
+    def listed_groups(self) -> frozenset[int]:
         """Every group that one of the lists names."""
         return self.allow.groups | self.deny.groups
 
@@ -186,7 +187,7 @@ class Lock(NamedTuple):
 class Policy(NamedTuple):
     """All locks of a machine. Make one with ``make_policy()``, which checks it and gives it its normal form."""
 
-    locks: Tuple[Lock, ...]
+    locks: tuple[Lock, ...]
     mode: Mode = Mode.ENFORCE
     containers: Verdict = Verdict.DENY
     strict: bool = False
@@ -214,7 +215,7 @@ MAX_ID = 0xFFFFFFFE
 
 
 def _normal_lock(lock: Lock) -> Lock:
-    merged: Dict[Network, Endpoint] = {}
+    merged: dict[Network, Endpoint] = {}
     for endpoint in lock.endpoints:
         network = _normal_network(endpoint.network)
         seen = merged.get(network, Endpoint(network))
@@ -262,7 +263,7 @@ def _check_ids(locks: Sequence[Lock]) -> None:
 
 def _check_overlaps(locks: Sequence[Lock]) -> None:
     """Two locks may not claim the same prefix, protocol and port: neither would be the more specific one."""
-    claimed: Dict[Network, List[Tuple[str, Endpoint]]] = {}
+    claimed: dict[Network, list[tuple[str, Endpoint]]] = {}
     for lock in locks:
         for endpoint in lock.endpoints:
             for name, other in claimed.setdefault(endpoint.network, []):
@@ -284,7 +285,7 @@ class Caller(NamedTuple):
 
     fsuid: int
     fsgid: int
-    groups: FrozenSet[int] = frozenset()
+    groups: frozenset[int] = frozenset()
     pid_namespace_is_initial: bool = True
     user_namespace_is_initial: bool = True
     kernel_thread: bool = False
@@ -311,7 +312,7 @@ class Source(NamedTuple):
     Source: ip_route_output_key_hash_rcu() in Linux net/ipv4/route.c, "if (!fl4->daddr)".
     """
 
-    address: Optional[Address] = None
+    address: Address | None = None
     by_device: bool = False
 
 
@@ -323,8 +324,8 @@ class Decision(NamedTuple):
 
     allowed: bool
     reason: Reason
-    lock: Optional[str] = None
-    matched: Optional[Tuple[str, int]] = None
+    lock: str | None = None
+    matched: tuple[str, int] | None = None
     """The list entry that decided: ("user", uid) or ("group", gid). Decisions that differ in it alone are equal."""
 
     def __eq__(self, other: object) -> bool:
@@ -354,13 +355,11 @@ def decide(policy: Policy, caller: Caller, destination: Destination, source: Sou
     return _decision(policy, reason, lock.name, matched)
 
 
-def _decision(
-    policy: Policy, reason: Reason, lock: Optional[str], matched: Optional[Tuple[str, int]] = None
-) -> Decision:
+def _decision(policy: Policy, reason: Reason, lock: str | None, matched: tuple[str, int] | None = None) -> Decision:
     return Decision(reason.permits or policy.mode is Mode.AUDIT, reason, lock, matched)
 
 
-def resolve_unspecified(destination: Address, source: Source) -> Optional[Address]:
+def resolve_unspecified(destination: Address, source: Source) -> Address | None:
     """Where a connect to 0.0.0.0 or :: leads; None when that can't be told. Any other address is itself.
 
     Mapped addresses come out as IPv4.
@@ -375,9 +374,9 @@ def resolve_unspecified(destination: Address, source: Source) -> Optional[Addres
     return ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
 
 
-def find_lock(policy: Policy, destination: Destination) -> Optional[Lock]:
+def find_lock(policy: Policy, destination: Destination) -> Lock | None:
     """The lock with the most specific endpoint that matches address, protocol and port."""
-    best: Optional[Lock] = None
+    best: Lock | None = None
     best_length = -1
     for lock in policy.locks:
         for endpoint in lock.endpoints:
@@ -397,7 +396,7 @@ def _claimed_anywhere(policy: Policy, destination: Destination) -> bool:
     )
 
 
-def _judge(policy: Policy, lock: Lock, caller: Caller) -> Tuple[Reason, Optional[Tuple[str, int]]]:
+def _judge(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[str, int] | None]:
     """Kernel threads, containers, deny lists, allow lists, default: the first that speaks decides."""
     if caller.kernel_thread:
         return Reason.KERNEL_THREAD, None
@@ -416,7 +415,7 @@ def _judge(policy: Policy, lock: Lock, caller: Caller) -> Tuple[Reason, Optional
     return _default(lock, caller), None
 
 
-def _match_groups(lock: Lock, wanted: FrozenSet[int], caller: Caller) -> Union[Reason, Tuple[int], None]:
+def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason | tuple[int] | None:
     """The caller's group that is wanted, in a tuple; TOO_MANY_GROUPS when that is more than can be searched; or None.
 
     The primary group need not be among the supplementary ones: in_group_p() in Linux kernel/groups.c looks at both.

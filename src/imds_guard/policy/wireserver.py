@@ -6,8 +6,6 @@ Source: https://learn.microsoft.com/en-us/azure/virtual-network/what-is-ip-addre
 
 from __future__ import annotations
 
-from typing import Tuple
-
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.builtin import DNS_AND_DHCP, WIRESERVER, single
 from imds_guard.policy.endpoint_syntax import ports_words
@@ -16,7 +14,7 @@ from imds_guard.policy.model import Endpoint, Identities, Lock, common_ports
 WIRESERVER_LOCK = "wireserver"
 
 
-def set_apart(lock: Lock) -> Tuple[Lock, ...]:
+def set_apart(lock: Lock) -> tuple[Lock, ...]:
     """``lock`` without the WireServer, and the WireServer's own lock, which always lets user 0.
 
     A lock that holds nothing else keeps its name. User 0 and group 0 leave the deny lists of the WireServer's lock. A

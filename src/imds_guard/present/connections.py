@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Dict, List, Sequence, Tuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE
 from imds_guard.kernel.holders import process_name
@@ -25,7 +26,7 @@ _ADVICE = {
 _ADVICE_STRICT = "their packets are dropped all the same (--strict)"
 
 
-def connection_lines(sweep: Sweep) -> List[str]:
+def connection_lines(sweep: Sweep) -> list[str]:
     """What was cut, or would have been, and where it was looked for."""
     where = f"looked into {_namespaces(sweep.looked_into)}"
     if not sweep.cut and not sweep.left:
@@ -36,13 +37,13 @@ def connection_lines(sweep: Sweep) -> List[str]:
     return lines or [f"no open connection was cut ({where})"]
 
 
-def would_cut_lines(sweep: Sweep) -> List[str]:
+def would_cut_lines(sweep: Sweep) -> list[str]:
     """The same for ``check``, which touches nothing."""
     audited = ", were it not for audit mode" if sweep.why_left == AUDIT else ""
     return _listed(f"start would cut {_count(sweep.left)}{audited}:", sweep.left) + _not_seen(sweep)
 
 
-def connection_warnings(sweep: Sweep, strict: bool) -> List[str]:
+def connection_warnings(sweep: Sweep, strict: bool) -> list[str]:
     """What was left open, and what could not be looked into."""
     warnings = _not_seen(sweep)
     if sweep.why_left in _ADVICE:
@@ -53,7 +54,7 @@ def connection_warnings(sweep: Sweep, strict: bool) -> List[str]:
     return warnings
 
 
-def _not_seen(sweep: Sweep) -> List[str]:
+def _not_seen(sweep: Sweep) -> list[str]:
     return [f"open connections could not be looked for everywhere: {'; '.join(sweep.unseen)}"] if sweep.unseen else []
 
 
@@ -64,7 +65,7 @@ def connection_text(one: Connection) -> str:
     return f"{who}: {one.protocol.value} {_place(*one.local)} -> {_place(*one.remote)}"
 
 
-def _listed(title: str, several: Sequence[Connection]) -> List[str]:
+def _listed(title: str, several: Sequence[Connection]) -> list[str]:
     if not several:
         return []
     more = [f"  and {len(several) - MANY} more (--json has them all)"] if len(several) > MANY else []
@@ -79,7 +80,7 @@ def _place(address: Address, port: int) -> str:
     return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
-def _namespaces(several: Tuple[Namespace, ...]) -> str:
+def _namespaces(several: tuple[Namespace, ...]) -> str:
     """The first is the one that the command runs in."""
     return "this network namespace" if len(several) < 2 else f"{len(several)} network namespaces"
 
@@ -87,7 +88,7 @@ def _namespaces(several: Tuple[Namespace, ...]) -> str:
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-def connections_values(sweep: Sweep) -> Dict[str, Any]:
+def connections_values(sweep: Sweep) -> dict[str, Any]:
     """A sweep for JSON."""
     return {
         "looked_into": [_namespace_values(one) for one in sweep.looked_into],
@@ -98,12 +99,12 @@ def connections_values(sweep: Sweep) -> Dict[str, Any]:
     }
 
 
-def _namespace_values(one: Namespace) -> Dict[str, Any]:
+def _namespace_values(one: Namespace) -> dict[str, Any]:
     name = None if one.pid is None else visible(process_name(one.pid))
     return {"inode": one.inode, "path": one.path, "pid": one.pid, "process": name}
 
 
-def _values(one: Connection) -> Dict[str, Any]:
+def _values(one: Connection) -> dict[str, Any]:
     return {
         "protocol": one.protocol.value,
         "local": {"address": str(one.local[0]), "port": one.local[1]},

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from imds_guard.commands.guard import allows_nobody
 from imds_guard.identity import group_name, user_name
@@ -53,7 +54,7 @@ def identities_text(who: Identities) -> str:
     return (", ".join(shown) + (f", and {rest} more" if rest else "")) or "nobody"
 
 
-def lock_lines(lock: Lock) -> List[str]:
+def lock_lines(lock: Lock) -> list[str]:
     """A lock in a few lines, the first one its name."""
     words = [word for endpoint in lock.endpoints for word in endpoint_words(endpoint)]
     lines = [f"lock {lock.name}", *_wrapped("  endpoints: ", _some(words))]
@@ -66,7 +67,7 @@ def lock_lines(lock: Lock) -> List[str]:
     return lines
 
 
-def _wrapped(title: str, text: str, indent: str = "") -> List[str]:
+def _wrapped(title: str, text: str, indent: str = "") -> list[str]:
     """Lines of at most WIDTH, unless a word (a path, an endpoint that someone will copy) is longer than that."""
     return textwrap.wrap(
         text,
@@ -82,14 +83,14 @@ def _lets_rest(lock: Lock) -> bool:
     return lock.default is Verdict.ALLOW
 
 
-def _ids(who: Identities) -> Dict[str, Any]:
+def _ids(who: Identities) -> dict[str, Any]:
     return {
         "users": [{"id": uid, "name": user_name(uid)} for uid in sorted(who.users)],
         "groups": [{"id": gid, "name": group_name(gid)} for gid in sorted(who.groups)],
     }
 
 
-def policy_values(policy: Optional[Policy]) -> Optional[Dict[str, Any]]:
+def policy_values(policy: Policy | None) -> dict[str, Any] | None:
     """A policy for JSON."""
     if policy is None:
         return None
@@ -113,7 +114,7 @@ def policy_values(policy: Optional[Policy]) -> Optional[Dict[str, Any]]:
 # --- start, allow, revoke -------------------------------------------------------------------------------------------
 
 
-def outcome_lines(outcome: Outcome) -> List[str]:
+def outcome_lines(outcome: Outcome) -> list[str]:
     """What was done, and what holds now."""
     policy = outcome.policy
     endpoints = sum(len(lock.endpoints) for lock in policy.locks)
@@ -126,7 +127,7 @@ def outcome_lines(outcome: Outcome) -> List[str]:
     return lines + (connection_lines(outcome.existing) if outcome.existing is not None else [])
 
 
-def outcome_warnings(outcome: Outcome) -> List[str]:
+def outcome_warnings(outcome: Outcome) -> list[str]:
     """What to look at, a sentence each."""
     warnings = list(outcome.warnings)
     for lock in outcome.policy.locks:
@@ -137,7 +138,7 @@ def outcome_warnings(outcome: Outcome) -> List[str]:
     return warnings + shut_out_lines(outcome.shut_out)
 
 
-def shut_out_lines(shut_out: Sequence[ShutOut]) -> List[str]:
+def shut_out_lines(shut_out: Sequence[ShutOut]) -> list[str]:
     """A sentence for each process that the policy shuts out."""
     return [
         f"{one.name} (pid {one.pid}, user {one.user}) is shut out: it {one.why}"
@@ -147,12 +148,12 @@ def shut_out_lines(shut_out: Sequence[ShutOut]) -> List[str]:
     ]
 
 
-def shut_out_values(shut_out: Sequence[ShutOut]) -> List[Dict[str, Any]]:
+def shut_out_values(shut_out: Sequence[ShutOut]) -> list[dict[str, Any]]:
     """The same for JSON."""
     return [{"pid": one.pid, "name": one.name, "user": one.user, "why": one.why} for one in shut_out]
 
 
-def outcome_values(outcome: Outcome) -> Dict[str, Any]:
+def outcome_values(outcome: Outcome) -> dict[str, Any]:
     """An outcome for JSON."""
     return {
         "backend": outcome.backend,
@@ -182,7 +183,7 @@ def state_line(status: Status) -> str:
     return f"imds-guard: {status_word(status)}{emergency}{backend}{mode}"
 
 
-def status_lines(status: Status) -> List[str]:
+def status_lines(status: Status) -> list[str]:
     """The state for people, most important line first."""
     lines = [state_line(status)]
     for fault in status.faults:
@@ -201,7 +202,7 @@ def status_lines(status: Status) -> List[str]:
     return lines
 
 
-def _ebpf_lines(state: State) -> List[str]:
+def _ebpf_lines(state: State) -> list[str]:
     where = f"{state.cgroup}, every process of the machine" if state.cgroup_is_root else state.cgroup
     lines = [f"attached to: {where}", f"version: {', '.join(state.versions) or 'none'}, generation {state.generation}"]
     for hook in state.hooks:
@@ -214,7 +215,7 @@ def _ebpf_lines(state: State) -> List[str]:
     return lines + _wrapped("connects to locked endpoints: ", ", ".join(counted) or "none yet")
 
 
-def _hook_lines(hook: Hook) -> List[str]:
+def _hook_lines(hook: Hook) -> list[str]:
     order = ", ".join(
         f"{program.name or '(unnamed)'} (id {program.id})" + (" [ours]" if program is hook.ours else "")
         for program in hook.attached
@@ -222,9 +223,9 @@ def _hook_lines(hook: Hook) -> List[str]:
     return _wrapped(f"  {hook.name}: ", order or "nothing attached")
 
 
-def status_values(status: Status) -> Dict[str, Any]:
+def status_values(status: Status) -> dict[str, Any]:
     """The state for JSON."""
-    values: Dict[str, Any] = {
+    values: dict[str, Any] = {
         "state": status_word(status),
         "backend": status.backend,
         "emergency": status.emergency,
@@ -236,7 +237,7 @@ def status_values(status: Status) -> Dict[str, Any]:
     return values
 
 
-def _ebpf_values(state: State) -> Dict[str, Any]:
+def _ebpf_values(state: State) -> dict[str, Any]:
     return {
         "cgroup": state.cgroup,
         "cgroup_is_root": state.cgroup_is_root,
@@ -262,7 +263,7 @@ def _ebpf_values(state: State) -> Dict[str, Any]:
 # --- explain and endpoints ------------------------------------------------------------------------------------------
 
 
-def decision_lines(caller: Caller, destination: Destination, decision: Decision) -> List[str]:
+def decision_lines(caller: Caller, destination: Destination, decision: Decision) -> list[str]:
     """The answer to "would it be allowed, and by which rule"."""
     host = f"[{destination.address}]" if destination.address.version == 6 else str(destination.address)
     who = (
@@ -286,7 +287,7 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision)
     return lines
 
 
-def decision_values(caller: Caller, destination: Destination, decision: Decision) -> Dict[str, Any]:
+def decision_values(caller: Caller, destination: Destination, decision: Decision) -> dict[str, Any]:
     """The same for JSON."""
     return {
         "allowed": decision.allowed,
@@ -307,13 +308,13 @@ def decision_values(caller: Caller, destination: Destination, decision: Decision
     }
 
 
-def endpoint_rows(dmi_words: str) -> List[Dict[str, Any]]:
+def endpoint_rows(dmi_words: str) -> list[dict[str, Any]]:
     """The built-in table: a row for each service at each address."""
     here = {entry.address for entry in default_entries(dmi_words)}
     return [_endpoint_row(entry, entry.address in here) for entry in BUILT_IN]
 
 
-def _endpoint_row(entry: BuiltIn, locked_here: bool) -> Dict[str, Any]:
+def _endpoint_row(entry: BuiltIn, locked_here: bool) -> dict[str, Any]:
     return {
         "address": str(entry.address),
         "endpoint": endpoint_words(entry.endpoint),
@@ -328,7 +329,7 @@ def _endpoint_row(entry: BuiltIn, locked_here: bool) -> Dict[str, Any]:
     }
 
 
-def endpoint_lines(rows: Sequence[Dict[str, Any]]) -> List[str]:
+def endpoint_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The table for people: 80 columns, but for the sources."""
     lines = []
     for row in rows:
@@ -345,14 +346,14 @@ def endpoint_lines(rows: Sequence[Dict[str, Any]]) -> List[str]:
 # --- verify ---------------------------------------------------------------------------------------------------------
 
 
-def verified_lines(found: Verified) -> List[str]:
+def verified_lines(found: Verified) -> list[str]:
     """A line for each repair and for each fault that is left; the state last."""
     lines = [f"repaired: {line}" for line in found.repaired]
     lines += [f"fault: {line}" for line in found.after.faults]
     return [*lines, state_line(found.after)]
 
 
-def verified_values(found: Verified) -> Dict[str, Any]:
+def verified_values(found: Verified) -> dict[str, Any]:
     """The same for JSON."""
     return {
         "state": status_word(found.after),
@@ -368,7 +369,7 @@ def verified_values(found: Verified) -> Dict[str, Any]:
 # --- check ----------------------------------------------------------------------------------------------------------
 
 
-def checked_lines(found: Checked) -> List[str]:
+def checked_lines(found: Checked) -> list[str]:
     """What each backend says, and which one start would take."""
     lines = []
     for verdict in found.verdicts:
@@ -380,7 +381,7 @@ def checked_lines(found: Checked) -> List[str]:
     return lines + [part for line in cut for part in ([line] if line.startswith(" ") else _wrapped("", line))]
 
 
-def checked_values(found: Checked) -> Dict[str, Any]:
+def checked_values(found: Checked) -> dict[str, Any]:
     """The same for JSON."""
     return {
         "backends": [
@@ -397,7 +398,7 @@ def checked_values(found: Checked) -> Dict[str, Any]:
     }
 
 
-def demo_values(result: DemoResult) -> Dict[str, Any]:
+def demo_values(result: DemoResult) -> dict[str, Any]:
     """The demonstration for JSON."""
     rows = [
         {"caller": row.caller, "address": row.address, "before": row.before, "after": row.after, "why": row.why}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 from imds_guard import text as words
 from imds_guard.backends.ebpf.tables import Lists
@@ -12,7 +12,7 @@ from imds_guard.backends.ebpf.watch import Record
 from imds_guard.policy.model import Reason
 from imds_guard.watch.process_info import Home, Names, Program, fs_text, iso_time, lenient, wall_clock
 
-Values = Dict[str, Any]
+Values = dict[str, Any]
 """One thing to tell. ``event`` is ``denied``, ``audited`` or ``allowed``, or says what else it is about: ``lost``,
 ``left-out``, ``gap`` or ``watch``."""
 
@@ -20,7 +20,7 @@ COUNTED = ("denied", "audited", "allowed")
 
 _SOME_GROUPS = 3
 
-_HELP: Dict[Reason, str] = {
+_HELP: dict[Reason, str] = {
     Reason.DENIED_USER: "take user {user} off the deny list",
     Reason.DENIED_GROUP: "take user {user} out of the denied group, or the group off the deny list",
     Reason.CONTAINER: 'containers = "allow" (--containers allow), which judges containers by their IDs',
@@ -34,7 +34,7 @@ _HELP: Dict[Reason, str] = {
 """What would have let it through. Nothing does for kernel threads."""
 
 
-def would_allow(reason: Reason, uid: int, lists: Optional[Lists], names: Names) -> Optional[str]:
+def would_allow(reason: Reason, uid: int, lists: Lists | None, names: Names) -> str | None:
     """What would have let a denied caller through; None where nothing would, or nobody knows."""
     user = words.visible(names.user(uid))
     if reason is Reason.NOT_LISTED:
@@ -42,7 +42,7 @@ def would_allow(reason: Reason, uid: int, lists: Optional[Lists], names: Names) 
     return _HELP[reason].format(user=user) if reason in _HELP else None
 
 
-def _list_words(user: str, lists: Optional[Lists], names: Names) -> str:
+def _list_words(user: str, lists: Lists | None, names: Names) -> str:
     by_user = f"imds-guard allow --user {user}"
     groups = sorted(lists.allowed_groups) if lists is not None else []
     if not groups or user.isdecimal():  # who has no account can't be put into a group
@@ -52,7 +52,7 @@ def _list_words(user: str, lists: Optional[Lists], names: Names) -> str:
     return f"add {user} to group {named}{f' (or {more} more)' if more > 0 else ''}, or {by_user}"
 
 
-def denial(record: Record, lock: Optional[str], names: Names, home: Home, program: Program) -> Values:
+def denial(record: Record, lock: str | None, names: Names, home: Home, program: Program) -> Values:
     """One record with what is known of its caller; what is not known is None."""
     has_process = record.tgid != 0
     return {
@@ -97,7 +97,7 @@ def as_line(values: Values) -> str:
     event = values["event"]
     if event not in COUNTED:
         return _pairs([("time", values["time"]), ("watch", event), *_rest(values)])
-    pairs: List[Tuple[str, Any]] = [("time", values["time"]), ("verdict", event)]
+    pairs: list[tuple[str, Any]] = [("time", values["time"]), ("verdict", event)]
     pairs.append(("to", _destination(values)))
     pairs += [(key, values[key]) for key in _SHOWN]
     pairs.append(("hook", values["hook"]))
@@ -107,7 +107,7 @@ def as_line(values: Values) -> str:
     return _pairs(pairs)
 
 
-def _rest(values: Values) -> List[Tuple[str, Any]]:
+def _rest(values: Values) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in values.items() if key not in ("event", "time")]
 
 
@@ -117,5 +117,5 @@ def _destination(values: Values) -> str:
     return f"{host}:{values['port']}" + (f"/{values['protocol']}" if values["protocol"] else "")
 
 
-def _pairs(pairs: List[Tuple[str, Any]]) -> str:
+def _pairs(pairs: list[tuple[str, Any]]) -> str:
     return " ".join(f"{key}={words.value(str(value))}" for key, value in pairs if value is not None)

@@ -8,7 +8,7 @@ brings the time.
 from __future__ import annotations
 
 from collections import deque
-from typing import Callable, Deque, Dict, List, Set
+from typing import Callable
 
 WINDOW_S = 10.0
 """The first record of its kind comes out at once; those alike after so many seconds, as one."""
@@ -20,7 +20,7 @@ PROCESSES = 1000
 class Fold:
     """Records that are alike, and have not come out yet."""
 
-    def __init__(self, key: bytes, record: bytes, due: float, processes: Set[bytes]) -> None:
+    def __init__(self, key: bytes, record: bytes, due: float, processes: set[bytes]) -> None:
         self.key = key
         self.first = self.last = record
         self.due = due
@@ -36,8 +36,8 @@ class Folding:
     def __init__(self, key: Callable[[bytes], bytes], process: Callable[[bytes], bytes]) -> None:
         self._key = key
         self._process = process
-        self._open: Dict[bytes, Fold] = {}  # in the order in which they fall due
-        self._new: Dict[bytes, Fold] = {}
+        self._open: dict[bytes, Fold] = {}  # in the order in which they fall due
+        self._new: dict[bytes, Fold] = {}
         self.crowded_out = 0
         """Records of a kind that there was no room for."""
 
@@ -61,7 +61,7 @@ class Folding:
         if len(fold.processes) < PROCESSES:
             fold.processes.add(self._process(record))
 
-    def fresh(self) -> List[Fold]:
+    def fresh(self) -> list[Fold]:
         """The kinds that were first seen since the last call, with what came of them so far."""
         found = list(self._new.values())
         self._new.clear()
@@ -72,9 +72,9 @@ class Folding:
         fold.count = 0
         fold.processes.clear()
 
-    def due(self, now: float) -> List[Fold]:
+    def due(self, now: float) -> list[Fold]:
         """Folds whose window is over and which hold something. A kind of which nothing came is forgotten."""
-        found: List[Fold] = []
+        found: list[Fold] = []
         for fold in list(self._open.values()):
             if fold.due > now:
                 break
@@ -89,7 +89,7 @@ class Folding:
         fold.due = now + WINDOW_S
         self._open[fold.key] = fold
 
-    def rest(self) -> List[Fold]:
+    def rest(self) -> list[Fold]:
         """Everything that has not come out, at the end."""
         found = [fold for fold in self._open.values() if fold.count]
         self._open.clear()
@@ -109,7 +109,7 @@ class Rate:
     """At most ``LINES_A_SECOND`` lines within any second. ``spared`` of them are kept for others."""
 
     def __init__(self) -> None:
-        self._times: Deque[float] = deque()
+        self._times: deque[float] = deque()
 
     def take(self, now: float, spared: int = 0) -> bool:
         """True when one more line may go out now."""

@@ -9,7 +9,7 @@ import signal
 import time
 from contextlib import suppress
 from types import FrameType
-from typing import Any, Dict, NamedTuple, Optional, cast
+from typing import Any, NamedTuple, cast
 
 from imds_guard.backends import choose
 from imds_guard.backends.ebpf import abi
@@ -41,7 +41,7 @@ class Wish(NamedTuple):
     there now, or on and on.
     """
 
-    cgroup: Optional[str] = None
+    cgroup: str | None = None
     allowed: bool = False
     once: bool = False
 
@@ -55,12 +55,12 @@ class Ended:
     def __enter__(self) -> Ended:
         self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._before_fd = signal.set_wakeup_fd(self._writer)
-        self._before: Dict[signal.Signals, Any] = {
+        self._before: dict[signal.Signals, Any] = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
         return self
 
-    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.now = True
 
     def __exit__(self, *_: object) -> None:
@@ -75,7 +75,7 @@ class Ended:
         return self._reader
 
 
-def require_ebpf(cgroup: Optional[str], doing: str = "watching denials") -> None:
+def require_ebpf(cgroup: str | None, doing: str = "watching denials") -> None:
     """Raises Unsupported when iptables rules are what is in force."""
     try:
         running = choose.running(cgroup)
@@ -91,7 +91,7 @@ def require_ebpf(cgroup: Optional[str], doing: str = "watching denials") -> None
 class Reader:
     """Holds the ring buffer from look() to close()."""
 
-    def __init__(self, place: Place, wish: Wish, outlet: Outlet, followers: Optional[Followers]) -> None:
+    def __init__(self, place: Place, wish: Wish, outlet: Outlet, followers: Followers | None) -> None:
         self._place = place
         self._wish = wish
         self._outlet = outlet
@@ -102,7 +102,7 @@ class Reader:
         self._denied = Folding(kernel.same_caller, kernel.process_of)
         self._allowed = Folding(kernel.same_caller, kernel.process_of)
         self._rate = Rate()
-        self.source: Optional[Source] = None
+        self.source: Source | None = None
         self._waits_for = ""
         self._looks = 0
         self._next_look = 0.0
@@ -144,7 +144,7 @@ class Reader:
         closed = ready.get(self._outlet.fd, 0) & (select.POLLERR | select.POLLHUP)
         return self._outlet.push() and not closed
 
-    def _wait(self, ended: Ended) -> Dict[int, int]:
+    def _wait(self, ended: Ended) -> dict[int, int]:
         now = time.monotonic()
         waiting = select.poll()
         waiting.register(ended, select.POLLIN)
@@ -161,7 +161,7 @@ class Reader:
                 waiting.register(fd, select.POLLIN | (select.POLLOUT if follower.outlet.pending else 0))
         return dict(waiting.poll(max(0.0, until - now) * 1000))
 
-    def _serve_followers(self, ready: Dict[int, int]) -> None:
+    def _serve_followers(self, ready: dict[int, int]) -> None:
         followers = self._followers
         if followers is None:
             return
@@ -278,7 +278,7 @@ class Reader:
             return
         lost = self.source.tables.lost()
         if lost > self._lost:
-            more: Dict[str, object] = {"before_this_watch": True} if earlier else {}
+            more: dict[str, object] = {"before_this_watch": True} if earlier else {}
             self._tell_state("lost", count=lost - self._lost, **more)
             self._lost = lost
 

@@ -9,7 +9,7 @@ import socket
 import time
 from collections import deque
 from contextlib import suppress
-from typing import Callable, Deque, Dict, List, Optional
+from typing import Callable
 
 from imds_guard.errors import GuardError, system_words
 from imds_guard.watch.event import Values
@@ -30,8 +30,8 @@ class Outlet:
     def __init__(self, fd: int, render: Callable[[Values], str]) -> None:
         self.fd = fd
         self._render = render
-        self._lines: Deque[bytes] = deque()
-        self._missed: Dict[str, int] = {}
+        self._lines: deque[bytes] = deque()
+        self._missed: dict[str, int] = {}
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
 
@@ -115,7 +115,7 @@ class Followers:
         self._path = path
         self._render = render
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self.by_fd: Dict[int, Follower] = {}
+        self.by_fd: dict[int, Follower] = {}
         with suppress(FileNotFoundError):
             os.unlink(path)  # of one that was killed: who holds the lock may
         try:
@@ -175,7 +175,7 @@ class Lead:
         self._rest = b""
 
     @classmethod
-    def find(cls, path: str, wants_allowed: bool) -> Optional[Lead]:
+    def find(cls, path: str, wants_allowed: bool) -> Lead | None:
         """None when nobody listens there."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -190,7 +190,7 @@ class Lead:
         """Readable when it said something, or is gone."""
         return self._connection.fileno()
 
-    def read(self) -> Optional[List[bytes]]:
+    def read(self) -> list[bytes] | None:
         """Whole lines; None when it is gone."""
         try:
             said = self._connection.recv(1 << 16)

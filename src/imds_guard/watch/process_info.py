@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from typing import TYPE_CHECKING, Dict, NamedTuple, Optional, Pattern, Tuple
+from re import Pattern
+from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.identity import group_name, user_name
 from imds_guard.kernel.cgroup import Cgroup
@@ -32,8 +33,8 @@ _SLACK_S = 1.5
 class Program(NamedTuple):
     """What a process runs now; None for what can't be had."""
 
-    exe: Optional[str] = None
-    command_line: Optional[str] = None
+    exe: str | None = None
+    command_line: str | None = None
 
 
 NOTHING = Program()
@@ -54,7 +55,7 @@ def program_of(pid: int, seen_at: float) -> Program:
         return NOTHING
 
 
-def _exe(process: psutil.Process) -> Optional[str]:
+def _exe(process: psutil.Process) -> str | None:
     """None where reading it is refused (ptrace(2))."""
     import psutil  # noqa: PLC0415
 
@@ -64,7 +65,7 @@ def _exe(process: psutil.Process) -> Optional[str]:
         return None
 
 
-def _command_line(process: psutil.Process) -> Optional[str]:
+def _command_line(process: psutil.Process) -> str | None:
     words = " ".join(process.cmdline())
     if len(words) > LONGEST_COMMAND_LINE:
         words = words[:LONGEST_COMMAND_LINE] + "..."
@@ -77,14 +78,14 @@ def _command_line(process: psutil.Process) -> Optional[str]:
 class Home(NamedTuple):
     """A cgroup's path below the mount, and what it says of unit and container. Names as systemd escapes them."""
 
-    path: Optional[str] = None
-    unit: Optional[str] = None
-    container: Optional[str] = None
+    path: str | None = None
+    unit: str | None = None
+    container: str | None = None
 
 
 _UNIT = re.compile(r".+\.(service|scope|socket|mount|swap)")
 _HEX64 = r"[0-9a-f]{64}"
-_CONTAINERS: Tuple[Tuple[str, Pattern[str]], ...] = (
+_CONTAINERS: tuple[tuple[str, Pattern[str]], ...] = (
     ("docker", re.compile(rf"docker-({_HEX64})\.scope")),
     ("podman", re.compile(rf"libpod-({_HEX64})(?:\.scope)?")),
     ("cri-o", re.compile(rf"crio-({_HEX64})(?:\.scope)?")),
@@ -106,7 +107,7 @@ def home_in(path: str) -> Home:
     return Home(path, unit, container)
 
 
-def _container(above: str, part: str, in_pod: bool) -> Optional[str]:
+def _container(above: str, part: str, in_pod: bool) -> str | None:
     for runtime, pattern in _CONTAINERS:
         match = pattern.fullmatch(part)
         if match is not None:
@@ -126,7 +127,7 @@ class Homes:
 
     def __init__(self, root: Cgroup) -> None:
         self._root = root
-        self._known: Dict[int, Home] = {}
+        self._known: dict[int, Home] = {}
 
     def of(self, cgroup_id: int, pid: int) -> Home:
         """The home of a cgroup; by way of process ``pid`` where a path for the ID is refused."""
@@ -141,7 +142,7 @@ class Homes:
         return home
 
 
-def _path_of_process(pid: int) -> Optional[str]:
+def _path_of_process(pid: int) -> str | None:
     """The line of cgroup2 begins with ``0::`` (cgroups(7))."""
     try:
         with open(f"/proc/{pid}/cgroup", "rb") as file:
@@ -158,7 +159,7 @@ class Names:
     """Names of users and groups, each looked up once a minute at the most: name services may be far away."""
 
     def __init__(self) -> None:
-        self._known: Dict[Tuple[str, int], Tuple[float, str]] = {}
+        self._known: dict[tuple[str, int], tuple[float, str]] = {}
 
     def user(self, uid: int) -> str:
         """The name, or the number where there is no account."""

@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import (
     TYPE_CHECKING,
     Callable,
-    ContextManager,
-    Iterable,
-    Iterator,
-    List,
     NamedTuple,
-    Optional,
-    Tuple,
     TypeVar,
 )
 
@@ -44,13 +39,13 @@ class State(NamedTuple):
 
     cgroup: str
     cgroup_is_root: bool
-    pins: Optional[str]
-    generation: Optional[int]
-    policy: Optional[Policy]
-    hooks: Tuple[Hook, ...]
-    counters: Tuple[Tuple[int, int], ...]
+    pins: str | None
+    generation: int | None
+    policy: Policy | None
+    hooks: tuple[Hook, ...]
+    counters: tuple[tuple[int, int], ...]
     """(enforced, audited) by policy.Reason; empty when there are no maps, or none that can be read."""
-    faults: Tuple[str, ...]
+    faults: tuple[str, ...]
     lost_events: int = 0
     """Denials whose record found no room in the ring buffer."""
     report_overflow: int = 0
@@ -66,7 +61,7 @@ class State(NamedTuple):
         return _any_of_ours(self.hooks)
 
     @property
-    def versions(self) -> List[str]:
+    def versions(self) -> list[str]:
         """The versions of our programs that are attached."""
         return sorted({p.version for hook in self.hooks for p in hook.attached if p.version is not None})
 
@@ -84,20 +79,20 @@ class EbpfBackend:
 
     name = "ebpf"
 
-    def __init__(self, cgroup: Optional[str] = None, defines: Defines = ()) -> None:
+    def __init__(self, cgroup: str | None = None, defines: Defines = ()) -> None:
         self._cgroup_path = cgroup
         self._defines = defines
 
     # --- Backend ---
 
-    def check(self, policy: Optional[Policy]) -> None:
+    def check(self, policy: Policy | None) -> None:
         """Backend.check(); compiles nothing, attaches nothing."""
         with self._cgroup() as cgroup, trying("asking what eBPF can do here", "nothing was changed, run it again"):
             self._check_running_or_compilable(cgroup, policy)
         if policy is not None:
             render(policy, 1)
 
-    def apply(self, policy: Policy) -> List[str]:
+    def apply(self, policy: Policy) -> list[str]:
         """Backend.apply()."""
         render(policy, 1)  # what does not fit is refused before anything is touched
         with self._cgroup() as cgroup, _whole_or_not("putting the policy in force"), self._exclusive(cgroup) as folder:
@@ -106,7 +101,7 @@ class EbpfBackend:
                 return lines + self._change_running(cgroup, folder, policy)
             return lines + self._install(cgroup, folder, policy)
 
-    def change(self, policy: Policy) -> List[str]:
+    def change(self, policy: Policy) -> list[str]:
         """As apply(), of a guard that is there: hooks that are whole stay, whatever their version."""
         render(policy, 1)
         with self._cgroup() as cgroup, _whole_or_not("changing the policy"), self._exclusive(cgroup) as folder:
@@ -115,16 +110,16 @@ class EbpfBackend:
                 raise GuardError("changing the policy in force: none is; run imds-guard start first")
             return self._change_running(cgroup, folder, policy, keep_version=True)
 
-    def read(self) -> Optional[Policy]:
+    def read(self) -> Policy | None:
         """Backend.read()."""
         return self.state().policy
 
-    def unaltered(self) -> Optional[Policy]:
+    def unaltered(self) -> Policy | None:
         """Backend.unaltered()."""
         state = self.state()
         return None if state.altered else state.policy
 
-    def remove(self) -> List[str]:
+    def remove(self) -> list[str]:
         """Backend.remove()."""
         with self._cgroup() as cgroup, _whole_or_not("opening the lock"), self._exclusive(cgroup) as folder:
             found = folder.recover()
@@ -141,7 +136,7 @@ class EbpfBackend:
         """Backend.in_force()."""
         return self._looked(self._is_active)
 
-    def faults(self) -> List[str]:
+    def faults(self) -> list[str]:
         """Backend.faults()."""
         return list(self.state().faults)
 
@@ -151,7 +146,7 @@ class EbpfBackend:
         """Read from the kernel without a lock; read again when a change came in between."""
         return self._looked(self._state)
 
-    def _looked(self, look: Callable[[Cgroup, Optional[Folder]], Optional[_T]]) -> _T:
+    def _looked(self, look: Callable[[Cgroup, Folder | None], _T | None]) -> _T:
         """What ``look`` sees; it is None when something changed meanwhile."""
         with self._cgroup() as cgroup, trying("reading the state of the guard", "run the command again"):
             path = bpffs.find_bpffs()
@@ -166,7 +161,7 @@ class EbpfBackend:
                 time.sleep(0.01)
         raise GuardError("reading the state of the guard: it kept changing; try again")
 
-    def _is_active(self, cgroup: Cgroup, folder: Optional[Folder]) -> bool:
+    def _is_active(self, cgroup: Cgroup, folder: Folder | None) -> bool:
         """State.active, without reading the policy."""
         pins = folder.path if folder is not None and folder.exists() else None
         if pins is not None and Maps.are_pinned(pins):
@@ -175,7 +170,7 @@ class EbpfBackend:
                     return maps.generation() != 0
         return _any_of_ours(hooks.inspect(cgroup, pins))
 
-    def _state(self, cgroup: Cgroup, folder: Optional[Folder]) -> Optional[State]:
+    def _state(self, cgroup: Cgroup, folder: Folder | None) -> State | None:
         """None when the generation changed while it was read."""
         pins = folder.path if folder is not None and folder.exists() else None
         found = tuple(hooks.inspect(cgroup, pins))
@@ -219,7 +214,7 @@ class EbpfBackend:
         with lockfile.exclusive(folder.name):
             yield folder
 
-    def _check_running_or_compilable(self, cgroup: Cgroup, policy: Optional[Policy]) -> None:
+    def _check_running_or_compilable(self, cgroup: Cgroup, policy: Policy | None) -> None:
         """A guard that runs this version needs no compiler."""
         from imds_guard.backends.ebpf import program  # noqa: PLC0415
         from imds_guard.kernel import compiler  # noqa: PLC0415
@@ -237,7 +232,7 @@ class EbpfBackend:
             compiler.require_bcc()
             program.kernel_offsets()
 
-    def _install(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
+    def _install(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> list[str]:
         """Maps at generation 0, then all hooks, then the policy: until the flip nothing is locked."""
         privileges.lift_memory_lock_limit()
         needed = abi.needed_hooks(policy.strict)
@@ -255,7 +250,7 @@ class EbpfBackend:
         lines = _detach_strays(cgroup, folder)
         return [*lines, f"attached {len(needed)} hooks to {cgroup.path}, version {self._version()}"]
 
-    def _change_running(self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False) -> List[str]:
+    def _change_running(self, cgroup: Cgroup, folder: Folder, policy: Policy, keep_version: bool = False) -> list[str]:
         try:
             maps = Maps.open(folder.path)
         except FileNotFoundError:
@@ -276,8 +271,8 @@ class EbpfBackend:
         return lines
 
     def _renew_hooks(
-        self, cgroup: Cgroup, folder: Folder, maps: Maps, needed: Tuple[str, ...], keep_version: bool
-    ) -> List[str]:
+        self, cgroup: Cgroup, folder: Folder, maps: Maps, needed: tuple[str, ...], keep_version: bool
+    ) -> list[str]:
         """Loads the programs anew, on the same maps and with the policy unchanged, unless they are as they should."""
         ids = set(maps.ids())
         found = _inspect(cgroup, folder.path, needed)
@@ -294,7 +289,7 @@ class EbpfBackend:
             return [*lines, f"attached {', '.join(sorted(missing))}, too"]
         return [*lines, "repaired the hooks"]
 
-    def _replace_maps(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> List[str]:
+    def _replace_maps(self, cgroup: Cgroup, folder: Folder, policy: Policy) -> list[str]:
         """Maps of another layout: new ones are filled before any hook uses them, then hook by hook moves over."""
         privileges.lift_memory_lock_limit()
         needed = abi.needed_hooks(policy.strict)
@@ -326,7 +321,7 @@ class EbpfBackend:
         return program.source_version(self._defines)
 
 
-def _whole_or_not(what: str) -> ContextManager[None]:
+def _whole_or_not(what: str) -> AbstractContextManager[None]:
     """For what no step has words of its own for."""
     return trying(what, "either the policy before or the new one is in force, whole: imds-guard status tells which")
 
@@ -346,7 +341,7 @@ def _undo(first: Exception, *steps: Callable[[], None]) -> None:
             ) from first
 
 
-def _in_force(maps: Maps) -> Optional[Snapshot]:
+def _in_force(maps: Maps) -> Snapshot | None:
     return maps.snapshot(maps.generation()) if maps.generation() else None
 
 
@@ -361,7 +356,7 @@ def _holds_packets(maps: Maps) -> bool:
     return policy is None or policy.strict
 
 
-def _policy_of(snapshot: Optional[Snapshot]) -> Tuple[Optional[Policy], List[str]]:
+def _policy_of(snapshot: Snapshot | None) -> tuple[Policy | None, list[str]]:
     """The policy that the maps hold, and what is wrong with them."""
     if snapshot is None:
         return None, []
@@ -381,15 +376,15 @@ def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
     return render(policy, snapshot.image.generation).digest() == snapshot.image.digest()
 
 
-def _detach_strays(cgroup: Cgroup, folder: Folder) -> List[str]:
+def _detach_strays(cgroup: Cgroup, folder: Folder) -> list[str]:
     return [f"detached {name}, which nothing pinned" for name in hooks.detach_strays(cgroup, folder.path)]
 
 
-def _inspect(cgroup: Cgroup, folder: Optional[str], needed: Tuple[str, ...]) -> List[Hook]:
+def _inspect(cgroup: Cgroup, folder: str | None, needed: tuple[str, ...]) -> list[Hook]:
     return [hook for hook in hooks.inspect(cgroup, folder) if hook.name in needed]
 
 
-def _faults_of_hooks(found: Tuple[Hook, ...], map_ids: List[int], needed: Tuple[str, ...]) -> Iterator[str]:
+def _faults_of_hooks(found: tuple[Hook, ...], map_ids: list[int], needed: tuple[str, ...]) -> Iterator[str]:
     for hook in found:
         if hook.name not in needed:
             continue
@@ -403,11 +398,11 @@ def _faults_of_hooks(found: Tuple[Hook, ...], map_ids: List[int], needed: Tuple[
     yield from _strays(found)
 
 
-def _strays(found: Tuple[Hook, ...]) -> Iterator[str]:
+def _strays(found: tuple[Hook, ...]) -> Iterator[str]:
     for hook in found:
         for stray in hook.strays:
             yield f"program {stray.name} (id {stray.id}) is attached at {hook.name} without a pin of ours"
 
 
-def _pinless(found: Tuple[Hook, ...]) -> Iterator[str]:
+def _pinless(found: tuple[Hook, ...]) -> Iterator[str]:
     yield from _strays(found)

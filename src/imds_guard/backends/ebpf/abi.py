@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.kernel import bpf
 from imds_guard.policy.model import Address
@@ -104,7 +104,7 @@ WATCH = struct.Struct("=I")  # log_allowed
 MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN = 1, 2, 3, 4, 5
 MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, place_unknown
 
-SHAPES: Dict[Map, bpf.MapShape] = {
+SHAPES: dict[Map, bpf.MapShape] = {
     Map.CONFIG: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, CONFIG.size, 1),
     Map.SETTINGS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, SETTINGS.size, 3),
     Map.FIRST_LOOK: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, FIRST_LOOK_OCTETS, 3),
@@ -132,7 +132,7 @@ class HookShape(NamedTuple):
     function: str = "ig_sock_addr"
 
 
-HOOKS: Dict[str, HookShape] = {
+HOOKS: dict[str, HookShape] = {
     "connect4": HookShape(bpf.ATTACH_CONNECT4, "ig_c4", HOOK_CONNECT4),
     "connect6": HookShape(bpf.ATTACH_CONNECT6, "ig_c6", HOOK_CONNECT6),
     "sendmsg4": HookShape(bpf.ATTACH_SENDMSG4, "ig_s4", HOOK_SENDMSG4),
@@ -144,7 +144,7 @@ EGRESS = "egress"
 """The hook that runs for every packet, and is attached under strict alone."""
 
 
-def needed_hooks(strict: bool) -> Tuple[str, ...]:
+def needed_hooks(strict: bool) -> tuple[str, ...]:
     """The hooks that a policy needs."""
     return tuple(name for name in HOOKS if strict or name != EGRESS)
 
@@ -157,7 +157,7 @@ def program_name(hook: str, version: str) -> str:
     return f"{HOOKS[hook].prefix}_{version}"
 
 
-def version_in_name(hook: str, name: str) -> Optional[str]:
+def version_in_name(hook: str, name: str) -> str | None:
     """The version in the name of one of our programs, or None for somebody else's program."""
     prefix = HOOKS[hook].prefix + "_"
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None

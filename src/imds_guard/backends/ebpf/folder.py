@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import stat
 from contextlib import suppress
-from typing import List
 
 from imds_guard.backends.ebpf import hooks
 from imds_guard.errors import trying
@@ -63,7 +62,7 @@ class Folder:
                 else:
                     os.unlink(path)
 
-    def _strangers(self) -> List[str]:
+    def _strangers(self) -> list[str]:
         bpffs, prefix = os.path.dirname(self.path), self.name + _STRANGER
         return [os.path.join(bpffs, name) for name in os.listdir(bpffs) if name.startswith(prefix)]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Collection, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.errors import GuardError, Unsupported, system_words, trying
@@ -22,8 +23,8 @@ class Attached(NamedTuple):
 
     id: int
     name: str
-    version: Optional[str]
-    map_ids: Tuple[int, ...] = ()
+    version: str | None
+    map_ids: tuple[int, ...] = ()
     run_count: int = 0
     run_time_ns: int = 0
 
@@ -32,22 +33,22 @@ class Hook(NamedTuple):
     """One hook as the kernel has it: every program attached to this cgroup there, and the one our link holds."""
 
     name: str
-    attached: Tuple[Attached, ...]
-    linked: Optional[int] = None
+    attached: tuple[Attached, ...]
+    linked: int | None = None
     """The ID of the program that our pinned link holds; None when there is no link, or it is no longer attached."""
 
     @property
-    def ours(self) -> Optional[Attached]:
+    def ours(self) -> Attached | None:
         """Our program, if the pinned link holds it and the kernel runs it here."""
         return next((p for p in self.attached if p.id == self.linked and p.version is not None), None)
 
     @property
-    def strays(self) -> List[Attached]:
+    def strays(self) -> list[Attached]:
         """Programs of ours that no pinned link holds."""
         return [p for p in self.attached if p.version is not None and p.id != self.linked]
 
     @property
-    def behind(self) -> List[Attached]:
+    def behind(self) -> list[Attached]:
         """Other people's programs that run after ours."""
         if self.ours is None or self.name == abi.EGRESS:  # nobody can change where a packet goes any more
             return []
@@ -63,7 +64,7 @@ _NEVER = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUP
 """What the kernel says where programs on cgroups are not to be had; anything else may pass, like a lack of memory."""
 
 
-def inspect(cgroup: Cgroup, folder: Optional[str]) -> List[Hook]:
+def inspect(cgroup: Cgroup, folder: str | None) -> list[Hook]:
     """What is attached to the cgroup, by BPF_PROG_QUERY, beside what our links say."""
     return [
         Hook(name, tuple(_attached(name, cgroup, shape.attach_type)), _linked(name, cgroup, folder) if folder else None)
@@ -71,7 +72,7 @@ def inspect(cgroup: Cgroup, folder: Optional[str]) -> List[Hook]:
     ]
 
 
-def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> List[Attached]:
+def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> list[Attached]:
     try:
         identities = bpf.attached_programs(cgroup.fd, attach_type)
     except OSError as error:
@@ -85,7 +86,7 @@ def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> List[Attached]:
     return [found for found in (_describe(hook, identity) for identity in identities) if found is not None]
 
 
-def _describe(hook: str, identity: int) -> Optional[Attached]:
+def _describe(hook: str, identity: int) -> Attached | None:
     with trying(f"asking about eBPF program {identity}", "the state is not known"):
         fd = bpf.program_by_id(identity)
         if fd is None:
@@ -98,7 +99,7 @@ def _describe(hook: str, identity: int) -> Optional[Attached]:
     return Attached(identity, found.name, version, found.map_ids, found.run_count, found.run_time_ns)
 
 
-def _linked(hook: str, cgroup: Cgroup, folder: str) -> Optional[int]:
+def _linked(hook: str, cgroup: Cgroup, folder: str) -> int | None:
     """A link whose cgroup is another, or gone, counts as none."""
     fd = _open_link(hook, folder)
     if fd is None:
@@ -110,7 +111,7 @@ def _linked(hook: str, cgroup: Cgroup, folder: str) -> Optional[int]:
     return link.prog_id if link.cgroup_id == cgroup.id else None
 
 
-def _open_link(hook: str, folder: str) -> Optional[int]:
+def _open_link(hook: str, folder: str) -> int | None:
     try:
         return bpf.pinned(link_pin(folder, hook))
     except FileNotFoundError:
@@ -141,7 +142,7 @@ def put_back_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
 
     Not where another folder has come to stand there: then the block was through when something interrupted it.
     """
-    before: Dict[str, int] = {}
+    before: dict[str, int] = {}
     inode = os.stat(folder).st_ino
     try:
         for hook in found:
@@ -232,7 +233,7 @@ def detach_unneeded(folder: str, needed: Collection[str]) -> None:
             _unlink(link_pin(folder, hook))
 
 
-def detach_strays(cgroup: Cgroup, folder: Optional[str]) -> List[str]:
+def detach_strays(cgroup: Cgroup, folder: str | None) -> list[str]:
     """Detaches programs of ours that no pinned link holds: left by a bpffs that is gone. Returns their names."""
     strays = {p.id: p.name for hook in inspect(cgroup, folder) for p in hook.strays}
     if not strays:

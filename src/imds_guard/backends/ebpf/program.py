@@ -7,14 +7,14 @@ import contextlib
 import functools
 import hashlib
 import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Collection, Dict, Mapping, Sequence, Tuple
 
 from imds_guard.backends.ebpf import abi, probe
 from imds_guard.errors import GuardError, Unsupported, trying
 from imds_guard.kernel import bpf, btf, compiler
 
-Defines = Tuple[Tuple[str, int], ...]
+Defines = tuple[tuple[str, int], ...]
 
 _OFFSETS = (
     ("task_struct", "cred"),
@@ -75,7 +75,7 @@ PLAIN: Defines = (("IG_PLAIN", 1),)
 """For tests: what serves every kernel, on one that could do better."""
 
 
-def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -> Dict[str, int]:
+def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -> dict[str, int]:
     """The fd of the named hooks' programs, on the given maps: in the form that this kernel does best with."""
     version = source_version(defines)
     better = () if PLAIN[0] in defines else better_form()
@@ -90,8 +90,8 @@ def better_form() -> Defines:
     return (DIRECT if probe.knows_current_task() else ()) + (LOOP if probe.knows_loops() else ())
 
 
-def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> Dict[str, int]:
-    loaded: Dict[str, int] = {}
+def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> dict[str, int]:
+    loaded: dict[str, int] = {}
     try:
         for hook in names:
             loaded[hook] = load_hook(hook, code, map_fds, version)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ipaddress
 import sys
-from typing import Dict, FrozenSet, Iterable, List, Literal, Mapping, NamedTuple, Optional, Tuple
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -32,7 +33,7 @@ except ImportError:  # a Python that has all of its hashes from OpenSSL
 
 BYTE_ORDER: Literal["little", "big"] = sys.byteorder
 
-Items = Tuple[Tuple[bytes, bytes], ...]
+Items = tuple[tuple[bytes, bytes], ...]
 
 
 class Image(NamedTuple):
@@ -74,7 +75,7 @@ class Range(NamedTuple):
     protocols: int
 
 
-_ListKey = Tuple[Identities, Identities, Verdict]
+_ListKey = tuple[Identities, Identities, Verdict]
 
 
 def settings_of(policy: Policy) -> Settings:
@@ -117,15 +118,15 @@ def _list_key(lock: Lock) -> _ListKey:
     return lock.allow, lock.deny, lock.default
 
 
-def _number_lists(policy: Policy) -> Dict[_ListKey, int]:
+def _number_lists(policy: Policy) -> dict[_ListKey, int]:
     """Locks with the same lists share one."""
-    numbers: Dict[_ListKey, int] = {}
+    numbers: dict[_ListKey, int] = {}
     for lock in policy.locks:
         numbers.setdefault(_list_key(lock), len(numbers))
     return numbers
 
 
-def _check_sizes(policy: Policy, lists: Mapping[_ListKey, int], endpoints: Mapping[Network, List[Range]]) -> None:
+def _check_sizes(policy: Policy, lists: Mapping[_ListKey, int], endpoints: Mapping[Network, list[Range]]) -> None:
     members = sum(len(a.users | d.users) + len(a.groups | d.groups) for a, d, _ in lists)
     for what, count, most in (
         ("locks", len(policy.locks), abi.LOCKS // 2),
@@ -150,7 +151,7 @@ _MAPPED_SPACE = ipaddress.IPv4Network("0.0.0.0/0")
 _MAPPED_MIDDLE = ipaddress.IPv6Address("::ffff:0:0")
 
 
-def _endpoint_entries(policy: Policy) -> Dict[Network, List[Range]]:
+def _endpoint_entries(policy: Policy) -> dict[Network, list[Range]]:
     """The ranges of each prefix, with what it inherits, and the entries that rendering adds."""
     own = _own_ranges(policy)
     entries = _inherit(own)
@@ -162,8 +163,8 @@ def _endpoint_entries(policy: Policy) -> Dict[Network, List[Range]]:
     return entries
 
 
-def _own_ranges(policy: Policy) -> Dict[Network, List[Range]]:
-    own: Dict[Network, List[Range]] = {}
+def _own_ranges(policy: Policy) -> dict[Network, list[Range]]:
+    own: dict[Network, list[Range]] = {}
     for number, lock in enumerate(policy.locks):
         for endpoint in lock.endpoints:
             ranges = [Range(low, high, number, False, abi.TCP) for low, high in endpoint.tcp]
@@ -172,9 +173,9 @@ def _own_ranges(policy: Policy) -> Dict[Network, List[Range]]:
     return own
 
 
-def _inherit(own: Mapping[Network, List[Range]]) -> Dict[Network, List[Range]]:
+def _inherit(own: Mapping[Network, list[Range]]) -> dict[Network, list[Range]]:
     """Shorter prefixes first: each takes over the ranges of the next shorter prefix around it, less its own ports."""
-    entries: Dict[Network, List[Range]] = {}
+    entries: dict[Network, list[Range]] = {}
     lengths = {version: sorted({n.prefixlen for n in own if n.version == version}, reverse=True) for version in (4, 6)}
     for network in sorted(own, key=lambda n: n.prefixlen):
         around = _next_shorter(network, entries, lengths[network.version])
@@ -183,9 +184,7 @@ def _inherit(own: Mapping[Network, List[Range]]) -> Dict[Network, List[Range]]:
     return entries
 
 
-def _next_shorter(
-    network: Network, entries: Mapping[Network, List[Range]], lengths: Iterable[int]
-) -> Optional[Network]:
+def _next_shorter(network: Network, entries: Mapping[Network, list[Range]], lengths: Iterable[int]) -> Network | None:
     """``lengths`` are those of all prefixes, the longest first."""
     for length in lengths:
         if length < network.prefixlen:
@@ -195,7 +194,7 @@ def _next_shorter(
     return None
 
 
-def _remainder(ranges: Iterable[Range], own: Iterable[Range]) -> List[Range]:
+def _remainder(ranges: Iterable[Range], own: Iterable[Range]) -> list[Range]:
     """``ranges`` as inherited ones, without the ports that ``own`` has for the same protocol."""
     rest = []
     for one in ranges:
@@ -209,9 +208,9 @@ def _remainder(ranges: Iterable[Range], own: Iterable[Range]) -> List[Range]:
     return rest
 
 
-def _merge_protocols(ranges: Iterable[Range]) -> List[Range]:
+def _merge_protocols(ranges: Iterable[Range]) -> list[Range]:
     """TCP and UDP ranges that are otherwise the same become one."""
-    protocols: Dict[Tuple[int, int, int, bool], int] = {}
+    protocols: dict[tuple[int, int, int, bool], int] = {}
     for one in ranges:
         key = (one.low, one.high, one.lock, one.inherited)
         protocols[key] = protocols.get(key, 0) | one.protocols
@@ -221,7 +220,7 @@ def _merge_protocols(ranges: Iterable[Range]) -> List[Range]:
 _NOWHERE = -1
 
 
-def _locked_anywhere(own: Mapping[Network, List[Range]]) -> List[Range]:
+def _locked_anywhere(own: Mapping[Network, list[Range]]) -> list[Range]:
     """What is locked on any IPv4 address: a connect to 0.0.0.0 that leads we can't tell where is denied these."""
     ranges = []
     for protocol in (abi.TCP, abi.UDP):
@@ -239,7 +238,7 @@ def _endpoint_key(generation: int, network: Network) -> bytes:
     )
 
 
-def _endpoint_value(ranges: List[Range], list_of_lock: List[int]) -> bytes:
+def _endpoint_value(ranges: list[Range], list_of_lock: list[int]) -> bytes:
     packed = b"".join(
         abi.RANGE.pack(r.low, r.high, 0, abi.NO_LIST, r.protocols, abi.INHERITED)
         if r.lock == _NOWHERE
@@ -249,7 +248,7 @@ def _endpoint_value(ranges: List[Range], list_of_lock: List[int]) -> bytes:
     return (abi.ENDPOINT_HEAD.pack(len(ranges)) + packed).ljust(abi.ENDPOINT_OCTETS, b"\0")
 
 
-def _first_look(entries: Mapping[Network, List[Range]]) -> bytes:
+def _first_look(entries: Mapping[Network, list[Range]]) -> bytes:
     look = bytearray(abi.FIRST_LOOK_OCTETS)
     for network, ranges in entries.items():
         if not ranges:
@@ -279,7 +278,7 @@ def _list_record(key: _ListKey) -> bytes:
     return abi.LIST.pack(flags, 0, *words)
 
 
-def _members(generation: int, number: int, key: _ListKey) -> List[Tuple[bytes, bytes]]:
+def _members(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, bytes]]:
     allow, deny, _ = key
     items = []
     for kind, allowed, denied in ((abi.USER, allow.users, deny.users), (abi.GROUP, allow.groups, deny.groups)):
@@ -289,7 +288,7 @@ def _members(generation: int, number: int, key: _ListKey) -> List[Tuple[bytes, b
     return items
 
 
-def _groups(generation: int, number: int, key: _ListKey) -> List[Tuple[bytes, bytes]]:
+def _groups(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, bytes]]:
     """The listed groups in order, denied ones first, for lists that are short enough to be searched."""
     allow, deny, _ = key
     ordered = sorted(deny.groups) + sorted(allow.groups - deny.groups)
@@ -302,7 +301,7 @@ def _groups(generation: int, number: int, key: _ListKey) -> List[Tuple[bytes, by
 # --- and back -------------------------------------------------------------------------------------------------------
 
 
-def parse_settings(record: bytes) -> Optional[Tuple[Settings, bytes]]:
+def parse_settings(record: bytes) -> tuple[Settings, bytes] | None:
     """Settings and digest, or None for a record that is not valid."""
     valid, mode, containers, version, digest, strict, _ = abi.SETTINGS.unpack(record)
     if not valid or version != abi.ABI or mode not in (abi.MODE_ENFORCE, abi.MODE_AUDIT):
@@ -332,8 +331,8 @@ def parse(image: Image, settings: Settings) -> Policy:
     return make_policy(locks, settings.mode, settings.containers, settings.strict)
 
 
-def _parse_lists(image: Image) -> Dict[int, _ListKey]:
-    members: Dict[int, Dict[Tuple[int, int], List[int]]] = {}
+def _parse_lists(image: Image) -> dict[int, _ListKey]:
+    members: dict[int, dict[tuple[int, int], list[int]]] = {}
     for key, value in image.items[Map.MEMBERS]:
         _, kind, number, identity = abi.MEMBER.unpack(key)
         verdict = abi.MEMBER_VALUE.unpack(value)[0]
@@ -341,7 +340,7 @@ def _parse_lists(image: Image) -> Dict[int, _ListKey]:
         for bit in (abi.ALLOW, abi.DENY):
             if verdict & bit:
                 of_list.setdefault((kind, bit), []).append(identity)
-    lists: Dict[int, _ListKey] = {}
+    lists: dict[int, _ListKey] = {}
     for key, value in image.items[Map.LISTS]:
         number = int.from_bytes(key, BYTE_ORDER) - (image.generation - 1) * abi.LISTS
         flags = abi.LIST.unpack(value)[0]
@@ -351,20 +350,20 @@ def _parse_lists(image: Image) -> Dict[int, _ListKey]:
     return lists
 
 
-def _identities(members: Mapping[Tuple[int, int], List[int]], verdict: int) -> Identities:
-    def of_kind(kind: int) -> FrozenSet[int]:
+def _identities(members: Mapping[tuple[int, int], list[int]], verdict: int) -> Identities:
+    def of_kind(kind: int) -> frozenset[int]:
         return frozenset(members.get((kind, verdict), ()))
 
     return Identities(of_kind(abi.USER), of_kind(abi.GROUP))
 
 
-def _parse_endpoints(image: Image) -> Dict[int, List[Endpoint]]:
+def _parse_endpoints(image: Image) -> dict[int, list[Endpoint]]:
     """The endpoints of each lock: the ranges that are not inherited."""
-    found: Dict[int, List[Endpoint]] = {}
+    found: dict[int, list[Endpoint]] = {}
     for key, value in image.items[Map.ENDPOINTS]:
         bits, _, octets = abi.ENDPOINT_KEY.unpack(key)
         network = _network(octets, bits - abi.ENDPOINT_KEY_FIXED_BITS)
-        ports: Dict[Tuple[int, int], Ports] = {}
+        ports: dict[tuple[int, int], Ports] = {}
         for n in range(min(abi.ENDPOINT_HEAD.unpack_from(value)[0], abi.RANGES)):
             low, high, lock, _, protocols, flags = abi.RANGE.unpack_from(
                 value, abi.ENDPOINT_HEAD.size + n * abi.RANGE.size

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -46,14 +46,14 @@ class Snapshot(NamedTuple):
     """What the maps hold of one generation; ``settings`` and ``digest`` are None when there is no valid record."""
 
     image: Image
-    settings: Optional[Settings]
-    digest: Optional[bytes]
+    settings: Settings | None
+    digest: bytes | None
 
 
 class Maps:
     """Open file descriptors of all maps. Close it, or use it as a context manager."""
 
-    def __init__(self, fds: Dict[Map, int]) -> None:
+    def __init__(self, fds: dict[Map, int]) -> None:
         self._fds = fds
 
     @classmethod
@@ -103,15 +103,15 @@ class Maps:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def fds(self) -> List[int]:
+    def fds(self) -> list[int]:
         """In the order of abi.Map."""
         return [self._fds[number] for number in Map]
 
-    def ids(self) -> List[int]:
+    def ids(self) -> list[int]:
         """The kernel's IDs of the maps."""
         return [bpf.describe_map(fd)[0] for fd in self.fds()]
 
-    def misfits(self) -> List[Map]:
+    def misfits(self) -> list[Map]:
         """Maps that are not of the type, sizes and flags that this version uses."""
         return [number for number, shape in abi.SHAPES.items() if bpf.describe_map(self._fds[number])[1] != shape]
 
@@ -188,7 +188,7 @@ class Maps:
 
     # --- reading ---
 
-    def _items(self, number: Map, generation: int) -> List[Tuple[bytes, bytes]]:
+    def _items(self, number: Map, generation: int) -> list[tuple[bytes, bytes]]:
         at = _GENERATION_AT[number]
         return [item for item in bpf.map_items(self._fds[number], abi.SHAPES[number]) if item[0][at] == generation]
 
@@ -206,7 +206,7 @@ class Maps:
         settings, digest = parsed if parsed else (None, None)
         return Snapshot(Image(generation, items), settings, digest)
 
-    def counters(self) -> List[Tuple[int, int]]:
+    def counters(self) -> list[tuple[int, int]]:
         """(enforced, audited) by reason, then by enum ig_counted, summed over the CPUs."""
         cpus = bpf.possible_cpus()
         sums = []

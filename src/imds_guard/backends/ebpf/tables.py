@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -32,7 +32,7 @@ def address_of(octets: bytes) -> Address:
 class Place:
     """Where the pins of a guard are, or would be: for the whole machine, or for the cgroup whose path is given."""
 
-    def __init__(self, cgroup: Optional[str]) -> None:
+    def __init__(self, cgroup: str | None) -> None:
         with open_cgroup(cgroup) as opened:
             self._id, self.is_root = opened.id, opened.is_root
 
@@ -41,7 +41,7 @@ class Place:
         """The name of the folder of pins, which is also that of lock files."""
         return Folder("", self._id, self.is_root).name
 
-    def pins(self) -> Optional[str]:
+    def pins(self) -> str | None:
         """The folder of pins, or None when there is no guard."""
         path = bpffs.find_bpffs()
         folder = None if path is None else Folder(path, self._id, self.is_root)
@@ -51,7 +51,7 @@ class Place:
 class Lists(NamedTuple):
     """What one lock lets through beside users: for words about what would help."""
 
-    allowed_groups: FrozenSet[int]
+    allowed_groups: frozenset[int]
     default_allow: bool
 
 
@@ -59,7 +59,7 @@ class Tables:
     """The maps beside the ring buffer: which generation is in force, names of locks, counters and the report."""
 
     def __init__(self, pins: str) -> None:
-        self._fds: Dict[Map, int] = {}
+        self._fds: dict[Map, int] = {}
         try:
             for number in (Map.CONFIG, Map.SETTINGS, Map.LISTS, Map.MEMBERS, Map.LOCKS, Map.COUNTERS, Map.REPORT):
                 self._fds[number] = open_map(pins, number)
@@ -79,7 +79,7 @@ class Tables:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def in_force(self) -> Tuple[int, int]:
+    def in_force(self) -> tuple[int, int]:
         """The generation in force and its serial number; (0, 0) when nothing is locked."""
         config = bpf.map_lookup(self._fds[Map.CONFIG], _ZERO, abi.CONFIG.size) or bytes(abi.CONFIG.size)
         (generation,) = abi.CONFIG.unpack(config)
@@ -93,20 +93,20 @@ class Tables:
     def _settings(self, generation: int) -> bytes:
         return bpf.map_lookup(self._fds[Map.SETTINGS], _key(generation), abi.SETTINGS.size) or bytes(abi.SETTINGS.size)
 
-    def _items(self, number: Map, generation: int) -> List[Tuple[bytes, bytes]]:
+    def _items(self, number: Map, generation: int) -> list[tuple[bytes, bytes]]:
         items = bpf.map_items(self._fds[number], abi.SHAPES[number])
         return [item for item in items if item[0][0] == generation]
 
-    def lock_names(self, generation: int) -> Dict[int, str]:
+    def lock_names(self, generation: int) -> dict[int, str]:
         """Number of a lock -> its name."""
         return {
             abi.SMALL_KEY.unpack(key)[1]: abi.LOCK.unpack(value)[2].split(b"\0")[0].decode(errors="backslashreplace")
             for key, value in self._items(Map.LOCKS, generation)
         }
 
-    def lists(self, generation: int) -> Dict[int, Lists]:
+    def lists(self, generation: int) -> dict[int, Lists]:
         """Number of a lock -> what its list says beside users."""
-        groups: Dict[int, List[int]] = {}
+        groups: dict[int, list[int]] = {}
         for key, value in self._items(Map.MEMBERS, generation):
             _, kind, number, identity = abi.MEMBER.unpack(key)
             if kind == abi.GROUP and abi.MEMBER_VALUE.unpack(value)[0] == abi.ALLOW:
@@ -116,7 +116,7 @@ class Tables:
             for key, value in self._items(Map.LOCKS, generation)
         }
 
-    def _lists_of(self, generation: int, number: int, groups: Dict[int, List[int]]) -> Lists:
+    def _lists_of(self, generation: int, number: int, groups: dict[int, list[int]]) -> Lists:
         key = _key((generation - 1) * abi.LISTS + number)
         record = bpf.map_lookup(self._fds[Map.LISTS], key, abi.LIST.size) or bytes(abi.LIST.size)
         flags = abi.LIST.unpack(record)[0]
@@ -135,7 +135,7 @@ class Tables:
         values = bpf.map_lookup(self._fds[Map.COUNTERS], _key(number), room) or b""
         return sum(enforced for enforced, _ in abi.COUNTER.iter_unpack(values))
 
-    def rows(self, generation: int) -> List[Tuple[bytes, bytes]]:
+    def rows(self, generation: int) -> list[tuple[bytes, bytes]]:
         """The report's records of a generation."""
         return self._items(Map.REPORT, generation)
 
@@ -183,7 +183,7 @@ def _other_version() -> GuardError:
 class Row(NamedTuple):
     """Denials of one user at one lock for one reason; address, port and ``comm`` are those of the first."""
 
-    lock: Optional[str]
+    lock: str | None
     reason: Reason
     fsuid: int
     count: int  # type: ignore[assignment]  # a tuple has a method of that name
@@ -192,7 +192,7 @@ class Row(NamedTuple):
     last_ns: int
     address: Address
     port: int
-    protocol: Optional[Protocol]
+    protocol: Protocol | None
     comm: bytes
 
 
@@ -202,12 +202,12 @@ class Report(NamedTuple):
     generation: int
     serial: int
     mode: Mode
-    rows: Tuple[Row, ...]
+    rows: tuple[Row, ...]
     overflow: int
     """Denials without a row, for want of room, since the guard's maps were made."""
 
 
-def read_report(place: Place) -> Optional[Report]:
+def read_report(place: Place) -> Report | None:
     """The report of the policy in force; None when nothing is locked. Read again when the policy changes meanwhile."""
     with trying("reading the report", "run imds-guard status"):
         for _ in range(_READ_AGAIN):
@@ -234,7 +234,7 @@ def _report(tables: Tables, generation: int, serial: int) -> Report:
     return Report(generation, serial, tables.mode(generation), tuple(rows), tables.overflow())
 
 
-def _row(key: bytes, value: bytes, names: Dict[int, str]) -> Row:
+def _row(key: bytes, value: bytes, names: dict[int, str]) -> Row:
     _, reason, lock, fsuid = abi.REPORT_KEY.unpack(key)
     count, first_ns, last_ns, address, port, protocol, comm = abi.REPORT.unpack(value)
     return Row(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import Dict, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
@@ -48,8 +48,8 @@ class Record(NamedTuple):
     """How many supplementary ones."""
     address: Address
     port: int
-    protocol: Optional[Protocol]
-    lock: Optional[int]
+    protocol: Protocol | None
+    lock: int | None
     generation: int
     comm: bytes
     hook: str
@@ -107,9 +107,9 @@ class Source:
     def __init__(self, pins: str) -> None:
         self._pin = os.path.join(pins, Map.EVENTS.name.lower())
         self._inode = os.stat(self._pin).st_ino if os.path.exists(self._pin) else 0
-        self._names: Dict[int, Dict[int, str]] = {}
-        self._serials: Dict[int, int] = {}
-        self._lists: Tuple[int, Dict[int, Lists]] = (0, {})
+        self._names: dict[int, dict[int, str]] = {}
+        self._serials: dict[int, int] = {}
+        self._lists: tuple[int, dict[int, Lists]] = (0, {})
         self.tables = Tables(pins)
         try:
             self._watch = open_map(pins, Map.WATCH)
@@ -129,7 +129,7 @@ class Source:
             raise
 
     @classmethod
-    def open(cls, place: Place) -> Optional[Source]:
+    def open(cls, place: Place) -> Source | None:
         """The guard's records, or None when there is no guard, or it is going away at this moment."""
         with trying("opening the guard's ring buffer", "run imds-guard status"):
             pins = place.pins()
@@ -165,7 +165,7 @@ class Source:
             self._names[generation] = self.tables.lock_names(generation)
             self._serials[generation] = serial
 
-    def lock_name(self, record: Record) -> Optional[str]:
+    def lock_name(self, record: Record) -> str | None:
         """The name of a record's lock; None when it has none, or its policy is gone and nobody remembers."""
         if record.lock is None:
             return None
@@ -173,7 +173,7 @@ class Source:
             self.refresh()
         return self._names.get(record.generation, {}).get(record.lock)
 
-    def lists_of(self, record: Record) -> Optional[Lists]:
+    def lists_of(self, record: Record) -> Lists | None:
         """What the record's lock lets through, if the policy that judged it is still in force."""
         generation, serial = self.tables.in_force()
         if record.lock is None or record.generation != generation:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Dict, Iterable, List, Optional, Sequence, Tuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from imds_guard.backends.iptables import differences, faults
 from imds_guard.backends.iptables.look import ANCHOR, FamilyRules, look
@@ -50,7 +51,7 @@ class IptablesBackend:
 
     def __init__(
         self,
-        commands: Tuple[str, str] = ("iptables", "ip6tables"),
+        commands: tuple[str, str] = ("iptables", "ip6tables"),
         *,
         resolve_groups: bool = False,
         state_folder: str = STATE_FOLDER,
@@ -60,11 +61,11 @@ class IptablesBackend:
         self.resolve_groups = resolve_groups
         self.lock_wait_s = lock_wait_s
         self.record = Record(state_folder)
-        self._probed: Dict[bool, Probed] = {}
+        self._probed: dict[bool, Probed] = {}
 
     # --- what can be done --------------------------------------------------------------------------------------------
 
-    def check(self, policy: Optional[Policy]) -> None:
+    def check(self, policy: Policy | None) -> None:
         """Raises Unsupported or NotPermitted with the reason unless all of ``policy`` can be enforced here."""
         programs = self._programs()
         for program in programs:
@@ -87,7 +88,7 @@ class IptablesBackend:
                 "--resolve-groups puts the user IDs of their present members in the rules instead"
             )
 
-    def notes(self, policy: Policy) -> List[str]:
+    def notes(self, policy: Policy) -> list[str]:
         """What holds less, or otherwise, than the policy says: the known differences and resolved groups."""
         lines = differences.notes(policy)
         if _has_groups(policy) and self._resolves():
@@ -117,14 +118,14 @@ class IptablesBackend:
             return held is not None and held.members is not None
         return False
 
-    def _programs(self) -> List[Program]:
+    def _programs(self) -> list[Program]:
         """The programs for the IP versions that this kernel has. Raises Unsupported."""
         versions = (4, 6) if _has_ipv6() else (4,)
         return [default_program(version, self.commands[version]) for version in versions]
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
-    def apply(self, policy: Policy) -> List[str]:
+    def apply(self, policy: Policy) -> list[str]:
         """Puts ``policy`` in force, in place of what was in force. On any error the old rules stay."""
         with self.record.locked():
             self.check(policy)
@@ -153,7 +154,7 @@ class IptablesBackend:
             if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, ANCHOR)):
                 raise GuardError(f"{program.title} took the rules, but iptables-save shows others; nothing was changed")
 
-    def remove(self) -> List[str]:
+    def remove(self) -> list[str]:
         """Takes everything of ours out of both families, nf_tables and legacy; harmless when there is nothing."""
         with self.record.locked():
             programs = self._every_program()
@@ -166,21 +167,21 @@ class IptablesBackend:
             self.record.remove()
         return lines
 
-    def _clear(self, programs: Sequence[Program]) -> List[str]:
+    def _clear(self, programs: Sequence[Program]) -> list[str]:
         cleared = clear(programs, ANCHOR, self.lock_wait_s)
         return [f"iptables rules were removed with {program.title}" for program in cleared]
 
-    def _every_program(self) -> List[Program]:
+    def _every_program(self) -> list[Program]:
         return every_program(self.commands, needed=bool(self.record.read()))
 
     # --- the truth ---------------------------------------------------------------------------------------------------
 
-    def read(self) -> Optional[Policy]:
+    def read(self) -> Policy | None:
         """The policy that the rules which packets meet stand for, or None."""
         held = self._held()
         return held.policy if held is not None else None
 
-    def unaltered(self) -> Optional[Policy]:
+    def unaltered(self) -> Policy | None:
         """As read(); None also when the rules' digest is not that of the policy which they stand for."""
         found = _reached(self._look_everywhere())
         try:
@@ -194,20 +195,20 @@ class IptablesBackend:
         """True when there is a chain of ours, whole or not, in either family."""
         return any(rules.present for rules in self._look_everywhere())
 
-    def _held(self) -> Optional[Holding]:
+    def _held(self) -> Holding | None:
         try:
             return combine(_reached(self._look_everywhere()))
         except PolicyError as error:
             raise GuardError(_no_policy(error)) from error
 
-    def _look_everywhere(self) -> List[FamilyRules]:
-        found: List[FamilyRules] = []
+    def _look_everywhere(self) -> list[FamilyRules]:
+        found: list[FamilyRules] = []
         for program in self._every_program():
             with contextlib.suppress(NoTable):
                 found.append(look(program))
         return found
 
-    def faults(self) -> List[str]:
+    def faults(self) -> list[str]:
         """What is wrong with the rules that should be in force, a sentence each."""
         families = [rules for rules in self._look_everywhere() if rules.present]
         if not families:
@@ -222,18 +223,18 @@ class IptablesBackend:
         return lines + faults.of_rules(families, held) + faults.of_members(held)
 
 
-def _owned_by(programs: Iterable[Program]) -> List[Tuple[Program, Table]]:
+def _owned_by(programs: Iterable[Program]) -> list[tuple[Program, Table]]:
     """Our chains in each program's table; nothing for one that has no table."""
-    found: List[Tuple[Program, Table]] = []
+    found: list[tuple[Program, Table]] = []
     for program in programs:
         with contextlib.suppress(NoTable):
             found.append((program, owned(read_table(program), ANCHOR)))
     return found
 
 
-def _reached(families: Iterable[FamilyRules]) -> List[Found]:
+def _reached(families: Iterable[FamilyRules]) -> list[Found]:
     """What each IP version's rules say; those of the default program where both kinds of tables hold some."""
-    found: Dict[int, Found] = {}
+    found: dict[int, Found] = {}
     for rules in families:
         if rules.found is not None:
             found.setdefault(rules.program.version, rules.found)

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Dict, List
-
 from imds_guard.policy.model import Policy, Protocol, Verdict
 
-DIFFERENCES: Dict[str, str] = {
+DIFFERENCES: dict[str, str] = {
     "refusal": "a denied connect ends with ECONNREFUSED, where eBPF gives EPERM",
     "opener": "who counts is who opened the socket (its credentials at socket(2)), not who connects it",
     "network-namespace": "only this network namespace is judged: containers and others with a network of their own "
@@ -23,7 +21,7 @@ DIFFERENCES: Dict[str, str] = {
 """Key -> sentence. The keys are what tests name."""
 
 
-def notes(policy: Policy) -> List[str]:
+def notes(policy: Policy) -> list[str]:
     """What someone who puts this policy in force with iptables should know, the difference in a refusal aside."""
     keys = ["opener", "network-namespace"]
     if policy.containers is Verdict.DENY:

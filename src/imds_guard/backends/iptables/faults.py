@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import List, Sequence
+from collections.abc import Sequence
 
 from imds_guard.backends.iptables.look import ANCHOR, FamilyRules
 from imds_guard.backends.iptables.members import resolve
@@ -16,7 +16,7 @@ GONE = (
 )
 
 
-def of_places(families: Sequence[FamilyRules]) -> List[str]:
+def of_places(families: Sequence[FamilyRules]) -> list[str]:
     """Whether packets meet our rules before anyone else's, and once."""
     lines = [line for rules in families for line in _of_place(rules)]
     versions = [rules.program.version for rules in families]
@@ -27,7 +27,7 @@ def of_places(families: Sequence[FamilyRules]) -> List[str]:
     ]
 
 
-def _of_place(rules: FamilyRules) -> List[str]:
+def _of_place(rules: FamilyRules) -> list[str]:
     title = rules.program.title
     if not is_reached(rules.table, ANCHOR):
         return [f"{title}: nothing in OUTPUT leads to {HEAD} any more, so its rules do nothing; start again"]
@@ -40,7 +40,7 @@ def _of_place(rules: FamilyRules) -> List[str]:
     return [f"{title}: {place} of other people's rules stand before ours, first {output[0]!r}; start again"]
 
 
-def of_rules(families: Sequence[FamilyRules], held: Holding) -> List[str]:
+def of_rules(families: Sequence[FamilyRules], held: Holding) -> list[str]:
     """Whether the rules are the ones that we would write for what they stand for."""
     foreign = [(rules.program.title, line) for rules in families for line in rules.foreign]
     if foreign:
@@ -66,7 +66,7 @@ def _other_policy(families: Sequence[FamilyRules]) -> str:
     return "the rules in our chains are not those that were written: someone changed them; start again"
 
 
-def of_members(held: Holding) -> List[str]:
+def of_members(held: Holding) -> list[str]:
     """Whether resolved groups still have the members that the rules name."""
     if held.members is None:
         return []

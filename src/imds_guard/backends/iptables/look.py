@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 from imds_guard.backends.iptables.parse import Found, find, parse_chains
 from imds_guard.backends.iptables.render import HEAD, Chains
@@ -18,7 +18,7 @@ class FamilyRules(NamedTuple):
     program: Program
     table: Table
     chains: Chains
-    foreign: Tuple[str, ...]
+    foreign: tuple[str, ...]
 
     @property
     def present(self) -> bool:
@@ -26,7 +26,7 @@ class FamilyRules(NamedTuple):
         return bool(self.chains) or is_reached(self.table, ANCHOR)
 
     @property
-    def found(self) -> Optional[Found]:
+    def found(self) -> Found | None:
         """What our chains say, if a packet can reach them."""
         return find(self.chains, self.program.version) if is_reached(self.table, ANCHOR) else None
 

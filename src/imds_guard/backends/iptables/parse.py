@@ -8,7 +8,8 @@ What is no rule of ours is left out here: that the rules are not what render() m
 from __future__ import annotations
 
 import ipaddress
-from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, Holding
 from imds_guard.backends.iptables.rules import LOG, RETURN, ForeignRule, Range, Rule, parse_rule
@@ -28,7 +29,7 @@ MAX_IDS = 524_288
 """More ids than any policy may list (design: sizes). A range that somebody widened must not fill our memory."""
 
 
-_EVERYWHERE: Dict[int, Network] = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("::/0")}
+_EVERYWHERE: dict[int, Network] = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("::/0")}
 
 
 class FoundLock:
@@ -36,9 +37,9 @@ class FoundLock:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.tcp: Dict[Network, Ports] = {}
-        self.udp: Dict[Network, Ports] = {}
-        self.ids: Dict[Tuple[str, str], Set[int]] = {}
+        self.tcp: dict[Network, Ports] = {}
+        self.udp: dict[Network, Ports] = {}
+        self.ids: dict[tuple[str, str], set[int]] = {}
         self.default = Verdict.DENY
         self.supplementary = True
 
@@ -53,7 +54,7 @@ class FoundLock:
         users, groups = self.ids.get((which, "users"), ()), self.ids.get((which, "groups"), ())
         return Identities(frozenset(users), frozenset(groups))
 
-    def endpoints(self) -> Tuple[Endpoint, ...]:
+    def endpoints(self) -> tuple[Endpoint, ...]:
         """The locked endpoints of this family."""
         networks = {**self.tcp, **self.udp}
         return tuple(Endpoint(n, self.tcp.get(n, ()), self.udp.get(n, ())) for n in networks)
@@ -62,16 +63,16 @@ class FoundLock:
 class Found(NamedTuple):
     """What one family's chains say. ``digest`` is of the whole policy that they are a part of."""
 
-    locks: Tuple[FoundLock, ...]
+    locks: tuple[FoundLock, ...]
     mode: Mode
     containers: Verdict
     digest: str
 
 
-def parse_chains(table: Mapping[str, Sequence[str]]) -> Tuple[Chains, List[str]]:
+def parse_chains(table: Mapping[str, Sequence[str]]) -> tuple[Chains, list[str]]:
     """The rules of our chains, and those lines that can't be ours."""
     chains: Chains = {}
-    foreign: List[str] = []
+    foreign: list[str] = []
     for chain, lines in table.items():
         rules = chains[chain] = []
         for line in lines:
@@ -95,8 +96,8 @@ def find(chains: Chains, version: int) -> Found:
     return Found(locks, Mode.AUDIT if audit else Mode.ENFORCE, containers, digest)
 
 
-def _find_locks(chains: Chains, version: int) -> Dict[str, FoundLock]:
-    locks: Dict[str, FoundLock] = {}
+def _find_locks(chains: Chains, version: int) -> dict[str, FoundLock]:
+    locks: dict[str, FoundLock] = {}
     everywhere = _EVERYWHERE[version]
     for chain in (TCP, UDP):
         for rule in chains.get(chain, []):
@@ -170,7 +171,7 @@ def _default(rule: Rule) -> Verdict:
 # --- both families --------------------------------------------------------------------------------------------------
 
 
-def combine(families: Iterable[Found]) -> Optional[Holding]:
+def combine(families: Iterable[Found]) -> Holding | None:
     """The policy that the families hold together; None when they hold nothing. Raises PolicyError.
 
     A lock that has other lists in one family than in the other comes out as two. Where the families differ in the mode
@@ -181,8 +182,8 @@ def combine(families: Iterable[Found]) -> Optional[Holding]:
         return None
     mode = Mode.AUDIT if all(family.mode is Mode.AUDIT for family in found) else Mode.ENFORCE
     allows = all(family.containers is Verdict.ALLOW for family in found)
-    locks: Dict[str, Lock] = {}
-    members: Dict[Tuple[str, str], FrozenSet[int]] = {}
+    locks: dict[str, Lock] = {}
+    members: dict[tuple[str, str], frozenset[int]] = {}
     supplementary = True
     for lock in (lock for family in found for lock in family.locks):
         name = _merge(locks, lock)
@@ -193,7 +194,7 @@ def combine(families: Iterable[Found]) -> Optional[Holding]:
     return Holding(policy, None if supplementary else members)
 
 
-def _merge(locks: Dict[str, Lock], found: FoundLock) -> str:
+def _merge(locks: dict[str, Lock], found: FoundLock) -> str:
     """Adds a family's part of a lock to the other's; returns the name under which it went in."""
     name = found.name
     part = Lock(name, found.endpoints(), found.listed("allow"), found.listed("deny"), found.default)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from typing import Dict, Iterable, List, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from imds_guard.backends.iptables.render import DENY, HEAD
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
@@ -63,18 +64,18 @@ def _can_unshare() -> str:
     return ""
 
 
-def _try(programs: Sequence[Program], supplementary: bool, audit: bool, lock_wait_s: int) -> List[str]:
+def _try(programs: Sequence[Program], supplementary: bool, audit: bool, lock_wait_s: int) -> list[str]:
     """What went wrong with each program; nothing when the member got through and nobody else did."""
 
-    def inside() -> List[str]:
+    def inside() -> list[str]:
         netns.unshare_network([])
         return [reason for program in programs for reason in _try_program(program, supplementary, audit, lock_wait_s)]
 
     return run_in_child(inside, timeout_s=60)
 
 
-def _try_program(program: Program, supplementary: bool, audit: bool, lock_wait_s: int) -> List[str]:
-    chains: Dict[str, List[Rule]] = {
+def _try_program(program: Program, supplementary: bool, audit: bool, lock_wait_s: int) -> list[str]:
+    chains: dict[str, list[Rule]] = {
         HEAD: [
             Rule(RETURN, gids=(_MEMBER_GID, _MEMBER_GID), supplementary=supplementary, comment="probe"),
             # Only a SYN: the reset that a REJECT sends passes OUTPUT too.
@@ -97,7 +98,7 @@ def _try_program(program: Program, supplementary: bool, audit: bool, lock_wait_s
     return _complaints(program, supplementary, member, stranger)
 
 
-def _complaints(program: Program, supplementary: bool, member: int, stranger: int) -> List[str]:
+def _complaints(program: Program, supplementary: bool, member: int, stranger: int) -> list[str]:
     what = "--gid-owner with --suppl-groups" if supplementary else "--gid-owner"
     if stranger != errno.ECONNREFUSED:
         return [f"{program.title}: a REJECT in OUTPUT did not stop a connect ({_name(stranger)})"]

@@ -10,7 +10,8 @@ import contextlib
 import os
 import socket
 import struct
-from typing import ContextManager, Iterator
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 from imds_guard.errors import GuardError, NotPermitted, system_words
 from imds_guard.kernel.lockfile import FOLDER, exclusive
@@ -57,7 +58,7 @@ class Record:
             with _told("could not remove", path), contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def locked(self) -> ContextManager[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """One command of ours at a time reads and changes rules; another one waits."""
         return exclusive(self.kind)
 

@@ -14,7 +14,8 @@ packet meets everybody else's rules as it would without ours.
 from __future__ import annotations
 
 import itertools
-from typing import Dict, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
 from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
@@ -38,8 +39,8 @@ FLAT = 8
 MEMBER = "member"
 """Comment of a rule for users whom the name service named as members of a listed group."""
 
-Chains = Dict[str, List[Rule]]
-Members = Mapping[Tuple[str, str], FrozenSet[int]]
+Chains = dict[str, list[Rule]]
+Members = Mapping[tuple[str, str], frozenset[int]]
 """("lock name", "allow" or "deny") -> the members of that list's groups."""
 
 
@@ -47,7 +48,7 @@ class Holding(NamedTuple):
     """What is to be in force. ``members`` is None where the kernel itself matches supplementary groups."""
 
     policy: Policy
-    members: Optional[Members] = None
+    members: Members | None = None
 
 
 def digest(policy: Policy) -> str:
@@ -96,7 +97,7 @@ def lock_comment(name: str) -> str:
     return "lock=" + urllib.parse.quote(name, safe="")
 
 
-def _entries(policy: Policy, version: int) -> List[Tuple[int, Lock, Endpoint]]:
+def _entries(policy: Policy, version: int) -> list[tuple[int, Lock, Endpoint]]:
     """(number of the lock, lock, endpoint), the most specific first."""
     entries = [
         (number, lock, endpoint)
@@ -107,9 +108,9 @@ def _entries(policy: Policy, version: int) -> List[Tuple[int, Lock, Endpoint]]:
     return sorted(entries, key=lambda entry: (-entry[2].network.prefixlen, entry[2].sort_key(), entry[0]))
 
 
-def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) -> List[Rule]:
+def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) -> list[Rule]:
     ports = endpoint.ports(protocol)
-    ranges: Sequence[Optional[Range]] = [None] if ports == ALL_PORTS else list(ports)
+    ranges: Sequence[Range | None] = [None] if ports == ALL_PORTS else list(ports)
     everywhere = endpoint.network.prefixlen == 0
     return [
         Rule(
@@ -124,7 +125,7 @@ def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) 
     ]
 
 
-def denial(mode: Mode, version: int) -> List[Rule]:
+def denial(mode: Mode, version: int) -> list[Rule]:
     """What happens to a packet that is denied: rejected at once, or in audit mode told to the kernel log."""
     if mode is Mode.AUDIT:
         return [Rule(LOG)]
@@ -160,20 +161,20 @@ def _render_lock(chains: Chains, holding: Holding, number: int) -> None:
         rules += [_user_rule(users, Rule(RETURN)) for users in allowed] + [default]
 
 
-Users = Tuple[int, int, str]
+Users = tuple[int, int, str]
 """First and last uid, and the comment: MEMBER or nothing."""
 
 
-def _listed_users(holding: Holding, lock: Lock, which: str, identities: Identities) -> List[Users]:
+def _listed_users(holding: Holding, lock: Lock, which: str, identities: Identities) -> list[Users]:
     """Listed users and resolved members in ascending, disjoint ranges. Who is both counts as listed."""
     members = (holding.members or {}).get((lock.name, which), frozenset()) - identities.users
     listed = [(low, high, "") for low, high in id_ranges(identities.users)]
     return sorted(listed + [(low, high, MEMBER) for low, high in id_ranges(members)])
 
 
-def id_ranges(ids: Iterable[int]) -> List[Range]:
+def id_ranges(ids: Iterable[int]) -> list[Range]:
     """The ids as ascending ranges that do not touch."""
-    ranges: List[Range] = []
+    ranges: list[Range] = []
     for number in sorted(ids):
         if ranges and ranges[-1][1] == number - 1:
             ranges[-1] = (ranges[-1][0], number)
@@ -186,7 +187,7 @@ def _user_rule(users: Users, hit: Rule) -> Rule:
     return Rule(hit.target, hit.goto, uids=users[:2], comment=users[2])
 
 
-def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: List[Rule]) -> str:
+def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: list[Rule]) -> str:
     """Adds the chains that lead a uid to the one leaf where it may stand; returns the root's name."""
     numbers = itertools.count()
 
@@ -205,7 +206,7 @@ def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: 
     return node(users)
 
 
-def _split(users: Sequence[Users]) -> List[Sequence[Users]]:
+def _split(users: Sequence[Users]) -> list[Sequence[Users]]:
     """At most FAN_OUT parts, of which all but the last fill their leaves."""
     size = FAN_OUT
     while size * FAN_OUT < len(users):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, NamedTuple
 
 from imds_guard.policy.model import Network
 
-Range = Tuple[int, int]
+Range = tuple[int, int]
 """Both ends belong to it."""
 
 RETURN = "RETURN"
@@ -32,20 +32,20 @@ class Rule(NamedTuple):
 
     target: str
     goto: bool = False
-    destination: Optional[Network] = None
+    destination: Network | None = None
     protocol: str = ""
     syn: bool = False
-    ports: Optional[Range] = None
-    uids: Optional[Range] = None
+    ports: Range | None = None
+    uids: Range | None = None
     ownerless: bool = False
-    gids: Optional[Range] = None
+    gids: Range | None = None
     supplementary: bool = False
     comment: str = ""
     reject_with: str = ""
 
     def text(self) -> str:
         """The rule as a line of iptables-restore, without its ``-A CHAIN``."""
-        words: List[str] = []
+        words: list[str] = []
         if self.destination is not None:
             words += ["-d", str(self.destination)]
         if self.protocol:
@@ -60,8 +60,8 @@ class Rule(NamedTuple):
             words += [f'--log-prefix "{LOG_PREFIX}" --log-uid']
         return " ".join(words)
 
-    def _transport_words(self) -> List[str]:
-        words: List[str] = []
+    def _transport_words(self) -> list[str]:
+        words: list[str] = []
         if self.syn or self.ports:
             words += ["-m", self.protocol]
         if self.syn:
@@ -70,8 +70,8 @@ class Rule(NamedTuple):
             words += ["--dport", _range_words(self.ports, ":")]
         return words
 
-    def _owner_words(self) -> List[str]:
-        words: List[str] = []
+    def _owner_words(self) -> list[str]:
+        words: list[str] = []
         if self.ownerless:
             words += ["-m owner ! --uid-owner", _range_words(EVERY_UID, "-")]
         if self.uids:
@@ -125,7 +125,7 @@ def parse_rule(text: str) -> Rule:
     return rule
 
 
-def _inverted(rule: Rule, words: List[str], text: str) -> Tuple[Rule, List[str]]:
+def _inverted(rule: Rule, words: list[str], text: str) -> tuple[Rule, list[str]]:
     if words[:2] != ["--uid-owner", _range_words(EVERY_UID, "-")]:
         raise ForeignRule(text)
     return rule._replace(ownerless=True), words[2:]
@@ -149,7 +149,7 @@ def _parse_range(word: str, dash: str, highest: int) -> Range:
     return (first, int(high or str(highest)) if found else first)
 
 
-_OPTIONS: Dict[str, Callable[[Rule, str], Rule]] = {
+_OPTIONS: dict[str, Callable[[Rule, str], Rule]] = {
     "-d": lambda rule, word: rule._replace(destination=ipaddress.ip_network(word)),
     "-p": lambda rule, word: rule._replace(protocol=word),
     "-m": _match_name,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, NoReturn
 
 from imds_guard.backends.iptables.rules import Rule
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
@@ -63,7 +64,7 @@ class Anchor(NamedTuple):
         return chain == self.head or chain.startswith(self.head + "-")
 
 
-Table = Mapping[str, Tuple[str, ...]]
+Table = Mapping[str, tuple[str, ...]]
 """Chain -> its rules as iptables-save prints them, after ``-A CHAIN``."""
 
 
@@ -74,7 +75,7 @@ def default_program(version: int, command: str = "") -> Program:
 
 
 @functools.cache
-def _kind(command: str, file: Tuple[int, ...]) -> str:
+def _kind(command: str, file: tuple[int, ...]) -> str:
     """Which tables a command writes. A file is asked once in the life of a process; a failure is not kept."""
     completed = run([command, "--version"])
     if completed.status != 0:
@@ -83,7 +84,7 @@ def _kind(command: str, file: Tuple[int, ...]) -> str:
     return NFT if NFT in completed.stdout else LEGACY
 
 
-def _file(command: str) -> Tuple[int, ...]:
+def _file(command: str) -> tuple[int, ...]:
     """Another one for another file, as update-alternatives(1) or an upgrade leaves it; empty when there is none."""
     path = find_program(command)
     if path is None:
@@ -95,7 +96,7 @@ def _file(command: str) -> Tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
-def other_program(program: Program) -> List[Program]:
+def other_program(program: Program) -> list[Program]:
     """The command for the other kind of tables, when it is there and its tables may hold something."""
     kind = LEGACY if program.kind == NFT else NFT
     base = {4: "iptables", 6: "ip6tables"}[program.version]
@@ -106,12 +107,12 @@ def other_program(program: Program) -> List[Program]:
     return [Program(program.version, command, kind)] if find_program(command) else []
 
 
-def every_program(commands: Mapping[int, str], needed: bool) -> List[Program]:
+def every_program(commands: Mapping[int, str], needed: bool) -> list[Program]:
     """Both kinds for both IP versions, the default one first; none where iptables is not installed or does not run.
 
     With ``needed`` rules of ours should be in force: then one that does not run is a GuardError.
     """
-    every: List[Program] = []
+    every: list[Program] = []
     for version in (4, 6):
         try:
             program = default_program(version, commands[version])
@@ -124,7 +125,7 @@ def every_program(commands: Mapping[int, str], needed: bool) -> List[Program]:
     return every
 
 
-def put_back(error: BaseException, before: Iterable[Tuple[Program, Table]], anchor: Anchor, lock_wait_s: int) -> None:
+def put_back(error: BaseException, before: Iterable[tuple[Program, Table]], anchor: Anchor, lock_wait_s: int) -> None:
     """Our chains as they were before what ended in ``error``. Raises GuardError that tells of both if it can't."""
     try:
         for program, chains in before:
@@ -135,7 +136,7 @@ def put_back(error: BaseException, before: Iterable[Tuple[Program, Table]], anch
         ) from error
 
 
-def _legacy_tables(version: int) -> List[str]:
+def _legacy_tables(version: int) -> list[str]:
     try:
         with open(_IN_USE[version], encoding="ascii") as names:
             return names.read().split()
@@ -143,7 +144,7 @@ def _legacy_tables(version: int) -> List[str]:
         return []
 
 
-_remembered: Optional[Dict[Tuple[int, str, int], Table]] = None
+_remembered: dict[tuple[int, str, int], Table] | None = None
 
 
 @contextlib.contextmanager
@@ -165,7 +166,7 @@ def _forget(program: Program) -> bool:
     return _remembered is not None and _remembered.pop(_place(program), None) is not None
 
 
-def _place(program: Program) -> Tuple[int, str, int]:
+def _place(program: Program) -> tuple[int, str, int]:
     """Which table it is: also by the namespace, since children of a command try rules in one of their own."""
     return program.version, program.kind, os.stat("/proc/thread-self/ns/net").st_ino
 
@@ -189,7 +190,7 @@ def _read_now(program: Program) -> Table:
 
 def parse_save(text: str) -> Table:
     """The chains in what iptables-save printed, in its order."""
-    chains: Dict[str, List[str]] = {}
+    chains: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith(":"):
             chains.setdefault(line[1:].split(" ")[0], [])
@@ -240,7 +241,7 @@ def _jumps(table: Table, anchor: Anchor) -> int:
     return table.get(anchor.builtin, ()).count(anchor.jump)
 
 
-def foreign_references(table: Table, anchor: Anchor, chains: Table) -> List[str]:
+def foreign_references(table: Table, anchor: Anchor, chains: Table) -> list[str]:
     """Other people's rules that lead into a chain of ours which is to go."""
     stale = {chain for chain in owned(table, anchor) if chain not in chains}
     return [
@@ -279,9 +280,9 @@ def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = 
     return True
 
 
-def clear(programs: Iterable[Program], anchor: Anchor, lock_wait_s: int = LOCK_WAIT_S) -> List[Program]:
+def clear(programs: Iterable[Program], anchor: Anchor, lock_wait_s: int = LOCK_WAIT_S) -> list[Program]:
     """Takes the jump and every chain of ours away; returns the programs that had some."""
-    cleared: List[Program] = []
+    cleared: list[Program] = []
     for program in programs:
         with contextlib.suppress(NoTable):
             cleared += [program] if replace(program, anchor, {}, lock_wait_s) else []
