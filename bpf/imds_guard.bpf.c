@@ -49,7 +49,7 @@ static const char *(*ig_current_task)(void) = (void *)35;
 
 __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #define IG_MAP(number) ((const void *)ig_pseudo(1, IG_MAP_BASE + (number))) /* 1: BPF_PSEUDO_MAP_FD */
-#define IG_THIS_HOOK() ((__u32)ig_pseudo(1, IG_HOOK_HERE)) /* the loader makes a constant of it */
+#define IG_THIS_HOOK() ((__u32)ig_pseudo(1, IG_HOOK_PLACEHOLDER)) /* the loader makes a constant of it */
 
 /*
  * A loop: up to times, at the most most, runs of step(context), until one returns another value than 0. With bpf_loop()
@@ -60,7 +60,7 @@ __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 static long (*ig_loop)(__u32 times, const void *step, void *context, __u64 flags) = (void *)181;
 #define ig_step int
 #define ig_repeat(times, most, step, context) \
-	ig_loop(times, (const void *)ig_pseudo(4, IG_AT_##step), context, 0) /* 4: BPF_PSEUDO_FUNC */
+	ig_loop(times, (const void *)ig_pseudo(4, IG_CALLBACK_##step), context, 0) /* 4: BPF_PSEUDO_FUNC */
 #else
 #define ig_step ig_inline int
 /* Without the asm clang makes one bound of the two, and the verifier does not know that one. */
@@ -136,19 +136,19 @@ ig_inline bool ig_is_unspecified(const struct ig_address *address)
 /* The path of nearly every connect of the machine: two bits, no hash look-up. */
 ig_inline bool ig_may_be_locked(__u32 generation, const struct ig_address *address)
 {
-	const struct ig_first_look *first = ig_lookup(IG_MAP(IG_MAP_FIRST_LOOK), &generation);
+	const struct ig_address_bitmap *bitmap = ig_lookup(IG_MAP(IG_MAP_ADDRESS_BITMAP), &generation);
 	__u32 host = ig_host_bit(address);
 	__u32 network, bits;
 
-	if (!first || ig_is_unspecified(address)) /* where that leads is seen later */
+	if (!bitmap || ig_is_unspecified(address)) /* where that leads is seen later */
 		return true;
-	bits = first->hosts[(host >> 5) & (IG_HOST_WORDS - 1)] >> (host & 31);
+	bits = bitmap->hosts[(host >> 5) & (IG_HOST_WORDS - 1)] >> (host & 31);
 	if (ig_is_ipv4(address)) {
 		network = ig_be32(address->word[3]) >> 16;
-		bits |= first->networks4[(network >> 5) & (IG_NETWORK_WORDS - 1)] >> (network & 31);
+		bits |= bitmap->networks4[(network >> 5) & (IG_NETWORK_WORDS - 1)] >> (network & 31);
 	} else {
 		network = ig_be32(address->word[0]) >> 16;
-		bits |= first->networks6[(network >> 5) & (IG_NETWORK_WORDS - 1)] >> (network & 31);
+		bits |= bitmap->networks6[(network >> 5) & (IG_NETWORK_WORDS - 1)] >> (network & 31);
 	}
 	return bits & 1;
 }
@@ -284,7 +284,7 @@ ig_inline __u32 ig_member(__u32 generation, __u32 number, const struct ig_list *
 /* Most groups of most callers are on no list: one bit spares the look-up. */
 ig_inline __u32 ig_group(__u32 generation, __u32 number, const struct ig_list *list, __u32 gid)
 {
-	if (!(list->filter[(gid >> 5) & (IG_FILTER_WORDS - 1)] >> (gid & 31) & 1))
+	if (!(list->gid_bitmap[(gid >> 5) & (IG_GID_BITMAP_WORDS - 1)] >> (gid & 31) & 1))
 		return list->zero;
 	return ig_member(generation, number, list, IG_GROUP, gid);
 }

@@ -14,13 +14,13 @@
 
 /* Stands where a map's file descriptor goes; the loader puts the real one there (IG_MAP_BASE + the number below). */
 #define IG_MAP_BASE 0x494d4400
-#define IG_HOOK_HERE 0x494d44ff /* the same for the number of the hook that the program is for (enum ig_hook) */
-#define IG_AT_ig_walk_four 0x494d4500 /* the same for where this function begins */
-#define IG_AT_ig_search_one 0x494d4501
+#define IG_HOOK_PLACEHOLDER 0x494d44ff /* the same for the number of the hook that the program is for (enum ig_hook) */
+#define IG_CALLBACK_ig_walk_four 0x494d4500 /* the same for where this function begins */
+#define IG_CALLBACK_ig_search_one 0x494d4501
 enum ig_map {
 	IG_MAP_CONFIG,
 	IG_MAP_SETTINGS,
-	IG_MAP_FIRST_LOOK,
+	IG_MAP_ADDRESS_BITMAP,
 	IG_MAP_ENDPOINTS,
 	IG_MAP_LISTS,
 	IG_MAP_MEMBERS,
@@ -64,7 +64,7 @@ struct ig_settings {
 #define IG_HOST_BITS_LOG2 18
 #define IG_HOST_WORDS (1 << (IG_HOST_BITS_LOG2 - 5))
 #define IG_NETWORK_WORDS (65536 / 32)
-struct ig_first_look {
+struct ig_address_bitmap {
 	__u32 hosts[IG_HOST_WORDS];
 	__u32 networks4[IG_NETWORK_WORDS];
 	__u32 networks6[IG_NETWORK_WORDS];
@@ -114,11 +114,11 @@ struct ig_endpoint {
 #define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allow list are not let through early */
 #define IG_LIST_SMALL 16 /* at most IG_SEARCHED groups: they stand in the map of groups, too */
 #define IG_LIST_USERS 32 /* some user is listed */
-#define IG_FILTER_WORDS 16
+#define IG_GID_BITMAP_WORDS 16
 struct ig_list {
 	__u32 flags;
 	__u32 zero; /* always 0 */
-	__u32 filter[IG_FILTER_WORDS]; /* bit gid % 512 is set for each listed group */
+	__u32 gid_bitmap[IG_GID_BITMAP_WORDS]; /* bit gid % 512 is set for each listed group */
 };
 
 enum ig_kind { IG_USER = 1, IG_GROUP = 2 };
@@ -207,7 +207,7 @@ enum ig_verdict { IG_VERDICT_DENIED = 1, IG_VERDICT_AUDITED, IG_VERDICT_ALLOWED 
  * not fit is counted as IG_LOST_EVENTS. IDs are those of the initial namespaces. Of a packet (IG_EGRESS) nobody knows
  * the task: all of them but fsuid, the socket's owner, are zero, and so is netns_cookie.
  */
-#define IG_EVENTS_OCTETS (1 << 19)
+#define IG_EVENTS_BYTES (1 << 19)
 struct ig_event {
 	__u64 time_ns; /* CLOCK_BOOTTIME */
 	__u64 cgroup_id; /* of the task: the inode of its cgroup2 directory */
@@ -261,7 +261,7 @@ struct ig_mark {
 	__u32 gid; /* the group that was allowed, for IG_MARK_GROUP */
 	__u16 list; /* that allowed it, in the generation of that moment */
 	__u8 kind; /* enum ig_mark_kind; 0: nothing did */
-	__u8 place_unknown; /* containers were allowed then: nobody looked whether it is in one */
+	__u8 container_unchecked; /* containers were allowed then: nobody looked whether it is in one */
 	__u8 pad[4];
 };
 

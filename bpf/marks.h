@@ -57,7 +57,7 @@ ig_inline bool ig_mark(struct bpf_sock *sk, const struct ig_settings *settings, 
 	mark->gid = gid;
 	mark->list = list;
 	mark->kind = ig_kind_of_mark(reason);
-	mark->place_unknown = settings->allow_containers != 0;
+	mark->container_unchecked = settings->allow_containers != 0;
 	return true;
 }
 
@@ -93,7 +93,7 @@ ig_inline bool ig_mark_holds(__u32 generation, const struct ig_settings *setting
 		return false;
 	if (mark->serial == settings->serial && mark->list == number)
 		return true;
-	if ((list->flags & IG_LIST_DENY_GROUPS) || (mark->place_unknown && !settings->allow_containers))
+	if ((list->flags & IG_LIST_DENY_GROUPS) || (mark->container_unchecked && !settings->allow_containers))
 		return false;
 	user = ig_member(generation, number, list, IG_USER, mark->fsuid);
 	if (user & IG_DENY)

@@ -67,7 +67,7 @@ def addresses() -> st.SearchStrategy[Address]:
 
 @st.composite
 def networks(draw: st.DrawFn) -> Network:
-    """Single addresses and prefixes, often with 15 to 17 bits, where the first look changes its mind."""
+    """Single addresses and prefixes, often with 15 to 17 bits, where the address bitmap changes its answer."""
     address = draw(addresses())
     most = address.max_prefixlen
     usual = st.sampled_from((most, most, most - 1, 0, 1, 8, 15, 16, 17, 24))

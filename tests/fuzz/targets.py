@@ -81,7 +81,7 @@ def _paths(table: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tu
 
 _KEYS_AND_VALUES = {
     Map.LOCKS: (abi.SMALL_KEY.size, abi.LOCK.size),
-    Map.ENDPOINTS: (abi.ENDPOINT_KEY.size, abi.ENDPOINT_OCTETS),
+    Map.ENDPOINTS: (abi.ENDPOINT_KEY.size, abi.ENDPOINT_BYTES),
     Map.MEMBERS: (abi.MEMBER.size, abi.MEMBER_VALUE.size),
     Map.GROUPS: (abi.SMALL_KEY.size, abi.GROUPS.size),
     Map.LISTS: (4, abi.LIST.size),
@@ -102,7 +102,9 @@ def image_of(octets: bytes) -> tuple[Image, bytes]:
         key, value = _KEYS_AND_VALUES[number]
         whole = record[: key + value].ljust(key + value, b"\0")
         items[number].append((whole[:key], whole[key:]))
-    return Image(1, {**{n: tuple(found) for n, found in items.items()}, Map.FIRST_LOOK: ((bytes(4), b""),)}), settings
+    return Image(
+        1, {**{n: tuple(found) for n, found in items.items()}, Map.ADDRESS_BITMAP: ((bytes(4), b""),)}
+    ), settings
 
 
 def octets_of(image: Image, settings: bytes) -> bytes:

@@ -172,7 +172,7 @@ def test_a_program_behind_ours_is_a_fault_one_before_is_not(guarded: Guarded) ->
 
 
 def _poke(sandbox: Sandbox, number: Map, key: bytes, value: bytes) -> None:
-    fd = bpf.pinned(os.path.join(guards.folder_of(sandbox.cgroup).path, number.name.lower()))
+    fd = bpf.pinned(os.path.join(guards.folder_of(sandbox.cgroup).path, number.pin_name))
     bpf.map_update(fd, key, value)
     os.close(fd)
 
@@ -293,8 +293,8 @@ def test_nothing_is_left_in_the_other_generation(guarded: Guarded) -> None:
     with Maps.open(guards.folder_of(sandbox.cgroup).path) as maps:
         other = 3 - maps.generation()
         left = maps.snapshot(other).image.items
-    assert {number: items for number, items in left.items() if number is not Map.FIRST_LOOK and items} == {}
-    assert not any(left[Map.FIRST_LOOK][0][1])
+    assert {number: items for number, items in left.items() if number is not Map.ADDRESS_BITMAP and items} == {}
+    assert not any(left[Map.ADDRESS_BITMAP][0][1])
 
 
 def test_what_a_user_put_in_the_place_of_the_pins_is_not_followed(guarded: Guarded, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def configured(folder: Path, text: str = CONFIGURED) -> str:
 
 def poke(guard: Guard, number: Map, key: bytes, value: bytes) -> None:
     """Writes behind our back."""
-    fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, number.name.lower()))
+    fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, number.pin_name))
     bpf.map_update(fd, key, value)
     os.close(fd)
 

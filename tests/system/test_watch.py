@@ -412,4 +412,4 @@ def test_it_leaves_nothing_behind_and_maps_of_the_guard_go_with_stop(guard: Guar
 def test_maps_have_the_names_that_it_opens(guard: Guard) -> None:
     start(guard)
     names = set(os.listdir(folder_of(guard.sandbox.cgroup).path))
-    assert {Map.EVENTS.name.lower(), Map.REPORT.name.lower(), Map.WATCH.name.lower()} <= names
+    assert {Map.EVENTS.pin_name, Map.REPORT.pin_name, Map.WATCH.pin_name} <= names

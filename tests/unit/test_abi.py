@@ -30,7 +30,7 @@ PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest strict pad serial"),
     "ig_endpoint_key": (abi.ENDPOINT_KEY, "prefixlen generation pad address"),
     "ig_port_range": (abi.RANGE, "low high lock list protocols flags pad"),
-    "ig_list": (abi.LIST, f"flags zero filter:{abi.FILTER_WORDS}"),
+    "ig_list": (abi.LIST, f"flags zero gid_bitmap:{abi.GID_BITMAP_WORDS}"),
     "ig_member": (abi.MEMBER, "generation kind list id"),
     "ig_list_key": (abi.SMALL_KEY, "generation pad list"),
     "ig_groups": (abi.GROUPS, f"denied len gid:{abi.SEARCHED}"),
@@ -45,31 +45,31 @@ PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_report_key": (abi.REPORT_KEY, "generation reason lock fsuid"),
     "ig_report": (abi.REPORT, "count first_ns last_ns address port protocol pad comm"),
     "ig_watch": (abi.WATCH, "log_allowed"),
-    "ig_mark": (abi.MARK, "serial fsuid gid list kind place_unknown pad"),
+    "ig_mark": (abi.MARK, "serial fsuid gid list kind container_unchecked pad"),
 }
 # Those that Python puts together without a struct.Struct: the size, and the offset of each member.
 ASSEMBLED: dict[str, tuple[int, dict[str, int]]] = {
     "ig_address": (16, {"word": 0}),
-    "ig_first_look": (
-        abi.FIRST_LOOK_OCTETS,
-        {"hosts": 0, "networks4": abi.HOST_OCTETS, "networks6": abi.HOST_OCTETS + abi.NETWORK_OCTETS},
+    "ig_address_bitmap": (
+        abi.ADDRESS_BITMAP_BYTES,
+        {"hosts": 0, "networks4": abi.HOST_BYTES, "networks6": abi.HOST_BYTES + abi.NETWORK_BYTES},
     ),
-    "ig_endpoint": (abi.ENDPOINT_OCTETS, {"ranges_len": 0, "pad": 4, "ranges": abi.ENDPOINT_HEAD.size}),
+    "ig_endpoint": (abi.ENDPOINT_BYTES, {"ranges_len": 0, "pad": 4, "ranges": abi.ENDPOINT_HEAD.size}),
 }
 
 CONSTANTS: dict[str, int] = {
     "IG_ABI": abi.ABI,
     "IG_MAP_BASE": abi.MAP_BASE,
-    "IG_HOOK_HERE": abi.HOOK_HERE,
-    **{f"IG_AT_{function}": place for place, function in abi.STEPS.items()},
+    "IG_HOOK_PLACEHOLDER": abi.HOOK_PLACEHOLDER,
+    **{f"IG_CALLBACK_{function}": place for place, function in abi.CALLBACKS.items()},
     **{f"IG_MAP_{one.name}": one.value for one in Map},
     "IG_MAPS": len(Map),
     "IG_GENERATIONS": 1 + max(abi.GENERATIONS),
     "IG_ENFORCE": abi.MODE_ENFORCE,
     "IG_AUDIT": abi.MODE_AUDIT,
     "IG_HOST_BITS_LOG2": abi.HOST_BITS_LOG2,
-    "IG_HOST_WORDS": abi.HOST_OCTETS // 4,
-    "IG_NETWORK_WORDS": abi.NETWORK_OCTETS // 4,
+    "IG_HOST_WORDS": abi.HOST_BYTES // 4,
+    "IG_NETWORK_WORDS": abi.NETWORK_BYTES // 4,
     "IG_TCP": abi.TCP,
     "IG_UDP": abi.UDP,
     "IG_INHERITED": abi.INHERITED,
@@ -82,7 +82,7 @@ CONSTANTS: dict[str, int] = {
     "IG_LIST_DENY_GROUPS": abi.LIST_DENY_GROUPS,
     "IG_LIST_SMALL": abi.LIST_SMALL,
     "IG_LIST_USERS": abi.LIST_USERS,
-    "IG_FILTER_WORDS": abi.FILTER_WORDS,
+    "IG_GID_BITMAP_WORDS": abi.GID_BITMAP_WORDS,
     "IG_USER": abi.USER,
     "IG_GROUP": abi.GROUP,
     "IG_ALLOW": abi.ALLOW,
@@ -90,7 +90,7 @@ CONSTANTS: dict[str, int] = {
     "IG_MEMBERS": abi.MEMBERS,
     "IG_SEARCHED": abi.SEARCHED,
     "IG_LOCKS": abi.LOCKS,
-    "IG_LOCK_NAME": abi.LOCK_NAME_OCTETS,
+    "IG_LOCK_NAME": abi.LOCK_NAME_BYTES,
     "IG_ENDPOINTS": abi.ENDPOINTS,
     **{f"IG_{one.name}": one.value for one in Reason},
     "IG_REASONS": abi.REASONS,
@@ -105,9 +105,9 @@ CONSTANTS: dict[str, int] = {
     "IG_VERDICT_DENIED": abi.VERDICT_DENIED,
     "IG_VERDICT_AUDITED": abi.VERDICT_AUDITED,
     "IG_VERDICT_ALLOWED": abi.VERDICT_ALLOWED,
-    "IG_COMM": abi.COMM_OCTETS,
+    "IG_COMM": abi.COMM_BYTES,
     "IG_NO_LOCK": abi.NO_LOCK,
-    "IG_EVENTS_OCTETS": abi.EVENTS_OCTETS,
+    "IG_EVENTS_BYTES": abi.EVENTS_BYTES,
     "IG_REPORT_ROWS": abi.REPORT_ROWS,
     "IG_MARK_USER": abi.MARK_USER,
     "IG_MARK_GROUP": abi.MARK_GROUP,
@@ -121,7 +121,7 @@ CONSTANTS: dict[str, int] = {
 KEYS_AND_VALUES: dict[Map, tuple[str | int, str | int]] = {
     Map.CONFIG: (4, "ig_config"),
     Map.SETTINGS: (4, "ig_settings"),
-    Map.FIRST_LOOK: (4, "ig_first_look"),
+    Map.ADDRESS_BITMAP: (4, "ig_address_bitmap"),
     Map.ENDPOINTS: ("ig_endpoint_key", "ig_endpoint"),
     Map.LISTS: (4, "ig_list"),
     Map.MEMBERS: ("ig_member", abi.MEMBER_VALUE.size),
@@ -217,27 +217,34 @@ def size_of(what: str | int) -> int:
     return what if isinstance(what, int) else expected_layout(what)[0]
 
 
-@pytest.mark.parametrize("number", list(Map), ids=lambda number: str(number.name.lower()))
+@pytest.mark.parametrize("number", list(Map), ids=lambda number: str(number.pin_name))
 def test_a_map_is_made_with_the_sizes_of_its_structs(number: Map) -> None:
     shape = abi.SHAPES[number]
     key, value = KEYS_AND_VALUES[number]
     assert (shape.key_size, shape.value_size) == (size_of(key), size_of(value))
 
 
-def test_arrays_by_generation_and_by_reason_have_room_for_each() -> None:
+def test_the_pins_have_the_names_of_the_first_release() -> None:
+    """An upgrade opens the maps of the version before by these names."""
+    assert [number.pin_name for number in Map] == (
+        "config settings first_look endpoints lists members groups locks counters events report watch marks".split()
+    )
+
+
+def test_arrays_have_an_element_for_each_generation_and_reason() -> None:
     most = {number: shape.max_entries for number, shape in abi.SHAPES.items()}
-    assert most[Map.SETTINGS] == most[Map.FIRST_LOOK] == CONSTANTS["IG_GENERATIONS"]
+    assert most[Map.SETTINGS] == most[Map.ADDRESS_BITMAP] == CONSTANTS["IG_GENERATIONS"]
     assert most[Map.LISTS] == 2 * CONSTANTS["IG_LISTS"]
     assert most[Map.MEMBERS] == CONSTANTS["IG_MEMBERS"]
     assert most[Map.ENDPOINTS] == CONSTANTS["IG_ENDPOINTS"]
     assert most[Map.LOCKS] == CONSTANTS["IG_LOCKS"]
     assert most[Map.COUNTERS] == len(Reason) + 2
-    assert most[Map.EVENTS] == CONSTANTS["IG_EVENTS_OCTETS"]
+    assert most[Map.EVENTS] == CONSTANTS["IG_EVENTS_BYTES"]
     assert most[Map.REPORT] == CONSTANTS["IG_REPORT_ROWS"]
 
 
 def test_what_the_policy_promises_is_what_the_hooks_search() -> None:
-    assert (abi.SEARCHED, abi.LOCK_NAME_OCTETS) == (MAX_SEARCHED_GROUPS, MAX_LOCK_NAME_BYTES + 1)
+    assert (abi.SEARCHED, abi.LOCK_NAME_BYTES) == (MAX_SEARCHED_GROUPS, MAX_LOCK_NAME_BYTES + 1)
 
 
 # --- host_bit() -----------------------------------------------------------------------------------------------------
@@ -268,7 +275,7 @@ def test_python_and_the_hooks_look_at_the_same_bit(octets: bytes, c_host_bit: ct
 @patient
 @given(octets=st.binary(min_size=16, max_size=16))
 def test_the_bit_of_a_host_is_in_the_bitmap(octets: bytes) -> None:
-    assert 0 <= abi.host_bit(octets) < abi.HOST_OCTETS * 8
+    assert 0 <= abi.host_bit(octets) < abi.HOST_BYTES * 8
 
 
 def test_set_bit_sets_the_bit_that_the_hooks_test() -> None:

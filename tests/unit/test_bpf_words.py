@@ -46,10 +46,12 @@ def test_a_map_s_number_becomes_its_fd_and_nothing_else_changes() -> None:
 
 
 def test_a_value_of_the_loader_becomes_a_constant() -> None:
-    code = load_map(abi.HOOK_HERE - abi.MAP_BASE, register=7) + load_map(0) + instruction(0x95)
+    code = load_map(abi.HOOK_PLACEHOLDER - abi.MAP_BASE, register=7) + load_map(0) + instruction(0x95)
     constant = instruction(LD_IMM64, 7, abi.HOOK_SENDMSG6) + bytes(8)
     fd = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1000) + bytes(8)
-    assert linked(code, {abi.HOOK_HERE: abi.HOOK_SENDMSG6}, abi.MAP_BASE, FDS) == constant + fd + instruction(0x95)
+    assert linked(code, {abi.HOOK_PLACEHOLDER: abi.HOOK_SENDMSG6}, abi.MAP_BASE, FDS) == constant + fd + instruction(
+        0x95
+    )
 
 
 def test_the_second_slot_of_a_constant_is_not_taken_for_an_instruction() -> None:
@@ -140,7 +142,7 @@ def compiled_hooks(made: Path, *more: str) -> bytes:
 
 
 def test_the_hooks_use_every_map_but_the_one_of_names(code_of_clang: bytes) -> None:
-    code = linked(code_of_clang, {abi.HOOK_HERE: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
+    code = linked(code_of_clang, {abi.HOOK_PLACEHOLDER: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
     used = {
         struct.unpack_from("=i", code, at + 4)[0]
         for at in range(0, len(code), 8)

@@ -21,7 +21,7 @@ UID, GID = 61_001, 62_001
 
 RAW = abi.EVENT.pack(
     *(123, 456, 789, 1001, 1000, UID, GID, 3, 80, 2),
-    *(abi.address_octets(ipaddress.ip_address("192.0.2.1")), b"curl".ljust(16, b"\0")),
+    *(abi.address_bytes(ipaddress.ip_address("192.0.2.1")), b"curl".ljust(16, b"\0")),
     *(1, abi.HOOK_CONNECT4, Reason.NOT_LISTED, abi.VERDICT_DENIED, abi.TCP),
 )
 RECORD = watch.decode(RAW)

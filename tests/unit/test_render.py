@@ -74,7 +74,7 @@ class Found:
 
 def look_up(image: Image, destination: Destination) -> Found | None:
     """What the trie has for a destination, as LPM_TRIE has it: of all keys that match, the longest."""
-    wanted = struct.pack("=B3x", image.generation) + abi.address_octets(destination.address)
+    wanted = struct.pack("=B3x", image.generation) + abi.address_bytes(destination.address)
     matching = [
         (struct.unpack_from("=I", key)[0], value)
         for key, value in image.items[Map.ENDPOINTS]
@@ -122,11 +122,11 @@ def bit_is_set(look: bytes, base: int, bit: int) -> bool:
 
 
 def may_be_locked(image: Image, octets: bytes) -> bool:
-    """The first look at 16 octets: the bit of the host, or that of the address's first 16 bits."""
-    [(_, look)] = image.items[Map.FIRST_LOOK]
+    """The address bitmap at 16 bytes: the bit of the host, or that of the address's first 16 bits."""
+    [(_, look)] = image.items[Map.ADDRESS_BITMAP]
     is_v4 = octets[:12] == bytes(10) + b"\xff\xff"
     network = int.from_bytes(octets[12:14] if is_v4 else octets[:2], "big")
-    base = abi.HOST_OCTETS if is_v4 else abi.HOST_OCTETS + abi.NETWORK_OCTETS
+    base = abi.HOST_BYTES if is_v4 else abi.HOST_BYTES + abi.NETWORK_BYTES
     return bit_is_set(look, 0, abi.host_bit(octets)) or bit_is_set(look, base, network)
 
 
@@ -153,7 +153,7 @@ def test_every_record_names_its_generation(policy: Policy, generation: int) -> N
     items = rendered(policy, generation).items
     at = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0}
     assert {key[at[number]] for number in at for key, _ in items[number]} <= {generation}
-    assert [struct.unpack("=I", key)[0] for key, _ in items[Map.FIRST_LOOK]] == [generation]
+    assert [struct.unpack("=I", key)[0] for key, _ in items[Map.ADDRESS_BITMAP]] == [generation]
     lists = [struct.unpack("=I", key)[0] for key, _ in items[Map.LISTS]]
     assert lists == [(generation - 1) * abi.LISTS + n for n in range(len(lists))]
 
@@ -280,26 +280,26 @@ def test_0000_is_denied_by_the_trie_where_its_interface_is_unknown_and_the_port_
     assert reason is (Reason.NOT_LOCKED if found is None else Reason.UNSPECIFIED_DESTINATION)
 
 
-# --- the first look -------------------------------------------------------------------------------------------------
+# --- the address bitmap ---------------------------------------------------------------------------------------------
 
 
 @patient
 @given(policy=policies(), data=st.data())
-def test_the_first_look_never_says_no_for_a_locked_address(policy: Policy, data: st.DataObject) -> None:
+def test_the_address_bitmap_never_says_no_for_a_locked_address(policy: Policy, data: st.DataObject) -> None:
     drawn = data.draw(destinations(policy))
     image = rendered(policy)
     destination = drawn._replace(address=unmapped(drawn.address))
     if look_up(image, destination) is not None:
-        assert may_be_locked(image, abi.address_octets(destination.address))
+        assert may_be_locked(image, abi.address_bytes(destination.address))
 
 
 @patient
 @given(address=addresses())
-def test_the_first_look_says_no_for_nearly_every_other_address(address: ipaddress.IPv4Address) -> None:
+def test_the_address_bitmap_says_no_for_nearly_every_other_address(address: ipaddress.IPv4Address) -> None:
     image = render(one_lock(single("169.254.169.254"), single("fd00:ec2::254")), 1)
-    octets = abi.address_octets(unmapped(address))
-    bits = {abi.host_bit(abi.address_octets(ipaddress.ip_address(a))) for a in ("169.254.169.254", "fd00:ec2::254")}
-    bits.add(abi.host_bit(abi.address_octets(ipaddress.ip_address("0.0.0.0"))))
+    octets = abi.address_bytes(unmapped(address))
+    bits = {abi.host_bit(abi.address_bytes(ipaddress.ip_address(a))) for a in ("169.254.169.254", "fd00:ec2::254")}
+    bits.add(abi.host_bit(abi.address_bytes(ipaddress.ip_address("0.0.0.0"))))
     assert may_be_locked(image, octets) == (abi.host_bit(octets) in bits)
 
 
@@ -413,7 +413,7 @@ def test_a_policy_that_does_not_fit_is_refused_and_the_largest_is_not(
         render(make(most + 1), 1)
 
 
-RENDERED_MAPS = (Map.FIRST_LOOK, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
+RENDERED_MAPS = (Map.ADDRESS_BITMAP, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
 
 
 def test_mode_and_containers_stand_in_the_settings_and_in_no_other_record() -> None:

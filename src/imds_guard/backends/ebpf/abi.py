@@ -16,9 +16,9 @@ from imds_guard.policy.model import Address
 
 ABI = 2
 MAP_BASE = 0x494D4400
-HOOK_HERE = 0x494D44FF
-STEPS = {0x494D4500: "ig_walk_four", 0x494D4501: "ig_search_one"}
-"""Functions that the hooks pass to bpf_loop(), by what they call them."""
+HOOK_PLACEHOLDER = 0x494D44FF
+CALLBACKS = {0x494D4500: "ig_walk_four", 0x494D4501: "ig_search_one"}
+"""Functions that the hooks pass to bpf_loop(), by the placeholder that stands for each in the instructions."""
 
 
 class Map(enum.IntEnum):
@@ -26,7 +26,7 @@ class Map(enum.IntEnum):
 
     CONFIG = 0
     SETTINGS = 1
-    FIRST_LOOK = 2
+    ADDRESS_BITMAP = 2
     ENDPOINTS = 3
     LISTS = 4
     MEMBERS = 5
@@ -38,6 +38,11 @@ class Map(enum.IntEnum):
     WATCH = 11
     MARKS = 12
 
+    @property
+    def pin_name(self) -> str:
+        """The name of the map's pin. Other versions of imds-guard open the map by it, so it never changes."""
+        return "first_look" if self is Map.ADDRESS_BITMAP else self.name.lower()
+
 
 GENERATIONS = (1, 2)
 
@@ -46,24 +51,24 @@ SETTINGS = struct.Struct("=4I16sI4xQ")  # valid, mode, allow_containers, abi, di
 MODE_ENFORCE, MODE_AUDIT = 1, 2
 
 HOST_BITS_LOG2 = 18
-HOST_OCTETS = 1 << (HOST_BITS_LOG2 - 3)
-NETWORK_OCTETS = 65536 // 8
-FIRST_LOOK_OCTETS = HOST_OCTETS + 2 * NETWORK_OCTETS
+HOST_BYTES = 1 << (HOST_BITS_LOG2 - 3)
+NETWORK_BYTES = 65536 // 8
+ADDRESS_BITMAP_BYTES = HOST_BYTES + 2 * NETWORK_BYTES
 
 ENDPOINT_KEY = struct.Struct("=IB3x16s")  # prefixlen, generation, address
 ENDPOINT_KEY_FIXED_BITS = 32
 RANGE = struct.Struct("=4HBB2x")  # low, high, lock, list, protocols, flags
 RANGES = 24
 ENDPOINT_HEAD = struct.Struct("=I4x")
-ENDPOINT_OCTETS = ENDPOINT_HEAD.size + RANGES * RANGE.size
+ENDPOINT_BYTES = ENDPOINT_HEAD.size + RANGES * RANGE.size
 TCP, UDP = 1, 2
 INHERITED = 1
 NO_LIST = 0xFFFF
 
 LISTS = 4096
 LIST_VALID, LIST_DEFAULT_ALLOW, LIST_GROUPS, LIST_DENY_GROUPS, LIST_SMALL, LIST_USERS = 1, 2, 4, 8, 16, 32
-FILTER_WORDS = 16
-LIST = struct.Struct(f"=II{FILTER_WORDS}I")  # flags, zero, filter
+GID_BITMAP_WORDS = 16
+LIST = struct.Struct(f"=II{GID_BITMAP_WORDS}I")  # flags, zero, gid_bitmap
 
 MEMBER = struct.Struct("=BBHI")  # generation, kind, list, id
 USER, GROUP = 1, 2
@@ -76,8 +81,8 @@ SEARCHED = 128
 GROUPS = struct.Struct(f"=II{SEARCHED}I")  # denied, len, gid
 
 LOCKS = 32768
-LOCK_NAME_OCTETS = 64
-LOCK = struct.Struct(f"=HH{LOCK_NAME_OCTETS}s")  # list, pad, name
+LOCK_NAME_BYTES = 64
+LOCK = struct.Struct(f"=HH{LOCK_NAME_BYTES}s")  # list, pad, name
 
 ENDPOINTS = 65536
 
@@ -87,36 +92,34 @@ COUNTER = struct.Struct("=QQ")  # enforced, audited
 
 HOOK_CONNECT4, HOOK_CONNECT6, HOOK_SENDMSG4, HOOK_SENDMSG6, HOOK_EGRESS = 1, 2, 3, 4, 5
 VERDICT_DENIED, VERDICT_AUDITED, VERDICT_ALLOWED = 1, 2, 3
-COMM_OCTETS = 16
+COMM_BYTES = 16
 NO_LOCK = 0xFFFF
 
-EVENTS_OCTETS = 1 << 19
-EVENT = struct.Struct(f"=3Q5IHH16s{COMM_OCTETS}s5B3x")
+EVENTS_BYTES = 1 << 19
+EVENT = struct.Struct(f"=3Q5IHH16s{COMM_BYTES}s5B3x")
 """time_ns, cgroup_id, netns_cookie, pid, tgid, fsuid, fsgid, groups_len, port, lock, address, comm, generation, hook,
 reason, verdict, protocol."""
 
 REPORT_ROWS = 16384
 REPORT_KEY = struct.Struct("=BBHI")  # generation, reason, lock, fsuid
-REPORT = struct.Struct(f"=3Q16sHB5x{COMM_OCTETS}s")  # count, first_ns, last_ns, address, port, protocol, comm
+REPORT = struct.Struct(f"=3Q16sHB5x{COMM_BYTES}s")  # count, first_ns, last_ns, address, port, protocol, comm
 
 WATCH = struct.Struct("=I")  # log_allowed
 
 MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN = 1, 2, 3, 4, 5
-MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, place_unknown
+MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, container_unchecked
 
 SHAPES: dict[Map, bpf.MapShape] = {
     Map.CONFIG: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, CONFIG.size, 1),
     Map.SETTINGS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, SETTINGS.size, 3),
-    Map.FIRST_LOOK: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, FIRST_LOOK_OCTETS, 3),
-    Map.ENDPOINTS: bpf.MapShape(
-        bpf.MAP_TYPE_LPM_TRIE, ENDPOINT_KEY.size, ENDPOINT_OCTETS, ENDPOINTS, bpf.F_NO_PREALLOC
-    ),
+    Map.ADDRESS_BITMAP: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, ADDRESS_BITMAP_BYTES, 3),
+    Map.ENDPOINTS: bpf.MapShape(bpf.MAP_TYPE_LPM_TRIE, ENDPOINT_KEY.size, ENDPOINT_BYTES, ENDPOINTS, bpf.F_NO_PREALLOC),
     Map.LISTS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, LIST.size, 2 * LISTS),
     Map.MEMBERS: bpf.MapShape(bpf.MAP_TYPE_HASH, MEMBER.size, MEMBER_VALUE.size, MEMBERS, bpf.F_NO_PREALLOC),
     Map.GROUPS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, GROUPS.size, 2 * LISTS, bpf.F_NO_PREALLOC),
     Map.LOCKS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, LOCK.size, LOCKS, bpf.F_NO_PREALLOC),
     Map.COUNTERS: bpf.MapShape(bpf.MAP_TYPE_PERCPU_ARRAY, 4, COUNTER.size, COUNTERS),
-    Map.EVENTS: bpf.MapShape(bpf.MAP_TYPE_RINGBUF, 0, 0, EVENTS_OCTETS),
+    Map.EVENTS: bpf.MapShape(bpf.MAP_TYPE_RINGBUF, 0, 0, EVENTS_BYTES),
     Map.REPORT: bpf.MapShape(bpf.MAP_TYPE_HASH, REPORT_KEY.size, REPORT.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
     Map.WATCH: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, WATCH.size, 1),
     Map.MARKS: bpf.MapShape(bpf.MAP_TYPE_SK_STORAGE, 4, MARK.size, 0, bpf.F_NO_PREALLOC),
@@ -166,7 +169,7 @@ def version_in_name(hook: str, name: str) -> str | None:
 _MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 
 
-def address_octets(address: Address) -> bytes:
+def address_bytes(address: Address) -> bytes:
     """16 octets in network byte order; IPv4 as ``::ffff:a.b.c.d``."""
     return _MAPPED_PREFIX + address.packed if address.version == 4 else address.packed
 

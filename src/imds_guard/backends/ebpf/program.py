@@ -60,7 +60,7 @@ def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str,
         (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
         str(folder),
         str(folder / "include"),
-        tuple(sorted({abi.HOOKS[name].function for name in names} | (set(abi.STEPS.values()) if loops else set()))),
+        tuple(sorted({abi.HOOKS[name].function for name in names} | (set(abi.CALLBACKS.values()) if loops else set()))),
         kernel_offsets() + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
     )
 
@@ -106,9 +106,9 @@ def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], vers
     """The fd of a hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
     shape = abi.HOOKS[hook]
     name = abi.program_name(hook, version)
-    steps = {place: (step, code[step]) for place, step in abi.STEPS.items() if step in code}
+    steps = {place: (step, code[step]) for place, step in abi.CALLBACKS.items() if step in code}
     whole = compiler.with_steps(name, code[shape.function], steps)
-    instructions = compiler.linked(whole.instructions, {abi.HOOK_HERE: shape.number}, abi.MAP_BASE, map_fds)
+    instructions = compiler.linked(whole.instructions, {abi.HOOK_PLACEHOLDER: shape.number}, abi.MAP_BASE, map_fds)
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
         fd, refusal = bpf.prog_load_explained(instructions, name, shape.attach_type, whole.functions)
     if fd < 0:

@@ -92,7 +92,7 @@ def render(policy: Policy, generation: int) -> Image:
     return Image(
         generation,
         {
-            Map.FIRST_LOOK: ((generation.to_bytes(4, BYTE_ORDER), _first_look(endpoints)),),
+            Map.ADDRESS_BITMAP: ((generation.to_bytes(4, BYTE_ORDER), _address_bitmap(endpoints)),),
             Map.ENDPOINTS: tuple(
                 (_endpoint_key(generation, network), _endpoint_value(ranges, list_of_lock))
                 for network, ranges in endpoints.items()
@@ -234,7 +234,7 @@ def _locked_anywhere(own: Mapping[Network, list[Range]]) -> list[Range]:
 def _endpoint_key(generation: int, network: Network) -> bytes:
     bits = network.prefixlen + (96 if network.version == 4 else 0)
     return abi.ENDPOINT_KEY.pack(
-        abi.ENDPOINT_KEY_FIXED_BITS + bits, generation, abi.address_octets(network.network_address)
+        abi.ENDPOINT_KEY_FIXED_BITS + bits, generation, abi.address_bytes(network.network_address)
     )
 
 
@@ -245,18 +245,18 @@ def _endpoint_value(ranges: list[Range], list_of_lock: list[int]) -> bytes:
         else abi.RANGE.pack(r.low, r.high, r.lock, list_of_lock[r.lock], r.protocols, abi.INHERITED * r.inherited)
         for r in ranges
     )
-    return (abi.ENDPOINT_HEAD.pack(len(ranges)) + packed).ljust(abi.ENDPOINT_OCTETS, b"\0")
+    return (abi.ENDPOINT_HEAD.pack(len(ranges)) + packed).ljust(abi.ENDPOINT_BYTES, b"\0")
 
 
-def _first_look(entries: Mapping[Network, list[Range]]) -> bytes:
-    look = bytearray(abi.FIRST_LOOK_OCTETS)
+def _address_bitmap(entries: Mapping[Network, list[Range]]) -> bytes:
+    look = bytearray(abi.ADDRESS_BITMAP_BYTES)
     for network, ranges in entries.items():
         if not ranges:
             continue
         if network.prefixlen == network.max_prefixlen:
-            abi.set_bit(look, 0, abi.host_bit(abi.address_octets(network.network_address)))
+            abi.set_bit(look, 0, abi.host_bit(abi.address_bytes(network.network_address)))
             continue
-        base = abi.HOST_OCTETS + (abi.NETWORK_OCTETS if network.version == 6 else 0)
+        base = abi.HOST_BYTES + (abi.NETWORK_BYTES if network.version == 6 else 0)
         first = int(network.network_address) >> (network.max_prefixlen - 16)
         for bit in range(first, first + (1 << max(0, 16 - network.prefixlen))):
             abi.set_bit(look, base, bit)
@@ -272,9 +272,9 @@ def _list_record(key: _ListKey) -> bytes:
     flags |= abi.LIST_GROUPS * bool(allow.groups or deny.groups) | abi.LIST_DENY_GROUPS * bool(deny.groups)
     flags |= abi.LIST_USERS * bool(allow.users or deny.users)
     flags |= abi.LIST_SMALL * (len(allow.groups | deny.groups) <= abi.SEARCHED)
-    words = [0] * abi.FILTER_WORDS
+    words = [0] * abi.GID_BITMAP_WORDS
     for gid in allow.groups | deny.groups:
-        words[gid >> 5 & abi.FILTER_WORDS - 1] |= 1 << (gid & 31)
+        words[gid >> 5 & abi.GID_BITMAP_WORDS - 1] |= 1 << (gid & 31)
     return abi.LIST.pack(flags, 0, *words)
 
 

@@ -62,9 +62,9 @@ class Maps:
         maps = cls({})
         try:
             for number, shape in abi.SHAPES.items():
-                with trying(f"making the eBPF map {number.name.lower()}", "nothing was changed; free some memory"):
-                    maps._fds[number] = _create(shape, f"ig_{number.name.lower()}")
-                    bpf.pin(maps._fds[number], os.path.join(folder, number.name.lower()))
+                with trying(f"making the eBPF map {number.pin_name}", "nothing was changed; free some memory"):
+                    maps._fds[number] = _create(shape, f"ig_{number.pin_name}")
+                    bpf.pin(maps._fds[number], os.path.join(folder, number.pin_name))
         except GuardError:
             maps.close()
             raise
@@ -76,7 +76,7 @@ class Maps:
         maps = cls({})
         try:
             for number in Map:
-                maps._fds[number] = bpf.pinned(os.path.join(folder, number.name.lower()))
+                maps._fds[number] = bpf.pinned(os.path.join(folder, number.pin_name))
         except OSError:
             maps.close()
             raise
@@ -89,7 +89,7 @@ class Maps:
             names = set(os.listdir(folder))
         except FileNotFoundError:
             return True
-        return names >= {number.name.lower() for number in Map}
+        return names >= {number.pin_name for number in Map}
 
     def close(self) -> None:
         """Closes the file descriptors; the pins stay."""
@@ -168,7 +168,7 @@ class Maps:
     def empty(self, generation: int) -> None:
         """Removes every record of a generation that is not in force; its settings first."""
         bpf.map_update(self._fds[Map.SETTINGS], _key(generation), bytes(abi.SETTINGS.size))
-        bpf.map_update(self._fds[Map.FIRST_LOOK], _key(generation), bytes(abi.FIRST_LOOK_OCTETS))
+        bpf.map_update(self._fds[Map.ADDRESS_BITMAP], _key(generation), bytes(abi.ADDRESS_BITMAP_BYTES))
         self._empty_lists(generation)
         for number in _GENERATION_AT:
             keys = [key for key, _ in self._items(number, generation)]
@@ -199,8 +199,8 @@ class Maps:
         keys = [_key((generation - 1) * abi.LISTS + number) for number in lists]
         records = ((key, bpf.map_lookup(self._fds[Map.LISTS], key, abi.LIST.size)) for key in keys)
         items[Map.LISTS] = tuple((key, record) for key, record in records if record is not None)
-        look = bpf.map_lookup(self._fds[Map.FIRST_LOOK], _key(generation), abi.FIRST_LOOK_OCTETS)
-        items[Map.FIRST_LOOK] = ((_key(generation), look or b""),)
+        look = bpf.map_lookup(self._fds[Map.ADDRESS_BITMAP], _key(generation), abi.ADDRESS_BITMAP_BYTES)
+        items[Map.ADDRESS_BITMAP] = ((_key(generation), look or b""),)
         record = bpf.map_lookup(self._fds[Map.SETTINGS], _key(generation), abi.SETTINGS.size)
         parsed = parse_settings(record) if record else None
         settings, digest = parsed if parsed else (None, None)

@@ -157,7 +157,7 @@ def _key(number: int) -> bytes:
 
 def open_map(pins: str, number: Map) -> int:
     """The fd of a pinned map. Raises FileNotFoundError, and GuardError for a map of another version's shape."""
-    path = os.path.join(pins, number.name.lower())
+    path = os.path.join(pins, number.pin_name)
     try:
         fd = bpf.pinned(path)
     except FileNotFoundError:

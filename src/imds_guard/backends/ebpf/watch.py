@@ -105,7 +105,7 @@ class Source:
     """The records of one guard, for its one reader. Close it."""
 
     def __init__(self, pins: str) -> None:
-        self._pin = os.path.join(pins, Map.EVENTS.name.lower())
+        self._pin = os.path.join(pins, Map.EVENTS.pin_name)
         self._inode = os.stat(self._pin).st_ino if os.path.exists(self._pin) else 0
         self._names: dict[int, dict[int, str]] = {}
         self._serials: dict[int, int] = {}
