@@ -102,9 +102,8 @@ def image_of(octets: bytes) -> tuple[Image, bytes]:
         key, value = _KEYS_AND_VALUES[number]
         whole = record[: key + value].ljust(key + value, b"\0")
         items[number].append((whole[:key], whole[key:]))
-    return Image(
-        1, {**{n: tuple(found) for n, found in items.items()}, Map.ADDRESS_BITMAP: ((bytes(4), b""),)}
-    ), settings
+    records = {number: tuple(found) for number, found in items.items()}
+    return Image(1, {**records, Map.ADDRESS_BITMAP: ((bytes(4), b""),)}), settings
 
 
 def octets_of(image: Image, settings: bytes) -> bytes:

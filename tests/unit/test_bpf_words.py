@@ -49,9 +49,8 @@ def test_a_value_of_the_loader_becomes_a_constant() -> None:
     code = load_map(abi.HOOK_PLACEHOLDER - abi.MAP_BASE, register=7) + load_map(0) + instruction(0x95)
     constant = instruction(LD_IMM64, 7, abi.HOOK_SENDMSG6) + bytes(8)
     fd = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1000) + bytes(8)
-    assert linked(code, {abi.HOOK_PLACEHOLDER: abi.HOOK_SENDMSG6}, abi.MAP_BASE, FDS) == constant + fd + instruction(
-        0x95
-    )
+    values = {abi.HOOK_PLACEHOLDER: abi.HOOK_SENDMSG6}
+    assert linked(code, values, abi.MAP_BASE, FDS) == constant + fd + instruction(0x95)
 
 
 def test_the_second_slot_of_a_constant_is_not_taken_for_an_instruction() -> None:
