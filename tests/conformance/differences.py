@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+from tests.conformance.model import Case
+
 _OPENER = "the identity that counts is the one that opened the socket"
 _NAMESPACE = "one network namespace is judged, not those made later"
 _CONTAINERS = "callers in containers are judged as the host's own"
@@ -49,3 +51,9 @@ def difference(backend: str, row_id: str) -> str | None:
         if fnmatchcase(row_id, pattern):
             return why
     return None
+
+
+def expected_verdict(case: Case, backend: str) -> str:
+    """``allowed`` or ``denied``: what the table says, or the opposite where the backend is known to differ."""
+    differs = difference(backend, case.id) is not None
+    return "allowed" if case.allowed != differs else "denied"

@@ -45,7 +45,7 @@ class Enforcer(Protocol):
         """The policy that the kernel holds, and what the backend says is wrong."""
 
     def reasons(self) -> set[Reason] | None:
-        """Why connects were judged as they were since the policy was applied; None where nobody counts."""
+        """Why connects were judged as they were since the last call or apply(). None where nothing counts reasons."""
 
     def remove(self, sandbox: Sandbox) -> None:
         """Takes it all away."""
@@ -89,7 +89,8 @@ class Ebpf:
 
     def reasons(self) -> set[Reason] | None:
         """Enforcer.reasons(): by the hooks' own counters."""
-        return {reason for reason, count in self._counts().items() if count != self._before.get(reason, 0)}
+        before, self._before = self._before, self._counts()
+        return {reason for reason, count in self._before.items() if count != before.get(reason, 0)}
 
     def remove(self, sandbox: Sandbox) -> None:
         """Enforcer.remove()."""

@@ -15,7 +15,7 @@ import pytest
 
 from imds_guard.errors import NotPermitted, Unsupported
 from imds_guard.kernel.sandbox import Sandbox
-from tests.conformance.conftest import EXPECTED_BACKENDS, ready
+from tests.conformance.bench import EXPECTED_BACKENDS, serve_table
 from tests.conformance.differential import CASES_OF_A_POLICY, Block, attempt_all, make_block
 from tests.conformance.enforcers import ENFORCERS, Enforcer
 
@@ -33,7 +33,7 @@ def running(as_root: None, tmp_path: Path) -> Iterator[dict[str, Running]]:
         for name, make in ENFORCERS.items():
             try:
                 enforcer = stack.enter_context(make(tmp_path))
-                sandbox = ready(stack.enter_context(enforcer.sandbox()))
+                sandbox = serve_table(stack.enter_context(enforcer.sandbox()))
                 enforcer.apply(sandbox, make_block(FIRST_SEED).policy)
             except (Unsupported, NotPermitted):
                 if name in EXPECTED_BACKENDS:

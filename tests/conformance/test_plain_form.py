@@ -11,10 +11,9 @@ from collections.abc import Iterator
 import pytest
 
 from imds_guard.backends.ebpf import program
-from imds_guard.kernel.sandbox import Sandbox
 from tests.conformance import cases_who
-from tests.conformance.conftest import EXPECTED_BACKENDS
-from tests.conformance.enforcers import Ebpf, Enforcer
+from tests.conformance.bench import EXPECTED_BACKENDS, Bench, sorted_by_policy
+from tests.conformance.enforcers import Ebpf
 from tests.conformance.model import Case
 from tests.conformance.test_backends import check_row
 
@@ -28,17 +27,19 @@ class PlainEbpf(Ebpf):
 
 
 @pytest.fixture(scope="module")
-def enforcer(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Enforcer]:
-    """The better form is tried elsewhere; where there is none, so is this one."""
+def bench(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The plain form. Skips where it is the only form: test_backends.py runs it there."""
     if not program.better_form():
         if "ebpf" in EXPECTED_BACKENDS:
             pytest.fail("a kernel of v5.17 or later is expected here, and knows neither bpf_loop() nor the task's type")
         pytest.skip("eBPF is not to be had, or this kernel has no better form: test_backends.py has tried this one")
-    with PlainEbpf(tmp_path_factory.mktemp("plain")) as one:
+    with PlainEbpf(tmp_path_factory.mktemp("plain")) as enforcer:
+        one = Bench("ebpf", enforcer)
         yield one
+        one.close()
 
 
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
-def test_row(case: Case, enforcer: Enforcer, sandbox: Sandbox, lacking: dict[str, str | None]) -> None:
-    """The same outcome, the same reason, the same policy read back."""
-    check_row(case, "ebpf", enforcer, sandbox, lacking)
+@pytest.mark.parametrize("case", sorted_by_policy(ROWS), ids=lambda case: case.id)
+def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
+    """The plain form gives the same outcome for the same reason, and the same policy reads back."""
+    check_row(case, bench, lacking)

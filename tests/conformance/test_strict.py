@@ -10,8 +10,8 @@ import pytest
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.model import Policy, Reason
 from tests.conformance.attempts import CONNECTED
+from tests.conformance.bench import Bench, skip_without, sorted_by_policy
 from tests.conformance.cases import CASES
-from tests.conformance.conftest import apply_or_skip, ready
 from tests.conformance.enforcers import Ebpf
 from tests.conformance.model import Case
 from tests.conformance.perform import perform
@@ -37,47 +37,34 @@ class StrictEbpf(Ebpf):
 
 
 @pytest.fixture(scope="module")
-def strict(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StrictEbpf]:
-    enforcer = StrictEbpf(tmp_path_factory.mktemp("strict"))
-    with enforcer:
-        yield enforcer
+def bench(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Strict policies, in a sandbox that consecutive rows share."""
+    with StrictEbpf(tmp_path_factory.mktemp("strict")) as enforcer:
+        one = Bench("ebpf", enforcer)
+        yield one
+        one.close()
 
 
-@pytest.fixture
-def strict_sandbox(strict: StrictEbpf) -> Iterator[Sandbox]:
-    with strict.sandbox() as fresh:
-        yield ready(fresh)
-
-
-def skip_without(case: Case, lacking: dict[str, str | None]) -> None:
-    for need in case.requires:
-        if lacking[need] is not None:
-            pytest.skip(str(lacking[need]))
-
-
-@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
-def test_row(case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: dict[str, str | None]) -> None:
+@pytest.mark.parametrize("case", sorted_by_policy(ROWS), ids=lambda case: case.id)
+def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
     """Strict changes nothing for connects: the same rows, the same outcomes, the same reasons, nothing dropped."""
     skip_without(case, lacking)
-    apply_or_skip(strict, strict_sandbox, case.policy, "ebpf")
-    outcome = strict_sandbox.call(lambda: perform(case))
-    assert outcome == (CONNECTED if case.allowed else "EPERM")
-    assert strict.reasons() == {case.expected} - {Reason.NOT_LOCKED}
-    assert strict.held(strict_sandbox) == (case.policy, [])
+    with bench.under(case.policy) as sandbox:
+        assert sandbox.call(lambda: perform(case)) == (CONNECTED if case.allowed else "EPERM")
+        assert bench.enforcer.reasons() == {case.expected} - {Reason.NOT_LOCKED}
 
 
-@pytest.mark.parametrize("case", MPTCP, ids=lambda case: case.id)
-def test_mptcp_is_let_through_or_denied_at_once(
-    case: Case, strict: StrictEbpf, strict_sandbox: Sandbox, lacking: dict[str, str | None]
-) -> None:
-    """Where the hook sees the socket that sends the packets, it is marked. Where it sees the one above it, whose
-    packets nobody could tell from others, the connect is EPERM, and does not hang.
+@pytest.mark.parametrize("case", sorted_by_policy(MPTCP), ids=lambda case: case.id)
+def test_mptcp_is_let_through_or_denied_at_once(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
+    """An MPTCP connect never hangs under a strict policy.
+
+    Where the hook sees the socket that sends the packets, it marks that socket. Where the hook sees the MPTCP socket
+    above it, nobody could tell its packets from others, so the connect gets EPERM.
     """
     skip_without(case, lacking)
-    apply_or_skip(strict, strict_sandbox, case.policy, "ebpf")
-    outcome = strict_sandbox.call(lambda: perform(case))
-    judged = {case.expected} - {Reason.NOT_LOCKED}
-    if case.expected.permits and outcome != CONNECTED:
-        assert (outcome, strict.reasons()) == ("EPERM", {Reason.UNAPPROVED_SOCKET})
-    else:
-        assert (outcome == CONNECTED, strict.reasons()) == (case.allowed, judged)
+    with bench.under(case.policy) as sandbox:
+        outcome, reasons = sandbox.call(lambda: perform(case)), bench.enforcer.reasons()
+        if case.expected.permits and outcome != CONNECTED:
+            assert (outcome, reasons) == ("EPERM", {Reason.UNAPPROVED_SOCKET})
+        else:
+            assert (outcome == CONNECTED, reasons) == (case.allowed, {case.expected} - {Reason.NOT_LOCKED})

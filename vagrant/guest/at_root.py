@@ -35,11 +35,6 @@ class AtRoot(enforcers.Ebpf):
         """Enforcer.sandbox(): anywhere, for everything is below the root."""
         return Sandbox(ADDRESSES)
 
-    def reasons(self) -> set[Reason] | None:
-        """Enforcer.reasons(), since this was last asked."""
-        before, self._before = self._before, self._counts()
-        return {reason for reason, count in self._before.items() if count != before.get(reason, 0)}
-
     def _counts(self) -> dict[Reason, int]:
         """From the map alone: all of the backend's state takes an emulated processor a fifth of a second."""
         return {Reason(number): sum(pair) for number, pair in enumerate(self._maps.counters()[: len(Reason)])}
