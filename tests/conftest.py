@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every run of tests, whichever were chosen."""
+"""Settings and checks for every run of tests."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# Hypothesis tries few examples by default, and five times as many where CI is set (as most CI services do) or with
+# IMDS_GUARD_HYPOTHESIS=full. How long an example takes says nothing on a busy machine, so none has a deadline.
+settings.register_profile("quick", max_examples=20, deadline=None)
+settings.register_profile("full", max_examples=100, deadline=None)
+settings.load_profile(os.environ.get("IMDS_GUARD_HYPOTHESIS") or ("full" if os.environ.get("CI") else "quick"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_stays_on_the_machine() -> Iterator[None]:
-    """At the end no cgroup of a sandbox of this run is left: a test that leaves one leaves its guard too."""
+    """At the end no cgroup of a sandbox of this run is left: a test that leaves one leaves its guard, too."""
     yield
-    mine = f"imds-guard-sandbox-{os.getpid()}-"
-    left = [path for path, _, _ in os.walk("/sys/fs/cgroup") if os.path.basename(path).startswith(mine)]
+    own_prefix = f"imds-guard-sandbox-{os.getpid()}-"
+    left = [path for path, _, _ in os.walk("/sys/fs/cgroup") if os.path.basename(path).startswith(own_prefix)]
     assert not left, f"sandboxes that the tests left behind: {left}"

@@ -21,7 +21,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from tests.kernel import guards, places
 from tests.kernel.guards import IPV4, IPV6
 
-EXAMPLES = 60
+EXAMPLES = settings().max_examples * 3 // 5
 _HUNG_MS = 120_000
 
 _KNOWN = {0, 1, 2, 3, 4, 69, 77, 78}

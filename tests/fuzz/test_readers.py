@@ -16,7 +16,11 @@ from tests import strategies
 from tests.fuzz import seeds, targets
 
 _ONE_S = 1000
-quick = settings(deadline=20 * _ONE_S, suppress_health_check=[HealthCheck.too_slow], max_examples=150)
+quick = settings(
+    deadline=20 * _ONE_S,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=settings().max_examples * 3 // 2,
+)
 """No example takes long: a hang is a failure, and a busy machine is not."""
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
@@ -39,3 +40,23 @@ def test_packages_that_pip_can_not_have_are_told(tmp_path: Path) -> None:
     assert "No matching distribution found" in done.stderr
     assert said[-1].startswith("run: pip could not install ")
     assert not (venv / ".stamp").exists()
+
+
+def test_fast_is_the_unit_tests(tmp_path: Path) -> None:
+    """``test --fast`` runs tests/unit; what follows goes to pytest."""
+    assert pytest_arguments(tmp_path, "--fast", "-k", "gate") == ["-m", "pytest", "tests/unit", "-k", "gate"]
+    assert pytest_arguments(tmp_path, "-k", "gate") == ["-m", "pytest", "-k", "gate"]
+
+
+def pytest_arguments(folder: Path, *words: str) -> list[str]:
+    """The arguments that ``./run test`` starts Python with, from an environment that is up to date and prints them."""
+    python = folder / "bin" / "python"
+    python.parent.mkdir(exist_ok=True)
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n", encoding="utf-8")
+    python.chmod(0o755)
+    version = subprocess.run(["/usr/bin/python3", "-V"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    (folder / ".stamp").write_text(f"{ROOT}\n{version}{digest}  -\n", encoding="utf-8")
+    done = run(["test", *words], folder, IMDS_GUARD_VENV=str(folder))
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
