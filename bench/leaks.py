@@ -8,6 +8,7 @@ eBPF works in a child cgroup, iptables in a network namespace of its own. The pr
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import os
 import signal
@@ -25,6 +26,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "src")]
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel import bpf, bpffs
+from imds_guard.kernel.bpf import syscall
+from imds_guard.kernel.bpf.attr import GetId
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.lockfile import FOLDER
 from imds_guard.kernel.run import run
@@ -121,9 +124,9 @@ class Seen:
     def alive(self) -> dict[str, int]:
         """How many still are. The kernel frees them some time after the last reference is gone."""
         kinds = (
-            ("maps", bpf.MAP_GET_FD_BY_ID, self.maps),
-            ("programs", bpf.PROG_GET_FD_BY_ID, self.programs),
-            ("links", bpf.LINK_GET_FD_BY_ID, self.links),
+            ("maps", bpf.Command.MAP_GET_FD_BY_ID, self.maps),
+            ("programs", bpf.Command.PROG_GET_FD_BY_ID, self.programs),
+            ("links", bpf.Command.LINK_GET_FD_BY_ID, self.links),
         )
         deadline = time.monotonic() + _SETTLE_S
         while True:
@@ -133,11 +136,11 @@ class Seen:
             os.sched_yield()
 
 
-def _is_there(command: int, identity: int) -> bool:
-    fd = bpf._fd_by_id(command, identity)
-    if fd is not None:
+def _is_there(command: bpf.Command, identity: int) -> bool:
+    fd = syscall.call(command, GetId(id=identity), expected=(errno.ENOENT,))
+    if fd >= 0:
         os.close(fd)
-    return fd is not None
+    return fd >= 0
 
 
 # --- the rounds -----------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ import contextlib
 import ctypes
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Callable
 
 from imds_guard.kernel import bpf
+from imds_guard.kernel.bpf import syscall
+from imds_guard.kernel.bpf.attr import GetId
 from imds_guard.kernel.cgroup import open_cgroup
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.privileges import become_user, enter_user_namespace
@@ -54,7 +55,7 @@ def _detach_by_number(of: Target) -> None:
 
 def _replace(of: Target) -> None:
     path = os.path.join(of.pins, "link_connect4")
-    bpf.link_update(bpf.pinned(path), guards.load_stranger(bpf.ATTACH_CONNECT4))
+    bpf.link_update(bpf.pinned(path), guards.load_stranger(bpf.AttachType.CGROUP_INET4_CONNECT))
 
 
 def _unpin(of: Target) -> None:
@@ -70,18 +71,18 @@ def _generation(of: Target) -> None:
 def _generation_by_number(of: Target) -> None:
     for fd in _maps_by_number(of):
         shape = bpf.describe_map(fd)[1]
-        if (shape.type, shape.value_size, shape.max_entries) == (bpf.MAP_TYPE_ARRAY, 8, 1):
+        if (shape.type, shape.value_size, shape.max_entries) == (bpf.MapType.ARRAY, 8, 1):
             bpf.map_update(fd, bytes(4), bytes(8))
 
 
 def _maps_by_number(of: Target) -> Iterator[int]:
     folder = os.open(of.cgroup, os.O_RDONLY | os.O_DIRECTORY)
-    for identity in bpf.attached_programs(folder, bpf.ATTACH_CONNECT4):
+    for identity in bpf.attached_programs(folder, bpf.AttachType.CGROUP_INET4_CONNECT):
         program = bpf.program_by_id(identity)
         if program is None:
             raise AssertionError(f"program {identity} is gone")
         for number in bpf.describe_program(program).map_ids:
-            yield bpf.call(bpf.MAP_GET_FD_BY_ID, struct.pack("=III", number, 0, 0))[0]
+            yield syscall.call(bpf.Command.MAP_GET_FD_BY_ID, GetId(id=number))
 
 
 TAKE_APART: dict[str, Callable[[Target], None]] = {

@@ -46,7 +46,7 @@ def _translation() -> None:
 
 
 def _overriding() -> None:
-    os.close(bpf.prog_load(OVERRIDING, "probe", bpf.ATTACH_CONNECT4))
+    os.close(bpf.prog_load(OVERRIDING, "probe", bpf.AttachType.CGROUP_INET4_CONNECT))
 
 
 def _subtree(scene: Scene) -> str | None:

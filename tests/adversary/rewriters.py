@@ -57,10 +57,10 @@ OVERRIDING = b"".join(
 @contextmanager
 def attached(cgroup: str, code: bytes) -> Iterator[None]:
     """The program runs at connect4 of a cgroup, in the last place there."""
-    program = bpf.prog_load(code, "somebody_else", bpf.ATTACH_CONNECT4)
+    program = bpf.prog_load(code, "somebody_else", bpf.AttachType.CGROUP_INET4_CONNECT)
     folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        link = bpf.link_create(program, folder, bpf.ATTACH_CONNECT4)
+        link = bpf.link_create(program, folder, bpf.AttachType.CGROUP_INET4_CONNECT)
         try:
             yield
         finally:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the n-th call of a command to the system fail, at the one door that each kind of call has.
 
-Doors: ``bpf.invoke`` for bpf(2); Python's audit events for files that are written, renamed, made and removed, and for
-flock(2); ``subprocess.Popen``, which kernel/run.py calls; membarrier(2) and renameat2(2) in kernel/syscalls.py. Every
-call but the failing one is real. Audit hooks can't be taken off again (sys.addaudithook), so there is one for all
-tests, which does nothing unless a fault is planted in this very process.
+Doors: ``bpf.syscall.invoke`` for bpf(2); Python's audit events for files that are written, renamed, made and removed,
+and for flock(2); ``subprocess.Popen``, which kernel/run.py calls; membarrier(2) and renameat2(2) in
+kernel/syscalls.py. Every call but the failing one is real. Audit hooks can't be taken off again (sys.addaudithook), so
+there is one for all tests, which does nothing unless a fault is planted in this very process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable
 
 from imds_guard.kernel import bpf, syscalls
+from imds_guard.kernel.bpf import syscall as bpf_syscall
 
 BPF, FILE, PROGRAM, SYSCALL = "bpf", "file", "program", "syscall"
 
@@ -35,13 +36,7 @@ CODES: dict[str, tuple[int, ...]] = {
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _FILE_EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "fcntl.flock"})
-_COMMANDS = {
-    getattr(bpf, name): f"BPF_{name}"
-    for name in dir(bpf)
-    if name.startswith(("MAP_", "PROG_", "OBJ_", "LINK_", "BTF_LOAD", "ENABLE_STATS"))
-    and not name.startswith(("MAP_TYPE_", "PROG_TYPE_", "LINK_TYPE_"))
-    and isinstance(getattr(bpf, name), int)
-}
+_COMMANDS = {command.value: f"BPF_{command.name}" for command in bpf.Command}
 _ASK = frozenset({"BPF_PROG_LOAD", "BPF_BTF_LOAD"})
 """With these a command finds out, too, what the kernel can; it goes on without what it can't."""
 
@@ -160,8 +155,8 @@ def _failing_call(fault: Fault, name: str, call: Callable[..., None]) -> Callabl
 @contextmanager
 def planted(fault: Fault) -> Iterator[Fault]:
     """Counts the calls of the block, and has the chosen ones fail."""
-    before = bpf.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange
-    bpf.invoke = _failing_bpf(fault, bpf.invoke)
+    before = bpf_syscall.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange
+    bpf_syscall.invoke = _failing_bpf(fault, bpf_syscall.invoke)
     subprocess.Popen = _failing_program(fault, subprocess.Popen)  # type: ignore[misc]
     syscalls.membarrier = _failing_call(fault, "membarrier", syscalls.membarrier)
     syscalls.exchange = _failing_call(fault, "renameat2", syscalls.exchange)
@@ -170,7 +165,7 @@ def planted(fault: Fault) -> Iterator[Fault]:
         yield fault
     finally:
         _planted.pop()
-        bpf.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange = before  # type: ignore[misc]
+        bpf_syscall.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange = before  # type: ignore[misc]
 
 
 def codes_for(kind: str, number: int, every: bool) -> Sequence[int]:

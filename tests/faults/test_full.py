@@ -234,7 +234,7 @@ def _counts_locked_memory() -> bool:
     neighbours.
     """
     try:
-        os.close(bpf.map_create(bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, 1 << 18, 1), "ig_test_memlock"))
+        os.close(bpf.map_create(bpf.MapShape(bpf.MapType.ARRAY, 4, 1 << 18, 1), "ig_test_memlock"))
     except PermissionError:
         return True
     return False

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 
 from imds_guard.kernel import bpf, netns
+from imds_guard.kernel.bpf import syscall
 from imds_guard.kernel.mounts import mounts
 from imds_guard.kernel.syscalls import CLONE_NEWNS
 
@@ -139,7 +140,7 @@ def forbid_bpf(code: int, commands: Sequence[int] = ()) -> None:
     The number of the system call is at offset 0 of struct seccomp_data, the low half of its first argument at 16.
     """
     low_half = 16 if struct.pack("=H", 1) == struct.pack("<H", 1) else 20
-    number = bpf._SYSCALL_NUMBERS[platform.machine()]
+    number = syscall._SYSCALL_NUMBERS[platform.machine()]
     tests = [(_JUMP_IF_EQUAL, len(commands) - at, 0, command) for at, command in enumerate(commands)]
     body = [(_LOAD_WORD, 0, 0, low_half), *tests, (_RETURN, 0, 0, _RET_ALLOW)] if commands else []
     program = [
@@ -156,6 +157,7 @@ def forbid_bpf(code: int, commands: Sequence[int] = ()) -> None:
 
 def forbid_attaching() -> None:
     """Belt and braces where a command is to refuse by itself: nothing can be attached, pinned or changed by eBPF."""
-    links_and_pins = (bpf.LINK_CREATE, bpf.LINK_UPDATE, bpf.LINK_DETACH, bpf.PROG_ATTACH, bpf.PROG_DETACH, bpf.OBJ_PIN)
-    maps = (bpf.MAP_UPDATE_ELEM, bpf.MAP_DELETE_ELEM, bpf.MAP_UPDATE_BATCH, bpf.MAP_DELETE_BATCH)
-    forbid_bpf(errno.EPERM, (*links_and_pins, *maps))
+    command = bpf.Command
+    links = (command.LINK_CREATE, command.LINK_UPDATE, command.LINK_DETACH, command.PROG_ATTACH, command.PROG_DETACH)
+    maps = (command.MAP_UPDATE_ELEM, command.MAP_DELETE_ELEM, command.MAP_UPDATE_BATCH, command.MAP_DELETE_BATCH)
+    forbid_bpf(errno.EPERM, (*links, command.OBJ_PIN, *maps))

@@ -19,6 +19,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.store import Maps
 from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf, privileges
+from imds_guard.kernel.bpf import syscall
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.sandbox import Sandbox
 from tests.kernel import guards
@@ -206,7 +207,7 @@ def test_what_the_kernel_writes_to_a_query_has_room(guarded: Guarded, monkeypatc
             seen.append((len(buffer), guarded_buffer.raw[len(buffer) : -1] == b"\xa5" * 4096))
             return result
 
-    monkeypatch.setattr(bpf, "_libc", Watched())
+    monkeypatch.setattr(syscall, "_libc", Watched())
     with open_cgroup(sandbox.cgroup) as cgroup:
         for hook in abi.HOOKS.values():
             bpf.attached_programs(cgroup.fd, hook.attach_type)

@@ -17,6 +17,7 @@ import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.kernel import bpf
+from imds_guard.kernel.bpf import syscall
 from imds_guard.kernel.sandbox import Sandbox
 from tests.kernel import guards
 from tests.kernel.guards import BOTH, NEW, NEW_POLICY, OLD, OLD_POLICY, STRANGER
@@ -60,13 +61,13 @@ def _die_at(step: int) -> None:
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    door = bpf.invoke
+    door = syscall.invoke
 
     def counting_door(command: int, attr: bytes) -> tuple[int, int, bytes]:
         count()
         return door(command, attr)
 
-    bpf.invoke = counting_door
+    syscall.invoke = counting_door
     sys.addaudithook(lambda event, _: count() if event in _TREE_EVENTS else None)
 
 

@@ -81,9 +81,9 @@ class Written:
 @contextmanager
 def written(size: int = 12, end: int = SUBMIT) -> Iterator[Written]:
     with Sandbox() as sandbox, open_cgroup(sandbox.cgroup) as cgroup:
-        fd = bpf.map_create(bpf.MapShape(bpf.MAP_TYPE_RINGBUF, 0, 0, OCTETS), "ig_test_ring")
-        program = bpf.prog_load(_writer(fd, size, end), "ig_test_writer", bpf.ATTACH_CONNECT4)
-        link = bpf.link_create(program, cgroup.fd, bpf.ATTACH_CONNECT4)
+        fd = bpf.map_create(bpf.MapShape(bpf.MapType.RINGBUF, 0, 0, OCTETS), "ig_test_ring")
+        program = bpf.prog_load(_writer(fd, size, end), "ig_test_writer", bpf.AttachType.CGROUP_INET4_CONNECT)
+        link = bpf.link_create(program, cgroup.fd, bpf.AttachType.CGROUP_INET4_CONNECT)
         ring = RingBuffer(fd)
         try:
             yield Written(sandbox, ring)

@@ -341,7 +341,7 @@ def test_a_packets_hook_that_is_gone_is_a_fault(guarded: Guarded) -> None:
     with open_cgroup(sandbox.cgroup) as cgroup:
         links = bpf.links_of_cgroup(cgroup.id)
     for fd, link in links:
-        if link.attach_type == bpf.ATTACH_INET_EGRESS:
+        if link.attach_type == bpf.AttachType.CGROUP_INET_EGRESS:
             bpf.link_detach(fd)
         os.close(fd)
     assert [fault for fault in backend.faults() if abi.EGRESS in fault]

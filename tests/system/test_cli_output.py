@@ -140,9 +140,9 @@ def strangers(guard: Guard, count: int) -> Iterator[None]:
             return fd
 
         cgroup = kept(os.open(guard.sandbox.cgroup, os.O_RDONLY))
-        program = kept(load_stranger(bpf.ATTACH_CONNECT4))
+        program = kept(load_stranger(bpf.AttachType.CGROUP_INET4_CONNECT))
         for _ in range(count):
-            kept(bpf.link_create(program, cgroup, bpf.ATTACH_CONNECT4))
+            kept(bpf.link_create(program, cgroup, bpf.AttachType.CGROUP_INET4_CONNECT))
         yield
 
 

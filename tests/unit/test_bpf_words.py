@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.errors import GuardError
-from imds_guard.kernel import btf_made
+from imds_guard.kernel import btf_encode
 from imds_guard.kernel.compiler import linked, with_steps
 from tests.clang import BPF, clang, sections
 from tests.strategies import patient
@@ -114,7 +114,7 @@ def test_a_program_without_steps_stays_as_it_is() -> None:
 
 
 def test_the_types_of_functions_name_them_in_their_order() -> None:
-    blob = btf_made.functions(["ig_c4_01234567", "ig_first"])
+    blob = btf_encode.functions(["ig_c4_01234567", "ig_first"])
     strings = blob.split(b"ig_c4_01234567")[0].rindex(b"\0int\0")
     after_head, int_octets, prototype_octets = 24, 16, 12
     at = after_head + int_octets + prototype_octets

@@ -28,9 +28,9 @@ def wait_for_running_programs() -> None:
 def _update_array_of_maps() -> None:
     """The kernel waits for running programs before it returns: maybe_wait_bpf_programs() in kernel/bpf/syscall.c."""
     privileges.lift_memory_lock_limit()
-    inner = bpf.map_create(bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, 4, 1), "ig_grace")
+    inner = bpf.map_create(bpf.MapShape(bpf.MapType.ARRAY, 4, 4, 1), "ig_grace")
     try:
-        outer = bpf.map_create(bpf.MapShape(bpf.MAP_TYPE_ARRAY_OF_MAPS, 4, 4, 1), "ig_grace_outer", inner)
+        outer = bpf.map_create(bpf.MapShape(bpf.MapType.ARRAY_OF_MAPS, 4, 4, 1), "ig_grace_outer", inner)
         try:
             bpf.map_update(outer, struct.pack("=I", 0), struct.pack("=I", inner))
         finally:

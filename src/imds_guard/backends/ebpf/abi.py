@@ -110,19 +110,19 @@ MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN = 1, 2, 3, 4, 5
 MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, container_unchecked
 
 SHAPES: dict[Map, bpf.MapShape] = {
-    Map.CONFIG: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, CONFIG.size, 1),
-    Map.SETTINGS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, SETTINGS.size, 3),
-    Map.ADDRESS_BITMAP: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, ADDRESS_BITMAP_BYTES, 3),
-    Map.ENDPOINTS: bpf.MapShape(bpf.MAP_TYPE_LPM_TRIE, ENDPOINT_KEY.size, ENDPOINT_BYTES, ENDPOINTS, bpf.F_NO_PREALLOC),
-    Map.LISTS: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, LIST.size, 2 * LISTS),
-    Map.MEMBERS: bpf.MapShape(bpf.MAP_TYPE_HASH, MEMBER.size, MEMBER_VALUE.size, MEMBERS, bpf.F_NO_PREALLOC),
-    Map.GROUPS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, GROUPS.size, 2 * LISTS, bpf.F_NO_PREALLOC),
-    Map.LOCKS: bpf.MapShape(bpf.MAP_TYPE_HASH, SMALL_KEY.size, LOCK.size, LOCKS, bpf.F_NO_PREALLOC),
-    Map.COUNTERS: bpf.MapShape(bpf.MAP_TYPE_PERCPU_ARRAY, 4, COUNTER.size, COUNTERS),
-    Map.EVENTS: bpf.MapShape(bpf.MAP_TYPE_RINGBUF, 0, 0, EVENTS_BYTES),
-    Map.REPORT: bpf.MapShape(bpf.MAP_TYPE_HASH, REPORT_KEY.size, REPORT.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
-    Map.WATCH: bpf.MapShape(bpf.MAP_TYPE_ARRAY, 4, WATCH.size, 1),
-    Map.MARKS: bpf.MapShape(bpf.MAP_TYPE_SK_STORAGE, 4, MARK.size, 0, bpf.F_NO_PREALLOC),
+    Map.CONFIG: bpf.MapShape(bpf.MapType.ARRAY, 4, CONFIG.size, 1),
+    Map.SETTINGS: bpf.MapShape(bpf.MapType.ARRAY, 4, SETTINGS.size, 3),
+    Map.ADDRESS_BITMAP: bpf.MapShape(bpf.MapType.ARRAY, 4, ADDRESS_BITMAP_BYTES, 3),
+    Map.ENDPOINTS: bpf.MapShape(bpf.MapType.LPM_TRIE, ENDPOINT_KEY.size, ENDPOINT_BYTES, ENDPOINTS, bpf.F_NO_PREALLOC),
+    Map.LISTS: bpf.MapShape(bpf.MapType.ARRAY, 4, LIST.size, 2 * LISTS),
+    Map.MEMBERS: bpf.MapShape(bpf.MapType.HASH, MEMBER.size, MEMBER_VALUE.size, MEMBERS, bpf.F_NO_PREALLOC),
+    Map.GROUPS: bpf.MapShape(bpf.MapType.HASH, SMALL_KEY.size, GROUPS.size, 2 * LISTS, bpf.F_NO_PREALLOC),
+    Map.LOCKS: bpf.MapShape(bpf.MapType.HASH, SMALL_KEY.size, LOCK.size, LOCKS, bpf.F_NO_PREALLOC),
+    Map.COUNTERS: bpf.MapShape(bpf.MapType.PERCPU_ARRAY, 4, COUNTER.size, COUNTERS),
+    Map.EVENTS: bpf.MapShape(bpf.MapType.RINGBUF, 0, 0, EVENTS_BYTES),
+    Map.REPORT: bpf.MapShape(bpf.MapType.HASH, REPORT_KEY.size, REPORT.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
+    Map.WATCH: bpf.MapShape(bpf.MapType.ARRAY, 4, WATCH.size, 1),
+    Map.MARKS: bpf.MapShape(bpf.MapType.SK_STORAGE, 4, MARK.size, 0, bpf.F_NO_PREALLOC),
 }
 
 
@@ -136,11 +136,11 @@ class HookShape(NamedTuple):
 
 
 HOOKS: dict[str, HookShape] = {
-    "connect4": HookShape(bpf.ATTACH_CONNECT4, "ig_c4", HOOK_CONNECT4),
-    "connect6": HookShape(bpf.ATTACH_CONNECT6, "ig_c6", HOOK_CONNECT6),
-    "sendmsg4": HookShape(bpf.ATTACH_SENDMSG4, "ig_s4", HOOK_SENDMSG4),
-    "sendmsg6": HookShape(bpf.ATTACH_SENDMSG6, "ig_s6", HOOK_SENDMSG6),
-    "egress": HookShape(bpf.ATTACH_INET_EGRESS, "ig_eg", HOOK_EGRESS, "ig_egress"),
+    "connect4": HookShape(bpf.AttachType.CGROUP_INET4_CONNECT, "ig_c4", HOOK_CONNECT4),
+    "connect6": HookShape(bpf.AttachType.CGROUP_INET6_CONNECT, "ig_c6", HOOK_CONNECT6),
+    "sendmsg4": HookShape(bpf.AttachType.CGROUP_UDP4_SENDMSG, "ig_s4", HOOK_SENDMSG4),
+    "sendmsg6": HookShape(bpf.AttachType.CGROUP_UDP6_SENDMSG, "ig_s6", HOOK_SENDMSG6),
+    "egress": HookShape(bpf.AttachType.CGROUP_INET_EGRESS, "ig_eg", HOOK_EGRESS, "ig_egress"),
 }
 
 EGRESS = "egress"

@@ -42,7 +42,7 @@ def require_bpf() -> None:
 
 def _require_maps() -> None:
     try:
-        os.close(bpf.map_create(bpf.MapShape(bpf.MAP_TYPE_LPM_TRIE, 8, 4, 1, bpf.F_NO_PREALLOC), "ig_probe"))
+        os.close(bpf.map_create(bpf.MapShape(bpf.MapType.LPM_TRIE, 8, 4, 1, bpf.F_NO_PREALLOC), "ig_probe"))
     except OSError as error:
         why = {
             errno.ENOSYS: "the kernel was built without it, or a seccomp filter forbids it",

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs for the hooks of cgroups: load, describe, count their runs."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from imds_guard.errors import system_words
+from imds_guard.kernel import btf_encode
+from imds_guard.kernel.bpf.attr import (
+    AttachType,
+    Command,
+    EnableStats,
+    FuncInfo,
+    GetId,
+    Info,
+    ProgInfo,
+    ProgLoad,
+    ProgType,
+    object_name,
+)
+from imds_guard.kernel.bpf.syscall import address, call, load_btf
+
+_LOG_BYTES = (1 << 20, 256 << 20)
+"""Sizes of the buffer for the verifier's log, tried in this order: ENOSPC means that one is too small. The maximum is
+1 GiB (UINT_MAX >> 2)."""
+
+_MAX_MAPS = 64
+"""Maps of a program that are asked for."""
+
+
+def prog_load(
+    instructions: bytes,
+    name: str,
+    attach_type: int,
+    log: ctypes.Array[ctypes.c_char] | None = None,
+    functions: Sequence[tuple[str, int]] = (),
+) -> int:
+    """The fd of a verified program for a cgroup's hook. The verifier writes to ``log``.
+
+    ``functions``: the name and the first instruction of each, when there are several. A function that the kernel is to
+    call back must have a type (check_ld_imm() in kernel/bpf/verifier.c).
+    """
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    licence = ctypes.create_string_buffer(b"Dual BSD/GPL")
+    attr = ProgLoad(insns=address(code), insn_cnt=len(instructions) // 8, license=address(licence))
+    attr.prog_name, attr.expected_attach_type = object_name(name), attach_type
+    is_egress = attach_type == AttachType.CGROUP_INET_EGRESS
+    attr.prog_type = ProgType.CGROUP_SKB if is_egress else ProgType.CGROUP_SOCK_ADDR
+    if log is not None:
+        attr.log_level, attr.log_size, attr.log_buf = 1, len(log), address(log)
+    if len(functions) < 2:
+        return call(Command.PROG_LOAD, attr)
+    starts = (FuncInfo * len(functions))()
+    for number, (_, at) in enumerate(functions):
+        starts[number].insn_off, starts[number].type_id = at, btf_encode.FIRST_FUNCTION + number
+    attr.func_info, attr.func_info_cnt = address(starts), len(functions)
+    attr.func_info_rec_size = ctypes.sizeof(FuncInfo)
+    attr.prog_btf_fd = btf_fd = load_btf(btf_encode.functions([function for function, _ in functions]))
+    try:
+        return call(Command.PROG_LOAD, attr)
+    finally:
+        os.close(btf_fd)
+
+
+def prog_load_explained(
+    instructions: bytes, name: str, attach_type: int, functions: Sequence[tuple[str, int]] = ()
+) -> tuple[int, str]:
+    """A program's fd and "", or -1 and the last lines of the verifier's log.
+
+    The log is asked for only after a failure. Otherwise a log that does not fit would be ENOSPC for a good program.
+    """
+    try:
+        return prog_load(instructions, name, attach_type, None, functions), ""
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
+            raise
+        refusal = error
+    for size in _LOG_BYTES:
+        log = ctypes.create_string_buffer(size)
+        try:
+            return prog_load(instructions, name, attach_type, log, functions), ""
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                break
+    last_lines = log.value.decode(errors="replace").strip().splitlines()[-4:]
+    return -1, "; ".join([system_words(refusal), *last_lines])
+
+
+class ProgramDescription(NamedTuple):
+    """What runs, and on which maps. Times and counts are zero unless enable_run_statistics() is on."""
+
+    id: int
+    name: str
+    map_ids: tuple[int, ...]
+    run_time_ns: int
+    run_count: int
+
+
+def describe_program(fd: int) -> ProgramDescription:
+    """BPF_OBJ_GET_INFO_BY_FD of a program."""
+    map_ids = (ctypes.c_uint32 * _MAX_MAPS)()
+    info = ProgInfo(nr_map_ids=_MAX_MAPS, map_ids=address(map_ids))
+    call(Command.OBJ_GET_INFO_BY_FD, Info(bpf_fd=fd, info_len=ctypes.sizeof(info), info=address(info)))
+    ids = tuple(map_ids[: min(info.nr_map_ids, _MAX_MAPS)])
+    return ProgramDescription(info.id, info.name.decode(errors="replace"), ids, info.run_time_ns, info.run_cnt)
+
+
+def program_by_id(identity: int) -> int | None:
+    """A program's fd, or None when it no longer exists."""
+    fd = call(Command.PROG_GET_FD_BY_ID, GetId(id=identity), expected=(errno.ENOENT,))
+    return fd if fd >= 0 else None
+
+
+def enable_run_statistics() -> int:
+    """An fd. While it is open the kernel counts each program's runs and their time (BPF_ENABLE_STATS, v5.8)."""
+    return call(Command.ENABLE_STATS, EnableStats())
