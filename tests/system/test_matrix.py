@@ -222,7 +222,30 @@ def test_no_result_of_a_row_that_has_changed() -> None:
     assert set(known) <= {one.name for one in matrix.rows}
 
 
-def test_the_readmes_table_is_current() -> None:
-    """It is what kernels.toml and the recorded results make: --record writes it, and table --write README.md."""
-    text = (TREE / "README.md").read_text(encoding="utf-8")
-    assert support.put_into(text, support.table(table.load(), support.read_record())) == text
+@pytest.mark.parametrize("document", support.DOCUMENTS, ids=lambda path: path.name)
+def test_the_support_table_is_current(document: Path) -> None:
+    """After a change of kernels.toml or results.json: ./run matrix table --write FILE, for each of these files."""
+    text = document.read_text(encoding="utf-8")
+    assert support.put_into(text, table.load(), support.read_record()) == text
+
+
+def test_a_document_without_markers_is_an_error() -> None:
+    with pytest.raises(MatrixError, match="no markers"):
+        support.put_into("# A page\n", table.load(), {})
+
+
+def test_the_short_table_does_not_hide_a_failure() -> None:
+    """One row that fails or was not run decides the word of its kernel."""
+    matrix = table.load()
+    known = dict(support.read_record())
+    name = next(one.name for one in matrix.rows if "ebpf" in one.expect and one.kernel.series == "6.1")
+
+    def cell() -> str:
+        line = next(line for line in support.table_of_kernels(matrix, known).splitlines() if "6.1 " in line)
+        return line.split(" | ")[1]
+
+    assert cell() == "yes"
+    known[name] = {**known[name], "works": [], "state": FAILED}
+    assert cell() == "FAILS"
+    del known[name]
+    assert cell() == "not tried"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the README says exists, and what exists is in the README."""
+"""The Markdown pages: what they name exists, and every command is described."""
 
 from __future__ import annotations
 
@@ -13,17 +13,34 @@ import pytest
 from tests.tree import every_command
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS: list[str] = re.findall(r"^```\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-EXAMPLES = [line for block in BLOCKS for line in block.splitlines() if line.startswith("sudo ./run ")]
-SYNOPSIS = next(block for block in BLOCKS if block.startswith("imds-guard start"))
+PAGES = sorted(
+    path for path in ROOT.rglob("*.md") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+)
+README = ROOT / "README.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
+TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```\n(.*?)^```$", TEXTS[page], re.MULTILINE | re.DOTALL)
+
+
+def lines_that_begin_with(*beginnings: str) -> list[str]:
+    """Lines of the code blocks of all pages, without duplicates."""
+    lines = [line for page in PAGES for block in blocks(page) for line in block.splitlines()]
+    return sorted({line for line in lines if line.startswith(beginnings)})
+
+
+EXAMPLES = lines_that_begin_with("sudo ./run ", "sudo imds-guard ")
+SYNOPSIS = next(block for block in blocks(OPERATIONS) if block.startswith("imds-guard start"))
 OF_RUN = ("test", "matrix")
-"""Words that ./run keeps for itself."""
+"""Arguments that ./run does not pass on to imds-guard."""
 
 
-def words(line: str) -> list[str]:
-    """An example's words after ./run, its comment left out."""
-    return shlex.split(line, comments=True)[2:]
+def arguments(line: str) -> list[str]:
+    """An example's arguments after the program, without its comment."""
+    words = shlex.split(line, comments=True)
+    return words[words.index("./run" if "./run" in words else "imds-guard") + 1 :]
 
 
 def synopsis() -> dict[str, set[str]]:
@@ -47,6 +64,9 @@ def options_of(command: str) -> set[str]:
     return {name for parameter in parameters if isinstance(parameter, click.Option) for name in parameter.opts}
 
 
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
 def test_the_synopsis_has_every_command_and_no_other() -> None:
     assert set(synopsis()) == set(every_command())
 
@@ -61,43 +81,108 @@ def test_a_command_has_the_options_that_the_synopsis_gives_it(command: str) -> N
 
 
 @pytest.mark.parametrize("command", sorted(synopsis()))
-def test_the_commands_that_print_json_are_those_that_it_names(command: str) -> None:
-    without = re.search(r"All but ([^;]+)\stake `--json`", README)
+def test_the_page_names_the_commands_without_json(command: str) -> None:
+    without = re.search(r"All but ([^;]+?)\stake\s`--json`", TEXTS[OPERATIONS])
     assert without is not None
-    assert (command in without[1]) == ("--json" not in options_of(command))
+    assert (f"`{command}`" in without[1]) == ("--json" not in options_of(command))
 
 
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_an_example_is_a_command_with_options_that_it_takes(line: str) -> None:
-    command, *arguments = words(line)
+    command, *rest = arguments(line)
     if command in OF_RUN:
         return
-    every_command()[command].make_context(command, list(arguments))
+    every_command()[command].make_context(command, list(rest))
 
 
 def test_there_are_examples() -> None:
-    assert {"demo", "start", "status", "allow", "explain"} <= {words(line)[0] for line in EXAMPLES}
+    assert {"demo", "start", "status", "allow", "explain", "report", "stop"} <= {arguments(one)[0] for one in EXAMPLES}
 
 
 def test_endpoints_in_the_examples_are_endpoints() -> None:
     from imds_guard.policy.endpoint_syntax import parse_endpoint
 
-    given = [words(line) for line in EXAMPLES]
-    found = [after for line in given for option, after in zip(line, line[1:]) if option == "--ip"]
-    assert [parse_endpoint(word).network.version for word in found] == [4, 4, 6]
+    given = [arguments(line) for line in EXAMPLES]
+    found = {after for line in given for option, after in zip(line, line[1:]) if option == "--ip"}
+    assert {parse_endpoint(text).network.version for text in found} == {4, 6}
 
 
-def test_every_file_that_it_points_to_is_there() -> None:
-    linked = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
-    listed = re.findall(r"^\| (`[^|]+) \|", README, re.MULTILINE)
-    paths = linked + [path for cell in listed for path in re.findall(r"`([^`]+)`", cell) if "/" in path]
-    assert [path for path in paths if not list(ROOT.glob(path.rstrip("/")))] == []
-    assert len(paths) > 10
+# --- links and paths ------------------------------------------------------------------------------------------------
 
 
-def test_the_support_table_has_a_place() -> None:
-    assert README.index("<!-- support-table -->") < README.index("<!-- /support-table -->")
+def anchors(text: str) -> set[str]:
+    """The anchors that a page's headings have on a web page: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_its_lines_are_short() -> None:
-    assert [line for line in README.splitlines() if len(line) > 130 and not line.startswith("|")] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = page if not path else (page.parent / path).resolve()
+        if not there.exists() or (anchor and anchor not in anchors(there.read_text(encoding="utf-8"))):
+            wrong.append(target)
+    assert wrong == []
+
+
+def exists(path: str, bases: tuple[Path, ...]) -> bool:
+    return any(list(base.glob(path.rstrip("/"))) for base in bases)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_of_the_source_exists(page: Path) -> None:
+    """A path is what stands in backticks and begins with a folder of the tree, of the package or of the tests."""
+    bases = (ROOT, ROOT / "src" / "imds_guard", ROOT / "tests")
+    folders = {path.name for base in bases for path in base.iterdir() if path.is_dir()}
+    prose = re.sub(r"^```\n.*?^```$", "", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
+    named = {
+        text
+        for code in re.findall(r"`([^`\n]+)`", prose)
+        for text in code.split()
+        if re.fullmatch(r"[\w.*-]+(/[\w.*-]*)+", text) and text.split("/")[0] in folders
+    }
+    assert [path for path in sorted(named) if not exists(path, bases)] == []
+
+
+def test_every_page_of_docs_is_linked_from_the_readme() -> None:
+    linked = {(ROOT / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)\)", TEXTS[README])}
+    assert [path.name for path in PAGES if path.parent == ROOT / "docs" and path not in linked] == []
+
+
+# --- the alerts -----------------------------------------------------------------------------------------------------
+
+
+def source_text() -> str:
+    """All string literals of the package's source, with adjacent literals joined."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted((ROOT / "src").rglob("*.py")))
+    return re.sub(r'"\s*\n\s*f?"', "", "\n".join(texts))
+
+
+def test_every_status_that_the_alerts_explain_is_one_that_status_prints() -> None:
+    table = TEXTS[OPERATIONS].split("<!-- status words -->")[1].split("<!-- /status words -->")[0]
+    first_cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    quoted = [text for cell in first_cells for text in re.findall(r"`([^`]+)`", cell)]
+    source = source_text()
+    assert [text for text in quoted if not all(part in source for part in text.split(": "))] == []
+    assert len(quoted) > 8
+
+
+# --- form -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS[README].splitlines()) <= 150
+
+
+def test_the_support_tables_have_a_place() -> None:
+    assert "<!-- support-by-kernel -->" in TEXTS[README]
+    assert "<!-- support-table -->" in TEXTS[ROOT / "docs" / "platforms.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_short(page: Path) -> None:
+    assert [line for line in TEXTS[page].splitlines() if len(line) > 130 and not line.startswith(("|", "!["))] == []

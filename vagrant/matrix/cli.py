@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands.add_parser("run", help="run rows (the word may be left out)"))
     _add_exec(commands.add_parser("exec", help="run one command in a row's guest, in a copy of the working tree"))
     shown = commands.add_parser("table", help="the support table from the results that were recorded last")
-    shown.add_argument("--write", type=Path, metavar="README", help="put it between the markers of this file")
+    shown.add_argument(
+        "--write", type=Path, metavar="FILE", help="put it between the markers of docs/platforms.md or README.md"
+    )
     shown.set_defaults(act=_table)
     return parser
 

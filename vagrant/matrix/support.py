@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support table of the README, from kernels.toml and the results of the last whole run."""
+"""The support tables, made from kernels.toml and the recorded results.
+
+docs/platforms.md has a line for each row of the matrix; the README has a line for each kernel.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,11 @@ from vagrant.matrix.table import BACKENDS, USUAL, Matrix, Row
 from vagrant.matrix.verdict import LOST, Verdict
 
 RECORD = Path(__file__).resolve().parent.parent / "results.json"
-README = RECORD.parent.parent / "README.md"
-BEGIN, END = "<!-- support-table -->", "<!-- /support-table -->"
+_TREE = RECORD.parent.parent
+DOCUMENTS = (_TREE / "docs" / "platforms.md", _TREE / "README.md")
+"""The files that hold a generated table."""
 _TITLES = ("kernel", "userland", "Python", "bcc", "eBPF", "iptables", "what is special", "result")
+_KERNEL_TITLES = ("kernel", "eBPF", "iptables", "tried with")
 
 
 def meaning(row: Row) -> str:
@@ -44,15 +49,16 @@ def _record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path) -> None:
     ordered = {row.name: known[row.name] for row in matrix.rows if row.name in known}
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     if path == RECORD:
-        write_table(matrix, README)
+        for document in DOCUMENTS:
+            write_table(matrix, document)
 
 
-def write_table(matrix: Matrix, readme: Path) -> None:
-    """Puts the table of what is recorded between the markers of a README."""
-    text = readme.read_text(encoding="utf-8")
-    wanted = put_into(text, table(matrix, read_record()))
+def write_table(matrix: Matrix, document: Path) -> None:
+    """Writes the tables of the recorded results between the markers of a document."""
+    text = document.read_text(encoding="utf-8")
+    wanted = put_into(text, matrix, read_record())
     if wanted != text:
-        readme.write_text(wanted, encoding="utf-8")
+        document.write_text(wanted, encoding="utf-8")
 
 
 def read_record(path: Path = RECORD) -> dict[str, dict[str, Any]]:
@@ -81,13 +87,32 @@ def table(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put_into(text: str, rendered: str) -> str:
-    """A README's text with the table between its markers. Raises MatrixError when there are none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise MatrixError(f"the README has no {BEGIN} ... {END} to put the table between")
-    return f"{before}{BEGIN}\n{rendered}{END}{after}"
+def table_of_kernels(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
+    """The short table in Markdown, without the markers: a line for each kernel."""
+    lines = [_line(_KERNEL_TITLES), _line(["---"] * len(_KERNEL_TITLES))]
+    for series in matrix.kernels:
+        rows = [row for row in matrix.rows if row.kernel.series == series]
+        userlands = sorted({row.userland.name.replace("debian-", "Debian ") for row in rows})
+        backends = (_backend_on(rows, known, backend) for backend in sorted(BACKENDS))
+        lines.append(_line([f"Linux {series}", *backends, ", ".join(userlands)]))
+    return "\n".join(lines) + "\n"
+
+
+_TABLES = {"support-table": table, "support-by-kernel": table_of_kernels}
+"""Marker in a document -> what makes the table there."""
+
+
+def put_into(text: str, matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
+    """A document's text with its tables renewed. Raises MatrixError when it has no markers for any."""
+    found = [name for name in _TABLES if f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text]
+    if not found:
+        names = " or ".join(f"<!-- {name} --> ... <!-- /{name} -->" for name in _TABLES)
+        raise MatrixError(f"writing the support table: the file has no markers to put it between: {names}")
+    for name in found:
+        before, begin, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        text = f"{before}{begin}\n{_TABLES[name](matrix, known)}{end}{after}"
+    return text
 
 
 def _cells(row: Row, known: Mapping[str, Any]) -> list[str]:
@@ -110,6 +135,12 @@ def _backend(row: Row, known: Mapping[str, Any], backend: str) -> str:
     if backend in row.expect:
         return "FAILS"
     return "no, as expected" if USUAL in row.tests else ""
+
+
+def _backend_on(rows: Iterable[Row], known: Mapping[str, Mapping[str, Any]], backend: str) -> str:
+    """One word for all rows of a kernel that expect the backend: the worst of them."""
+    words = {_backend(row, known.get(row.name, {}), backend) for row in rows if backend in row.expect}
+    return next((word for word in ("FAILS", "not tried", "yes") if word in words), "no row")
 
 
 def _result(row: Row, known: Mapping[str, Any]) -> str:
