@@ -9,12 +9,9 @@ import pwd
 import re
 
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_words
+from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE, namespace_inode
 from imds_guard.kernel.run import run
 from imds_guard.policy.model import MAX_ID, Caller
-
-PID_NS_INITIAL = 0xEFFFFFFC
-USER_NS_INITIAL = 0xEFFFFFFD
-"""PROC_PID_INIT_INO and PROC_USER_INIT_INO in Linux include/linux/proc_ns.h."""
 
 PF_KTHREAD = 0x00200000
 """Linux include/linux/sched.h."""
@@ -135,8 +132,8 @@ def caller_of_pid(pid: int) -> Caller:
     try:
         status = _status_fields(_read(f"{folder}/status"))
         flags = _stat_flags(_read(f"{folder}/stat"))
-        pid_ns = _namespace(f"{folder}/ns/pid")
-        user_ns = _namespace(f"{folder}/ns/user")
+        pid_ns = namespace_inode("pid", pid)
+        user_ns = namespace_inode("user", pid)
     except (FileNotFoundError, ProcessLookupError):
         raise NoSuchProcess(f"there is no process {pid}") from None
     except PermissionError as error:
@@ -148,8 +145,8 @@ def caller_of_pid(pid: int) -> Caller:
         fsuid=_filesystem_id(status["Uid"]),
         fsgid=_filesystem_id(status["Gid"]),
         groups=_groups(status["Groups"]),
-        pid_namespace_is_initial=pid_ns == PID_NS_INITIAL,
-        user_namespace_is_initial=user_ns == USER_NS_INITIAL,
+        pid_namespace_is_initial=pid_ns == INITIAL_PID_NAMESPACE,
+        user_namespace_is_initial=user_ns == INITIAL_USER_NAMESPACE,
         kernel_thread=bool(flags & PF_KTHREAD),
     )
 
@@ -177,8 +174,3 @@ def _stat_flags(text: str) -> int:
     """Field 9 of /proc/PID/stat; field 2, the name, may hold blanks and parentheses (proc_pid_stat(5))."""
     after_name: list[str] = text[text.rindex(")") + 1 :].split()
     return int(after_name[6])
-
-
-def _namespace(path: str) -> int:
-    """The inode of a namespace; the link reads ``pid:[4026531836]`` (namespaces(7))."""
-    return int(os.readlink(path).partition("[")[2].rstrip("]"))

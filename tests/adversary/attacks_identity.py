@@ -10,7 +10,7 @@ import subprocess
 import threading
 from typing import Callable
 
-from imds_guard.kernel import netns
+from imds_guard.kernel import syscalls
 from imds_guard.kernel.credentials import Triple, become
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.privileges import CAP_SETUID, enter_user_namespace, in_mapped_user_namespace
@@ -182,7 +182,7 @@ def _subordinate(uids: Triple, groups: tuple[int, ...], address: str = IPV4) -> 
 
 def _deny_listed_in_a_namespace() -> bytes:
     """As oneself, in a user namespace of one's own."""
-    netns.unshare(netns.CLONE_NEWUSER)
+    syscalls.unshare(syscalls.CLONE_NEWUSER)
     return fetch(DENY_LISTED)
 
 

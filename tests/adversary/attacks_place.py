@@ -7,7 +7,7 @@ import contextlib
 import os
 from typing import Callable
 
-from imds_guard.kernel import netns
+from imds_guard.kernel import netns, syscalls
 from imds_guard.kernel.syscalls import CLONE_NEWNS
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.privileges import become_user, enter_user_namespace, in_child, in_mapped_user_namespace
@@ -34,7 +34,7 @@ def _as_allowed() -> bytes:
 
 def _in_pid_namespace(fn: Callable[[], bytes]) -> Callable[[], bytes]:
     def attack() -> bytes:
-        netns.unshare(netns.CLONE_NEWPID)
+        syscalls.unshare(syscalls.CLONE_NEWPID)
         return in_child(fn)
 
     return attack
@@ -42,7 +42,7 @@ def _in_pid_namespace(fn: Callable[[], bytes]) -> Callable[[], bytes]:
 
 def _as_root_of_a_container() -> bytes:
     """What Docker gives a container without further words: root, in namespaces of its own but the user's."""
-    netns.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP)
+    syscalls.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP)
     return fetch()
 
 
@@ -52,7 +52,7 @@ def _mapped_one_to_one() -> bytes:
 
 
 def _with_the_hosts_processes() -> bytes:
-    netns.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP)
+    syscalls.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP)
     return _as_allowed()
 
 
@@ -120,7 +120,7 @@ def _out_of_the_cgroup(scene: Scene) -> bytes:
 def _in_a_cgroup_namespace() -> bytes:
     """Root of a user namespace may make a cgroup namespace and mount cgroup2, where its own cgroup is the root."""
     enter_user_namespace(0, 0)
-    netns.unshare(CLONE_NEWNS | CLONE_NEWCGROUP)
+    syscalls.unshare(CLONE_NEWNS | CLONE_NEWCGROUP)
     return fetch()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Callable, TypeVar
 
 from imds_guard.errors import GuardError
-from imds_guard.kernel import children, netns
+from imds_guard.kernel import children, syscalls
 from imds_guard.kernel.credentials import become
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def in_child(fn: Callable[[], T]) -> T:
 def enter_user_namespace(inner_uid: int, inner_gid: int) -> None:
     """A user namespace as anybody may make one: one user and one group, which are the caller's own outside."""
     uid, gid = os.geteuid(), os.getegid()
-    netns.unshare(netns.CLONE_NEWUSER)
+    syscalls.unshare(syscalls.CLONE_NEWUSER)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{inner_uid} {uid} 1"), ("gid_map", f"{inner_gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write(text)
@@ -107,7 +107,7 @@ def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T]) -> T:
     to_parent, to_child = os.pipe(), os.pipe()
 
     def inside() -> T:
-        netns.unshare(netns.CLONE_NEWUSER)
+        syscalls.unshare(syscalls.CLONE_NEWUSER)
         os.write(to_parent[1], b"%d" % os.getpid())
         os.read(to_child[0], 1)
         return fn()

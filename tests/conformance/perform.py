@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Callable
 
-from imds_guard.kernel import netns
+from imds_guard.kernel import netns, syscalls
 from imds_guard.kernel.children import fork, run_in_child
 from imds_guard.kernel.credentials import become
 from tests.conformance import witness
@@ -48,12 +48,12 @@ def _in_child(case: Case) -> str:
 
 
 def _after_unshare_pid(case: Case) -> str:
-    netns.unshare(netns.CLONE_NEWPID)
+    syscalls.unshare(syscalls.CLONE_NEWPID)
     return _attempt(case)
 
 
 def _in_pid_namespace(case: Case) -> str:
-    netns.unshare(netns.CLONE_NEWPID)
+    syscalls.unshare(syscalls.CLONE_NEWPID)
 
     def first() -> str:
         if os.getpid() != 1:
@@ -69,7 +69,7 @@ def _in_user_namespace(case: Case) -> str:
     to_parent, to_child = os.pipe(), os.pipe()
 
     def inside() -> str:
-        netns.unshare(netns.CLONE_NEWUSER)
+        syscalls.unshare(syscalls.CLONE_NEWUSER)
         os.write(to_parent[1], b"%d" % os.getpid())
         os.read(to_child[0], 1)
         return _attempt(case)

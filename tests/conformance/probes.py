@@ -8,7 +8,7 @@ import socket
 from typing import Callable
 
 from imds_guard.errors import system_words
-from imds_guard.kernel import netns
+from imds_guard.kernel import syscalls
 from tests.conformance import uring
 from tests.conformance.attempts import IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT
 
@@ -39,7 +39,7 @@ def _io_uring() -> None:
 
 
 def _user_namespace() -> None:
-    netns.unshare(netns.CLONE_NEWUSER)
+    syscalls.unshare(syscalls.CLONE_NEWUSER)
 
 
 PROBES: dict[str, Callable[[], str | None]] = {

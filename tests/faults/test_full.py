@@ -21,7 +21,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.config.store import Config, load_config, save_config
 from imds_guard.errors import GuardError
-from imds_guard.kernel import bpf, lockfile, netns
+from imds_guard.kernel import bpf, lockfile, syscalls
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.model import Identities, Lock, Policy, make_policy
@@ -266,7 +266,7 @@ def test_clocks_that_have_jumped(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     sandbox, backend = guarded
 
     def inside() -> object:
-        netns.unshare(_CLONE_NEWTIME)
+        syscalls.unshare(_CLONE_NEWTIME)
         with open("/proc/self/timens_offsets", "w", encoding="ascii") as offsets:
             offsets.write(f"monotonic {_YEARS_S} 0\nboottime {_YEARS_S} 0\n")
         return run_in_child(lambda: (backend.change(NEW_POLICY), backend.read(), backend.faults())[1:])

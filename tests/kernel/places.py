@@ -6,13 +6,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from collections.abc import Sequence
 
-from imds_guard.kernel import bpf, netns
-from imds_guard.kernel.bpf import syscall
+from imds_guard.kernel import bpf, syscalls
 from imds_guard.kernel.mounts import mounts
+from imds_guard.kernel.syscall_numbers import syscall_number
 from imds_guard.kernel.syscalls import CLONE_NEWNS
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -45,7 +44,7 @@ def _mount(source: str, target: str, kind: str = "", flags: int = 0) -> None:
 
 def own_mounts() -> None:
     """A mount namespace whose changes nobody else sees."""
-    netns.unshare(CLONE_NEWNS)
+    syscalls.unshare(CLONE_NEWNS)
     _mount("none", "/", flags=MS_REC | MS_PRIVATE)
 
 
@@ -94,7 +93,7 @@ def without_cgroup2() -> None:
 
 def in_cgroup_namespace() -> str:
     """The cgroup of the process is all there is to be seen of the hierarchy. Returns where that is mounted."""
-    netns.unshare(CLONE_NEWCGROUP)
+    syscalls.unshare(CLONE_NEWCGROUP)
     without_cgroup2()
     _mount("none", CGROUPS, "cgroup2")
     return CGROUPS
@@ -108,7 +107,7 @@ def with_own_proc() -> None:
 
 def in_user_namespace() -> None:
     """Root of a user namespace: every capability, over nothing of the machine's."""
-    netns.unshare(netns.CLONE_NEWUSER)
+    syscalls.unshare(syscalls.CLONE_NEWUSER)
     for name, text in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
             file.write(text)
@@ -140,7 +139,7 @@ def forbid_bpf(code: int, commands: Sequence[int] = ()) -> None:
     The number of the system call is at offset 0 of struct seccomp_data, the low half of its first argument at 16.
     """
     low_half = 16 if struct.pack("=H", 1) == struct.pack("<H", 1) else 20
-    number = syscall._SYSCALL_NUMBERS[platform.machine()]
+    number = syscall_number("bpf")
     tests = [(_JUMP_IF_EQUAL, len(commands) - at, 0, command) for at, command in enumerate(commands)]
     body = [(_LOAD_WORD, 0, 0, low_half), *tests, (_RETURN, 0, 0, _RET_ALLOW)] if commands else []
     program = [

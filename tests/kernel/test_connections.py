@@ -20,7 +20,7 @@ import pytest
 from imds_guard.connections.cut import PASSES, look, sweep
 from imds_guard.connections.find import Scope
 from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE, Connection, Sweep
-from imds_guard.kernel import children, holders, netns
+from imds_guard.kernel import children, namespaces, syscalls
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, listen, sockaddr
 from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
@@ -208,7 +208,7 @@ def test_a_denied_connection_is_cut_and_told(here: Stage, name: str) -> None:
     assert one.local[0] == one.remote[0]
     assert (one.protocol.value, one.why) == (name[:3], "not-listed in lock 'web'")
     assert (done.left, done.why_left) == ((), "")
-    assert bool(done.unseen) == bool(holders.network_namespaces()[1])
+    assert bool(done.unseen) == bool(namespaces.network_namespaces()[1])
     assert sweep(locked(ONE), here.scope).cut == ()
 
 
@@ -387,7 +387,7 @@ def _in_pid_namespace(made: Open) -> Open:
     """The connection is handed to a first process of a new PID namespace; ours drops it."""
 
     def work() -> list[socket.socket]:
-        netns.unshare(netns.CLONE_NEWPID)
+        syscalls.unshare(syscalls.CLONE_NEWPID)
         ours, theirs = socket.socketpair()
         (one,) = made()
         child = children.fork(lambda: (theirs.send(b"."), select.select([], [], [])))
@@ -493,14 +493,14 @@ def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: An
     """As ``ip netns add`` leaves one."""
 
     def work() -> bool:
-        netns.unshare(0x00020000)  # CLONE_NEWNS: the mount is ours alone
+        syscalls.unshare(0x00020000)  # CLONE_NEWNS: the mount is ours alone
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mount(b"none", b"/", None, ctypes.c_ulong(1 << 18 | 1 << 14), None) == 0  # MS_PRIVATE | MS_REC
         place = tmp_path / "kept"
         place.touch()
 
         def keep() -> int:
-            netns.unshare(netns.CLONE_NEWNET)
+            syscalls.unshare(syscalls.CLONE_NEWNET)
             return os.stat("/proc/thread-self/ns/net").st_ino
 
         reader, writer = os.pipe()
@@ -514,7 +514,7 @@ def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: An
         source = f"/proc/{child}/ns/net".encode()
         assert libc.mount(source, str(place).encode(), None, ctypes.c_ulong(4096), None) == 0  # MS_BIND
         children.end(child)
-        found = {one.inode: one for one in holders.network_namespaces()[0]}
+        found = {one.inode: one for one in namespaces.network_namespaces()[0]}
         assert (found[inode].path, found[inode].pid) == (str(place), None)
         looked = look(locked(), Scope("/sys/fs/cgroup/none"))
         return inode in [one.inode for one in looked.looked_into]

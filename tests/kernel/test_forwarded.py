@@ -16,7 +16,7 @@ import pytest
 
 from imds_guard.backends.forwarded import Forwarded, forwarding_is_on
 from imds_guard.errors import GuardError, Unsupported, UsageError
-from imds_guard.kernel.netns import CLONE_NEWNET, enter
+from imds_guard.kernel.netns import enter
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.model import Mode, Policy, Verdict, make_policy
@@ -74,7 +74,7 @@ def _wire(boxes: dict[str, Sandbox]) -> None:
         router.call(lambda: _address(f"to-{peer}", number, 1))  # noqa: B023
 
         def inside() -> None:
-            enter(namespace, CLONE_NEWNET)  # noqa: B023
+            enter(namespace)  # noqa: B023
             _address("eth0", number, 2)  # noqa: B023
             _ip(f"route add default via 10.0.{number}.1")  # noqa: B023
             _ip(f"-6 route add default via fd00:{number}::1")  # noqa: B023

@@ -16,7 +16,7 @@ import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.errors import Unsupported
-from imds_guard.kernel import bpf, bpffs, netns
+from imds_guard.kernel import bpf, bpffs, syscalls
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.children import run_in_child
 from tests import command
@@ -56,7 +56,7 @@ def run_inside(guard: Guard, place: Callable[[], object], *words: str) -> Result
 
 def in_pid_namespace(fn: Callable[[], T]) -> T:
     """What ``fn`` returns in the first process of a new PID namespace."""
-    netns.unshare(netns.CLONE_NEWPID)
+    syscalls.unshare(syscalls.CLONE_NEWPID)
     return run_in_child(fn, timeout_s=command.PATIENCE_S)
 
 
@@ -187,7 +187,7 @@ def test_in_a_cgroup_namespace_the_root_is_another(guard: Guard) -> None:
         result = guard.sandbox.call(functools.partial(in_place, words), timeout_s=command.PATIENCE_S)
         assert result.status == UNSUPPORTED, result
         said = " ".join((result.stdout + result.stderr).split())
-        assert "so this is a cgroup namespace and processes outside it would not be covered" in said
+        assert "so this is a cgroup namespace, and processes outside it would stay unlocked" in said
         assert "--cgroup PATH" in said
         assert traces(guard.sandbox.cgroup) == NOTHING
 

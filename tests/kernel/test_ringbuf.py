@@ -136,7 +136,7 @@ def test_a_full_buffer_keeps_the_oldest_and_has_room_once_they_are_read() -> Non
 def test_a_reader_may_take_some_and_come_back() -> None:
     with written() as one:
         one.connect(5, 6, 7)
-        assert len(one.ring.read(at_most=2)) == 2
+        assert len(one.ring.read(maximum=2)) == 2
         assert one.readable()
         assert one.ports() == [7]
 
@@ -166,7 +166,7 @@ def test_a_reader_that_has_caught_up_is_woken() -> None:
 def test_what_was_not_read_is_there_for_the_next_reader() -> None:
     with written() as one:
         one.connect(5, 6)
-        assert len(one.ring.read(at_most=1)) == 1
+        assert len(one.ring.read(maximum=1)) == 1
         again = RingBuffer(os.dup(one.ring.fileno()))
         try:
             assert [socket.ntohs(struct.unpack_from("=I", record)[0]) for record in again.read()] == [6]

@@ -274,8 +274,8 @@ def _owned_by_nobody(path: str) -> None:
 PLANTED: dict[str, tuple[Planted, str]] = {
     "a link": (lambda path: os.symlink("/etc/passwd", path), "ELOOP"),
     "a link to nowhere": (lambda path: os.symlink("/nonexistent/file", path), "ELOOP"),
-    "somebody's file": (_owned_by_nobody, "EEXIST"),
-    "a pipe": (os.mkfifo, "EEXIST"),
+    "somebody's file": (_owned_by_nobody, "it is not a regular file that root owns"),
+    "a pipe": (os.mkfifo, "it is not a regular file that root owns"),
     "a folder": (os.mkdir, "EISDIR"),
 }
 

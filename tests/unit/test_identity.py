@@ -16,8 +16,6 @@ import pytest
 
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import (
-    PID_NS_INITIAL,
-    USER_NS_INITIAL,
     NoSuchProcess,
     caller_of_pid,
     caller_of_user,
@@ -28,6 +26,7 @@ from imds_guard.identity import (
     user_id,
     user_name,
 )
+from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE
 from imds_guard.policy.model import MAX_ID
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changes IDs or the group database: root only")
@@ -166,8 +165,8 @@ def test_the_credentials_of_this_process() -> None:
     assert (os.geteuid(), os.getegid()) == (caller.fsuid, caller.fsgid)
     assert frozenset(os.getgroups()) == caller.groups
     assert not caller.kernel_thread
-    assert caller.pid_namespace_is_initial == (os.stat("/proc/self/ns/pid").st_ino == PID_NS_INITIAL)
-    assert caller.user_namespace_is_initial == (os.stat("/proc/self/ns/user").st_ino == USER_NS_INITIAL)
+    assert caller.pid_namespace_is_initial == (os.stat("/proc/self/ns/pid").st_ino == INITIAL_PID_NAMESPACE)
+    assert caller.user_namespace_is_initial == (os.stat("/proc/self/ns/user").st_ino == INITIAL_USER_NAMESPACE)
 
 
 @needs_root

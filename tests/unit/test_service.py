@@ -153,6 +153,24 @@ def test_a_program_that_others_can_change_is_refused(program: str, which: str) -
 
 
 @as_root
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o757])
+@pytest.mark.parametrize("which", ["imds-guard", "."])
+def test_a_program_that_everybody_may_write_is_refused(program: str, which: str, mode: int) -> None:
+    """The program or its folder belongs to root:root. In a sticky folder others can make files, too."""
+    os.chmod(os.path.join(os.path.dirname(program), which), mode)
+    with pytest.raises(NotPermitted, match="can be changed by others than root"):
+        service.check_program(program)
+
+
+@as_root
+@pytest.mark.parametrize("which", ["imds-guard", "."])
+def test_the_group_root_may_write_a_program(program: str, which: str) -> None:
+    """As some packages install theirs: root:root with mode 0775."""
+    os.chmod(os.path.join(os.path.dirname(program), which), 0o775)
+    assert service.check_program(program) == program
+
+
+@as_root
 def test_a_link_into_somebodys_home_is_refused(program: str, tmp_path: Path) -> None:
     """Services do not see /home, /root and /tmp; and a link is as good as what it leads to."""
     shutil.move(program, tmp_path / "imds-guard")
@@ -239,5 +257,5 @@ def test_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_socket_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
-    with pytest.raises(GuardError, match=r"telling the service manager 'READY=1' at .*: ENOENT"):
+    with pytest.raises(GuardError, match=r"sending 'READY=1' to the service manager at .*: ENOENT"):
         notify.ready()

@@ -19,11 +19,13 @@ from typing import Callable
 import pytest
 
 from imds_guard.connections.find import _locked_addresses
-from imds_guard.kernel import holders, netns
+from imds_guard.kernel import netns, processes
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
-from imds_guard.kernel.holders import Namespace, holders_of, network_namespaces, process_name
+from imds_guard.kernel.namespaces import Namespace, network_namespaces
+from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
+from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, make_policy
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
@@ -289,7 +291,7 @@ def test_a_process_that_has_ended_hides_nothing(hides: Callable[[], int]) -> Non
         for pid, expected in ((ended, 0), (lives, 1), (lives_on, 1)):
 
             def seen(pid: int = pid) -> int:
-                vars(holders)["process_ids"] = lambda: [pid]  # in this child alone
+                vars(processes)["process_ids"] = lambda: [pid]  # in this child alone
                 become((STRANGER,) * 3, (STRANGER,) * 3, ())
                 return hides()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
-from imds_guard.kernel.holders import process_ids
+from imds_guard.kernel.processes import process_ids
 from imds_guard.policy.builtin import BUILT_IN, Standing
 from imds_guard.policy.model import Caller, Decision, Destination, Policy, decide
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from typing import NamedTuple
 
 from imds_guard.commands import guard as actions
@@ -12,7 +11,7 @@ from imds_guard.commands.boot import place_of
 from imds_guard.commands.guard import Place
 from imds_guard.config.store import CONFIG_PATH, load_config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_words
-from imds_guard.kernel import files, systemd
+from imds_guard.kernel import files, ownership, systemd
 
 MAIN = "imds-guard.service"
 WATCH = "imds-guard-watch.service"
@@ -112,7 +111,7 @@ def _check_roots_own(path: str) -> None:
     """Whoever may write to it, or to a folder above it, would become root at the next boot."""
     while True:
         found = os.stat(path)
-        if found.st_uid != 0 or (found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and found.st_gid != 0):
+        if not ownership.only_root_can_write(found, root_group=True):
             raise NotPermitted(
                 f"installing the service: {path} can be changed by others than root, who would be root at the next "
                 "boot; install imds-guard in a folder of root's"

@@ -22,7 +22,9 @@ from imds_guard.connections.find import Candidate, Scope, address_of, ask, candi
 from imds_guard.connections.values import AUDIT, COME_BACK, REFUSED, UNABLE, Connection, Holder, Sweep
 from imds_guard.errors import BadPolicy, NotPermitted, system_words
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
-from imds_guard.kernel.holders import Holders, Namespace, holders_of, process_name
+from imds_guard.kernel.namespaces import Namespace
+from imds_guard.kernel.processes import process_name
+from imds_guard.kernel.socket_holders import Holders, holders_of
 from imds_guard.policy.model import MAX_ID, Caller, Destination, Mode, Policy, decide
 from imds_guard.text import visible
 

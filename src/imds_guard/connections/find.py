@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from imds_guard.errors import system_words
 from imds_guard.kernel import sock_diag
-from imds_guard.kernel.holders import OWN, Namespace, network_namespaces
+from imds_guard.kernel.namespaces import OWN_PATH, Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.policy.model import Address, Destination, Policy, Protocol, unmapped
 
@@ -85,7 +85,7 @@ def processes(hidden: int) -> str:
 
 def ask(namespace: Namespace) -> SockDiag:
     """Raises FileNotFoundError when the process that led there has ended; OSError."""
-    if namespace.path == OWN:
+    if namespace.path == OWN_PATH:
         return SockDiag()  # nobody needs a privilege to stay
     fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
     try:

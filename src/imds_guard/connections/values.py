@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from imds_guard.kernel.holders import Namespace
+    from imds_guard.kernel.namespaces import Namespace
     from imds_guard.policy.model import Address, Protocol
 
 

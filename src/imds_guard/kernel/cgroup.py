@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cgroup2 directory that programs are attached to."""
+"""Opens the cgroup2 directory that programs are attached to."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from imds_guard.kernel import syscalls
 from imds_guard.kernel.mounts import mounts
 
 ROOT_INODE = 1
-"""The root of every cgroup2 hierarchy, and of no cgroup namespace: kernfs numbers from 1, kernfs_create_root()."""
+"""The root of a cgroup2 hierarchy has this inode, the root of a cgroup namespace has not (kernfs_create_root())."""
 
 
 class Cgroup(NamedTuple):
-    """An open cgroup2 directory. ``id`` is what bpf_get_current_cgroup_id() and link descriptions call it."""
+    """An open cgroup2 directory. ``id`` is the cgroup ID of bpf_get_current_cgroup_id() and of struct bpf_link_info."""
 
     fd: int
     id: int
@@ -23,7 +23,7 @@ class Cgroup(NamedTuple):
 
     @property
     def is_root(self) -> bool:
-        """True for the root of the hierarchy: every process of the machine is in it or below."""
+        """True for the root of the hierarchy: every process of the machine is in it or below it."""
         return self.id == ROOT_INODE
 
     def close(self) -> None:
@@ -38,17 +38,17 @@ class Cgroup(NamedTuple):
 
 
 def open_cgroup(path: str | None = None) -> Cgroup:
-    """The given cgroup2 directory, or the root of the hierarchy wherever it is mounted, or mounted for the purpose."""
+    """The cgroup2 directory at ``path``; without a path the root of the hierarchy, which is mounted if need be."""
     if path is not None:
         return _open_given(path)
-    root = _open_mounted_root() or _open_mount_of_our_own()
+    root = _open_mounted_root() or _open_new_mount()
     if not root.is_root:
         inode = root.id
         root.close()
         raise Unsupported(
-            f"looking for the root of the cgroup2 hierarchy: the topmost directory to be seen from here has inode "
-            f"{inode}, so this is a cgroup namespace and processes outside it would not be covered; run this on the "
-            "host, or name a subtree with --cgroup PATH"
+            f"looking for the root of the cgroup2 hierarchy: the topmost directory that this process sees has inode "
+            f"{inode}, so this is a cgroup namespace, and processes outside it would stay unlocked; run this on the "
+            "host, or give a directory below it with --cgroup PATH"
         )
     return root
 
@@ -67,7 +67,7 @@ def _open_given(path: str) -> Cgroup:
 
 
 def _is_cgroup2(fd: int) -> bool:
-    """cgroup.procs is in every directory of v1, too; cgroup.max.depth only in those of cgroup2."""
+    """cgroup.max.depth is in directories of cgroup2 alone; cgroup.procs is in those of v1, too."""
     device = os.fstat(fd).st_dev
     if any(mount.device == device for mount in mounts("cgroup2")):
         return True
@@ -91,10 +91,10 @@ def _open_mounted_root() -> Cgroup | None:
     return None
 
 
-def _open_mount_of_our_own() -> Cgroup:
-    """A host with cgroup v1 alone has the hierarchy all the same: a mount without a path shows it."""
+def _open_new_mount() -> Cgroup:
+    """Where only cgroup v1 is mounted the cgroup2 hierarchy exists, too: a mount without a path gives access to it."""
     try:
-        fd = syscalls.mounted_nowhere("cgroup2")
+        fd = syscalls.detached_mount("cgroup2")
     except PermissionError as error:
         raise NotPermitted(
             f"mounting cgroup2 to find its root: {system_words(error)}; run this as root (CAP_SYS_ADMIN)"

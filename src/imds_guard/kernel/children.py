@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that run in a forked child and hand back their result: for work that needs other namespaces or IDs."""
+"""Runs a function in a forked child and returns its result: for work that needs other namespaces or IDs.
+
+No other module forks.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import pickle
 import select
@@ -16,19 +18,19 @@ from types import TracebackType
 from typing import Callable, TypeVar
 
 from imds_guard.errors import GuardError
+from imds_guard.kernel import syscalls
 
 T = TypeVar("T")
 
-_PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("=Q")
 
 
 class ChildFailed(GuardError):
-    """A function in a child raised, or the child ended or hung before it had a result."""
+    """A function in a child raised an error, or the child ended or hung before it had a result."""
 
 
 def run_in_child(fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
-    """What ``fn`` returns in a forked child; the value must be picklable.
+    """Calls ``fn`` in a forked child and returns its result, which must be picklable.
 
     Raises the GuardError that ``fn`` raised; ChildFailed with the text of any other error, or when there is no result
     after ``timeout_s``.
@@ -43,14 +45,14 @@ def run_in_child(fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
             message = _receive(reader, pid, time.monotonic() + timeout_s)
         finally:
             end(pid)
-    done, result = pickle.loads(message)  # noqa: S301 - written by our own child
-    if not done:
+    succeeded, result = pickle.loads(message)  # noqa: S301 - written by our own child
+    if not succeeded:
         raise result
     return result  # type: ignore[no-any-return]
 
 
 def _portable(error: BaseException) -> GuardError:
-    """An error of ours as it is: it is made of its text alone. Of any other, the text with where it was raised."""
+    """A GuardError as it is, since it holds nothing but its text; any other error as text with its traceback."""
     return error if isinstance(error, GuardError) else ChildFailed(_text(error))
 
 
@@ -59,28 +61,29 @@ def _text(error: BaseException) -> str:
 
 
 def fork(fn: Callable[[], object], failed: Callable[[BaseException], None] | None = None) -> int:
-    """The process ID of a child that runs ``fn`` and exits; ``failed`` is given what it raised, else stderr its text.
+    """Forks a child that runs ``fn`` and exits; returns its process ID.
 
-    The child dies with its parent (PR_SET_PDEATHSIG in prctl(2)), unless it changes its IDs.
+    ``failed`` is called with the error that ``fn`` raised; without ``failed`` the error is written to stderr. The child
+    dies with its parent, unless it changes its IDs.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
     if pid == 0:
-        with _Top(failed or _tell_stderr):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        with _Top(failed or _write_to_stderr):
+            syscalls.die_with_parent()
             fn()
     return pid
 
 
 def end(pid: int) -> None:
-    """Kills and reaps a child of ours. It may have ended: until it is reaped nobody else has its process ID."""
+    """Kills and reaps a child. It may have ended already: its process ID is not reused before it is reaped."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
 
 class _Top:
-    """The very top of a child: whatever was raised is told, and the parent's stack is never returned to."""
+    """The outermost frame of a child: it reports any error and exits; a child must never run its parent's code."""
 
     def __init__(self, failed: Callable[[BaseException], None]) -> None:
         self._failed = failed
@@ -98,7 +101,7 @@ class _Top:
             os._exit(0 if error is None else 1)
 
 
-def _tell_stderr(error: BaseException) -> None:
+def _write_to_stderr(error: BaseException) -> None:
     os.write(2, _text(error).encode())
 
 
@@ -109,7 +112,7 @@ def _send(fd: int, message: bytes) -> None:
 
 
 def _receive(fd: int, pid: int, deadline: float) -> bytes:
-    """The message of child ``pid``. The length stands in front: a grandchild may keep the pipe from ending."""
+    """The message of child ``pid``. It begins with its length, since a grandchild may hold the pipe open."""
     child = os.pidfd_open(pid)
     try:
         (size,) = _LENGTH.unpack(_read_exactly(fd, child, _LENGTH.size, deadline))
@@ -119,7 +122,7 @@ def _receive(fd: int, pid: int, deadline: float) -> bytes:
 
 
 def _read_exactly(fd: int, child: int, size: int, deadline: float) -> bytes:
-    """Exactly ``size`` octets. What the child wrote before it ended is still in the pipe, so that is read first."""
+    """Reads ``size`` bytes. The pipe is read first: it still holds what the child wrote before it ended."""
     chunks = b""
     while len(chunks) < size:
         ready = select.select([fd, child], [], [], max(0.0, deadline - time.monotonic()))[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that is written in one step."""
+"""Replaces a file in one step."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 
 
 def replace(path: str, content: bytes) -> None:
-    """Makes ``content`` what the file ``path`` holds, mode 0644, on the disk when this returns. Raises OSError.
+    """Writes ``content`` to ``path`` with mode 0644; it is on the disk when this returns. Raises OSError.
 
-    A reader sees the old file or the new one, also after a crash: rename(2). What stays of a failure is the old one.
+    A reader sees the old file or the new one, also after a crash: rename(2). On failure the old file is unchanged.
     """
     import tempfile  # noqa: PLC0415 -- start-up time: it is slow to import, and few commands write
 
     folder, name = os.path.split(os.path.abspath(path))
-    # Who reads every file of a kind (node_exporter *.prom, systemd *.service) passes the unfinished one by.
+    # Programs that read all files of a suffix (node_exporter *.prom, systemd *.service) do not see the unfinished one.
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".new")
     try:
         with open(descriptor, "wb") as file:

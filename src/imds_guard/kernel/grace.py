@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waiting until no running program still uses what it read before."""
+"""Waits until no running program uses what it read from a map before."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from imds_guard.kernel import bpf, privileges, syscalls
 
 
 def wait_for_running_programs() -> None:
-    """Returns after an RCU grace period; cgroup programs run inside RCU read-side critical sections.
+    """Returns after an RCU grace period. Cgroup programs run inside RCU read-side critical sections.
 
-    MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c), but EINVAL where CPUs run without a tick,
-    and nothing at all where one CPU alone is online: there the kernel may have taken it from a hook in the middle
-    (CONFIG_PREEMPTION), which goes on after us.
+    MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c), with two exceptions. It is EINVAL where CPUs
+    run without a tick. It does nothing where one CPU alone is online: there a task may have been preempted in the
+    middle of a program (CONFIG_PREEMPTION), and continues it later.
     """
     if os.sysconf("SC_NPROCESSORS_ONLN") > 1:
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Listening sockets for a sandbox: TCP that takes every connection, UDP that sends back what it gets."""
+"""Listening sockets for a sandbox: TCP ones accept every connection, UDP ones send back every datagram."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SocketAddress = tuple[Any, ...]
 
 
 def sockaddr(address: str, port: int) -> SocketAddress:
-    """What the socket module takes for ``address``; a link-local one goes with the interface, which is lo."""
+    """The address as the socket module takes it. A link-local address is one of lo."""
     parsed = ipaddress.ip_address(address)
     if parsed.version == 4:
         return (address, port)
@@ -24,7 +24,7 @@ def sockaddr(address: str, port: int) -> SocketAddress:
 
 
 def family(address: str) -> socket.AddressFamily:
-    """AF_INET or AF_INET6; a mapped address is AF_INET6."""
+    """AF_INET or AF_INET6, which an IPv4-mapped address is."""
     return socket.AF_INET if ipaddress.ip_address(address).version == 4 else socket.AF_INET6
 
 
@@ -46,19 +46,19 @@ def listen(addresses: Iterable[str], ports: Sequence[int]) -> list[socket.socket
 
 
 def answer_forever(sockets: Iterable[socket.socket]) -> None:
-    """Takes and closes TCP connections and echoes datagrams, until the process is killed."""
+    """Accepts and closes TCP connections and echoes datagrams, until the process is killed."""
     each_ready(sockets, _answer)
 
 
 def each_ready(sockets: Iterable[socket.socket], act: Callable[[socket.socket], object]) -> None:
-    """Calls ``act`` with each socket that has something to read, until the process is killed."""
+    """Calls ``act`` with each socket that is readable, until the process is killed."""
     selector = selectors.DefaultSelector()
     for one in sockets:
         one.setblocking(False)
         selector.register(one, selectors.EVENT_READ, one)
     while True:
         for key, _ in selector.select():
-            # The peer is gone, or a filter keeps the answer back: that must not end the listener.
+            # A peer that is gone or a filter that rejects the answer must not end the listener.
             with contextlib.suppress(OSError):
                 act(key.data)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command at a time: flock(2) on a file that only root can open."""
+"""Lets one command run at a time: flock(2) on a file that only root can open."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from imds_guard.errors import GuardError, NotPermitted, system_words
+from imds_guard.kernel import ownership
 
 FOLDER = "/run/imds-guard"
 WAIT_S = 30.0
@@ -20,9 +21,9 @@ _POLL_S = 0.05
 
 @contextmanager
 def exclusive(name: str, wait_s: float | None = None) -> Iterator[None]:
-    """Holds ``/run/imds-guard/NAME.lock``; the kernel lets go of it when the process dies.
+    """Holds the lock ``/run/imds-guard/NAME.lock``; the kernel releases it when the process dies.
 
-    An unprivileged process can't open the file, so it can't hold the lock against us.
+    An unprivileged process can't open the file, so it can't hold the lock.
     """
     fd = _acquire(name, WAIT_S if wait_s is None else wait_s)
     try:
@@ -32,7 +33,7 @@ def exclusive(name: str, wait_s: float | None = None) -> Iterator[None]:
 
 
 def attempt(name: str) -> int | None:
-    """A file descriptor that holds ``/run/imds-guard/NAME.lock`` until it is closed; None when another process does."""
+    """A file descriptor that holds ``/run/imds-guard/NAME.lock`` until closed, or None if another process does."""
     while True:
         fd = _open(name)
         if not _take(fd, name):
@@ -44,9 +45,9 @@ def attempt(name: str) -> int | None:
 
 
 def forget(name: str) -> None:
-    """Removes the lock file; only while it is held. Who waits for it makes another one.
+    """Removes the lock file. Call it while the lock is held; a process that waits for the lock then makes a new file.
 
-    One that can't be removed is as good as before: what the command was for does not fail with it.
+    Failure to remove it is ignored: a stale lock file is harmless.
     """
     with suppress(OSError):
         os.unlink(_path(name))
@@ -70,7 +71,7 @@ def _acquire(name: str, wait_s: float) -> int:
 
 
 def _is_at(fd: int, path: str) -> bool:
-    """False when the file was removed while we waited for it."""
+    """False when the file was removed while this process waited for the lock."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
@@ -85,26 +86,26 @@ def _open(name: str) -> int:
     except PermissionError as error:
         raise NotPermitted(f"opening {path}: {system_words(error)}; run this as root") from error
     except OSError as error:
-        raise GuardError(f"opening {path}: {system_words(error)}; make room in, or repair, {FOLDER}") from error
+        raise GuardError(f"opening {path}: {system_words(error)}; free space in {FOLDER}, or repair it") from error
 
 
 def _make_folder() -> None:
-    """Root's own, whoever made it and with whatever umask. Raises OSError."""
+    """Makes FOLDER, and gives it mode 0700 where it exists or the umask says otherwise. Raises OSError."""
     os.makedirs(FOLDER, mode=0o700, exist_ok=True)
     found = os.lstat(FOLDER)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != 0:
-        raise OSError(errno.ENOTDIR, "it is no folder of root's")
+    if not stat.S_ISDIR(found.st_mode) or not ownership.is_owned_by_root(found):
+        raise OSError("it is not a directory that root owns")
     if stat.S_IMODE(found.st_mode) != 0o700:
         os.chmod(FOLDER, 0o700)
 
 
 def _opened_file(path: str) -> int:
-    """Root's own, and no link: what somebody else has put there could be held against us. Raises OSError."""
+    """Opens a regular file of root and no link: other users could hold the lock on files of theirs. Raises OSError."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != 0:
-            raise OSError(errno.EEXIST, "it is no file of root's")
+        if not stat.S_ISREG(found.st_mode) or not ownership.is_owned_by_root(found):
+            raise OSError("it is not a regular file that root owns")
         os.fchmod(fd, 0o600)
     except OSError:
         os.close(fd)
@@ -117,8 +118,8 @@ def _wait(fd: int, name: str, wait_s: float) -> None:
     while not _take(fd, name):
         if time.monotonic() > deadline:
             raise GuardError(
-                f"waiting for {FOLDER}/{name}.lock: another imds-guard has been at work for {wait_s:.0f} s; "
-                "nothing was changed, try again when it is done"
+                f"waiting for {FOLDER}/{name}.lock: another imds-guard has been running for {wait_s:.0f} s; "
+                "nothing was changed, try again when it has ended"
             )
         time.sleep(_POLL_S)
 

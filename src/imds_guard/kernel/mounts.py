@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is mounted where: /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
+"""The mounts that a process sees: /proc/PID/mountinfo (proc_pid_mountinfo(5))."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from typing import NamedTuple
 
 
 class Mount(NamedTuple):
-    """A line of mountinfo: the device as st_dev has it, the directory of the filesystem that is its root."""
+    """A line of mountinfo. ``device`` is st_dev; ``root`` is the directory of the filesystem that is mounted."""
 
     device: int
     root: str
     path: str
     kind: str
-    read_only: bool
 
 
 def mounts(kind: str, pid: str = "self") -> list[Mount]:
-    """The mounts of one filesystem type that a process sees, in the order of mounting."""
+    """The mounts of one filesystem type that a process sees, in the order in which they were mounted."""
     with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
         return [mount for mount in map(_parse, file) if mount.kind == kind]
 
 
 def same_namespace_as_pid1() -> bool:
-    """True when this process sees PID 1's own mounts: their IDs are unique in the machine, mnt_alloc_id().
+    """True when this process is in PID 1's mount namespace. Mount IDs are unique in the machine: mnt_alloc_id().
 
-    /proc/1/ns/mnt would tell as well, but only a process with all of PID 1's capabilities may read it.
+    /proc/1/ns/mnt would show it, too, but only a process with all of PID 1's capabilities may read that link.
     """
     return _first_id("self") == _first_id("1")
 
 
 def window_to_pid1() -> str | None:
-    """A process ID in PID 1's mount namespace whose /proc/PID/root and /proc/PID/ns/mnt we may use, or None.
+    """A process in PID 1's mount namespace whose /proc/PID/root and /proc/PID/ns/mnt this process may use, or None.
 
-    PID 1's own asks for all of its capabilities; the shell that called us (``ip netns exec``) has no more than we.
+    For PID 1's own this process needs all of PID 1's capabilities. An ancestor, such as the shell that ran
+    ``ip netns exec``, often has no more than this process.
     """
     wanted = _first_id("1")
     for pid in ("1", *_ancestors()):
@@ -65,12 +65,11 @@ def _first_id(pid: str) -> str:
 
 def _parse(line: str) -> Mount:
     before, _, after = line.partition(" - ")
-    fields, rest = before.split(), after.split()
+    fields = before.split()
     major, _, minor = fields[2].partition(":")
-    options = set(fields[5].split(",")) | set(rest[2].split(",") if len(rest) > 2 else ())
-    return Mount(os.makedev(int(major), int(minor)), _plain(fields[3]), _plain(fields[4]), rest[0], "ro" in options)
+    return Mount(os.makedev(int(major), int(minor)), _unescaped(fields[3]), _unescaped(fields[4]), after.split()[0])
 
 
-def _plain(text: str) -> str:
-    r"""Undoes the kernel's \040 for a space and the like."""
+def _unescaped(text: str) -> str:
+    r"""Replaces the kernel's escapes: a space is \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), text) if "\\" in text else text

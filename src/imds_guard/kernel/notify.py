@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a service tells systemd: a datagram to the socket that $NOTIFY_SOCKET names (sd_notify(3))."""
+"""Sends the state of a service to systemd: a datagram to the socket in $NOTIFY_SOCKET (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ VARIABLE = "NOTIFY_SOCKET"
 
 
 def ready(status: str = "") -> bool:
-    """Tells that the service has started, with a line for ``systemctl status``; False when nobody asked."""
+    """Reports that the service has started, with a line for ``systemctl status``; False without $NOTIFY_SOCKET."""
     return notify("READY=1" + (f"\nSTATUS={status}" if status else ""))
 
 
 def notify(state: str) -> bool:
-    """Sends assignments, one a line (``STATUS=...``, ``STOPPING=1``); False when nobody asked. Raises GuardError."""
+    """Sends lines such as ``STATUS=...`` or ``STOPPING=1``; False without $NOTIFY_SOCKET. Raises GuardError."""
     name = os.environ.get(VARIABLE, "")
     if not name:
         return False
-    # A name that begins with @ is in Linux' abstract namespace (unix(7)), where it begins with an octet 0.
+    # @ stands for the zero byte with which an abstract address begins (unix(7)).
     address = "\0" + name[1:] if name.startswith("@") else name
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
@@ -29,7 +29,7 @@ def notify(state: str) -> bool:
             one.sendall(state.encode())
     except OSError as error:
         raise GuardError(
-            f"telling the service manager {state.splitlines()[0]!r} at {name}: {system_words(error)}; run it by "
-            f"systemctl, or without {VARIABLE} in its environment"
+            f"sending {state.splitlines()[0]!r} to the service manager at {name}: {system_words(error)}; start it "
+            f"with systemctl, or without {VARIABLE} in its environment"
         ) from error
     return True

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process may do, and where it lives."""
+"""The capabilities and the memory lock limit of this process."""
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterable
 
@@ -25,12 +24,9 @@ _NAMES = {
     CAP_BPF: "CAP_BPF",
 }
 
-INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
-INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO
-
 
 def effective_capabilities() -> int:
-    """CapEff of this process, a bit a capability (capabilities(7))."""
+    """CapEff of this process, one bit for each capability (capabilities(7))."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith("CapEff:"):
@@ -44,20 +40,15 @@ def capability_name(capability: int) -> str:
 
 
 def missing_capabilities(wanted: Iterable[int]) -> list[str]:
-    """The names of those we lack; CAP_SYS_ADMIN stands for CAP_BPF and CAP_PERFMON (capabilities(7))."""
+    """The names of those that this process lacks. CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON (capabilities(7))."""
     held = effective_capabilities()
     if held >> CAP_SYS_ADMIN & 1:
         held |= 1 << CAP_BPF | 1 << CAP_PERFMON
     return [capability_name(capability) for capability in wanted if not held >> capability & 1]
 
 
-def namespace_inode(kind: str) -> int:
-    """The inode of one of this process's namespaces (namespaces(7)): ``pid``, ``user``, ..."""
-    return os.stat(f"/proc/self/ns/{kind}").st_ino
-
-
 def lift_memory_lock_limit() -> None:
-    """Takes RLIMIT_MEMLOCK away if we may: before v5.11 maps count against it, and it is 64 KiB by default."""
+    """Raises RLIMIT_MEMLOCK as far as this process may. Before v5.11 maps count against it; the default is 64 KiB."""
     unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     try:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
@@ -67,6 +58,6 @@ def lift_memory_lock_limit() -> None:
 
 
 def memory_lock_limit() -> int | None:
-    """RLIMIT_MEMLOCK in octets, or None when there is none."""
+    """RLIMIT_MEMLOCK in bytes, or None for unlimited."""
     soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     return None if soft == resource.RLIM_INFINITY else soft

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reader of a BPF ring buffer (BPF_MAP_TYPE_RINGBUF), by mmap(2) of its pages.
+"""Reads a BPF ring buffer (BPF_MAP_TYPE_RINGBUF) by mmap(2) of its pages.
 
-Layout and protocol: Documentation/bpf/ringbuf.rst and kernel/bpf/ringbuf.c in Linux. Page 0 has the consumer's position
-and is writable; page 1 has the producer's; the data comes behind it twice in a row, so that a record is never split. A
-position only grows, its low bits are the place in the data. A record is a header of eight octets (length with two flag
-bits, and a page offset that is the kernel's own) and the octets, rounded up to eight.
+Layout and protocol: Documentation/bpf/ringbuf.rst and kernel/bpf/ringbuf.c in Linux. Page 0 holds the consumer's
+position and is writable. Page 1 holds the producer's position. The data follows, mapped twice in a row, so that no
+record is split. A position only grows; its low bits are the offset in the data. A record has a header of eight bytes
+(the length with two flag bits, and a page offset for the kernel's use) and its data, padded to eight bytes.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import struct
 from imds_guard.kernel import bpf, syscalls
 
 _BUSY = 1 << 31
-"""BPF_RINGBUF_BUSY_BIT: reserved by a program that has not committed it yet."""
+"""BPF_RINGBUF_BUSY_BIT: a program has reserved the record and not committed it yet."""
 _DISCARDED = 1 << 30
-_HEADER_OCTETS = 8
+_HEADER_BYTES = 8
 _LENGTH = struct.Struct("=I")
 
 
 class RingBuffer:
-    """The one consumer of a ring buffer: two of them would steal each other's records. It keeps ``fd``, and closes it.
+    """The only consumer of a ring buffer: a second one would take records from the first. It owns and closes ``fd``.
 
-    Positions and lengths are read through memoryviews of C types, which copy one aligned word at a time, so that none
-    is seen half written. Raises OSError.
+    Positions and lengths are read through memoryviews of C types, which copy one aligned word at a time, so that no
+    value is read half written. Raises OSError.
     """
 
     def __init__(self, fd: int) -> None:
@@ -42,34 +42,34 @@ class RingBuffer:
         self._consumer = memoryview(self._consumer_page).cast("Q")
         self._producer = memoryview(self._rest)[:page].cast("Q")
         self._data = memoryview(self._rest)[page:]
-        self._words = self._data.cast("I")
+        self._headers = self._data.cast("I")
 
     def fileno(self) -> int:
-        """For poll(2): readable while there is a record that is not read."""
+        """For poll(2): readable while there are unread records."""
         return self._fd
 
     def close(self) -> None:
-        """Unmaps the pages and closes the file descriptor. What was not read stays for the next reader."""
-        for view in (self._words, self._data, self._producer, self._consumer):
+        """Unmaps the pages and closes the file descriptor. Unread records stay for the next reader."""
+        for view in (self._headers, self._data, self._producer, self._consumer):
             view.release()
         self._rest.close()
         self._consumer_page.close()
         os.close(self._fd)
 
-    def read(self, at_most: int = 8192) -> list[bytes]:
-        """The records that are complete, oldest first; fewer than there are when one is still being written.
+    def read(self, maximum: int = 8192) -> list[bytes]:
+        """The complete records, oldest first, up to the first one that is still being written.
 
-        Three places need order between memory accesses (the kernel's part is an xchg() and its acquire and release
-        accesses): lengths after the producer's position, data after lengths, and the consumer's position after the
-        data. The last store must also be seen before the next look for records, or the kernel, which wakes only a
-        reader that has caught up, might not wake us. Python has no barriers; _barrier() is one.
+        Memory accesses must be ordered in three places: lengths after the producer's position, data after lengths, and
+        the consumer's position after the data. (The kernel's side is an xchg() and its acquire and release accesses.)
+        The kernel must also see the last store before the next read for records: it wakes only a reader that has caught
+        up. Python has no memory barriers; _barrier() is one.
         """
         begin = self._consumer[0]
         end = self._producer[0]
         if begin == end:
             return []
         _barrier()
-        places, position = self._scan(begin, end, at_most)
+        places, position = self._scan(begin, end, maximum)
         _barrier()
         records = [bytes(self._data[at : at + length]) for at, length in places]
         _barrier()
@@ -77,18 +77,18 @@ class RingBuffer:
         _barrier()
         return records
 
-    def _scan(self, position: int, end: int, at_most: int) -> tuple[list[tuple[int, int]], int]:
-        """(place in the data, length) of each complete record, and the position behind the last one."""
+    def _scan(self, position: int, end: int, maximum: int) -> tuple[list[tuple[int, int]], int]:
+        """(offset in the data, length) of each complete record, and the position after the last one."""
         places: list[tuple[int, int]] = []
-        while position < end and len(places) < at_most:
+        while position < end and len(places) < maximum:
             at = position & (self._size - 1)
-            header = self._words[at // _LENGTH.size]
+            header = self._headers[at // _LENGTH.size]
             if header & _BUSY:
                 break
             length = header & ~_DISCARDED
             if not header & _DISCARDED:
-                places.append((at + _HEADER_OCTETS, length))
-            position += _HEADER_OCTETS + (length + 7) // 8 * 8
+                places.append((at + _HEADER_BYTES, length))
+            position += _HEADER_BYTES + (length + 7) // 8 * 8
         return places, position
 
 
@@ -96,7 +96,7 @@ def _barrier() -> None:
     """A full memory barrier for the calling thread.
 
     MEMBARRIER_CMD_GLOBAL_EXPEDITED begins and ends with smp_mb() (membarrier_global_expedited() in
-    kernel/sched/membarrier.c); with one CPU it does nothing, and nothing is needed. It interrupts no other CPU unless a
-    process there has registered for it.
+    kernel/sched/membarrier.c). With one CPU it does nothing, and no barrier is needed. It interrupts only CPUs that run
+    a process which has registered for it.
     """
     syscalls.membarrier(syscalls.MEMBARRIER_GLOBAL_EXPEDITED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only door to other programs. Never a shell, never a discarded stderr."""
+"""The only module that starts other programs: never through a shell, and stderr is never discarded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import subprocess
 
 SAFE_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where programs are looked for. The caller's PATH is not asked: we run as root."""
+"""Folders of programs. The caller's PATH is ignored, since we run as root."""
 
 _KEPT_ENVIRONMENT = ("SOURCE_DATE_EPOCH", "TERM")
 
@@ -38,7 +38,7 @@ _PACKAGES: dict[str, str] = {
 
 
 class Completed(NamedTuple):
-    """What a program that has ended said. ``status`` is negative when a signal ended it (-9 for SIGKILL)."""
+    """Status and output of a program that has ended. The status is negative after a signal (-9 for SIGKILL)."""
 
     status: int
     stdout: str
@@ -46,32 +46,32 @@ class Completed(NamedTuple):
 
     @property
     def complaint(self) -> str:
-        """The reason of a failure as part of one sentence: stderr's lines joined, the signal, or the status."""
-        said = self.stderr if self.stderr or self.status < 0 else self.stdout  # killed: what it printed is no complaint
+        """The reason of a failure as part of a sentence: the lines of stderr, the signal, or the status."""
+        said = self.stderr if self.stderr or self.status < 0 else self.stdout  # a killed program complains on stderr
         lines = [line.strip() for line in said.splitlines() if line.strip()]
         if self.status < 0 or not lines:
-            lines.append(_status_words(self.status))
+            lines.append(_status_text(self.status))
         return "; ".join(lines)
 
 
 def find_program(name: str) -> str | None:
-    """The absolute path of a program in SAFE_PATH, or None. An absolute name is only checked."""
-    # shutil.which() does no more, and with shutil come three libraries that compress.
+    """The absolute path of a program in SAFE_PATH, or None. A name with a folder is only checked."""
+    # shutil.which() does the same, but shutil imports three compression libraries.
     paths = [name] if os.path.dirname(name) else [os.path.join(folder, name) for folder in SAFE_PATH.split(":")]
     return next((path for path in paths if os.access(path, os.X_OK) and not os.path.isdir(path)), None)
 
 
 def run(argv: Sequence[str], stdin: str = "", *, timeout_s: float = 60) -> Completed:
-    """Runs one program to its end. Its locale is C and its environment holds little more than PATH.
+    """Runs a program to its end, with locale C and an environment of little more than PATH.
 
-    A status other than 0 is for the caller to judge. Raises Unsupported when the program is absent, GuardError when
-    it can't be started or does not end in ``timeout_s`` (it is then killed).
+    The caller judges the status. Raises Unsupported when the program is absent, GuardError when it can't be started or
+    does not end within ``timeout_s`` (it is then killed).
     """
     import subprocess  # noqa: PLC0415 -- start-up time: few commands run another program
 
     path = find_program(argv[0])
     if path is None:
-        raise Unsupported(f"{argv[0]} is not in {SAFE_PATH}: install {_package_words(argv[0])}")
+        raise Unsupported(f"{argv[0]} is not in {SAFE_PATH}: install {_package_text(argv[0])}")
     try:
         process = subprocess.Popen(
             [path, *argv[1:]],
@@ -84,7 +84,7 @@ def run(argv: Sequence[str], stdin: str = "", *, timeout_s: float = 60) -> Compl
         )
     except OSError as error:
         raise GuardError(
-            f"{path} could not be started: {system_words(error)}; it did nothing, run the command again"
+            f"{path} could not be started: {system_words(error)}; it changed nothing, run the command again"
         ) from error
     return _finish(process, argv, stdin, timeout_s)
 
@@ -98,7 +98,7 @@ def _finish(process: subprocess.Popen[str], argv: Sequence[str], stdin: str, tim
         except subprocess.TimeoutExpired:
             process.kill()
             _, stderr = process.communicate()
-            said = f" (it said: {stderr.strip()})" if stderr.strip() else ""
+            said = f" (it printed: {stderr.strip()})" if stderr.strip() else ""
             raise GuardError(f"{' '.join(argv)} did not end within {timeout_s:g} s and was killed{said}") from None
         except BaseException:
             process.kill()
@@ -111,7 +111,7 @@ def _environment() -> dict[str, str]:
     return {**kept, "PATH": SAFE_PATH, "LC_ALL": "C"}
 
 
-def _package_words(program: str) -> str:
+def _package_text(program: str) -> str:
     base = os.path.basename(program)
     for prefix, package in _PACKAGES.items():
         if base == prefix or base.startswith(prefix + "-"):
@@ -119,9 +119,9 @@ def _package_words(program: str) -> str:
     return f"the package that has {base}"
 
 
-def _status_words(status: int) -> str:
+def _status_text(status: int) -> str:
     if status >= 0:
-        return f"it exited with status {status} and said nothing"
+        return f"it exited with status {status} and printed nothing"
     try:
         return f"it was ended by {signal.Signals(-status).name}"
     except ValueError:

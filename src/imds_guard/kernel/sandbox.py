@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A throw-away network namespace and child cgroup, for tests and for the demonstration.
+"""A temporary network namespace and child cgroup, for tests and for the demonstration.
 
-Nothing in it reaches the machine's network, and nothing of it is left after the ``with`` block.
+Nothing in it reaches the machine's network, and nothing of it remains after the ``with`` block.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Callable, TypeVar
 from imds_guard.errors import Unsupported, system_words
 from imds_guard.kernel import children, listeners, netns, syscalls
 from imds_guard.kernel.children import ChildFailed
+from imds_guard.kernel.mounts import mounts
 
 T = TypeVar("T")
 
@@ -26,10 +27,10 @@ _EMPTY_WITHIN_S = 10.0
 
 
 class Sandbox:
-    """A context manager; ``addresses`` are on the namespace's lo, beside the loopback ones.
+    """A context manager. The lo of the namespace has ``addresses``, beside 127.0.0.1 and ::1.
 
     ``cgroup`` is the path of the child cgroup, ``netns_fd`` a descriptor of the network namespace. The cgroup is made
-    in the one whose path is ``below``, by default at the top of the cgroup2 mount.
+    below the cgroup at ``below``, by default at the top of the cgroup2 mount.
     """
 
     def __init__(self, addresses: Iterable[str] = (), *, below: str | None = None) -> None:
@@ -60,15 +61,14 @@ class Sandbox:
     def join(self) -> None:
         """Moves the calling process into the cgroup, then its thread into the namespace.
 
-        In this order, and before any socket: a socket belongs to the cgroup of the task that made it, and the path
-        of the cgroup is this mount namespace's.
+        Call it before any socket is made: a socket belongs to the cgroup of the task that made it.
         """
         with open(os.path.join(self.cgroup, "cgroup.procs"), "w", encoding="ascii") as procs:
             procs.write(str(os.getpid()))
         netns.enter(self.netns_fd)
 
     def call(self, fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
-        """What ``fn`` returns in a forked child of this cgroup and namespace; the value must be picklable.
+        """Calls ``fn`` in a forked child in this cgroup and namespace; returns its result, which must be picklable.
 
         Raises the GuardError that ``fn`` raised; ChildFailed with the text of any other error, or when there is no
         result after ``timeout_s``.
@@ -81,7 +81,7 @@ class Sandbox:
         return children.run_in_child(inside, timeout_s=timeout_s)
 
     def spawn(self, fn: Callable[[], object]) -> int:
-        """The process ID of a forked child that runs ``fn`` in this cgroup and namespace; killed at exit."""
+        """Forks a child that runs ``fn`` in this cgroup and namespace; returns its process ID. Killed at exit."""
 
         def inside() -> None:
             self.join()
@@ -92,11 +92,11 @@ class Sandbox:
         return pid
 
     def serve(self, addresses: Sequence[str], ports: Sequence[int]) -> int:
-        """The process ID of a child that takes TCP connections and echoes UDP; it listens when this returns."""
+        """Forks a child that accepts TCP connections and echoes UDP; returns its process ID once it listens."""
         return self.serve_with(lambda: listeners.listen(addresses, ports), listeners.answer_forever)
 
     def serve_with(self, listen: Callable[[], T], answer: Callable[[T], object]) -> int:
-        """The process ID of a child that runs ``answer(listen())``; ``listen`` is through when this returns."""
+        """Forks a child that runs ``answer(listen())``; ``listen`` has returned when this returns the process ID."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
 
@@ -111,7 +111,7 @@ class Sandbox:
             theirs.close()
             ours.settimeout(_EMPTY_WITHIN_S)
             if not ours.recv(1):
-                raise ChildFailed("a listener of the sandbox could not start; what it was told stands on stderr")
+                raise ChildFailed("a listener of the sandbox could not start; its error is on stderr")
         return pid
 
 
@@ -119,7 +119,7 @@ class Sandbox:
 
 
 def _new_namespace(addresses: Sequence[str]) -> int:
-    """A descriptor of a new network namespace. The child that made it is gone; the descriptor keeps it alive."""
+    """A descriptor of a new network namespace. The child that made it has ended; the descriptor keeps it alive."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
 
@@ -138,14 +138,12 @@ def _new_namespace(addresses: Sequence[str]) -> int:
 
 
 def _cgroup2_mount() -> str:
-    """Where cgroup2 is mounted: the file system's type stands behind the " - " of a line (mountinfo in proc(5))."""
-    with open("/proc/self/mountinfo", encoding="utf-8") as lines:
-        for line in lines:
-            left, _, right = line.partition(" - ")
-            if right.split()[0] == "cgroup2":
-                return left.split()[4]
+    """The path where cgroup2 is mounted, or one through a descriptor of a new mount, which stays open."""
+    found = mounts("cgroup2")
+    if found:
+        return found[0].path
     try:
-        fd = syscalls.mounted_nowhere("cgroup2")  # stays open with the process: the path leads through it
+        fd = syscalls.detached_mount("cgroup2")
     except OSError as error:
         raise Unsupported(f"mounting cgroup2 for a sandbox: {system_words(error)}; run it as root") from error
     return f"/proc/{os.getpid()}/fd/{fd}"
@@ -156,12 +154,12 @@ def _new_cgroup(below: str) -> str:
     try:
         os.mkdir(path, 0o755)
     except OSError as error:
-        raise Unsupported(f"could not make the cgroup {path}: {system_words(error)}; run it as root") from error
+        raise Unsupported(f"making the cgroup {path}: {system_words(error)}; run it as root") from error
     return path
 
 
 def _remove_cgroup(path: str) -> None:
-    """Ends whatever is still in the cgroup, waits until it is empty and removes it."""
+    """Kills every process of the cgroup, waits until it is empty and removes it."""
     deadline = time.monotonic() + _EMPTY_WITHIN_S
     with open(os.path.join(path, "cgroup.events"), "rb", buffering=0) as events:
         changes = select.poll()
@@ -175,7 +173,7 @@ def _remove_cgroup(path: str) -> None:
 
 
 def _kill_all(path: str) -> None:
-    """Kills every process of the cgroup; only what a sandbox started can be in it.
+    """Kills every process of the cgroup. Only processes of the sandbox can be in it.
 
     cgroup.kill: since Linux 661ee6281892 ("cgroup: introduce cgroup.kill") (in v5.14).
     """

@@ -1,51 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System calls that Python's os module lacks, a short wrapper each. Failures are OSErrors."""
+"""System calls that Python's os module lacks, a short wrapper for each. Every failure is an OSError.
+
+No other module loads the C library.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
+import signal
+import struct
+from collections.abc import Sequence
+
+from imds_guard.kernel.syscall_numbers import syscall_number
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "s390x": 356, "ppc64le": 365}
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture since v5.2
+_libc.syscall.restype = ctypes.c_long  # setfsuid(2) returns an ID, which may have its 32nd bit set
 
 MEMBARRIER_GLOBAL = 1
 MEMBARRIER_GLOBAL_EXPEDITED = 2
+
+# Source: include/uapi/linux/sched.h
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
 _FSCONFIG_CMD_CREATE = 6
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-CLONE_NEWNS = 0x00020000
+_PR_SET_PDEATHSIG = 1
 
 
-def _checked(result: int, what: str = "") -> int:
+def _checked(result: int, what: str) -> int:
+    """``result``, unless it is negative: then an OSError that names ``what`` where others name a file."""
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), what or None)
+        raise OSError(code, os.strerror(code), what)
     return result
 
 
+def _by_number(name: str, *arguments: int | bytes | None) -> int:
+    """syscall(2). Integers are passed as C longs, for which Python has no default."""
+    as_c = [ctypes.c_long(one) if isinstance(one, int) else one for one in arguments]
+    result = int(_libc.syscall(ctypes.c_long(syscall_number(name)), *as_c))
+    shown = ", ".join("..." if isinstance(one, bytes) else str(one) for one in arguments)
+    return _checked(result, f"{name}({shown})")
+
+
+# --- bpf(2) and memory barriers -------------------------------------------------------------------------------------
+
+
+def bpf(command: int, attr: ctypes.Array[ctypes.c_char], size: int) -> tuple[int, int]:
+    """bpf(2): the result, and the errno (0 on success). ``size`` is how much of ``attr`` the kernel is told of."""
+    result = int(_libc.syscall(ctypes.c_long(syscall_number("bpf")), ctypes.c_int(command), attr, ctypes.c_uint(size)))
+    return result, 0 if result >= 0 else ctypes.get_errno()
+
+
 def membarrier(command: int) -> None:
-    """membarrier(2); MEMBARRIER_CMD_GLOBAL waits for an RCU grace period: EINVAL on a kernel with nohz_full CPUs."""
-    number = _MEMBARRIER.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, f"the number of membarrier(2) on {os.uname().machine} is not known")
-    _checked(_libc.syscall(number, command, 0, 0))
+    """membarrier(2). MEMBARRIER_GLOBAL waits for an RCU grace period; EINVAL on a kernel with nohz_full CPUs."""
+    _by_number("membarrier", command, 0, 0)
+
+
+# --- files and mounts -----------------------------------------------------------------------------------------------
 
 
 def mount(source: str, target: str, kind: str, options: str = "") -> None:
-    """mount(2) without flags; ``options`` are the filesystem's own."""
+    """mount(2) without flags. ``options`` are those of the filesystem."""
     _checked(_libc.mount(source.encode(), os.fsencode(target), kind.encode(), 0, options.encode() or None), target)
 
 
-def mounted_nowhere(kind: str) -> int:
-    """An fd of the root directory of a new mount of a filesystem that no path leads to; gone when the fd is closed."""
-    context = _checked(_libc.syscall(_FSOPEN, kind.encode(), 0))
+def detached_mount(kind: str) -> int:
+    """The fd of the root directory of a new mount that is at no path (fsmount(2)); the mount ends when it is closed."""
+    context = _by_number("fsopen", kind.encode(), 0)
     try:
-        _checked(_libc.syscall(_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0))
-        tree = _checked(_libc.syscall(_FSMOUNT, context, 0, 0))
+        _by_number("fsconfig", context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        tree = _by_number("fsmount", context, 0, 0)
     finally:
         os.close(context)
     try:
@@ -54,14 +84,59 @@ def mounted_nowhere(kind: str) -> int:
         os.close(tree)
 
 
-def enter_mount_namespace(fd: int) -> None:
-    """setns(2) of this process into a mount namespace; it must have one thread alone."""
-    _checked(_libc.setns(fd, CLONE_NEWNS))
-
-
 def exchange(one: str, other: str) -> None:
-    """Swaps two paths in one step (renameat2 with RENAME_EXCHANGE)."""
-    _checked(
-        _libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)),
-        one,
-    )
+    """Swaps two paths in one step (renameat2(2) with RENAME_EXCHANGE)."""
+    paths = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
+    _checked(_libc.renameat2(*paths, ctypes.c_uint(_RENAME_EXCHANGE)), one)
+
+
+def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
+    """The fd of the file that a struct file_handle names in the filesystem of ``mount_fd`` (open_by_handle_at(2))."""
+    return _checked(_libc.open_by_handle_at(mount_fd, handle, flags), "open_by_handle_at")
+
+
+# --- namespaces and processes ---------------------------------------------------------------------------------------
+
+
+def unshare(flags: int) -> None:
+    """Gives the calling thread new namespaces of the kinds in ``flags`` (CLONE_NEW*; unshare(2))."""
+    _checked(_libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    """Moves the calling thread into the namespace of ``fd``, of the kind CLONE_NEW* (setns(2))."""
+    _checked(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends, unless it changes its IDs (PR_SET_PDEATHSIG in prctl(2))."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")
+
+
+# --- credentials of the calling thread alone ------------------------------------------------------------------------
+# The C library's wrappers change every thread of the process (nptl(7)); these change one.
+
+
+def setgroups(gids: Sequence[int]) -> None:
+    """setgroups(2)."""
+    _by_number("setgroups", len(gids), struct.pack(f"={len(gids)}I", *gids))
+
+
+def setresuid(real: int, effective: int, saved: int) -> None:
+    """setresuid(2)."""
+    _by_number("setresuid", real, effective, saved)
+
+
+def setresgid(real: int, effective: int, saved: int) -> None:
+    """setresgid(2)."""
+    _by_number("setresgid", real, effective, saved)
+
+
+def setfsuid(uid: int) -> int:
+    """setfsuid(2): the ID before the call. It never reports a failure; -1 changes nothing."""
+    return _by_number("setfsuid", uid)
+
+
+def setfsgid(gid: int) -> int:
+    """setfsgid(2): the ID before the call. It never reports a failure; -1 changes nothing."""
+    return _by_number("setfsgid", gid)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE
-from imds_guard.kernel.holders import process_name
+from imds_guard.kernel.processes import process_name
 from imds_guard.text import visible
 
 if TYPE_CHECKING:
     from imds_guard.connections.values import Connection, Sweep
-    from imds_guard.kernel.holders import Namespace
+    from imds_guard.kernel.namespaces import Namespace
     from imds_guard.policy.model import Address
 
 MANY = 12

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from imds_guard.backends.ebpf import hooks
 from imds_guard.errors import trying
-from imds_guard.kernel import syscalls
+from imds_guard.kernel import ownership, syscalls
 
 _STRANGER = "~stranger~"
 """What stood under a guard's name and was no guard is renamed to this and a random number."""
@@ -132,4 +132,4 @@ def _is_roots_folder(path: str) -> bool:
         found = os.lstat(path)
     except FileNotFoundError:
         return False
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == 0 and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(found.st_mode) and ownership.only_root_can_write(found)

@@ -9,7 +9,7 @@ import struct
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.errors import NotPermitted, Unsupported, system_words
-from imds_guard.kernel import bpf, privileges
+from imds_guard.kernel import bpf, namespaces, privileges
 
 _ELSEWHERE = "the iptables backend can serve instead"
 
@@ -21,12 +21,12 @@ def require_place() -> None:
         raise NotPermitted(
             f"working with eBPF: this process lacks {', '.join(missing)}; run it as root, or give it the capabilities"
         )
-    if privileges.namespace_inode("user") != privileges.INITIAL_USER_NAMESPACE:
+    if namespaces.namespace_inode("user") != namespaces.INITIAL_USER_NAMESPACE:
         raise NotPermitted(
             "working with eBPF: this process is root of a user namespace alone, which may attach nothing; run it as "
             "root of the host"
         )
-    if privileges.namespace_inode("pid") != privileges.INITIAL_PID_NAMESPACE:
+    if namespaces.namespace_inode("pid") != namespaces.INITIAL_PID_NAMESPACE:
         raise Unsupported(
             "looking at the PID namespace: this process is in a container, where the host's processes would all count "
             "as strangers; run it on the host, or in the host's PID namespace"

@@ -9,10 +9,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from imds_guard.kernel import syscalls
 from imds_guard.kernel.bpf.attr import BtfLoad, Command
-
-_SYSCALL_NUMBERS = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
-_libc = ctypes.CDLL(None, use_errno=True)
 
 _ATTR_BYTES = 512
 """Size of the buffer that union bpf_attr is passed in. The kernel is told the true size, and may write behind it: Linux
@@ -25,12 +23,9 @@ _MAX_TRIES = 5
 
 def invoke(command: int, attr: bytes) -> tuple[int, int, bytes]:
     """Makes the system call once: the result, the errno (0 on success), and union bpf_attr as the kernel left it."""
-    number = _SYSCALL_NUMBERS.get(os.uname().machine)
-    if number is None:
-        return -1, errno.ENOSYS, attr
     buffer = ctypes.create_string_buffer(attr, _ATTR_BYTES)
-    result = _libc.syscall(number, command, buffer, len(attr))
-    return result, 0 if result >= 0 else ctypes.get_errno(), buffer.raw[: len(attr)]
+    result, code = syscalls.bpf(command, buffer, len(attr))
+    return result, code, buffer.raw[: len(attr)]
 
 
 def call(command: Command, attr: ctypes.Structure, *, expected: Sequence[int] = ()) -> int:

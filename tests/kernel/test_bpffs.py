@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BPF filesystem of PID 1: how it is mounted where there is none."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from imds_guard.errors import GuardError, NotPermitted
+from imds_guard.kernel import bpffs, syscalls
+from imds_guard.kernel.children import ChildFailed
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="reads /proc/1/mountinfo: root only")
+
+
+def failing(error: Exception) -> object:
+    def mount(*_: str) -> None:
+        raise error
+
+    return mount
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "text"),
+    [
+        (errno.EPERM, NotPermitted, r"EPERM .*; run this as root \(CAP_SYS_ADMIN\)"),
+        (errno.ENODEV, GuardError, r"ENODEV .*; mount it by hand: mount -t bpf bpf /sys/fs/bpf"),
+        (524, GuardError, r"524 .*; mount it by hand"),
+    ],
+)
+def test_a_failed_mount_is_one_sentence(
+    code: int, kind: type[GuardError], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """524 is ENOTSUPP, which does not fit into the status of a process."""
+    monkeypatch.setattr(bpffs, "same_namespace_as_pid1", lambda: True)
+    monkeypatch.setattr(syscalls, "mount", failing(OSError(code, os.strerror(code))))
+    with pytest.raises(kind, match=f"^mounting a BPF filesystem at /sys/fs/bpf in PID 1's mount namespace: {text}"):
+        bpffs._mount_for_pid1()
+
+
+def test_an_unexpected_error_in_the_child_reaches_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child never returns into its parent's code, and its process is reaped."""
+    monkeypatch.setattr(bpffs, "same_namespace_as_pid1", lambda: True)
+    monkeypatch.setattr(syscalls, "mount", failing(ValueError("unexpected")))
+    parent = os.getpid()
+    try:
+        with pytest.raises(ChildFailed, match="ValueError: unexpected"):
+            bpffs._mount_for_pid1()
+    finally:
+        if os.getpid() != parent:  # a child that has escaped must not run the other tests
+            os._exit(1)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
