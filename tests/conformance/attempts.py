@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to connect. Each runs in the sandbox's child and comes out as an errno's name or ``connected``."""
+"""The ways to connect. Each runs in a child of the sandbox and gives the name of an errno, or ``connected``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def outcome(attempt: Attempt, one: socket.socket) -> str:
-    """``connected`` when the peer was reached, else the name of the errno that said no."""
+    """``connected`` when the peer was reached, else the name of the errno."""
     try:
         FORMS[attempt.form](one, attempt)
     except OSError as error:
@@ -43,7 +43,7 @@ def outcome(attempt: Attempt, one: socket.socket) -> str:
 
 
 def make_socket(attempt: Attempt) -> socket.socket:
-    """A blocking socket for the attempt that gives up after a while, bound as the attempt says."""
+    """A blocking socket with a timeout, bound as the attempt says."""
     ipv6 = ":" in attempt.to or "ipv6-socket" in attempt.form
     datagram = attempt.form.startswith("udp")
     one = socket.socket(
@@ -60,12 +60,12 @@ def make_socket(attempt: Attempt) -> socket.socket:
     return one
 
 
-def _there(attempt: Attempt) -> tuple[Any, ...]:
+def _destination(attempt: Attempt) -> tuple[Any, ...]:
     return sockaddr(attempt.to, attempt.port)
 
 
 def _open_address(attempt: Attempt) -> tuple[Any, ...]:
-    """Loopback, of the socket's family."""
+    """Loopback in the family of the attempt. Nobody locks it."""
     return sockaddr((IPV6 if ":" in attempt.to else IPV4).loopback, attempt.port)
 
 
@@ -91,12 +91,12 @@ def _raw(name: str, *arguments: object) -> int:
 
 
 def _connect(one: socket.socket, attempt: Attempt) -> None:
-    one.connect(_there(attempt))
+    one.connect(_destination(attempt))
 
 
 def _nonblocking(one: socket.socket, attempt: Attempt) -> None:
     one.setblocking(False)
-    number = one.connect_ex(_there(attempt))
+    number = one.connect_ex(_destination(attempt))
     if number == errno.EINPROGRESS:
         if not select.select([], [one], [], _WAIT_S)[1]:
             raise TimeoutError(errno.ETIMEDOUT, "no answer")
@@ -106,22 +106,22 @@ def _nonblocking(one: socket.socket, attempt: Attempt) -> None:
 
 
 def _fastopen_sendto(one: socket.socket, attempt: Attempt) -> None:
-    """Data in the SYN, without connect(2); a refusal by the peer is told here, too."""
-    one.sendto(b"?", socket.MSG_FASTOPEN, _there(attempt))
+    """Sends data in the SYN without connect(2). A refusal by the peer is reported by the same call."""
+    one.sendto(b"?", socket.MSG_FASTOPEN, _destination(attempt))
 
 
 def _fastopen_connect(one: socket.socket, attempt: Attempt) -> None:
-    """connect(2) that sends nothing yet (tcp(7)), then data in the SYN."""
+    """connect(2) sends nothing yet (TCP_FASTOPEN_CONNECT in tcp(7)); send(2) sends data in the SYN."""
     one.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-    one.connect(_there(attempt))
+    one.connect(_destination(attempt))
     one.send(b"?")
 
 
 def _after_unspec(one: socket.socket, attempt: Attempt) -> None:
-    """Connected to an open address, disconnected by AF_UNSPEC (connect(2)), then connected."""
+    """Connects to an open address, disconnects with AF_UNSPEC (connect(2)), then connects to the destination."""
     one.connect(_open_address(attempt))
     _raw("connect", one.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16)
-    one.connect(_there(attempt))
+    one.connect(_destination(attempt))
 
 
 def _ring(one: socket.socket, attempt: Attempt, *, flags: int = 0, sqpoll: bool = False) -> None:
@@ -133,12 +133,12 @@ def _ring(one: socket.socket, attempt: Attempt, *, flags: int = 0, sqpoll: bool 
 
 
 def _ring_worker(one: socket.socket, attempt: Attempt) -> None:
-    """The connect is made by a worker thread of the kernel."""
+    """A worker thread of the kernel connects."""
     _ring(one, attempt, flags=uring.IOSQE_ASYNC)
 
 
 def _ring_sqpoll(one: socket.socket, attempt: Attempt) -> None:
-    """The connect is made by the thread of the kernel that polls the queue."""
+    """The kernel thread that polls the submission queue connects."""
     _ring(one, attempt, sqpoll=True)
 
 
@@ -146,14 +146,14 @@ def _ring_sqpoll(one: socket.socket, attempt: Attempt) -> None:
 
 
 def _sent(send: Callable[[bytes], object]) -> None:
-    """Sends a token and waits until a listener has it: a filter on packets lets connect(2) through."""
+    """Sends a token and waits until a listener has it. A packet filter that denies does not fail connect(2)."""
     with Token() as token:
         send(token.payload)
         token.wait()
 
 
 def _udp_connect(one: socket.socket, attempt: Attempt) -> None:
-    one.connect(_there(attempt))
+    one.connect(_destination(attempt))
     _sent(one.send)
 
 
@@ -163,18 +163,18 @@ def _udp_after_unspec(one: socket.socket, attempt: Attempt) -> None:
 
 
 def _udp_sendto(one: socket.socket, attempt: Attempt) -> None:
-    _sent(lambda payload: one.sendto(payload, _there(attempt)))
+    _sent(lambda payload: one.sendto(payload, _destination(attempt)))
 
 
 def _udp_sendto_on_connected(one: socket.socket, attempt: Attempt) -> None:
-    """Connected to an open address; the datagram goes elsewhere."""
+    """Connects to an open address, then sends a datagram to the destination."""
     one.connect(_open_address(attempt))
-    _sent(lambda payload: one.sendto(payload, _there(attempt)))
+    _sent(lambda payload: one.sendto(payload, _destination(attempt)))
 
 
 def _udp_sendmsg_on_connected(one: socket.socket, attempt: Attempt) -> None:
     one.connect(_open_address(attempt))
-    _sent(lambda payload: one.sendmsg([payload], [], 0, _there(attempt)))
+    _sent(lambda payload: one.sendmsg([payload], [], 0, _destination(attempt)))
 
 
 class _MessageHeader(ctypes.Structure):
@@ -200,10 +200,10 @@ class _Vector(ctypes.Structure):
 
 
 def _udp_sendmmsg(one: socket.socket, attempt: Attempt) -> None:
-    """Two messages in one call, the first to an open address.
+    """Sends two messages in one call, the first to an open address.
 
-    An error behind the first message is told by the next call alone: the answer is that one was sent. Which errno it
-    was is asked by the second message on its own.
+    When the second message fails, sendmmsg(2) returns 1 and no errno. The second message is then sent alone, which
+    gives the errno.
     """
     open_address = Attempt(_open_address(attempt)[0], attempt.port)
     with Token() as first, Token() as second:
@@ -220,7 +220,7 @@ def _udp_sendmmsg(one: socket.socket, attempt: Attempt) -> None:
 
 
 def _ancillary(attempt: Attempt) -> tuple[int, int, bytes]:
-    """IP_PKTINFO or IPV6_PKTINFO, by the family of the address (ip(7), ipv6(7))."""
+    """An IP_PKTINFO (ip(7)) or, for an IPv6 address, an IPV6_PKTINFO (ipv6(7))."""
     info = attempt.packet_info
     if info is None:
         raise AssertionError(f"{attempt} has no packet_info")
@@ -233,12 +233,12 @@ def _ancillary(attempt: Attempt) -> tuple[int, int, bytes]:
 
 
 def _udp_packet_info(one: socket.socket, attempt: Attempt) -> None:
-    _sent(lambda payload: one.sendmsg([payload], [_ancillary(attempt)], 0, _there(attempt)))
+    _sent(lambda payload: one.sendmsg([payload], [_ancillary(attempt)], 0, _destination(attempt)))
 
 
 def _udp_connected_packet_info(one: socket.socket, attempt: Attempt) -> None:
-    """No address in the call: the one that the socket is connected to."""
-    one.connect(_there(attempt))
+    """Sends on a connected socket, without an address in the call."""
+    one.connect(_destination(attempt))
     _sent(lambda payload: one.sendmsg([payload], [_ancillary(attempt)]))
 
 
@@ -252,7 +252,7 @@ def _udp_sendto_ipv4_on_ipv6(one: socket.socket, attempt: Attempt) -> None:
 
 
 def _udp_sendto_as_unspec(one: socket.socket, attempt: Attempt) -> None:
-    """The kernel takes AF_UNSPEC for AF_INET here (udp_sendmsg() in net/ipv4/udp.c)."""
+    """The kernel treats AF_UNSPEC as AF_INET here (udp_sendmsg() in net/ipv4/udp.c)."""
     unspec = struct.pack("=H", socket.AF_UNSPEC) + _packed(attempt)[2:]
     _sent(lambda payload: _raw("sendto", one.fileno(), payload, len(payload), 0, unspec, 16))
 

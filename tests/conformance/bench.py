@@ -39,7 +39,7 @@ def sorted_by_policy(cases: Iterable[Case]) -> list[Case]:
 def serve_table(sandbox: Sandbox) -> Sandbox:
     """Starts listeners in the sandbox on every address and port of the table."""
     sandbox.call(allow_fastopen)
-    sandbox.serve_with(witness.listen, witness.testify_forever)
+    sandbox.serve_with(witness.listen, witness.confirm_forever)
     return sandbox
 
 

@@ -9,4 +9,4 @@ from tests.conformance.model import Case, unique
 CASES: tuple[Case, ...] = unique([*cases_who.CASES, *cases_where.CASES, *cases_how.CASES])
 
 MODEL_CASES: tuple[Case, ...] = unique([*CASES, *cases_who.KERNEL_THREADS])
-"""The table with the rows that no test can bring about in a kernel."""
+"""CASES, and rows that only decide() can be asked about: no test can make a kernel thread connect."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about how a connect is made: by which call, from which address, to 0.0.0.0."""
+"""Rows about how a connect is made: by which system call, from which source address, and to 0.0.0.0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _any = imds(users=[ALICE], udp=ALL_PORTS)
 
 
 def _forms() -> list[Case]:
-    """Each way to connect: denied to a stranger, open to a listed user, and no matter beside the lock."""
+    """Each way to connect: denied for a stranger, allowed for a listed user, not judged where nothing is locked."""
     rows: list[Case] = []
     for form, requires in (
         ("nonblocking", ()),
@@ -40,7 +40,7 @@ def _forms() -> list[Case]:
 
 
 def _odd_families() -> list[Case]:
-    """An address structure of another family than the socket's, which the kernel takes for UDP."""
+    """UDP calls with an address of another family than the socket's. The kernel accepts them."""
     rows: list[Case] = []
     for form in ("udp-connect-ipv4-on-ipv6-socket", "udp-sendto-ipv4-on-ipv6-socket", "udp-sendto-as-unspec"):
         rows += row(f"{form}-denied", _any, who(STRANGER), go(form=form), Reason.NOT_LISTED, families=(IPV4,))
@@ -77,7 +77,7 @@ UNSPECIFIED_TCP = [
     *row("bound-beside-to-locked", _tcp, who(STRANGER), go("locked", bind="beside"), Reason.NOT_LISTED),
 ]  # fmt: skip
 
-# 0.0.0.0 leads to the interface's primary address, which the rows' namespace has locked.
+# On a socket that is bound to an interface, 0.0.0.0 means the interface's primary address. Here that one is locked.
 DEVICE = [
     *row(
         "unspecified-on-a-device", _tcp, who(STRANGER), go("unspecified", device=True),
@@ -193,7 +193,7 @@ PACKET_INFO = [
         "pktinfo-beside", _any, who(STRANGER), go("beside", form=_PKTINFO, interface=True), Reason.NOT_LOCKED,
         families=(IPV4, IPV6),
     ),
-    # A connected socket that gives no address: judged when it was connected, and the hook sees an empty one.
+    # A connected socket sends without an address. It was judged by connect(2), and this hook sees an empty address.
     *row(
         "connected-pktinfo-beside", _any, who(STRANGER), go("beside", form="udp-connected-pktinfo", interface=True),
         Reason.NOT_LOCKED, families=(IPV4, IPV6),
@@ -213,8 +213,8 @@ PACKET_INFO = [
     ),
 ]  # fmt: skip
 
-# An IPv6 socket bound to a mapped address goes to ::ffff:127.0.0.1 when it is told "::"; it is judged by what it is
-# bound to all the same.
+# An IPv6 socket that is bound to a mapped address and connects to "::" reaches ::ffff:127.0.0.1. It is judged by the
+# address that it is bound to all the same.
 BOUND_TO_MAPPED = [
     Case(
         "unspecified-ipv6-bound-to-mapped", "mapped", _tcp(MAPPED), who(STRANGER),

@@ -79,7 +79,7 @@ PREFIXES = [
     ),
 ]  # fmt: skip
 
-# An address inside a prefix, with a lock of its own on port 80: the other ports of the address are the prefix's.
+# An address inside a locked prefix has a lock of its own on port 80. Its other ports belong to the prefix.
 _nested = locks(
     lambda f: [
         lock([f.shorter_prefix], "a-net", users=[ALICE]),

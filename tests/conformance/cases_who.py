@@ -59,7 +59,7 @@ REAL_EFFECTIVE_FS = [
 
 
 def _group_rows() -> list[Case]:
-    """The allowed group at each end and in the middle of lists of each size, and groups that fall between."""
+    """For group lists of each size: an allowed group at each end and in the middle, and gids that lie between."""
     rows: list[Case] = []
     for size in (1, 3, 64, 1024, 1025, 65536):
         groups = tuple(100_000 + 2 * position for position in range(size))
@@ -268,7 +268,7 @@ USER_NAMESPACES = [
     for case in row(name, policy, who(*caller, setting=Setting.USER_NAMESPACE), go(), expected, requires=("userns",))
 ]
 
-# Only decide() is asked: user space can't make a kernel thread that connects.
+# Only decide() is asked. User space can't make a kernel thread that connects.
 KERNEL_THREADS = [
     *row("kernel-thread", imds(users=[0]), who(0, 0, setting=Setting.KERNEL_THREAD), go(), Reason.KERNEL_THREAD),
     *row(

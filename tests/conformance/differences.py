@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows that a backend judges otherwise, as data: each must come out the other way round, or the table is stale."""
+"""Rows where a backend is known to differ from the table: there the opposite verdict is expected, and tested."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from fnmatch import fnmatchcase
 from tests.conformance.model import Case
 
 _OPENER = "the identity that counts is the one that opened the socket"
-_NAMESPACE = "one network namespace is judged, not those made later"
-_CONTAINERS = "callers in containers are judged as the host's own"
-_EXACT = "packets are judged by the address that the kernel took for 0.0.0.0, which the hook can't know"
-_LOOPBACK = "the kernel takes loopback for :: whatever the socket is bound to, and that is what a packet shows"
-_LOOPBACK = "the kernel takes loopback for ::, whatever the socket is bound to, and packets are judged by that"
-_GROUPS = "any number of groups is compared"
+_NAMESPACE = "only one network namespace is guarded, not those that are made later"
+_CONTAINERS = "callers in containers are judged like callers on the host"
+_EXACT = "packets are judged by the address that the kernel chose for 0.0.0.0, which the hook can't know"
+_LOOPBACK = "the kernel chooses loopback for ::, even on a bound socket, and packets are judged by that address"
+_GROUPS = "all groups of a caller are compared, without a limit"
 
-# Backend -> (pattern of row ids, why). The first pattern that fits decides.
+# Backend -> (pattern of row ids, why). The first pattern that matches decides.
 KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
     "ebpf": (),
     "iptables": (

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random policies and callers from a seed, and the same connect under a backend. No unspecified address, no containers:
-where backends are known to differ is the table's business (differences.py).
+"""Random policies and callers from a seed, for ``decide()`` and for every backend.
+
+There are no unspecified addresses and no containers: backends differ there (differences.py), and the table covers them.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ from tests.conformance.families import ADDRESSES, IPV4, IPV6, PORTS
 
 CASES_OF_A_POLICY = 50
 
-# No ID means the same as a user and as a group by accident: most are both.
+# Most IDs are used for users and for groups, so that mixing the two up shows.
 _IDS = (0, 1, 2, 40_001, 40_002, 40_003, 40_005, 40_006, 50_001, 50_002, 2_147_483_648, 4_294_967_294)
 _MANY = tuple(range(60_000, 60_060, 2))
-"""More ranges than a backend is likely to look at one by one."""
-_MIDDLING = tuple(number for number in (*_IDS, *_MANY) if number < 2**31)
+"""IDs with gaps between them, so that they make many ranges."""
+_BELOW_2_31 = tuple(number for number in (*_IDS, *_MANY) if number < 2**31)
 
 _NETWORKS = (
     *ADDRESSES,
@@ -61,7 +62,7 @@ _PORTS: tuple[Ports, ...] = (ALL_PORTS, ((80, 80),), ((0, 52), (54, 65535)), ((4
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who connects where. The saved user ID is 0, so that the next caller can be taken on."""
+    """A caller and a destination. The saved user ID stays 0, so that the process can become the next caller."""
 
     ruid: int
     euid: int
@@ -77,14 +78,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Block:
-    """One policy and the attempts under it, all from one seed."""
+    """One policy, and attempts under it, made from one seed."""
 
     seed: int
     policy: Policy
     attempts: tuple[Attempt, ...]
 
     def decisions(self) -> list[Decision]:
-        """What the specification says of each attempt."""
+        """The decision of the specification for each attempt."""
         return [decide(self.policy, _caller(attempt), _destination(attempt)) for attempt in self.attempts]
 
 
@@ -103,7 +104,7 @@ def _destination(attempt: Attempt) -> Destination:
     return Destination(ipaddress.ip_address(attempt.to), attempt.port, attempt.protocol)
 
 
-# --- what is random -------------------------------------------------------------------------------------------------
+# --- random values --------------------------------------------------------------------------------------------------
 
 
 def _policy(random: Random) -> Policy:
@@ -114,7 +115,7 @@ def _policy(random: Random) -> Policy:
         try:
             return make_policy(locks, mode, containers)
         except PolicyError:
-            continue  # two locks claim the same port: as likely as not, and no policy
+            continue  # two locks claim the same port: this is frequent, and not a valid policy
 
 
 def _lock(random: Random, name: str) -> Lock:
@@ -133,12 +134,12 @@ def _endpoint(random: Random) -> Endpoint:
     return Endpoint(network, ports if shape != "udp" else (), ports if shape != "tcp" else ())
 
 
-def _identities(random: Random, likely: float) -> Identities:
-    return Identities(_ids(random, likely), _ids(random, likely))
+def _identities(random: Random, probability: float) -> Identities:
+    return Identities(_ids(random, probability), _ids(random, probability))
 
 
-def _ids(random: Random, likely: float) -> frozenset[int]:
-    if random.random() > likely:
+def _ids(random: Random, probability: float) -> frozenset[int]:
+    if random.random() > probability:
         return frozenset()
     if random.random() < 0.2:
         return frozenset(random.sample(_MANY, random.randint(9, len(_MANY))))
@@ -150,7 +151,7 @@ def _attempt(random: Random, policy: Policy) -> Attempt:
     groups = random.sample((*_IDS, *_MANY), random.choice((0, 0, 1, 2, 5, 12)))
     if random.random() < 0.02:
         groups += range(100_000, 101_100)
-    address, port, protocol = random.choice(_locked(policy) if random.random() < 0.8 else _EVERYWHERE)
+    address, port, protocol = random.choice(_locked_places(policy) if random.random() < 0.8 else _EVERYWHERE)
     mapped = ":" not in address and random.random() < 0.4
     return Attempt(
         *uids, *gids, tuple(groups), to=f"::ffff:{address}" if mapped else address, port=port, protocol=protocol
@@ -160,8 +161,8 @@ def _attempt(random: Random, policy: Policy) -> Attempt:
 _EVERYWHERE = tuple((address, port, protocol) for address in ADDRESSES for port in PORTS for protocol in Protocol)
 
 
-def _locked(policy: Policy) -> Sequence[tuple[str, int, Protocol]]:
-    """The places with a listener that some lock covers; everywhere when there is none."""
+def _locked_places(policy: Policy) -> Sequence[tuple[str, int, Protocol]]:
+    """The destinations with a listener that some lock covers; all destinations with a listener when there is none."""
     found = [
         (address, port, protocol)
         for address, port, protocol in _EVERYWHERE
@@ -171,21 +172,21 @@ def _locked(policy: Policy) -> Sequence[tuple[str, int, Protocol]]:
 
 
 def _three(random: Random) -> tuple[int, int, int]:
-    """Real, effective and fs ID. Who has not the effective ID 0 may take on as fs ID only what it has already."""
+    """Real, effective and fs ID. Without effective ID 0, only an ID that the task already has can become the fs ID."""
     real, effective = random.choice((*_IDS, *_MANY)), random.choice((*_IDS, *_MANY))
     if random.random() < 0.7:
         return real, effective, effective
     if random.random() < 0.5:
-        return real, 0, random.choice(_MIDDLING)
-    own = random.choice(_MIDDLING)
-    return own, random.choice(_MIDDLING), random.choice((own, 0))
+        return real, 0, random.choice(_BELOW_2_31)
+    own = random.choice(_BELOW_2_31)
+    return own, random.choice(_BELOW_2_31), random.choice((own, 0))
 
 
-# --- for real -------------------------------------------------------------------------------------------------------
+# --- connects -------------------------------------------------------------------------------------------------------
 
 
 def attempt_all(attempts: Sequence[Attempt]) -> list[str]:
-    """The errno of each attempt, made one after the other by the calling thread, which must be root's."""
+    """``connected`` or the errno of each attempt. The calling thread, which must be root, makes them one by one."""
     return [_one(attempt) for attempt in attempts]
 
 
@@ -213,7 +214,7 @@ def _connect(attempt: Attempt) -> str:
             if kind == socket.SOCK_DGRAM:
                 one.sendto(b"?", sockaddr(attempt.to, attempt.port))
             else:
-                # A reset in place of TIME_WAIT, or the ports would run out (SO_LINGER in socket(7)).
+                # Close with a reset (SO_LINGER in socket(7)): sockets in TIME_WAIT would use up the ports.
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
                 one.connect(sockaddr(attempt.to, attempt.port))
         except OSError as error:

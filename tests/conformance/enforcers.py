@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every backend under the same few verbs, put to work for one sandbox after the other."""
+"""One interface to all backends, which enforce in one sandbox after the other."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.conformance.families import ADDRESSES
 
 T = TypeVar("T")
 
-PATIENCE_S = 300.0
-"""iptables takes seconds for a long policy where the processor is emulated, and minutes while the host is busy."""
+TIMEOUT_S = 300.0
+"""With a long policy iptables takes seconds on an emulated processor, and minutes when its host is busy."""
 
 
 class Enforcer(Protocol):
-    """A backend, where it enforces, and how a denial looks there. Closed by the ``with`` block."""
+    """A backend and the place where it enforces. A context manager."""
 
     refusals: frozenset[str]
-    """The errnos that a denied connect may end with."""
+    """The errnos that a denied connect may get."""
 
     def __enter__(self) -> Enforcer: ...
 
@@ -36,23 +36,23 @@ class Enforcer(Protocol):
     ) -> None: ...
 
     def sandbox(self) -> Sandbox:
-        """A fresh namespace and cgroup that the backend will enforce in."""
+        """A new network namespace and cgroup in which the backend will enforce."""
 
     def apply(self, sandbox: Sandbox, policy: Policy) -> None:
         """Checks the policy and puts it in force. Raises Unsupported or NotPermitted."""
 
     def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
-        """The policy that the kernel holds, and what the backend says is wrong."""
+        """The policy that the kernel holds, and the faults that the backend reports."""
 
     def reasons(self) -> set[Reason] | None:
         """Why connects were judged as they were since the last call or apply(). None where nothing counts reasons."""
 
     def remove(self, sandbox: Sandbox) -> None:
-        """Takes it all away."""
+        """Removes the guard. Nothing happens if there is none."""
 
 
 class Ebpf:
-    """Programs stay attached to a cgroup above all sandboxes; from row to row only the policy changes, as in use."""
+    """The programs stay attached to a cgroup above all sandboxes. Only the policy changes, as in real use."""
 
     refusals = frozenset({"EPERM"})
     defines: Defines = ()
@@ -88,7 +88,7 @@ class Ebpf:
         return self._backend.read(), self._backend.faults()
 
     def reasons(self) -> set[Reason] | None:
-        """Enforcer.reasons(): by the hooks' own counters."""
+        """Enforcer.reasons(): from the counters of the hooks."""
         before, self._before = self._before, self._counts()
         return {reason for reason, count in self._before.items() if count != before.get(reason, 0)}
 
@@ -101,18 +101,18 @@ class Ebpf:
 
 
 class Iptables:
-    """Rules live in a network namespace, so every verb runs in a child that lives in the sandbox."""
+    """Rules belong to a network namespace, so every method runs in a child of the sandbox."""
 
-    # TCP is rejected with a reset; a datagram that OUTPUT rejects is EPERM for the sender (NF_DROP in
-    # nf_hook_slow(), Linux net/netfilter/core.c).
+    # TCP is rejected with a reset. The sender of a datagram that OUTPUT rejects gets EPERM (NF_DROP in nf_hook_slow(),
+    # Linux net/netfilter/core.c).
     refusals = frozenset({"ECONNREFUSED", "EPERM"})
 
     def __init__(self, folder: Path) -> None:
         self._backend = IptablesBackend(state_folder=str(folder))
 
     def __enter__(self) -> Iptables:
-        # What a child finds out ends with it. Asked here it is asked once, and not again for each verb.
-        with suppress(GuardError):  # apply() says it
+        # The backend keeps the answer. Asked only in children, which end, it would be asked again for every method.
+        with suppress(GuardError):  # apply() will raise the same
             self._backend._probe(self._backend._programs(), audit=False)
         return self
 
@@ -128,29 +128,29 @@ class Iptables:
     def apply(self, sandbox: Sandbox, policy: Policy) -> None:
         """Enforcer.apply()."""
 
-        def checked() -> None:
+        def check_and_apply() -> None:
             with reading_once():
                 self._backend.check(policy)
                 self._backend.apply(policy)
 
-        sandbox.call(checked, timeout_s=PATIENCE_S)
+        sandbox.call(check_and_apply, timeout_s=TIMEOUT_S)
 
     def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
         """Enforcer.held()."""
 
-        def looked() -> tuple[Policy | None, list[str]]:
+        def look() -> tuple[Policy | None, list[str]]:
             with reading_once():
                 return self._backend.read(), self._backend.faults()
 
-        return sandbox.call(looked, timeout_s=PATIENCE_S)
+        return sandbox.call(look, timeout_s=TIMEOUT_S)
 
     def reasons(self) -> set[Reason] | None:
-        """Enforcer.reasons(): a rule has no reason."""
+        """Enforcer.reasons(): rules don't count reasons."""
         return None
 
     def remove(self, sandbox: Sandbox) -> None:
         """Enforcer.remove()."""
-        sandbox.call(self._backend.remove, timeout_s=PATIENCE_S)
+        sandbox.call(self._backend.remove, timeout_s=TIMEOUT_S)
 
 
 ENFORCERS: dict[str, Callable[[Path], Enforcer]] = {"ebpf": Ebpf, "iptables": Iptables}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The addresses of the table, for each of the three ways to write one."""
+"""The addresses of the table, for each of the three address families: IPv4, IPv6 and mapped IPv4."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table becomes three: the words below mean another address in each."""
+    """One row of the table becomes three, one per family. Each field is an address or a prefix of that family."""
 
     name: str
     locked: str
-    """The address that is locked, as the caller writes it."""
+    """The locked address, as the caller writes it."""
     other: str
-    """A second one, for policies with two locks."""
+    """A second locked address, for policies with two locks."""
     beside: str
-    """The locked address plus one; never locked by itself."""
+    """The locked address plus one. It is never locked by itself."""
     wireserver: str
     loopback: str
     unspecified: str
     prefix: str
-    """Covers ``locked`` and ``beside``, as a policy writes it."""
+    """A prefix with ``locked`` and ``beside`` in it, as a policy writes it."""
     shorter_prefix: str
-    """Covers ``prefix``."""
+    """A shorter prefix, which covers ``prefix``."""
     everything: str
 
 
@@ -67,7 +67,7 @@ FAMILIES = (IPV4, IPV6, MAPPED)
 
 LINK_LOCAL = "fe80::a9fe:a9fe"
 
-# The first is lo's primary address.
+# The first one becomes the primary address of lo.
 ADDRESSES = (
     IPV4.locked,
     IPV4.other,

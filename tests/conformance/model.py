@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row of the conformance table is made of, and what ``decide()`` is told of it."""
+"""The parts of a row of the conformance table, and the arguments of ``decide()`` that follow from them."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from dataclasses import dataclass
 from imds_guard.policy.model import Caller, Destination, Policy, Protocol, Reason, Source
 
 USER_NAMESPACE_OFFSET = 500_000
-"""An ID inside the user namespaces of the table is this much more outside."""
+"""In the user namespaces of the table, inside ID + this number = outside ID."""
 
 
 class Setting(enum.Enum):
-    """In what kind of task the caller takes its IDs and connects."""
+    """The kind of task that takes the caller's IDs and connects."""
 
     PROCESS = "a process"
-    THREAD = "a thread with IDs of its own; its process stays root"
+    THREAD = "a thread with its own IDs; the process stays root"
     CHILD = "a child of a process with other groups"
-    UNSHARED_PID = "a process that called unshare(CLONE_NEWPID): its children will live there, it does not"
+    UNSHARED_PID = "a process that called unshare(CLONE_NEWPID), which moves only its children"
     PID_NAMESPACE = "the first process of a PID namespace"
     USER_NAMESPACE = "a process in a user namespace with mapped IDs"
-    NETWORK_NAMESPACE = "a process in a network namespace that was made after the policy"
+    NETWORK_NAMESPACE = "a process in a network namespace that was made after the policy was applied"
     KERNEL_THREAD = "a kernel thread, which no test can make"
 
 
 @dataclass(frozen=True)
 class Who:
-    """How the child takes its IDs: real, effective and saved; then the fs IDs, which follow the effective ones."""
+    """The IDs of the caller: real, effective and saved. The fs IDs are the effective ones unless they are given."""
 
     uids: tuple[int, int, int]
     gids: tuple[int, int, int]
@@ -38,13 +38,13 @@ class Who:
     fsgid: int | None = None
     setting: Setting = Setting.PROCESS
     socket_first: bool = False
-    """The socket is made by root, before the IDs are taken."""
+    """Root makes the socket before the IDs are taken."""
     parent_groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class PacketInfo:
-    """The ancillary message IP_PKTINFO (ip(7)): the interface is lo, or left to the kernel."""
+    """An IP_PKTINFO control message (ip(7)). The interface is lo, or the kernel chooses it."""
 
     interface: bool = False
     source: str | None = None
@@ -52,25 +52,25 @@ class PacketInfo:
 
 @dataclass(frozen=True)
 class Attempt:
-    """How the child connects. ``form`` is a key of attempts.FORMS."""
+    """How the caller connects. ``form`` is a key of attempts.FORMS."""
 
     to: str
     port: int = 80
     form: str = "connect"
     bind: str | None = None
     device: bool = False
-    """SO_BINDTODEVICE to lo, whose primary IPv4 address is the locked one."""
+    """The socket is bound to lo by SO_BINDTODEVICE. The primary IPv4 address of lo is the locked one."""
     packet_info: PacketInfo | None = None
 
     @property
     def protocol(self) -> Protocol:
-        """UDP for the forms whose name says so."""
+        """UDP for forms whose name begins with "udp", else TCP."""
         return Protocol.UDP if self.form.startswith("udp") else Protocol.TCP
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: under this policy, this caller, trying this, is judged so."""
+    """One row: a policy, a caller, an attempt, and the expected verdict with its reason."""
 
     name: str
     family: str
@@ -80,7 +80,7 @@ class Case:
     expected: Reason
     allowed: bool
     requires: tuple[str, ...] = ()
-    """Keys of probes.PROBES: what the kernel must have for the row to be run."""
+    """Keys of probes.PROBES: features that the kernel must have, else the row is skipped."""
 
     @property
     def id(self) -> str:
@@ -104,13 +104,13 @@ def model_caller(case: Case) -> Caller:
 
 
 def model_destination(case: Case) -> Destination:
-    """Where the attempt says that it goes."""
+    """The destination as the caller gives it to the system call."""
     attempt = case.attempt
     return Destination(ipaddress.ip_address(attempt.to), attempt.port, attempt.protocol)
 
 
 def model_source(case: Case) -> Source:
-    """What the kernel takes as the source: an IP_PKTINFO replaces the socket's own address, also by none.
+    """The source address as the kernel sees it. An IP_PKTINFO replaces the socket's own address, even if it has none.
 
     Source: udp_sendmsg() in Linux net/ipv4/udp.c, ``ipc.addr``, and ip_cmsg_send() in net/ipv4/ip_sockglue.c.
     """
@@ -121,7 +121,7 @@ def model_source(case: Case) -> Source:
 
 
 def unique(cases: Iterable[Case]) -> tuple[Case, ...]:
-    """The cases as they are; two with the same id are an error of the table."""
+    """The same cases. Raises ValueError when two have the same id."""
     table = tuple(cases)
     ids = [case.id for case in table]
     repeated = sorted({one for one in ids if ids.count(one) > 1})

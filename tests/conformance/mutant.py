@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a broken version of ``decide()`` is made with: each has a fault that somebody has made or could make.
+"""Helpers to write mutants: versions of ``decide()`` with one fault that somebody has made or could make.
 
-A mutant is given the whole row, since some faults are in what was looked at: the real ID, the thread's process.
+A mutant gets the whole row, because some faults read the wrong input: the real ID, or the process of a thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REGISTERED: dict[str, Mutant] = {}
 
 
 def mutant(function: Mutant) -> Mutant:
-    """Puts a broken decide() into the table, by its name."""
+    """Registers a broken decide() under its name."""
     REGISTERED[function.__name__.replace("_", "-")] = function
     return function
 
@@ -45,7 +45,7 @@ def judge(
     destination: Destination | None = None,
     source: Source | None = None,
 ) -> Decision:
-    """decide() for the row, with what is given in place of what is right."""
+    """decide() for the row. Each argument that is given replaces the right one."""
     return decide(
         policy or case.policy,
         caller or model_caller(case),

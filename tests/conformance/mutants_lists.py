@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants that take lists, modes and containers for something else."""
+"""Mutants that misread lists, modes and containers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def groups_restrict_nobody(case: Case) -> Decision:
 
 @mutant
 def deny_after_allow(case: Case) -> Decision:
-    """The allowlist is looked at first."""
+    """The allowlist is checked before the deny list."""
     decision = judge(case)
     without = judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(deny=Identities())))
     if decision.reason in (Reason.DENIED_USER, Reason.DENIED_GROUP) and without.matched:
@@ -43,7 +43,7 @@ def deny_after_allow(case: Case) -> Decision:
 
 @mutant
 def deny_lists_ignored(case: Case) -> Decision:
-    """Nobody looks at deny lists."""
+    """Deny lists are not checked."""
     return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(deny=Identities())))
 
 
@@ -55,7 +55,7 @@ def default_always_deny(case: Case) -> Decision:
 
 @mutant
 def one_list_for_all_locks(case: Case) -> Decision:
-    """The allowlists of all locks are thrown together."""
+    """The allowlists of all locks are merged."""
     users = frozenset(uid for lock in case.policy.locks for uid in lock.allow.users)
     groups = frozenset(gid for lock in case.policy.locks for gid in lock.allow.groups)
     return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(allow=Identities(users, groups))))
@@ -63,7 +63,7 @@ def one_list_for_all_locks(case: Case) -> Decision:
 
 @mutant
 def one_deny_list_for_all_locks(case: Case) -> Decision:
-    """The deny lists of all locks are thrown together."""
+    """The deny lists of all locks are merged."""
     users = frozenset(uid for lock in case.policy.locks for uid in lock.deny.users)
     return judge(case, policy=with_locks(case.policy, lambda lock: lock._replace(deny=lock.deny._replace(users=users))))
 
@@ -76,13 +76,13 @@ def audit_enforced(case: Case) -> Decision:
 
 @mutant
 def enforce_audited(case: Case) -> Decision:
-    """The mode is not known and taken for audit."""
+    """Enforce mode is an unknown word, and treated as audit."""
     return judge(case, policy=case.policy._replace(mode=Mode.AUDIT))
 
 
 @mutant
 def audit_has_no_reason(case: Case) -> Decision:
-    """Audit mode lets through without saying what it would have done."""
+    """Audit mode allows without recording that enforce mode would have denied."""
     return Decision(True, Reason.NOT_LOCKED) if case.policy.mode is Mode.AUDIT else judge(case)
 
 
@@ -91,7 +91,7 @@ def audit_has_no_reason(case: Case) -> Decision:
 
 @mutant
 def containers_ignored(case: Case) -> Decision:
-    """Root of a container is root."""
+    """A caller in a container is judged as if it were on the host."""
     return judge(case, policy=case.policy._replace(containers=Verdict.ALLOW))
 
 
@@ -103,33 +103,33 @@ def containers_never_allowed(case: Case) -> Decision:
 
 @mutant
 def pid_namespaces_ignored(case: Case) -> Decision:
-    """Only user namespaces make a container."""
+    """A PID namespace does not count as a container."""
     return judge(case, caller=model_caller(case)._replace(pid_namespace_is_initial=True))
 
 
 @mutant
 def user_namespaces_ignored(case: Case) -> Decision:
-    """Only PID namespaces make a container, and a mapped ID slips past a deny list."""
+    """A user namespace does not count as a container, so a mapped ID is missed by a deny list."""
     return judge(case, caller=model_caller(case)._replace(user_namespace_is_initial=True))
 
 
 @mutant
 def user_namespace_with_default_allow_forgotten(case: Case) -> Decision:
-    """A mapped ID slips past a deny list where containers are allowed."""
+    """Where containers are allowed, a mapped ID is missed by a deny list."""
     decision = judge(case)
     return Decision(True, Reason.DEFAULT_ALLOW) if decision.reason is Reason.USER_NAMESPACE else decision
 
 
 @mutant
 def the_pid_namespace_of_the_children(case: Case) -> Decision:
-    """nsproxy's PID namespace, which is the one that children get, in place of the task's own."""
+    """The PID namespace in nsproxy is used. It is the one for children; the task's own may be another."""
     here = case.who.setting not in (Setting.UNSHARED_PID, Setting.PID_NAMESPACE)
     return judge(case, caller=model_caller(case)._replace(pid_namespace_is_initial=here))
 
 
 @mutant
 def network_namespaces_are_containers(case: Case) -> Decision:
-    """A namespace of its own makes a process somebody else's."""
+    """A network namespace counts as a container."""
     if case.who.setting is not Setting.NETWORK_NAMESPACE:
         return judge(case)
     return judge(case, caller=model_caller(case)._replace(pid_namespace_is_initial=False))
@@ -137,18 +137,18 @@ def network_namespaces_are_containers(case: Case) -> Decision:
 
 @mutant
 def new_network_namespaces_not_covered(case: Case) -> Decision:
-    """What was made after start is not judged."""
+    """Network namespaces that were made after the start are not guarded."""
     return Decision(True, Reason.NOT_LOCKED) if case.who.setting is Setting.NETWORK_NAMESPACE else judge(case)
 
 
 @mutant
 def containers_judged_without_a_lock(case: Case) -> Decision:
-    """A container is denied wherever it goes."""
+    """A caller in a container is denied at every destination, locked or not."""
     deny = model_caller(case).in_container and case.policy.containers is Verdict.DENY
     return Decision(False, Reason.CONTAINER) if deny else judge(case)
 
 
 @mutant
 def kernel_threads_forgotten(case: Case) -> Decision:
-    """A kernel thread is uid 0."""
+    """A kernel thread is judged as user 0."""
     return judge(case, caller=model_caller(case)._replace(kernel_thread=False))

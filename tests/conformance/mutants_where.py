@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants that look at the wrong destination."""
+"""Mutants that judge the wrong destination."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from tests.conformance.mutant import judge, mutant, with_endpoints
 
 @mutant
 def ipv4_only(case: Case) -> Decision:
-    """IPv6 endpoints forgotten."""
+    """IPv6 endpoints are left out."""
     return Decision(True, Reason.NOT_LOCKED) if _written_as_ipv6(case) and not _mapped(case) else judge(case)
 
 
 @mutant
 def mapped_addresses_forgotten(case: Case) -> Decision:
-    """::ffff:a.b.c.d is an IPv6 address that nobody locked."""
+    """A mapped address (::ffff:a.b.c.d) is treated as an IPv6 address that is not locked."""
     return Decision(True, Reason.NOT_LOCKED) if _mapped(case) else judge(case)
 
 
 @mutant
 def link_local_forgotten(case: Case) -> Decision:
-    """fe80:: is nobody's metadata service."""
+    """Link-local IPv6 endpoints are left out."""
     return (
         Decision(True, Reason.NOT_LOCKED)
         if model_destination(case).address.is_link_local and _written_as_ipv6(case) and not _mapped(case)
@@ -52,7 +52,7 @@ def _mapped(case: Case) -> bool:
 
 @mutant
 def all_of_ipv6_covers_ipv4(case: Case) -> Decision:
-    """In one trie of 16 octets, ::/0 is a prefix of ::ffff:0:0/96, too."""
+    """IPv4 shares a trie of 16-byte keys with IPv6, where ::/0 also covers ::ffff:0:0/96."""
     decision = judge(case)
     if decision.lock or case.attempt.protocol is Protocol.UDP:
         return decision
@@ -77,18 +77,18 @@ def _single(endpoint: Endpoint) -> bool:
 
 @mutant
 def least_specific(case: Case) -> Decision:
-    """The widest prefix decides."""
+    """The least specific endpoint decides."""
     return _by_lock(case, lambda lock: min(one.network.prefixlen for one in lock.endpoints))
 
 
 @mutant
 def first_lock_by_name(case: Case) -> Decision:
-    """The first lock that matches decides."""
+    """The first lock by name that matches decides."""
     return _by_lock(case, lambda lock: 0)
 
 
 def _by_lock(case: Case, order: Callable[[Lock], int]) -> Decision:
-    """Asks the locks one by one, each as if it were alone."""
+    """The decision of the first lock, in this order, that covers the destination when it is the only one."""
     for lock in sorted(case.policy.locks, key=order):
         alone = judge(case, policy=case.policy._replace(locks=(lock,)))
         if alone.reason is not Reason.NOT_LOCKED:
@@ -98,7 +98,7 @@ def _by_lock(case: Case, order: Callable[[Lock], int]) -> Decision:
 
 @mutant
 def most_specific_whatever_its_ports(case: Case) -> Decision:
-    """The most specific endpoint decides for all ports: those that it does not have are open."""
+    """The most specific endpoint decides for all ports. Ports that it does not list are open."""
     address = resolve_unspecified(model_destination(case).address, model_source(case))
     inner = [
         (one.network.prefixlen, lock)
@@ -114,7 +114,7 @@ def most_specific_whatever_its_ports(case: Case) -> Decision:
 
 @mutant
 def ports_ignored(case: Case) -> Decision:
-    """A lock with ports locks them all."""
+    """A lock with some ports locks all ports."""
     everything = ((0, 65535),)
     policy = with_endpoints(
         case.policy, lambda one: one._replace(tcp=one.tcp and everything, udp=one.udp and everything)
@@ -123,7 +123,7 @@ def ports_ignored(case: Case) -> Decision:
 
 
 @mutant
-def port_octets_swapped(case: Case) -> Decision:
+def port_bytes_swapped(case: Case) -> Decision:
     """The port is compared in network byte order."""
     destination = model_destination(case)
     swapped = int.from_bytes(destination.port.to_bytes(2, "big"), "little")
@@ -132,13 +132,13 @@ def port_octets_swapped(case: Case) -> Decision:
 
 @mutant
 def first_range_of_ports(case: Case) -> Decision:
-    """Only the first range of a lock's ports is looked at."""
+    """Only the first range of a lock's ports is checked."""
     return judge(case, policy=with_endpoints(case.policy, lambda one: one._replace(tcp=one.tcp[:1], udp=one.udp[:1])))
 
 
 @mutant
 def hull_of_the_ports(case: Case) -> Decision:
-    """From the lowest to the highest port, without the gaps."""
+    """Everything from the lowest to the highest port is locked, gaps included."""
     policy = with_endpoints(
         case.policy,
         lambda one: one._replace(
@@ -151,20 +151,20 @@ def hull_of_the_ports(case: Case) -> Decision:
 
 @mutant
 def protocol_ignored(case: Case) -> Decision:
-    """What is locked for TCP is locked for UDP."""
+    """An endpoint that is locked for TCP is locked for UDP, too."""
     policy = with_endpoints(case.policy, lambda one: one._replace(tcp=one.tcp or one.udp, udp=one.udp or one.tcp))
     return judge(case, policy=policy)
 
 
 @mutant
 def tcp_only(case: Case) -> Decision:
-    """UDP is not looked at."""
+    """UDP is not checked."""
     return Decision(True, Reason.NOT_LOCKED) if case.attempt.protocol is Protocol.UDP else judge(case)
 
 
 @mutant
 def everything_is_locked(case: Case) -> Decision:
-    """What nobody locked is denied, too."""
+    """Destinations that are not locked are denied, too."""
     decision = judge(case)
     return Decision(False, Reason.NOT_LISTED) if decision.lock is None else decision
 
@@ -174,39 +174,39 @@ def everything_is_locked(case: Case) -> Decision:
 
 @mutant
 def unspecified_forgotten(case: Case) -> Decision:
-    """0.0.0.0 is an address that nobody locked."""
+    """0.0.0.0 is treated as an address that is not locked."""
     unspecified = int(model_destination(case).address) & 0xFFFFFFFF == 0
     return Decision(True, Reason.NOT_LOCKED) if unspecified else judge(case)
 
 
 @mutant
 def unspecified_ipv6_forgotten(case: Case) -> Decision:
-    """:: is an address that nobody locked."""
+    """:: is treated as an address that is not locked."""
     return Decision(True, Reason.NOT_LOCKED) if case.attempt.to == "::" else judge(case)
 
 
 @mutant
 def unspecified_is_loopback(case: Case) -> Decision:
-    """0.0.0.0 is loopback, whatever the socket is bound to."""
+    """0.0.0.0 means loopback, even on a bound socket."""
     return judge(case, source=UNBOUND)
 
 
 @mutant
 def devices_forgotten(case: Case) -> Decision:
-    """0.0.0.0 on a socket that is bound to an interface is loopback."""
+    """0.0.0.0 means loopback, even on a socket that is bound to an interface."""
     return judge(case, source=model_source(case)._replace(by_device=False))
 
 
 @mutant
 def devices_before_the_bound_address(case: Case) -> Decision:
-    """An interface makes the destination unknown, whatever the socket is bound to."""
+    """An interface makes the destination unknown, even on a socket that is bound to an address."""
     source = model_source(case)
     return judge(case, source=source._replace(address=None)) if source.by_device else judge(case)
 
 
 @mutant
 def packet_info_forgotten(case: Case) -> Decision:
-    """The socket's own address counts, not the one that an IP_PKTINFO puts in its place."""
+    """The socket's own address counts, although an IP_PKTINFO replaces it."""
     bind = case.attempt.bind
     return judge(case, source=model_source(case)._replace(address=None if bind is None else ipaddress.ip_address(bind)))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants that look at the wrong credentials, or at too few of them."""
+"""Mutants that check the wrong credentials, or too few of them."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from tests.conformance.mutant import judge, mutant, with_groups, with_ids, with_
 
 @mutant
 def uid_from_the_gid_half(case: Case) -> Decision:
-    """bpf_get_current_uid_gid() >> 32 taken for the uid."""
+    """bpf_get_current_uid_gid() >> 32 is used as the uid; it is the gid."""
     caller = model_caller(case)
     return judge(case, caller=caller._replace(fsuid=caller.fsgid))
 
 
 @mutant
 def gid_from_the_uid_half(case: Case) -> Decision:
-    """The low half taken for the gid."""
+    """The low half of bpf_get_current_uid_gid() is used as the gid; it is the uid."""
     caller = model_caller(case)
     return judge(case, caller=caller._replace(fsgid=caller.fsuid))
 
 
 @mutant
 def real_uid(case: Case) -> Decision:
-    """The real user ID in place of the fs one."""
+    """The real user ID is used in place of the fsuid."""
     return judge(case, caller=model_caller(case)._replace(fsuid=case.who.uids[0] + _offset(case)))
 
 
 @mutant
 def effective_uid(case: Case) -> Decision:
-    """The effective user ID in place of the fs one."""
+    """The effective user ID is used in place of the fsuid."""
     return judge(case, caller=model_caller(case)._replace(fsuid=case.who.uids[1] + _offset(case)))
 
 
 @mutant
 def saved_uid(case: Case) -> Decision:
-    """The saved user ID in place of the fs one."""
+    """The saved user ID is used in place of the fsuid."""
     return judge(case, caller=model_caller(case)._replace(fsuid=case.who.uids[2] + _offset(case)))
 
 
 @mutant
 def real_gid(case: Case) -> Decision:
-    """The real group ID in place of the fs one."""
+    """The real group ID is used in place of the fsgid."""
     return judge(case, caller=model_caller(case)._replace(fsgid=case.who.gids[0] + _offset(case)))
 
 
 @mutant
 def effective_gid(case: Case) -> Decision:
-    """The effective group ID in place of the fs one."""
+    """The effective group ID is used in place of the fsgid."""
     return judge(case, caller=model_caller(case)._replace(fsgid=case.who.gids[1] + _offset(case)))
 
 
@@ -64,7 +64,7 @@ def _offset(case: Case) -> int:
 
 @mutant
 def ids_as_the_user_namespace_shows_them(case: Case) -> Decision:
-    """The IDs inside a user namespace in place of the ones outside."""
+    """IDs are used as the user namespace shows them, in place of the initial namespace's."""
     caller, offset = model_caller(case), _offset(case)
     return judge(
         case,
@@ -78,7 +78,7 @@ def ids_as_the_user_namespace_shows_them(case: Case) -> Decision:
 
 @mutant
 def the_process_for_its_thread(case: Case) -> Decision:
-    """The credentials of the process's first thread in place of the connecting one's."""
+    """The credentials of the process's first thread are used in place of the connecting thread's."""
     if case.who.setting is not Setting.THREAD:
         return judge(case)
     return judge(case, caller=Caller(fsuid=0, fsgid=0))
@@ -86,55 +86,55 @@ def the_process_for_its_thread(case: Case) -> Decision:
 
 @mutant
 def the_parents_groups(case: Case) -> Decision:
-    """Groups that were looked up when the parent was seen first."""
+    """The groups of the parent are used, from a cache that was filled when it was first seen."""
     return judge(case, caller=with_groups(case, case.who.parent_groups)) if case.who.parent_groups else judge(case)
 
 
 @mutant
 def who_made_the_socket(case: Case) -> Decision:
-    """The owner of the socket in place of the caller."""
+    """The owner of the socket is used in place of the caller."""
     return judge(case, caller=model_caller(case)._replace(fsuid=0)) if case.who.socket_first else judge(case)
 
 
 @mutant
 def primary_gid_only(case: Case) -> Decision:
-    """Supplementary groups forgotten."""
+    """Supplementary groups are left out."""
     return judge(case, caller=with_groups(case, ()))
 
 
 @mutant
 def supplementary_gids_only(case: Case) -> Decision:
-    """The primary group is looked for among the supplementary ones, where it need not be."""
+    """Only supplementary groups are checked. The primary group need not be among them."""
     return judge(case, caller=model_caller(case)._replace(fsgid=0xFFFFFFFF))
 
 
 @mutant
 def first_32_groups(case: Case) -> Decision:
-    """A walk that ends after 32 groups."""
+    """Only the first 32 groups are checked."""
     return judge(case, caller=with_groups(case, sorted(model_caller(case).groups)[:32]))
 
 
 @mutant
 def first_1024_groups(case: Case) -> Decision:
-    """A walk that ends after 1,024 groups, in silence."""
+    """Only the first 1,024 groups are checked, without an error."""
     return judge(case, caller=with_groups(case, sorted(model_caller(case).groups)[:1024]))
 
 
 @mutant
 def all_but_the_first_group(case: Case) -> Decision:
-    """A search that starts at the second group."""
+    """The search starts at the second group."""
     return judge(case, caller=with_groups(case, sorted(model_caller(case).groups)[1:]))
 
 
 @mutant
 def all_but_the_last_group(case: Case) -> Decision:
-    """A search that ends before the last group."""
+    """The search ends before the last group."""
     return judge(case, caller=with_groups(case, sorted(model_caller(case).groups)[:-1]))
 
 
 @mutant
 def nearest_group(case: Case) -> Decision:
-    """A binary search that does not compare what it found."""
+    """The binary search does not compare the group that it ends at."""
     groups = sorted(model_caller(case).groups)
     listed = case.policy.locks[0].allow.groups
     near = {gid for gid in listed if groups and groups[0] < gid < groups[-1]}
@@ -142,8 +142,8 @@ def nearest_group(case: Case) -> Decision:
 
 
 @mutant
-def filter_without_a_look_up(case: Case) -> Decision:
-    """One bit for each gid modulo 512, and no look at the list behind it."""
+def bitmap_without_a_look_up(case: Case) -> Decision:
+    """The bitmap of gid % 512 decides alone; the list behind it is not checked."""
     listed = {gid for lock in case.policy.locks for gid in lock.listed_groups}
     groups = model_caller(case).groups
     hit = {gid for gid in listed if any(gid % 512 == held % 512 for held in groups)}
@@ -152,14 +152,14 @@ def filter_without_a_look_up(case: Case) -> Decision:
 
 @mutant
 def too_many_groups_let_through(case: Case) -> Decision:
-    """What can't be searched is let through."""
+    """A caller with too many groups to search is allowed."""
     decision = judge(case)
     return Decision(True, Reason.ALLOWED_GROUP) if decision.reason is Reason.TOO_MANY_GROUPS else decision
 
 
 @mutant
 def too_many_groups_cut_off(case: Case) -> Decision:
-    """What can't be searched is taken for groups that are not listed."""
+    """A caller with too many groups to search counts as a member of none."""
     caller = model_caller(case)
     decision = judge(case)
     return judge(case, caller=caller._replace(groups=frozenset())) if _too_many(decision) else decision
@@ -171,7 +171,7 @@ def _too_many(decision: Decision) -> bool:
 
 @mutant
 def too_many_groups_whatever_is_listed(case: Case) -> Decision:
-    """More than 1,024 groups are denied, be the list short or long."""
+    """A caller with more than 1,024 groups is denied, however short the list is."""
     decision = judge(case)
     many = len(model_caller(case).groups) > 1024
     return Decision(False, Reason.TOO_MANY_GROUPS) if many and decision.lock else decision
@@ -179,7 +179,7 @@ def too_many_groups_whatever_is_listed(case: Case) -> Decision:
 
 @mutant
 def too_many_groups_before_the_user(case: Case) -> Decision:
-    """Groups beyond the bounds deny a listed user, too."""
+    """A caller with too many groups to search is denied, although its user is listed."""
     decision = judge(case)
     lock = find_lock(case.policy, model_destination(case))
     beyond = lock and len(lock.listed_groups) > 128 and len(model_caller(case).groups) > 1024
@@ -188,7 +188,7 @@ def too_many_groups_before_the_user(case: Case) -> Decision:
 
 @mutant
 def sixteen_bit_ids(case: Case) -> Decision:
-    """IDs cut to 16 bits."""
+    """IDs are cut to 16 bits."""
     caller = model_caller(case)
     policy = with_ids(case.policy, lambda ids: Identities(_low(ids.users), _low(ids.groups)))
     cut = caller._replace(fsuid=caller.fsuid & 0xFFFF, fsgid=caller.fsgid & 0xFFFF, groups=_low(caller.groups))
@@ -201,7 +201,7 @@ def _low(ids: frozenset[int]) -> frozenset[int]:
 
 @mutant
 def signed_ids(case: Case) -> Decision:
-    """IDs above 2**31 are taken for negative ones and found in no list."""
+    """IDs above 2**31 are read as negative numbers, which are in no list."""
     policy = with_ids(
         case.policy,
         lambda ids: Identities(
@@ -213,14 +213,14 @@ def signed_ids(case: Case) -> Decision:
 
 @mutant
 def ids_in_one_map(case: Case) -> Decision:
-    """Users and groups share a map."""
+    """Users and groups share one map, without a mark of which is which."""
     policy = with_ids(case.policy, lambda ids: Identities(ids.users | ids.groups, ids.users | ids.groups))
     return judge(case, policy=policy)
 
 
 @mutant
 def denied_groups_in_the_user_map(case: Case) -> Decision:
-    """The deny list's groups are written where its users belong."""
+    """The groups of the deny list are written into the map of users."""
     policy = with_locks(
         case.policy, lambda lock: lock._replace(deny=Identities(lock.deny.users | lock.deny.groups, frozenset()))
     )
@@ -229,13 +229,13 @@ def denied_groups_in_the_user_map(case: Case) -> Decision:
 
 @mutant
 def root_always_passes(case: Case) -> Decision:
-    """uid 0 need not be listed."""
+    """User 0 is allowed without being listed."""
     decision = judge(case)
     return Decision(True, Reason.ALLOWED_USER) if model_caller(case).fsuid == 0 and decision.lock else decision
 
 
 @mutant
 def group_0_always_passes(case: Case) -> Decision:
-    """gid 0 is taken for root."""
+    """Group 0 is allowed without being listed."""
     decision = judge(case)
     return Decision(True, Reason.ALLOWED_GROUP) if model_caller(case).fsgid == 0 and decision.lock else decision

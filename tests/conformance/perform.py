@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings a row about in the sandbox's child: the kind of task, then the IDs, then the connect."""
+"""Performs a row in a child of the sandbox: makes the kind of task, takes the IDs, connects."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MAPPED_IDS = 100_000
 
 
 def perform(case: Case) -> str:
-    """What came out of the row's attempt: ``connected`` or the name of an errno."""
+    """The outcome of the row's attempt: ``connected`` or the name of an errno."""
     return SETTINGS[case.who.setting](case)
 
 
 def _attempt(case: Case) -> str:
-    """Takes the IDs in the calling thread alone, then tries."""
+    """Takes the IDs in the calling thread alone, then connects."""
     early = make_socket(case.attempt) if case.who.socket_first else None
     who = case.who
     become(uids=who.uids, gids=who.gids, groups=who.groups, fsuid=who.fsuid, fsgid=who.fsgid)
@@ -32,7 +32,7 @@ def _attempt(case: Case) -> str:
 
 
 def _in_thread(case: Case) -> str:
-    """In a thread; the first one stays root, so it can tell if the IDs were everybody's."""
+    """Connects in a second thread. Raises AssertionError when the first thread's IDs changed with it."""
     results: list[str] = []
     thread = threading.Thread(target=lambda: results.append(_attempt(case)))
     thread.start()
@@ -60,12 +60,12 @@ def _in_pid_namespace(case: Case) -> str:
             raise AssertionError("the child is not the first process of its PID namespace")
         return _attempt(case)
 
-    # pidfd_open(2) knows the child by its number out here.
+    # run_in_child() opens a pidfd for the child, by its PID in the outer namespace.
     return run_in_child(first)
 
 
 def _in_user_namespace(case: Case) -> str:
-    """The maps are written from outside: the child may not map IDs that are not its own (user_namespaces(7))."""
+    """A second process writes the maps: the child may not map IDs that are not its own (user_namespaces(7))."""
     to_parent, to_child = os.pipe(), os.pipe()
 
     def inside() -> str:
@@ -89,14 +89,14 @@ def _in_network_namespace(case: Case) -> str:
     netns.unshare_network(ADDRESSES)
     allow_fastopen()
     sockets = witness.listen()
-    fork(lambda: witness.testify_forever(sockets))
+    fork(lambda: witness.confirm_forever(sockets))
     for one in sockets:
         one.close()
     return _attempt(case)
 
 
 def allow_fastopen() -> None:
-    """TCP Fast Open for every client and listener of this namespace, without a cookie, so that the SYN has data.
+    """Enables TCP Fast Open without a cookie for every client and listener of this namespace: the SYN carries data.
 
     Source: tcp_fastopen in Documentation/networking/ip-sysctl.rst.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a row needs of the kernel, asked by the smallest real thing. Runs in the sandbox's child."""
+"""Probes for the kernel features that rows require: each does the smallest real thing, in a child of a sandbox."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.conformance import uring
 from tests.conformance.attempts import IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT
 
 
-def _tried(what: str, trial: Callable[[], None], absent: tuple[int, ...]) -> str | None:
-    """None when the trial went well, a sentence when its errno says that the kernel lacks it; else it raises."""
+def _missing(feature: str, attempt: Callable[[], None], absent: tuple[int, ...]) -> str | None:
+    """None when the attempt succeeds; a sentence when its errno is one of ``absent``. Raises any other OSError."""
     try:
-        trial()
+        attempt()
     except OSError as error:
         if error.errno not in absent:
             raise
-        return f"this kernel has no {what} for us: {system_words(error)}"
+        return f"{feature} can't be used here: {system_words(error)}"
     return None
 
 
@@ -44,10 +44,10 @@ def _user_namespace() -> None:
 
 PROBES: dict[str, Callable[[], str | None]] = {
     # ENOPROTOOPT: net.mptcp.enabled is 0. EPROTONOSUPPORT: not built in.
-    "mptcp": lambda: _tried("MPTCP", _mptcp, (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)),
-    "fastopen": lambda: _tried("TCP Fast Open", _fastopen, (errno.ENOPROTOOPT, errno.EOPNOTSUPP)),
+    "mptcp": lambda: _missing("MPTCP", _mptcp, (errno.EPROTONOSUPPORT, errno.ENOPROTOOPT, errno.EINVAL)),
+    "fastopen": lambda: _missing("TCP Fast Open", _fastopen, (errno.ENOPROTOOPT, errno.EOPNOTSUPP)),
     # EPERM: kernel.io_uring_disabled, or a seccomp filter.
-    "io_uring": lambda: _tried("io_uring", _io_uring, (errno.ENOSYS, errno.EPERM)),
+    "io_uring": lambda: _missing("io_uring", _io_uring, (errno.ENOSYS, errno.EPERM)),
     # ENOSPC: user.max_user_namespaces is 0.
-    "userns": lambda: _tried("user namespaces", _user_namespace, (errno.EINVAL, errno.ENOSPC, errno.EPERM)),
+    "userns": lambda: _missing("user namespaces", _user_namespace, (errno.EINVAL, errno.ENOSPC, errno.EPERM)),
 }

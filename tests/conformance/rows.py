@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words in which the rows of the table are written."""
+"""Short functions to write the rows of the table with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from imds_guard.policy.model import (
 from tests.conformance.families import FAMILIES, IPV4, IPV6, Family
 from tests.conformance.model import Attempt, Case, PacketInfo, Setting, Who
 
-# IDs that no machine has, each one only a user's or only a group's unless a row says otherwise.
+# IDs that no machine uses. Each is a user ID or a group ID, not both, unless a row says otherwise.
 ALICE, BOB, STRANGER = 40_001, 40_002, 40_003
 STAFF, CREW, OTHERS = 50_001, 50_002, 50_003
 
@@ -48,7 +48,7 @@ def who(
     socket_first: bool = False,
     parent_groups: tuple[int, ...] = (),
 ) -> Who:
-    """A caller with one user ID and one group ID, unless the four are given one by one."""
+    """A caller with one user ID and one group ID, unless ``uids``, ``gids``, ``fsuid`` or ``fsgid`` give others."""
     return Who(
         uids=uids or (uid, uid, uid),
         gids=gids or (gid, gid, gid),
@@ -73,7 +73,7 @@ def lock(
     tcp: Ports = ALL_PORTS,
     udp: Ports = NO_PORTS,
 ) -> Lock:
-    """A lock on addresses or prefixes; TCP on all ports unless said otherwise."""
+    """A lock on addresses or prefixes. The default is TCP on all ports."""
     return Lock(
         name=name,
         endpoints=tuple(Endpoint(ipaddress.ip_network(one), tcp, udp) for one in where),
@@ -95,7 +95,7 @@ def imds(
     tcp: Ports = ALL_PORTS,
     udp: Ports = NO_PORTS,
 ) -> IfFamily:
-    """One lock on the IPv4 and the IPv6 address, whatever the family of the row."""
+    """A policy with one lock on the IPv4 and the IPv6 address, the same for every family of a row."""
     one = lock(
         (IPV4.locked, IPV6.locked),
         users=users,
@@ -110,13 +110,13 @@ def imds(
 
 
 def fixed(*locks: Lock, mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY) -> IfFamily:
-    """The same policy for each family."""
+    """A policy with these locks, the same for every family of a row."""
     policy = make_policy(locks, mode, containers)
     return lambda _: policy
 
 
 def locks(make: Callable[[Family], Sequence[Lock]]) -> IfFamily:
-    """A policy with other addresses for each family."""
+    """A policy whose locks depend on the family of the row."""
     return lambda family: make_policy(make(family))
 
 
@@ -130,9 +130,9 @@ def go(
     interface: bool = False,
     source: str | None = None,
 ) -> ThisWay:
-    """An attempt; ``to``, ``bind`` and ``source`` are names of Family's addresses.
+    """An attempt. ``to``, ``bind`` and ``source`` are names of fields of Family.
 
-    ``interface`` and ``source`` make an IP_PKTINFO.
+    With ``interface`` or ``source``, the attempt sends an IP_PKTINFO.
     """
 
     def attempt(family: Family) -> Attempt:
@@ -160,7 +160,7 @@ def row(
     families: Sequence[Family] = FAMILIES,
     requires: tuple[str, ...] = (),
 ) -> list[Case]:
-    """One row for each family. ``allowed`` need only be said where the reason does not tell it (audit)."""
+    """One row per family. ``allowed`` is needed only where it does not follow from the reason (in audit mode)."""
     let_through = expected in _PERMITTING if allowed is None else allowed
     return [
         Case(name, family.name, policy(family), caller, attempt(family), expected, let_through, requires)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of the table, for real, on every backend."""
+"""Every row of the table, as real connects, on every backend."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
 
 
 def check_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
-    """Skips what this kernel can't do."""
+    """Asserts the verdict and the reason of one row. Skips the row when this kernel lacks a feature."""
     skip_without(case, lacking)
     with bench.under(case.policy) as sandbox:
         assert bench.judged(sandbox, case) == expected_verdict(case, bench.backend_name)
@@ -59,7 +59,7 @@ _DENIED = [
 
 @pytest.mark.parametrize("case", _DENIED, ids=lambda case: case.id)
 def test_remove(case: Case, backend_name: str, tmp_path: Path) -> None:
-    """What was denied connects after remove(), nothing reads back, and a second remove() is harmless."""
+    """After remove() a denied caller connects and no policy reads back. A second remove() is harmless."""
     with ENFORCERS[backend_name](tmp_path) as enforcer, enforcer.sandbox() as sandbox:
         apply_or_skip(enforcer, serve_table(sandbox), case.policy, backend_name)
         assert judged(enforcer, sandbox.call(lambda: perform(case))) == "denied"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random policies and callers: decide(), eBPF and iptables give three answers, and they are equal.
+"""Random policies and callers: decide(), eBPF and iptables give the same answer.
 
-IMDS_GUARD_DIFFERENTIAL is how many cases are tried (2,000), IMDS_GUARD_SEED where they begin.
+IMDS_GUARD_DIFFERENTIAL is the number of cases (default: 2,000), IMDS_GUARD_SEED the first seed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Running = tuple[Enforcer, Sandbox]
 
 @pytest.fixture
 def running(as_root: None, tmp_path: Path) -> Iterator[dict[str, Running]]:
-    """Every backend that works here, each with a sandbox of its own."""
+    """Every backend that works here, each with its own sandbox."""
     with ExitStack() as stack:
         found: dict[str, Running] = {}
         for name, make in ENFORCERS.items():
@@ -47,7 +47,7 @@ def running(as_root: None, tmp_path: Path) -> Iterator[dict[str, Running]]:
 
 
 def test_same_answer(running: dict[str, Running]) -> None:
-    """No caller is judged otherwise by a backend than by decide()."""
+    """Every backend judges every caller as decide() does."""
     seeds = range(FIRST_SEED, FIRST_SEED + max(1, CASES // CASES_OF_A_POLICY))
     wrong = [line for seed in seeds for line in _disagreements(make_block(seed), running)]
     assert wrong == []
@@ -73,8 +73,8 @@ def _answers(block: Block, enforcer: Enforcer, sandbox: Sandbox) -> list[str]:
     return sandbox.call(lambda: attempt_all(block.attempts), timeout_s=120)
 
 
-def test_cases_are_worth_it() -> None:
-    """The generator gives allowed and denied callers, each for many reasons, and the same for the same seed."""
+def test_the_generator_covers_every_reason() -> None:
+    """The generator makes allowed and denied callers, for every reason. The same seed gives the same block."""
     blocks = [make_block(seed) for seed in range(1, 41)]
     decisions = [decision for block in blocks for decision in block.decisions()]
     assert {decision.reason.word for decision in decisions} == {

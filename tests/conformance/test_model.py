@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``decide()`` gives what the table says, and no mutant of it does."""
+"""``decide()`` agrees with every row of the table. Every mutant of it fails at least one row."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.conformance.mutants import MUTANTS
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=lambda case: case.id)
 def test_decide(case: Case) -> None:
-    """The specification gives the expected reason for the row."""
+    """The specification gives the row's expected verdict and reason."""
     decision = decide(case.policy, model_caller(case), model_destination(case), model_source(case))
     assert (decision.reason.word, decision.allowed) == (case.expected.word, case.allowed)
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))
 def test_the_table_catches(name: str, record_property: Callable[[str, object], None]) -> None:
-    """A broken version of decide() fails at least one row; the report names them."""
+    """A mutant of decide() fails at least one row. The report lists those rows."""
     mutant = MUTANTS[name]
     killers = [case.id for case in MODEL_CASES if not _as_expected(case, mutant(case))]
     record_property("killed by", killers)
-    assert killers, f"no row tells {name!r} ({mutant.__doc__}) from decide()"
+    assert killers, f"no row fails for the mutant {name!r} ({mutant.__doc__})"
 
 
 def _as_expected(case: Case, decision: Decision) -> bool:

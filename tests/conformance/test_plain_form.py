@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks as they are compiled for the oldest kernels, on a kernel that has them in a better form.
+"""The hooks as they are compiled for the oldest kernels, run on a kernel that normally gets a better form.
 
-The forms differ in how they read credentials and in how they go through lists of groups: rows about these.
+The forms differ in how they read credentials and how they search lists of groups, so only rows about these are run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS = [*cases_who.GROUPS, *cases_who.DENY_LISTS, *cases_who.USER_NAMESPACES]
 
 
 class PlainEbpf(Ebpf):
-    """Every kernel takes these programs."""
+    """The eBPF backend with the programs that every kernel accepts."""
 
     defines = program.PLAIN
 

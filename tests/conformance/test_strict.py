@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the table under a strict policy: who is let through has to be let through by the packets' hook, too."""
+"""Rows of the table under a strict policy, where the packets of allowed callers must pass the egress hook, too."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.conformance.perform import perform
 
 MPTCP = [case for case in CASES if case.attempt.form == "mptcp"]
 ROWS = [case for case in CASES if case not in MPTCP][::4]
-"""Every fourth: 4 shares no divisor with the three address families that take turns in the table."""
+"""Every fourth row. Families take turns in the table, and 3 and 4 have no common divisor, so all families are here."""
 
 
 class StrictEbpf(Ebpf):
-    """The same programs, every policy made strict."""
+    """The eBPF backend, with every policy made strict."""
 
     def apply(self, sandbox: Sandbox, policy: Policy) -> None:
         """Enforcer.apply()."""
         super().apply(sandbox, policy._replace(strict=True))
 
     def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
-        """Enforcer.held(), which has to be strict."""
+        """Enforcer.held(). A policy that is not strict is a fault."""
         policy, faults = super().held(sandbox)
         if policy is not None and not policy.strict:
             faults = [*faults, "it is not strict"]
@@ -47,7 +47,7 @@ def bench(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
 
 @pytest.mark.parametrize("case", sorted_by_policy(ROWS), ids=lambda case: case.id)
 def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
-    """Strict changes nothing for connects: the same rows, the same outcomes, the same reasons, nothing dropped."""
+    """Under a strict policy a row has the same outcome for the same reason, and no packet is dropped."""
     skip_without(case, lacking)
     with bench.under(case.policy) as sandbox:
         assert sandbox.call(lambda: perform(case)) == (CONNECTED if case.allowed else "EPERM")

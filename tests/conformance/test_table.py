@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table is whole, and every row would connect if nothing were locked."""
+"""The table is complete, and every row would connect if nothing were locked."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from tests.conformance.probes import PROBES
 
 
 def test_every_reason_of_the_specification_is_expected_somewhere() -> None:
-    """UNREADABLE and NO_SETTINGS are the hooks' own, UNAPPROVED_SOCKET is about packets: decide() can't give them."""
+    """decide() can't give three reasons: UNREADABLE and NO_SETTINGS arise in hooks, UNAPPROVED_SOCKET for packets."""
     never = {Reason.UNREADABLE, Reason.NO_SETTINGS, Reason.UNAPPROVED_SOCKET}
     assert set(Reason) - {case.expected for case in MODEL_CASES} == never
 
 
 def test_every_form_and_setting_is_used() -> None:
-    """No way to connect lies unused, and a kernel thread is the one setting that can't be made."""
+    """Every way to connect is used. A kernel thread is the only setting that can't be made."""
     assert {case.attempt.form for case in CASES} == set(FORMS)
     assert {case.who.setting for case in CASES} == set(SETTINGS)
     assert set(Setting) - set(SETTINGS) == {Setting.KERNEL_THREAD}
 
 
 def test_every_requirement_can_be_probed() -> None:
-    """A row that requires what nobody asks the kernel for would never be run."""
+    """Every requirement of a row has a probe, and every probe is required by a row."""
     assert {need for case in CASES for need in case.requires} == set(PROBES)
 
 
 @pytest.mark.parametrize("backend", sorted(ENFORCERS))
 def test_every_known_difference_names_a_row(backend: str) -> None:
-    """A pattern that fits no row is a mistake."""
+    """Every pattern of differences.py matches a row."""
     idle = [pattern for pattern, _ in KNOWN[backend] if not any(fnmatchcase(case.id, pattern) for case in CASES)]
     assert idle == []
 
 
 def test_ids_of_users_and_groups_differ() -> None:
-    """A test whose caller has uid == gid can't tell one from the other; root's rows have both kinds."""
+    """No caller but root has uid == gid: such a row could not show that the two are mixed up."""
     same = {case.name for case in CASES if case.who.uids == case.who.gids and case.who.uids != (0, 0, 0)}
     assert same == set()
 
@@ -63,7 +63,7 @@ def unguarded(as_root: None) -> Iterator[SharedSandbox]:
 
 @pytest.mark.parametrize("name", sorted({case.name for case in CASES}))
 def test_connects_when_nothing_is_locked(name: str, unguarded: SharedSandbox, lacking: dict[str, str | None]) -> None:
-    """Otherwise a denial would prove nothing."""
+    """Every row connects when nothing is locked. Otherwise a denial would prove nothing."""
     rows = [case for case in CASES if case.name == name and all(lacking[need] is None for need in case.requires)]
     with unguarded.use() as sandbox:
         outcomes = {case.id: sandbox.call(partial(perform, case)) for case in rows}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One io_uring connect, by raw system calls (io_uring(7)): no library needed."""
+"""Connects through io_uring with raw system calls (io_uring(7)), without a library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-# Source: include/uapi/linux/io_uring.h. The three calls have the same numbers on every architecture but alpha.
+# Source: include/uapi/linux/io_uring.h. The system calls have the same numbers on every architecture but alpha.
 _SYS_SETUP, _SYS_ENTER = 425, 426
 _SETUP_SQPOLL = 1 << 1
 _ENTER_GETEVENTS, _ENTER_SQ_WAKEUP = 1 << 0, 1 << 1
@@ -24,7 +24,7 @@ _SQE_SIZE = 64
 
 
 class Ring:
-    """A ring of one entry; ``sqpoll`` lets a thread of the kernel submit."""
+    """A ring of one entry. With ``sqpoll``, a kernel thread submits it."""
 
     def __init__(self, *, sqpoll: bool = False) -> None:
         params = ctypes.create_string_buffer(struct.pack("=III", 0, 0, _SETUP_SQPOLL if sqpoll else 0), _PARAMS_SIZE)
@@ -56,12 +56,12 @@ class Ring:
     def _completion(self) -> tuple[int, int]:
         (tail,) = struct.unpack_from("=I", self._cq, self._cq_tail)
         if tail != 1:
-            raise AssertionError(f"the ring has {tail} completions in place of one")
+            raise AssertionError(f"the ring has {tail} completions instead of one")
         user_data, result = struct.unpack_from("=Qi", self._cq, self._cqes)
         return user_data, result
 
     def close(self) -> None:
-        """Gives the ring back."""
+        """Unmaps and closes the ring."""
         for mapped in (self._sq, self._cq, self._sqes):
             mapped.close()
         os.close(self._fd)
