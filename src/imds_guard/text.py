@@ -1,32 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that somebody else chose, made safe for a terminal and a line of key=value."""
+"""Text for people: escapes for what somebody else chose, and phrases that several commands print."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
 
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,\[\]~^*?!-]+", re.ASCII)
 _UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
-"""Unicode's control, format (bidirectional ones among them), surrogate, private and unassigned letters, line ends."""
+"""Unicode categories: control, format (with the bidirectional ones), surrogate, private, unassigned, line ends."""
 
 
-def visible(text: str) -> str:
-    """Every letter that moves a cursor, reorders or ends a line stands there as its number: ``\\x1b``, ``\\u202e``."""
+def escaped(text: str) -> str:
+    """Control and bidirectional characters are replaced by escapes: ``\\x1b``, ``\\u202e``."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(_numbered(letter) if unicodedata.category(letter) in _UNSAFE else letter for letter in text)
+    return "".join(_escape(one) if unicodedata.category(one) in _UNSAFE else one for one in text)
 
 
-def _numbered(letter: str) -> str:
-    number = ord(letter)
-    if number <= 0xFF:
-        return f"\\x{number:02x}"
-    return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"
+def _escape(character: str) -> str:
+    code = ord(character)
+    if code <= 0xFF:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
 
 
-def value(text: str) -> str:
-    """The right side of key=value: bare where that is plain, else in double quotes."""
+def key_value(text: str) -> str:
+    """The right side of ``key=value``: bare where the text is plain, else escaped and in double quotes."""
     if _PLAIN.fullmatch(text):
         return text
-    return '"' + visible(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+    return '"' + escaped(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+
+
+def host_port(address: IPv4Address | IPv6Address, port: int) -> str:
+    """``192.0.2.1:80``, ``[2001:db8::1]:80``."""
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def count_of(number: int, noun: str) -> str:
+    """``1 connection``, ``2 connections``; for nouns whose plural ends with s."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def some_of(items: Sequence[str], maximum: int, separator: str = ", ") -> str:
+    """The first ``maximum`` items, then how many more there are: ``a, b, and 3 more``."""
+    shown = separator.join(items[:maximum])
+    return shown + and_more(len(items), maximum, separator)
+
+
+def and_more(number: int, maximum: int, separator: str = ", ") -> str:
+    """``, and 3 more`` where ``number`` is above ``maximum``; else nothing."""
+    return f"{separator}and {number - maximum} more" if number > maximum else ""

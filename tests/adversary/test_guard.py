@@ -17,7 +17,8 @@ import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.folder import Folder
-from imds_guard.config.store import Config, save_config
+from imds_guard.config.read import Config
+from imds_guard.config.store import save_config
 from imds_guard.kernel import lockfile
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from imds_guard.errors import BadPolicy
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import sockaddr
 from imds_guard.policy.model import (
@@ -26,7 +27,6 @@ from imds_guard.policy.model import (
     Lock,
     Mode,
     Policy,
-    PolicyError,
     Ports,
     Protocol,
     Verdict,
@@ -114,7 +114,7 @@ def _policy(random: Random) -> Policy:
         locks = [_lock(random, f"lock {number}") for number in range(random.randint(1, 4))]
         try:
             return make_policy(locks, mode, containers)
-        except PolicyError:
+        except BadPolicy:
             continue  # two locks claim the same port: this is frequent, and not a valid policy
 
 

@@ -12,8 +12,8 @@ from typing import Callable
 import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend
-from imds_guard.commands import guard as actions
-from imds_guard.commands.guard import Place
+from imds_guard.commands import guard as commands
+from imds_guard.commands.options import GuardOptions
 from imds_guard.policy.model import Identities, Policy
 from tests.faults import trials
 from tests.faults.callers import Callers
@@ -111,7 +111,7 @@ def test_allow_and_revoke(stage: Stage, verb: str) -> None:
     """One user more, or less, as the commands do it; with them the lock and the look at what runs."""
     with_new = _seen({OLD, NEW, BOTH}, guards.policy(OLD, NEW, BOTH))
     before, after = (UNDER_OLD, with_new) if verb == "allow" else (with_new, UNDER_OLD)
-    change = actions.allow if verb == "allow" else actions.revoke
+    change = commands.allow if verb == "allow" else commands.revoke
 
     def command() -> object:
         return change(Identities(frozenset({NEW})), None, stage.cgroup, lambda _: None)
@@ -170,10 +170,10 @@ def test_a_change_of_layout(stage: Stage) -> None:
 
 def test_a_start_and_a_stop_as_commands(stage: Stage) -> None:
     """What lies in front of the backend: the command's lock, what the machine can do, who else enforces."""
-    place = Place("ebpf", stage.cgroup)
+    place = GuardOptions("ebpf", stage.cgroup)
 
     def start(policy: Policy) -> object:
-        return actions.start(policy, place, lambda _: None)
+        return commands.start(policy, place, lambda _: None)
 
     def put(policy: Policy) -> Callable[[], object]:
         return lambda: start(policy)
@@ -182,4 +182,4 @@ def test_a_start_and_a_stop_as_commands(stage: Stage) -> None:
     try:
         trials.run(Trial(put(OLD_POLICY), put(NEW_POLICY), stage.look, UNDER_OLD, UNDER_NEW, put(NEW_POLICY), 40))
     finally:
-        actions.stop(stage.cgroup)
+        commands.stop(stage.cgroup)

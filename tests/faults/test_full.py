@@ -19,7 +19,8 @@ import pytest
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.iptables import IptablesBackend
-from imds_guard.config.store import Config, load_config, save_config
+from imds_guard.config.read import Config, load_config
+from imds_guard.config.store import save_config
 from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf, lockfile, syscalls
 from imds_guard.kernel.children import run_in_child

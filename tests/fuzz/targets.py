@@ -21,13 +21,13 @@ from imds_guard.backends.iptables.parse import combine, find, parse_chains
 from imds_guard.backends.iptables.render import Holding
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import owned, parse_save
-from imds_guard.config.read import parse_config
-from imds_guard.config.store import Config, dump_config
+from imds_guard.config.read import Config, parse_config
 from imds_guard.config.toml_lines import KeyLines, load_toml
+from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.kernel.btf import Btf
 from imds_guard.policy.endpoint_syntax import endpoint_words, parse_endpoint
-from imds_guard.policy.model import PolicyError, make_policy
+from imds_guard.policy.model import make_policy
 
 __all__ = ["TARGETS", "image_of", "octets_of", "parse", "parse_settings"]
 
@@ -136,7 +136,7 @@ def rules(octets: bytes) -> None:
         found.append(find(chains, version))
     try:
         held = combine(found)
-    except PolicyError:
+    except BadPolicy:
         return
     if held is not None:
         assert make_policy(held.policy.locks, held.policy.mode, held.policy.containers) == held.policy

@@ -51,9 +51,9 @@ class Machine:
         """What ``fn`` returns inside."""
         return self.sandbox.call(fn, timeout_s=120)
 
-    def apply(self, policy: Policy) -> list[str]:
-        """Applies a policy; returns the lines."""
-        return self.call(lambda: self.backend().apply(policy))
+    def apply(self, policy: Policy) -> tuple[str, ...]:
+        """Applies a policy; returns what was done."""
+        return self.call(lambda: self.backend().apply(policy)).done
 
     def faults(self) -> list[str]:
         """What the backend says is wrong."""

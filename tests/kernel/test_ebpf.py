@@ -56,14 +56,14 @@ def test_life_of_a_guard(guarded: Guarded) -> None:
     assert backend.remove()
     assert guards.passing(sandbox) == {OLD, NEW, BOTH, STRANGER}
     assert guards.traces(sandbox.cgroup) == {"attached": 0, "pins": 0}
-    assert backend.remove() == []
+    assert not backend.remove()
 
 
 def test_the_same_policy_again_changes_nothing(guarded: Guarded) -> None:
     _, backend = guarded
     backend.apply(OLD_POLICY)
     generation = backend.state().generation
-    assert backend.apply(OLD_POLICY) == ["the policy was in force already"]
+    assert backend.apply(OLD_POLICY).done == ("the policy was in force already",)
     assert backend.state().generation == generation
 
 

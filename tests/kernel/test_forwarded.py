@@ -14,6 +14,7 @@ from typing import Callable, TypeVar
 
 import pytest
 
+from imds_guard.backends import Change
 from imds_guard.backends.forwarded import Forwarded, forwarding_is_on
 from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.kernel.netns import enter
@@ -45,7 +46,7 @@ class Routed:
         """What ``fn`` returns in the router."""
         return self.boxes["router"].call(fn, timeout_s=60)
 
-    def settle(self, policy: Policy, word: str | None = None) -> list[str]:
+    def settle(self, policy: Policy, word: str | None = None) -> Change:
         """Forwarded.settle() in the router."""
         return self.on_router(lambda: self.rules().settle(policy, word))
 
@@ -137,7 +138,7 @@ def test_remove_leaves_nothing(routed: Routed) -> None:
     routed.on_router(lambda: routed.rules().remove())
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
     assert routed.on_router(lambda: routed.rules().in_force()) is False
-    assert routed.on_router(lambda: routed.rules().remove()) == []
+    assert routed.on_router(lambda: routed.rules().remove()) == Change()
     assert routed.faults(None) == []
 
 
@@ -201,8 +202,8 @@ def test_containers_that_may_connect_are_not_undone(routed: Routed) -> None:
         return False
 
     assert routed.on_router(refused)
-    lines = routed.settle(policy)
-    assert any("left alone" in line for line in lines)
+    change = routed.settle(policy)
+    assert any("left alone" in line for line in change.done)
     assert routed.reach(V4) == "connected"
     assert routed.faults(policy) == []
 
@@ -211,8 +212,8 @@ def test_without_iptables_a_warning_and_a_fault(routed: Routed, tmp_path: Path) 
     """Where iptables is missing settle() warns, faults() goes on saying so, and an explicit "drop" is refused."""
     rules = Forwarded(("iptables-of-nobody", "ip6tables-of-nobody"), state_folder=str(tmp_path / "none"))
     policy = policy_for([FOO])
-    lines = routed.on_router(lambda: rules.settle(policy, None))
-    assert any("warning" in line and "install the package iptables" in line for line in lines)
+    change = routed.on_router(lambda: rules.settle(policy, None))
+    assert any("install the package iptables" in line for line in change.warnings)
     assert any("install the package iptables" in line for line in routed.on_router(lambda: rules.faults(policy)))
 
     def refused() -> bool:
@@ -233,7 +234,7 @@ def test_forwarding_is_on(routed: Routed) -> None:
     def quiet() -> bool:
         rules = routed.rules()
         try:
-            return rules.settle(policy_for([FOO]), None) == [] and not rules.in_force()
+            return rules.settle(policy_for([FOO]), None) == Change() and not rules.in_force()
         except GuardError:
             return False
 

@@ -328,7 +328,7 @@ def test_the_packets_hook_goes_with_strict(guarded: Guarded) -> None:
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     assert guards.traces(sandbox.cgroup)["attached"] == 4
-    assert backend.apply(STRICT_OLD) == ["attached egress, too"]
+    assert backend.apply(STRICT_OLD).done == ("attached egress, too",)
     assert (backend.read(), guards.traces(sandbox.cgroup)["attached"]) == (STRICT_OLD, 5)
     backend.change(OLD_POLICY)
     assert (backend.read(), guards.traces(sandbox.cgroup)["attached"]) == (OLD_POLICY, 4)

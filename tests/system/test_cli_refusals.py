@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from imds_guard.commands import guard as actions
+from imds_guard.commands import look
 from imds_guard.present import text as present
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, STAFF, TWO, Guard
@@ -33,7 +33,7 @@ class Running(NamedTuple):
 
 def status_values(guard: Guard) -> Any:
     """What ``status --json`` prints, without a start of Python."""
-    return present.status_values(actions.status(guard.sandbox.cgroup))
+    return present.status_values(look.status(guard.sandbox.cgroup))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Callable
 import psutil
 import pytest
 
-from imds_guard.backends import Backend
+from imds_guard.backends import Backend, Change
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.commands.demo import ANSWERED, ATTEMPTS, DemoResult, DemoRow, render, run_demo
@@ -99,7 +99,7 @@ def test_it_leaves_nothing(backend: str, tmp_path: Path) -> None:
 class _FailsToApply(EbpfBackend):
     """The real backend, up to a failure after everything is attached."""
 
-    def apply(self, policy: Policy) -> list[str]:
+    def apply(self, policy: Policy) -> Change:
         """Attaches, then fails."""
         super().apply(policy)
         raise GuardError("failed on purpose")

@@ -16,20 +16,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import imds_guard
-from imds_guard.config.store import (
-    Config,
-    dump_config,
-    endpoint_words,
-    load_config,
-    parse_config,
-    parse_endpoint,
-    policy_from_words,
-    save_config,
-    word_at_top,
-)
+from imds_guard.config.options import policy_from_options
+from imds_guard.config.read import Config, load_config, parse_config, top_level_string
+from imds_guard.config.store import save_config
+from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import is_missing_group
 from imds_guard.policy.builtin import BUILT_IN, WIRESERVER, single
+from imds_guard.policy.endpoint_syntax import endpoint_words, parse_endpoint
 from imds_guard.policy.model import (
     ALL_PORTS,
     Endpoint,
@@ -373,7 +367,7 @@ def with_known_names(text: str) -> str:
 
 def test_the_sample_is_the_default_policy_for_one_group() -> None:
     config = parse_config(with_known_names(SAMPLE.read_text()), dmi_words="")
-    assert policy_from_words(groups=[GROUP.gr_name]) == config.policy
+    assert policy_from_options(groups=[GROUP.gr_name]) == config.policy
     assert (config.on_error, config.backend, config.cgroup) == ("closed", "auto", None)
 
 
@@ -414,7 +408,7 @@ def test_a_configuration_survives_being_written(policy: Policy, on_error: str, c
 
 
 def test_a_written_file_holds_names_with_their_ids() -> None:
-    policy = policy_from_words(users=[USER.pw_name, "3999999991"], ips=["10.0.0.1"])
+    policy = policy_from_options(users=[USER.pw_name, "3999999991"], ips=["10.0.0.1"])
     text = dump_config(Config(policy))
     assert f'{{ name = "{USER.pw_name}", id = {USER.pw_uid} }}' in text
     assert "\n  3999999991,\n" in text
@@ -422,13 +416,13 @@ def test_a_written_file_holds_names_with_their_ids() -> None:
 
 @pytest.mark.parametrize("words", [{"nobody": True}, {"users": ["0"]}, {"deny_users": ["5"]}])
 def test_the_command_lines_policies_survive_being_written(words: dict[str, list[str]]) -> None:
-    policy = policy_from_words(presets=["all", "ecs"], **words)  # type: ignore[arg-type]
+    policy = policy_from_options(presets=["all", "ecs"], **words)  # type: ignore[arg-type]
     assert Config(policy) == parse_config(dump_config(Config(policy)))
 
 
 def test_saving_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
     path = tmp_path / "new" / "config.toml"
-    first, second = (Config(policy_from_words(users=[word], ips=["10.0.0.1"])) for word in ("1", "2"))
+    first, second = (Config(policy_from_options(users=[word], ips=["10.0.0.1"])) for word in ("1", "2"))
     save_config(first, str(path))
     save_config(second, str(path))
     assert second == load_config(str(path))
@@ -439,7 +433,7 @@ def test_saving_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GuardError, match=r"file/config.toml could not be written: (EEXIST|ENOTDIR)"):
-        save_config(Config(policy_from_words(nobody=True)), str(tmp_path / "file" / "config.toml"))
+        save_config(Config(policy_from_options(nobody=True)), str(tmp_path / "file" / "config.toml"))
 
 
 def test_a_word_at_the_top_is_read_from_what_is_toml_at_least(tmp_path: Path) -> None:
@@ -451,8 +445,8 @@ def test_a_word_at_the_top_is_read_from_what_is_toml_at_least(tmp_path: Path) ->
         ("on_error = 1", None),
     ):
         path.write_text(text, encoding="utf-8")
-        assert word_at_top(str(path), "on_error") == said
-    assert word_at_top(str(tmp_path / "absent"), "on_error") is None
+        assert top_level_string(str(path), "on_error") == said
+    assert top_level_string(str(tmp_path / "absent"), "on_error") is None
 
 
 def test_a_file_that_is_absent_or_no_text_is_one_sentence(tmp_path: Path) -> None:
@@ -467,7 +461,7 @@ def test_a_file_that_is_absent_or_no_text_is_one_sentence(tmp_path: Path) -> Non
 
 
 def test_flags_are_one_allowlist_over_all_endpoints() -> None:
-    policy = policy_from_words(users=["5"], groups=["6"], deny_groups=["7"], ips=["10.0.0.1"], presets=["aws"])
+    policy = policy_from_options(users=["5"], groups=["6"], deny_groups=["7"], ips=["10.0.0.1"], presets=["aws"])
     (lock,) = policy.locks
     assert (lock.name, lock.default) == ("default", Verdict.DENY)
     assert (Identities(frozenset({5}), frozenset({6})), Identities(groups=frozenset({7}))) == (lock.allow, lock.deny)
@@ -475,32 +469,32 @@ def test_flags_are_one_allowlist_over_all_endpoints() -> None:
 
 
 def test_without_endpoints_the_defaults_of_the_machine_are_locked() -> None:
-    names = [lock.name for lock in policy_from_words(groups=["6"], dmi_words=AZURE_DMI).locks]
+    names = [lock.name for lock in policy_from_options(groups=["6"], dmi_words=AZURE_DMI).locks]
     assert names == ["default", "wireserver"]
-    assert [lock.name for lock in policy_from_words(groups=["6"]).locks] == ["default"]
+    assert [lock.name for lock in policy_from_options(groups=["6"]).locks] == ["default"]
 
 
 @pytest.mark.parametrize("words", [{"groups": ["6"]}, {"nobody": True}, {"deny_users": ["0"]}])
 def test_the_wireservers_lock_always_lets_root(words: dict[str, list[str]]) -> None:
-    policy = policy_from_words(presets=["azure"], **words)  # type: ignore[arg-type]
+    policy = policy_from_options(presets=["azure"], **words)  # type: ignore[arg-type]
     apart = {lock.name: lock for lock in policy.locks}["wireserver"]
     assert 0 in apart.allow.users
     assert 0 not in apart.deny.users
 
 
 def test_only_deny_lists_mean_default_allow() -> None:
-    (lock,) = policy_from_words(deny_users=["5"], ips=["10.0.0.1"]).locks
+    (lock,) = policy_from_options(deny_users=["5"], ips=["10.0.0.1"]).locks
     assert (Verdict.ALLOW, Identities(frozenset({5}))) == (lock.default, lock.deny)
-    (strict,) = policy_from_words(deny_users=["5"], nobody=True, ips=["10.0.0.1"]).locks
+    (strict,) = policy_from_options(deny_users=["5"], nobody=True, ips=["10.0.0.1"]).locks
     assert strict.default is Verdict.DENY
 
 
 def test_nobody_must_be_said() -> None:
     with pytest.raises(UsageError, match="--nobody if that is meant"):
-        policy_from_words(ips=["10.0.0.1"])
+        policy_from_options(ips=["10.0.0.1"])
     with pytest.raises(UsageError, match="--nobody contradicts"):
-        policy_from_words(users=["5"], nobody=True)
-    (lock,) = policy_from_words(nobody=True, ips=["10.0.0.1"]).locks
+        policy_from_options(users=["5"], nobody=True)
+    (lock,) = policy_from_options(nobody=True, ips=["10.0.0.1"]).locks
     assert (Identities(), Verdict.DENY) == (lock.allow, lock.default)
 
 
@@ -517,7 +511,7 @@ def test_nobody_must_be_said() -> None:
 )
 def test_an_unknown_word_is_a_bad_policy(words: dict[str, list[str]]) -> None:
     with pytest.raises(BadPolicy):
-        policy_from_words(**words)  # type: ignore[arg-type]
+        policy_from_options(**words)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -532,12 +526,12 @@ def test_an_unknown_word_is_a_bad_policy(words: dict[str, list[str]]) -> None:
 def test_no_group_is_made_when_another_word_is_wrong(words: dict[str, list[str]]) -> None:
     name = f"imdsgN{os.getpid()}"
     with pytest.raises(BadPolicy):
-        policy_from_words(groups=[name], create_groups=True, **words)  # type: ignore[arg-type]
+        policy_from_options(groups=[name], create_groups=True, **words)  # type: ignore[arg-type]
     assert is_missing_group(name)
 
 
 def test_mode_and_containers_go_into_the_policy() -> None:
-    policy = policy_from_words(users=["5"], mode=Mode.AUDIT, containers=Verdict.ALLOW)
+    policy = policy_from_options(users=["5"], mode=Mode.AUDIT, containers=Verdict.ALLOW)
     assert (policy.mode, policy.containers) == (Mode.AUDIT, Verdict.ALLOW)
 
 

@@ -11,19 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import imds_guard
-from imds_guard.commands import guard as actions
-from imds_guard.commands.boot import place_of
-from imds_guard.commands.guard import Place
+from imds_guard.commands.boot import with_config
+from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.save import save
 from imds_guard.config import edit as config_edit
-from imds_guard.config.store import (
-    Config,
-    check_saving_to,
-    dump_config,
-    load_config,
-    parse_config,
-    policy_from_words,
-    save_config,
-)
+from imds_guard.config.options import policy_from_options
+from imds_guard.config.read import Config, load_config, parse_config
+from imds_guard.config.store import check_saving_to, save_config
+from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.policy.model import Identities, Lock, Policy, make_policy
 from tests import strategies
@@ -219,8 +214,8 @@ def test_windows_line_ends_stay(tmp_path: Path) -> None:
 def test_a_file_that_was_written_by_us_is_written_anew(tmp_path: Path) -> None:
     """It looks as if it had never been another."""
     path = str(tmp_path / "config.toml")
-    first = Config(policy_from_words(users=["41001"], ips=["192.0.2.1"]))
-    second = Config(policy_from_words(users=["41002"], ips=["192.0.2.1"]))
+    first = Config(policy_from_options(users=["41001"], ips=["192.0.2.1"]))
+    second = Config(policy_from_options(users=["41002"], ips=["192.0.2.1"]))
     save_config(first, path)
     save_config(second, path)
     assert Path(path).read_text(encoding="utf-8") == dump_config(second)
@@ -271,10 +266,12 @@ def test_an_unusable_file_is_not_saved_over(tmp_path: Path) -> None:
 def test_saving_a_start_saves_how_it_was_started(tmp_path: Path) -> None:
     """What the next boot needs to do the same; a later allow --save leaves it."""
     path = str(tmp_path / "config.toml")
-    policy = policy_from_words(users=["41001"], ips=["192.0.2.1"])
-    actions.save(policy, Place(backend="iptables", resolve_groups=True, forwarded="leave"), path)
+    policy = policy_from_options(users=["41001"], ips=["192.0.2.1"])
+    save(policy, GuardOptions(backend="iptables", resolve_groups=True, forwarded="leave"), path)
     found = load_config(path)
     assert (found.backend, found.resolve_groups, found.forwarded) == ("iptables", True, "leave")
-    assert place_of(found, Place()) == Place(backend="iptables", resolve_groups=True, forwarded="leave")
-    actions.save(policy_from_words(users=["41002"], ips=["192.0.2.1"]), Place(), path)
+    assert with_config(GuardOptions(), found) == GuardOptions(
+        backend="iptables", resolve_groups=True, forwarded="leave"
+    )
+    save(policy_from_options(users=["41002"], ips=["192.0.2.1"]), GuardOptions(), path)
     assert load_config(path)._replace(policy=policy) == found

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from imds_guard.config.store import parse_endpoint, policy_from_words
+from imds_guard.config.options import policy_from_options
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy import edit
+from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import (
     UNBOUND,
     Caller,
@@ -143,14 +144,14 @@ def test_an_endpoint_that_no_lock_holds(change: Edit, words: str) -> None:
 
 def test_the_wireserver_keeps_root() -> None:
     """Azure's agent is root, and a machine without it is lost; its lock still counts as equal to the others."""
-    policy = policy_from_words(users=["0", "1001"], ips=["10.0.0.1", "168.63.129.16"])
+    policy = policy_from_options(users=["0", "1001"], ips=["10.0.0.1", "168.63.129.16"])
     revoked = edit.revoke(policy, Identities(frozenset([0, 1001])))
     assert {one.name: one.allow for one in revoked.locks} == {
         "default": Identities(),
         "wireserver": ROOT,
     }
     assert edit.allow(revoked, FOO).locks[0].allow == FOO
-    alone = policy_from_words(users=["1001"], presets=["wireserver"])
+    alone = policy_from_options(users=["1001"], presets=["wireserver"])
     assert [one.allow for one in edit.revoke(alone, Identities(frozenset([0, 1001]))).locks] == [ROOT]
     split = edit.allow(policy, BAR, parse_endpoint("168.63.129.16:80,tcp"))
     assert {one.name for one in split.locks} == {"default", "wireserver", "168.63.129.16"}

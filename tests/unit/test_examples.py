@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from imds_guard.commands.service import UNITS
-from imds_guard.config.store import parse_config
+from imds_guard.config.read import parse_config
 from tests.tools import need
 from tests.tree import every_command
 

@@ -11,9 +11,9 @@ import click
 import pytest
 
 from imds_guard import cli
-from imds_guard.cli.lockdown import lock_down
+from imds_guard.cli.ip_lockdown import ip_lockdown
 from imds_guard.config import read as config_reader
-from imds_guard.config.store import parse_config
+from imds_guard.config.read import parse_config
 from tests.tools import need
 from tests.tree import every_command
 
@@ -55,7 +55,7 @@ def options_of(command: click.Command) -> set[str]:
 
 def tree() -> dict[str, click.Command]:
     """Every command, ip-lockdown among them."""
-    return {**every_command(), "ip-lockdown": lock_down}
+    return {**every_command(), "ip-lockdown": ip_lockdown}
 
 
 SECTIONS = {page: parts(page, "Sh") for page in PAGES}

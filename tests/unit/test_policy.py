@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imds_guard.errors import BadPolicy
 from imds_guard.policy.model import (
     ALL_PORTS,
     UNBOUND,
@@ -21,7 +22,6 @@ from imds_guard.policy.model import (
     Lock,
     Mode,
     Policy,
-    PolicyError,
     Ports,
     Protocol,
     Reason,
@@ -95,7 +95,7 @@ def test_has_port_is_membership(listed: list[tuple[int, int]], port: int) -> Non
 
 @pytest.mark.parametrize("wrong", [(-1, 80), (80, 65536), (81, 80)])
 def test_a_range_of_ports_that_is_none_is_refused(wrong: tuple[int, int]) -> None:
-    with pytest.raises(PolicyError, match="is not a range of ports"):
+    with pytest.raises(BadPolicy, match="is not a range of ports"):
         normal_ports([wrong])
 
 
@@ -133,7 +133,7 @@ def test_two_spellings_of_a_policy_are_equal() -> None:
     ],
 )
 def test_a_policy_that_contradicts_itself_is_refused(locks: list[Lock], said: str) -> None:
-    with pytest.raises(PolicyError) as caught:
+    with pytest.raises(BadPolicy) as caught:
         make_policy(locks)
     assert said in str(caught.value)
 

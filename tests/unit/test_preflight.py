@@ -14,7 +14,7 @@ import pytest
 
 from imds_guard.commands import preflight
 from imds_guard.commands.preflight import CLIENTS, Client, ShutOut, installed_shut_out, shut_out
-from imds_guard.config.store import policy_from_words
+from imds_guard.config.options import policy_from_options
 from imds_guard.policy.builtin import PRESETS
 from imds_guard.policy.model import Mode, Verdict
 
@@ -57,7 +57,7 @@ def program(folder: Path, name: str) -> str:
 
 def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
     with running([program(folder, "google_guest_agent")]) as process:
-        found = by_pid(shut_out(policy_from_words(nobody=True)))[process.pid]
+        found = by_pid(shut_out(policy_from_options(nobody=True)))[process.pid]
         assert ("google_guest_agent", str(STRANGER)) == (found.name, found.user)
         assert found.why == (
             "is a metadata client (google_guest_agent) and needs 169.254.169.254:80: not-listed in lock 'default'"
@@ -75,20 +75,20 @@ def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
 )
 def test_a_client_that_keeps_its_access_is_not_named(folder: Path, words: dict[str, object]) -> None:
     with running([program(folder, "google_guest_agent")]) as process:
-        assert process.pid not in by_pid(shut_out(policy_from_words(**words)))  # type: ignore[arg-type]
+        assert process.pid not in by_pid(shut_out(policy_from_options(**words)))  # type: ignore[arg-type]
 
 
 def test_a_client_of_another_cloud_is_judged_by_its_own_addresses(folder: Path) -> None:
     with running([program(folder, "amazon-ssm-agent")]) as process:
-        assert process.pid not in by_pid(shut_out(policy_from_words(nobody=True, presets=["scaleway"])))
-        assert process.pid in by_pid(shut_out(policy_from_words(nobody=True, ips=["fd00:ec2::254"])))
+        assert process.pid not in by_pid(shut_out(policy_from_options(nobody=True, presets=["scaleway"])))
+        assert process.pid in by_pid(shut_out(policy_from_options(nobody=True, ips=["fd00:ec2::254"])))
 
 
 def test_a_script_is_known_by_its_name_and_not_by_its_interpreter(folder: Path) -> None:
     script = folder / "waagent"
     script.write_text("import sys; sys.stdin.read()\n")
     with running(["/usr/bin/python3", "-u", str(script)]) as process:
-        found = by_pid(shut_out(policy_from_words(nobody=True)))
+        found = by_pid(shut_out(policy_from_options(nobody=True)))
         assert "is a metadata client (waagent)" in found[process.pid].why
 
 
@@ -97,14 +97,14 @@ def test_a_program_that_only_speaks_of_a_client_is_none(folder: Path) -> None:
         running(["/bin/sh", "-c", "read line", "cloud-init"]) as shell,
         running([program(folder, "journalctl"), "-", "cloud-init"]) as reader,
     ):
-        found = by_pid(shut_out(policy_from_words(nobody=True)))
+        found = by_pid(shut_out(policy_from_options(nobody=True)))
         assert shell.pid not in found
         assert reader.pid not in found
 
 
 def test_root_is_not_allowed_by_itself(folder: Path) -> None:
     with running([program(folder, "cloud-init")], uid=0, gid=0) as process:
-        found = by_pid(shut_out(policy_from_words(groups=[str(STRANGERS)])))
+        found = by_pid(shut_out(policy_from_options(groups=[str(STRANGERS)])))
         assert found[process.pid].user == "root"
 
 
@@ -112,10 +112,10 @@ def test_a_process_that_has_ended_is_left_out(folder: Path) -> None:
     """Not yet waited for, it still has its name: a zombie. Then it is gone."""
     with subprocess.Popen([program(folder, "kubelet")], stdin=subprocess.DEVNULL) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert process.pid not in by_pid(shut_out(policy_from_words(nobody=True)))
+        assert process.pid not in by_pid(shut_out(policy_from_options(nobody=True)))
     found: dict[int, ShutOut] = {}
     destinations = preflight._destinations(CLIENTS[0])
-    preflight._judge(policy_from_words(nobody=True), found, process.pid, destinations, "{}")
+    preflight._judge(policy_from_options(nobody=True), found, process.pid, destinations, "{}")
     assert found == {}
 
 
@@ -127,11 +127,11 @@ def test_an_installed_client_is_judged_by_the_account_it_runs_as(folder: Path, m
         Client("no-account", ("c",), ("aws",), user="imds-guard-absent", paths=(here,)),
     )
     monkeypatch.setattr(preflight, "CLIENTS", known)
-    (found,) = installed_shut_out(policy_from_words(groups=[str(STRANGERS)]))
+    (found,) = installed_shut_out(policy_from_options(groups=[str(STRANGERS)]))
     assert (found.pid, found.name, found.user) == (None, "as-root", "root")
     assert "needs 169.254.169.254:80 as root: not-listed" in found.why
-    assert installed_shut_out(policy_from_words(users=["0"])) == []
-    assert installed_shut_out(policy_from_words(users=["0"], containers=Verdict.ALLOW)) == []
+    assert installed_shut_out(policy_from_options(users=["0"])) == []
+    assert installed_shut_out(policy_from_options(users=["0"], containers=Verdict.ALLOW)) == []
 
 
 def test_the_clients_are_told_apart_and_use_known_presets() -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from imds_guard.backends.choose import Verdict as BackendVerdict
+from imds_guard.backends.choose import BackendCheck
 from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
-from imds_guard.commands.guard import Checked, Outcome, Status
+from imds_guard.commands.guard import Outcome
+from imds_guard.commands.look import CheckResult, Status
 from imds_guard.commands.preflight import ShutOut
-from imds_guard.config.store import parse_endpoint
 from imds_guard.errors import Unsupported
+from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import (
     Caller,
     Decision,
@@ -279,15 +280,15 @@ def test_an_explanation_as_values() -> None:
 
 
 def test_what_check_found() -> None:
-    refused = BackendVerdict(EbpfBackend(), Unsupported("a reason " + LONG))
-    none = Checked([refused], [ShutOut(7, "waagent", "root", "is " + LONG)])
-    lines = present.checked_lines(none)
+    refused = BackendCheck(EbpfBackend(), Unsupported("a reason " + LONG))
+    none = CheckResult([refused], [ShutOut(7, "waagent", "root", "is " + LONG)])
+    lines = present.check_lines(none)
     assert lines[0].startswith("ebpf: a reason that goes on")
     assert "start would take: nothing, it would fail" in lines
     assert fits(lines)
-    assert present.checked_values(none)["taken"] is None
-    good = Checked([BackendVerdict(EbpfBackend(), None)], [])
-    assert present.checked_lines(good) == ["ebpf: works here", "start would take: ebpf"]
+    assert present.check_values(none)["taken"] is None
+    good = CheckResult([BackendCheck(EbpfBackend(), None)], [])
+    assert present.check_lines(good) == ["ebpf: works here", "start would take: ebpf"]
 
 
 # --- the built-in table ---------------------------------------------------------------------------------------------

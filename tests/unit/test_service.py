@@ -184,10 +184,10 @@ def test_without_a_usable_configuration_nothing_is_written(program: str, tmp_pat
     path, folder = tmp_path / "config.toml", tmp_path / "units"
     folder.mkdir()
     with pytest.raises(BadPolicy, match=r"there is no configuration .* for it"):
-        service.install(service.Wishes(), program, str(path), str(folder))
+        service.install(service.ServiceOptions(), program, str(path), str(folder))
     path.write_text("[lock.default]\n", encoding="utf-8")
     with pytest.raises(BadPolicy, match=r"config\.toml:1: lock 'default' allows nobody|locks nothing"):
-        service.install(service.Wishes(), program, str(path), str(folder))
+        service.install(service.ServiceOptions(), program, str(path), str(folder))
     assert list(folder.iterdir()) == []
 
 
@@ -203,8 +203,8 @@ def test_a_client_that_would_be_shut_out_at_the_next_boot_is_a_refusal(
     path = tmp_path / "config.toml"
     path.write_text('[lock.default]\npreset = "default"\nusers = [41001]\n', encoding="utf-8")
     with pytest.raises(BadPolicy, match=r"it would shut out cloud-init .*; allow the account, or add --without-root$"):
-        service._check_configuration(service.Wishes(), str(path))
-    service._check_configuration(service.Wishes(without_root=True), str(path))
+        service._check_configuration(service.ServiceOptions(), str(path))
+    service._check_configuration(service.ServiceOptions(without_root=True), str(path))
 
 
 def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
@@ -222,13 +222,16 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wishes", "files"),
     [
-        (service.Wishes(), {"imds-guard.service"}),
-        (service.Wishes(watch=True), {"imds-guard.service", "imds-guard-watch.service"}),
-        (service.Wishes(verify=True), {"imds-guard.service", "imds-guard-verify.timer", "imds-guard-verify.service"}),
-        (service.Wishes(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
+        (service.ServiceOptions(), {"imds-guard.service"}),
+        (service.ServiceOptions(watch=True), {"imds-guard.service", "imds-guard-watch.service"}),
+        (
+            service.ServiceOptions(verify=True),
+            {"imds-guard.service", "imds-guard-verify.timer", "imds-guard-verify.service"},
+        ),
+        (service.ServiceOptions(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
     ],
 )
-def test_the_files_are_those_that_are_wished_for(wishes: service.Wishes, files: list[str]) -> None:
+def test_the_files_are_those_that_are_wished_for(wishes: service.ServiceOptions, files: list[str]) -> None:
     assert set(wishes.files) == set(files)
 
 

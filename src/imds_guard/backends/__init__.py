@@ -1,11 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What enforces a policy: the protocol that both backends implement."""
+"""The protocol that both backends implement: what enforces a policy."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from imds_guard.policy.model import Policy
+
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf import State
+
+
+class Change(NamedTuple):
+    """The result of a change in the kernel: what was done, and what to warn of, a sentence each."""
+
+    done: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.done or self.warnings)
+
+    def then(self, later: Change) -> Change:
+        """This change and a later one."""
+        return Change(self.done + later.done, self.warnings + later.warnings)
+
+
+class Description(NamedTuple):
+    """What a backend holds in the kernel, read at one moment."""
+
+    policy: Policy | None
+    """None when nothing is in force, and when it can't be read as a policy; then ``faults`` says why."""
+    faults: tuple[str, ...]
+    ebpf: State | None = None
+    """Hooks and counters, under eBPF."""
 
 
 class Backend(Protocol):
@@ -19,23 +46,32 @@ class Backend(Protocol):
         With None: whether the backend works here at all. Changes nothing.
         """
 
-    def apply(self, policy: Policy) -> list[str]:
-        """Puts ``policy`` in force, in place of what was in force. Returns lines that tell what was done.
+    def apply(self, policy: Policy) -> Change:
+        """Puts ``policy`` in force, in place of what was in force.
 
         On any error the old policy stays in force, whole.
         """
+
+    def change(self, policy: Policy) -> Change:
+        """Puts ``policy`` in force where this backend enforces already; programs that are whole are not replaced."""
+
+    def remove(self) -> Change:
+        """Takes everything of ours out of the kernel. Harmless when there is nothing."""
 
     def read(self) -> Policy | None:
         """The policy that the kernel holds now, or None when this backend enforces nothing."""
 
     def unaltered(self) -> Policy | None:
-        """As read(); None also when someone else changed what we had written."""
+        """The policy that the kernel holds now; None also when someone else changed what imds-guard had written."""
 
     def in_force(self) -> bool:
         """True when something of this backend is in the kernel, whole or not."""
 
-    def remove(self) -> list[str]:
-        """Takes everything of ours out of the kernel; harmless when there is nothing. Returns lines as apply()."""
-
     def faults(self) -> list[str]:
         """What is wrong with what should be in force, a sentence each; empty when it is whole or not active."""
+
+    def notes(self, policy: Policy) -> list[str]:
+        """Where this backend enforces ``policy`` otherwise than the policy says, a sentence each."""
+
+    def describe(self) -> Description:
+        """The policy, the faults and the details, all of one moment."""

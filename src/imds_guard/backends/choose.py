@@ -15,7 +15,7 @@ NAMES = ("ebpf", "iptables")
 """In the order in which ``auto`` takes them."""
 
 
-class Verdict(NamedTuple):
+class BackendCheck(NamedTuple):
     """Whether a backend can hold a policy here: ``refusal`` is None when it can."""
 
     backend: Backend
@@ -42,23 +42,23 @@ def candidates(wanted: str, cgroup: str | None) -> Sequence[str]:
     return ("ebpf",) if cgroup is not None else NAMES
 
 
-def examine(policy: Policy | None, names: Sequence[str], cgroup: str | None, resolve: bool) -> list[Verdict]:
+def examine(policy: Policy | None, names: Sequence[str], cgroup: str | None, resolve: bool) -> list[BackendCheck]:
     """Asks each backend whether it can hold the policy."""
-    verdicts = []
+    checks: list[BackendCheck] = []
     for name in names:
         backend = make(name, cgroup, resolve)
         try:
             backend.check(policy)
-            verdicts.append(Verdict(backend, None))
+            checks.append(BackendCheck(backend, None))
         except (Unsupported, NotPermitted) as error:
-            verdicts.append(Verdict(backend, error))
-    return verdicts
+            checks.append(BackendCheck(backend, error))
+    return checks
 
 
-def refused(verdicts: Sequence[Verdict]) -> GuardError:
+def refused(checks: Sequence[BackendCheck]) -> GuardError:
     """One error for backends that all refused: not permitted when that is what stands in the way of each."""
-    reasons = "; ".join(f"{verdict.backend.name}: {verdict.refusal}" for verdict in verdicts)
-    if all(isinstance(verdict.refusal, NotPermitted) for verdict in verdicts):
+    reasons = "; ".join(f"{check.backend.name}: {check.refusal}" for check in checks)
+    if all(isinstance(check.refusal, NotPermitted) for check in checks):
         return NotPermitted(reasons)
     return Unsupported(f"no backend can hold the policy here, nothing was changed ({reasons})")
 

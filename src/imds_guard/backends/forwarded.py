@@ -11,6 +11,7 @@ import contextlib
 import glob
 from collections.abc import Sequence
 
+from imds_guard.backends import Change
 from imds_guard.backends.iptables.parse import parse_chains
 from imds_guard.backends.iptables.record import STATE_FOLDER, Record
 from imds_guard.backends.iptables.render import Chains, denial
@@ -41,7 +42,6 @@ ANCHOR = Anchor("FORWARD", HEAD)
 
 DROP = "drop"
 LEAVE = "leave"
-WORDS = (DROP, LEAVE)
 
 _SWITCHES = "/proc/sys/net/ipv[46]/conf/*/forwarding"
 
@@ -58,8 +58,8 @@ def forwarding_is_on() -> bool:
     return False
 
 
-def choose(policy: Policy, word: str | None, forwarding: bool) -> tuple[bool, list[str]]:
-    """Whether forwarded packets are to be dropped, and what to tell. ``word`` is what was asked for, None if nothing.
+def choose(policy: Policy, word: str | None, forwarding: bool) -> tuple[bool, Change]:
+    """Whether forwarded packets are to be dropped, and what to report. ``word`` is the option, None if not given.
 
     Raises UsageError where dropping would undo what the policy lets containers do.
     """
@@ -70,10 +70,11 @@ def choose(policy: Policy, word: str | None, forwarding: bool) -> tuple[bool, li
             "that, so leave one of them out"
         )
     if word is not None:
-        return word == DROP, []
+        return word == DROP, Change()
     if forwarding and lenient:
-        return False, ['forwarded packets are left alone, since containers = "allow" (--forwarded leave says so too)']
-    return forwarding, []
+        said = 'forwarded packets are left alone, since containers = "allow" (--forwarded leave says so too)'
+        return False, Change((said,))
+    return forwarding, Change()
 
 
 def render(policy: Policy, version: int) -> Chains:
@@ -114,25 +115,26 @@ class Forwarded:
             for version in _versions(policy):
                 read_table(default_program(version, self.commands[version]))
 
-    def settle(self, policy: Policy, word: str | None) -> list[str]:
-        """Does what ``word`` asks, or what is right without one. Returns lines that tell what was done.
+    def settle(self, policy: Policy, word: str | None) -> Change:
+        """Does what ``word`` asks, or what is right without one.
 
-        Where nothing was asked for and iptables can't be had, a line warns, and faults() says so from then on.
+        Where nothing was asked for and iptables can't be had, the change warns, and faults() says so from then on.
         """
-        drop, lines = choose(policy, word, forwarding_is_on())
+        drop, chosen = choose(policy, word, forwarding_is_on())
         if not drop:
             self.remove()
             if word == LEAVE:
                 self.record.write(LEAVE)
-            return lines
+            return chosen
         try:
-            return lines + self.apply(policy)
+            return chosen.then(self.apply(policy))
         except Unsupported as error:
             if word is not None:
                 raise
-            return [*lines, f"warning: packets that this machine forwards still reach the locked endpoints: {error}"]
+            warning = f"packets that this machine forwards still reach the locked endpoints: {error}"
+            return chosen.then(Change(warnings=(warning,)))
 
-    def follow(self, policy: Policy) -> list[str]:
+    def follow(self, policy: Policy) -> Change:
         """The same for a policy that was changed: what was asked for at the start still holds."""
         return self.settle(policy, self.asked())
 
@@ -140,7 +142,7 @@ class Forwarded:
         """What was asked for when the policy was put in force, as settle() takes it."""
         return LEAVE if self.record.read() == LEAVE else None
 
-    def apply(self, policy: Policy) -> list[str]:
+    def apply(self, policy: Policy) -> Change:
         """Puts rules for the policy's endpoints at the head of FORWARD, in place of those that were there."""
         with self.record.locked():
             programs = [default_program(version, self.commands[version]) for version in (4, 6)]
@@ -156,14 +158,15 @@ class Forwarded:
                 raise
             self._clear([other for program in programs for other in other_program(program)])
         titles = " and ".join(program.title for program in programs)
-        return [f"forwarded packets to locked endpoints are rejected, by rules in FORWARD written with {titles}"]
+        done = f"forwarded packets to locked endpoints are rejected, by rules in FORWARD written with {titles}"
+        return Change((done,))
 
-    def remove(self) -> list[str]:
+    def remove(self) -> Change:
         """Takes our rules out of FORWARD; harmless when there are none."""
         with self.record.locked():
-            lines = self._clear(every_program(self.commands, needed=self.record.read() == DROP))
+            done = self._clear(every_program(self.commands, needed=self.record.read() == DROP))
             self.record.remove()
-        return lines
+        return Change(tuple(done))
 
     def _clear(self, programs: Sequence[Program]) -> list[str]:
         cleared = clear(programs, ANCHOR, self.lock_wait_s)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: options to actions, errors to one sentence and an exit status. The only part that knows click."""
+"""The command line: options to commands, errors to one sentence and an exit status. Only this folder imports click."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import click
 
 from imds_guard.cli.group import cli
 from imds_guard.cli.output import fail
-from imds_guard.errors import BadPolicy, GuardError, system_words
-from imds_guard.policy.model import PolicyError
+from imds_guard.errors import GuardError, system_words
 
 __all__ = ["cli", "ip_lockdown", "main"]
 
 
 class _Terminated(BaseException):
-    """SIGTERM, which would end Python on the spot: it is to undo what has begun, as after SIGINT."""
+    """Raised on SIGTERM, so that what has begun is undone as after SIGINT. Python would end on the spot."""
 
 
 def _on_sigterm(_number: int, _frame: object) -> NoReturn:
@@ -28,16 +27,14 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
 
 
 def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> NoReturn:
-    """Every way a command can end, as an exit status."""
-    os.umask(0o022)  # whatever the caller's was: what we make has the mode that we say, and root can use it
+    """Runs a command and turns every way it can end into an exit status."""
+    os.umask(0o022)  # the caller's may hide our files from root without CAP_DAC_OVERRIDE, or open them to others
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         sys.exit(0)
     except GuardError as error:
         fail(error, error.exit_status)
-    except PolicyError as error:
-        fail(error, BadPolicy.exit_status)
     except click.ClickException as error:
         fail(GuardError(_click_sentence(error, name)), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -53,7 +50,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> 
 
 
 def _click_sentence(error: click.ClickException, name: str) -> str:
-    """click's words, which may be several lines, as one sentence, and where to read on."""
+    """click's message, which may have several lines, as one sentence that ends with where to read on."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     words = " ".join(error.format_message().split()).rstrip(".")
     return f"{words} (see {context.command_path if context else name} --help)"
@@ -73,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def ip_lockdown(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The ``ip-lockdown`` command, in place of the script of that name."""
-    from imds_guard.cli.lockdown import lock_down  # noqa: PLC0415 -- start-up time: the other command has no use for it
+    """The ``ip-lockdown`` command, which takes the place of the script of that name."""
+    from imds_guard.cli.ip_lockdown import ip_lockdown as command  # noqa: PLC0415 -- start-up time
 
-    _run(lock_down, arguments, "ip-lockdown")
+    _run(command, arguments, "ip-lockdown")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command that the others are part of."""
+"""The ``imds-guard`` command: its subcommands, each imported when it is called."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import click
 from imds_guard import __version__
 
 MODULES: dict[str, str] = {
-    **dict.fromkeys(("start", "check", "export"), "policies"),
-    **dict.fromkeys(("stop", "allow", "revoke"), "guard"),
-    **dict.fromkeys(("status", "explain"), "ask"),
-    **dict.fromkeys(("endpoints", "demo"), "look"),
-    **dict.fromkeys(("watch", "report", "metrics"), "watch"),
+    **dict.fromkeys(("start", "check", "export"), "start"),
+    **dict.fromkeys(("stop", "allow", "revoke"), "change"),
+    **dict.fromkeys(("status", "explain"), "status"),
+    **dict.fromkeys(("endpoints", "demo"), "builtin"),
+    **dict.fromkeys(("watch", "report", "metrics"), "denials"),
     **dict.fromkeys(("install-service", "uninstall-service", "verify"), "service"),
 }
-"""Command -> the module beside this one that adds it."""
+"""Command -> the module in this folder that defines it."""
 
 
 class Commands(click.Group):
-    """Imports a command when it is called, and none of the others: start-up time."""
+    """Imports a command only when it is called: start-up time."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which --help has them."""
+        """The names in the order of --help."""
         return sorted(MODULES)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands for years of running: install-service, uninstall-service, verify."""
+"""The commands for the service: install-service, uninstall-service, verify."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from imds_guard import CONFIG_PATH
-from imds_guard.cli.ask import STATUS_UNKNOWN, status_exit
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, config_option, json_option
-from imds_guard.cli.output import fail, say, say_json, tell, warn
-from imds_guard.commands import guard as actions
-from imds_guard.commands.guard import Place
+from imds_guard.cli.output import fail, print_json, print_lines, print_progress, print_warnings
+from imds_guard.cli.status import STATUS_UNKNOWN, exit_status
+from imds_guard.commands.capabilities import require_root
+from imds_guard.commands.options import GuardOptions
 from imds_guard.errors import GuardError, UsageError
 
 
@@ -32,10 +32,10 @@ def install_service(**given: Any) -> None:
     """
     from imds_guard.commands import service  # noqa: PLC0415
 
-    actions.require_root("install-service")
-    done = service.install(service.Wishes(**given), sys.argv[0])
-    say(done.lines)
-    warn(done.warnings)
+    require_root("install-service")
+    done = service.install(service.ServiceOptions(**given), sys.argv[0])
+    print_lines(done.lines)
+    print_warnings(done.warnings)
 
 
 @cli.command("uninstall-service")
@@ -43,8 +43,8 @@ def uninstall_service() -> None:
     """Take the systemd units away again. What is locked stays locked until imds-guard stop."""
     from imds_guard.commands import service  # noqa: PLC0415
 
-    actions.require_root("uninstall-service")
-    say(service.uninstall())
+    require_root("uninstall-service")
+    print_lines(service.uninstall())
 
 
 @cli.command(short_help="Check that all is as it was put; --repair it.")
@@ -57,22 +57,22 @@ def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) 
 
     Exit status, after a repair if there was one: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
     """
-    from imds_guard.commands import verify as verifying  # noqa: PLC0415
+    from imds_guard.commands import verify as verify_command  # noqa: PLC0415
     from imds_guard.present import text as present  # noqa: PLC0415
 
-    actions.require_root("verify")
-    path, place = CONFIG_PATH if config is None else config, Place(cgroup=cgroup)
+    require_root("verify")
+    path, options = CONFIG_PATH if config is None else config, GuardOptions(cgroup=cgroup)
     try:
-        found = verifying.repair(path, place, tell) if repair else verifying.verify(path, place)
+        found = verify_command.repair(path, options, print_progress) if repair else verify_command.verify(path, options)
     except UsageError:
         raise
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
     if as_json:
-        say_json(present.verified_values(found))
+        print_json(present.verify_values(found))
     else:
-        say(present.verified_lines(found))
-        warn(found.notes)
+        print_lines(present.verify_lines(found))
+        print_warnings(found.warnings)
     if found.failure is not None:
-        fail(found.failure, status_exit(found.after))
-    sys.exit(status_exit(found.after))
+        fail(found.failure, exit_status(found.after))
+    sys.exit(exit_status(found.after))

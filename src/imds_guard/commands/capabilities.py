@@ -7,6 +7,9 @@ them it is refused. The systemd units bound their processes by the same sets.
 
 from __future__ import annotations
 
+import os
+
+from imds_guard.errors import NotPermitted
 from imds_guard.kernel.privileges import (
     CAP_BPF,
     CAP_DAC_OVERRIDE,
@@ -19,6 +22,7 @@ from imds_guard.kernel.privileges import (
     CAP_SETUID,
     CAP_SYS_ADMIN,
     CAP_SYS_PTRACE,
+    missing_capabilities,
 )
 
 Capabilities = tuple[int, ...]
@@ -48,3 +52,15 @@ MORE: dict[str, Capabilities] = {
     "iptables-legacy": (CAP_NET_RAW,),
 }
 """What start, verify and the like do more with these; without them they say what is missing."""
+
+
+def require_root(command: str) -> None:
+    """Raises NotPermitted unless the effective user is root, with the capabilities that the command takes."""
+    if os.geteuid() != 0:
+        raise NotPermitted(f"imds-guard {command}: only root may; run it with sudo")
+    lacking = missing_capabilities(REQUIRED.get(command, ()))
+    if lacking:
+        raise NotPermitted(
+            f"imds-guard {command}: this process is root without {' and '.join(lacking)}; a unit, a container or a "
+            "security module took that away, run it where it is not"
+        )

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
-from imds_guard.backends import Backend
+from imds_guard.backends import Backend, choose
 from imds_guard.kernel import listeners
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
@@ -107,6 +107,17 @@ def demo_policy() -> Policy:
     endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=ports) for address in (IPV4, IPV6))
     allow = Identities(frozenset({_LISTED_USER}), frozenset({_LISTED_GROUP}))
     return make_policy([Lock("demo", endpoints, allow=allow)])
+
+
+def demo(wanted: str) -> DemoResult:
+    """Runs the demonstration with the backend ``wanted``, or for ``auto`` with the first that works here."""
+    checked = choose.examine(None, choose.candidates(wanted, None), None, False)
+    chosen = next((one.backend.name for one in checked if one.refusal is None), None)
+    if chosen is None:
+        raise choose.refused(checked)
+    if chosen == "ebpf":
+        return run_demo(lambda cgroup: choose.make("ebpf", cgroup))
+    return run_demo(lambda _: choose.make("iptables"), inside=True)
 
 
 def run_demo(make_backend: Callable[[str], Backend], *, inside: bool = False) -> DemoResult:

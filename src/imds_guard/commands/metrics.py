@@ -11,7 +11,7 @@ from imds_guard import __version__
 from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.abi import needed_hooks
 from imds_guard.backends.ebpf.tables import Place, Report, read_report
-from imds_guard.commands.guard import Status, status
+from imds_guard.commands.look import Status, status
 from imds_guard.errors import GuardError, Unsupported, system_words
 from imds_guard.kernel import files
 from imds_guard.policy.model import Mode, Reason
@@ -55,7 +55,7 @@ def _register(registry: CollectorRegistry, families: list[Metric]) -> None:
 
 def _read(cgroup: str | None) -> tuple[Status, Report | None]:
     found = status(cgroup)
-    if not isinstance(found.detail, State):
+    if not found.ebpf is not None:
         return found, None
     try:
         return found, read_report(Place(cgroup))
@@ -81,7 +81,7 @@ def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> CounterMetri
 def _versions(found: Status) -> InfoMetricFamily:
     from prometheus_client.core import InfoMetricFamily  # noqa: PLC0415
 
-    programs = ",".join(found.detail.versions) if isinstance(found.detail, State) else ""
+    programs = ",".join(found.ebpf.versions) if found.ebpf is not None else ""
     words = {"version": __version__, "backend": found.backend or "none", "programs": programs}
     return InfoMetricFamily(_NAME, "What runs: versions, and what enforces.", value=words)
 
@@ -92,9 +92,9 @@ def _families(found: Status, report: Report | None) -> Iterator[Metric]:
     yield _gauge("degraded", "1 when something is wrong with what should be in force.", bool(found.faults))
     audit = found.policy is not None and found.policy.mode is Mode.AUDIT
     yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
-    if isinstance(found.detail, State):
-        yield from _of_state(found.detail)
-        yield from _of_hooks(found.detail, needed_hooks(found.policy is not None and found.policy.strict))
+    if found.ebpf is not None:
+        yield from _of_state(found.ebpf)
+        yield from _of_hooks(found.ebpf, needed_hooks(found.policy is not None and found.policy.strict))
     if report is not None:
         yield from _of_report(report)
 

@@ -8,13 +8,15 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from imds_guard.backends.ebpf.tables import Place, Report, Row, read_report
-from imds_guard.commands.guard import the_running
-from imds_guard.config.store import Config, dump_config, endpoint_words
+from imds_guard.commands.look import active_policy
+from imds_guard.config.read import Config
+from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import user_id
 from imds_guard.policy import edit
+from imds_guard.policy.endpoint_syntax import endpoint_words
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Reason, make_policy
-from imds_guard.text import visible
+from imds_guard.text import escaped
 from imds_guard.watch.leader import require_ebpf
 from imds_guard.watch.process_info import Names, fs_text, iso_time, wall_clock
 
@@ -59,7 +61,7 @@ def report(cgroup: str | None) -> Reported:
     found = read_report(Place(cgroup))
     if found is None:
         raise GuardError("reading the report: imds-guard is not active; run imds-guard start first")
-    _, policy = the_running(cgroup)
+    _, policy = active_policy(cgroup)
     notes = tuple(_OTHERWISE[reason] for reason in sorted({row.reason for row in found.rows}) if reason in _OTHERWISE)
     return Reported(found, way_in(policy, found.rows, cgroup), notes)
 
@@ -141,7 +143,7 @@ def values(found: Reported) -> dict[str, Any]:
 def _row_values(row: Row, names: Names) -> dict[str, Any]:
     return {
         "lock": row.lock,
-        "user": visible(names.user(row.fsuid)),
+        "user": escaped(names.user(row.fsuid)),
         "uid": row.fsuid,
         "reason": row.reason.word,
         "count": row.count,
@@ -150,7 +152,7 @@ def _row_values(row: Row, names: Names) -> dict[str, Any]:
         "address": str(row.address),
         "port": row.port,
         "protocol": None if row.protocol is None else row.protocol.value,
-        "comm": visible(fs_text(row.comm)),
+        "comm": escaped(fs_text(row.comm)),
     }
 
 
@@ -168,6 +170,12 @@ MANY_LINES = 400
 """A longer configuration is left to JSON."""
 
 
+def lines(found: Reported) -> list[str]:
+    """The whole report."""
+    rows = ["", *plain(cells(found))] if found.report.rows else ["", "nobody yet"]
+    return [*title(found), *rows, *after(found)]
+
+
 def title(found: Reported) -> list[str]:
     """What the rows are."""
     audit = found.report.mode is Mode.AUDIT
@@ -183,7 +191,7 @@ def cells(found: Reported) -> list[tuple[Cell, ...]]:
 
 
 def _cells(row: Row, names: Names) -> tuple[Cell, ...]:
-    name = visible(names.user(row.fsuid))
+    name = escaped(names.user(row.fsuid))
     who = name if name == str(row.fsuid) else f"{name} ({row.fsuid})"
     first, last = (iso_time(wall_clock(ns))[:19].replace("T", " ") for ns in (row.first_ns, row.last_ns))
     host = f"[{row.address}]" if row.address.version == 6 else str(row.address)
@@ -192,7 +200,7 @@ def _cells(row: Row, names: Names) -> tuple[Cell, ...]:
     return (
         (who, row.lock or "no lock"),
         (row.reason.word, times),
-        (f"{host}:{row.port}{protocol}", visible(fs_text(row.comm))),
+        (f"{host}:{row.port}{protocol}", escaped(fs_text(row.comm))),
         (first, last),
     )
 

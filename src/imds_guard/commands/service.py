@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from imds_guard.commands import guard as actions
-from imds_guard.commands.boot import place_of
-from imds_guard.commands.guard import Place
-from imds_guard.config.store import CONFIG_PATH, load_config
+from imds_guard import CONFIG_PATH
+from imds_guard.commands import look
+from imds_guard.commands.boot import with_config
+from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.save import check_next_boot
+from imds_guard.config.read import load_config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_words
 from imds_guard.kernel import files, ownership, systemd
 
@@ -35,7 +37,7 @@ _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 -- r
 """What ProtectHome= and PrivateTmp= hide from the units."""
 
 
-class Wishes(NamedTuple):
+class ServiceOptions(NamedTuple):
     """Which of the units, and whether to begin now."""
 
     watch: bool = False
@@ -68,7 +70,7 @@ class Done(NamedTuple):
 # --- install --------------------------------------------------------------------------------------------------------
 
 
-def install(wishes: Wishes, program: str, path: str = CONFIG_PATH, folder: str = FOLDER) -> Done:
+def install(wishes: ServiceOptions, program: str, path: str = CONFIG_PATH, folder: str = FOLDER) -> Done:
     """Writes the units that run ``program`` and switches them on for the next boot; never off.
 
     Raises GuardError, before anything is written, when the next boot would not lock what the configuration says, or
@@ -121,7 +123,7 @@ def _check_roots_own(path: str) -> None:
         path = os.path.dirname(path)
 
 
-def _check_configuration(wishes: Wishes, path: str) -> list[str]:
+def _check_configuration(wishes: ServiceOptions, path: str) -> list[str]:
     """What to look at. Raises BadPolicy for a configuration that boot could not use, or that shuts a client out."""
     if not os.path.exists(path):
         raise BadPolicy(
@@ -129,11 +131,11 @@ def _check_configuration(wishes: Wishes, path: str) -> list[str]:
             "... --save"
         )
     config = load_config(path, use_stored_ids=True)
-    actions.check_next_boot(config.policy, wishes.without_root)
+    check_next_boot(config.policy, wishes.without_root)
     warnings = list(config.warnings)
-    checked = actions.check(config.policy, place_of(config, Place()))
-    if checked.taken is None:
-        reasons = "; ".join(f"{one.backend.name}: {one.refusal}" for one in checked.verdicts)
+    checked = look.check(config.policy, with_config(GuardOptions(), config))
+    if checked.chosen is None:
+        reasons = "; ".join(f"{one.backend.name}: {one.refusal}" for one in checked.backends)
         warnings.append(f"no backend can hold the policy on this kernel as it runs now ({reasons})")
     return warnings
 
@@ -191,7 +193,7 @@ def _write(path: str, text: str) -> None:
         raise GuardError(f"writing {path}: {system_words(error)}; the service is not installed") from error
 
 
-def _switch_on(wishes: Wishes) -> list[str]:
+def _switch_on(wishes: ServiceOptions) -> list[str]:
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
     systemd.systemctl("enable", "--quiet", *wishes.enabled)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether what should be in force is, and how it is put back where it is not."""
+"""``verify``: is everything that should be in force in force, and how it is put back where it is not."""
 
 from __future__ import annotations
 
@@ -7,100 +7,99 @@ import os
 from typing import NamedTuple
 
 from imds_guard.backends import choose
-from imds_guard.commands import boot
-from imds_guard.commands import guard as actions
-from imds_guard.commands.guard import Place, Status, Tell
-from imds_guard.config.store import Config, load_config, word_at_top
+from imds_guard.commands import boot, guard, look
+from imds_guard.commands.look import Status
+from imds_guard.commands.options import GuardOptions, Progress
+from imds_guard.config.read import Config, load_config, top_level_string
 from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.policy.emergency import FAULT as EMERGENCY_FAULT
 
 
-class Checked(NamedTuple):
-    """What was found, and what is so after the repair, if there was one.
-
-    ``repaired`` has a line for each fault that is gone: what was wrong, and what was done. ``failure`` is why nothing
-    could be done.
-    """
+class VerifyResult(NamedTuple):
+    """The state that was found, and the state after the repair, if there was one."""
 
     before: Status
     after: Status
     repaired: list[str]
-    notes: list[str]
+    """A line for each fault that is gone: what was wrong, and what was done."""
+    warnings: list[str]
     failure: GuardError | None = None
+    """Why nothing could be done."""
 
 
-def verify(path: str, place: Place) -> Checked:
-    """Looks, and changes nothing. The configuration says where, unless ``place`` does."""
-    found = actions.status(_place(path, place).cgroup)
-    return Checked(found, found, [], [])
+def verify(path: str, options: GuardOptions) -> VerifyResult:
+    """Reads the state and changes nothing. ``options`` win over the configuration ``path``."""
+    found = look.status(_with_config(path, options).cgroup)
+    return VerifyResult(found, found, [], [])
 
 
-def repair(path: str, place: Place, tell: Tell) -> Checked:
-    """Looks, and puts back what is wrong, without a moment in which less is locked.
+def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult:
+    """Reads the state and puts back what is wrong, without a moment in which less is locked.
 
-    What is put back is the policy in force. Where it can't be read, or someone else changed it, it is the
-    configuration's; where that is unusable, the emergency lock, since nobody can tell what was meant. Nothing in force:
-    as at boot, if there is a configuration.
+    What is put back is the policy in force. Where that can't be read, or someone else changed it, it is the
+    configuration's policy. Where the configuration can't be used, it is the emergency lock, since nobody can tell
+    which policy was meant. Where nothing is in force and there is a configuration, it starts as at boot.
     """
-    where = _place(path, place)
-    with actions.one_at_a_time(where.cgroup):
-        before = actions.status(where.cgroup)
-        if not _wants_repair(before, path):
-            return Checked(before, before, [], [])
+    where = _with_config(path, options)
+    with guard.one_at_a_time(where.cgroup):
+        before = look.status(where.cgroup)
+        if not _needs_repair(before, path):
+            return VerifyResult(before, before, [], [])
         try:
-            done, notes = _put_back(before, path, where, tell)
+            done, warnings = _put_back(before, path, where, progress)
         except GuardError as error:
-            return Checked(before, actions.status(where.cgroup), [], [], error)
-        after = actions.status(where.cgroup)
-    wrong = before.faults or ["nothing was in force"]
-    return Checked(before, after, [f"{fault}: {done}" for fault in wrong if fault not in after.faults], notes)
+            return VerifyResult(before, look.status(where.cgroup), [], [], error)
+        after = look.status(where.cgroup)
+    faults = before.faults or ["nothing was in force"]
+    repaired = [f"{fault}: {done}" for fault in faults if fault not in after.faults]
+    return VerifyResult(before, after, repaired, warnings)
 
 
-def _wants_repair(found: Status, path: str) -> bool:
+def _needs_repair(found: Status, path: str) -> bool:
     return bool(found.faults) or (found.backend is None and os.path.exists(path))
 
 
-Done = tuple[str, list[str]]
-"""What was done, as the end of a sentence, and what to look at."""
+Repair = tuple[str, list[str]]
+"""What was done, as the end of a sentence, and warnings."""
 
 
-def _put_back(before: Status, path: str, where: Place, tell: Tell) -> Done:
+def _put_back(before: Status, path: str, options: GuardOptions, progress: Progress) -> Repair:
     if before.backend is None or before.emergency:
-        booted = boot.start(path, where, tell, actions.start_now)
-        if booted.error is None:
+        result = boot.start(path, options, progress, guard.start_locked)
+        if result.error is None:
             return "the configuration's policy was put in force", []
-        if booted.outcome is not None:
-            return "the emergency lock was put on", [str(booted.error)]
+        if result.outcome is not None:
+            return "the emergency lock was put on", [str(result.error)]
         if before.backend is None or before.faults == [EMERGENCY_FAULT]:
-            raise booted.error
-    policy = choose.running(where.cgroup)[str(before.backend)].unaltered()
+            raise result.error
+    policy = choose.running(options.cgroup)[str(before.backend)].unaltered()
     if policy is not None:
-        asked = actions.forwarded().asked() if where.cgroup is None else None
-        place = where._replace(backend=str(before.backend), forwarded=asked)
-        lines = actions.start_now(policy, place, tell).deeds
-        return _with("the policy in force was put back", lines), []
-    return _put_in_place_of_the_unreadable(path, where, tell)
+        asked = look.forwarded().asked() if options.cgroup is None else None
+        same = options._replace(backend=str(before.backend), forwarded=asked)
+        outcome = guard.start_locked(policy, same, progress)
+        return _with_details("the policy in force was put back", outcome.done_in_short), []
+    return _replace_unreadable(path, options, progress)
 
 
-def _put_in_place_of_the_unreadable(path: str, where: Place, tell: Tell) -> Done:
-    """Nobody knows what was in force, or it is what someone else made of it."""
+def _replace_unreadable(path: str, options: GuardOptions, progress: Progress) -> Repair:
+    """The policy in force can't be read, or someone else changed it: the configuration says what was meant."""
     config = _usable(path)
     if config is not None:
-        lines = boot.put_on(config.policy, where, tell, actions.start_now).deeds
-        return _with("the configuration's policy took its place", lines), list(config.warnings)
-    if word_at_top(path, "on_error") == "open":
+        outcome = boot.put_in_force(config.policy, options, progress, guard.start_locked)
+        return _with_details("the configuration's policy took its place", outcome.done_in_short), list(config.warnings)
+    if top_level_string(path, "on_error") == "open":
         raise BadPolicy(f'{path} can\'t be used, and says on_error = "open": what is left in force stays as it is')
-    boot.lock_down(where, tell, actions.start_now)
+    boot.put_emergency_lock_on(options, progress, guard.start_locked)
     return "the emergency lock took its place", [f"there is no usable configuration {path} that says what was meant"]
 
 
-def _with(words: str, lines: list[str]) -> str:
-    return f"{words} ({'; '.join(lines)})" if lines else words
+def _with_details(sentence: str, details: list[str]) -> str:
+    return f"{sentence} ({'; '.join(details)})" if details else sentence
 
 
-def _place(path: str, place: Place) -> Place:
+def _with_config(path: str, options: GuardOptions) -> GuardOptions:
     config = _usable(path)
-    return boot.place_of(config, place) if config is not None else place
+    return boot.with_config(options, config) if config is not None else options
 
 
 def _usable(path: str) -> Config | None:

@@ -18,7 +18,6 @@ from imds_guard.config.write import (
     dump_lock,
     id_lists,
     quoted,
-    says_nobody,
     scalar,
     top_values,
 )
@@ -142,7 +141,7 @@ class _Edit:
             array.append(_value(dump_id(number, name_of(number), id_of)))
 
     def edit_default(self, name: str, table: Any, lock: Lock) -> None:
-        nobody = says_nobody(lock)
+        nobody = lock.allows_nobody
         if bool(table.get("nobody", False)) != nobody:
             self.put(name, table, "nobody", ["nobody = true"] if nobody else [])
         usual = Verdict.ALLOW if lock.deny and not lock.allow and not nobody else Verdict.DENY

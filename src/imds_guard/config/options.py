@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.errors import UsageError
 from imds_guard.identity import create_group, group_id, is_missing_group, user_id
 from imds_guard.policy.builtin import default_endpoints, preset
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, PolicyError, Verdict, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.wireserver import set_apart
 
 
-def policy_from_words(
+def policy_from_options(
     *,
     users: Sequence[str] = (),
     groups: Sequence[str] = (),
@@ -44,10 +44,7 @@ def policy_from_words(
     set_apart(shape)
     made = [create_group(word) for word in missing]
     allow = Identities(allowed_users, frozenset(known + made))
-    try:
-        return make_policy(set_apart(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
-    except PolicyError as error:
-        raise BadPolicy(str(error)) from None
+    return make_policy(set_apart(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
 
 
 def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:

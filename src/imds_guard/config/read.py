@@ -18,7 +18,7 @@ from imds_guard.kernel.dmi import dmi_words as read_dmi_words
 from imds_guard.policy.builtin import preset
 from imds_guard.policy.emergency import EMERGENCY_LOCK
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, PolicyError, Verdict, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.wireserver import set_apart
 
 _TOP_KEYS = (
@@ -73,7 +73,7 @@ def read_text(path: str) -> str:
         raise BadPolicy(f"{path}: this is not TOML: octet {error.start} is not UTF-8") from error
 
 
-def word_at_top(path: str, key: str) -> str | None:
+def top_level_string(path: str, key: str) -> str | None:
     """The string of a key that is in no table, of a file that is TOML, whatever else is wrong with it; or None."""
     try:
         said = load_toml(read_text(path), path).get(key)
@@ -142,7 +142,7 @@ class _File:
     def policy(self, locks: Sequence[Lock], mode: Mode, containers: Verdict, strict: bool) -> Policy:
         try:
             return make_policy(locks, mode, containers, strict)
-        except PolicyError as error:
+        except BadPolicy as error:
             named = [("lock", lock.name) for lock in locks if repr(lock.name) in str(error)]
             line = max((self.lines.find(path) or 0 for path in named), default=0)
             raise BadPolicy(f"{self.name}:{line}: {error}" if line else f"{self.name}: {error}") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies as they are written: read from the configuration file, written to it, or said on the command line."""
+"""The configuration file on disk: written in one step, with its comments kept."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ import os
 
 from imds_guard import CONFIG_PATH
 from imds_guard.config import edit as config_edit
-from imds_guard.config.options import policy_from_words
-from imds_guard.config.read import Config, load_config, parse_config, read_text, word_at_top
+from imds_guard.config.read import Config, load_config, read_text
 from imds_guard.config.write import dump_config
 from imds_guard.errors import GuardError, system_words
 from imds_guard.kernel import files
-from imds_guard.policy.endpoint_syntax import endpoint_words, parse_endpoint
-
-__all__ = [
-    "CONFIG_PATH",
-    "Config",
-    "check_saving_to",
-    "dump_config",
-    "endpoint_words",
-    "load_config",
-    "parse_config",
-    "parse_endpoint",
-    "policy_from_words",
-    "save_config",
-    "word_at_top",
-]
 
 
 def check_saving_to(path: str) -> None:

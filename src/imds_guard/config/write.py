@@ -10,7 +10,7 @@ from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, group_name, user_id, user_name
 from imds_guard.policy.endpoint_syntax import endpoint_words
-from imds_guard.policy.model import Lock, Verdict
+from imds_guard.policy.model import Lock
 
 IdList = tuple[str, frozenset[int], Callable[[int], str], Callable[[str], int]]
 """A key of a lock, the IDs in it, and how these and names lead to each other."""
@@ -53,7 +53,7 @@ def dump_lock(lock: Lock) -> list[str]:
     for key, ids, name_of, id_of in id_lists(lock):
         lines += dump_list(key, [dump_id(number, name_of(number), id_of) for number in sorted(ids)])
     lines.append(f"default = {quoted(lock.default.value)}")
-    if says_nobody(lock):
+    if lock.allows_nobody:
         lines.append("nobody = true")
     return lines
 
@@ -71,11 +71,6 @@ def id_lists(lock: Lock) -> list[IdList]:
         ("deny_users", lock.deny.users, user_name, user_id),
         ("deny_groups", lock.deny.groups, group_name, group_id),
     ]
-
-
-def says_nobody(lock: Lock) -> bool:
-    """True for a lock that has to say that an empty list is meant."""
-    return not lock.allow and lock.default is Verdict.DENY
 
 
 def dump_list(key: str, items: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from imds_guard.kernel.namespaces import Namespace
 from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.socket_holders import Holders, holders_of
 from imds_guard.policy.model import MAX_ID, Caller, Destination, Mode, Policy, decide
-from imds_guard.text import visible
+from imds_guard.text import escaped
 
 PASSES = 5
 """A look that finds nothing ends it; this many that find something mean that connections come back."""
@@ -138,7 +138,7 @@ class _Judge:
 
     def _holder(self, pid: int, caller: Caller) -> Holder:
         if pid not in self._named:
-            self._named[pid] = Holder(pid, visible(process_name(pid)), self._user_name(caller.fsuid))
+            self._named[pid] = Holder(pid, escaped(process_name(pid)), self._user_name(caller.fsuid))
         return self._named[pid]
 
     def _caller(self, pid: int) -> Caller | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Callable
 
-from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.errors import UsageError
 from imds_guard.policy.builtin import WIRESERVER, single
 from imds_guard.policy.endpoint_syntax import endpoint_words
 from imds_guard.policy.lockdown import divide, free_name
@@ -15,7 +15,6 @@ from imds_guard.policy.model import (
     Lock,
     Network,
     Policy,
-    PolicyError,
     Verdict,
     common_ports,
     make_policy,
@@ -59,10 +58,7 @@ def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy
         locks = [change(lock) for lock in policy.locks]
     else:
         locks = _change_at(policy, endpoint, change)
-    try:
-        return make_policy(locks, policy.mode, policy.containers, policy.strict)
-    except PolicyError as error:
-        raise BadPolicy(str(error)) from None
+    return make_policy(locks, policy.mode, policy.containers, policy.strict)
 
 
 def _check_alike(policy: Policy) -> None:

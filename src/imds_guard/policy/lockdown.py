@@ -12,7 +12,6 @@ from imds_guard.policy.model import (
     Identities,
     Lock,
     Policy,
-    PolicyError,
     Verdict,
     common_ports,
     make_policy,
@@ -47,16 +46,9 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
         locks.append(lock._replace(name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
     if open_yet.tcp or open_yet.udp:
         locks += set_apart(Lock(free_name(endpoint, names), (open_yet,), Identities(added)))
-    return _checked(locks, policy)
-
-
-def _checked(locks: Iterable[Lock], policy: Policy | None) -> Policy:
-    try:
-        if policy is None:
-            return make_policy(locks)
-        return make_policy(locks, policy.mode, policy.containers, policy.strict)
-    except PolicyError as error:
-        raise BadPolicy(str(error)) from None
+    if policy is None:
+        return make_policy(locks)
+    return make_policy(locks, policy.mode, policy.containers, policy.strict)
 
 
 def divide(lock: Lock, endpoint: Endpoint) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:

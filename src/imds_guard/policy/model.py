@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is locked, for whom, and how a connect is judged.
 
-``decide()`` is the specification: every backend is compared with it. Nothing here touches the system, and nothing
-of ours is imported.
+``decide()`` is the specification: every backend is compared with it. Nothing here touches the system.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ import enum
 import ipaddress
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Union
+
+from imds_guard.errors import BadPolicy
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -25,10 +26,6 @@ MAX_WALKED_GROUPS = 1024
 """A caller with at most so many supplementary groups is compared with any number of listed groups."""
 MAX_SEARCHED_GROUPS = 128
 """A caller with more is compared with at most so many listed groups of a lock; beyond both, it is denied."""
-
-
-class PolicyError(ValueError):
-    """The policy contradicts itself or is out of range; the text is one sentence."""
 
 
 class Protocol(str, enum.Enum):
@@ -91,7 +88,7 @@ def normal_ports(ranges: Iterable[tuple[int, int]]) -> Ports:
     merged: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
         if not 0 <= low <= high <= 65535:
-            raise PolicyError(f"{low}-{high} is not a range of ports")
+            raise BadPolicy(f"{low}-{high} is not a range of ports")
         if merged and low <= merged[-1][1] + 1:
             merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
         else:
@@ -179,6 +176,11 @@ class Lock(NamedTuple):
     default: Verdict = Verdict.DENY
 
     @property
+    def allows_nobody(self) -> bool:
+        """True when the lock denies everyone."""
+        return not self.allow and self.default is Verdict.DENY
+
+    @property
     def listed_groups(self) -> frozenset[int]:
         """Every group that one of the lists names."""
         return self.allow.groups | self.deny.groups
@@ -200,7 +202,7 @@ def make_policy(
     """A checked policy in normal form: equal policies compare equal.
 
     Locks are sorted by name, endpoints of a lock by address, and endpoints of one lock with the same prefix are merged.
-    Raises PolicyError.
+    Raises BadPolicy.
     """
     normal = tuple(sorted((_normal_lock(lock) for lock in locks), key=lambda lock: lock.name))
     _check_names(normal)
@@ -224,14 +226,14 @@ def _normal_lock(lock: Lock) -> Lock:
         )
     for endpoint in merged.values():
         if endpoint.network.prefixlen == endpoint.network.max_prefixlen and int(endpoint.network.network_address) == 0:
-            raise PolicyError(
+            raise BadPolicy(
                 f"lock {lock.name!r}: {endpoint.network.network_address} is no address that a connect can reach; one "
                 "that names it is judged as going to the socket's own address"
             )
         if not endpoint.tcp and not endpoint.udp:
-            raise PolicyError(f"lock {lock.name!r}: {endpoint.network} has no ports")
+            raise BadPolicy(f"lock {lock.name!r}: {endpoint.network} has no ports")
     if not merged:
-        raise PolicyError(f"lock {lock.name!r} has no endpoint")
+        raise BadPolicy(f"lock {lock.name!r} has no endpoint")
     return lock._replace(endpoints=tuple(sorted(merged.values(), key=Endpoint.sort_key)))
 
 
@@ -247,18 +249,18 @@ def _normal_network(network: Network) -> Network:
 def _check_names(locks: Sequence[Lock]) -> None:
     for earlier, later in zip(locks, locks[1:]):
         if earlier.name == later.name:
-            raise PolicyError(f"two locks are called {later.name!r}")
+            raise BadPolicy(f"two locks are called {later.name!r}")
     for lock in locks:
         length = len(lock.name.encode())
         if not 1 <= length <= MAX_LOCK_NAME_BYTES or not lock.name.isprintable():
-            raise PolicyError(f"{lock.name!r} is no lock name: 1 to {MAX_LOCK_NAME_BYTES} printable octets")
+            raise BadPolicy(f"{lock.name!r} is no lock name: 1 to {MAX_LOCK_NAME_BYTES} printable octets")
 
 
 def _check_ids(locks: Sequence[Lock]) -> None:
     for lock in locks:
         for number in (*lock.allow.users, *lock.allow.groups, *lock.deny.users, *lock.deny.groups):
             if not 0 <= number <= MAX_ID:
-                raise PolicyError(f"lock {lock.name!r}: {number} is not a user or group ID (0 to {MAX_ID})")
+                raise BadPolicy(f"lock {lock.name!r}: {number} is not a user or group ID (0 to {MAX_ID})")
 
 
 def _check_overlaps(locks: Sequence[Lock]) -> None:
@@ -270,7 +272,7 @@ def _check_overlaps(locks: Sequence[Lock]) -> None:
                 for protocol in Protocol:
                     both = common_ports(endpoint.ports(protocol), other.ports(protocol))
                     if both:
-                        raise PolicyError(
+                        raise BadPolicy(
                             f"locks {name!r} and {lock.name!r} both claim {endpoint.network} "
                             f"{protocol.value} port {both[0][0]}"
                         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE
 from imds_guard.kernel.processes import process_name
-from imds_guard.text import visible
+from imds_guard.text import escaped
 
 if TYPE_CHECKING:
     from imds_guard.connections.values import Connection, Sweep
@@ -100,7 +100,7 @@ def connections_values(sweep: Sweep) -> dict[str, Any]:
 
 
 def _namespace_values(one: Namespace) -> dict[str, Any]:
-    name = None if one.pid is None else visible(process_name(one.pid))
+    name = None if one.pid is None else escaped(process_name(one.pid))
     return {"inode": one.inode, "path": one.path, "pid": one.pid, "process": name}
 
 

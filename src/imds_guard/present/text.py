@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from imds_guard.commands.guard import allows_nobody
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.builtin import BUILT_IN, BuiltIn, default_entries
 from imds_guard.policy.endpoint_syntax import endpoint_words
@@ -23,9 +22,10 @@ if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
     from imds_guard.backends.ebpf.hooks import Hook
     from imds_guard.commands.demo import DemoResult
-    from imds_guard.commands.guard import Checked, Outcome, Status
+    from imds_guard.commands.guard import Outcome
+    from imds_guard.commands.look import CheckResult, Status
     from imds_guard.commands.preflight import ShutOut
-    from imds_guard.commands.verify import Checked as Verified
+    from imds_guard.commands.verify import VerifyResult
 
 WIDTH = 78
 
@@ -119,7 +119,7 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     policy = outcome.policy
     endpoints = sum(len(lock.endpoints) for lock in policy.locks)
     state = "active" if policy.mode is Mode.ENFORCE else "active in audit mode, which denies nobody"
-    lines = [part for line in outcome.lines for part in _wrapped("", line)]
+    lines = [part for line in outcome.done for part in _wrapped("", line)]
     count = f"{endpoints} endpoint{'' if endpoints == 1 else 's'}"
     lines.append(f"imds-guard is {state} ({outcome.backend}): {count} locked")
     for lock in policy.locks:
@@ -131,7 +131,7 @@ def outcome_warnings(outcome: Outcome) -> list[str]:
     """What to look at, a sentence each."""
     warnings = list(outcome.warnings)
     for lock in outcome.policy.locks:
-        if allows_nobody(lock):
+        if lock.allows_nobody:
             warnings.append(f"lock {lock.name} lets nobody through, root included")
     if outcome.existing is not None:
         warnings += connection_warnings(outcome.existing, outcome.policy.strict)
@@ -158,7 +158,7 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
     return {
         "backend": outcome.backend,
         "policy": policy_values(outcome.policy),
-        "done": outcome.lines,
+        "done": outcome.done,
         "warnings": outcome.warnings,
         "shut_out": shut_out_values(outcome.shut_out),
         "connections": None if outcome.existing is None else connections_values(outcome.existing),
@@ -188,8 +188,8 @@ def status_lines(status: Status) -> list[str]:
     lines = [state_line(status)]
     for fault in status.faults:
         lines += _wrapped("  fault: ", fault)
-    if status.detail is not None:
-        lines += _ebpf_lines(status.detail)
+    if status.ebpf is not None:
+        lines += _ebpf_lines(status.ebpf)
     if status.policy is not None:
         lines.append(f"containers: {'judged by their IDs' if status.policy.containers is Verdict.ALLOW else 'denied'}")
         if status.policy.strict:
@@ -232,8 +232,8 @@ def status_values(status: Status) -> dict[str, Any]:
         "faults": status.faults,
         "policy": policy_values(status.policy),
     }
-    if status.detail is not None:
-        values["ebpf"] = _ebpf_values(status.detail)
+    if status.ebpf is not None:
+        values["ebpf"] = _ebpf_values(status.ebpf)
     return values
 
 
@@ -346,14 +346,14 @@ def endpoint_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 # --- verify ---------------------------------------------------------------------------------------------------------
 
 
-def verified_lines(found: Verified) -> list[str]:
+def verify_lines(found: VerifyResult) -> list[str]:
     """A line for each repair and for each fault that is left; the state last."""
     lines = [f"repaired: {line}" for line in found.repaired]
     lines += [f"fault: {line}" for line in found.after.faults]
     return [*lines, state_line(found.after)]
 
 
-def verified_values(found: Verified) -> dict[str, Any]:
+def verify_values(found: VerifyResult) -> dict[str, Any]:
     """The same for JSON."""
     return {
         "state": status_word(found.after),
@@ -362,37 +362,37 @@ def verified_values(found: Verified) -> dict[str, Any]:
         "state_before": status_word(found.before),
         "repaired": found.repaired,
         "faults": found.after.faults,
-        "notes": found.notes,
+        "notes": found.warnings,
     }
 
 
 # --- check ----------------------------------------------------------------------------------------------------------
 
 
-def checked_lines(found: Checked) -> list[str]:
+def check_lines(found: CheckResult) -> list[str]:
     """What each backend says, and which one start would take."""
     lines = []
-    for verdict in found.verdicts:
-        answer = "works here" if verdict.refusal is None else str(verdict.refusal)
-        lines += _wrapped(f"{verdict.backend.name}: ", answer)
-    lines.append(f"start would take: {found.taken or 'nothing, it would fail'}")
+    for checked in found.backends:
+        answer = "works here" if checked.refusal is None else str(checked.refusal)
+        lines += _wrapped(f"{checked.backend.name}: ", answer)
+    lines.append(f"start would take: {found.chosen or 'nothing, it would fail'}")
     lines += [part for line in shut_out_lines(found.shut_out) for part in _wrapped("", line)]
     cut = would_cut_lines(found.existing) if found.existing is not None else []
     return lines + [part for line in cut for part in ([line] if line.startswith(" ") else _wrapped("", line))]
 
 
-def checked_values(found: Checked) -> dict[str, Any]:
+def check_values(found: CheckResult) -> dict[str, Any]:
     """The same for JSON."""
     return {
         "backends": [
             {
-                "name": verdict.backend.name,
-                "works": verdict.refusal is None,
-                "reason": None if verdict.refusal is None else str(verdict.refusal),
+                "name": checked.backend.name,
+                "works": checked.refusal is None,
+                "reason": None if checked.refusal is None else str(checked.refusal),
             }
-            for verdict in found.verdicts
+            for checked in found.backends
         ],
-        "taken": found.taken,
+        "taken": found.chosen,
         "shut_out": shut_out_values(found.shut_out),
         "connections": None if found.existing is None else connections_values(found.existing),
     }

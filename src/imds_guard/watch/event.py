@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from imds_guard import text as words
 from imds_guard.backends.ebpf.tables import Lists
 from imds_guard.backends.ebpf.watch import Record
 from imds_guard.policy.model import Reason
+from imds_guard.text import escaped, key_value
 from imds_guard.watch.process_info import Home, Names, Program, fs_text, iso_time, lenient, wall_clock
 
 Values = dict[str, Any]
@@ -36,7 +36,7 @@ _HELP: dict[Reason, str] = {
 
 def would_allow(reason: Reason, uid: int, lists: Lists | None, names: Names) -> str | None:
     """What would have let a denied caller through; None where nothing would, or nobody knows."""
-    user = words.visible(names.user(uid))
+    user = escaped(names.user(uid))
     if reason is Reason.NOT_LISTED:
         return _list_words(user, lists, names)
     return _HELP[reason].format(user=user) if reason in _HELP else None
@@ -47,7 +47,7 @@ def _list_words(user: str, lists: Lists | None, names: Names) -> str:
     groups = sorted(lists.allowed_groups) if lists is not None else []
     if not groups or user.isdecimal():  # who has no account can't be put into a group
         return by_user
-    named = " or ".join(words.visible(names.group(gid)) for gid in groups[:_SOME_GROUPS])
+    named = " or ".join(escaped(names.group(gid)) for gid in groups[:_SOME_GROUPS])
     more = len(groups) - _SOME_GROUPS
     return f"add {user} to group {named}{f' (or {more} more)' if more > 0 else ''}, or {by_user}"
 
@@ -118,4 +118,4 @@ def _destination(values: Values) -> str:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> str:
-    return " ".join(f"{key}={words.value(str(value))}" for key, value in pairs if value is not None)
+    return " ".join(f"{key}={key_value(str(value))}" for key, value in pairs if value is not None)

@@ -14,6 +14,7 @@ from typing import (
     TypeVar,
 )
 
+from imds_guard.backends import Change, Description
 from imds_guard.backends.ebpf import abi, hooks, probe
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.hooks import Hook
@@ -92,23 +93,23 @@ class EbpfBackend:
         if policy is not None:
             render(policy, 1)
 
-    def apply(self, policy: Policy) -> list[str]:
+    def apply(self, policy: Policy) -> Change:
         """Backend.apply()."""
         render(policy, 1)  # what does not fit is refused before anything is touched
         with self._cgroup() as cgroup, _whole_or_not("putting the policy in force"), self._exclusive(cgroup) as folder:
-            lines = ["cleaned up after a command that was killed"] if folder.recover() else []
+            done = ["cleaned up after a command that was killed"] if folder.recover() else []
             if folder.exists():
-                return lines + self._change_running(cgroup, folder, policy)
-            return lines + self._install(cgroup, folder, policy)
+                return Change((*done, *self._change_running(cgroup, folder, policy)))
+            return Change((*done, *self._install(cgroup, folder, policy)))
 
-    def change(self, policy: Policy) -> list[str]:
-        """As apply(), of a guard that is there: hooks that are whole stay, whatever their version."""
+    def change(self, policy: Policy) -> Change:
+        """Backend.change(): hooks that are whole stay, whatever their version. Raises GuardError without a guard."""
         render(policy, 1)
         with self._cgroup() as cgroup, _whole_or_not("changing the policy"), self._exclusive(cgroup) as folder:
             folder.recover()
             if not folder.exists():
                 raise GuardError("changing the policy in force: none is; run imds-guard start first")
-            return self._change_running(cgroup, folder, policy, keep_version=True)
+            return Change(tuple(self._change_running(cgroup, folder, policy, keep_version=True)))
 
     def read(self) -> Policy | None:
         """Backend.read()."""
@@ -119,7 +120,7 @@ class EbpfBackend:
         state = self.state()
         return None if state.altered else state.policy
 
-    def remove(self) -> list[str]:
+    def remove(self) -> Change:
         """Backend.remove()."""
         with self._cgroup() as cgroup, _whole_or_not("opening the lock"), self._exclusive(cgroup) as folder:
             found = folder.recover()
@@ -130,7 +131,7 @@ class EbpfBackend:
             found = bool(hooks.detach_strays(cgroup, None)) or found
             if not cgroup.is_root:
                 lockfile.forget(folder.name)
-        return [f"removed every hook, link and map from {cgroup.path}"] if found else []
+        return Change((f"removed every hook, link and map from {cgroup.path}",) if found else ())
 
     def in_force(self) -> bool:
         """Backend.in_force()."""
@@ -139,6 +140,15 @@ class EbpfBackend:
     def faults(self) -> list[str]:
         """Backend.faults()."""
         return list(self.state().faults)
+
+    def notes(self, _policy: Policy) -> list[str]:
+        """Backend.notes(): there are none, eBPF enforces what the policy says."""
+        return []
+
+    def describe(self) -> Description:
+        """Backend.describe()."""
+        state = self.state()
+        return Description(state.policy, state.faults, state)
 
     # --- the state ---
 
@@ -175,7 +185,7 @@ class EbpfBackend:
         pins = folder.path if folder is not None and folder.exists() else None
         found = tuple(hooks.inspect(cgroup, pins))
         if pins is None:
-            faults = tuple(_pinless(found))
+            faults = tuple(_strays(found))
             return State(cgroup.path, cgroup.is_root, None, None, None, found, (), faults)
         if not Maps.are_pinned(pins):
             faults = ("the pin of a map is gone, its policy can't be read: run imds-guard start",)
@@ -402,7 +412,3 @@ def _strays(found: tuple[Hook, ...]) -> Iterator[str]:
     for hook in found:
         for stray in hook.strays:
             yield f"program {stray.name} (id {stray.id}) is attached at {hook.name} without a pin of ours"
-
-
-def _pinless(found: tuple[Hook, ...]) -> Iterator[str]:
-    yield from _strays(found)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from imds_guard.backends import Change, Description
 from imds_guard.backends.iptables import differences, faults
 from imds_guard.backends.iptables.look import ANCHOR, FamilyRules, look
 from imds_guard.backends.iptables.members import resolve
@@ -30,8 +31,8 @@ from imds_guard.backends.iptables.tables import (
     replace,
     rule_texts,
 )
-from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy.model import Mode, Policy, PolicyError
+from imds_guard.errors import BadPolicy, GuardError, Unsupported
+from imds_guard.policy.model import Mode, Policy
 
 if TYPE_CHECKING:
     from imds_guard.backends.iptables.probe import Probed
@@ -125,7 +126,7 @@ class IptablesBackend:
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
-    def apply(self, policy: Policy) -> list[str]:
+    def apply(self, policy: Policy) -> Change:
         """Puts ``policy`` in force, in place of what was in force. On any error the old rules stay."""
         with self.record.locked():
             self.check(policy)
@@ -145,7 +146,11 @@ class IptablesBackend:
                 raise
             self._clear([other for program in programs for other in other_program(program)])
         titles = " and ".join(program.title for program in programs)
-        return [f"iptables rules are in force, written with {titles}"]
+        return Change((f"iptables rules are in force, written with {titles}",))
+
+    def change(self, policy: Policy) -> Change:
+        """Backend.change(): the rules are always replaced as a whole."""
+        return self.apply(policy)
 
     def _verify(self, programs: Sequence[Program], holding: Holding) -> None:
         """Raises GuardError unless the kernel gives back the rules that it was given."""
@@ -154,18 +159,18 @@ class IptablesBackend:
             if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, ANCHOR)):
                 raise GuardError(f"{program.title} took the rules, but iptables-save shows others; nothing was changed")
 
-    def remove(self) -> list[str]:
+    def remove(self) -> Change:
         """Takes everything of ours out of both families, nf_tables and legacy; harmless when there is nothing."""
         with self.record.locked():
             programs = self._every_program()
             before = _owned_by(programs)
             try:
-                lines = self._clear(programs)
+                done = self._clear(programs)
             except BaseException as error:
                 put_back(error, before, ANCHOR, self.lock_wait_s)
                 raise
             self.record.remove()
-        return lines
+        return Change(tuple(done))
 
     def _clear(self, programs: Sequence[Program]) -> list[str]:
         cleared = clear(programs, ANCHOR, self.lock_wait_s)
@@ -186,7 +191,7 @@ class IptablesBackend:
         found = _reached(self._look_everywhere())
         try:
             held = combine(found)
-        except PolicyError:
+        except BadPolicy:
             return None
         whole = held is not None and {rules.digest for rules in found} == {digest(held.policy)}
         return held.policy if held is not None and whole else None
@@ -198,7 +203,7 @@ class IptablesBackend:
     def _held(self) -> Holding | None:
         try:
             return combine(_reached(self._look_everywhere()))
-        except PolicyError as error:
+        except BadPolicy as error:
             raise GuardError(_no_policy(error)) from error
 
     def _look_everywhere(self) -> list[FamilyRules]:
@@ -216,11 +221,19 @@ class IptablesBackend:
         lines = faults.of_places(families)
         try:
             held = combine(_reached(families))
-        except PolicyError as error:
+        except BadPolicy as error:
             return [*lines, _no_policy(error)]
         if held is None:
             return lines
         return lines + faults.of_rules(families, held) + faults.of_members(held)
+
+    def describe(self) -> Description:
+        """Backend.describe(). Rules that are no policy are a fault, not an error."""
+        try:
+            policy = self.read()
+        except GuardError:
+            policy = None
+        return Description(policy, tuple(self.faults()))
 
 
 def _owned_by(programs: Iterable[Program]) -> list[tuple[Program, Table]]:
@@ -241,7 +254,7 @@ def _reached(families: Iterable[FamilyRules]) -> list[Found]:
     return list(found.values())
 
 
-def _no_policy(error: PolicyError) -> str:
+def _no_policy(error: BadPolicy) -> str:
     return f"the rules in {HEAD} were changed by someone and are no policy any more ({error}): start again"
 
 

@@ -172,7 +172,7 @@ def _default(rule: Rule) -> Verdict:
 
 
 def combine(families: Iterable[Found]) -> Holding | None:
-    """The policy that the families hold together; None when they hold nothing. Raises PolicyError.
+    """The policy that the families hold together; None when they hold nothing. Raises BadPolicy.
 
     A lock that has other lists in one family than in the other comes out as two. Where the families differ in the mode
     the stricter one is told, so that a change on top of it weakens nothing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the options that describe a policy come to."""
+"""The options that describe a policy, read into a Policy."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import os
 from typing import Any
 
 from imds_guard import CONFIG_PATH
-from imds_guard.commands.boot import place_of
-from imds_guard.commands.guard import Place
-from imds_guard.config.store import load_config, policy_from_words
+from imds_guard.commands.boot import with_config
+from imds_guard.commands.options import GuardOptions
+from imds_guard.config.options import policy_from_options
+from imds_guard.config.read import load_config
 from imds_guard.errors import UsageError
 from imds_guard.kernel.dmi import dmi_words
 from imds_guard.policy.model import Mode, Policy, Verdict
 
 
-class Words:
-    """The policy options of one call, as they were given."""
+class PolicyOptions:
+    """The policy options of one call, as they were given. Takes them out of ``given``."""
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: dict[str, Any]) -> None:
         self.groups: tuple[str, ...] = given.pop("groups")
         self.users: tuple[str, ...] = given.pop("users")
         self.deny_groups: tuple[str, ...] = given.pop("deny_groups")
@@ -33,17 +34,17 @@ class Words:
 
     @property
     def describe_policy(self) -> bool:
-        """True when the options themselves say who or where."""
+        """True when an option says who or where: then the configuration file is not read."""
         who = self.groups or self.users or self.deny_groups or self.deny_users or self.nobody
         return bool(who or self.ips or self.presets)
 
-    def policy(self, place: Place, create_groups: bool) -> tuple[Policy, Place, list[str]]:
-        """The policy, the place, and warnings: from the options if they describe one, else from the file."""
+    def policy(self, options: GuardOptions, create_groups: bool) -> tuple[Policy, GuardOptions, list[str]]:
+        """The policy, the options with the file's values, and warnings. From the file unless options describe one."""
         if not self.describe_policy:
-            return self._from_file(place)
+            return self._from_file(options)
         if self.config is not None:
             raise UsageError("--config contradicts options that say who or where: give one or the other")
-        policy = policy_from_words(
+        policy = policy_from_options(
             users=self.users,
             groups=self.groups,
             deny_users=self.deny_users,
@@ -57,9 +58,9 @@ class Words:
             dmi_words=dmi_words(),
             create_groups=create_groups,
         )
-        return policy, place, []
+        return policy, options, []
 
-    def _from_file(self, place: Place) -> tuple[Policy, Place, list[str]]:
+    def _from_file(self, options: GuardOptions) -> tuple[Policy, GuardOptions, list[str]]:
         path = CONFIG_PATH if self.config is None else self.config
         if self.config is None and not os.path.exists(path):
             raise UsageError(
@@ -73,4 +74,4 @@ class Words:
             Verdict(self.containers) if self.containers else config.policy.containers,
             self.strict or config.policy.strict,
         )
-        return policy, place_of(config, place), list(config.warnings)
+        return policy, with_config(options, config), list(config.warnings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that are given a whole policy, by options or by the configuration: start, check, export."""
+"""The commands that take a whole policy, from options or from the configuration: start, check, export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from imds_guard import CONFIG_PATH
-from imds_guard.cli.given import Words
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import (
     backend_option,
@@ -19,11 +18,13 @@ from imds_guard.cli.options import (
     policy_options,
     resolve_option,
 )
-from imds_guard.cli.output import say, say_json, show_outcome, tell, warn
-from imds_guard.commands import boot as boot_time
-from imds_guard.commands import guard as actions
-from imds_guard.commands.guard import Place
-from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.cli.output import print_json, print_lines, print_outcome, print_progress, print_warnings
+from imds_guard.cli.policy_options import PolicyOptions
+from imds_guard.commands import boot as boot_command
+from imds_guard.commands import guard, look
+from imds_guard.commands.capabilities import require_root
+from imds_guard.commands.options import GuardOptions
+from imds_guard.errors import BadPolicy, Unsupported, UsageError
 
 
 @cli.command(short_help="Lock the metadata endpoints.")
@@ -59,35 +60,38 @@ def start(
 
     On a running guard this changes the policy, in one step.
     """
-    words = Words(given)
-    actions.require_root("start")
-    place = Place(backend or "auto", cgroup, resolve_groups, forwarded, keep_existing)
-    path = CONFIG_PATH if words.config is None else words.config
+    wanted = PolicyOptions(given)
+    require_root("start")
+    options = GuardOptions(backend or "auto", cgroup, resolve_groups, forwarded, keep_existing)
+    path = CONFIG_PATH if wanted.config is None else wanted.config
     if boot:
-        if words.describe_policy or words.mode or words.containers or words.strict or create_group or save:
+        if wanted.describe_policy or wanted.mode or wanted.containers or wanted.strict or create_group or save:
             raise UsageError(
                 "--boot takes everything from the configuration: only --config, --backend and the like go with it"
             )
-        _start_at_boot(path, place, as_json)
+        _start_at_boot(path, options, as_json)
         return
-    policy, place, warnings = words.policy(place, create_group)
-    if save:
-        actions.check_saving(policy, without_root, path)
-    outcome = actions.start(policy, place, tell)
-    if save:
-        actions.save(policy, place, path)
-        outcome.lines.append(f"saved the policy to {path}")
+    policy, options, warnings = wanted.policy(options, create_group)
+    if not save:
+        outcome = guard.start(policy, options, print_progress)
+    else:
+        from imds_guard.commands import save as saving  # noqa: PLC0415 -- start-up time
+
+        saving.check_saving(policy, without_root, path)
+        outcome = guard.start(policy, options, print_progress)
+        saving.save(policy, options, path)
+        outcome.done.append(f"saved the policy to {path}")
     outcome.warnings.extend(warnings)
-    show_outcome(outcome, as_json)
+    print_outcome(outcome, as_json)
 
 
-def _start_at_boot(path: str, place: Place, as_json: bool) -> None:
-    """Ends with the status of what was wrong with the configuration, also where the emergency lock is on now."""
-    booted = boot_time.start(path, place, tell)
-    if booted.outcome is not None:
-        show_outcome(booted.outcome, as_json)
-    if booted.error is not None:
-        raise booted.error
+def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:
+    """Exits with the status of the configuration's error, also where the emergency lock is on now."""
+    result = boot_command.start(path, options, print_progress)
+    if result.outcome is not None:
+        print_outcome(result.outcome, as_json)
+    if result.error is not None:
+        raise result.error
 
 
 @cli.command(short_help="Say what this machine can do, and what it can't.")
@@ -100,18 +104,18 @@ def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json
     """Say what this machine can do, which backend would be taken, and why not the others. Changes nothing."""
     from imds_guard.present import text as present  # noqa: PLC0415
 
-    words = Words(given)
-    actions.require_root("check")
+    wanted = PolicyOptions(given)
+    require_root("check")
     policy = None
-    place = Place(backend or "auto", cgroup, resolve_groups)
-    if words.describe_policy or words.config is not None:
-        policy, place, _ = words.policy(place, create_groups=False)
-    found = actions.check(policy, place)
+    options = GuardOptions(backend or "auto", cgroup, resolve_groups)
+    if wanted.describe_policy or wanted.config is not None:
+        policy, options, _ = wanted.policy(options, create_groups=False)
+    found = look.check(policy, options)
     if as_json:
-        say_json(present.checked_values(found))
+        print_json(present.check_values(found))
     else:
-        say(present.checked_lines(found))
-    sys.exit(0 if found.taken else actions.UNSUPPORTED)
+        print_lines(present.check_lines(found))
+    sys.exit(0 if found.chosen else Unsupported.exit_status)
 
 
 @cli.command(short_help="Print the policy in another tool's words.")
@@ -127,17 +131,19 @@ def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json
 @click.option("--force", is_flag=True, help="Export even what that format can only say more weakly.")
 def export(form: str, force: bool, cgroup: str | None, **given: Any) -> None:
     """Print the policy in another tool's words: the one in force, unless options or --config name another."""
-    words = Words(given)
-    actions.require_root("export")
-    if words.describe_policy or words.config is not None:
-        policy, _, _ = words.policy(Place(cgroup=cgroup), create_groups=False)
+    from imds_guard.export import export as export_policy  # noqa: PLC0415 -- start-up time
+
+    wanted = PolicyOptions(given)
+    require_root("export")
+    if wanted.describe_policy or wanted.config is not None:
+        policy, _, _ = wanted.policy(GuardOptions(cgroup=cgroup), create_groups=False)
     else:
-        policy = actions.the_running(cgroup)[1]
-    exported = actions.export(policy, form)
+        policy = look.active_policy(cgroup)[1]
+    exported = export_policy(policy, form)
     if exported.weakenings and not force:
         raise BadPolicy(
             f"exporting to {form}: it would let through what the policy denies ({'; '.join(exported.weakenings)}); "
             "--force prints it all the same"
         )
-    warn(exported.weakenings)
+    print_warnings(exported.weakenings)
     click.echo(exported.text, nl=False)

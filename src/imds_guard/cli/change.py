@@ -12,9 +12,11 @@ import click
 from imds_guard import CONFIG_PATH, identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option
-from imds_guard.cli.output import say, show_outcome, warn
-from imds_guard.commands import guard as actions
-from imds_guard.commands.guard import Outcome, Place
+from imds_guard.cli.output import print_lines, print_outcome, print_warnings
+from imds_guard.commands import guard
+from imds_guard.commands.capabilities import require_root
+from imds_guard.commands.guard import Accept, Outcome
+from imds_guard.commands.options import GuardOptions
 from imds_guard.errors import UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Policy
@@ -31,23 +33,23 @@ def stop(service: str | None, cgroup: str | None) -> None:
     """Open the locks and remove everything of ours from the kernel."""
     from imds_guard.commands.service import may_open, repairs_itself  # noqa: PLC0415
 
-    actions.require_root("stop")
+    require_root("stop")
     if service is not None and not may_open(service):
-        say([f"the lock stays in force: {service} is restarted, or the machine goes down"])
+        print_lines([f"the lock stays in force: {service} is restarted, or the machine goes down"])
         return
-    say(actions.stop(cgroup) or ["imds-guard was not active: nothing to remove"])
+    print_lines(guard.stop(cgroup) or ["imds-guard was not active: nothing to remove"])
     if service is None and cgroup is None and repairs_itself():
-        warn(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
+        print_warnings(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
 
 
-def _who(groups: Sequence[str], users: Sequence[str]) -> Identities:
+def _identities(groups: Sequence[str], users: Sequence[str]) -> Identities:
     if not groups and not users:
         raise UsageError("name a --group or a --user")
     return Identities(frozenset(map(identity.user_id, users)), frozenset(map(identity.group_id, groups)))
 
 
 def _change(
-    change: Callable[[Identities, Endpoint | None, str | None, Callable[[Policy], None]], Outcome],
+    change: Callable[[Identities, Endpoint | None, str | None, Accept], Outcome],
     groups: Sequence[str],
     users: Sequence[str],
     ip: str | None,
@@ -57,28 +59,30 @@ def _change(
     cgroup: str | None,
     as_json: bool,
 ) -> None:
-    who, endpoint = _who(groups, users), None if ip is None else parse_endpoint(ip)
+    from imds_guard.commands import save as saving  # noqa: PLC0415 -- start-up time
+
+    who, endpoint = _identities(groups, users), None if ip is None else parse_endpoint(ip)
     path = CONFIG_PATH if config is None else config
 
     def accept(policy: Policy) -> None:
         if save:
-            actions.check_saving(policy, without_root, path)
+            saving.check_saving(policy, without_root, path)
 
     outcome = change(who, endpoint, cgroup, accept)
     if save:
-        actions.save(outcome.policy, Place(cgroup=cgroup), path)
-        outcome.lines.append(f"saved the policy to {path}")
+        saving.save(outcome.policy, GuardOptions(cgroup=cgroup), path)
+        outcome.done.append(f"saved the policy to {path}")
     else:
-        outcome.lines.append("this holds until the next boot; --save keeps it")
-    show_outcome(outcome, as_json)
+        outcome.done.append("this holds until the next boot; --save keeps it")
+    print_outcome(outcome, as_json)
 
 
 @cli.command(short_help="Let a user or a group through, from now on.")
 @change_options
 def allow(**given: Any) -> None:
     """Add a user or a group to what is running, in one step."""
-    actions.require_root("allow")
-    _change(actions.allow, **given)
+    require_root("allow")
+    _change(guard.allow, **given)
 
 
 @cli.command(short_help="Take a user or a group off the list.")
@@ -86,5 +90,5 @@ def allow(**given: Any) -> None:
 @keep_existing_option
 def revoke(keep_existing: bool, **given: Any) -> None:
     """Take a user or a group off what is running, in one step."""
-    actions.require_root("revoke")
-    _change(functools.partial(actions.revoke, keep_existing=keep_existing), **given)
+    require_root("revoke")
+    _change(functools.partial(guard.revoke, keep_existing=keep_existing), **given)

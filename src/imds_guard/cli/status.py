@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that ask the guard that runs: status, explain."""
+"""The commands that ask the guard: status, explain."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import click
 from imds_guard import identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
-from imds_guard.cli.output import fail, say, say_json
-from imds_guard.commands import guard as actions
-from imds_guard.commands.guard import Status
+from imds_guard.cli.output import fail, print_json, print_lines
+from imds_guard.commands import look
+from imds_guard.commands.capabilities import require_root
+from imds_guard.commands.look import Status
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.present import text as present
 
 STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
-"""As systemctl status has them (LSB: 0 running, 3 not running, 4 unknown)."""
+"""The exit statuses of systemctl status (LSB: 0 running, 3 not running, 4 unknown)."""
 
 
 @cli.command()
@@ -29,20 +30,20 @@ def status(cgroup: str | None, as_json: bool) -> None:
 
     Exit status: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
     """
-    actions.require_root("status")
+    require_root("status")
     try:
-        found = actions.status(cgroup)
+        found = look.status(cgroup)
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
     if as_json:
-        say_json(present.status_values(found))
+        print_json(present.status_values(found))
     else:
-        say(present.status_lines(found))
-    sys.exit(status_exit(found))
+        print_lines(present.status_lines(found))
+    sys.exit(exit_status(found))
 
 
-def status_exit(found: Status) -> int:
-    """The exit status that tells the state."""
+def exit_status(found: Status) -> int:
+    """The exit status for a state."""
     word = present.status_word(found)
     return {"active": STATUS_ACTIVE, "degraded": STATUS_DEGRADED, "inactive": STATUS_INACTIVE}[word]
 
@@ -55,12 +56,12 @@ def status_exit(found: Status) -> int:
 @json_option
 def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None, as_json: bool) -> None:
     """Say whether a connect to ENDPOINT (ADDRESS[:PORT]) would be allowed, and by which rule."""
-    actions.require_root("explain")
+    require_root("explain")
     if (pid is None) == (user is None):
         raise UsageError("name either --pid or --user")
     caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
-    decision, destination = actions.explain(caller, parse_endpoint(endpoint), cgroup)
+    decision, destination = look.explain(caller, parse_endpoint(endpoint), cgroup)
     if as_json:
-        say_json(present.decision_values(caller, destination, decision))
+        print_json(present.decision_values(caller, destination, decision))
     else:
-        say(present.decision_lines(caller, destination, decision))
+        print_lines(present.decision_lines(caller, destination, decision))

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``ip-lockdown`` command, which takes the place of the script of that name."""
+
+from __future__ import annotations
+
+import click
+
+from imds_guard import identity
+from imds_guard.cli.options import backend_option, cgroup_option, keep_existing_option
+from imds_guard.cli.output import print_outcome, print_progress
+from imds_guard.commands import guard
+from imds_guard.commands.capabilities import require_root
+from imds_guard.commands.options import GuardOptions
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("ip")
+@click.argument("users", nargs=-1)
+@backend_option
+@cgroup_option
+@keep_existing_option
+def ip_lockdown(ip: str, users: tuple[str, ...], backend: str | None, cgroup: str | None, keep_existing: bool) -> None:
+    """Deny IP to everyone but USERS, beside those whom earlier calls let through.
+
+    Locks of other addresses are not touched. The same call again changes nothing.
+    """
+    require_root("ip-lockdown")
+    options = GuardOptions(backend or "auto", cgroup, keep_existing=keep_existing)
+    user_ids = [identity.user_id(user) for user in users]
+    print_outcome(guard.ip_lockdown(ip, user_ids, options, print_progress), as_json=False)

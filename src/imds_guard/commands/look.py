@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands that read the state of the guard and change nothing: status, check, explain."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+from imds_guard.backends import Backend, choose
+from imds_guard.commands.options import GuardOptions
+from imds_guard.errors import GuardError, Unsupported, UsageError
+from imds_guard.policy.emergency import FAULT as EMERGENCY_FAULT
+from imds_guard.policy.emergency import is_emergency
+from imds_guard.policy.model import Caller, Decision, Destination, Endpoint, Policy, Protocol, decide, has_port
+
+# The rest is imported where it is used: start-up time, few commands need any of it.
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf import State
+    from imds_guard.backends.forwarded import Forwarded
+    from imds_guard.commands.preflight import ShutOut
+    from imds_guard.connections.values import Sweep
+
+
+def active_policy(cgroup: str | None) -> tuple[Backend, Policy]:
+    """The backend that enforces, and its policy. Raises GuardError where nothing is active or readable."""
+    active = _active(cgroup)
+    if not active:
+        raise GuardError("looking for the policy in force: imds-guard is not active; run imds-guard start first")
+    for backend in active.values():
+        policy = backend.read()
+        if policy is not None:
+            return backend, policy
+    faults = "; ".join(fault for backend in active.values() for fault in backend.faults())
+    raise GuardError(f"reading the policy in force: {faults or 'it is not whole'}; run imds-guard start to repair it")
+
+
+def _active(cgroup: str | None) -> dict[str, Backend]:
+    """The backends that enforce something, by name.
+
+    Where none is found and eBPF can't be asked, that is an error: "nothing" could be wrong.
+    """
+    found = choose.running(cgroup)
+    if not found:
+        choose.make("ebpf", cgroup).in_force()
+    return found
+
+
+def forwarded() -> Forwarded:
+    """The rules for packets that the machine forwards. They belong to the machine's guard, not to a cgroup's."""
+    from imds_guard.backends.forwarded import Forwarded  # noqa: PLC0415
+
+    return Forwarded()
+
+
+def reading_tables_once(cgroup: str | None) -> AbstractContextManager[None]:
+    """Within the block iptables' tables are read once. A guard of a cgroup uses no iptables."""
+    if cgroup is not None:
+        return nullcontext()
+    from imds_guard.backends.iptables.tables import reading_once  # noqa: PLC0415 -- start-up time
+
+    return reading_once()
+
+
+# --- status ---------------------------------------------------------------------------------------------------------
+
+
+class Status(NamedTuple):
+    """What the kernel enforces now."""
+
+    backend: str | None
+    """None when nothing is active."""
+    policy: Policy | None
+    """None when nothing is active, and when the policy can't be read; then ``faults`` says why."""
+    faults: list[str]
+    ebpf: State | None = None
+    """Hooks and counters, under eBPF."""
+
+    @property
+    def emergency(self) -> bool:
+        """True for the emergency lock, which boot puts in force where the configuration can't be used."""
+        return self.policy is not None and is_emergency(self.policy)
+
+
+def status(cgroup: str | None) -> Status:
+    """Reads back from the kernel what is in force."""
+    with reading_tables_once(cgroup):
+        return _status(cgroup)
+
+
+def _status(cgroup: str | None) -> Status:
+    active = {name: backend.describe() for name, backend in _active(cgroup).items()}
+    faults = [fault for held in active.values() for fault in held.faults]
+    if len(active) > 1:
+        faults.append(f"{' and '.join(active)} are both in force: a change was interrupted, run imds-guard start")
+    name, first = next(iter(active.items()), (None, None))
+    policy = first.policy if first is not None else None
+    if policy is not None and is_emergency(policy):
+        faults.insert(0, EMERGENCY_FAULT)
+    if cgroup is None:
+        faults += _forwarding_faults(policy)
+    return Status(name, policy, faults, first.ebpf if first is not None else None)
+
+
+def _forwarding_faults(policy: Policy | None) -> list[str]:
+    try:
+        return forwarded().faults(policy)
+    except Unsupported:
+        return []
+
+
+# --- check and explain ----------------------------------------------------------------------------------------------
+
+
+class CheckResult(NamedTuple):
+    """Each backend's answer in the order of preference, and what start would cause."""
+
+    backends: list[choose.BackendCheck]
+    shut_out: list[ShutOut]
+    existing: Sweep | None = None
+    """Connections that start would cut; None without a policy."""
+
+    @property
+    def chosen(self) -> str | None:
+        """The backend that start would take."""
+        return next((checked.backend.name for checked in self.backends if checked.refusal is None), None)
+
+
+def check(policy: Policy | None, options: GuardOptions) -> CheckResult:
+    """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
+    names = choose.candidates(options.backend, options.cgroup)
+    backends = choose.examine(policy, names, options.cgroup, options.resolve_groups)
+    if policy is None:
+        return CheckResult(backends, [])
+    from imds_guard.commands import preflight  # noqa: PLC0415
+
+    return CheckResult(backends, preflight.shut_out(policy), _existing(policy, options))
+
+
+def _existing(policy: Policy, options: GuardOptions) -> Sweep:
+    from imds_guard.connections import cut  # noqa: PLC0415
+    from imds_guard.connections.find import Scope  # noqa: PLC0415
+
+    return cut.look(policy, Scope(options.cgroup, every_namespace=options.backend != "iptables"))
+
+
+def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None) -> tuple[Decision, Destination]:
+    """How the policy in force judges a connect of ``caller`` to one address; port 80 where no port is given."""
+    network = endpoint.network
+    if network.prefixlen != network.max_prefixlen:
+        raise UsageError(f"explaining {network}: a connect goes to one address; name one")
+    protocol = Protocol.TCP if endpoint.tcp else Protocol.UDP
+    ports = endpoint.ports(protocol)
+    destination = Destination(network.network_address, 80 if has_port(ports, 80) else ports[0][0], protocol)
+    _, policy = active_policy(cgroup)
+    return decide(policy, caller, destination), destination
