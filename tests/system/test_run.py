@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""./run, which installs what is missing: what it says, and how it ends."""
+"""./run, which installs missing packages: its messages and its exit status."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 from imds_guard import __version__
 
@@ -15,14 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(words: Sequence[str], cwd: Path, script: Path = ROOT / "run", **more: str) -> subprocess.CompletedProcess[str]:
-    """Runs it without what this machine's pip is told by the environment."""
+    """Runs the script without this machine's PIP_* variables."""
     environment: dict[str, str] = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     environment.update(more)
     return subprocess.run([str(script), *words], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_it_finds_its_tree_from_anywhere(tmp_path: Path) -> None:
-    """Also behind a symbolic link, and where the folder has modules that are named as ours are."""
+    """Also through a symbolic link, and in a folder with modules of the same names."""
     (tmp_path / "imds_guard.py").write_text("raise SystemExit('somebody else')")
     (tmp_path / "guard").symlink_to(ROOT / "run")
     done = run(["--version"], tmp_path, tmp_path / "guard")
@@ -30,8 +33,8 @@ def test_it_finds_its_tree_from_anywhere(tmp_path: Path) -> None:
     assert __version__ in done.stdout
 
 
-def test_packages_that_pip_can_not_have_are_told(tmp_path: Path) -> None:
-    """With what pip says of it, and a sentence; the next run does not take what is there for an environment."""
+def test_packages_that_pip_can_not_install_are_reported(tmp_path: Path) -> None:
+    """With pip's message and a sentence of ours; the next run does not use the unfinished environment."""
     venv = tmp_path / "venv"
     done = run(["test"], tmp_path, IMDS_GUARD_VENV=str(venv), PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
     assert (done.returncode, done.stdout) == (69, "")
@@ -60,3 +63,97 @@ def pytest_arguments(folder: Path, *words: str) -> list[str]:
     done = run(["test", *words], folder, IMDS_GUARD_VENV=str(folder))
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
+
+
+# --- what it installs -----------------------------------------------------------------------------------------------
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="others are told to use sudo, and nothing is installed")
+
+FAKE_PYTHON = """#!/bin/sh
+# Asked for modules it lacks pip until the fake apt-get has installed it.
+case $1 in
+  -I) cat >/dev/null; [ -e "$(dirname "$0")/installed" ] || echo pip ;;
+  *) echo "usage: run.py" ;;
+esac
+"""
+
+FAKE_APT = """#!/bin/sh
+# Prints when nobody reads any more, then finishes.
+cd "$(dirname "$0")" || exit 1
+echo "$@" >>calls
+echo unpacking
+while [ -e reader ]; do sleep 0.01; done
+i=0
+while [ $i -lt 2000 ]; do echo "setting up $i" || exit 100; i=$((i + 1)); done
+: >installed
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A folder with a copy of ``run`` whose Python lacks pip, and an apt-get that writes its arguments to calls."""
+    text = (ROOT / "run").read_text(encoding="utf-8")
+    assert text.count("\npython=/usr/bin/python3\n") == 1
+    files = {"run": text.replace("=/usr/bin/python3\n", f"={tmp_path}/python3\n"), "python3": FAKE_PYTHON}
+    for name, content in {**files, "apt-get": FAKE_APT}.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def on(machine: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return run(words, machine, machine / "run", PATH=f"{machine}:{os.environ['PATH']}")
+
+
+@as_root
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["run", "--help"], ["exec", "-h", "row"]])
+def test_the_matrix_prints_its_help_and_installs_nothing(machine: Path, words: list[str]) -> None:
+    done = on(machine, "matrix", *words)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "usage: run.py\n", "")
+    assert not (machine / "calls").exists()
+
+
+@as_root
+@pytest.mark.parametrize("words", [[], ["lockdown"], ["exec", "lockdown", "--", "ls", "--help"]])
+def test_the_matrix_installs_what_is_missing(machine: Path, words: list[str]) -> None:
+    """Behind -- are the arguments of the guest's command."""
+    done = on(machine, "matrix", *words)
+    assert (done.returncode, done.stdout) == (0, "usage: run.py\n")
+    assert "run: installing" in done.stderr
+    assert "unpacking" in done.stderr
+    assert "python3-pip" in (machine / "calls").read_text(encoding="utf-8")
+
+
+@as_root
+def test_an_installation_outlives_the_reader_of_its_output(machine: Path) -> None:
+    """``./run matrix |& head -2``: a package manager that SIGPIPE ends leaves packages half configured."""
+    (machine / "reader").touch()
+    environment = {**os.environ, "PATH": f"{machine}:{os.environ['PATH']}"}
+    output, ours = os.pipe()
+    with subprocess.Popen([machine / "run", "matrix"], env=environment, stdout=ours, stderr=ours) as started:
+        os.close(ours)
+        with os.fdopen(output, encoding="utf-8") as reader:
+            assert "unpacking\n" in (reader.readline(), reader.readline())
+        (machine / "reader").unlink()
+        started.wait(timeout=60)
+    assert (machine / "installed").exists()
+
+
+def test_a_closed_pipe_ends_the_list_of_rows_without_a_traceback() -> None:
+    """``./run matrix --list | head -0``."""
+    output, ours = os.pipe()
+    os.close(output)
+    with os.fdopen(ours, "wb") as closed:
+        program = [sys.executable, str(ROOT / "vagrant" / "run.py"), "--list"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(program, stdout=closed, stderr=subprocess.PIPE, env=environment, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_help_of_the_matrix_needs_no_toml_parser() -> None:
+    """Python 3.9 and 3.10 have none, and help installs nothing."""
+    hidden = "import sys; sys.modules.update(tomllib=None, tomli=None); sys.argv[1:] = ['--help']"
+    program = f"{hidden}; import runpy; runpy.run_path({str(ROOT / 'vagrant' / 'run.py')!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ./run matrix")

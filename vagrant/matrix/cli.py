@@ -38,12 +38,17 @@ def main(argv: list[str]) -> int:
         argv = ["run", *argv]
     options = _parser().parse_args(argv)
     try:
-        return int(options.act(options))
+        status = int(options.act(options))
+        sys.stdout.flush()
+        return status
     except MatrixError as error:
         sys.stderr.write(f"matrix: {error}\n")
         return 3
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # | head: nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,11 +11,6 @@ from typing import Any, TypeVar
 
 from vagrant.matrix.errors import MatrixError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 PATH = Path(__file__).resolve().parent.parent / "kernels.toml"
 BACKENDS = frozenset({"ebpf", "iptables"})
 EXPECTATIONS = BACKENDS | {"groups"}
@@ -120,6 +115,10 @@ class Matrix:
 
 def load(path: Path = PATH) -> Matrix:
     """Reads kernels.toml. Raises MatrixError with the key that is wrong."""
+    if sys.version_info >= (3, 11):
+        import tomllib  # noqa: PLC0415 -- ./run matrix --help works without a TOML parser
+    else:
+        import tomli as tomllib  # noqa: PLC0415
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
