@@ -36,9 +36,9 @@ def output(*command: str, cwd: Path = ROOT, status: int = 0) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what packages are made of, so that nobody changes it meanwhile."""
     copy = tmp_path_factory.mktemp("source")
-    for part in ("bpf", "examples", "packaging", "src"):
+    for part in ("bpf", "docs", "examples", "packaging", "src"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml"):
+    for part in ("CHANGELOG.md", "LICENSE", "README.md", "SECURITY.md", "pyproject.toml"):
         shutil.copy2(ROOT / part, copy)
     return copy
 
@@ -106,6 +106,14 @@ def test_the_deb_has_commands_units_manual_completions_and_a_sample(deb: Path) -
         "/usr/share/zsh/vendor-completions/_imds-guard",
         "/usr/share/fish/vendor_completions.d/imds-guard.fish",
         "/usr/share/doc/imds-guard/examples/config.toml",
+    }
+
+
+def test_the_deb_has_the_pages_and_their_pictures(deb: Path) -> None:
+    pages = {f"docs/{name}" for name in below(ROOT / "docs") if name.endswith((".md", ".svg"))}
+    assert {name.split("/imds-guard/", 1)[1] for name in files(deb) if name.endswith((".md", ".svg"))} == {
+        *pages,
+        *("CHANGELOG.md", "README.md", "SECURITY.md", "examples/README.md"),
     }
 
 
