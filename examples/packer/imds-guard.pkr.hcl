@@ -1,7 +1,7 @@
 # packer build imds-guard.pkr.hcl    with imds-guard_0.1.0_all.deb beside this file
 #
-# An image that locks the metadata service from its first boot on. Nothing is locked while the image is built: the
-# service is only switched on. Take another source for another cloud; the build stays the same.
+# An image that locks the metadata service from its first boot on. Nothing is locked while the image is built, because
+# the service is only enabled. For another cloud, change the source; the build stays the same.
 
 source "amazon-ebs" "debian" {
   ami_name      = "debian-12-imds-guard"

@@ -1,7 +1,8 @@
 # terraform apply -var ami=ami-...    an image of Debian 12 or 13 or Ubuntu 24.04
 #
-# A machine that locks the metadata service on its first boot, by the user data of ../cloud-init. Beside it the cloud's
-# own half: version 2 of the service alone, and one hop, so that no packet for it leaves a container's network.
+# A machine that locks the metadata service on its first boot, with the user data of ../cloud-init. The cloud's own
+# settings help too: only version 2 of the service, and a hop limit of 1, so that packets from a container's network
+# don't reach the service.
 
 variable "ami" {
   type = string

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples are what the tools take that they are for, and say what imds-guard takes."""
+"""The examples are valid for the tools that read them, and use commands and keys that imds-guard has."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ ANSIBLE = EXAMPLES / "ansible"
 
 
 def not_of_the_gate(program: str) -> None:
-    """Skips where it is missing: Debian does not have it, or it would fetch metadata at every boot (cloud-init)."""
+    """Skips when it is missing. The gate does not install it: Debian lacks it, or it fetches metadata (cloud-init)."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
 
 
 def passes(*command: str, cwd: Path = EXAMPLES) -> None:
-    """Runs a tool; it must end with 0."""
+    """Runs a tool that must exit with 0."""
     done = subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-# --- the tools' own judgement ---------------------------------------------------------------------------------------
+# --- checked by the tools --------------------------------------------------------------------------------------------
 
 
 def test_yamllint_finds_nothing() -> None:
@@ -46,14 +46,14 @@ def test_yamllint_finds_nothing() -> None:
 
 def test_ansible_lint_finds_nothing(tmp_path: Path) -> None:
     need("ansible-lint")
-    # A copy: it leaves a cache beside what it looks at.
+    # In a copy, because it leaves a cache beside the files.
     shutil.copytree(ANSIBLE, tmp_path / "ansible")
     passes("ansible-lint", "--offline", "--nocolor", "playbook.yml", cwd=tmp_path / "ansible")
 
 
 def test_cloud_init_takes_the_user_data() -> None:
     not_of_the_gate("cloud-init")
-    # In a network namespace of its own: nothing that it might look for is there.
+    # In a network namespace of its own, so that it reaches no metadata service.
     passes("unshare", "--map-root-user", "--net", "cloud-init", "schema", "--config-file", str(CLOUD_INIT))
 
 
@@ -84,7 +84,7 @@ def test_a_page_says_of_every_example_how_it_was_checked() -> None:
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every ``imds-guard WORD ...`` in the examples: the file and the words."""
+    """Every ``imds-guard COMMAND ...`` in the examples: the file and the arguments."""
     found = []
     for path in FILES:
         if path.name != "README.md":
@@ -112,7 +112,7 @@ def test_units_in_it_exist(path: Path) -> None:
 
 
 def configurations() -> list[tuple[str, str]]:
-    """Every configuration in the examples: from its [lock line to the first line that is no TOML of ours."""
+    """Every configuration in the examples: from the line with [lock to the last line that is part of it."""
     found = []
     for path in FILES:
         text = path.read_text(encoding="utf-8")
@@ -128,7 +128,7 @@ def configurations() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("name", "text"), configurations())
 def test_a_configuration_is_one_and_lets_root(name: str, text: str) -> None:
-    """Root fetches metadata at boot on nearly every cloud: an example that shut it out would brick machines."""
+    """Root fetches metadata at boot on nearly every cloud: an example that denied root would break machines."""
     config = parse_config(text.replace('"canAccessIP"', "12345"), name, dmi_words="")
     assert [(0 in lock.allow.users, lock.allow.groups) for lock in config.policy.locks] == [
         (True, frozenset({12345}) if "canAccessIP" in text else frozenset())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the manual says exists, and what exists is in the manual."""
+"""Everything that the manual describes exists, and everything that exists is described."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MAN = Path(cli.__file__).resolve().parents[1] / "data" / "man"
 COMMANDS, CONFIG = MAN / "imds-guard.8", MAN / "imds-guard.toml.5"
 PAGES = (COMMANDS, CONFIG)
 SHOWN = re.compile(r"(?<![\w-])Fl (?:-([a-z][a-z-]*)|([a-z]))\b")
-"""mdoc's Fl puts one dash before its word."""
+"""The macro Fl of mdoc prints one dash before its argument."""
 
 
 def parts(page: Path, macro: str) -> dict[str, str]:
-    """The text below each heading: Sh are sections, Ss what is inside one."""
+    """The text below each heading. Sh is a section, Ss a subsection."""
     found: dict[str, str] = {}
     name = ""
     for line in page.read_text(encoding="utf-8").splitlines():
@@ -97,7 +97,7 @@ def test_the_choices_of_an_option_are_those_that_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "keys"),
-    [("KEYS OF THE WHOLE", config_reader._TOP_KEYS), ("KEYS OF A LOCK", config_reader._LOCK_KEYS)],
+    [("GLOBAL KEYS", config_reader._TOP_KEYS), ("KEYS OF A LOCK", config_reader._LOCK_KEYS)],
 )
 def test_the_manual_has_every_key_and_no_other(section: str, keys: list[str]) -> None:
     assert sorted(re.findall(r"^\.It Va (\w+)$", SECTIONS[CONFIG][section], re.MULTILINE)) == sorted(keys)
@@ -130,7 +130,7 @@ def test_every_exit_status_is_there() -> None:
 
 def test_every_unit_is_there() -> None:
     units = {path.name for path in (MAN.parent / "systemd").iterdir()}
-    # What a timer runs is named by the timer.
+    # The page names the timer, not the unit that the timer runs.
     assert units - {"imds-guard-verify.service"} == set(
         re.findall(r"^\.It Pa (\S+\.(?:service|timer))$", SECTIONS[COMMANDS]["FILES"], re.MULTILINE)
     )
@@ -149,7 +149,7 @@ def test_every_variable_that_the_program_reads_is_there() -> None:
 def test_mandoc_finds_nothing(page: Path) -> None:
     need("mandoc")
     done = subprocess.run(["mandoc", "-T", "lint", str(page)], stdout=subprocess.PIPE, text=True, check=False)
-    # Whether other programs' pages are installed here says nothing about ours.
+    # mandoc also reports that pages of other programs are not installed; that is no fault of ours.
     assert [line for line in done.stdout.splitlines() if "mandoc.db" not in line and "Xr" not in line] == []
 
 
