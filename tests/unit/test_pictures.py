@@ -54,6 +54,6 @@ def test_every_picture_is_shown_on_a_page() -> None:
     assert [path.stem for path in SOURCES if f"](pictures/{path.stem}.svg)" not in pages] == []
 
 
-def test_the_picture_of_the_layers_shows_the_imports_of_now() -> None:
+def test_the_picture_of_the_layers_is_the_table_of_test_layers() -> None:
     """Else: docs/pictures/make."""
     assert (PICTURES / "layers.dot").read_text(encoding="utf-8") == MAKE["layers_dot"]()
