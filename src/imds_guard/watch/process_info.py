@@ -130,10 +130,10 @@ class Homes:
         self._known: dict[int, Home] = {}
 
     def of(self, cgroup_id: int, pid: int) -> Home:
-        """The home of a cgroup; by way of process ``pid`` where a path for the ID is refused."""
+        """The home of a cgroup. An empty one where the cgroup is gone, even if its process ID is used again."""
         home = self._known.get(cgroup_id)
         if home is None:
-            path = path_of_cgroup(self._root.fd, cgroup_id) or _path_of_process(pid)
+            path = path_of_cgroup(self._root.fd, cgroup_id) or self._path_of_process(cgroup_id, pid)
             if path is None:
                 return Home()
             if len(self._known) >= _REMEMBERED:
@@ -141,12 +141,28 @@ class Homes:
             home = self._known[cgroup_id] = home_in(path)
         return home
 
+    def _path_of_process(self, cgroup_id: int, pid: int) -> str | None:
+        """The path of the cgroup that process ``pid`` is in now, if that is the cgroup with this ID.
 
-def _path_of_process(pid: int) -> str | None:
-    """The line of cgroup2 begins with ``0::`` (cgroups(7))."""
+        It may be another one: the process has moved, or it has ended and a new process has its ID. A cgroup's ID is the
+        inode of its directory (kernfs_node in Linux).
+        """
+        path = _cgroup2_path(pid)
+        if path is None:
+            return None
+        try:
+            found = os.stat(path.lstrip("/") or ".", dir_fd=self._root.fd)
+        except OSError:
+            return None
+        same_mount = found.st_dev == os.fstat(self._root.fd).st_dev
+        return path if same_mount and found.st_ino == cgroup_id else None
+
+
+def _cgroup2_path(pid: int) -> str | None:
+    """From /proc/PID/cgroup, where the line of cgroup2 begins with ``0::`` (cgroups(7))."""
     try:
         with open(f"/proc/{pid}/cgroup", "rb") as file:
-            lines = file.read().decode(errors="backslashreplace").splitlines()
+            lines = os.fsdecode(file.read()).split("\n")
     except OSError:
         return None
     return next((line[3:] for line in lines if line.startswith("0::")), None)
