@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from imds_guard.commands import look
-from imds_guard.present import text as present
+from imds_guard.present import status as status_text
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, STAFF, TWO, Guard
 
@@ -33,7 +33,7 @@ class Running(NamedTuple):
 
 def status_values(guard: Guard) -> Any:
     """What ``status --json`` prints, without a start of Python."""
-    return present.status_values(look.status(guard.sandbox.cgroup))
+    return status_text.status_values(look.status(guard.sandbox.cgroup))
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ NEEDS_ROOT: dict[str, tuple[str, ...]] = {
 }
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present.text, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
+    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 

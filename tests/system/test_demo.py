@@ -120,7 +120,7 @@ def test_it_leaves_nothing_when_applying_fails() -> None:
 
 def _rows(after: str) -> tuple[DemoRow, ...]:
     return tuple(
-        DemoRow(caller.words, address, ANSWERED, after, "group is listed", Decision(True, Reason.ALLOWED_GROUP))
+        DemoRow(caller.name, address, ANSWERED, after, "group is listed", Decision(True, Reason.ALLOWED_GROUP))
         for caller, address in ATTEMPTS
     )
 

@@ -157,7 +157,7 @@ def test_a_guard_that_runs_is_not_touched_by_one_who_may_not(running: Guard) -> 
 # --- whoever is not root --------------------------------------------------------------------------------------------
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present.text, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
+    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 

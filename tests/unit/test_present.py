@@ -28,7 +28,10 @@ from imds_guard.policy.model import (
     decide,
     make_policy,
 )
-from imds_guard.present import text as present
+from imds_guard.present import answers
+from imds_guard.present import outcome as outcome_text
+from imds_guard.present import policy as policy_text
+from imds_guard.present import status as status_text
 
 FOO = Identities(frozenset([41_001]))
 ROOT = Identities(frozenset([0]), frozenset([0]))
@@ -57,7 +60,7 @@ def fits(lines: list[str]) -> bool:
 )
 def test_identities(who: Identities, text: str) -> None:
     """Names with their numbers, numbers alone where there is no name, in order."""
-    assert present.identities_text(who) == text
+    assert policy_text.identities_text(who) == text
 
 
 @pytest.mark.parametrize(
@@ -65,22 +68,22 @@ def test_identities(who: Identities, text: str) -> None:
 )
 def test_of_many_identities_some_are_shown_and_the_rest_is_counted(users: int, groups: int, more: int) -> None:
     who = Identities(frozenset(range(41_000, 41_000 + users)), frozenset(range(510_000, 510_000 + groups)))
-    text = present.identities_text(who)
+    text = policy_text.identities_text(who)
     shown, _, rest = text.partition(", and ")
     assert len(shown.split(", ")) == min(users + groups, 12)
     assert rest == (f"{more} more" if more else "")
 
 
 def test_a_lock_says_who_gets_through() -> None:
-    assert present.lock_lines(lock()) == ["lock web", "  endpoints: 192.0.2.1", "  allowed:   user 41001"]
-    assert present.lock_lines(lock(Identities()))[-1] == "  allowed:   nobody"
+    assert policy_text.lock_lines(lock()) == ["lock web", "  endpoints: 192.0.2.1", "  allowed:   user 41001"]
+    assert policy_text.lock_lines(lock(Identities()))[-1] == "  allowed:   nobody"
     denied = lock(Identities(), deny=ROOT, default=Verdict.ALLOW)
-    assert present.lock_lines(denied)[2:] == [
+    assert policy_text.lock_lines(denied)[2:] == [
         "  denied:    user root (0), group root (0)",
         "  allowed:   everyone else",
     ]
     both = lock(FOO, deny=ROOT, default=Verdict.ALLOW)
-    assert present.lock_lines(both)[2:] == [
+    assert policy_text.lock_lines(both)[2:] == [
         "  denied:    user root (0), group root (0)",
         "  allowed:   user 41001",
         "  others:    allowed",
@@ -90,19 +93,19 @@ def test_a_lock_says_who_gets_through() -> None:
 def test_long_lists_are_wrapped_and_no_endpoint_is_broken() -> None:
     """Someone will copy it into --ip."""
     words = [f"[2001:db8:1234:5678:9abc:def0:1234:{n:x}]:8000-8100+9000-9100,tcp" for n in range(12)]
-    lines = present.lock_lines(lock(FOO, *words))
+    lines = policy_text.lock_lines(lock(FOO, *words))
     assert fits(lines)
     assert [word for word in words if not any(line.strip(", ").endswith(word) for line in lines)] == []
 
 
 def test_an_endpoint_longer_than_a_line_stays_whole() -> None:
     ports = "+".join(str(port) for port in range(1000, 1040, 2))
-    assert f"192.0.2.1:{ports},tcp" in "\n".join(present.lock_lines(lock(FOO, f"192.0.2.1:{ports},tcp")))
+    assert f"192.0.2.1:{ports},tcp" in "\n".join(policy_text.lock_lines(lock(FOO, f"192.0.2.1:{ports},tcp")))
 
 
 def test_a_policy_as_values() -> None:
     policy = make_policy([lock(ROOT, "192.0.2.1:80,tcp")], Mode.AUDIT, Verdict.ALLOW)
-    assert present.policy_values(policy) == {
+    assert policy_text.policy_values(policy) == {
         "mode": "audit",
         "containers": "allow",
         "strict": False,
@@ -116,7 +119,7 @@ def test_a_policy_as_values() -> None:
             }
         ],
     }
-    assert present.policy_values(None) is None
+    assert policy_text.policy_values(None) is None
 
 
 # --- outcomes -------------------------------------------------------------------------------------------------------
@@ -124,10 +127,10 @@ def test_a_policy_as_values() -> None:
 
 def test_an_outcome() -> None:
     policy = make_policy([lock(FOO, "192.0.2.1", "192.0.2.2")])
-    lines = present.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG], [], []))
+    lines = outcome_text.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG], [], []))
     assert "imds-guard is active (ebpf): 2 endpoints locked" in lines
     assert fits(lines)
-    one = present.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT), [], [], []))
+    one = outcome_text.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT), [], [], []))
     assert one[0] == "imds-guard is active in audit mode, which denies nobody (iptables): 1 endpoint locked"
 
 
@@ -135,14 +138,14 @@ def test_warnings_of_an_outcome() -> None:
     """What the backend warned of, locks that let nobody through, and who is shut out."""
     policy = make_policy([lock(Identities())])
     shut_out = [ShutOut(7, "waagent", "root", "is why"), ShutOut(None, "cloud-init", "root", "is why, too")]
-    assert present.outcome_warnings(Outcome("ebpf", policy, [], ["first"], shut_out)) == [
+    assert outcome_text.outcome_warnings(Outcome("ebpf", policy, [], ["first"], shut_out)) == [
         "first",
         "lock web lets nobody through, root included",
         "waagent (pid 7, user root) is shut out: it is why",
         "cloud-init is shut out: it is why, too",
     ]
     lenient = make_policy([lock(Identities(), deny=FOO, default=Verdict.ALLOW)])
-    assert present.outcome_warnings(Outcome("ebpf", lenient, [], [], [])) == []
+    assert outcome_text.outcome_warnings(Outcome("ebpf", lenient, [], [], [])) == []
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
@@ -178,25 +181,25 @@ POLICY: Policy = make_policy([lock()])
 )
 def test_the_word_for_a_status(status: Status, word: str) -> None:
     """A fault counts whether or not anything is in force: it never looks like "active" or "inactive"."""
-    assert present.status_word(status) == word
-    assert present.status_lines(status)[0].startswith(f"imds-guard: {word}")
-    assert present.status_values(status)["state"] == word
+    assert status_text.status_word(status) == word
+    assert status_text.status_lines(status)[0].startswith(f"imds-guard: {word}")
+    assert status_text.status_values(status)["state"] == word
 
 
 def test_faults_come_first_and_are_wrapped() -> None:
-    lines = present.status_lines(Status("ebpf", POLICY, ["a fault " + LONG], state()))
+    lines = status_text.status_lines(Status("ebpf", POLICY, ["a fault " + LONG], state()))
     assert lines[0] == "imds-guard: degraded (ebpf)"
     assert lines[1].startswith("  fault: a fault that goes on")
     assert fits(lines)
 
 
 def test_audit_mode_is_said_at_once() -> None:
-    lines = present.status_lines(Status("ebpf", make_policy([lock()], Mode.AUDIT), []))
+    lines = status_text.status_lines(Status("ebpf", make_policy([lock()], Mode.AUDIT), []))
     assert lines[0] == "imds-guard: active (ebpf), audit mode: nobody is denied"
 
 
 def test_hooks_show_who_else_is_there_in_order() -> None:
-    lines = present.status_lines(Status("ebpf", POLICY, [], state()))
+    lines = status_text.status_lines(Status("ebpf", POLICY, [], state()))
     assert "attached to: /sys/fs/cgroup, every process of the machine" in lines
     assert "version: 01234567, generation 2" in lines
     assert "  connect4: (unnamed) (id 9), ig_c4_01234567 (id 11) [ours]" in lines
@@ -208,21 +211,21 @@ def test_counters_are_shown_by_reason() -> None:
     counts = [(0, 0)] * len(Reason)
     counts[Reason.NOT_LISTED], counts[Reason.ALLOWED_USER] = (3, 2), (1, 0)
     found = state(counters=tuple(counts))
-    lines = present.status_lines(Status("ebpf", POLICY, [], found))
+    lines = status_text.status_lines(Status("ebpf", POLICY, [], found))
     assert "connects to locked endpoints: allowed-user 1, not-listed 5 (2 let through by audit mode)" in "\n".join(
         lines
     ).replace("\n                              ", " ")
-    values = present.status_values(Status("ebpf", POLICY, [], found))["ebpf"]["counters"]
+    values = status_text.status_values(Status("ebpf", POLICY, [], found))["ebpf"]["counters"]
     assert values["not-listed"] == {"enforced": 3, "audited": 2}
     assert set(values) == {reason.word for reason in Reason}
 
 
 def test_many_locks_are_counted() -> None:
     policy = make_policy(Lock(f"lock {n:02}", (parse_endpoint(f"192.0.2.{n}"),), FOO) for n in range(1, 15))
-    lines = present.status_lines(Status("ebpf", policy, []))
+    lines = status_text.status_lines(Status("ebpf", policy, []))
     assert lines[-1] == "and 2 more locks (--json has them all)"
     assert sum(line.startswith("lock ") for line in lines) == 12
-    assert len(present.status_values(Status("ebpf", policy, []))["policy"]["locks"]) == 14
+    assert len(status_text.status_values(Status("ebpf", policy, []))["policy"]["locks"]) == 14
 
 
 # --- explain and check ----------------------------------------------------------------------------------------------
@@ -230,7 +233,7 @@ def test_many_locks_are_counted() -> None:
 
 def explained(policy: Policy, caller: Caller, to: str = "192.0.2.1") -> list[str]:
     destination = Destination(parse_endpoint(to).network.network_address, 80)
-    return present.decision_lines(caller, destination, decide(policy, caller, destination))
+    return answers.decision_lines(caller, destination, decide(policy, caller, destination))
 
 
 def test_an_explanation() -> None:
@@ -269,7 +272,7 @@ def test_an_explanation_as_values() -> None:
         Destination(parse_endpoint("192.0.2.1").network.network_address, 443),
     )
     decision = Decision(False, Reason.CONTAINER, "web")
-    assert present.decision_values(caller, destination, decision) == {
+    assert answers.decision_values(caller, destination, decision) == {
         "allowed": False,
         "reason": "container",
         "lock": "web",
@@ -282,13 +285,13 @@ def test_an_explanation_as_values() -> None:
 def test_what_check_found() -> None:
     refused = BackendCheck(EbpfBackend(), Unsupported("a reason " + LONG))
     none = CheckResult([refused], [ShutOut(7, "waagent", "root", "is " + LONG)])
-    lines = present.check_lines(none)
+    lines = answers.check_lines(none)
     assert lines[0].startswith("ebpf: a reason that goes on")
     assert "start would take: nothing, it would fail" in lines
     assert fits(lines)
-    assert present.check_values(none)["taken"] is None
+    assert answers.check_values(none)["taken"] is None
     good = CheckResult([BackendCheck(EbpfBackend(), None)], [])
-    assert present.check_lines(good) == ["ebpf: works here", "start would take: ebpf"]
+    assert answers.check_lines(good) == ["ebpf: works here", "start would take: ebpf"]
 
 
 # --- the built-in table ---------------------------------------------------------------------------------------------
@@ -296,8 +299,8 @@ def test_what_check_found() -> None:
 
 def test_the_table_of_endpoints() -> None:
     """A star for what is locked here, every source, and the legend of the star."""
-    rows = present.endpoint_rows("Alibaba Cloud")
-    lines = present.endpoint_lines(rows)
+    rows = answers.endpoint_rows("Alibaba Cloud")
+    lines = answers.endpoint_lines(rows)
     starred = {line[2:] for line in lines[:-1] if line.startswith("* ")}
     assert "100.100.100.200" in starred
     assert "169.254.169.254" in starred

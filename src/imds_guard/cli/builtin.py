@@ -16,13 +16,13 @@ from imds_guard.kernel.dmi import dmi_words
 @json_option
 def endpoints(as_json: bool) -> None:
     """List the built-in endpoints with their sources."""
-    from imds_guard.present import text as present  # noqa: PLC0415
+    from imds_guard.present import answers  # noqa: PLC0415
 
-    rows = present.endpoint_rows(dmi_words())
+    rows = answers.endpoint_rows(dmi_words())
     if as_json:
         print_json(rows)
     else:
-        print_lines(present.endpoint_lines(rows))
+        print_lines(answers.endpoint_lines(rows))
 
 
 @cli.command(short_help="Show who gets through, in a namespace of its own.")
@@ -32,13 +32,13 @@ def demo(backend: str | None, as_json: bool) -> None:
     """Show who gets through before and after locking, in a network namespace and a cgroup of its own."""
     from imds_guard.commands import demo as demonstration  # noqa: PLC0415
     from imds_guard.commands.capabilities import require_root  # noqa: PLC0415
-    from imds_guard.present import text as present  # noqa: PLC0415
+    from imds_guard.present import answers  # noqa: PLC0415
 
     require_root("demo")
     print_progress("making a network namespace with a fake metadata service, and trying to reach it ...")
     result = demonstration.demo(backend or "auto")
     if as_json:
-        print_json(present.demo_values(result))
+        print_json(answers.demo_values(result))
     else:
         click.echo(demonstration.render(result.rows))
         click.echo(demonstration.LEGEND)

@@ -22,7 +22,7 @@ from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Policy
 
 
-@cli.command(short_help="Open the locks; leave nothing in the kernel.")
+@cli.command(short_help="Open the locks and leave nothing in the kernel.")
 @click.option(
     "--service",
     metavar="UNIT",
@@ -30,7 +30,7 @@ from imds_guard.policy.model import Endpoint, Identities, Policy
 )
 @cgroup_option
 def stop(service: str | None, cgroup: str | None) -> None:
-    """Open the locks and remove everything of ours from the kernel."""
+    """Open the locks and remove everything of imds-guard from the kernel."""
     from imds_guard.commands.service import may_open, repairs_itself  # noqa: PLC0415
 
     require_root("stop")
@@ -80,7 +80,7 @@ def _change(
 @cli.command(short_help="Let a user or a group through, from now on.")
 @change_options
 def allow(**given: Any) -> None:
-    """Add a user or a group to what is running, in one step."""
+    """Add a user or a group to the policy in force, in one step."""
     require_root("allow")
     _change(guard.allow, **given)
 
@@ -89,6 +89,6 @@ def allow(**given: Any) -> None:
 @change_options
 @keep_existing_option
 def revoke(keep_existing: bool, **given: Any) -> None:
-    """Take a user or a group off what is running, in one step."""
+    """Take a user or a group off the policy in force, in one step."""
     require_root("revoke")
     _change(functools.partial(guard.revoke, keep_existing=keep_existing), **given)

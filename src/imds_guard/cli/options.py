@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def options(*several: Callable[[F], F]) -> Callable[[F], F]:
-    """A decorator that adds several options, in the order in which --help has them."""
+    """A decorator that adds several options, in the order of --help."""
 
     def decorate(function: F) -> F:
         for option in reversed(several):
@@ -30,12 +30,12 @@ backend_option = click.option(
     "--backend", type=click.Choice(["auto", "ebpf", "iptables"]), help="What enforces (default auto: eBPF if it can)."
 )
 keep_existing_option = click.option(
-    "--keep-existing", is_flag=True, help="Leave connections open that the policy does not allow."
+    "--keep-existing", is_flag=True, help="Leave open connections that the policy does not allow."
 )
 resolve_option = click.option(
     "--resolve-groups",
     is_flag=True,
-    help="iptables without --suppl-groups: use the user IDs of the groups' present members.",
+    help="iptables without --suppl-groups: use the user IDs of the groups' members, as they are now.",
 )
 
 policy_options = options(
@@ -48,19 +48,19 @@ policy_options = options(
     click.option("--nobody", is_flag=True, help="Allow nobody at all, root included."),
     click.option("--ip", "ips", multiple=True, metavar="ENDPOINT", help="Lock ADDR[/LEN][:PORTS][,tcp|udp|any]."),
     click.option("--preset", "presets", multiple=True, metavar="NAME", help="Lock a built-in set of endpoints."),
-    click.option("--mode", type=click.Choice(["enforce", "audit"]), help="audit counts denials and denies nobody."),
-    click.option("--containers", type=click.Choice(["deny", "allow"]), help="Containers: denied, or judged by ID."),
+    click.option("--mode", type=click.Choice(["enforce", "audit"]), help="audit: count denials, deny nobody."),
     click.option(
-        "--strict", is_flag=True, help="Drop packets, too, of sockets that were not let through (eBPF alone)."
+        "--containers", type=click.Choice(["deny", "allow"]), help="Deny containers, or judge them by their IDs."
     ),
+    click.option("--strict", is_flag=True, help="Also drop packets of sockets that were not let through (eBPF only)."),
     config_option,
 )
 
 change_options = options(
     click.option("--group", "groups", multiple=True, metavar="G", help="This group (name or ID; repeatable)."),
     click.option("--user", "users", multiple=True, metavar="U", help="This user (name or ID; repeatable)."),
-    click.option("--ip", "ip", metavar="ENDPOINT", help="Only at this endpoint; its lock is split if it has more."),
-    click.option("--save", is_flag=True, help="Write the policy to the configuration file, too."),
+    click.option("--ip", "ip", metavar="ENDPOINT", help="Only at this endpoint. A lock with more endpoints is split."),
+    click.option("--save", is_flag=True, help="Also write the policy to the configuration file."),
     click.option("--without-root", is_flag=True, help="Save even if an installed metadata client is shut out."),
     config_option,
     cgroup_option,

@@ -53,13 +53,13 @@ def print_progress(line: str) -> None:
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
     """Prints the result of a change, and its warnings."""
-    from imds_guard.present import text as present  # noqa: PLC0415
+    from imds_guard.present.outcome import outcome_lines, outcome_values, outcome_warnings  # noqa: PLC0415
 
     if as_json:
-        print_json(present.outcome_values(outcome))
+        print_json(outcome_values(outcome))
         return
-    print_lines(present.outcome_lines(outcome))
-    print_warnings(present.outcome_warnings(outcome))
+    print_lines(outcome_lines(outcome))
+    print_warnings(outcome_warnings(outcome))
 
 
 def fail(error: BaseException, status: int) -> NoReturn:

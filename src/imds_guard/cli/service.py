@@ -19,16 +19,16 @@ from imds_guard.errors import GuardError, UsageError
 
 
 @cli.command("install-service", short_help="Lock at every boot what the configuration says.")
-@click.option("--watch", is_flag=True, help="Also the log of denials (imds-guard-watch.service).")
-@click.option("--verify", is_flag=True, help="Also a check and repair every five minutes (imds-guard-verify.timer).")
-@click.option("--require-lock", is_flag=True, help="Keep the network down at boot while nothing could be locked.")
+@click.option("--watch", is_flag=True, help="Also install the log of denials (imds-guard-watch.service).")
+@click.option("--verify", is_flag=True, help="Also check and repair every five minutes (imds-guard-verify.timer).")
+@click.option("--require-lock", is_flag=True, help="Keep the network down at boot until something is locked.")
 @click.option("--without-root", is_flag=True, help="Install even if an installed metadata client is shut out.")
-@click.option("--now", is_flag=True, help="Start the units, too.")
+@click.option("--now", is_flag=True, help="Also start the units.")
 def install_service(**given: Any) -> None:
     """Lock at every boot what /etc/imds-guard/config.toml says, before the network comes up.
 
-    Writes systemd units and switches them on. The same call again changes nothing; units that were switched on before
-    stay so.
+    Writes systemd units and enables them. The same call again changes nothing. Units that were enabled before stay
+    enabled.
     """
     from imds_guard.commands import service  # noqa: PLC0415
 
@@ -40,25 +40,25 @@ def install_service(**given: Any) -> None:
 
 @cli.command("uninstall-service")
 def uninstall_service() -> None:
-    """Take the systemd units away again. What is locked stays locked until imds-guard stop."""
+    """Remove the systemd units. What is locked stays locked until imds-guard stop."""
     from imds_guard.commands import service  # noqa: PLC0415
 
     require_root("uninstall-service")
     print_lines(service.uninstall())
 
 
-@cli.command(short_help="Check that all is as it was put; --repair it.")
-@click.option("--repair", is_flag=True, help="Put back what is wrong, with no moment in which less is locked.")
+@cli.command(short_help="Check that everything is in place; --repair it.")
+@click.option("--repair", is_flag=True, help="Put back what is missing or wrong; at no moment is less locked.")
 @config_option
 @cgroup_option
 @json_option
 def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) -> None:
-    """Check that hooks, maps and rules are as they were put in place, where the configuration says.
+    """Check that hooks, maps and rules are as imds-guard put them, where the configuration says.
 
     Exit status, after a repair if there was one: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
     """
     from imds_guard.commands import verify as verify_command  # noqa: PLC0415
-    from imds_guard.present import text as present  # noqa: PLC0415
+    from imds_guard.present.status import verify_lines, verify_values  # noqa: PLC0415
 
     require_root("verify")
     path, options = CONFIG_PATH if config is None else config, GuardOptions(cgroup=cgroup)
@@ -69,9 +69,9 @@ def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) 
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
     if as_json:
-        print_json(present.verify_values(found))
+        print_json(verify_values(found))
     else:
-        print_lines(present.verify_lines(found))
+        print_lines(verify_lines(found))
         print_warnings(found.warnings)
     if found.failure is not None:
         fail(found.failure, exit_status(found.after))

@@ -32,15 +32,17 @@ from imds_guard.errors import BadPolicy, Unsupported, UsageError
 @backend_option
 @cgroup_option
 @resolve_option
-@click.option("--forwarded", type=click.Choice(["drop", "leave"]), help="Packets that this machine forwards.")
+@click.option(
+    "--forwarded", type=click.Choice(["drop", "leave"]), help="Drop or leave packets that this machine forwards."
+)
 @keep_existing_option
-@click.option("--create-group", is_flag=True, help="Make groups that do not exist (system groups).")
-@click.option("--save", is_flag=True, help="Write the policy to the configuration file, too.")
+@click.option("--create-group", is_flag=True, help="Create groups that do not exist (system groups).")
+@click.option("--save", is_flag=True, help="Also write the policy to the configuration file.")
 @click.option("--without-root", is_flag=True, help="Save even if an installed metadata client is shut out.")
 @click.option(
     "--boot",
     is_flag=True,
-    help="As the service does at boot: the file's policy by its stored IDs; if it is unusable, the emergency lock.",
+    help="As at boot: the file's policy by its stored IDs, or the emergency lock if the file can't be used.",
 )
 @json_option
 def start(
@@ -102,7 +104,7 @@ def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:
 @json_option
 def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json: bool, **given: Any) -> None:
     """Say what this machine can do, which backend would be taken, and why not the others. Changes nothing."""
-    from imds_guard.present import text as present  # noqa: PLC0415
+    from imds_guard.present.answers import check_lines, check_values  # noqa: PLC0415
 
     wanted = PolicyOptions(given)
     require_root("check")
@@ -112,13 +114,13 @@ def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json
         policy, options, _ = wanted.policy(options, create_groups=False)
     found = look.check(policy, options)
     if as_json:
-        print_json(present.check_values(found))
+        print_json(check_values(found))
     else:
-        print_lines(present.check_lines(found))
+        print_lines(check_lines(found))
     sys.exit(0 if found.chosen else Unsupported.exit_status)
 
 
-@cli.command(short_help="Print the policy in another tool's words.")
+@cli.command(short_help="Print the policy as rules of another tool.")
 @policy_options
 @cgroup_option
 @click.option(
@@ -126,11 +128,11 @@ def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json
     "form",
     required=True,
     type=click.Choice(["iptables", "nftables", "pf", "ipfw", "windows", "systemd"]),
-    help="Whose words.",
+    help="The other tool.",
 )
-@click.option("--force", is_flag=True, help="Export even what that format can only say more weakly.")
+@click.option("--force", is_flag=True, help="Export even where the other tool lets more callers through.")
 def export(form: str, force: bool, cgroup: str | None, **given: Any) -> None:
-    """Print the policy in another tool's words: the one in force, unless options or --config name another."""
+    """Print a policy as rules of another tool: the policy in force, or the one of the options or of --config."""
     from imds_guard.export import export as export_policy  # noqa: PLC0415 -- start-up time
 
     wanted = PolicyOptions(given)

@@ -16,7 +16,8 @@ from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.look import Status
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.present import text as present
+from imds_guard.present.answers import decision_lines, decision_values
+from imds_guard.present.status import status_lines, status_values, status_word
 
 STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 """The exit statuses of systemctl status (LSB: 0 running, 3 not running, 4 unknown)."""
@@ -36,15 +37,15 @@ def status(cgroup: str | None, as_json: bool) -> None:
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
     if as_json:
-        print_json(present.status_values(found))
+        print_json(status_values(found))
     else:
-        print_lines(present.status_lines(found))
+        print_lines(status_lines(found))
     sys.exit(exit_status(found))
 
 
 def exit_status(found: Status) -> int:
     """The exit status for a state."""
-    word = present.status_word(found)
+    word = status_word(found)
     return {"active": STATUS_ACTIVE, "degraded": STATUS_DEGRADED, "inactive": STATUS_INACTIVE}[word]
 
 
@@ -62,6 +63,6 @@ def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None
     caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
     decision, destination = look.explain(caller, parse_endpoint(endpoint), cgroup)
     if as_json:
-        print_json(present.decision_values(caller, destination, decision))
+        print_json(decision_values(caller, destination, decision))
     else:
-        print_lines(present.decision_lines(caller, destination, decision))
+        print_lines(decision_lines(caller, destination, decision))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who gets through, before and after locking: in a network namespace and a cgroup of its own, with a fake service.
+"""``demo``: who gets through before and after locking.
 
-Nothing reaches the machine's network, no policy of the machine is touched, and nothing is left behind.
+It runs in a network namespace and a cgroup of its own, with a fake metadata service. Nothing reaches the machine's
+network, no policy of the machine is touched, and nothing is left behind.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ _WAIT_S = 3.0
 
 ANSWERED = "answered"
 
-# Numbers that are nobody's on most machines, and it would not matter if they were somebody's: nothing is done as them
-# outside the namespace. No user has the number of a group.
+# IDs that no account has on most machines. An account with one of them is not affected: nothing runs as these users
+# outside the namespace. No user ID equals a group ID.
 _LISTED_USER, _MEMBER, _STRANGER = 61_001, 61_002, 61_003
 _LISTED_GROUP, _OTHER_GROUP = 62_001, 62_002
 
 
 class DemoCaller(NamedTuple):
-    """Somebody who tries."""
+    """A caller of the demonstration."""
 
-    words: str
+    name: str
     uid: int
     gid: int
     groups: tuple[int, ...] = ()
@@ -73,7 +74,7 @@ ATTEMPTS: tuple[tuple[DemoCaller, str], ...] = (
 
 
 class DemoRow(NamedTuple):
-    """What became of one caller's request. ``before`` and ``after`` are ``answered`` or an errno's name."""
+    """One caller's request before and after locking: ``answered``, or the name of an errno."""
 
     caller: str
     address: str
@@ -84,12 +85,12 @@ class DemoRow(NamedTuple):
 
     @property
     def as_decided(self) -> bool:
-        """True when the kernel did what the policy says."""
+        """True when the kernel did what decide() says."""
         return (self.after == ANSWERED) == self.decision.allowed
 
 
 class DemoResult(NamedTuple):
-    """All rows, and what the backend said when it was applied."""
+    """The rows, and the policy and the backend that they were made with."""
 
     rows: tuple[DemoRow, ...]
     policy: Policy
@@ -97,12 +98,12 @@ class DemoResult(NamedTuple):
 
     @property
     def whole(self) -> bool:
-        """True when everybody got through before, and the kernel did what the policy says after."""
+        """True when everybody got through before, and the kernel did what decide() says after."""
         return all(row.before == ANSWERED and row.as_decided for row in self.rows)
 
 
 def demo_policy() -> Policy:
-    """TCP on every port but DNS, for one user and the members of one group."""
+    """Locks TCP on every port but DNS; allows one user and the members of one group."""
     ports = minus_ports(ALL_PORTS, ((53, 53),))
     endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=ports) for address in (IPV4, IPV6))
     allow = Identities(frozenset({_LISTED_USER}), frozenset({_LISTED_GROUP}))
@@ -121,10 +122,10 @@ def demo(wanted: str) -> DemoResult:
 
 
 def run_demo(make_backend: Callable[[str], Backend], *, inside: bool = False) -> DemoResult:
-    """Lets everybody try, locks, and lets everybody try again.
+    """Lets every caller try, locks, and lets every caller try again.
 
-    ``make_backend`` is given the path of the demonstration's cgroup. ``inside`` has the backend at work in the
-    demonstration's namespace, which is where iptables must be. Raises Unsupported, NotPermitted.
+    ``make_backend`` takes the path of the demonstration's cgroup. With ``inside`` the backend works in the
+    demonstration's network namespace, as iptables must. Raises Unsupported, NotPermitted.
     """
     policy = demo_policy()
     with Sandbox((IPV4, IPV6)) as sandbox:
@@ -132,22 +133,22 @@ def run_demo(make_backend: Callable[[str], Backend], *, inside: bool = False) ->
         backend = make_backend(sandbox.cgroup)
         before = _try_all(sandbox)
         try:
-            _at(sandbox, inside, lambda: backend.check(policy))
-            _at(sandbox, inside, lambda: backend.apply(policy))
+            _run(sandbox, inside, lambda: backend.check(policy))
+            _run(sandbox, inside, lambda: backend.apply(policy))
             after = _try_all(sandbox)
         finally:
-            _at(sandbox, inside, backend.remove)
+            _run(sandbox, inside, backend.remove)
     rows = tuple(
         _row(policy, caller, address, *outcomes) for (caller, address), outcomes in zip(ATTEMPTS, zip(before, after))
     )
     return DemoResult(rows, policy, backend.name)
 
 
-def _at(sandbox: Sandbox, inside: bool, verb: Callable[[], object]) -> None:
+def _run(sandbox: Sandbox, inside: bool, step: Callable[[], object]) -> None:
     if inside:
-        sandbox.call(verb, timeout_s=60)
+        sandbox.call(step, timeout_s=60)
     else:
-        verb()
+        step()
 
 
 def _row(policy: Policy, caller: DemoCaller, address: str, before: str, after: str) -> DemoRow:
@@ -156,7 +157,7 @@ def _row(policy: Policy, caller: DemoCaller, address: str, before: str, after: s
         Caller(caller.uid, caller.gid, frozenset(caller.groups)),
         Destination(ipaddress.ip_address(address), _PORT),
     )
-    return DemoRow(caller.words, address, before, after, _why(decision), decision)
+    return DemoRow(caller.name, address, before, after, _why(decision), decision)
 
 
 def _why(decision: Decision) -> str:
@@ -171,7 +172,7 @@ def _try_all(sandbox: Sandbox) -> list[str]:
 
 
 def _request(caller: DemoCaller, address: str) -> str:
-    """Takes the caller's IDs for good and asks the service, in a child."""
+    """Asks the service as the caller. Runs in a child: the IDs are taken for good."""
     become(uids=(caller.uid,) * 3, gids=(caller.gid,) * 3, groups=caller.groups)
     with socket.socket(listeners.family(address)) as client:
         client.settimeout(_WAIT_S)
@@ -209,17 +210,17 @@ def _answer(listening: socket.socket) -> None:
 
 _HEAD = ("WHO", "ASKS", "BEFORE", "AFTER", "WHY")
 _GAP = "  "
-_LEAST_ROOM = 10
+_MIN_WIDTH = 10
 
 
 def render(rows: Sequence[DemoRow], width: int = 80) -> str:
-    """The rows as a table; the last column wraps when that keeps it within ``width``."""
+    """The rows as a table. The last column is wrapped to keep lines within ``width`` columns."""
     cells = [_HEAD, *((row.caller, row.address, row.before, row.after, row.why) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEAD) - 1)]
-    left = sum(widths) + len(_GAP) * len(widths)
+    indent = sum(widths) + len(_GAP) * len(widths)
     lines: list[str] = []
     for line in cells:
-        first, *more = textwrap.wrap(line[-1], max(width - left, _LEAST_ROOM))
+        first, *more = textwrap.wrap(line[-1], max(width - indent, _MIN_WIDTH))
         lines.append(_GAP.join(word.ljust(size) for word, size in zip(line, widths)) + _GAP + first)
-        lines.extend(" " * left + rest for rest in more)
+        lines.extend(" " * indent + rest for rest in more)
     return "\n".join(lines)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A policy, as text and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from imds_guard.identity import group_name, user_name
+from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.model import Identities, Lock, Policy, Verdict
+from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
+from imds_guard.text import and_more, some_of
+
+
+def identities_text(who: Identities) -> str:
+    """``user foo (1001), group canAccessIP (999)``; ``nobody`` where the list is empty."""
+    users = [f"user {named(uid, user_name(uid))}" for uid in sorted(who.users)[: MAX_SHOWN + 1]]
+    groups = [f"group {named(gid, group_name(gid))}" for gid in sorted(who.groups)[: MAX_SHOWN + 1]]
+    shown = (users + groups)[:MAX_SHOWN]
+    return ", ".join(shown) + and_more(len(who.users) + len(who.groups), MAX_SHOWN) or "nobody"
+
+
+def lock_lines(lock: Lock) -> list[str]:
+    """A lock in a few lines; the first has its name."""
+    lines = [f"lock {lock.name}", *wrapped("  endpoints: ", some_of(_endpoints(lock), MAX_SHOWN))]
+    if lock.deny:
+        lines += wrapped("  denied:    ", identities_text(lock.deny))
+    others_pass = lock.default is Verdict.ALLOW
+    allowed = identities_text(lock.allow) if lock.allow else "everyone else" if others_pass else "nobody"
+    lines += wrapped("  allowed:   ", allowed)
+    if lock.allow and others_pass:
+        lines.append("  others:    allowed")
+    return lines
+
+
+def policy_values(policy: Policy | None) -> dict[str, Any] | None:
+    """A policy as plain values for JSON; None where there is none."""
+    if policy is None:
+        return None
+    return {
+        "mode": policy.mode.value,
+        "containers": policy.containers.value,
+        "strict": policy.strict,
+        "locks": [
+            {
+                "name": lock.name,
+                "endpoints": _endpoints(lock),
+                "allow": _ids(lock.allow),
+                "deny": _ids(lock.deny),
+                "default": lock.default.value,
+            }
+            for lock in policy.locks
+        ],
+    }
+
+
+def _endpoints(lock: Lock) -> list[str]:
+    return [text for endpoint in lock.endpoints for text in endpoint_words(endpoint)]
+
+
+def _ids(who: Identities) -> dict[str, Any]:
+    return {
+        "users": [{"id": uid, "name": user_name(uid)} for uid in sorted(who.users)],
+        "groups": [{"id": gid, "name": group_name(gid)} for gid in sorted(who.groups)],
+    }

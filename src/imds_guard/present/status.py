@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of the guard, as text and as JSON: status and verify."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imds_guard.policy.model import Mode, Policy, Reason, Verdict
+from imds_guard.present.policy import lock_lines, policy_values
+from imds_guard.present.wrap import MAX_SHOWN, wrapped
+
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf import State
+    from imds_guard.backends.ebpf.hooks import Hook
+    from imds_guard.commands.look import Status
+    from imds_guard.commands.verify import VerifyResult
+
+
+def status_word(status: Status) -> str:
+    """``active``, ``degraded`` or ``inactive``."""
+    if status.faults:
+        return "degraded"
+    return "inactive" if status.backend is None else "active"
+
+
+def state_line(status: Status) -> str:
+    """The first line of status: state, backend and mode."""
+    backend = f" ({status.backend})" if status.backend else ""
+    mode = ", audit mode: nobody is denied" if status.policy and status.policy.mode is Mode.AUDIT else ""
+    emergency = ": emergency lock" if status.emergency else ""
+    return f"imds-guard: {status_word(status)}{emergency}{backend}{mode}"
+
+
+def status_lines(status: Status) -> list[str]:
+    """The state as text, the most important line first."""
+    lines = [state_line(status)]
+    for fault in status.faults:
+        lines += wrapped("  fault: ", fault)
+    if status.ebpf is not None:
+        lines += _ebpf_lines(status.ebpf)
+    if status.policy is not None:
+        lines += _policy_lines(status.policy)
+    return lines
+
+
+def _policy_lines(policy: Policy) -> list[str]:
+    lines = [f"containers: {'judged by their IDs' if policy.containers is Verdict.ALLOW else 'denied'}"]
+    if policy.strict:
+        done = "dropped" if policy.mode is Mode.ENFORCE else "counted, and pass"
+        lines.append(f"strict: packets of sockets that were not let through are {done}")
+    for lock in policy.locks[:MAX_SHOWN]:
+        lines += lock_lines(lock)
+    if len(policy.locks) > MAX_SHOWN:
+        lines.append(f"and {len(policy.locks) - MAX_SHOWN} more locks (--json has them all)")
+    return lines
+
+
+def _ebpf_lines(state: State) -> list[str]:
+    where = f"{state.cgroup}, every process of the machine" if state.cgroup_is_root else state.cgroup
+    lines = [f"attached to: {where}", f"version: {', '.join(state.versions) or 'none'}, generation {state.generation}"]
+    for hook in state.hooks:
+        lines += _hook_lines(hook)
+    counted = [
+        f"{reason.word} {enforced + audited}" + (f" ({audited} let through by audit mode)" if audited else "")
+        for reason, (enforced, audited) in zip(Reason, state.counters)
+        if enforced or audited
+    ]
+    return lines + wrapped("connects to locked endpoints: ", ", ".join(counted) or "none yet")
+
+
+def _hook_lines(hook: Hook) -> list[str]:
+    order = ", ".join(
+        f"{program.name or '(unnamed)'} (id {program.id})" + (" [ours]" if program is hook.ours else "")
+        for program in hook.attached
+    )
+    return wrapped(f"  {hook.name}: ", order or "nothing attached")
+
+
+def status_values(status: Status) -> dict[str, Any]:
+    """The state as plain values for JSON."""
+    values: dict[str, Any] = {
+        "state": status_word(status),
+        "backend": status.backend,
+        "emergency": status.emergency,
+        "faults": status.faults,
+        "policy": policy_values(status.policy),
+    }
+    if status.ebpf is not None:
+        values["ebpf"] = _ebpf_values(status.ebpf)
+    return values
+
+
+def _ebpf_values(state: State) -> dict[str, Any]:
+    return {
+        "cgroup": state.cgroup,
+        "cgroup_is_root": state.cgroup_is_root,
+        "pins": state.pins,
+        "generation": state.generation,
+        "versions": state.versions,
+        "hooks": [
+            {
+                "hook": hook.name,
+                "programs": [
+                    {"id": program.id, "name": program.name, "ours": program is hook.ours} for program in hook.attached
+                ],
+            }
+            for hook in state.hooks
+        ],
+        "counters": {
+            reason.word: {"enforced": enforced, "audited": audited}
+            for reason, (enforced, audited) in zip(Reason, state.counters)
+        },
+    }
+
+
+def verify_lines(found: VerifyResult) -> list[str]:
+    """A line for each repair and for each fault that is left; the last line is the state."""
+    lines = [f"repaired: {line}" for line in found.repaired]
+    lines += [f"fault: {line}" for line in found.after.faults]
+    return [*lines, state_line(found.after)]
+
+
+def verify_values(found: VerifyResult) -> dict[str, Any]:
+    """The result of verify as plain values for JSON."""
+    return {
+        "state": status_word(found.after),
+        "backend": found.after.backend,
+        "emergency": found.after.emergency,
+        "state_before": status_word(found.before),
+        "repaired": found.repaired,
+        "faults": found.after.faults,
+        "notes": found.warnings,
+    }
