@@ -42,7 +42,7 @@ class BadPolicy(GuardError):
     exit_status = 78
 
 
-def system_words(error: OSError) -> str:
+def system_text(error: OSError) -> str:
     """``EPERM (Operation not permitted)``: the errno's symbol and text of ``error``."""
     if error.errno is None:
         return str(error)
@@ -52,19 +52,19 @@ def system_words(error: OSError) -> str:
 
 @contextmanager
 def trying(what: str, advice: str) -> Iterator[None]:
-    """Turns an OSError of the block into one sentence: tried(), then ``advice``."""
+    """Turns an OSError of the block into one sentence: failure_text(), then ``advice``."""
     try:
         yield
     except PermissionError as error:
         raise NotPermitted(
-            f"{tried(what, error)}; run this as root with CAP_SYS_ADMIN and "
+            f"{failure_text(what, error)}; run this as root with CAP_SYS_ADMIN and "
             "CAP_NET_ADMIN, where no seccomp filter or security module forbids it"
         ) from error
     except OSError as error:
-        raise GuardError(f"{tried(what, error)}; {advice}") from error
+        raise GuardError(f"{failure_text(what, error)}; {advice}") from error
 
 
-def tried(what: str, error: OSError) -> str:
+def failure_text(what: str, error: OSError) -> str:
     """``what``, the file or system call where the error has one that ``what`` does not name, and the system's words."""
     named = error.filename is None or str(error.filename) in what
-    return f"{what}: {system_words(error)}" if named else f"{what}: {error.filename}: {system_words(error)}"
+    return f"{what}: {system_text(error)}" if named else f"{what}: {error.filename}: {system_text(error)}"

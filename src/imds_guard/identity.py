@@ -8,7 +8,7 @@ import os
 import pwd
 import re
 
-from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_words
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_text
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE, namespace_inode
 from imds_guard.kernel.run import run
 from imds_guard.policy.model import MAX_ID, Caller
@@ -138,7 +138,7 @@ def caller_of_pid(pid: int) -> Caller:
         raise NoSuchProcess(f"there is no process {pid}") from None
     except PermissionError as error:
         raise NotPermitted(
-            f"reading the namespaces of process {pid}: {system_words(error)}; that takes root with every capability "
+            f"reading the namespaces of process {pid}: {system_text(error)}; that takes root with every capability "
             "that the process has, or CAP_SYS_PTRACE (ptrace(2))"
         ) from error
     return Caller(

@@ -7,7 +7,7 @@ import errno
 import socket
 from typing import Callable
 
-from imds_guard.errors import system_words
+from imds_guard.errors import system_text
 from imds_guard.kernel import syscalls
 from tests.conformance import uring
 from tests.conformance.attempts import IPPROTO_MPTCP, TCP_FASTOPEN_CONNECT
@@ -20,7 +20,7 @@ def _missing(feature: str, attempt: Callable[[], None], absent: tuple[int, ...])
     except OSError as error:
         if error.errno not in absent:
             raise
-        return f"{feature} can't be used here: {system_words(error)}"
+        return f"{feature} can't be used here: {system_text(error)}"
     return None
 
 

@@ -77,7 +77,7 @@ def test_the_generator_covers_every_reason() -> None:
     """The generator makes allowed and denied callers, for every reason. The same seed gives the same block."""
     blocks = [make_block(seed) for seed in range(1, 41)]
     decisions = [decision for block in blocks for decision in block.decisions()]
-    assert {decision.reason.word for decision in decisions} == {
+    assert {decision.reason.label for decision in decisions} == {
         "not-locked",
         "allowed-user",
         "allowed-group",

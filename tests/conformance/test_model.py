@@ -17,7 +17,7 @@ from tests.conformance.mutants import MUTANTS
 def test_decide(case: Case) -> None:
     """The specification gives the row's expected verdict and reason."""
     decision = decide(case.policy, model_caller(case), model_destination(case), model_source(case))
-    assert (decision.reason.word, decision.allowed) == (case.expected.word, case.allowed)
+    assert (decision.reason.label, decision.allowed) == (case.expected.label, case.allowed)
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))

@@ -26,7 +26,7 @@ from imds_guard.config.toml_lines import KeyLines, load_toml
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.kernel.btf import Btf
-from imds_guard.policy.endpoint_syntax import endpoint_words, parse_endpoint
+from imds_guard.policy.endpoint_syntax import format_endpoint, parse_endpoint
 from imds_guard.policy.model import make_policy
 
 __all__ = ["TARGETS", "image_of", "octets_of", "parse", "parse_settings"]
@@ -38,7 +38,7 @@ def config(octets: bytes) -> None:
     """A configuration is refused in one sentence, or comes out the same when it is written and read again."""
     text = octets.decode(errors="ignore")
     try:
-        read = parse_config(text, "file", dmi_words="")
+        read = parse_config(text, "file", dmi_text="")
     except (BadPolicy, Unsupported):
         return
     again = parse_config(dump_config(Config(read.policy, read.on_error, read.backend, read.cgroup)), "again")
@@ -52,7 +52,7 @@ def endpoint(octets: bytes) -> None:
         read = parse_endpoint(text)
     except BadPolicy:
         return
-    parts = [parse_endpoint(word) for word in endpoint_words(read)]
+    parts = [parse_endpoint(word) for word in format_endpoint(read)]
     assert {part.network for part in parts} == {read.network}, parts
     assert {r for part in parts for r in part.tcp} == set(read.tcp), parts
     assert {r for part in parts for r in part.udp} == set(read.udp), parts

@@ -22,8 +22,8 @@ from imds_guard.config.store import save_config
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import is_missing_group
-from imds_guard.policy.builtin import BUILT_IN, WIRESERVER, single
-from imds_guard.policy.endpoint_syntax import endpoint_words, parse_endpoint
+from imds_guard.policy.builtin import BUILT_IN, WIRESERVER, host_network
+from imds_guard.policy.endpoint_syntax import format_endpoint, parse_endpoint
 from imds_guard.policy.model import (
     ALL_PORTS,
     Endpoint,
@@ -161,7 +161,7 @@ def _networks() -> st.SearchStrategy[Network]:
         lambda n: ipaddress.IPv6Network(n, strict=False)
     )
     mapped = st.integers(0, 2**32 - 1).map(lambda n: ipaddress.IPv6Network((0xFFFF << 32) + n))
-    known = st.sampled_from([single(entry.address) for entry in BUILT_IN])
+    known = st.sampled_from([host_network(entry.address) for entry in BUILT_IN])
     return st.one_of(v4, v6, mapped, known)
 
 
@@ -181,7 +181,7 @@ def test_an_endpoint_survives_its_words(network: Network, tcp: Ports, udp: Ports
     whole = int(network.network_address) & 0xFFFFFFFF or network.prefixlen not in (32, 128)
     assume(whole)  # the unspecified address is refused: test_a_word_that_is_no_endpoint...
     endpoint = Endpoint(network, tcp, udp)
-    words = endpoint_words(endpoint)
+    words = format_endpoint(endpoint)
     assert policy_of(endpoint) == policy_of(*(parse_endpoint(word) for word in words))
 
 
@@ -189,14 +189,14 @@ def test_an_endpoint_survives_its_words(network: Network, tcp: Ports, udp: Ports
     ("endpoint", "words"),
     [
         (BUILT_IN[0].endpoint, ["169.254.169.254"]),
-        (Endpoint(single(BUILT_IN[0].address), ALL_PORTS, ALL_PORTS), ["169.254.169.254:*"]),
-        (Endpoint(single(BUILT_IN[0].address), ((80, 80),)), ["169.254.169.254:80,tcp"]),
+        (Endpoint(host_network(BUILT_IN[0].address), ALL_PORTS, ALL_PORTS), ["169.254.169.254:*"]),
+        (Endpoint(host_network(BUILT_IN[0].address), ((80, 80),)), ["169.254.169.254:80,tcp"]),
         (Endpoint(ipaddress.ip_network("fd00::1"), NO_DNS, ((80, 80),)), ["[fd00::1]:!53,tcp", "[fd00::1]:80,udp"]),
         (Endpoint(ipaddress.ip_network("10.0.0.0/8"), ALL_PORTS, ALL_PORTS), ["10.0.0.0/8"]),
     ],
 )
 def test_the_words_of_an_endpoint_are_short(endpoint: Endpoint, words: list[str]) -> None:
-    assert words == endpoint_words(endpoint)
+    assert words == format_endpoint(endpoint)
 
 
 # --- the configuration file
@@ -321,15 +321,15 @@ def test_boot_goes_by_the_stored_id_and_warns_when_the_name_is_another_now() -> 
 
 def test_a_preset_with_the_wireserver_becomes_two_locks() -> None:
     text = '[lock.cloud]\npreset = "default"\ngroups = [77]\ndeny_users = [0, 5]\n'
-    found = locks_of(parse_config(text, dmi_words=AZURE_DMI))
+    found = locks_of(parse_config(text, dmi_text=AZURE_DMI))
     assert set(found) == {"cloud", "wireserver"}
     assert found["cloud"].allow == Identities(groups=frozenset({77}))
     assert found["cloud"].deny == Identities(frozenset({0, 5}))
     apart = found["wireserver"]
-    assert [single(WIRESERVER)] == [endpoint.network for endpoint in apart.endpoints]
+    assert [host_network(WIRESERVER)] == [endpoint.network for endpoint in apart.endpoints]
     assert apart.allow == Identities(frozenset({0}), frozenset({77}))
     assert apart.deny == Identities(frozenset({5}))
-    assert set(locks_of(parse_config(text, dmi_words=""))) == {"cloud"}
+    assert set(locks_of(parse_config(text, dmi_text=""))) == {"cloud"}
 
 
 def test_a_lock_of_the_wireserver_alone_keeps_its_name_and_lets_root() -> None:
@@ -366,14 +366,14 @@ def with_known_names(text: str) -> str:
 
 
 def test_the_sample_is_the_default_policy_for_one_group() -> None:
-    config = parse_config(with_known_names(SAMPLE.read_text()), dmi_words="")
+    config = parse_config(with_known_names(SAMPLE.read_text()), dmi_text="")
     assert policy_from_options(groups=[GROUP.gr_name]) == config.policy
     assert (config.on_error, config.backend, config.cgroup) == ("closed", "auto", None)
 
 
 def test_the_sample_holds_when_its_examples_are_taken_out_of_their_comments() -> None:
     text = re.sub(r"(?m)^# (?=(?:\[|[a-z_]+ = ))", "", with_known_names(SAMPLE.read_text()))
-    found = locks_of(parse_config(text, dmi_words=""))
+    found = locks_of(parse_config(text, dmi_text=""))
     assert set(found) == {"default", "task credentials", "nobody"}
     assert found["default"].deny
     assert not found["nobody"].allow
@@ -469,7 +469,7 @@ def test_flags_are_one_allowlist_over_all_endpoints() -> None:
 
 
 def test_without_endpoints_the_defaults_of_the_machine_are_locked() -> None:
-    names = [lock.name for lock in policy_from_options(groups=["6"], dmi_words=AZURE_DMI).locks]
+    names = [lock.name for lock in policy_from_options(groups=["6"], dmi_text=AZURE_DMI).locks]
     assert names == ["default", "wireserver"]
     assert [lock.name for lock in policy_from_options(groups=["6"]).locks] == ["default"]
 

@@ -180,7 +180,7 @@ def test_a_lock_more_stands_at_the_end_and_one_less_is_gone() -> None:
 @pytest.mark.parametrize("dmi", ["", CLOUD])
 def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it stands for two locks, whose lists have both changed."""
-    monkeypatch.setattr("imds_guard.config.read.read_dmi_words", lambda: dmi)
+    monkeypatch.setattr("imds_guard.config.read.read_dmi_text", lambda: dmi)
     before = parse_config(SAMPLE)
     assert len(before.policy.locks) == (2 if dmi else 1)
     locks = [one._replace(allow=Identities(one.allow.users | {41001}, one.allow.groups)) for one in before.policy.locks]

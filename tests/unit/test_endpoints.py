@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from imds_guard.errors import BadPolicy
-from imds_guard.kernel.dmi import dmi_words
+from imds_guard.kernel.dmi import dmi_text
 from imds_guard.policy.builtin import (
     BUILT_IN,
     PRESETS,
     WIRESERVER,
-    Standing,
+    DefaultOn,
     builtin,
     default_endpoints,
     preset,
@@ -132,7 +132,7 @@ def test_public_addresses_are_never_default_everywhere() -> None:
         entry for entry in BUILT_IN if entry.address.is_global or entry.address in ipaddress.ip_network("100.64.0.0/10")
     ]
     assert public
-    assert {Standing.ON_ITS_CLOUD} == {entry.standing for entry in public}
+    assert {DefaultOn.ITS_CLOUD} == {entry.default_on for entry in public}
 
 
 def test_dns_and_ntp_over_udp_stay_free_by_default() -> None:
@@ -144,8 +144,8 @@ def test_dmi_is_read_from_the_files_that_are_there(tmp_path: Path) -> None:
     (tmp_path / "sys_vendor").write_text("Alibaba Cloud\n")
     (tmp_path / "chassis_asset_tag").write_text("\n")
     (tmp_path / "product_name").mkdir()
-    assert dmi_words(str(tmp_path)) == "Alibaba Cloud"
+    assert dmi_text(str(tmp_path)) == "Alibaba Cloud"
 
 
 def test_a_machine_without_dmi_has_no_words(tmp_path: Path) -> None:
-    assert dmi_words(str(tmp_path / "absent")) == ""
+    assert dmi_text(str(tmp_path / "absent")) == ""

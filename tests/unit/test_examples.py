@@ -129,7 +129,7 @@ def configurations() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "text"), configurations())
 def test_a_configuration_is_one_and_lets_root(name: str, text: str) -> None:
     """Root fetches metadata at boot on nearly every cloud: an example that denied root would break machines."""
-    config = parse_config(text.replace('"canAccessIP"', "12345"), name, dmi_words="")
+    config = parse_config(text.replace('"canAccessIP"', "12345"), name, dmi_text="")
     assert [(0 in lock.allow.users, lock.allow.groups) for lock in config.policy.locks] == [
         (True, frozenset({12345}) if "canAccessIP" in text else frozenset())
     ]

@@ -217,7 +217,7 @@ def test_counters_are_shown_by_reason() -> None:
     ).replace("\n                              ", " ")
     values = status_text.status_values(Status("ebpf", POLICY, [], found))["ebpf"]["counters"]
     assert values["not-listed"] == {"enforced": 3, "audited": 2}
-    assert set(values) == {reason.word for reason in Reason}
+    assert set(values) == {reason.label for reason in Reason}
 
 
 def test_many_locks_are_counted() -> None:

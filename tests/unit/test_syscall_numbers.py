@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from imds_guard.errors import system_words
+from imds_guard.errors import system_text
 from imds_guard.kernel import syscall_numbers
 from imds_guard.kernel.syscall_numbers import ARCHITECTURES, syscall_number
 
@@ -67,4 +67,4 @@ def test_a_32_bit_python_is_refused_with_a_sentence(machine: str, monkeypatch: p
     on(machine, monkeypatch, pointer_bytes=4)
     with pytest.raises(OSError, match="this Python is a 32-bit program") as caught:
         syscall_number("bpf")
-    assert system_words(caught.value).endswith("run imds-guard with a 64-bit Python")
+    assert system_text(caught.value).endswith("run imds-guard with a 64-bit Python")

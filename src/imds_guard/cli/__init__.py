@@ -13,7 +13,7 @@ import click
 
 from imds_guard.cli.group import cli
 from imds_guard.cli.output import fail
-from imds_guard.errors import GuardError, system_words
+from imds_guard.errors import GuardError, system_text
 
 __all__ = ["cli", "ip_lockdown", "main"]
 
@@ -42,7 +42,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> 
     except _Terminated:
         fail(GuardError(_interrupted("by SIGTERM")), 143)
     except OSError as error:
-        fail(GuardError(f"the system refused something that no message covers: {system_words(error)}; {_please()}"), 1)
+        fail(GuardError(f"the system refused something that no message covers: {system_text(error)}; {_please()}"), 1)
     except Exception as error:
         if os.environ.get("IMDS_GUARD_TRACEBACK"):
             raise

@@ -9,7 +9,7 @@ from imds_guard.cli.group import cli
 from imds_guard.cli.options import backend_option, json_option
 from imds_guard.cli.output import print_json, print_lines, print_progress
 from imds_guard.errors import GuardError
-from imds_guard.kernel.dmi import dmi_words
+from imds_guard.kernel.dmi import dmi_text
 
 
 @cli.command()
@@ -18,7 +18,7 @@ def endpoints(as_json: bool) -> None:
     """List the built-in endpoints with their sources."""
     from imds_guard.present import answers  # noqa: PLC0415
 
-    rows = answers.endpoint_rows(dmi_words())
+    rows = answers.endpoint_rows(dmi_text())
     if as_json:
         print_json(rows)
     else:

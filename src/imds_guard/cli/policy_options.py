@@ -12,7 +12,7 @@ from imds_guard.commands.options import GuardOptions
 from imds_guard.config.options import policy_from_options
 from imds_guard.config.read import load_config
 from imds_guard.errors import UsageError
-from imds_guard.kernel.dmi import dmi_words
+from imds_guard.kernel.dmi import dmi_text
 from imds_guard.policy.model import Mode, Policy, Verdict
 
 
@@ -55,7 +55,7 @@ class PolicyOptions:
             mode=Mode(self.mode or "enforce"),
             containers=Verdict(self.containers or "deny"),
             strict=self.strict,
-            dmi_words=dmi_words(),
+            dmi_text=dmi_text(),
             create_groups=create_groups,
         )
         return policy, options, []

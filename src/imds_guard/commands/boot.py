@@ -12,7 +12,7 @@ from imds_guard.commands.guard import Outcome
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.config.read import Config, load_config, top_level_string
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
-from imds_guard.kernel.dmi import dmi_words
+from imds_guard.kernel.dmi import dmi_text
 from imds_guard.policy.emergency import emergency_policy, is_emergency
 from imds_guard.policy.model import Policy
 
@@ -98,7 +98,7 @@ def _is_active(cgroup: str | None) -> bool:
 
 def put_emergency_lock_on(options: GuardOptions, progress: Progress, begin: Start) -> Outcome:
     """Puts the emergency lock on, with whatever backend can."""
-    return put_in_force(emergency_policy(dmi_words()), options._replace(backend=choose.AUTO), progress, begin)
+    return put_in_force(emergency_policy(dmi_text()), options._replace(backend=choose.AUTO), progress, begin)
 
 
 def put_in_force(policy: Policy, options: GuardOptions, progress: Progress, begin: Start) -> Outcome:

@@ -12,7 +12,7 @@ from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.abi import needed_hooks
 from imds_guard.backends.ebpf.tables import Place, Report, read_report
 from imds_guard.commands.look import Status, status
-from imds_guard.errors import GuardError, Unsupported, system_words
+from imds_guard.errors import GuardError, Unsupported, system_text
 from imds_guard.kernel import files
 from imds_guard.policy.model import Mode, Reason
 
@@ -106,9 +106,9 @@ def _of_state(state: State) -> Iterator[Metric]:
     for reason, (enforced, audited) in zip(Reason, state.counters):
         if reason is Reason.NOT_LOCKED:
             continue
-        decisions.add_metric([reason.word, "allowed" if reason.permits else "denied"], enforced)
+        decisions.add_metric([reason.label, "allowed" if reason.permits else "denied"], enforced)
         if not reason.permits:
-            decisions.add_metric([reason.word, "audited"], audited)
+            decisions.add_metric([reason.label, "audited"], audited)
     if state.counters:
         yield decisions
         lost = _counter("lost_records", "Denials whose record found no room in the ring buffer.")
@@ -149,7 +149,7 @@ def _of_report(report: Report) -> Iterator[Metric]:
     denials = _counter("lock_denials", text, ("lock", "reason"))
     sums: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
-        sums[row.lock or "", row.reason.word] += row.count
+        sums[row.lock or "", row.reason.label] += row.count
     for labels, count in sorted(sums.items()):
         denials.add_metric(list(labels), count)
     yield denials
@@ -164,5 +164,5 @@ def write_textfile(text: bytes, path: str) -> None:
         files.replace(path, text)
     except OSError as error:
         raise GuardError(
-            f"writing metrics to {path}: {system_words(error)}; name a file in a folder that is there, and writable"
+            f"writing metrics to {path}: {system_text(error)}; name a file in a folder that is there, and writable"
         ) from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.processes import process_ids
-from imds_guard.policy.builtin import BUILT_IN, Standing
+from imds_guard.policy.builtin import BUILT_IN, DefaultOn
 from imds_guard.policy.model import Caller, Decision, Destination, Policy, decide
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _first_denied(
 
 def _why(destination: Destination, decision: Decision, sentence: str) -> str:
     host = f"[{destination.address}]" if destination.address.version == 6 else str(destination.address)
-    return f"{sentence.format(f'{host}:{destination.port}')}: {decision.reason.word} in lock {decision.lock!r}"
+    return f"{sentence.format(f'{host}:{destination.port}')}: {decision.reason.label} in lock {decision.lock!r}"
 
 
 def _destinations(client: Client) -> tuple[Destination, ...]:
@@ -179,7 +179,7 @@ def _destinations(client: Client) -> tuple[Destination, ...]:
     return tuple(
         Destination(entry.address, HTTP)
         for entry in BUILT_IN
-        if (set(client.presets) & set(entry.presets) if client.presets else entry.standing is Standing.DEFAULT)
+        if (set(client.presets) & set(entry.presets) if client.presets else entry.default_on is DefaultOn.EVERY_MACHINE)
     )
 
 

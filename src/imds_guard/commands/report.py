@@ -14,7 +14,7 @@ from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import user_id
 from imds_guard.policy import edit
-from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Reason, make_policy
 from imds_guard.text import escaped
 from imds_guard.watch.leader import require_ebpf
@@ -109,7 +109,7 @@ def _endpoint_of(policy: Policy, row: Row) -> str:
     for lock in policy.locks:
         for endpoint in lock.endpoints if lock.name == row.lock else ():
             if endpoint.covers(row.address):
-                return endpoint_words(endpoint)[0]
+                return format_endpoint(endpoint)[0]
     return str(row.address)
 
 
@@ -145,7 +145,7 @@ def _row_values(row: Row, names: Names) -> dict[str, Any]:
         "lock": row.lock,
         "user": escaped(names.user(row.fsuid)),
         "uid": row.fsuid,
-        "reason": row.reason.word,
+        "reason": row.reason.label,
         "count": row.count,
         "first": iso_time(wall_clock(row.first_ns)),
         "last": iso_time(wall_clock(row.last_ns)),
@@ -199,7 +199,7 @@ def _cells(row: Row, names: Names) -> tuple[Cell, ...]:
     times = "once" if row.count == 1 else f"{row.count:,} times"
     return (
         (who, row.lock or "no lock"),
-        (row.reason.word, times),
+        (row.reason.label, times),
         (f"{host}:{row.port}{protocol}", escaped(fs_text(row.comm))),
         (first, last),
     )

@@ -12,7 +12,7 @@ from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.save import check_next_boot
 from imds_guard.config.read import load_config
-from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_words
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_text
 from imds_guard.kernel import files, ownership, systemd
 
 MAIN = "imds-guard.service"
@@ -190,7 +190,7 @@ def _write(path: str, text: str) -> None:
     try:
         files.replace(path, text.encode())
     except OSError as error:
-        raise GuardError(f"writing {path}: {system_words(error)}; the service is not installed") from error
+        raise GuardError(f"writing {path}: {system_text(error)}; the service is not installed") from error
 
 
 def _switch_on(wishes: ServiceOptions) -> list[str]:

@@ -12,7 +12,7 @@ from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.config.read import Config, load_config, top_level_string
 from imds_guard.errors import BadPolicy, GuardError
-from imds_guard.policy.emergency import FAULT as EMERGENCY_FAULT
+from imds_guard.policy.emergency import EMERGENCY_FAULT
 
 
 class VerifyResult(NamedTuple):

@@ -23,7 +23,7 @@ from imds_guard.config.write import (
 )
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.policy.model import Lock, Verdict, make_policy
-from imds_guard.policy.wireserver import set_apart
+from imds_guard.policy.wireserver import split_off_wireserver
 
 Added = list[tuple[Path, list[str]]]
 """Lines that belong behind the header of a table; at the top of the file for the empty path."""
@@ -105,7 +105,7 @@ class _Edit:
         before = next(lock for lock in locks if lock.name == name)
         # The words for the endpoints can stay if they, with the new lists, stand for locks that are all wanted.
         endpoints = tuple(endpoint for lock in locks for endpoint in lock.endpoints)
-        if not self.take(make_policy(set_apart(wanted._replace(endpoints=endpoints))).locks):
+        if not self.take(make_policy(split_off_wireserver(wanted._replace(endpoints=endpoints))).locks):
             del self.wanted[name]
             table = self.document["lock"][name]
             if "preset" in table:

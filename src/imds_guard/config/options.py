@@ -10,7 +10,7 @@ from imds_guard.identity import create_group, group_id, is_missing_group, user_i
 from imds_guard.policy.builtin import default_endpoints, preset
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
-from imds_guard.policy.wireserver import set_apart
+from imds_guard.policy.wireserver import split_off_wireserver
 
 
 def policy_from_options(
@@ -25,7 +25,7 @@ def policy_from_options(
     mode: Mode = Mode.ENFORCE,
     containers: Verdict = Verdict.DENY,
     strict: bool = False,
-    dmi_words: str = "",
+    dmi_text: str = "",
     create_groups: bool = False,
 ) -> Policy:
     """One allowlist over all the endpoints given (lock ``default``), the WireServer apart (lock ``wireserver``).
@@ -34,17 +34,17 @@ def policy_from_options(
     are made, after everything else has been found right. Raises UsageError, BadPolicy.
     """
     _check_who(bool(users or groups), bool(deny_users or deny_groups), nobody)
-    endpoints = _endpoints_from_words(ips, presets, dmi_words)
+    endpoints = _endpoints_from_words(ips, presets, dmi_text)
     allowed_users = frozenset(user_id(word) for word in users)
     deny = Identities(frozenset(map(user_id, deny_users)), frozenset(map(group_id, deny_groups)))
     missing = [word for word in groups if create_groups and is_missing_group(word)]
     known = [group_id(word) for word in groups if word not in missing]
     default = Verdict.DENY if users or groups or nobody else Verdict.ALLOW
     shape = Lock("default", endpoints, Identities(allowed_users, frozenset(known)), deny, default)
-    set_apart(shape)
+    split_off_wireserver(shape)
     made = [create_group(word) for word in missing]
     allow = Identities(allowed_users, frozenset(known + made))
-    return make_policy(set_apart(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
+    return make_policy(split_off_wireserver(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
 
 
 def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:
@@ -54,10 +54,10 @@ def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:
         raise UsageError("nobody would be allowed: name a --group or a --user, or say --nobody if that is meant")
 
 
-def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_words: str) -> tuple[Endpoint, ...]:
+def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_text: str) -> tuple[Endpoint, ...]:
     if not ips and not presets:
-        return default_endpoints(dmi_words)
+        return default_endpoints(dmi_text)
     found = [parse_endpoint(word) for word in ips]
     for name in presets:
-        found += preset(name, dmi_words)
+        found += preset(name, dmi_text)
     return tuple(found)

@@ -12,14 +12,14 @@ from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
 
 from imds_guard import CONFIG_PATH
 from imds_guard.config.toml_lines import KeyLines, Path, load_toml
-from imds_guard.errors import BadPolicy, GuardError, system_words
+from imds_guard.errors import BadPolicy, GuardError, system_text
 from imds_guard.identity import group_id, user_id
-from imds_guard.kernel.dmi import dmi_words as read_dmi_words
+from imds_guard.kernel.dmi import dmi_text as read_dmi_text
 from imds_guard.policy.builtin import preset
 from imds_guard.policy.emergency import EMERGENCY_LOCK
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
-from imds_guard.policy.wireserver import set_apart
+from imds_guard.policy.wireserver import split_off_wireserver
 
 _TOP_KEYS = (
     *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),
@@ -56,9 +56,9 @@ class Config(NamedTuple):
         return hash(tuple(self[:-1]))
 
 
-def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_words: str | None = None) -> Config:
+def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
     """The configuration in the file ``path``. Raises BadPolicy, one sentence with the file and the line."""
-    return parse_config(read_text(path), path, use_stored_ids, dmi_words)
+    return parse_config(read_text(path), path, use_stored_ids, dmi_text)
 
 
 def read_text(path: str) -> str:
@@ -68,7 +68,7 @@ def read_text(path: str) -> str:
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except OSError as error:
-        raise BadPolicy(f"the configuration {path} could not be read: {system_words(error)}") from error
+        raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
     except UnicodeDecodeError as error:
         raise BadPolicy(f"{path}: this is not TOML: octet {error.start} is not UTF-8") from error
 
@@ -82,14 +82,14 @@ def top_level_string(path: str, key: str) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, dmi_words: str | None = None) -> Config:
+def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
     """The configuration in ``text``; ``name`` stands for the file in errors.
 
     Where an ID is stored beside a name and they no longer agree: BadPolicy, or with ``use_stored_ids`` (at boot) the ID
-    and a warning. ``dmi_words`` are for ``preset = "default"``; None reads them from the machine.
+    and a warning. ``dmi_text`` are for ``preset = "default"``; None reads them from the machine.
     """
     raw = load_toml(text, name)
-    return _File(name, KeyLines(text), use_stored_ids, dmi_words).config(raw)
+    return _File(name, KeyLines(text), use_stored_ids, dmi_text).config(raw)
 
 
 def locks_by_table(text: str, use_stored_ids: bool = False) -> dict[str, tuple[Lock, ...]]:
@@ -102,11 +102,11 @@ def locks_by_table(text: str, use_stored_ids: bool = False) -> dict[str, tuple[L
 class _File:
     """One file being read: where its keys stand, and the warnings so far."""
 
-    def __init__(self, name: str, lines: KeyLines, use_stored_ids: bool, dmi_words: str | None) -> None:
+    def __init__(self, name: str, lines: KeyLines, use_stored_ids: bool, dmi_text: str | None) -> None:
         self.name = name
         self.lines = lines
         self.use_stored_ids = use_stored_ids
-        self.dmi_words = dmi_words
+        self.dmi_text = dmi_text
         self.warnings: list[str] = []
 
     def fail(self, path: Path, sentence: str, word: str = "") -> NoReturn:
@@ -170,7 +170,7 @@ class _File:
         deny = self.identities(path, table, "deny_users", "deny_groups")
         default = self.default(path, table, allow, deny)
         try:
-            return set_apart(Lock(name, endpoints, allow, deny, default))
+            return split_off_wireserver(Lock(name, endpoints, allow, deny, default))
         except BadPolicy as error:
             self.fail((*path, "endpoints"), str(error))
 
@@ -195,9 +195,9 @@ class _File:
         return tuple(found)
 
     def preset(self, name: str) -> tuple[Endpoint, ...]:
-        if self.dmi_words is None:
-            self.dmi_words = read_dmi_words()
-        return preset(name, self.dmi_words)
+        if self.dmi_text is None:
+            self.dmi_text = read_dmi_text()
+        return preset(name, self.dmi_text)
 
     def identities(self, path: Path, table: dict[str, Any], users: str, groups: str) -> Identities:
         return Identities(

@@ -9,7 +9,7 @@ from imds_guard import CONFIG_PATH
 from imds_guard.config import edit as config_edit
 from imds_guard.config.read import Config, load_config, read_text
 from imds_guard.config.write import dump_config
-from imds_guard.errors import GuardError, system_words
+from imds_guard.errors import GuardError, system_text
 from imds_guard.kernel import files
 
 
@@ -41,4 +41,4 @@ def _write(text: str, path: str) -> None:
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o755, exist_ok=True)
         files.replace(path, text.encode())
     except OSError as error:
-        raise GuardError(f"the configuration {path} could not be written: {system_words(error)}") from error
+        raise GuardError(f"the configuration {path} could not be written: {system_text(error)}") from error

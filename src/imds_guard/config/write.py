@@ -9,7 +9,7 @@ from typing import Callable, Union
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, group_name, user_id, user_name
-from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Lock
 
 IdList = tuple[str, frozenset[int], Callable[[int], str], Callable[[str], int]]
@@ -60,7 +60,7 @@ def dump_lock(lock: Lock) -> list[str]:
 
 def dump_endpoints(lock: Lock) -> list[str]:
     """The list of endpoints."""
-    return dump_list("endpoints", [quoted(word) for item in lock.endpoints for word in endpoint_words(item)])
+    return dump_list("endpoints", [quoted(word) for item in lock.endpoints for word in format_endpoint(item)])
 
 
 def id_lists(lock: Lock) -> list[IdList]:

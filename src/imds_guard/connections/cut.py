@@ -20,7 +20,7 @@ from typing import Callable, NamedTuple
 
 from imds_guard.connections.find import Candidate, Scope, address_of, ask, candidates, processes
 from imds_guard.connections.values import AUDIT, COME_BACK, REFUSED, UNABLE, Connection, Holder, Sweep
-from imds_guard.errors import BadPolicy, NotPermitted, system_words
+from imds_guard.errors import BadPolicy, NotPermitted, system_text
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.namespaces import Namespace
 from imds_guard.kernel.processes import process_name
@@ -52,7 +52,7 @@ def sweep(policy: Policy, scope: Scope, keep: str | None = None) -> Sweep:
             after = _find(policy, scope)
             if error.errno == errno.EOPNOTSUPP:
                 return _swept(after, cut, UNABLE)
-            after.unseen.append(f"ending a connection: {system_words(error)}")
+            after.unseen.append(f"ending a connection: {system_text(error)}")
             return _swept(after, cut, REFUSED)
     return _swept(_find(policy, scope), cut, COME_BACK)
 
@@ -132,7 +132,7 @@ class _Judge:
         """Why not, in audit mode too; "" where it is allowed."""
         if (caller, destination) not in self._reasons:
             decision = decide(self._policy, caller, destination)
-            words = "" if decision.reason.permits else f"{decision.reason.word} in lock {decision.lock!r}"
+            words = "" if decision.reason.permits else f"{decision.reason.label} in lock {decision.lock!r}"
             self._reasons[(caller, destination)] = words
         return self._reasons[(caller, destination)]
 

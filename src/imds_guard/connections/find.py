@@ -9,7 +9,7 @@ import socket
 from contextlib import suppress
 from typing import NamedTuple
 
-from imds_guard.errors import system_words
+from imds_guard.errors import system_text
 from imds_guard.kernel import sock_diag
 from imds_guard.kernel.namespaces import OWN_PATH, Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
@@ -67,7 +67,7 @@ def candidates(policy: Policy, scope: Scope) -> Candidates:
         except FileNotFoundError:
             continue  # its last process has ended
         except OSError as error:
-            refused.setdefault(system_words(error), []).append(namespace)
+            refused.setdefault(system_text(error), []).append(namespace)
     found.unseen += [_refused(words, several) for words, several in refused.items()]
     return found
 

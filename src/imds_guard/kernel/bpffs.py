@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 
-from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
+from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_text
 from imds_guard.kernel import children, ownership, syscalls
 from imds_guard.kernel.mounts import Mount, mounts, same_namespace_as_pid1, window_to_pid1
 
@@ -65,7 +65,7 @@ def _refuse_other_writers(path: str) -> None:
             os.chmod(path, ownership.mode_for_root_alone(found))
         except OSError as error:
             raise NotPermitted(
-                f"taking the right to write to {path} from other users: {system_words(error)}; run this as root"
+                f"taking the right to write to {path} from other users: {system_text(error)}; run this as root"
             ) from error
 
 
@@ -73,7 +73,7 @@ def _of_pid1() -> Mount | None:
     try:
         found = [mount for mount in mounts("bpf", "1") if mount.root == "/"]
     except OSError as error:
-        raise NotPermitted(f"reading /proc/1/mountinfo: {system_words(error)}; run this as root") from error
+        raise NotPermitted(f"reading /proc/1/mountinfo: {system_text(error)}; run this as root") from error
     usual = [mount for mount in found if mount.path == USUAL_PATH] or found
     return usual[-1] if usual else None
 
@@ -90,7 +90,7 @@ def _mount_for_pid1() -> None:
     code = children.run_in_child(_mount_in_pid1s_namespace)
     if code == 0:
         return
-    text = f"mounting a BPF filesystem at {USUAL_PATH} in PID 1's mount namespace: {system_words(OSError(code, ''))}"
+    text = f"mounting a BPF filesystem at {USUAL_PATH} in PID 1's mount namespace: {system_text(OSError(code, ''))}"
     if code in (errno.EPERM, errno.EACCES):
         raise NotPermitted(f"{text}; run this as root (CAP_SYS_ADMIN)")
     raise GuardError(f"{text}; mount it by hand: mount -t bpf bpf {USUAL_PATH}")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from imds_guard.errors import Unsupported, system_words
+from imds_guard.errors import Unsupported, system_text
 
 PATH = "/sys/kernel/btf/vmlinux"
 
@@ -164,6 +164,6 @@ def read_kernel_btf() -> Btf:
             return Btf(file.read())
     except OSError as error:
         raise Unsupported(
-            f"opening {PATH} for the offsets of the kernel's structs: {system_words(error)}; this kernel was built or "
+            f"opening {PATH} for the offsets of the kernel's structs: {system_text(error)}; this kernel was built or "
             "booted without BTF (CONFIG_DEBUG_INFO_BTF), the iptables backend can serve instead"
         ) from error

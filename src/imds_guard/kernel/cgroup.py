@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_words
+from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_text
 from imds_guard.kernel import syscalls
 from imds_guard.kernel.mounts import mounts
 
@@ -58,7 +58,7 @@ def _open_given(path: str) -> Cgroup:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise GuardError(
-            f"opening the cgroup {path}: {system_words(error)}; name a directory of a cgroup2 mount"
+            f"opening the cgroup {path}: {system_text(error)}; name a directory of a cgroup2 mount"
         ) from error
     if not _is_cgroup2(fd):
         os.close(fd)
@@ -97,11 +97,11 @@ def _open_new_mount() -> Cgroup:
         fd = syscalls.detached_mount("cgroup2")
     except PermissionError as error:
         raise NotPermitted(
-            f"mounting cgroup2 to find its root: {system_words(error)}; run this as root (CAP_SYS_ADMIN)"
+            f"mounting cgroup2 to find its root: {system_text(error)}; run this as root (CAP_SYS_ADMIN)"
         ) from error
     except OSError as error:
         raise Unsupported(
-            f"mounting cgroup2 to find its root: {system_words(error)}; this kernel has no cgroup2 (CONFIG_CGROUPS), "
+            f"mounting cgroup2 to find its root: {system_text(error)}; this kernel has no cgroup2 (CONFIG_CGROUPS), "
             "the iptables backend can serve instead"
         ) from error
     return Cgroup(fd, os.fstat(fd).st_ino, "/")

@@ -23,7 +23,7 @@ _FIELDS = (
 )
 
 
-def dmi_words(folder: str = DMI_FOLDER) -> str:
+def dmi_text(folder: str = DMI_FOLDER) -> str:
     """The fields that name a maker or a product, one a line; empty where there is no DMI (containers, some ARM)."""
     found: list[str] = []
     for field in _FIELDS:

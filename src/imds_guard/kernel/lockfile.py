@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from imds_guard.errors import GuardError, NotPermitted, system_words
+from imds_guard.errors import GuardError, NotPermitted, system_text
 from imds_guard.kernel import ownership
 
 FOLDER = "/run/imds-guard"
@@ -84,9 +84,9 @@ def _open(name: str) -> int:
         _make_folder()
         return _opened_file(path)
     except PermissionError as error:
-        raise NotPermitted(f"opening {path}: {system_words(error)}; run this as root") from error
+        raise NotPermitted(f"opening {path}: {system_text(error)}; run this as root") from error
     except OSError as error:
-        raise GuardError(f"opening {path}: {system_words(error)}; free space in {FOLDER}, or repair it") from error
+        raise GuardError(f"opening {path}: {system_text(error)}; free space in {FOLDER}, or repair it") from error
 
 
 def _make_folder() -> None:
@@ -131,5 +131,5 @@ def _take(fd: int, name: str) -> bool:
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
             return False
-        raise GuardError(f"locking {FOLDER}/{name}.lock: {system_words(error)}; repair {FOLDER}") from error
+        raise GuardError(f"locking {FOLDER}/{name}.lock: {system_text(error)}; repair {FOLDER}") from error
     return True

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import socket
 
-from imds_guard.errors import GuardError, system_words
+from imds_guard.errors import GuardError, system_text
 
 VARIABLE = "NOTIFY_SOCKET"
 
@@ -29,7 +29,7 @@ def notify(state: str) -> bool:
             one.sendall(state.encode())
     except OSError as error:
         raise GuardError(
-            f"sending {state.splitlines()[0]!r} to the service manager at {name}: {system_words(error)}; start it "
+            f"sending {state.splitlines()[0]!r} to the service manager at {name}: {system_text(error)}; start it "
             f"with systemctl, or without {VARIABLE} in its environment"
         ) from error
     return True

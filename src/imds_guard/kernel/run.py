@@ -8,7 +8,7 @@ import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from imds_guard.errors import GuardError, Unsupported, system_words
+from imds_guard.errors import GuardError, Unsupported, system_text
 
 if TYPE_CHECKING:
     import subprocess
@@ -84,7 +84,7 @@ def run(argv: Sequence[str], stdin: str = "", *, timeout_s: float = 60) -> Compl
         )
     except OSError as error:
         raise GuardError(
-            f"{path} could not be started: {system_words(error)}; it changed nothing, run the command again"
+            f"{path} could not be started: {system_text(error)}; it changed nothing, run the command again"
         ) from error
     return _finish(process, argv, stdin, timeout_s)
 

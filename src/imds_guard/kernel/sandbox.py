@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Callable, TypeVar
 
-from imds_guard.errors import Unsupported, system_words
+from imds_guard.errors import Unsupported, system_text
 from imds_guard.kernel import children, listeners, netns, syscalls
 from imds_guard.kernel.children import ChildFailed
 from imds_guard.kernel.mounts import mounts
@@ -145,7 +145,7 @@ def _cgroup2_mount() -> str:
     try:
         fd = syscalls.detached_mount("cgroup2")
     except OSError as error:
-        raise Unsupported(f"mounting cgroup2 for a sandbox: {system_words(error)}; run it as root") from error
+        raise Unsupported(f"mounting cgroup2 for a sandbox: {system_text(error)}; run it as root") from error
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
@@ -154,7 +154,7 @@ def _new_cgroup(below: str) -> str:
     try:
         os.mkdir(path, 0o755)
     except OSError as error:
-        raise Unsupported(f"making the cgroup {path}: {system_words(error)}; run it as root") from error
+        raise Unsupported(f"making the cgroup {path}: {system_text(error)}; run it as root") from error
     return path
 
 

@@ -19,14 +19,14 @@ DNS = ((53, 53),)
 DNS_AND_DHCP = ((53, 53), (67, 67))
 
 
-class Standing(str, enum.Enum):
+class DefaultOn(str, enum.Enum):
     """When a built-in endpoint is locked without having been asked for."""
 
-    DEFAULT = "default"
+    EVERY_MACHINE = "default"
     """On every machine: the address is link-local, or unique-local and listed by its vendor."""
-    ON_ITS_CLOUD = "on-its-cloud"
+    ITS_CLOUD = "on-its-cloud"
     """Where DMI names the cloud: elsewhere the address is somebody else's host (public or shared address space)."""
-    ON_REQUEST = "on-request"
+    NO_MACHINE = "on-request"
     """Never but by its own preset: containers' credentials, which the containers need."""
 
 
@@ -45,10 +45,10 @@ class BuiltIn(NamedTuple):
 
     address: Address
     services: tuple[Service, ...]
-    standing: Standing = Standing.DEFAULT
+    default_on: DefaultOn = DefaultOn.EVERY_MACHINE
     dmi: tuple[str, ...] = ()
     """Words of which one stands in DMI on the cloud in question; any case."""
-    spared: Ports = DNS
+    excluded_ports: Ports = DNS
     """TCP ports that are left alone."""
     note: str = ""
 
@@ -60,15 +60,15 @@ class BuiltIn(NamedTuple):
     @property
     def by_default(self) -> bool:
         """True when it is locked on every machine."""
-        return self.standing is Standing.DEFAULT
+        return self.default_on is DefaultOn.EVERY_MACHINE
 
     @property
     def endpoint(self) -> Endpoint:
         """What is locked when this address is named without ports."""
-        return Endpoint(single(self.address), tcp=minus_ports(ALL_PORTS, self.spared))
+        return Endpoint(host_network(self.address), tcp=minus_ports(ALL_PORTS, self.excluded_ports))
 
 
-def single(address: Address) -> Network:
+def host_network(address: Address) -> Network:
     """The prefix that holds just ``address``."""
     if isinstance(address, ipaddress.IPv4Address):
         return ipaddress.IPv4Network(address)
@@ -150,14 +150,14 @@ BUILT_IN: tuple[BuiltIn, ...] = (
     BuiltIn(
         ipaddress.ip_address("100.100.100.200"),
         (Service("Alibaba Cloud", ("alibaba",), CLOUD_INIT + "DataSourceAliYun.py"),),
-        Standing.ON_ITS_CLOUD,
+        DefaultOn.ITS_CLOUD,
         dmi=("Alibaba Cloud",),
         note="shared address space (RFC 6598)",
     ),
     BuiltIn(
         ipaddress.ip_address("100.96.0.96"),
         (Service("Volcengine, BytePlus", ("volcengine",), "Cilium, pkg/volcengine metadata client"),),
-        Standing.ON_ITS_CLOUD,
+        DefaultOn.ITS_CLOUD,
         dmi=("Volcengine", "BytePlus", "ByteDance"),
         note="shared address space (RFC 6598)",
     ),
@@ -170,35 +170,35 @@ BUILT_IN: tuple[BuiltIn, ...] = (
                 "Oracle Cloud Infrastructure Compute Classic, instance attributes",
             ),
         ),
-        Standing.ON_ITS_CLOUD,
+        DefaultOn.ITS_CLOUD,
         dmi=("OracleCloud",),
         note="IETF protocol assignments (RFC 6890)",
     ),
     BuiltIn(
         WIRESERVER,
         (Service("Azure WireServer, HostGAPlugin", ("azure", "wireserver"), AZURE_SOURCE, "80, 32526"),),
-        Standing.ON_ITS_CLOUD,
+        DefaultOn.ITS_CLOUD,
         # The chassis asset tag of every Azure machine: ds-identify in cloud-init, is_azure_chassis().
         dmi=("7783-7084-3265-9085-8269-3286-77",),
-        spared=DNS_AND_DHCP,
+        excluded_ports=DNS_AND_DHCP,
         note="a public address that serves DNS and DHCP too; a lock of its own, which always lets user 0",
     ),
     BuiltIn(
         ipaddress.ip_address("169.254.170.2"),
         (Service("AWS ECS task credentials", ("ecs",), BOTOCORE),),
-        Standing.ON_REQUEST,
+        DefaultOn.NO_MACHINE,
         note="tasks need it",
     ),
     BuiltIn(
         ipaddress.ip_address("169.254.170.23"),
         (Service("AWS EKS Pod Identity", ("eks",), EKS_SOURCE),),
-        Standing.ON_REQUEST,
+        DefaultOn.NO_MACHINE,
         note="pods need it",
     ),
     BuiltIn(
         ipaddress.ip_address("fd00:ec2::23"),
         (Service("AWS EKS Pod Identity", ("eks",), EKS_SOURCE),),
-        Standing.ON_REQUEST,
+        DefaultOn.NO_MACHINE,
         note="pods need it",
     ),
 )
@@ -226,36 +226,36 @@ def builtin_at(network: Network) -> BuiltIn | None:
     return builtin(network.network_address)
 
 
-def default_entries(dmi_words: str) -> tuple[BuiltIn, ...]:
-    """What is locked when nothing is named, on a machine whose DMI holds ``dmi_words``."""
-    return tuple(entry for entry in BUILT_IN if entry.by_default or _is_on_its_cloud(entry, dmi_words))
+def default_entries(dmi_text: str) -> tuple[BuiltIn, ...]:
+    """What is locked when nothing is named, on a machine whose DMI holds ``dmi_text``."""
+    return tuple(entry for entry in BUILT_IN if entry.by_default or _is_on_its_cloud(entry, dmi_text))
 
 
-def default_endpoints(dmi_words: str) -> tuple[Endpoint, ...]:
+def default_endpoints(dmi_text: str) -> tuple[Endpoint, ...]:
     """The endpoints of default_entries()."""
-    return _endpoints(default_entries(dmi_words))
+    return _endpoints(default_entries(dmi_text))
 
 
-def preset(name: str, dmi_words: str = "") -> tuple[Endpoint, ...]:
-    """The endpoints of one preset; ``dmi_words`` count for ``default`` alone. Raises BadPolicy."""
-    return _endpoints(preset_entries(name, dmi_words))
+def preset(name: str, dmi_text: str = "") -> tuple[Endpoint, ...]:
+    """The endpoints of one preset; ``dmi_text`` count for ``default`` alone. Raises BadPolicy."""
+    return _endpoints(preset_entries(name, dmi_text))
 
 
-def preset_entries(name: str, dmi_words: str = "") -> tuple[BuiltIn, ...]:
+def preset_entries(name: str, dmi_text: str = "") -> tuple[BuiltIn, ...]:
     """The entries of one preset. Raises BadPolicy for a name that is none."""
     if name == DEFAULT_PRESET:
-        return default_entries(dmi_words)
+        return default_entries(dmi_text)
     if name == ALL_PRESET:
-        return tuple(entry for entry in BUILT_IN if entry.standing is not Standing.ON_REQUEST)
+        return tuple(entry for entry in BUILT_IN if entry.default_on is not DefaultOn.NO_MACHINE)
     found = tuple(entry for entry in BUILT_IN if name in entry.presets)
     if not found:
         raise BadPolicy(f"there is no preset {name!r}: take one of {', '.join(PRESETS)}")
     return found
 
 
-def _is_on_its_cloud(entry: BuiltIn, dmi_words: str) -> bool:
-    held = dmi_words.casefold()
-    return entry.standing is Standing.ON_ITS_CLOUD and any(word.casefold() in held for word in entry.dmi)
+def _is_on_its_cloud(entry: BuiltIn, dmi_text: str) -> bool:
+    held = dmi_text.casefold()
+    return entry.default_on is DefaultOn.ITS_CLOUD and any(word.casefold() in held for word in entry.dmi)
 
 
 def _endpoints(entries: Iterable[BuiltIn]) -> tuple[Endpoint, ...]:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import Callable
 
 from imds_guard.errors import UsageError
-from imds_guard.policy.builtin import WIRESERVER, single
-from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.builtin import WIRESERVER, host_network
+from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.lockdown import divide, free_name
 from imds_guard.policy.model import (
     Endpoint,
@@ -64,7 +64,7 @@ def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy
 def _check_alike(policy: Policy) -> None:
     """Without --ip all locks change, which is only clear when they have the same allowlist."""
     if not _are_alike(policy):
-        names = "; ".join(f"{lock.name!r}: --ip {endpoint_words(lock.endpoints[0])[0]}" for lock in policy.locks)
+        names = "; ".join(f"{lock.name!r}: --ip {format_endpoint(lock.endpoints[0])[0]}" for lock in policy.locks)
         raise UsageError(f"the locks have different allowlists, so say which one is meant ({names})")
 
 
@@ -77,7 +77,7 @@ def _are_alike(policy: Policy) -> bool:
 
 def _is_wireserver(lock: Lock) -> bool:
     """By what it locks: alone, or split, it has a name of its own."""
-    return any(endpoint.network == single(WIRESERVER) for endpoint in lock.endpoints)
+    return any(endpoint.network == host_network(WIRESERVER) for endpoint in lock.endpoints)
 
 
 def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]:
@@ -100,7 +100,7 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]
     if not found:
         locks, found = _change_within(policy, endpoint, change, names)
     if not found:
-        raise UsageError(f"no lock holds {endpoint_words(endpoint)[0]}: imds-guard status lists the endpoints")
+        raise UsageError(f"no lock holds {format_endpoint(endpoint)[0]}: imds-guard status lists the endpoints")
     return locks
 
 

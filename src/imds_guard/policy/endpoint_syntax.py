@@ -172,22 +172,22 @@ def _port(text: str) -> int:
 # --- the other way --------------------------------------------------------------------------------------------------
 
 
-def endpoint_words(endpoint: Endpoint) -> list[str]:
+def format_endpoint(endpoint: Endpoint) -> list[str]:
     """The words that mean ``endpoint``: one, or one for each protocol when their ports differ."""
     entry = builtin_at(endpoint.network)
     if entry is not None and entry.endpoint == endpoint:
         return [_address_words(endpoint.network, "")]
     bare = "" if entry is None else ":*"
     if endpoint.tcp == endpoint.udp:
-        return [_address_words(endpoint.network, ports_words(endpoint.tcp, bare))]
+        return [_address_words(endpoint.network, format_ports(endpoint.tcp, bare))]
     return [
-        _address_words(endpoint.network, ports_words(ports, bare)) + "," + protocol
+        _address_words(endpoint.network, format_ports(ports, bare)) + "," + protocol
         for ports, protocol in ((endpoint.tcp, "tcp"), (endpoint.udp, "udp"))
         if ports
     ]
 
 
-def ports_words(ports: Ports, every: str = ":*") -> str:
+def format_ports(ports: Ports, every: str = ":*") -> str:
     """``:80+443`` or ``:!53``, whichever has fewer parts; ``every`` for all ports."""
     if ports == ALL_PORTS:
         return every

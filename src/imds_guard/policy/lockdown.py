@@ -17,7 +17,7 @@ from imds_guard.policy.model import (
     make_policy,
     minus_ports,
 )
-from imds_guard.policy.wireserver import set_apart
+from imds_guard.policy.wireserver import split_off_wireserver
 
 
 def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Policy:
@@ -45,7 +45,7 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
         allow = Identities(lock.allow.users | added, lock.allow.groups)
         locks.append(lock._replace(name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
     if open_yet.tcp or open_yet.udp:
-        locks += set_apart(Lock(free_name(endpoint, names), (open_yet,), Identities(added)))
+        locks += split_off_wireserver(Lock(free_name(endpoint, names), (open_yet,), Identities(added)))
     if policy is None:
         return make_policy(locks)
     return make_policy(locks, policy.mode, policy.containers, policy.strict)

@@ -75,7 +75,7 @@ class Reason(enum.IntEnum):
         return self <= Reason.DEFAULT_ALLOW
 
     @property
-    def word(self) -> str:
+    def label(self) -> str:
         """The reason as it is printed and as it stands in JSON: ``not-listed``."""
         return self.name.lower().replace("_", "-")
 

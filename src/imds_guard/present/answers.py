@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.builtin import BUILT_IN, BuiltIn, default_entries
-from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Caller, Decision, Destination
 from imds_guard.present.connections import connections_values, would_cut_lines
 from imds_guard.present.outcome import shut_out_lines, shut_out_values
@@ -60,7 +60,7 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision)
     user, group = named(caller.fsuid, user_name(caller.fsuid)), named(caller.fsgid, group_name(caller.fsgid))
     groups = ", ".join(named(gid, group_name(gid)) for gid in sorted(caller.groups)[:MAX_SHOWN]) or "none"
     lines = [
-        f"{'allowed' if decision.allowed else 'denied'}: {decision.reason.word}",
+        f"{'allowed' if decision.allowed else 'denied'}: {decision.reason.label}",
         f"  caller:      fsuid {user}, fsgid {group}",
         *wrapped("  groups:      ", groups + and_more(len(caller.groups), MAX_SHOWN)),
         f"  destination: {host_port(destination.address, destination.port)} {destination.protocol.value}",
@@ -79,7 +79,7 @@ def decision_values(caller: Caller, destination: Destination, decision: Decision
     """The answer of explain as plain values for JSON."""
     return {
         "allowed": decision.allowed,
-        "reason": decision.reason.word,
+        "reason": decision.reason.label,
         "lock": decision.lock,
         "matched": None if decision.matched is None else {"kind": decision.matched[0], "id": decision.matched[1]},
         "caller": {
@@ -99,19 +99,19 @@ def decision_values(caller: Caller, destination: Destination, decision: Decision
 # --- endpoints ------------------------------------------------------------------------------------------------------
 
 
-def endpoint_rows(dmi_words: str) -> list[dict[str, Any]]:
+def endpoint_rows(dmi_text: str) -> list[dict[str, Any]]:
     """The built-in table as plain values for JSON: a row for each address."""
-    here = {entry.address for entry in default_entries(dmi_words)}
+    here = {entry.address for entry in default_entries(dmi_text)}
     return [_endpoint_row(entry, entry.address in here) for entry in BUILT_IN]
 
 
 def _endpoint_row(entry: BuiltIn, locked_here: bool) -> dict[str, Any]:
     return {
         "address": str(entry.address),
-        "endpoint": endpoint_words(entry.endpoint),
+        "endpoint": format_endpoint(entry.endpoint),
         "protocol": "tcp",
         "presets": sorted(entry.presets),
-        "default": entry.standing.value,
+        "default": entry.default_on.value,
         "locked_by_default_here": locked_here,
         "services": [
             {"name": service.name, "ports": service.ports, "source": service.source} for service in entry.services

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from imds_guard.identity import group_name, user_name
-from imds_guard.policy.endpoint_syntax import endpoint_words
+from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
 from imds_guard.text import and_more, some_of
@@ -55,7 +55,7 @@ def policy_values(policy: Policy | None) -> dict[str, Any] | None:
 
 
 def _endpoints(lock: Lock) -> list[str]:
-    return [text for endpoint in lock.endpoints for text in endpoint_words(endpoint)]
+    return [text for endpoint in lock.endpoints for text in format_endpoint(endpoint)]
 
 
 def _ids(who: Identities) -> dict[str, Any]:

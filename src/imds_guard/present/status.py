@@ -61,7 +61,7 @@ def _ebpf_lines(state: State) -> list[str]:
     for hook in state.hooks:
         lines += _hook_lines(hook)
     counted = [
-        f"{reason.word} {enforced + audited}" + (f" ({audited} let through by audit mode)" if audited else "")
+        f"{reason.label} {enforced + audited}" + (f" ({audited} let through by audit mode)" if audited else "")
         for reason, (enforced, audited) in zip(Reason, state.counters)
         if enforced or audited
     ]
@@ -107,7 +107,7 @@ def _ebpf_values(state: State) -> dict[str, Any]:
             for hook in state.hooks
         ],
         "counters": {
-            reason.word: {"enforced": enforced, "audited": audited}
+            reason.label: {"enforced": enforced, "audited": audited}
             for reason, (enforced, audited) in zip(Reason, state.counters)
         },
     }

@@ -60,7 +60,7 @@ def denial(record: Record, lock: str | None, names: Names, home: Home, program: 
         "time": iso_time(wall_clock(record.time_ns)),
         "count": 1,
         "lock": lock,
-        "reason": record.reason.word,
+        "reason": record.reason.label,
         "user": names.user(record.fsuid),
         "uid": record.fsuid,
         "gid": record.fsgid if has_process else None,

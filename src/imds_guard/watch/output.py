@@ -11,7 +11,7 @@ from collections import deque
 from contextlib import suppress
 from typing import Callable
 
-from imds_guard.errors import GuardError, system_words
+from imds_guard.errors import GuardError, system_text
 from imds_guard.watch.event import Values
 from imds_guard.watch.process_info import iso_time
 
@@ -127,7 +127,7 @@ class Followers:
             self._listening.listen(MOST_FOLLOWERS)
         except OSError as error:
             self._listening.close()
-            raise GuardError(f"listening for other watches at {path}: {system_words(error)}; remove it") from error
+            raise GuardError(f"listening for other watches at {path}: {system_text(error)}; remove it") from error
 
     def fileno(self) -> int:
         """Readable when somebody came."""

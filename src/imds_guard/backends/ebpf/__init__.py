@@ -20,7 +20,7 @@ from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.render import parse, render
 from imds_guard.backends.ebpf.store import Maps, Snapshot
-from imds_guard.errors import GuardError, NotPermitted, tried, trying
+from imds_guard.errors import GuardError, NotPermitted, failure_text, trying
 from imds_guard.kernel import bpffs, lockfile, privileges
 from imds_guard.kernel.cgroup import Cgroup, open_cgroup
 from imds_guard.policy.model import Policy
@@ -343,7 +343,7 @@ def _undo(first: Exception, *steps: Callable[[], None]) -> None:
             step()
         except (GuardError, OSError) as second:
             said, also = (
-                tried("putting the policy in force", error) if isinstance(error, OSError) else str(error)
+                failure_text("putting the policy in force", error) if isinstance(error, OSError) else str(error)
                 for error in (first, second)
             )
             raise GuardError(

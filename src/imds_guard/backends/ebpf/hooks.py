@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends.ebpf import abi
-from imds_guard.errors import GuardError, Unsupported, system_words, trying
+from imds_guard.errors import GuardError, Unsupported, system_text, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import Cgroup
 
@@ -78,9 +78,9 @@ def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> list[Attached]:
     except OSError as error:
         what = f"asking what is attached to {cgroup.path} at {hook}"
         if error.errno not in _NEVER:
-            raise GuardError(f"{what}: {system_words(error)}; nothing was changed, run the command again") from error
+            raise GuardError(f"{what}: {system_text(error)}; nothing was changed, run the command again") from error
         raise Unsupported(
-            f"{what}: {system_words(error)}; the kernel has no programs on cgroups (CONFIG_CGROUP_BPF), or something "
+            f"{what}: {system_text(error)}; the kernel has no programs on cgroups (CONFIG_CGROUP_BPF), or something "
             "forbids bpf(2) to this process"
         ) from error
     return [found for found in (_describe(hook, identity) for identity in identities) if found is not None]

@@ -8,7 +8,7 @@ import os
 import struct
 
 from imds_guard.backends.ebpf import abi
-from imds_guard.errors import NotPermitted, Unsupported, system_words
+from imds_guard.errors import NotPermitted, Unsupported, system_text
 from imds_guard.kernel import bpf, namespaces, privileges
 
 _ELSEWHERE = "the iptables backend can serve instead"
@@ -48,7 +48,7 @@ def _require_maps() -> None:
             errno.ENOSYS: "the kernel was built without it, or a seccomp filter forbids it",
             errno.EPERM: "a seccomp filter, a security module or RLIMIT_MEMLOCK forbids it",
         }.get(error.errno or 0, "the kernel lacks something that it needs")
-        raise Unsupported(f"making an eBPF map: {system_words(error)}; {why}; {_ELSEWHERE}") from error
+        raise Unsupported(f"making an eBPF map: {system_text(error)}; {why}; {_ELSEWHERE}") from error
 
 
 def _require_reading_programs() -> None:
@@ -56,7 +56,7 @@ def _require_reading_programs() -> None:
     try:
         fd, refusal = bpf.prog_load_explained(_READS_KERNEL_MEMORY, f"{prefix}_probe", attach_type)
     except OSError as error:
-        raise Unsupported(f"loading an eBPF program: {system_words(error)}; {_ELSEWHERE}") from error
+        raise Unsupported(f"loading an eBPF program: {system_text(error)}; {_ELSEWHERE}") from error
     if fd < 0:
         raise Unsupported(
             f"loading an eBPF program that reads the caller's credentials: the kernel refused it ({refusal}); it is "

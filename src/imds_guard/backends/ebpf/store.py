@@ -11,7 +11,7 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.render import BYTE_ORDER, Image, Settings, parse_settings, serial_of, settings_of
 from imds_guard.backends.ebpf.render import render as render_image
-from imds_guard.errors import GuardError, NotPermitted, system_words, trying
+from imds_guard.errors import GuardError, NotPermitted, system_text, trying
 from imds_guard.kernel import bpf, grace, privileges
 from imds_guard.policy.model import Policy
 
@@ -37,7 +37,7 @@ def _create(shape: bpf.MapShape, name: str) -> int:
         if limit is None:
             raise
         raise NotPermitted(
-            f"making the eBPF map {name}: {system_words(error)}; before Linux 5.11 maps count against RLIMIT_MEMLOCK, "
+            f"making the eBPF map {name}: {system_text(error)}; before Linux 5.11 maps count against RLIMIT_MEMLOCK, "
             f"which is {limit} octets here and which this process may not raise: run ulimit -l unlimited first"
         ) from error
 
@@ -142,7 +142,7 @@ class Maps:
         except (OSError, GuardError) as error:
             with suppress(OSError):  # what is left there is not in force, and the next change empties it first
                 self.empty(new)
-            words = system_words(error) if isinstance(error, OSError) else str(error)
+            words = system_text(error) if isinstance(error, OSError) else str(error)
             raise GuardError(
                 f"writing the policy to the eBPF maps: {words}; the policy before stays in force"
             ) from error

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from imds_guard.backends.iptables.render import DENY, HEAD
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
 from imds_guard.backends.iptables.tables import LOCK_WAIT_S, Anchor, LockHeld, Program, replace, rule_texts
-from imds_guard.errors import GuardError, system_words
+from imds_guard.errors import GuardError, system_text
 from imds_guard.kernel import credentials, netns
 from imds_guard.kernel.children import run_in_child
 
@@ -60,7 +60,7 @@ def _can_unshare() -> str:
     try:
         netns.unshare_network([])
     except OSError as error:
-        return system_words(error)
+        return system_text(error)
     return ""
 
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from imds_guard.errors import GuardError, NotPermitted, system_words
+from imds_guard.errors import GuardError, NotPermitted, system_text
 from imds_guard.kernel.lockfile import FOLDER, exclusive
 
 STATE_FOLDER = FOLDER
@@ -37,7 +37,7 @@ class Record:
         except FileNotFoundError:
             return ""
         except OSError as error:
-            raise GuardError(f"could not read {self._path()}: {system_words(error)}") from error
+            raise GuardError(f"could not read {self._path()}: {system_text(error)}") from error
 
     def write(self, word: str) -> None:
         """Notes what is to be in force. Comes before the first rule."""
@@ -82,6 +82,6 @@ def _told(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise NotPermitted(f"{what} {path}: {system_words(error)}; run it as root") from error
+        raise NotPermitted(f"{what} {path}: {system_text(error)}; run it as root") from error
     except OSError as error:
-        raise GuardError(f"{what} {path}: {system_words(error)}") from error
+        raise GuardError(f"{what} {path}: {system_text(error)}") from error

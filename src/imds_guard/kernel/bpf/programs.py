@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from imds_guard.errors import system_words
+from imds_guard.errors import system_text
 from imds_guard.kernel import btf_encode
 from imds_guard.kernel.bpf.attr import (
     AttachType,
@@ -88,7 +88,7 @@ def prog_load_explained(
             if error.errno != errno.ENOSPC:
                 break
     last_lines = log.value.decode(errors="replace").strip().splitlines()[-4:]
-    return -1, "; ".join([system_words(refusal), *last_lines])
+    return -1, "; ".join([system_text(refusal), *last_lines])
 
 
 class ProgramDescription(NamedTuple):
