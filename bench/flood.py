@@ -29,7 +29,8 @@ sys.path[:0] = [str(SOURCE)]
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Endpoint, Identities, Lock, make_policy, normal_ports
+from imds_guard.policy.model import Endpoint, Identities, Lock, make_policy
+from imds_guard.policy.ports import normal_ports
 
 ADDRESS, PORT, UID, GID, ALLOWED = "169.254.169.254", 80, 61_001, 62_001, 61_002
 DENIALS, WORKERS = 100_000, 2

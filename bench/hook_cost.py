@@ -26,7 +26,8 @@ from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy, normal_ports
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
+from imds_guard.policy.ports import normal_ports
 
 LOCKED, OPEN = "169.254.169.254", "169.254.169.253"
 USER, OTHER_USER, GID, GROUP = 61_001, 61_002, 62_001, 62_099

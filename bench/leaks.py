@@ -32,7 +32,8 @@ from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.lockfile import FOLDER
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Policy, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
+from imds_guard.policy.ports import ALL_PORTS
 
 FAST = (("IG_WALKED", 16), ("IG_SEARCHED", 2))
 """Programs that the verifier is through with in a moment: thousands are loaded."""

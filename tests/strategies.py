@@ -11,24 +11,21 @@ import ipaddress
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from imds_guard.policy.decide import Caller, Destination
 from imds_guard.policy.model import (
     MAX_ID,
     Address,
-    Caller,
-    Destination,
     Endpoint,
     Identities,
     Lock,
     Mode,
     Network,
     Policy,
-    Ports,
     Protocol,
     Verdict,
     make_policy,
-    minus_ports,
-    normal_ports,
 )
+from imds_guard.policy.ports import Ports, minus_ports, normal_ports
 
 patient = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 """For tests of these strategies: how long an example takes says nothing on a machine that does other things too."""

@@ -11,7 +11,8 @@ import re
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_text
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE, namespace_inode
 from imds_guard.kernel.run import run
-from imds_guard.policy.model import MAX_ID, Caller
+from imds_guard.policy.decide import Caller
+from imds_guard.policy.model import MAX_ID
 
 PF_KTHREAD = 0x00200000
 """Linux include/linux/sched.h."""

@@ -18,7 +18,9 @@ from typing import Callable, TypeVar
 
 from imds_guard.kernel import children
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Reason, Verdict, make_policy, normal_ports
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
+from imds_guard.policy.ports import normal_ports
 from tests.adversary import privileges, service
 from tests.adversary.model import Guard, Run
 from tests.adversary.privileges import in_child, or_refused

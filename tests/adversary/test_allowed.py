@@ -10,7 +10,7 @@ import pytest
 
 from imds_guard.kernel import netns
 from imds_guard.kernel.listeners import sockaddr
-from imds_guard.policy.model import Reason
+from imds_guard.policy.decide import Reason
 from tests.adversary.conftest import Stages
 from tests.adversary.model import Guard
 from tests.adversary.privileges import become_user

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from imds_guard.policy.model import ALL_PORTS, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.ports import ALL_PORTS
 from tests.conformance.families import IPV4, IPV6, MAPPED
 from tests.conformance.model import Attempt, Case
 from tests.conformance.rows import ALICE, PORT_80, STAFF, STRANGER, fixed, go, imds, lock, locks, row, who

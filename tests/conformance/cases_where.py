@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from imds_guard.policy.model import ALL_PORTS, NO_PORTS, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.ports import ALL_PORTS, NO_PORTS
 from tests.conformance.families import IPV4, IPV6, LINK_LOCAL, MAPPED, Family
 from tests.conformance.rows import (
     ALICE,

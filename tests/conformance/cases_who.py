@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from imds_guard.policy.model import Mode, Reason, Verdict
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Mode, Verdict
 from tests.conformance.model import USER_NAMESPACE_OFFSET, Case, Setting
 from tests.conformance.rows import ALICE, BOB, CREW, OTHERS, STAFF, STRANGER, go, imds, row, who
 

@@ -17,24 +17,9 @@ from random import Random
 from imds_guard.errors import BadPolicy
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import sockaddr
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    Caller,
-    Decision,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Ports,
-    Protocol,
-    Verdict,
-    decide,
-    find_lock,
-    make_policy,
-    normal_ports,
-)
+from imds_guard.policy.decide import Caller, Decision, Destination, decide, find_lock
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS, Ports, normal_ports
 from tests.conformance.families import ADDRESSES, IPV4, IPV6, PORTS
 
 CASES_OF_A_POLICY = 50

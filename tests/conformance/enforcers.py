@@ -14,7 +14,8 @@ from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.backends.iptables.tables import reading_once
 from imds_guard.errors import GuardError
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Policy, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Policy
 from tests.conformance.families import ADDRESSES
 
 T = TypeVar("T")

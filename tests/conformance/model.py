@@ -8,7 +8,8 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from imds_guard.policy.model import Caller, Destination, Policy, Protocol, Reason, Source
+from imds_guard.policy.decide import Caller, Destination, Reason, Source
+from imds_guard.policy.model import Policy, Protocol
 
 USER_NAMESPACE_OFFSET = 500_000
 """In the user namespaces of the table, inside ID + this number = outside ID."""

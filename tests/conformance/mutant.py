@@ -9,17 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Callable
 
-from imds_guard.policy.model import (
-    Caller,
-    Decision,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Policy,
-    Source,
-    decide,
-)
+from imds_guard.policy.decide import Caller, Decision, Destination, Source, decide
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy
 from tests.conformance.model import (
     Case,
     model_caller,

@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-from imds_guard.policy.model import (
-    Decision,
-    Identities,
-    Mode,
-    Reason,
-    Verdict,
-)
+from imds_guard.policy.decide import Decision, Reason
+from imds_guard.policy.model import Identities, Mode, Verdict
 from tests.conformance.model import Case, Setting, model_caller
 from tests.conformance.mutant import judge, mutant, with_locks
 

@@ -6,15 +6,8 @@ from __future__ import annotations
 import ipaddress
 from typing import Callable
 
-from imds_guard.policy.model import (
-    UNBOUND,
-    Decision,
-    Endpoint,
-    Lock,
-    Protocol,
-    Reason,
-    resolve_unspecified,
-)
+from imds_guard.policy.decide import UNBOUND, Decision, Reason, resolve_unspecified
+from imds_guard.policy.model import Endpoint, Lock, Protocol
 from tests.conformance.model import Case, model_destination, model_source
 from tests.conformance.mutant import judge, mutant, with_endpoints
 

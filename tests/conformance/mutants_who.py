@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-from imds_guard.policy.model import (
-    Caller,
-    Decision,
-    Identities,
-    Reason,
-    find_lock,
-)
+from imds_guard.policy.decide import Caller, Decision, Reason, find_lock
+from imds_guard.policy.model import Identities
 from tests.conformance.model import USER_NAMESPACE_OFFSET, Case, Setting, model_caller, model_destination
 from tests.conformance.mutant import judge, mutant, with_groups, with_ids, with_locks
 

@@ -7,19 +7,9 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 from typing import Callable
 
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    NO_PORTS,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Ports,
-    Reason,
-    Verdict,
-    make_policy,
-)
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS, NO_PORTS, Ports
 from tests.conformance.families import FAMILIES, IPV4, IPV6, Family
 from tests.conformance.model import Attempt, Case, PacketInfo, Setting, Who
 

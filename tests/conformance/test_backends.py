@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.policy.model import Reason
+from imds_guard.policy.decide import Reason
 from tests.conformance.attempts import CONNECTED
 from tests.conformance.bench import Bench, apply_or_skip, judged, serve_table, skip_without, sorted_by_policy
 from tests.conformance.cases import CASES

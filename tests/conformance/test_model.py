@@ -7,7 +7,7 @@ from typing import Callable
 
 import pytest
 
-from imds_guard.policy.model import Decision, decide
+from imds_guard.policy.decide import Decision, decide
 from tests.conformance.cases import MODEL_CASES
 from tests.conformance.model import Case, model_caller, model_destination, model_source
 from tests.conformance.mutants import MUTANTS

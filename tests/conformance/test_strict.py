@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Policy, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Policy
 from tests.conformance.attempts import CONNECTED
 from tests.conformance.bench import Bench, skip_without, sorted_by_policy
 from tests.conformance.cases import CASES

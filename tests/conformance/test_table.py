@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Reason
+from imds_guard.policy.decide import Reason
 from tests.conformance.attempts import CONNECTED, FORMS
 from tests.conformance.bench import SharedSandbox
 from tests.conformance.cases import CASES, MODEL_CASES

@@ -20,7 +20,8 @@ from imds_guard.kernel import bpf, bpffs
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy, normal_ports
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
+from imds_guard.policy.ports import normal_ports
 
 IPV4, IPV6, MAPPED = "169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254"
 PORT = 80

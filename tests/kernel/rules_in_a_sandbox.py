@@ -14,7 +14,8 @@ from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Ports, Verdict, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS, Ports
 
 T = TypeVar("T")
 

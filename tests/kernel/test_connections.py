@@ -26,7 +26,8 @@ from imds_guard.kernel.listeners import family, listen, sockaddr
 from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS
 from imds_guard.present import connections as present_connections
 from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard
 from tests.kernel.places import without_capabilities

@@ -18,7 +18,8 @@ from imds_guard.kernel.credentials import become
 from imds_guard.kernel.netns import unshare_network
 from imds_guard.kernel.run import Completed, run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import ALL_PORTS, Mode, Verdict
+from imds_guard.policy.model import Mode, Verdict
+from imds_guard.policy.ports import ALL_PORTS
 from tests.kernel.rules_in_a_sandbox import (
     BAR,
     FOO,

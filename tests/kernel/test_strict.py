@@ -17,7 +17,8 @@ from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Policy, Reason, Verdict, make_policy
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from tests.kernel import guards
 from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
 

@@ -15,7 +15,8 @@ from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.commands.demo import ANSWERED, ATTEMPTS, DemoResult, DemoRow, render, run_demo
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy.model import Decision, Policy, Reason
+from imds_guard.policy.decide import Decision, Reason
+from imds_guard.policy.model import Policy
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root")
 

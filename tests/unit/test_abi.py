@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.kernel.btf import Btf
-from imds_guard.policy.model import MAX_LOCK_NAME_BYTES, MAX_SEARCHED_GROUPS, MAX_WALKED_GROUPS, Reason
+from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, MAX_WALKED_GROUPS, Reason
+from imds_guard.policy.model import MAX_LOCK_NAME_BYTES
 from tests.clang import BPF, compiled_for_bpf, compiled_to_library
 from tests.strategies import patient
 

@@ -24,19 +24,8 @@ from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import is_missing_group
 from imds_guard.policy.builtin import BUILT_IN, WIRESERVER, host_network
 from imds_guard.policy.endpoint_syntax import format_endpoint, parse_endpoint
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Network,
-    Policy,
-    Ports,
-    Verdict,
-    make_policy,
-    normal_ports,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Network, Policy, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS, Ports, normal_ports
 
 NO_DNS: Ports = ((0, 52), (54, 65535))
 AZURE_DMI = "7783-7084-3265-9085-8269-3286-77"

@@ -12,23 +12,10 @@ from hypothesis import strategies as st
 from imds_guard.config.options import policy_from_options
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy import edit
+from imds_guard.policy.decide import UNBOUND, Caller, Destination, Reason, decide, resolve_unspecified
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import (
-    UNBOUND,
-    Caller,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Reason,
-    Verdict,
-    decide,
-    has_port,
-    make_policy,
-    resolve_unspecified,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.ports import has_port
 from tests.strategies import callers, destinations, identities, patient, policies
 
 Edit = Callable[..., Policy]

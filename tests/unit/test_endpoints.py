@@ -19,7 +19,8 @@ from imds_guard.policy.builtin import (
     default_endpoints,
     preset,
 )
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Protocol, minus_ports
+from imds_guard.policy.model import Endpoint, Protocol
+from imds_guard.policy.ports import ALL_PORTS, minus_ports
 
 EVERYWHERE = {
     "169.254.169.254",

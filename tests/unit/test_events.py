@@ -12,7 +12,8 @@ import pytest
 from imds_guard.backends.ebpf import abi, watch
 from imds_guard.backends.ebpf.tables import Lists
 from imds_guard.backends.ebpf.watch import Record
-from imds_guard.policy.model import Protocol, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Protocol
 from imds_guard.watch import event as events
 from imds_guard.watch.event import as_json, as_line, denial, would_allow
 from imds_guard.watch.process_info import Home, Names, Program

@@ -18,7 +18,8 @@ from imds_guard.export import FORMATS, export
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.netns import unshare_network
 from imds_guard.kernel.run import Completed, run
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS
 from tests.conformance.differential import make_block
 from tests.tools import need
 

@@ -14,21 +14,9 @@ from imds_guard.backends.iptables.parse import combine, find, parse_chains
 from imds_guard.backends.iptables.render import HEAD, Chains, Holding, digest, id_ranges, lock_comment, render
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, ForeignRule, Rule, parse_rule
 from imds_guard.backends.iptables.tables import Anchor, is_first, parse_save, restore_text, rule_texts
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    Caller,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Protocol,
-    Verdict,
-    decide,
-    make_policy,
-    unmapped,
-)
+from imds_guard.policy.decide import Caller, Destination, decide
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy, unmapped
+from imds_guard.policy.ports import ALL_PORTS
 from tests.conformance.differential import make_block
 from tests.unit.packet_walk import Packet, walk
 

@@ -8,21 +8,10 @@ import ipaddress
 import pytest
 
 from imds_guard.errors import BadPolicy
+from imds_guard.policy.decide import Caller, Destination, decide
 from imds_guard.policy.lockdown import lockdown
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    Caller,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Protocol,
-    Verdict,
-    decide,
-    make_policy,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS
 
 IMDS, ECS = "169.254.169.254", "169.254.170.2"
 FOO, BAR, ROOT = 1_001, 1_002, 0

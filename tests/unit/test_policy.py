@@ -11,30 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imds_guard.errors import BadPolicy
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    UNBOUND,
-    Address,
-    Caller,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Ports,
-    Protocol,
-    Reason,
-    Source,
-    Verdict,
-    common_ports,
-    decide,
-    has_port,
-    make_policy,
-    minus_ports,
-    normal_ports,
-    resolve_unspecified,
-)
+from imds_guard.policy.decide import UNBOUND, Caller, Destination, Reason, Source, decide, resolve_unspecified
+from imds_guard.policy.model import Address, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS, Ports, common_ports, has_port, minus_ports, normal_ports
 
 LOCKED = ipaddress.ip_address("169.254.169.254")
 USER, GROUP, EXTRA = 1001, 2002, 3003

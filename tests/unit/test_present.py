@@ -14,20 +14,9 @@ from imds_guard.commands.guard import Outcome
 from imds_guard.commands.look import CheckResult, Status
 from imds_guard.commands.preflight import ShutOut
 from imds_guard.errors import Unsupported
+from imds_guard.policy.decide import Caller, Decision, Destination, Reason, decide
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import (
-    Caller,
-    Decision,
-    Destination,
-    Identities,
-    Lock,
-    Mode,
-    Policy,
-    Reason,
-    Verdict,
-    decide,
-    make_policy,
-)
+from imds_guard.policy.model import Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.present import answers
 from imds_guard.present import outcome as outcome_text
 from imds_guard.present import policy as policy_text

@@ -20,25 +20,20 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.render import Image, parse, parse_settings, render, settings_of
 from imds_guard.errors import GuardError, Unsupported
+from imds_guard.policy.decide import Caller, Destination, Reason, Source, decide, find_lock
 from imds_guard.policy.model import (
-    ALL_PORTS,
     NOBODY,
-    Caller,
-    Destination,
     Endpoint,
     Identities,
     Lock,
     Mode,
     Policy,
     Protocol,
-    Reason,
-    Source,
     Verdict,
-    decide,
-    find_lock,
     make_policy,
     unmapped,
 )
+from imds_guard.policy.ports import ALL_PORTS
 from tests.strategies import addresses, callers, destinations, patient, policies
 
 GENERATIONS = st.sampled_from(abi.GENERATIONS)

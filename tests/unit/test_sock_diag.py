@@ -26,7 +26,8 @@ from imds_guard.kernel.namespaces import Namespace, network_namespaces
 from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.kernel.socket_holders import holders_of
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, make_policy
+from imds_guard.policy.model import Endpoint, Lock, make_policy
+from imds_guard.policy.ports import ALL_PORTS
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
 

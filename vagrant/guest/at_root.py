@@ -12,7 +12,7 @@ from pathlib import Path
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.ebpf.store import Maps
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Reason
+from imds_guard.policy.decide import Reason
 from tests.conformance import enforcers
 from tests.conformance.families import ADDRESSES
 

@@ -17,7 +17,7 @@ from typing import Callable
 import pytest
 
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Reason
+from imds_guard.policy.decide import Reason
 from tests.conformance.bench import Bench, by_policy, skip_without
 from tests.conformance.cases import CASES
 from tests.conformance.differences import expected_verdict

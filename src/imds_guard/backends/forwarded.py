@@ -34,7 +34,8 @@ from imds_guard.backends.iptables.tables import (
     rule_texts,
 )
 from imds_guard.errors import GuardError, Unsupported, UsageError
-from imds_guard.policy.model import ALL_PORTS, Policy, Protocol, Verdict
+from imds_guard.policy.model import Policy, Protocol, Verdict
+from imds_guard.policy.ports import ALL_PORTS
 
 HEAD = "IMDS-FORWARD"
 DENY = "IMDS-FORWARD-DENY"

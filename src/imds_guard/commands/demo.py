@@ -18,19 +18,9 @@ from imds_guard.backends import Backend, choose
 from imds_guard.kernel import listeners
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    Caller,
-    Decision,
-    Destination,
-    Endpoint,
-    Identities,
-    Lock,
-    Policy,
-    decide,
-    make_policy,
-    minus_ports,
-)
+from imds_guard.policy.decide import Caller, Decision, Destination, decide
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
+from imds_guard.policy.ports import ALL_PORTS, minus_ports
 
 IPV4, IPV6, MAPPED = "169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254"
 _PORT = 80

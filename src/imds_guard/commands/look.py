@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from imds_guard.backends import Backend, choose
 from imds_guard.commands.options import GuardOptions
 from imds_guard.errors import GuardError, Unsupported, UsageError
+from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
-from imds_guard.policy.model import Caller, Decision, Destination, Endpoint, Policy, Protocol, decide, has_port
+from imds_guard.policy.model import Endpoint, Policy, Protocol
+from imds_guard.policy.ports import has_port
 
 # The rest is imported where it is used: start-up time, few commands need any of it.
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from imds_guard.backends.ebpf.tables import Place, Report, read_report
 from imds_guard.commands.look import Status, status
 from imds_guard.errors import GuardError, Unsupported, system_text
 from imds_guard.kernel import files
-from imds_guard.policy.model import Mode, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Mode
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

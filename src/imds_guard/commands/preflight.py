@@ -13,7 +13,8 @@ from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.processes import process_ids
 from imds_guard.policy.builtin import BUILT_IN, DefaultOn
-from imds_guard.policy.model import Caller, Decision, Destination, Policy, decide
+from imds_guard.policy.decide import Caller, Decision, Destination, decide
+from imds_guard.policy.model import Policy
 
 if TYPE_CHECKING:
     import psutil

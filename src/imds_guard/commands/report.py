@@ -14,8 +14,9 @@ from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import user_id
 from imds_guard.policy import edit
+from imds_guard.policy.decide import Reason
 from imds_guard.policy.endpoint_syntax import format_endpoint
-from imds_guard.policy.model import Identities, Lock, Mode, Policy, Reason, make_policy
+from imds_guard.policy.model import Identities, Lock, Mode, Policy, make_policy
 from imds_guard.text import escaped
 from imds_guard.watch.leader import require_ebpf
 from imds_guard.watch.process_info import Names, fs_text, iso_time, wall_clock

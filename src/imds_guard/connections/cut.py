@@ -25,7 +25,8 @@ from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, us
 from imds_guard.kernel.namespaces import Namespace
 from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.socket_holders import Holders, holders_of
-from imds_guard.policy.model import MAX_ID, Caller, Destination, Mode, Policy, decide
+from imds_guard.policy.decide import Caller, Destination, decide
+from imds_guard.policy.model import MAX_ID, Mode, Policy
 from imds_guard.text import escaped
 
 PASSES = 5

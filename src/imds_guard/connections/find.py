@@ -13,7 +13,8 @@ from imds_guard.errors import system_text
 from imds_guard.kernel import sock_diag
 from imds_guard.kernel.namespaces import OWN_PATH, Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
-from imds_guard.policy.model import Address, Destination, Policy, Protocol, unmapped
+from imds_guard.policy.decide import Destination
+from imds_guard.policy.model import Address, Policy, Protocol, unmapped
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from imds_guard.errors import Unsupported
 from imds_guard.export.words import Exported, entries, id_words, note_containers, note_primary_groups, port_words
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.model import Endpoint, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.ports import ALL_PORTS
 
 
 def pf(policy: Policy) -> Exported:

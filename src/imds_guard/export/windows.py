@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 from imds_guard.export.words import Exported, note_containers, port_words
 from imds_guard.identity import group_name, user_name
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.ports import ALL_PORTS
 
 _HEAD = """\
 $ErrorActionPreference = 'Stop'

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from imds_guard.backends.iptables.render import id_ranges
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Lock, Policy, Ports, Verdict
+from imds_guard.policy.model import Endpoint, Lock, Policy, Verdict
+from imds_guard.policy.ports import ALL_PORTS, Ports
 
 
 class Exported:

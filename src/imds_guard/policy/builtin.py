@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from imds_guard.errors import BadPolicy
-from imds_guard.policy.model import ALL_PORTS, Address, Endpoint, Network, Ports, minus_ports, unmapped
+from imds_guard.policy.model import Address, Endpoint, Network, unmapped
+from imds_guard.policy.ports import ALL_PORTS, Ports, minus_ports
 
 DNS = ((53, 53),)
 DNS_AND_DHCP = ((53, 53), (67, 67))

@@ -9,16 +9,8 @@ from imds_guard.errors import UsageError
 from imds_guard.policy.builtin import WIRESERVER, host_network
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.lockdown import divide, free_name
-from imds_guard.policy.model import (
-    Endpoint,
-    Identities,
-    Lock,
-    Network,
-    Policy,
-    Verdict,
-    common_ports,
-    make_policy,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Network, Policy, Verdict, make_policy
+from imds_guard.policy.ports import common_ports
 
 Change = Callable[[Lock], Lock]
 

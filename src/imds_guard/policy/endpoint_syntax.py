@@ -13,7 +13,8 @@ import re
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.builtin import builtin, builtin_at
-from imds_guard.policy.model import ALL_PORTS, NO_PORTS, Address, Endpoint, Network, Ports, minus_ports, normal_ports
+from imds_guard.policy.model import Address, Endpoint, Network
+from imds_guard.policy.ports import ALL_PORTS, NO_PORTS, Ports, minus_ports, normal_ports
 
 _BRACKETED = r"\[([^\[\]]*)\](?:/([^:]*))?(?::(.*))?"
 _PLAIN = r"([^/:]*)(?:/([^:]*))?(?::(.*))?"

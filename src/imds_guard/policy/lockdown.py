@@ -7,16 +7,8 @@ from collections.abc import Iterable
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import (
-    Endpoint,
-    Identities,
-    Lock,
-    Policy,
-    Verdict,
-    common_ports,
-    make_policy,
-    minus_ports,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
+from imds_guard.policy.ports import common_ports, minus_ports
 from imds_guard.policy.wireserver import split_off_wireserver
 
 

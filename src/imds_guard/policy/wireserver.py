@@ -9,7 +9,8 @@ from __future__ import annotations
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.builtin import DNS_AND_DHCP, WIRESERVER, host_network
 from imds_guard.policy.endpoint_syntax import format_ports
-from imds_guard.policy.model import Endpoint, Identities, Lock, common_ports
+from imds_guard.policy.model import Endpoint, Identities, Lock
+from imds_guard.policy.ports import common_ports
 
 WIRESERVER_LOCK = "wireserver"
 

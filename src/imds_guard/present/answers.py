@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.builtin import BUILT_IN, BuiltIn, default_entries
+from imds_guard.policy.decide import Caller, Decision, Destination
 from imds_guard.policy.endpoint_syntax import format_endpoint
-from imds_guard.policy.model import Caller, Decision, Destination
 from imds_guard.present.connections import connections_values, would_cut_lines
 from imds_guard.present.outcome import shut_out_lines, shut_out_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped

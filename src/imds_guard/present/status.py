@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from imds_guard.policy.model import Mode, Policy, Reason, Verdict
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Mode, Policy, Verdict
 from imds_guard.present.policy import lock_lines, policy_values
 from imds_guard.present.wrap import MAX_SHOWN, wrapped
 

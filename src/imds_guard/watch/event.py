@@ -8,7 +8,7 @@ from typing import Any
 
 from imds_guard.backends.ebpf.tables import Lists
 from imds_guard.backends.ebpf.watch import Record
-from imds_guard.policy.model import Reason
+from imds_guard.policy.decide import Reason
 from imds_guard.text import escaped, key_value
 from imds_guard.watch.process_info import Home, Names, Program, fs_text, iso_time, lenient, wall_clock
 

@@ -11,20 +11,8 @@ from typing import Literal, NamedTuple
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy.model import (
-    NO_PORTS,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Network,
-    Policy,
-    Ports,
-    Verdict,
-    make_policy,
-    minus_ports,
-    normal_ports,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Network, Policy, Verdict, make_policy
+from imds_guard.policy.ports import NO_PORTS, Ports, minus_ports, normal_ports
 
 try:  # start-up time: hashlib has the same function, and loads OpenSSL for others
     from _blake2 import blake2s

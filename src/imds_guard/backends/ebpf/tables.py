@@ -17,7 +17,8 @@ from imds_guard.backends.ebpf.render import BYTE_ORDER, parse_settings, serial_o
 from imds_guard.errors import GuardError, trying
 from imds_guard.kernel import bpf, bpffs
 from imds_guard.kernel.cgroup import open_cgroup
-from imds_guard.policy.model import Address, Mode, Protocol, Reason, unmapped
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Address, Mode, Protocol, unmapped
 
 PROTOCOLS = {abi.TCP: Protocol.TCP, abi.UDP: Protocol.UDP}
 _ZERO = bytes(4)

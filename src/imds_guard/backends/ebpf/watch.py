@@ -12,7 +12,8 @@ from imds_guard.backends.ebpf.tables import PROTOCOLS, Lists, Place, Tables, add
 from imds_guard.errors import GuardError, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.ringbuf import RingBuffer
-from imds_guard.policy.model import Address, Protocol, Reason
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Address, Protocol
 
 _ZERO = bytes(4)
 _HOOKS = {

@@ -13,17 +13,8 @@ from typing import NamedTuple
 
 from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, Holding
 from imds_guard.backends.iptables.rules import LOG, RETURN, ForeignRule, Range, Rule, parse_rule
-from imds_guard.policy.model import (
-    ALL_PORTS,
-    Endpoint,
-    Identities,
-    Lock,
-    Mode,
-    Network,
-    Ports,
-    Verdict,
-    make_policy,
-)
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Network, Verdict, make_policy
+from imds_guard.policy.ports import ALL_PORTS, Ports
 
 MAX_IDS = 524_288
 """More ids than any policy may list (design: sizes). A range that somebody widened must not fill our memory."""

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
-from imds_guard.policy.model import ALL_PORTS, Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.ports import ALL_PORTS
 
 HEAD = "IMDS-GUARD"
 TCP = "IMDS-GUARD-T"

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification: ``decide()`` says whether a caller may connect to a destination, and why.
+
+Every backend is compared with it. Nothing here touches the system.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from typing import NamedTuple
+
+from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict, unmapped
+from imds_guard.policy.ports import has_port
+
+MAX_WALKED_GROUPS = 1024
+"""A caller with at most so many supplementary groups is compared with any number of listed groups."""
+MAX_SEARCHED_GROUPS = 128
+"""A caller with more is compared with at most so many listed groups of a lock; beyond both, it is denied."""
+
+
+class Reason(enum.IntEnum):
+    """Why a connect was let through or denied. The numbers are ABI (bpf/imds_guard.h)."""
+
+    NOT_LOCKED = 0
+    ALLOWED_USER = 1
+    ALLOWED_GROUP = 2
+    DEFAULT_ALLOW = 3
+    DENIED_USER = 4
+    DENIED_GROUP = 5
+    NOT_LISTED = 6
+    CONTAINER = 7
+    USER_NAMESPACE = 8
+    KERNEL_THREAD = 9
+    TOO_MANY_GROUPS = 10
+    UNSPECIFIED_DESTINATION = 11
+    UNREADABLE = 12
+    NO_SETTINGS = 13
+    UNAPPROVED_SOCKET = 14
+    """Under strict: a packet of a socket that no hook approved, or whose right is gone. decide() is about connects."""
+
+    @property
+    def permits(self) -> bool:
+        """True for the reasons that let a connect through."""
+        return self <= Reason.DEFAULT_ALLOW
+
+    @property
+    def label(self) -> str:
+        """The reason as it is printed and as it stands in JSON: ``not-listed``."""
+        return self.name.lower().replace("_", "-")
+
+
+# --- who connects where ---------------------------------------------------------------------------------------------
+
+
+class Caller(NamedTuple):
+    """The credentials of the connecting task, as IDs of the initial user namespace (credentials(7))."""
+
+    fsuid: int
+    fsgid: int
+    groups: frozenset[int] = frozenset()
+    pid_namespace_is_initial: bool = True
+    user_namespace_is_initial: bool = True
+    kernel_thread: bool = False
+
+    @property
+    def in_container(self) -> bool:
+        """True when the task lives in a PID or user namespace other than the host's."""
+        return not (self.pid_namespace_is_initial and self.user_namespace_is_initial)
+
+
+class Destination(NamedTuple):
+    """Where a connect goes: address as it was given, port in host byte order."""
+
+    address: Address
+    port: int
+    protocol: Protocol = Protocol.TCP
+
+
+class Source(NamedTuple):
+    """What the kernel would take as a socket's source, which is where 0.0.0.0 leads.
+
+    ``address`` is None when the socket is not bound. ``by_device`` is True when the kernel picks the address of an
+    interface that the hook can't know: SO_BINDTODEVICE, or a UDP socket, whose IP_PKTINFO no hook sees.
+    Source: ip_route_output_key_hash_rcu() in Linux net/ipv4/route.c, "if (!fl4->daddr)".
+    """
+
+    address: Address | None = None
+    by_device: bool = False
+
+
+UNBOUND = Source()
+
+
+class Decision(NamedTuple):
+    """The outcome for one connect. ``lock`` is None when nothing is locked there."""
+
+    allowed: bool
+    reason: Reason
+    lock: str | None = None
+    matched: tuple[str, int] | None = None
+    """The list entry that decided: ("user", uid) or ("group", gid). Decisions that differ in it alone are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Decision) and tuple(self[:3]) == tuple(other[:3])
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(tuple(self[:3]))
+
+
+# --- the decision ---------------------------------------------------------------------------------------------------
+
+
+def decide(policy: Policy, caller: Caller, destination: Destination, source: Source = UNBOUND) -> Decision:
+    """Whether ``caller`` may connect to ``destination``, and why."""
+    address = resolve_unspecified(destination.address, source)
+    if address is None:
+        if _claimed_anywhere(policy, destination):
+            return _decision(policy, Reason.UNSPECIFIED_DESTINATION, None)
+        return Decision(True, Reason.NOT_LOCKED)
+    lock = find_lock(policy, destination._replace(address=address))
+    if lock is None:
+        return Decision(True, Reason.NOT_LOCKED)
+    reason, matched = _judge(policy, lock, caller)
+    return _decision(policy, reason, lock.name, matched)
+
+
+def _decision(policy: Policy, reason: Reason, lock: str | None, matched: tuple[str, int] | None = None) -> Decision:
+    return Decision(reason.permits or policy.mode is Mode.AUDIT, reason, lock, matched)
+
+
+def resolve_unspecified(destination: Address, source: Source) -> Address | None:
+    """Where a connect to 0.0.0.0 or :: leads; None when that can't be told. Any other address is itself.
+
+    Mapped addresses come out as IPv4.
+    """
+    address = unmapped(destination)
+    if int(address) != 0:
+        return address
+    if source.address is not None and int(unmapped(source.address)) != 0:
+        return unmapped(source.address)
+    if source.by_device and address.version == 4:
+        return None
+    return ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+
+
+def find_lock(policy: Policy, destination: Destination) -> Lock | None:
+    """The lock with the most specific endpoint that matches address, protocol and port."""
+    best: Lock | None = None
+    best_length = -1
+    for lock in policy.locks:
+        for endpoint in lock.endpoints:
+            if endpoint.network.prefixlen <= best_length or not endpoint.covers(destination.address):
+                continue
+            if has_port(endpoint.ports(destination.protocol), destination.port):
+                best, best_length = lock, endpoint.network.prefixlen
+    return best
+
+
+def _claimed_anywhere(policy: Policy, destination: Destination) -> bool:
+    """True when some IPv4 endpoint locks this protocol and port, whatever its address."""
+    return any(
+        endpoint.network.version == 4 and has_port(endpoint.ports(destination.protocol), destination.port)
+        for lock in policy.locks
+        for endpoint in lock.endpoints
+    )
+
+
+def _judge(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[str, int] | None]:
+    """Kernel threads, containers, deny lists, allow lists, default: the first that speaks decides."""
+    if caller.kernel_thread:
+        return Reason.KERNEL_THREAD, None
+    if caller.in_container and policy.containers is Verdict.DENY:
+        return Reason.CONTAINER, None
+    if caller.fsuid in lock.deny.users:
+        return Reason.DENIED_USER, ("user", caller.fsuid)
+    refused = _match_groups(lock, lock.deny.groups, caller)
+    if refused is not None:
+        return (refused, None) if isinstance(refused, Reason) else (Reason.DENIED_GROUP, ("group", refused[0]))
+    if caller.fsuid in lock.allow.users:
+        return Reason.ALLOWED_USER, ("user", caller.fsuid)
+    listed = _match_groups(lock, lock.allow.groups, caller)
+    if listed is not None:
+        return (listed, None) if isinstance(listed, Reason) else (Reason.ALLOWED_GROUP, ("group", listed[0]))
+    return _default(lock, caller), None
+
+
+def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason | tuple[int] | None:
+    """The caller's group that is wanted, in a tuple; TOO_MANY_GROUPS when that is more than can be searched; or None.
+
+    The primary group need not be among the supplementary ones: in_group_p() in Linux kernel/groups.c looks at both.
+    """
+    if caller.fsgid in wanted:
+        return (caller.fsgid,)
+    if not wanted:
+        return None
+    if len(caller.groups) > MAX_WALKED_GROUPS and len(lock.listed_groups) > MAX_SEARCHED_GROUPS:
+        return Reason.TOO_MANY_GROUPS
+    found = wanted & caller.groups
+    return (min(found),) if found else None
+
+
+def _default(lock: Lock, caller: Caller) -> Reason:
+    """A mapped ID would slip past a deny list, so "allow by default" holds in the initial user namespace alone."""
+    if lock.default is Verdict.DENY:
+        return Reason.NOT_LISTED
+    if not caller.user_namespace_is_initial:
+        return Reason.USER_NAMESPACE
+    return Reason.DEFAULT_ALLOW
