@@ -171,6 +171,14 @@ def test_every_status_that_the_alerts_explain_is_one_that_status_prints() -> Non
     assert len(quoted) > 8
 
 
+def test_the_page_has_every_metric() -> None:
+    table = TEXTS[OPERATIONS].split("<!-- metrics -->")[1].split("<!-- /metrics -->")[0]
+    source = (ROOT / "src" / "imds_guard" / "commands" / "metrics.py").read_text(encoding="utf-8")
+    made = re.findall(r'_(gauge|counter)\("(\w+)"', source)
+    names = {f"imds_guard_{name}{'_total' if kind == 'counter' else ''}" for kind, name in made}
+    assert set(re.findall(r"`(imds_guard_\w+)`", table)) == names
+
+
 # --- form -----------------------------------------------------------------------------------------------------------
 
 
