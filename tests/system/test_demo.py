@@ -13,7 +13,7 @@ import pytest
 from imds_guard.backends import Backend, Change
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
-from imds_guard.commands.demo import ANSWERED, ATTEMPTS, DemoResult, DemoRow, render, run_demo
+from imds_guard.commands.demo import ANSWERED, ATTEMPTS, LEGEND, DemoResult, DemoRow, render, run_demo
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.policy.decide import Decision, Reason
 from imds_guard.policy.model import Policy
@@ -148,3 +148,15 @@ def test_a_kernel_that_disagrees_is_not_whole() -> None:
     answered, denied = _rows(ANSWERED)[0], _rows("EPERM")[0]
     assert answered.as_decided
     assert not denied.as_decided
+
+
+def test_the_readme_shows_what_the_demonstration_prints(tmp_path: Path) -> None:
+    demo, _ = _demos(tmp_path)["ebpf"]
+    try:
+        result = demo()
+    except Unsupported as error:
+        if "ebpf" in EXPECTED_BACKENDS:
+            raise
+        pytest.skip(str(error))
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{render(result.rows)}\n{LEGEND}\n```" in readme
