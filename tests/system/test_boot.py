@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""start --boot: the configuration's policy, or the emergency lock, or what was in force before; never less."""
+"""start --boot: the configuration's policy, or the emergency lock, or the policy in force before; never less."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.command import ONE, PATIENCE_S, STRANGER, TWO, Guard, Result
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
 
 IPV4, IPV6, ELSEWHERE = "169.254.169.254", "fd00:ec2::254", "192.0.2.1"
-"""Built-in endpoints, on the lo of a namespace of our own, and an address that nobody locks."""
+"""Built-in endpoints, on lo of the test's own network namespace, and an address that is not locked."""
 EVERYWHERE = (IPV4, IPV6, ELSEWHERE)
 
 NO_BPF = Path(__file__).resolve().parents[2] / "vagrant" / "guest" / "refuse_bpf.py"
-"""Runs a command with bpf(2) refused: what it does then, it does with iptables, in this network namespace alone."""
+"""Runs a command with bpf(2) refused: it uses iptables, in this network namespace only."""
 
 GOOD = f"""
 [lock.default]
@@ -45,7 +45,7 @@ def guard() -> Iterator[Guard]:
 
 
 def boot(guard: Guard, folder: Path, text: str | None) -> Result:
-    """``start --boot`` with this configuration; None for none."""
+    """``start --boot`` with this configuration; with None there is no file."""
     path = folder / "config.toml"
     if text is None:
         path.unlink(missing_ok=True)
@@ -55,7 +55,7 @@ def boot(guard: Guard, folder: Path, text: str | None) -> Result:
 
 
 def who(guard: Guard, to: str = IPV4) -> list[int]:
-    """Who gets through."""
+    """The user IDs that get through."""
     return [uid for uid in (0, ONE, TWO, STRANGER) if guard.reach(uid, to) == "connected"]
 
 
@@ -72,8 +72,8 @@ def test_boot_locks_what_the_configuration_says(guard: Guard, tmp_path: Path) ->
     assert who(guard) == [TWO]
 
 
-def test_boot_goes_by_the_saved_number_of_a_name(guard: Guard, tmp_path: Path) -> None:
-    """And says that the name has become somebody else's."""
+def test_boot_uses_the_saved_id_of_a_name(guard: Guard, tmp_path: Path) -> None:
+    """It warns that the name now belongs to another ID."""
     name = pwd.getpwuid(1).pw_name
     done = boot(guard, tmp_path, GOOD.replace(str(ONE), f'{{ name = "{name}", id = {TWO} }}'))
     assert done.status == 0, done
@@ -85,7 +85,7 @@ def test_boot_goes_by_the_saved_number_of_a_name(guard: Guard, tmp_path: Path) -
 def test_an_unusable_configuration_locks_the_built_in_endpoints_for_all_but_root(
     guard: Guard, tmp_path: Path, text: str
 ) -> None:
-    """Status 78, and status says what it is, which it has from the kernel."""
+    """The exit status is 78, and status reads from the kernel that it is the emergency lock."""
     done = boot(guard, tmp_path, text)
     assert done.status == 78, done
     assert done.stderr.splitlines()[-1].endswith("locked for everyone but root (emergency lock)")
@@ -98,15 +98,15 @@ def test_an_unusable_configuration_locks_the_built_in_endpoints_for_all_but_root
     assert (who(guard), status_line(guard)) == ([ONE], "imds-guard: active (ebpf)")
 
 
-def test_no_configuration_is_no_reason_to_lock_nothing(guard: Guard, tmp_path: Path) -> None:
+def test_without_a_configuration_the_emergency_lock_is_put_on(guard: Guard, tmp_path: Path) -> None:
     done = boot(guard, tmp_path, None)
     assert done.status == 78
     assert f"there is no configuration {tmp_path}/config.toml: write it, or save a policy" in done.stderr
     assert (who(guard), status_line(guard)) == ([0], "imds-guard: degraded: emergency lock (ebpf)")
 
 
-def test_on_error_open_locks_nothing_and_must_be_asked_for(guard: Guard, tmp_path: Path) -> None:
-    """In a file that is TOML at least; the status is the same."""
+def test_on_error_open_locks_nothing(guard: Guard, tmp_path: Path) -> None:
+    """It must stand in a file that is valid TOML. The exit status is 78 as well."""
     done = boot(guard, tmp_path, 'on_error = "open"\n' + UNUSABLE["unknown user"])
     assert (done.status, done.stdout) == (78, "")
     assert done.stderr.rstrip().endswith('nothing is locked, since the configuration says on_error = "open"')
@@ -117,7 +117,7 @@ def test_on_error_open_locks_nothing_and_must_be_asked_for(guard: Guard, tmp_pat
 
 @pytest.mark.parametrize("start", ["a usable one", "the emergency lock"])
 def test_an_unusable_configuration_leaves_what_is_in_force(guard: Guard, tmp_path: Path, start: str) -> None:
-    """As a reload does: the operator's mistake takes nothing away, and adds nobody."""
+    """A reload after a mistake in the file takes no lock away and lets nobody in."""
     boot(guard, tmp_path, GOOD if start == "a usable one" else UNUSABLE["no TOML"])
     before = who(guard)
     done = boot(guard, tmp_path, UNUSABLE["unknown user"])
@@ -126,8 +126,8 @@ def test_an_unusable_configuration_leaves_what_is_in_force(guard: Guard, tmp_pat
     assert who(guard) == before == ([ONE] if start == "a usable one" else [0])
 
 
-def test_the_emergency_lock_can_be_changed_and_not_saved(guard: Guard, tmp_path: Path) -> None:
-    """Somebody is let in until the configuration is right; the file is not made one of the emergency."""
+def test_the_emergency_lock_can_be_changed_but_not_saved(guard: Guard, tmp_path: Path) -> None:
+    """A user can be let in until the configuration is right. The emergency lock never gets into the file."""
     boot(guard, tmp_path, UNUSABLE["unknown user"])
     path = tmp_path / "config.toml"
     assert guard("allow", "--user", str(ONE)).status == 0
@@ -138,7 +138,7 @@ def test_the_emergency_lock_can_be_changed_and_not_saved(guard: Guard, tmp_path:
     assert (who(guard), path.read_text(encoding="utf-8")) == ([0, ONE], UNUSABLE["unknown user"])
 
 
-def test_boot_takes_no_words_of_who_and_where(guard: Guard) -> None:
+def test_boot_refuses_options_that_say_who_or_where(guard: Guard) -> None:
     done = guard("start", "--boot", "--user", str(ONE))
     assert done.status == 2
     assert "--boot takes everything from the configuration" in done.sentence
@@ -149,8 +149,8 @@ def _with_iptables(guard: Guard, *words: str) -> Result:
     return guard.sandbox.call(lambda: command.run(argv), timeout_s=PATIENCE_S)
 
 
-def test_where_ebpf_can_not_be_had_both_locks_are_iptables(guard: Guard, tmp_path: Path) -> None:
-    """As at any start that names no backend."""
+def test_without_ebpf_both_locks_use_iptables(guard: Guard, tmp_path: Path) -> None:
+    """As at any start that names no backend, iptables takes over."""
     path = tmp_path / "config.toml"
     words = ("start", "--boot", "--config", str(path))
     path.write_text(UNUSABLE["unknown user"], encoding="utf-8")
@@ -167,8 +167,8 @@ def test_where_ebpf_can_not_be_had_both_locks_are_iptables(guard: Guard, tmp_pat
     assert _with_iptables(guard, "status").status == 0
 
 
-def test_a_backend_that_can_not_be_had_is_no_reason_to_lock_nothing(guard: Guard, tmp_path: Path) -> None:
-    """The configuration asks for eBPF alone: the reason and its status, and the emergency lock with what there is."""
+def test_a_backend_that_does_not_work_leads_to_the_emergency_lock(guard: Guard, tmp_path: Path) -> None:
+    """The configuration asks for eBPF only: the error says why, and iptables holds the emergency lock."""
     path = tmp_path / "config.toml"
     path.write_text('backend = "ebpf"\n' + GOOD, encoding="utf-8")
     done = _with_iptables(guard, "start", "--boot", "--config", str(path))
@@ -178,8 +178,8 @@ def test_a_backend_that_can_not_be_had_is_no_reason_to_lock_nothing(guard: Guard
     assert who(guard) == [0]
 
 
-def test_nothing_of_ours_listens_or_runs_after_boot(guard: Guard, tmp_path: Path) -> None:
-    """There is nothing to kill."""
+def test_no_process_of_ours_runs_after_boot(guard: Guard, tmp_path: Path) -> None:
+    """Enforcement does not depend on a process that could be killed."""
     boot(guard, tmp_path, GOOD)
     found = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert found.stdout == ""

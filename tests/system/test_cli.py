@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that change something, one after the other, and what they change in the world."""
+"""The commands that change the guard: what each one changes in the world."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def program_ids(guard: Guard) -> list[int]:
 
 
 def allowed_users(guard: Guard) -> list[tuple[str, list[int]]]:
-    """By lock."""
+    """The allowed user IDs of each lock."""
     locks = guard.status()["policy"]["locks"]
     return [(lock["name"], [user["id"] for user in lock["allow"]["users"]]) for lock in locks]
 
@@ -44,7 +44,7 @@ def allowed_users(guard: Guard) -> list[tuple[str, list[int]]]:
 
 
 def test_start_locks_and_stop_opens(guard: Guard) -> None:
-    """For the user, for members by primary and by supplementary group, and not for root; over all three families."""
+    """The listed user and members by primary or supplementary group pass, root does not; IPv4, IPv6 and mapped."""
     everyone = [(ONE, 1, ()), (STRANGER, STAFF, ()), (STRANGER, 1, (7, STAFF, 99)), (STRANGER, 1, ()), (0, 0, ())]
     locked = (SERVICE, MAPPED, SERVICE_V6)
 
@@ -62,8 +62,8 @@ def test_start_locks_and_stop_opens(guard: Guard) -> None:
     assert traces(guard.sandbox.cgroup) == {"attached": 0, "pins": 0}
 
 
-def test_what_did_not_go_well_leaves_no_lock_file_either(guard: Guard) -> None:
-    """Of a cgroup of its own: that number comes once, and such files would pile up. The machine's own one stays."""
+def test_a_command_that_fails_leaves_no_lock_file(guard: Guard) -> None:
+    """A lock file of a cgroup is named after its ID, which never comes again: such files would pile up."""
     name = f"command-{os.stat(guard.sandbox.cgroup).st_ino}.lock"
     assert guard("allow", "--user", str(ONE)).status == 1
     guard.start()
@@ -81,7 +81,7 @@ def test_stop_twice_is_harmless(guard: Guard) -> None:
 
 
 def test_the_built_in_endpoints_are_the_default() -> None:
-    """Their DNS is left alone, and so are the credentials of containers, which are presets of their own."""
+    """Their DNS is left alone. The credentials of containers are presets of their own, and left alone too."""
     aws, ecs, v6 = "169.254.169.254", "169.254.170.2", "fd00:ec2::254"
     with command.guard(addresses=(aws, ecs, v6)) as guard:
         guard.sandbox.serve((aws,), (53,))
@@ -96,7 +96,7 @@ def test_the_built_in_endpoints_are_the_default() -> None:
 
 
 def test_after_start_no_process_of_ours_stays(guard: Guard) -> None:
-    """Orphans would come to us: while we are their subreaper (prctl(2)), every descendant can be waited for."""
+    """While the test is the subreaper (prctl(2)), it inherits every orphan and can wait for it."""
 
     def start_and_wait() -> Result:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -109,8 +109,8 @@ def test_after_start_no_process_of_ours_stays(guard: Guard) -> None:
     assert guard.reach(STRANGER) == "EPERM"
 
 
-def test_a_killed_start_leaves_what_the_next_one_makes_whole(guard: Guard) -> None:
-    """Killed with its first pin made; tests/kernel/test_kill.py does so at each step."""
+def test_a_start_after_a_killed_start_is_whole(guard: Guard) -> None:
+    """The first is killed when its first pin is there. tests/kernel/test_kill.py kills it at each step."""
     deadline = time.monotonic() + command.PATIENCE_S
     while not killed_half_way(guard):  # start was quicker than we
         assert time.monotonic() < deadline
@@ -122,7 +122,7 @@ def test_a_killed_start_leaves_what_the_next_one_makes_whole(guard: Guard) -> No
 
 
 def killed_half_way(guard: Guard) -> bool:
-    """Starts, and kills that when there is a pin; false when the policy is in force all the same."""
+    """Starts, and kills the command when there is a pin; false when the policy came into force before that."""
     with subprocess.Popen(command.argv(guard.words("start", "--user", str(ONE), "--ip", SERVICE))) as process:
         while not traces(guard.sandbox.cgroup)["pins"]:
             assert process.poll() is None
@@ -144,7 +144,7 @@ def test_a_second_start_changes_the_policy_alone(guard: Guard) -> None:
 
 
 def imported_by(words: Sequence[str], folder: Path) -> set[str]:
-    """The top-level modules that a command had imported when it ended; it must end well."""
+    """The top-level modules that a command had imported when it ended. The command must succeed."""
     noted = folder / "modules"
     done = command.run(
         command.argv(
@@ -156,7 +156,7 @@ def imported_by(words: Sequence[str], folder: Path) -> set[str]:
 
 
 def test_a_change_of_policy_imports_no_compiler(guard: Guard, tmp_path: Path) -> None:
-    """bcc alone costs more than the change; the first start, which needs it, shows that it would be seen."""
+    """Importing bcc costs more than the change. The first start needs it, which shows that the test would see it."""
     change = ("--user", str(TWO), "--ip", SERVICE)
     assert "bcc" in imported_by(guard.words("start", "--user", str(ONE), "--ip", SERVICE), tmp_path)
     for words in (("start", *change), ("revoke", *change), ("allow", *change), ("status",), ("stop",)):
@@ -171,7 +171,7 @@ def test_the_same_start_again_changes_nothing(guard: Guard) -> None:
 
 
 def test_two_starts_at_the_same_time(guard: Guard) -> None:
-    """One after the other; the later one's policy is in force, whole."""
+    """They run one after the other; the later one's policy is in force, whole."""
     running = [
         subprocess.Popen(command.argv(guard.words("start", "--user", str(user), "--ip", SERVICE)))
         for user in (ONE, TWO)
@@ -250,14 +250,14 @@ def _detach(guard: Guard, hook: str) -> None:
         os.close(fd)
 
 
-def test_status_of_what_is_not_there_could_not_be_told() -> None:
+def test_the_status_of_a_cgroup_that_is_not_there_is_unknown() -> None:
     result = command.imds_guard_command("status", "--json", "--cgroup", "/sys/fs/cgroup/imds-guard-is-not-here")
     assert result.status == 4
     assert "ENOENT" in result.sentence
 
 
-def test_pins_are_those_of_this_cgroup(guard: Guard) -> None:
-    """What status names is what is there."""
+def test_status_names_the_pins_of_this_cgroup(guard: Guard) -> None:
+    """The folder that status names is the one in bpffs."""
     guard.start()
     found = guard.status()["ebpf"]
     assert found["cgroup"] == guard.sandbox.cgroup
@@ -286,7 +286,7 @@ def test_allow_and_revoke_take_effect(guard: Guard) -> None:
     assert allowed_users(guard) == [("default", [TWO])]
 
 
-def test_allow_of_who_is_allowed_changes_nothing(guard: Guard) -> None:
+def test_allowing_a_listed_user_changes_nothing(guard: Guard) -> None:
     guard.start()
     before = guard.status()
     assert "the policy says so already" in guard("allow", "--user", str(ONE)).answer
@@ -294,7 +294,7 @@ def test_allow_of_who_is_allowed_changes_nothing(guard: Guard) -> None:
     assert guard.status() == before
 
 
-def test_allow_at_a_part_splits_the_lock(guard: Guard) -> None:
+def test_allow_at_one_endpoint_splits_the_lock(guard: Guard) -> None:
     guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
     assert guard("allow", "--user", str(TWO), "--ip", f"{SERVICE}:80").status == 0
     assert [guard.reach(TWO, SERVICE, 80), guard.reach(TWO, SERVICE, 443), guard.reach(TWO, NEIGHBOUR)] == [
@@ -308,7 +308,7 @@ def test_allow_at_a_part_splits_the_lock(guard: Guard) -> None:
     assert allowed_users(guard) == [(SERVICE, [ONE, TWO]), ("default", [ONE])]
 
 
-def test_revoke_at_a_part_splits_the_lock(guard: Guard) -> None:
+def test_revoke_at_one_endpoint_splits_the_lock(guard: Guard) -> None:
     guard.start("--user", str(ONE), "--user", str(TWO), "--ip", SERVICE, "--ip", NEIGHBOUR)
     assert guard("revoke", "--user", str(TWO), "--ip", SERVICE).status == 0
     assert (guard.reach(TWO, SERVICE), guard.reach(TWO, NEIGHBOUR)) == ("EPERM", "connected")
@@ -316,7 +316,7 @@ def test_revoke_at_a_part_splits_the_lock(guard: Guard) -> None:
 
 
 def test_allow_everywhere_needs_equal_allowlists(guard: Guard) -> None:
-    """Else it says which locks there are, and changes none."""
+    """Where they differ, the error names the locks and nothing changes."""
     guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
     guard("allow", "--user", str(TWO), "--ip", NEIGHBOUR)
     before = guard.status()
@@ -337,14 +337,14 @@ def test_revoking_the_last_one_warns(guard: Guard) -> None:
     guard.start("--user", str(ONE), "--ip", SERVICE)
     revoked = guard("revoke", "--user", str(ONE))
     assert revoked.status == 0
-    # A second one comes where the host hides a namespace from us, in which connections could be.
+    # There is a second warning where the host hides a network namespace that could hold connections.
     assert revoked.stderr.splitlines()[0] == "warning: lock default lets nobody through, root included"
     assert guard.reach(ONE) == "EPERM"
     assert guard("status").status == 0
 
 
-def test_revoking_from_a_deny_list_policy_is_refused(guard: Guard) -> None:
-    """Off an allowlist that nobody needs to be on, the user would still get through."""
+def test_revoking_under_a_default_that_allows_is_refused(guard: Guard) -> None:
+    """Nobody needs to be on that allowlist: the user would still get through."""
     guard.start("--deny-user", str(TWO), "--ip", SERVICE)
     before = guard.status()
     result = guard("revoke", "--user", str(ONE))
@@ -353,7 +353,7 @@ def test_revoking_from_a_deny_list_policy_is_refused(guard: Guard) -> None:
     assert guard.status() == before
 
 
-def test_allowing_who_is_denied_is_refused(guard: Guard) -> None:
+def test_allowing_a_denied_user_is_refused(guard: Guard) -> None:
     guard.start("--user", str(ONE), "--deny-user", str(TWO), "--ip", SERVICE)
     before = guard.status()
     result = guard("allow", "--user", str(TWO))
@@ -363,7 +363,7 @@ def test_allowing_who_is_denied_is_refused(guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("change", ["allow", "revoke"])
-def test_a_change_to_nothing_is_refused(guard: Guard, change: str) -> None:
+def test_a_change_is_refused_where_nothing_is_active(guard: Guard, change: str) -> None:
     result = guard(change, "--user", str(ONE))
     assert result.status == 1
     assert "imds-guard is not active" in result.sentence
@@ -374,7 +374,7 @@ def test_a_change_to_nothing_is_refused(guard: Guard, change: str) -> None:
 
 
 def test_explain_a_process(guard: Guard) -> None:
-    """The answer is what the kernel does: the process itself tries."""
+    """The answer is what the kernel does: the process itself tries to connect."""
     guard.start()
 
     def try_and_explain(*ids: int) -> tuple[str, bool, str]:
@@ -390,7 +390,7 @@ def test_explain_a_process(guard: Guard) -> None:
     assert try_and_explain(STRANGER, 1) == ("EPERM", False, "not-listed")
 
 
-def test_explain_a_user_in_words(guard: Guard) -> None:
+def test_explain_a_user_as_text(guard: Guard) -> None:
     guard.start("--user", "root", "--ip", SERVICE)
     lines = guard("explain", "--user", "root", f"{SERVICE}:443").answer.splitlines()
     assert lines[0] == "allowed: allowed-user"
@@ -400,7 +400,7 @@ def test_explain_a_user_in_words(guard: Guard) -> None:
 
 
 def test_changes_at_the_same_time_are_all_made(guard: Guard) -> None:
-    """Each reads the policy and writes it: none may write over what another has just added."""
+    """Each command reads the policy and writes it: none may overwrite what another has just added."""
     guard.start()
     users = [42_001 + n for n in range(6)]
     running = [subprocess.Popen(command.argv(guard.words("allow", "--user", str(user)))) for user in users]
@@ -413,7 +413,7 @@ def test_changes_at_the_same_time_are_all_made(guard: Guard) -> None:
 
 
 def test_allow_saves_what_start_reads(guard: Guard, tmp_path: Path) -> None:
-    """What was saved is in force again, whatever was in between."""
+    """The saved policy comes into force again, whatever was in force meanwhile."""
     file = str(tmp_path / "saved config.toml")
     guard.start()
     allowed = guard("allow", "--user", str(TWO), "--save", "--without-root", "--config", file)
@@ -431,7 +431,7 @@ def test_allow_saves_what_start_reads(guard: Guard, tmp_path: Path) -> None:
 
 
 def test_start_with_a_file_and_a_mode(guard: Guard, tmp_path: Path) -> None:
-    """--mode and --containers say neither who nor where: they go with a file."""
+    """--mode and --containers say neither who nor where, so they go with a file."""
     file = tmp_path / "config.toml"
     file.write_text(f'[lock."two words"]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n')
     guard.start("--config", str(file), "--mode", "audit", "--containers", "allow")
@@ -442,7 +442,7 @@ def test_start_with_a_file_and_a_mode(guard: Guard, tmp_path: Path) -> None:
 
 
 def test_save_keeps_what_the_policy_does_not_say(guard: Guard, tmp_path: Path) -> None:
-    """on_error and the backend are of the file, not of the policy in force."""
+    """on_error and the backend belong to the file, not to the policy in force."""
     file = tmp_path / "config.toml"
     file.write_text(f'on_error = "open"\nbackend = "ebpf"\n[lock.a]\nusers = [{ONE}]\nendpoints = ["{SERVICE}"]\n')
     assert guard("start", "--config", str(file)).status == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands print: JSON for scripts, and text for terminals of 80 columns."""
+"""The output of the commands: JSON for scripts, text for terminals of 80 columns."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def guard() -> Iterator[Guard]:
 
 @needs_root
 def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
-    """Scripts read these: a key that goes away or changes its name breaks them."""
+    """Scripts read these keys: one that is removed or renamed breaks them."""
     started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
     assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out", "connections"}
     status = guard("status", "--json").values
@@ -84,8 +84,8 @@ def test_the_demonstration_as_json() -> None:
     assert all(set(row) == {"caller", "address", "before", "after", "why"} for row in shown["rows"])
 
 
-def test_a_reader_that_stops_reading_is_no_fault() -> None:
-    """``imds-guard endpoints | head -1`` says not a word about it."""
+def test_a_reader_may_stop_reading() -> None:
+    """``imds-guard endpoints | head -1`` prints no error."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -105,14 +105,14 @@ _URL = re.compile(r"https?://\S+")
 
 
 def too_long(text: str, guard: Guard) -> list[str]:
-    """The lines of more than 80 columns; the cgroup of the test has a longer path than one would choose."""
+    """The lines of more than 80 columns. The path of the test's cgroup is longer than usual and does not count."""
     shown = text.replace(guard.sandbox.cgroup, "/sys/fs/cgroup/unified/web.slice")
     return [line for line in shown.splitlines() if len(line) > COLUMNS and not _URL.search(line)]
 
 
 @needs_root
 def test_text_fits_a_terminal(guard: Guard) -> None:
-    """Also with long lists, many locks, and somebody else's programs in the way."""
+    """With long lists, many locks and other tools' programs at the hooks."""
     ips = tuple(word for n in range(1, 30) for word in ("--ip", f"10.200.{n}.0/24:8000-8100+9000,tcp"))
     shown = [
         guard("start", *MANY, "--ip", SERVICE, "--deny-user", "7", *ips).answer,
@@ -132,7 +132,7 @@ def test_text_fits_a_terminal(guard: Guard) -> None:
 
 @contextmanager
 def strangers(guard: Guard, count: int) -> Iterator[None]:
-    """Programs of somebody else, which let everything through, behind ours."""
+    """Attaches programs of another tool behind ours; they let everything through."""
     with contextlib.ExitStack() as fds:
 
         def kept(fd: int) -> int:
@@ -146,14 +146,14 @@ def strangers(guard: Guard, count: int) -> Iterator[None]:
         yield
 
 
-def test_the_built_in_table_fits_a_terminal_but_for_long_addresses_of_pages() -> None:
+def test_the_built_in_table_fits_a_terminal_but_for_long_urls() -> None:
     lines = command.imds_guard_command("endpoints").answer.splitlines()
     assert [line for line in lines if len(line) > COLUMNS and not line.strip().startswith("https://")] == []
 
 
 @pytest.mark.parametrize("name", ["", "start", "stop", "status", "allow", "revoke", "check", "explain", "endpoints"])
 def test_help(name: str) -> None:
-    """With --help and -h, in 80 columns, for whoever asks."""
+    """--help and -h print the same, in 80 columns."""
     words = (name,) if name else ()
     shown = command.imds_guard_command(*words, "--help")
     assert shown.answer.startswith("Usage: imds-guard " + name)
@@ -175,7 +175,7 @@ def test_version() -> None:
     "name", ["two words", 'a "quoted" one', "back\\slash", "it's", "$(reboot)", "Zürich", "-rf", "[x]", "#"]
 )
 def test_a_name_that_needs_quoting(guard: Guard, tmp_path: Path, name: str) -> None:
-    """It comes out of the file, the kernel, the file again and JSON as it went in."""
+    """It goes unchanged through the file, the kernel, the file again and JSON."""
     file = tmp_path / "config.toml"
     file.write_text(f'[lock.{json.dumps(name)}]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n', encoding="utf-8")
     guard.start("--config", str(file))
@@ -191,7 +191,7 @@ def test_a_name_that_needs_quoting(guard: Guard, tmp_path: Path, name: str) -> N
 
 @needs_root
 def test_a_terminal_without_unicode(guard: Guard, tmp_path: Path) -> None:
-    """LC_ALL=C of a cron job: what can't be shown does not end the command."""
+    """With LC_ALL=C, as in a cron job, a character that can't be shown does not end the command."""
     file = tmp_path / "config.toml"
     file.write_text(f'[lock."Zürich"]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n', encoding="utf-8")
     plain = {"LC_ALL": "C", "PYTHONIOENCODING": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

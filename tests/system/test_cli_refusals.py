@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused: one sentence on stderr, the right exit status, and the guard that runs is as it was."""
+"""A refusal is one sentence on stderr and the right exit status; the guard that runs is unchanged."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ USAGE, OTHER, NO_PERMISSION, BAD = 2, 1, 77, 78
 
 
 class Running(NamedTuple):
-    """A guard that runs, and what was said of it before."""
+    """A guard that runs, and its status before the test."""
 
     guard: Guard
     before: Any
 
     def assert_unchanged(self) -> None:
-        """Nothing of what ``status --json`` shows, the programs' IDs and the generation included."""
+        """``status --json`` is the same as before, with the programs' IDs and the generation."""
         assert status_values(self.guard) == self.before
 
 
 def status_values(guard: Guard) -> Any:
-    """What ``status --json`` prints, without a start of Python."""
+    """The values of ``status --json``, without starting another Python."""
     return status_text.status_values(look.status(guard.sandbox.cgroup))
 
 
 @pytest.fixture(scope="module")
 def guard_of_all() -> Iterator[Running]:
-    """One guard for every refusal, and what the command said of it at the beginning."""
+    """One guard for every refusal, and its first status."""
     with command.guard() as guard:
         guard.start()
         yield Running(guard, guard.status())
@@ -51,7 +51,7 @@ def running(guard_of_all: Running) -> Running:
 
 WHO = ("--user", str(ONE))
 
-WORDS: dict[str, tuple[int, tuple[str, ...], str]] = {
+ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     # names and numbers
     "unknown group": (
         BAD,
@@ -145,10 +145,10 @@ WORDS: dict[str, tuple[int, tuple[str, ...], str]] = {
 
 
 @needs_root
-@pytest.mark.parametrize("case", sorted(WORDS))
-def test_a_bad_word_changes_nothing(running: Running, case: str) -> None:
-    status, words, part = WORDS[case]
-    name, *rest = words
+@pytest.mark.parametrize("case", sorted(ARGUMENTS))
+def test_a_bad_argument_changes_nothing(running: Running, case: str) -> None:
+    status, arguments, part = ARGUMENTS[case]
+    name, *rest = arguments
     result = running.guard(name, *rest)
     assert result.status == status, result
     assert part in result.sentence
@@ -190,7 +190,7 @@ FILES: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("command_name", ["start", "check"])
 @pytest.mark.parametrize("case", sorted(FILES))
 def test_a_bad_file_changes_nothing(running: Running, tmp_path: Path, case: str, command_name: str) -> None:
-    """And the sentence says where."""
+    """The sentence names the file and the line."""
     text, part = FILES[case]
     file = tmp_path / "config.toml"
     file.write_text(text)
@@ -202,7 +202,7 @@ def test_a_bad_file_changes_nothing(running: Running, tmp_path: Path, case: str,
 
 
 @needs_root
-def test_octets_that_are_no_text(running: Running, tmp_path: Path) -> None:
+def test_a_file_that_is_not_utf8_changes_nothing(running: Running, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_bytes(b"\x7fELF\xff\x00")
     result = running.guard("start", "--config", str(file))
@@ -213,8 +213,8 @@ def test_octets_that_are_no_text(running: Running, tmp_path: Path) -> None:
 
 @needs_root
 @pytest.mark.parametrize("name", ["start", "stop", "status", "allow", "revoke", "explain", "check"])
-def test_a_cgroup_that_is_none(running: Running, name: str) -> None:
-    """A folder of another file system, one that is not there, none at all; status says that it could not tell."""
+def test_a_path_that_is_no_cgroup(running: Running, name: str) -> None:
+    """Another file system, a path that is not there, an empty path. For status that is "could not tell"."""
     words = {"start": WHO, "allow": WHO, "revoke": WHO, "explain": ("--user", "root", SERVICE)}.get(name, ())
     for path, part in (("/tmp", "it is not in a cgroup2"), ("/nonexistent", "ENOENT"), ("", "ENOENT")):
         result = command.imds_guard_command(name, *words, "--cgroup", path)
@@ -234,8 +234,8 @@ def test_too_many_users_are_refused_before_anything_is_written(running: Running,
 
 
 @needs_root
-def test_a_policy_that_can_not_be_saved_is_in_force_and_that_is_told() -> None:
-    """The file's folder can't be made: /proc takes none."""
+def test_a_policy_that_can_not_be_saved_is_in_force_and_the_error_says_so() -> None:
+    """The file's folder can't be created: it is in /proc."""
     with command.guard() as guard:
         guard.start()
         saving = ("--save", "--without-root", "--config", "/proc/imds-guard/config.toml")
@@ -248,14 +248,14 @@ def test_a_policy_that_can_not_be_saved_is_in_force_and_that_is_told() -> None:
 
 @needs_root
 def test_after_all_of_this_the_guard_still_guards(guard_of_all: Running) -> None:
-    """Same policy, same programs, and it denies whom it should."""
+    """The policy and the programs are the same, and it denies whom it should."""
     running = guard_of_all
     assert running.guard.status() == running.before
     assert [running.guard.reach(ONE), running.guard.reach(TWO)] == ["connected", "EPERM"]
     assert running.guard.reach(TWO, groups=(STAFF,)) == "connected"
 
 
-# --- whoever is not root --------------------------------------------------------------------------------------------
+# --- users other than root ------------------------------------------------------------------------------------------
 
 NEEDS_ROOT: dict[str, tuple[str, ...]] = {
     "start": WHO,
@@ -270,7 +270,7 @@ NEEDS_ROOT: dict[str, tuple[str, ...]] = {
 }
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
+    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # imported while root: the tree may be unreadable
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 
@@ -286,7 +286,7 @@ def test_only_root_may(running: Running, name: str) -> None:
 
 
 @needs_root
-def test_ip_lockdown_is_for_root_too() -> None:
+def test_ip_lockdown_needs_root_too() -> None:
     result = command.run(command.argv((SERVICE, "root"), entry="ip_lockdown", before=BECOME_NOBODY))
     assert (result.status, result.sentence) == (77, "imds-guard ip-lockdown: only root may; run it with sudo")
 
@@ -298,8 +298,8 @@ def test_everyone_may_read(words: tuple[str, ...]) -> None:
 
 
 @needs_root
-def test_what_is_wrong_is_told_before_who_may() -> None:
-    """A word that is none is none for root, too."""
+def test_a_wrong_option_is_reported_before_a_missing_privilege() -> None:
+    """It would be wrong for root as well."""
     result = command.run(command.argv(("start", "--frobnicate"), before=BECOME_NOBODY))
     assert (result.status, "No such option" in result.sentence) == (USAGE, True)
 

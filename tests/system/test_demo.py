@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demonstration shows what happens, and leaves the machine as it was."""
+"""The demonstration shows what the kernel does, and leaves the machine as it was."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ EXPECTED = {
 
 
 def _our_sandboxes() -> set[str]:
-    """Those of this process: other tests of the same run may hold theirs meanwhile."""
+    """The sandboxes that this process made. Another run of the tests may have its own."""
     return {path for path, _, _ in os.walk("/sys/fs/cgroup") if f"sandbox-{os.getpid()}-" in os.path.basename(path)}
 
 
 def _our_children() -> set[int]:
-    """Zombies, too. Other tests of the same run may have some meanwhile, as with the sandboxes."""
+    """The children of this process, zombies included."""
     return {child.pid for child in psutil.Process().children()}
 
 
 def _demos(folder: Path) -> dict[str, tuple[Callable[[], DemoResult], str]]:
-    """By backend: the demonstration, and the errno of a denial."""
+    """Backend -> the demonstration, and the errno of a denial."""
     return {
         "ebpf": (lambda: run_demo(EbpfBackend), "EPERM"),
         "iptables": (
@@ -56,7 +56,7 @@ def _demos(folder: Path) -> dict[str, tuple[Callable[[], DemoResult], str]]:
 
 @pytest.mark.parametrize("backend", ["ebpf", "iptables"])
 def test_who_gets_through(backend: str, tmp_path: Path) -> None:
-    """Everybody before, and after only the listed user and the group's member."""
+    """Before locking everybody gets through; afterwards only the listed user and the member of the group."""
     demo, refusal = _demos(tmp_path)[backend]
     try:
         result = demo()
@@ -73,7 +73,7 @@ def test_who_gets_through(backend: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["ebpf", "iptables"])
 def test_it_leaves_nothing(backend: str, tmp_path: Path) -> None:
-    """No cgroup, no child, no descriptor."""
+    """No cgroup, no child process, no descriptor."""
     places = set()
     before, children_before = _our_sandboxes(), _our_children()
 
@@ -98,7 +98,7 @@ def test_it_leaves_nothing(backend: str, tmp_path: Path) -> None:
 
 
 class _FailsToApply(EbpfBackend):
-    """The real backend, up to a failure after everything is attached."""
+    """The real backend, which fails after everything is attached."""
 
     def apply(self, policy: Policy) -> Change:
         """Attaches, then fails."""
@@ -107,7 +107,7 @@ class _FailsToApply(EbpfBackend):
 
 
 def test_it_leaves_nothing_when_applying_fails() -> None:
-    """What was attached is removed, and the cgroup with it."""
+    """The programs that were attached and the cgroup are removed."""
     seen = []
 
     def make(cgroup: str) -> Backend:
@@ -128,7 +128,7 @@ def _rows(after: str) -> tuple[DemoRow, ...]:
 
 @pytest.mark.parametrize("after", ["EPERM", ANSWERED, "ECONNREFUSED"])
 def test_the_table_fits_80_columns(after: str) -> None:
-    """One line a row, the head first."""
+    """The head is the first line; each row has one line."""
     lines = render(_rows(after)).splitlines()
     assert len(lines) == 1 + len(ATTEMPTS)
     assert max(map(len, lines)) <= 80
@@ -136,7 +136,7 @@ def test_the_table_fits_80_columns(after: str) -> None:
 
 
 def test_a_narrow_table_wraps_its_last_column() -> None:
-    """And loses no word."""
+    """Every word is still there."""
     narrow = render(_rows("EPERM"), 70)
     assert max(map(len, narrow.splitlines())) <= 70
     assert len(narrow.splitlines()) > 1 + len(ATTEMPTS)
@@ -144,7 +144,7 @@ def test_a_narrow_table_wraps_its_last_column() -> None:
 
 
 def test_a_kernel_that_disagrees_is_not_whole() -> None:
-    """A denial of what the policy allows, or the reverse, is seen in the result."""
+    """The result is not whole when the kernel denies what the policy allows, or the reverse."""
     answered, denied = _rows(ANSWERED)[0], _rows("EPERM")[0]
     assert answered.as_decided
     assert not denied.as_decided

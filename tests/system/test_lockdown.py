@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ip-lockdown in place of the script of that name, and the commands on the fallback, each in a namespace of its own."""
+"""ip-lockdown, which takes the place of the script of that name, and the commands on the fallback."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def guard() -> Iterator[Guard]:
 
 
 def _inside(guard: Guard, *words: str, entry: str = "main") -> Result:
-    """The command in the sandbox's network namespace, on iptables."""
+    """Runs the command on iptables, in the sandbox's network namespace."""
     return guard.sandbox.call(lambda: command.run(command.argv(words, entry=entry)), timeout_s=PATIENCE_S)
 
 
 @pytest.fixture(params=["ebpf", "iptables"])
 def lock_down(request: pytest.FixtureRequest, guard: Guard) -> Command:
-    """``ip-lockdown``, with each backend."""
+    """``ip-lockdown`` with each backend."""
 
     def on_ebpf(*words: str) -> Result:
         return command.run(command.argv(("--cgroup", guard.sandbox.cgroup, *words), entry="ip_lockdown"))
@@ -42,7 +42,7 @@ def lock_down(request: pytest.FixtureRequest, guard: Guard) -> Command:
 
 
 def _through(guard: Guard) -> list[tuple[str, int]]:
-    """Who gets where."""
+    """The (address, user ID) pairs that get through."""
     return [(to, uid) for to in (SERVICE, NEIGHBOUR) for uid in (0, ONE, TWO) if guard.reach(uid, to) == "connected"]
 
 
@@ -59,7 +59,7 @@ def test_it_adds_and_never_takes_away(guard: Guard, lock_down: Command) -> None:
 
 
 def test_another_address_is_another_lock(guard: Guard, lock_down: Command) -> None:
-    """A for ONE and B for TWO does not let TWO to A."""
+    """Locking A for ONE and B for TWO does not let TWO reach A."""
     lock_down(SERVICE, str(ONE))
     assert lock_down(NEIGHBOUR, str(TWO)).status == 0
     assert _through(guard) == [(SERVICE, ONE), (NEIGHBOUR, TWO)]
@@ -73,7 +73,7 @@ def test_the_same_again_changes_nothing(guard: Guard, lock_down: Command) -> Non
     assert [uid for to, uid in _through(guard) if to == SERVICE] == [ONE]
 
 
-def test_nobody_is_a_lock_too(guard: Guard, lock_down: Command) -> None:
+def test_without_users_nobody_gets_through(guard: Guard, lock_down: Command) -> None:
     assert lock_down(SERVICE).status == 0
     assert [uid for to, uid in _through(guard) if to == SERVICE] == []
 
@@ -81,7 +81,7 @@ def test_nobody_is_a_lock_too(guard: Guard, lock_down: Command) -> None:
 @pytest.mark.parametrize(
     ("words", "status"), [(("192.0.2.999",), 78), (("192.0.2.1", "no-such-user"), 78), ((), 2)], ids=str
 )
-def test_a_mistake_is_told_on_stderr_and_locks_nothing(
+def test_a_mistake_is_reported_on_stderr_and_locks_nothing(
     guard: Guard, lock_down: Command, words: tuple[str, ...], status: int
 ) -> None:
     done = lock_down(*words)
@@ -94,7 +94,7 @@ def test_a_mistake_is_told_on_stderr_and_locks_nothing(
 # --- the commands on iptables ---------------------------------------------------------------------------------------
 
 
-def test_the_life_of_a_guard_on_iptables(guard: Guard) -> None:
+def test_every_command_works_on_iptables(guard: Guard) -> None:
     """start, status, allow, revoke, explain and stop, as with eBPF."""
     assert _inside(guard, "status").status == 3
     started = _inside(guard, "start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6)
@@ -116,7 +116,7 @@ def test_the_life_of_a_guard_on_iptables(guard: Guard) -> None:
     assert _inside(guard, "status").status == 3
 
 
-def test_a_foreign_flush_is_degraded_and_start_repairs(guard: Guard) -> None:
+def test_after_another_tool_flushes_the_status_is_degraded_and_start_repairs(guard: Guard) -> None:
     words = ("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
     _inside(guard, *words)
     flushed = guard.sandbox.call(lambda: command.run(("iptables", "-F")), timeout_s=PATIENCE_S)
@@ -129,14 +129,14 @@ def test_a_foreign_flush_is_degraded_and_start_repairs(guard: Guard) -> None:
     assert guard.reach(STRANGER) == "ECONNREFUSED"
 
 
-def test_a_cgroup_goes_with_ebpf_alone(guard: Guard) -> None:
+def test_a_cgroup_needs_ebpf(guard: Guard) -> None:
     done = guard("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
     assert done.status == 2
     assert "--cgroup" in done.sentence
 
 
-def test_what_is_forwarded_is_dropped_too(guard: Guard) -> None:
-    """With forwarding on, rules of ours stand at the head of FORWARD; stop takes them away."""
+def test_forwarded_packets_are_dropped_too(guard: Guard) -> None:
+    """With forwarding on, our rules are the first in FORWARD; stop removes them."""
 
     def route() -> None:
         with open("/proc/sys/net/ipv4/ip_forward", "w", encoding="ascii") as switch:
@@ -155,8 +155,8 @@ def test_what_is_forwarded_is_dropped_too(guard: Guard) -> None:
     assert "imds" not in after.lower()
 
 
-def test_export_is_what_iptables_takes(guard: Guard) -> None:
-    """The text loads as it stands."""
+def test_iptables_restore_loads_an_export(guard: Guard) -> None:
+    """The text loads unchanged."""
     done = command.imds_guard_command("export", "--format", "iptables", "--user", str(ONE), "--ip", SERVICE)
     assert done.status == 0, done
 
@@ -169,7 +169,7 @@ def test_export_is_what_iptables_takes(guard: Guard) -> None:
 
 
 def test_export_refuses_to_weaken() -> None:
-    """nftables sees the primary group alone: a member of a denied group would get through. --force prints it anyway."""
+    """nftables matches the primary group only: a member of a denied group would get through. --force prints it."""
     words = ("export", "--format", "nftables", "--deny-group", str(STAFF), "--ip", SERVICE)
     refused = command.imds_guard_command(*words)
     assert refused.status == 78

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""verify and verify --repair on damage of every kind: what is said, what holds afterwards, and that there is no gap."""
+"""verify and verify --repair after every kind of damage: the report, the state afterwards, and no gap between."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ABSENT = "/nonexistent/config.toml"
 
 @pytest.fixture
 def guard() -> Iterator[Guard]:
-    """The service, locked for user ONE and group STAFF; the configuration would lock it for user TWO."""
+    """The service is locked for all but user ONE and group STAFF; the configuration allows user TWO instead."""
     with command.guard() as one:
         yield one
 
 
 def who(guard: Guard) -> list[int]:
-    """Who gets through."""
+    """The user IDs that get through."""
     return [uid for uid in (0, ONE, TWO, STRANGER) if guard.reach(uid) == "connected"]
 
 
@@ -47,13 +47,13 @@ def repair(guard: Guard, path: str = ABSENT) -> Result:
 
 
 def configured(folder: Path, text: str = CONFIGURED) -> str:
-    """The path of a configuration."""
+    """Writes a configuration and returns its path."""
     (folder / "config.toml").write_text(text, encoding="utf-8")
     return str(folder / "config.toml")
 
 
 def poke(guard: Guard, number: Map, key: bytes, value: bytes) -> None:
-    """Writes behind our back."""
+    """Writes to a map as another tool could."""
     fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, number.pin_name))
     bpf.map_update(fd, key, value)
     os.close(fd)
@@ -72,15 +72,15 @@ def test_verify_of_a_whole_guard_says_so_and_changes_nothing(guard: Guard) -> No
 
 
 def test_verify_exits_3_where_nothing_is_active(guard: Guard) -> None:
-    """Repair does not begin what nobody configured."""
+    """Repair does not start a guard that nobody configured."""
     for words in (("verify",), ("verify", "--repair")):
         done = guard(*words, "--config", ABSENT)
         assert (done.status, done.stdout, done.stderr) == (3, "imds-guard: inactive\n", "")
     assert who(guard) == [0, ONE, TWO, STRANGER]
 
 
-def test_the_configuration_says_where(guard: Guard, tmp_path: Path) -> None:
-    """Its cgroup is looked at when none is named."""
+def test_the_configuration_names_the_cgroup(guard: Guard, tmp_path: Path) -> None:
+    """verify looks at the configuration's cgroup when no option names one."""
     path = configured(tmp_path, f'cgroup = "{guard.sandbox.cgroup}"' + CONFIGURED)
     words = ("verify", "--config", path)
     assert command.imds_guard_command(*words).status == 3
@@ -98,7 +98,7 @@ def test_repair_of_nothing_puts_the_configurations_policy_in_force(guard: Guard,
 
 
 def test_repair_takes_a_usable_configuration_in_place_of_the_emergency_lock(guard: Guard, tmp_path: Path) -> None:
-    """As where a directory of users was not there yet at boot."""
+    """For example when the name service was not there yet at boot."""
     path = configured(tmp_path, "broken")
     assert guard("start", "--boot", "--config", path).status == 78
     left = repair(guard, path)
@@ -144,15 +144,15 @@ DAMAGE: dict[str, tuple[Callable[[Guard], None], str, list[int]]] = {
     "wiped settings": (wipe_settings, "the settings of the generation in force are gone", [TWO]),
     "generation 0": (open_the_lock, "nothing was in force", [TWO]),
 }
-"""What is done, what is said of it, and who gets through after the repair: ONE where the policy in force could be
-believed, TWO, whom the configuration allows, where it could not."""
+"""The damage, the fault that is reported, and who gets through after the repair: ONE where the policy in force could be
+read and was unaltered; TWO, whom the configuration allows, where it was not."""
 
 
 @pytest.mark.parametrize(("damage", "said", "through"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_damage_is_seen_and_repaired(
+def test_damage_is_reported_and_repaired(
     guard: Guard, tmp_path: Path, damage: Callable[[Guard], None], said: str, through: list[int]
 ) -> None:
-    """A line for what was wrong and what was done; then it is whole."""
+    """One line says what was wrong and what was done; after that the guard is whole."""
     path = configured(tmp_path)
     guard.start()
     damage(guard)
@@ -169,10 +169,10 @@ def test_a_damage_is_seen_and_repaired(
 
 
 @pytest.mark.parametrize("damage", [unpin_map, add_a_stranger])
-def test_where_nobody_can_tell_what_was_meant_root_alone_is_let_in(
+def test_without_a_readable_policy_and_a_configuration_only_root_gets_through(
     guard: Guard, damage: Callable[[Guard], None], tmp_path: Path
 ) -> None:
-    """No configuration, and what is in force is not to be believed."""
+    """The policy in force was altered and there is no configuration: the emergency lock is put on."""
     built_in = "169.254.169.254"
     guard.start("--user", str(ONE), "--ip", built_in)
     damage(guard)
@@ -185,7 +185,7 @@ def test_where_nobody_can_tell_what_was_meant_root_alone_is_let_in(
     assert allowed == [{"users": [{"id": 0, "name": "root"}], "groups": []}]
 
 
-def test_on_error_open_leaves_what_is_left(guard: Guard, tmp_path: Path) -> None:
+def test_on_error_open_leaves_the_damaged_guard_as_it_is(guard: Guard, tmp_path: Path) -> None:
     path = configured(tmp_path, 'on_error = "open"\n[lock.default]\n')
     guard.start()
     unpin_map(guard)
@@ -196,7 +196,7 @@ def test_on_error_open_leaves_what_is_left(guard: Guard, tmp_path: Path) -> None
 
 
 def test_a_program_behind_ours_is_not_ours_to_repair(guard: Guard) -> None:
-    """It is told, and the status stays degraded."""
+    """It is reported, and the status stays degraded."""
     from imds_guard.kernel.cgroup import open_cgroup
     from tests.kernel.guards import load_stranger
 
@@ -217,7 +217,7 @@ def test_a_program_behind_ours_is_not_ours_to_repair(guard: Guard) -> None:
 
 
 def test_a_repair_leaves_no_gap(guard: Guard, tmp_path: Path) -> None:
-    """A stranger who never stops trying gets through at no moment of three repairs."""
+    """A denied caller that keeps trying never gets through during three repairs."""
     path = configured(tmp_path)
     guard.start()
     with_lock = Storm(guard.sandbox, STRANGER, SERVICE)
@@ -246,12 +246,12 @@ def test_verify_in_json(guard: Guard) -> None:
 
 
 def inside(guard: Guard, *argv: str) -> Result:
-    """A program in the sandbox's network namespace."""
+    """Runs a program in the sandbox's network namespace."""
     return guard.sandbox.call(lambda: command.run(argv), timeout_s=PATIENCE_S)
 
 
 def on_iptables(guard: Guard, *words: str) -> Result:
-    """The command there, with bpf(2) refused: all it can change is the namespace's rules."""
+    """Runs the command there with bpf(2) refused: it can only change the namespace's rules."""
     return inside(guard, sys.executable, "-I", str(NO_BPF), *command.argv(words))
 
 
@@ -262,11 +262,11 @@ RULES: dict[str, tuple[tuple[str, ...], str, int]] = {
     "ACCEPT in our chain": (("-I", "IMDS-GUARD", "-j", "ACCEPT"), "someone changed the rules in our chains", ONE),
     "everything flushed": (("-F",), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
 }
-"""A command, what is said of it, and who gets through after the repair (see DAMAGE)."""
+"""An iptables command, the fault that is reported, and who gets through after the repair (see DAMAGE)."""
 
 
 @pytest.mark.parametrize(("words", "said", "through"), RULES.values(), ids=RULES.keys())
-def test_changed_rules_are_seen_and_repaired(
+def test_changed_rules_are_reported_and_repaired(
     guard: Guard, tmp_path: Path, words: tuple[str, ...], said: str, through: int
 ) -> None:
     path = configured(tmp_path, 'backend = "iptables"' + CONFIGURED)

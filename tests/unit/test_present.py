@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words for people: what stands in them, and how wide they are."""
+"""The commands' text and JSON: what is in them, and how wide the text is."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fits(lines: list[str]) -> bool:
     ],
 )
 def test_identities(who: Identities, text: str) -> None:
-    """Names with their numbers, numbers alone where there is no name, in order."""
+    """Names with their IDs, IDs alone where there is no name, in ascending order."""
     assert policy_text.identities_text(who) == text
 
 
@@ -80,7 +80,7 @@ def test_a_lock_says_who_gets_through() -> None:
 
 
 def test_long_lists_are_wrapped_and_no_endpoint_is_broken() -> None:
-    """Someone will copy it into --ip."""
+    """People copy endpoints into --ip."""
     words = [f"[2001:db8:1234:5678:9abc:def0:1234:{n:x}]:8000-8100+9000-9100,tcp" for n in range(12)]
     lines = policy_text.lock_lines(lock(FOO, *words))
     assert fits(lines)
@@ -124,7 +124,7 @@ def test_an_outcome() -> None:
 
 
 def test_warnings_of_an_outcome() -> None:
-    """What the backend warned of, locks that let nobody through, and who is shut out."""
+    """The backend's warnings, locks that let nobody through, and clients that are shut out."""
     policy = make_policy([lock(Identities())])
     shut_out = [ShutOut(7, "waagent", "root", "is why"), ShutOut(None, "cloud-init", "root", "is why, too")]
     assert outcome_text.outcome_warnings(Outcome("ebpf", policy, [], ["first"], shut_out)) == [
@@ -182,12 +182,12 @@ def test_faults_come_first_and_are_wrapped() -> None:
     assert fits(lines)
 
 
-def test_audit_mode_is_said_at_once() -> None:
+def test_audit_mode_is_on_the_first_line() -> None:
     lines = status_text.status_lines(Status("ebpf", make_policy([lock()], Mode.AUDIT), []))
     assert lines[0] == "imds-guard: active (ebpf), audit mode: nobody is denied"
 
 
-def test_hooks_show_who_else_is_there_in_order() -> None:
+def test_hooks_show_other_programs_in_their_order() -> None:
     lines = status_text.status_lines(Status("ebpf", POLICY, [], state()))
     assert "attached to: /sys/fs/cgroup, every process of the machine" in lines
     assert "version: 01234567, generation 2" in lines
@@ -243,7 +243,7 @@ def test_an_explanation_of_what_is_not_locked() -> None:
 
 
 def test_an_explanation_under_audit() -> None:
-    """Allowed, and yet not: both are said."""
+    """It says that audit mode lets the connect through, and which rule would deny it."""
     lines = explained(make_policy([lock()], Mode.AUDIT), Caller(0, 0))
     assert lines[0] == "allowed: not-listed"
     assert lines[-1] == "  audit mode lets it through"
@@ -271,7 +271,7 @@ def test_an_explanation_as_values() -> None:
     }
 
 
-def test_what_check_found() -> None:
+def test_the_answer_of_check() -> None:
     refused = BackendCheck(EbpfBackend(), Unsupported("a reason " + LONG))
     none = CheckResult([refused], [ShutOut(7, "waagent", "root", "is " + LONG)])
     lines = answers.check_lines(none)
@@ -287,7 +287,7 @@ def test_what_check_found() -> None:
 
 
 def test_the_table_of_endpoints() -> None:
-    """A star for what is locked here, every source, and the legend of the star."""
+    """A star marks what is locked here; every source is there, and the legend."""
     rows = answers.endpoint_rows("Alibaba Cloud")
     lines = answers.endpoint_lines(rows)
     starred = {line[2:] for line in lines[:-1] if line.startswith("* ")}
