@@ -270,7 +270,7 @@ NEEDS_ROOT: dict[str, tuple[str, ...]] = {
 }
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # imported while root: the tree may be unreadable
+    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # imported while root
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 
