@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 import runpy
-import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.tools import need
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 SOURCES = sorted(PICTURES.glob("*.dot"))
@@ -44,8 +45,7 @@ def test_a_picture_was_made_from_its_source(source: Path) -> None:
 
 @each_picture
 def test_graphviz_draws_the_same_again(source: Path) -> None:
-    if shutil.which("dot") is None:
-        pytest.skip("graphviz is not installed")
+    need("dot")
     assert texts(MAKE["draw"](source)) == texts(source.with_suffix(".svg").read_text(encoding="utf-8"))
 
 
