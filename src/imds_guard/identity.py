@@ -15,51 +15,51 @@ from imds_guard.policy.decide import Caller
 from imds_guard.policy.model import MAX_ID
 
 PF_KTHREAD = 0x00200000
-"""Linux include/linux/sched.h."""
+"""Source: include/linux/sched.h in Linux."""
 
 
 class NoSuchProcess(GuardError):
-    """The process has ended, or never was."""
+    """No process has this ID."""
 
 
 # --- names and numbers ----------------------------------------------------------------------------------------------
 
 
-def user_id(word: str | int) -> int:
-    """The user ID for a name or a number; all digits is a number, and needs no account. Raises BadPolicy."""
-    number = _number(word, "user")
+def user_id(name_or_id: str | int) -> int:
+    """The user ID for a name or a number. Digits alone are a number, which needs no account. Raises BadPolicy."""
+    number = _number(name_or_id, "user")
     if number is not None:
         return number
-    name = str(word)
+    name = str(name_or_id)
     try:
         return pwd.getpwnam(name).pw_uid
     except (KeyError, ValueError):
         raise BadPolicy(
-            f"there is no user {name!r}: make it (useradd --system {_shown(name, 'NAME')}), or give a user ID"
+            f"there is no user {name!r}: make it (useradd --system {_plain(name, 'NAME')}), or give a user ID"
         ) from None
 
 
-def group_id(word: str | int) -> int:
-    """The group ID for a name or a number; all digits is a number, and needs no entry. Raises BadPolicy."""
-    number = _number(word, "group")
+def group_id(name_or_id: str | int) -> int:
+    """The group ID for a name or a number. Digits alone are a number, which needs no entry. Raises BadPolicy."""
+    number = _number(name_or_id, "group")
     if number is not None:
         return number
-    name = str(word)
+    name = str(name_or_id)
     try:
         return grp.getgrnam(name).gr_gid
     except (KeyError, ValueError):
         raise BadPolicy(
-            f"there is no group {name!r}: add --create-group, or make it (groupadd --system {_shown(name, 'NAME')}), "
+            f"there is no group {name!r}: add --create-group, or make it (groupadd --system {_plain(name, 'NAME')}), "
             "or give a group ID"
         ) from None
 
 
-def is_missing_group(word: str) -> bool:
+def is_missing_group(name_or_id: str) -> bool:
     """True for the name of a group that does not exist; a number is never missing."""
-    if _number(word, "group") is not None:
+    if _number(name_or_id, "group") is not None:
         return False
     try:
-        grp.getgrnam(word)
+        grp.getgrnam(name_or_id)
     except (KeyError, ValueError):
         return True
     return False
@@ -82,45 +82,45 @@ def group_name(gid: int) -> str:
 
 
 def create_group(name: str) -> int:
-    """The ID of the group ``name``, which is made (a system group) unless it is there. Raises GuardError."""
+    """The ID of the group ``name``, which is created as a system group if it does not exist. Raises GuardError."""
     try:
         return grp.getgrnam(name).gr_gid
     except (KeyError, ValueError):
         pass
     if os.geteuid() != 0:
-        raise NotPermitted(f"the group {name!r} can be made by root only: run it with sudo")
+        raise NotPermitted(f"only root can create the group {name!r}: run this with sudo")
     done = run(["groupadd", "--system", "--", name])
     if done.status != 0:
         raise BadPolicy(f"groupadd could not make the group {name!r}: {done.complaint}")
     return group_id(name)
 
 
-def _number(word: str | int, kind: str) -> int | None:
-    if isinstance(word, str) and not (word.isascii() and word.isdigit()):
-        if not word.strip():
-            raise BadPolicy(f"an empty {kind} name means nobody that can be found: give a name or a number")
+def _number(name_or_id: str | int, kind: str) -> int | None:
+    if isinstance(name_or_id, str) and not (name_or_id.isascii() and name_or_id.isdigit()):
+        if not name_or_id.strip():
+            raise BadPolicy(f"an empty {kind} name names nobody: give a name or a number")
         return None
-    # int() of thousands of digits is refused (CVE-2020-10735), and no ID has more than ten.
-    digits = str(word).lstrip("0") or "0"
+    # int() refuses thousands of digits (CVE-2020-10735), and no ID has more than ten.
+    digits = str(name_or_id).lstrip("0") or "0"
     number = int(digits) if len(digits) <= 10 else MAX_ID + 1
     if not 0 <= number <= MAX_ID:
         raise BadPolicy(f"{digits[:20]} is not a {kind} ID: they go from 0 to {MAX_ID}")
     return number
 
 
-def _shown(name: str, otherwise: str) -> str:
-    """The name when it can stand in a command line as it is."""
+def _plain(name: str, otherwise: str) -> str:
+    """``name`` where a shell needs no quotes for it, else ``otherwise``."""
     return name if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) else otherwise
 
 
 # --- the credentials of callers -------------------------------------------------------------------------------------
 
 
-def caller_of_user(word: str | int) -> Caller:
-    """The credentials that a fresh login of a user has: primary group and every group of the group database."""
-    uid = user_id(word)
+def caller_of_user(name_or_id: str | int) -> Caller:
+    """The credentials of a new login of a user: the primary group and every group of the group database."""
+    uid = user_id(name_or_id)
     try:
-        entry = pwd.getpwuid(uid) if _number(word, "user") is not None else pwd.getpwnam(str(word))
+        entry = pwd.getpwuid(uid) if _number(name_or_id, "user") is not None else pwd.getpwnam(str(name_or_id))
     except KeyError:
         raise BadPolicy(f"no account has the user ID {uid}, so its groups are not known: name a process") from None
     groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
@@ -128,7 +128,7 @@ def caller_of_user(word: str | int) -> Caller:
 
 
 def caller_of_pid(pid: int) -> Caller:
-    """The credentials of a running process as its next connect would show them. Raises NoSuchProcess, NotPermitted."""
+    """The credentials with which a running process would connect now. Raises NoSuchProcess, NotPermitted."""
     folder = f"/proc/{pid}"
     try:
         status = _status_fields(_read(f"{folder}/status"))
@@ -139,8 +139,8 @@ def caller_of_pid(pid: int) -> Caller:
         raise NoSuchProcess(f"there is no process {pid}") from None
     except PermissionError as error:
         raise NotPermitted(
-            f"reading the namespaces of process {pid}: {system_text(error)}; that takes root with every capability "
-            "that the process has, or CAP_SYS_PTRACE (ptrace(2))"
+            f"reading the namespaces of process {pid}: {system_text(error)}; this needs root with every capability "
+            "of the process, or CAP_SYS_PTRACE (ptrace(2))"
         ) from error
     return Caller(
         fsuid=_filesystem_id(status["Uid"]),
@@ -168,10 +168,10 @@ def _filesystem_id(value: str) -> int:
 
 
 def _groups(value: str) -> frozenset[int]:
-    return frozenset(int(word) for word in value.split())
+    return frozenset(int(gid) for gid in value.split())
 
 
 def _stat_flags(text: str) -> int:
-    """Field 9 of /proc/PID/stat; field 2, the name, may hold blanks and parentheses (proc_pid_stat(5))."""
+    """Field 9 of /proc/PID/stat. Field 2, the name, may contain blanks and parentheses (proc_pid_stat(5))."""
     after_name: list[str] = text[text.rindex(")") + 1 :].split()
     return int(after_name[6])

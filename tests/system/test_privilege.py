@@ -143,7 +143,7 @@ def test_without_any_one_of_them_it_is_refused_and_named(untouched: Guard, name:
     done = run_with(untouched, name, [number for number in EVERY_CAPABILITY if number not in dropped])
     assert done.status == NO_PERMISSION, done
     word = privileges.capability_name(missing)
-    assert done.sentence.startswith(f"imds-guard {name}: this process is root without {word}; ")
+    assert done.sentence.startswith(f"imds-guard {name}: this process is root without {word}, which ")
     assert traces(untouched.sandbox.cgroup) == NOTHING
 
 

@@ -150,7 +150,7 @@ def test_create_group_without_privilege_says_so() -> None:
 
     def try_it() -> None:
         os.setresuid(65534, 65534, 65534)
-        with pytest.raises(NotPermitted, match="can be made by root only"):
+        with pytest.raises(NotPermitted, match="only root can create the group"):
             create_group(ABSENT)
 
     with child(try_it):

@@ -209,8 +209,8 @@ def test_a_client_that_would_be_shut_out_at_the_next_boot_is_a_refusal(
 
 def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
     """And is written once."""
-    first = service._put("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
-    again = service._put("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
+    first = service._install_unit("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
+    again = service._install_unit("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
     path = tmp_path / "imds-guard.service"
     assert (first, again) == ([f"wrote {path}"], [f"{path} is there already"])
     text = path.read_text(encoding="utf-8")
@@ -220,7 +220,7 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wishes", "files"),
+    ("options", "files"),
     [
         (service.ServiceOptions(), {"imds-guard.service"}),
         (service.ServiceOptions(watch=True), {"imds-guard.service", "imds-guard-watch.service"}),
@@ -231,8 +231,8 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
         (service.ServiceOptions(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
     ],
 )
-def test_the_files_are_those_that_are_wished_for(wishes: service.ServiceOptions, files: list[str]) -> None:
-    assert set(wishes.files) == set(files)
+def test_the_files_are_those_that_are_asked_for(options: service.ServiceOptions, files: list[str]) -> None:
+    assert set(options.files) == set(files)
 
 
 # --- telling systemd ------------------------------------------------------------------------------------------------

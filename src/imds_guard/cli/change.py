@@ -31,10 +31,10 @@ from imds_guard.policy.model import Endpoint, Identities, Policy
 @cgroup_option
 def stop(service: str | None, cgroup: str | None) -> None:
     """Open the locks and remove everything of imds-guard from the kernel."""
-    from imds_guard.commands.service import may_open, repairs_itself  # noqa: PLC0415
+    from imds_guard.commands.service import may_unlock, repairs_itself  # noqa: PLC0415
 
     require_root("stop")
-    if service is not None and not may_open(service):
+    if service is not None and not may_unlock(service):
         print_lines([f"the lock stays in force: {service} is restarted, or the machine goes down"])
         return
     print_lines(guard.stop(cgroup) or ["imds-guard was not active: nothing to remove"])

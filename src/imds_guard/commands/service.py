@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systemd units: put in place, switched on, and taken away again."""
+"""Installs and removes the systemd units."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ REQUIRED = "imds-guard-required.service"
 UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", REQUIRED)
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-"""The folder of imds_guard itself."""
+"""The folder of the package imds_guard."""
 
 FOLDER = "/etc/systemd/system"
-PACKAGED = ("/usr/lib/systemd/system", "/lib/systemd/system")
-"""Where a distribution's package has put them (systemd.unit(5))."""
+PACKAGED_FOLDERS = ("/usr/lib/systemd/system", "/lib/systemd/system")
+"""Where a package of the distribution installs units (systemd.unit(5))."""
 
 PROGRAM = "/usr/bin/imds-guard"
-"""What the units of data/systemd run."""
+"""The program in the units of data/systemd."""
 
 MARK = "# Written by imds-guard install-service."
 
 _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 -- refused, not used
-"""What ProtectHome= and PrivateTmp= hide from the units."""
+"""Folders that ProtectHome= and PrivateTmp= hide from the units."""
 
 
 class ServiceOptions(NamedTuple):
-    """Which of the units, and whether to begin now."""
+    """Which units to install, and whether to start them now."""
 
     watch: bool = False
     verify: bool = False
@@ -48,20 +48,20 @@ class ServiceOptions(NamedTuple):
 
     @property
     def enabled(self) -> tuple[str, ...]:
-        """The units that are switched on."""
-        wanted = ((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock))
-        return tuple(name for name, is_wanted in wanted if is_wanted)
+        """The units to enable."""
+        chosen = ((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock))
+        return tuple(name for name, is_chosen in chosen if is_chosen)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The units that must be there for these."""
+        """The unit files that these need."""
         return tuple(
             name for name in UNITS if name in self.enabled or (self.verify and name.startswith("imds-guard-v"))
         )
 
 
-class Done(NamedTuple):
-    """What was done, and what to look at."""
+class Installed(NamedTuple):
+    """Lines that say what was done, and warnings."""
 
     lines: list[str]
     warnings: list[str]
@@ -70,33 +70,33 @@ class Done(NamedTuple):
 # --- install --------------------------------------------------------------------------------------------------------
 
 
-def install(wishes: ServiceOptions, program: str, path: str = CONFIG_PATH, folder: str = FOLDER) -> Done:
-    """Writes the units that run ``program`` and switches them on for the next boot; never off.
+def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, folder: str = FOLDER) -> Installed:
+    """Writes the units, which run ``program``, and enables them; disables none.
 
-    Raises GuardError, before anything is written, when the next boot would not lock what the configuration says, or
-    would shut a client out.
+    Raises GuardError, before anything is written, when the next boot could not apply the configuration, or would shut
+    out a client.
     """
     program = check_program(program)
-    warnings = _check_configuration(wishes, path)
-    _check_roots_own(_PACKAGE)
-    if wishes.require_lock and not _network_units():
+    warnings = _check_configuration(options, path)
+    _check_only_root_can_change(_PACKAGE)
+    if options.require_lock and not _network_units():
         raise GuardError(
-            f"making the network wait for the lock: nothing that {REQUIRED} knows brings the network up here "
-            f"({', '.join(_required_by())}); leave --require-lock out, or add a drop-in to what does"
+            f"making the network wait for the lock: no unit that {REQUIRED} knows brings the network up here "
+            f"({', '.join(_required_by())}); leave --require-lock out, or add a drop-in to the unit that does"
         )
-    lines = [line for name in wishes.files for line in _put(name, program, folder)]
-    lines += _switch_on(wishes)
-    return Done(lines, warnings)
+    lines = [line for name in options.files for line in _install_unit(name, program, folder)]
+    lines += _enable(options)
+    return Installed(lines, warnings)
 
 
 def check_program(program: str) -> str:
-    """The absolute path that units can run at boot. Raises UsageError, NotPermitted."""
+    """The absolute path of ``program``, when units can run it at boot. Raises UsageError, NotPermitted."""
     path = os.path.abspath(program)
     if os.path.basename(path) != "imds-guard" or not os.access(path, os.X_OK):
         raise UsageError(
-            f"installing the service: this imds-guard runs from a source tree ({path}), which a boot can't rely on; "
+            f"installing the service: this imds-guard runs from a source tree ({path}), which may be gone at boot; "
             "install it (the package, or /usr/bin/python3 -m venv --system-site-packages /opt/imds-guard && "
-            "/opt/imds-guard/bin/pip install .), and run that one's install-service"
+            "/opt/imds-guard/bin/pip install .), and run install-service of the installed one"
         )
     real = os.path.realpath(path)
     for one in (path, real):
@@ -105,33 +105,33 @@ def check_program(program: str) -> str:
                 f"installing the service: {one} is in a folder that services do not see; install imds-guard in /opt, "
                 "/usr/local or by its package"
             )
-        _check_roots_own(one)
+        _check_only_root_can_change(one)
     return path
 
 
-def _check_roots_own(path: str) -> None:
-    """Whoever may write to it, or to a folder above it, would become root at the next boot."""
+def _check_only_root_can_change(path: str) -> None:
+    """Whoever can write to ``path`` or a folder above it would be root at the next boot. Raises NotPermitted."""
     while True:
         found = os.stat(path)
         if not ownership.only_root_can_write(found, root_group=True):
             raise NotPermitted(
                 f"installing the service: {path} can be changed by others than root, who would be root at the next "
-                "boot; install imds-guard in a folder of root's"
+                "boot; install imds-guard in a folder that only root can write to"
             )
         if path == "/":
             return
         path = os.path.dirname(path)
 
 
-def _check_configuration(wishes: ServiceOptions, path: str) -> list[str]:
-    """What to look at. Raises BadPolicy for a configuration that boot could not use, or that shuts a client out."""
+def _check_configuration(options: ServiceOptions, path: str) -> list[str]:
+    """Warnings. Raises BadPolicy for a configuration that boot could not use, or that shuts out a client."""
     if not os.path.exists(path):
         raise BadPolicy(
             f"installing the service: there is no configuration {path} for it; save one first with imds-guard start "
             "... --save"
         )
     config = load_config(path, use_stored_ids=True)
-    check_next_boot(config.policy, wishes.without_root)
+    check_next_boot(config.policy, options.without_root)
     warnings = list(config.warnings)
     checked = look.check(config.policy, with_config(GuardOptions(), config))
     if checked.chosen is None:
@@ -141,8 +141,8 @@ def _check_configuration(wishes: ServiceOptions, path: str) -> list[str]:
 
 
 def _network_units() -> list[str]:
-    folders = (FOLDER, "/run/systemd/system", *PACKAGED)
-    return [name for name in _required_by() if any(os.path.exists(os.path.join(place, name)) for place in folders)]
+    folders = (FOLDER, "/run/systemd/system", *PACKAGED_FOLDERS)
+    return [name for name in _required_by() if any(os.path.exists(os.path.join(one, name)) for one in folders)]
 
 
 def _required_by() -> list[str]:
@@ -151,14 +151,14 @@ def _required_by() -> list[str]:
 
 
 def _text(name: str) -> str:
-    place = os.path.join(_PACKAGE, "data", "systemd", name)
-    with open(place, encoding="utf-8") as file:
+    path = os.path.join(_PACKAGE, "data", "systemd", name)
+    with open(path, encoding="utf-8") as file:
         return file.read()
 
 
-def _put(name: str, program: str, folder: str) -> list[str]:
-    """Writes one unit, unless the package's is there and runs the same program."""
-    if program == PROGRAM and any(os.path.exists(os.path.join(place, name)) for place in PACKAGED):
+def _install_unit(name: str, program: str, folder: str) -> list[str]:
+    """Writes one unit, unless a package has installed it with the same program."""
+    if program == PROGRAM and any(os.path.exists(os.path.join(one, name)) for one in PACKAGED_FOLDERS):
         return []
     text = f"{MARK}\n{_text(name).replace(PROGRAM, _escaped(program))}"
     path = os.path.join(folder, name)
@@ -169,7 +169,7 @@ def _put(name: str, program: str, folder: str) -> list[str]:
 
 
 def _escaped(program: str) -> str:
-    """As a word of ExecStart= (systemd.service(5), command lines)."""
+    """The path as one argument of ExecStart= (systemd.service(5), "Command lines")."""
     plain = program.replace("%", "%%").replace("$", "$$")
     if all(character.isalnum() or character in "/._+-%$" for character in plain):
         return plain
@@ -183,7 +183,7 @@ def _read(path: str) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, UnicodeDecodeError) as error:
-        raise GuardError(f"reading {path}: {error}; look at what is there and move it away") from error
+        raise GuardError(f"reading {path}: {error}; check what it is and move it away") from error
 
 
 def _write(path: str, text: str) -> None:
@@ -193,65 +193,65 @@ def _write(path: str, text: str) -> None:
         raise GuardError(f"writing {path}: {system_text(error)}; the service is not installed") from error
 
 
-def _switch_on(wishes: ServiceOptions) -> list[str]:
+def _enable(options: ServiceOptions) -> list[str]:
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
-    systemd.systemctl("enable", "--quiet", *wishes.enabled)
-    lines = [f"switched on for every boot: {', '.join(wishes.enabled)}"]
-    if not wishes.now:
-        return [*lines, "what is in force now stays as it is; --now starts the units"]
-    # Started: also where it is, so that its state is the unit's. Then again, for a configuration that has changed.
+    systemd.systemctl("enable", "--quiet", *options.enabled)
+    lines = [f"enabled for every boot: {', '.join(options.enabled)}"]
+    if not options.now:
+        return [*lines, "the lock that is in force stays as it is; --now starts the units"]
+    # Where a lock is in force already, this makes its state known to systemd, or applies a changed configuration.
     systemd.systemctl("reload-or-restart", MAIN)
-    for name in wishes.enabled[1:]:
+    for name in options.enabled[1:]:
         systemd.systemctl("start", name)
-    return [*lines, f"started {', '.join(wishes.enabled)}"]
+    return [*lines, f"started {', '.join(options.enabled)}"]
 
 
 # --- uninstall ------------------------------------------------------------------------------------------------------
 
 
 def uninstall(folder: str = FOLDER) -> list[str]:
-    """Switches the units off and removes those that install() wrote. What is locked stays locked."""
-    there = [name for name in UNITS if _is_there(name, folder)]
-    if not there:
+    """Disables the units and removes those that install() wrote. A lock that is in force stays."""
+    installed = [name for name in UNITS if _is_installed(name, folder)]
+    if not installed:
         return ["the service was not installed: nothing to remove"]
     lines = []
-    systemd.systemctl("disable", "--quiet", *(name for name in there if "[Install]" in _text(name)))
+    systemd.systemctl("disable", "--quiet", *(name for name in installed if "[Install]" in _text(name)))
     if systemd.is_booted():
-        for name in there:
+        for name in installed:
             if name not in (MAIN, REQUIRED):
                 systemd.systemctl("stop", name)
-    for name in there:
+    for name in installed:
         path = os.path.join(folder, name)
         if _read(path).startswith(MARK):
             os.unlink(path)
             lines.append(f"removed {path}")
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
-        _forget(folder)
-    return [*lines, "switched off for the next boot; what is locked stays so until imds-guard stop"]
+        _stop_removed_units(folder)
+    return [*lines, "disabled for the next boot; what is locked stays locked until imds-guard stop"]
 
 
-def _is_there(name: str, folder: str) -> bool:
-    return any(os.path.exists(os.path.join(place, name)) for place in (folder, *PACKAGED))
+def _is_installed(name: str, folder: str) -> bool:
+    return any(os.path.exists(os.path.join(place, name)) for place in (folder, *PACKAGED_FOLDERS))
 
 
-def _forget(folder: str) -> None:
-    """A unit without a file has no ExecStop= any more: it ends, and the lock stays."""
+def _stop_removed_units(folder: str) -> None:
+    """A unit without a file has no ExecStop= any more: systemd stops it, and the lock stays."""
     for name in (MAIN, REQUIRED):
-        # One that systemd has never heard of can't be stopped.
-        if not _is_there(name, folder) and systemd.is_active(name):
+        # systemctl stop fails for a unit that systemd does not know.
+        if not _is_installed(name, folder) and systemd.is_active(name):
             systemd.systemctl("stop", name)
 
 
 # --- while it runs --------------------------------------------------------------------------------------------------
 
 
-def may_open(unit: str) -> bool:
-    """True when systemd stops ``unit`` for good: not to start it again, and not because the machine goes down."""
+def may_unlock(unit: str) -> bool:
+    """True when systemd stops ``unit`` for good: it is not a restart, and the machine is not shutting down."""
     return systemd.job_of(unit) == "stop" and not systemd.is_going_down()
 
 
 def repairs_itself() -> bool:
-    """True while the timer runs that puts back what is gone."""
+    """True while the timer is active that repairs the lock."""
     return systemd.is_booted() and systemd.is_active(VERIFY)
