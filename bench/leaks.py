@@ -35,7 +35,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 
-FAST = (("IG_WALKED", 16), ("IG_SEARCHED", 2))
+FAST = (("IG_MAX_WALKED_GROUPS", 16), ("IG_MAX_SEARCHED_GROUPS", 2))
 """Programs that the verifier is through with in a moment: thousands are loaded."""
 
 _MEMORY_V1 = "/sys/fs/cgroup/memory"

@@ -1,41 +1,62 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Strict: packets are held to the marks. Runs for every packet of the machine's sockets. Part of imds_guard.bpf.c. */
+
+/* Strict mode: a packet to a locked endpoint must come from a marked socket. Runs for every packet that leaves. */
+#ifndef IMDS_GUARD_EGRESS_H
+#define IMDS_GUARD_EGRESS_H
+
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include "address.h"
+#include "caller.h"
+#include "endpoint.h"
+#include "helpers.h"
+#include "imds_guard.h"
+#include "mark.h"
+#include "notify.h"
+#include "request.h"
 
 #define IG_ETH_P_IP ig_be16(0x0800)
 #define IG_ETH_P_IPV6 ig_be16(0x86dd)
-#define IG_TCP_FLAGS_AT 13
+#define IG_TCP_FLAGS_OFFSET 13
 #define IG_TCP_SYN 0x02
 #define IG_TCP_RST 0x04
+#define IG_LOOPBACK_IFINDEX 1 /* LOOPBACK_IFINDEX, include/net/flow.h */
+#define IG_TUPLE4_SIZE 12 /* sizes of struct bpf_sock_tuple: the verifier demands a constant */
+#define IG_TUPLE6_SIZE 36
 
-/* Extension headers of IPv6 (RFC 8200, section 4; RFC 4302) that lead on to another one. */
+/* Extension headers of IPv6 that another header can follow (RFC 8200, section 4; RFC 4302). */
 #define IG_NEXT_HOP_BY_HOP 0
 #define IG_NEXT_ROUTING 43
 #define IG_NEXT_FRAGMENT 44
 #define IG_NEXT_AUTHENTICATION 51
 #define IG_NEXT_OPTIONS 60
-#define IG_EXTENSIONS 8 /* more than any packet of use has */
+#define IG_EXTENSIONS 8 /* more than any real packet has */
 
 struct ig_packet {
 	struct ig_request request;
 	struct ig_address from;
 	__u16 ports[2]; /* source and destination, in network byte order */
-	__u32 transport_at; /* octets from the network header */
-	bool first_fragment; /* what comes after it may overlap it: to some receivers its flags are not what they seem */
-	bool later_fragment; /* it has no ports: without the first fragment nobody can put it together */
-	bool obscure; /* nobody can tell what it carries */
+	__u32 transport_offset; /* bytes from the network header */
+	bool first_fragment; /* a later fragment may overlap it, so its TCP flags can't be trusted */
+	bool later_fragment; /* it has no ports; without the first fragment nobody can reassemble it */
+	bool unparsable; /* what it carries is unknown */
 };
+
+/*
+ * --- what the packet carries --------------------------------------------------------------------------------------
+ */
 
 ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packet)
 {
 	__u8 head[10]; /* RFC 791, section 3.1 */
 	__u32 from;
 
-	if (ig_load_octets(skb, 0, head, sizeof(head)) || ig_load_octets(skb, 12, &from, sizeof(from))) {
-		packet->obscure = true;
+	if (ig_skb_load_bytes(skb, 0, head, sizeof(head)) || ig_skb_load_bytes(skb, 12, &from, sizeof(from))) {
+		packet->unparsable = true;
 		return;
 	}
 	ig_set_ipv4(&packet->from, from);
-	packet->transport_at = (head[0] & 15) * 4;
+	packet->transport_offset = (head[0] & 15) * 4;
 	packet->later_fragment = (head[6] & 0x1f) || head[7];
 	packet->first_fragment = head[6] & 0x20;
 	packet->request.protocol = ig_protocol_of(head[9]);
@@ -44,21 +65,22 @@ ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packe
 ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packet)
 {
 	__u32 at = 40, i;
-	__u8 next, head[4]; /* next header, length, and of a fragment its offset */
+	__u8 next, head[4]; /* next header, length; of a fragment the offset */
 
-	packet->obscure = true;
-	if (ig_load_octets(skb, 6, &next, sizeof(next)) || ig_load_octets(skb, 8, &packet->from, sizeof(packet->from)))
+	packet->unparsable = true;
+	if (ig_skb_load_bytes(skb, 6, &next, sizeof(next)) ||
+	    ig_skb_load_bytes(skb, 8, &packet->from, sizeof(packet->from)))
 		return;
 #pragma clang loop unroll(full)
 	for (i = 0; i < IG_EXTENSIONS; i++) {
 		if (next != IG_NEXT_HOP_BY_HOP && next != IG_NEXT_ROUTING && next != IG_NEXT_FRAGMENT &&
 		    next != IG_NEXT_AUTHENTICATION && next != IG_NEXT_OPTIONS) {
-			packet->obscure = false;
-			packet->transport_at = at;
+			packet->unparsable = false;
+			packet->transport_offset = at;
 			packet->request.protocol = ig_protocol_of(next);
 			return;
 		}
-		if (ig_load_octets(skb, at, head, sizeof(head)))
+		if (ig_skb_load_bytes(skb, at, head, sizeof(head)))
 			return;
 		if (next == IG_NEXT_FRAGMENT) {
 			packet->later_fragment = head[2] || (head[3] & 0xf8);
@@ -69,29 +91,29 @@ ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packe
 		}
 		next = head[0];
 		if (packet->later_fragment) {
-			packet->obscure = false;
+			packet->unparsable = false;
 			return;
 		}
 	}
 }
 
-/* 0 for what is not TCP, or too short for it. */
+/* 0 for a packet that is not TCP, or too short for it. */
 ig_inline __u8 ig_tcp_flags(struct __sk_buff *skb, const struct ig_packet *packet)
 {
 	__u8 flags = 0;
 
-	if (packet->obscure || packet->request.protocol != IG_TCP ||
-	    ig_load_octets(skb, packet->transport_at + IG_TCP_FLAGS_AT, &flags, sizeof(flags)))
+	if (packet->unparsable || packet->request.protocol != IG_TCP ||
+	    ig_skb_load_bytes(skb, packet->transport_offset + IG_TCP_FLAGS_OFFSET, &flags, sizeof(flags)))
 		return 0;
 	return flags;
 }
 
-/* No stack sends what is obscure: it counts for the whole address. */
-ig_inline bool ig_find_packets_range(__u32 generation, const struct ig_packet *packet, struct ig_port_range *found)
+/* No stack sends unparsable packets: they are treated as if they were for every port of the address. */
+ig_inline bool ig_find_packet_range(__u32 generation, const struct ig_packet *packet, struct ig_port_range *found)
 {
 	const struct ig_endpoint *endpoint;
 
-	if (!packet->obscure)
+	if (!packet->unparsable)
 		return ig_find_range(generation, &packet->request, found);
 	endpoint = ig_find_endpoint(generation, &packet->request.to);
 	if (!endpoint)
@@ -100,10 +122,14 @@ ig_inline bool ig_find_packets_range(__u32 generation, const struct ig_packet *p
 	return true;
 }
 
-/* Does the mark of a socket let it talk to what a list is about, audit mode's included? Those connects were counted. */
+/*
+ * --- what may pass without an approved socket ----------------------------------------------------------------------
+ */
+
+/* Whether the mark of a socket approves a list; in audit mode the audited connects, too, which were counted then. */
 ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
 {
-	const struct ig_mark *mark = ig_socket_storage(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
+	const struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
 
 	if (!mark)
 		return false;
@@ -114,35 +140,31 @@ ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settin
 	return ig_mark_holds(generation, settings, list, mark);
 }
 
-/* How the kernel knows the connection that a packet belongs to: as the one whom it is sent to sees it, or turned round. */
-ig_inline void ig_tuple(struct bpf_sock_tuple *tuple, const struct ig_packet *packet, bool ipv4, bool turned)
+/* The tuple by which the kernel finds a socket: as the receiver of the packet sees it, or reversed. */
+ig_inline void ig_tuple(struct bpf_sock_tuple *tuple, const struct ig_packet *packet, bool ipv4, bool reversed)
 {
-	const struct ig_address *from = turned ? &packet->request.to : &packet->from;
-	const struct ig_address *to = turned ? &packet->from : &packet->request.to;
+	const struct ig_address *from = reversed ? &packet->request.to : &packet->from;
+	const struct ig_address *to = reversed ? &packet->from : &packet->request.to;
 
 	if (ipv4) {
 		tuple->ipv4.saddr = from->word[3];
 		tuple->ipv4.daddr = to->word[3];
-		tuple->ipv4.sport = packet->ports[turned];
-		tuple->ipv4.dport = packet->ports[!turned];
+		tuple->ipv4.sport = packet->ports[reversed];
+		tuple->ipv4.dport = packet->ports[!reversed];
 		return;
 	}
 	__builtin_memcpy(tuple->ipv6.saddr, from, sizeof(tuple->ipv6.saddr));
 	__builtin_memcpy(tuple->ipv6.daddr, to, sizeof(tuple->ipv6.daddr));
-	tuple->ipv6.sport = packet->ports[turned];
-	tuple->ipv6.dport = packet->ports[!turned];
+	tuple->ipv6.sport = packet->ports[reversed];
+	tuple->ipv6.dport = packet->ports[!reversed];
 }
 
-#define IG_LOOPBACK 1 /* LOOPBACK_IFINDEX, include/net/flow.h */
-#define IG_TUPLE4 12 /* octets of a tuple: the verifier wants a constant */
-#define IG_TUPLE6 36
-
 /*
- * Where a locked address is one of this machine's own, its clients have it, too, and the service's answers go to a
- * locked address: they pass when the socket that they go to was let through to where they come from.
+ * When a locked address belongs to this machine, its clients have that address, too, and the service's replies go to
+ * a locked address. They pass when the socket that receives them was approved for the address that they come from.
  */
-ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, const struct ig_settings *settings,
-				   const struct ig_packet *packet, bool ipv4)
+ig_inline bool ig_is_reply_to_approved(struct __sk_buff *skb, __u32 generation, const struct ig_settings *settings,
+				       const struct ig_packet *packet, bool ipv4)
 {
 	struct ig_request asked = { .to = packet->from, .port = ig_be16(packet->ports[0]), .protocol = IG_TCP };
 	struct bpf_sock_tuple tuple = {};
@@ -152,46 +174,47 @@ ig_inline bool ig_answers_approved(struct __sk_buff *skb, __u32 generation, cons
 	bool passes;
 
 	/*
-	 * What goes to an address of this machine leaves by loopback. Elsewhere the tuple would find whatever somebody has
-	 * bound to that port here, or to that address (IP_TRANSPARENT in ip(7)).
+	 * Packets to an address of this machine leave by loopback. On other interfaces the tuple would find any socket
+	 * that is bound to that port here, or to that address (IP_TRANSPARENT in ip(7)).
 	 */
-	if (skb->ifindex != IG_LOOPBACK)
+	if (skb->ifindex != IG_LOOPBACK_IFINDEX)
 		return false;
 	if (ig_find_range(generation, &asked, &range))
 		list = range.list;
 
 	ig_tuple(&tuple, packet, ipv4, false);
-	sk = ipv4 ? ig_find_tcp(skb, &tuple, IG_TUPLE4, (__u64)BPF_F_CURRENT_NETNS, 0) :
-		    ig_find_tcp(skb, &tuple, IG_TUPLE6, (__u64)BPF_F_CURRENT_NETNS, 0);
+	sk = ipv4 ? ig_sk_lookup_tcp(skb, &tuple, IG_TUPLE4_SIZE, (__u64)BPF_F_CURRENT_NETNS, 0) :
+		    ig_sk_lookup_tcp(skb, &tuple, IG_TUPLE6_SIZE, (__u64)BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
-	/* Who listens has asked for nothing, whatever the socket was let through to before. */
+	/* A listening socket is not a client, whatever it was approved for before. */
 	passes = sk->state != BPF_TCP_LISTEN && ig_mark_passes(generation, settings, list, sk);
-	ig_release(sk);
+	ig_sk_release(sk);
 	return passes;
 }
 
-ig_inline bool ig_is_time_wait(struct __sk_buff *skb, const struct ig_packet *packet, bool ipv4, bool turned)
+ig_inline bool ig_is_time_wait(struct __sk_buff *skb, const struct ig_packet *packet, bool ipv4, bool reversed)
 {
 	struct bpf_sock_tuple tuple = {};
 	struct bpf_sock *sk;
 	bool is;
 
-	ig_tuple(&tuple, packet, ipv4, turned);
-	sk = ipv4 ? ig_find_any_tcp(skb, &tuple, IG_TUPLE4, (__u64)BPF_F_CURRENT_NETNS, 0) :
-		    ig_find_any_tcp(skb, &tuple, IG_TUPLE6, (__u64)BPF_F_CURRENT_NETNS, 0);
+	ig_tuple(&tuple, packet, ipv4, reversed);
+	sk = ipv4 ? ig_skc_lookup_tcp(skb, &tuple, IG_TUPLE4_SIZE, (__u64)BPF_F_CURRENT_NETNS, 0) :
+		    ig_skc_lookup_tcp(skb, &tuple, IG_TUPLE6_SIZE, (__u64)BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return false;
 	is = sk->state == BPF_TCP_TIME_WAIT;
-	ig_release(sk);
+	ig_sk_release(sk);
 	return is;
 }
 
 /*
- * What goes on without an approved socket. A reset takes a connection down, and the other end would wait for what was
- * cut. When a connection is closed the kernel remembers it in TIME_WAIT, without the socket and its mark, and answers
- * for it: none of that can carry data that anybody reads. A SYN could begin a new one. The kernel never sends any of it
- * in fragments, of which a later one may write over the flags (RFC 1858, section 3).
+ * Packets that pass without an approved socket. A reset ends a connection; without it the other end would wait for a
+ * connection that was cut. When a connection is closed, the kernel keeps it in TIME_WAIT, without the socket and its
+ * mark, and answers for it. None of these packets can carry data that anybody reads. A SYN is excluded because it
+ * could begin a new connection, and so are fragments: the kernel sends none of these packets in fragments, and a
+ * later fragment may overwrite the flags (RFC 1858, section 3).
  */
 ig_inline bool ig_is_harmless(struct __sk_buff *skb, const struct ig_packet *packet, bool ipv4, __u8 flags)
 {
@@ -204,46 +227,50 @@ ig_inline bool ig_is_harmless(struct __sk_buff *skb, const struct ig_packet *pac
 	return ig_is_time_wait(skb, packet, ipv4, true) || ig_is_time_wait(skb, packet, ipv4, false);
 }
 
-/* 1 lets the packet out, 0 drops it: no socket that was approved sends it. */
+/*
+ * --- the decision about a packet -----------------------------------------------------------------------------------
+ */
+
+/* 1 lets the packet out. 0 drops it, because no approved socket sends it. */
 ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet, bool ipv4)
 {
 	const struct ig_settings *settings;
 	struct ig_port_range range;
 	struct ig_caller caller = {};
-	struct ig_told told = { .caller = &caller, .generation = generation, .hook = IG_EGRESS };
+	struct ig_decision decision = { .caller = &caller, .generation = generation, .hook = IG_EGRESS };
 	struct bpf_sock *sk;
 	__u8 flags;
 
-	if (!ig_find_packets_range(generation, packet, &range))
+	if (!ig_find_packet_range(generation, packet, &range))
 		return 1;
-	settings = ig_lookup(IG_MAP(IG_MAP_SETTINGS), &generation);
-	told.reason = IG_NO_SETTINGS;
-	told.verdict = IG_VERDICT_DENIED;
+	settings = ig_map_lookup_elem(IG_MAP(IG_MAP_SETTINGS), &generation);
+	decision.reason = IG_NO_SETTINGS;
+	decision.verdict = IG_VERDICT_DENIED;
 	if (settings && settings->valid) {
 		if (!settings->strict)
 			return 1;
 		sk = skb->sk;
-		sk = sk ? ig_full_socket(sk) : 0;
+		sk = sk ? ig_sk_fullsock(sk) : 0;
 		if (sk && ig_mark_passes(generation, settings, range.list, sk))
 			return 1;
 		flags = ig_tcp_flags(skb, packet);
-		if (flags && ig_answers_approved(skb, generation, settings, packet, ipv4))
+		if (flags && ig_is_reply_to_approved(skb, generation, settings, packet, ipv4))
 			return 1;
 		if (ig_is_harmless(skb, packet, ipv4, flags))
 			return 1;
-		told.reason = IG_UNAPPROVED_SOCKET;
+		decision.reason = IG_UNAPPROVED_SOCKET;
 		if (settings->mode == IG_AUDIT)
-			told.verdict = IG_VERDICT_AUDITED;
+			decision.verdict = IG_VERDICT_AUDITED;
 	}
-	ig_count(told.reason, told.verdict == IG_VERDICT_AUDITED);
-	told.lock = range.lock;
-	caller.fsuid = ig_socket_uid(skb);
-	ig_tell(&told, &packet->request);
-	return told.verdict == IG_VERDICT_AUDITED;
+	ig_count(decision.reason, decision.verdict == IG_VERDICT_AUDITED);
+	decision.lock = range.lock;
+	caller.fsuid = ig_get_socket_uid(skb);
+	ig_notify(&decision, &packet->request);
+	return decision.verdict == IG_VERDICT_AUDITED;
 }
 
-/* Reads what the packet carries, and to which port, and judges it. */
-ig_inline int ig_judge_locked_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet, bool ipv4)
+/* Reads the protocol and the ports of the packet, and judges it: 1 lets it out, 0 drops it. */
+ig_inline int ig_check_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet, bool ipv4)
 {
 	if (ipv4)
 		ig_find_transport4(skb, packet);
@@ -251,10 +278,13 @@ ig_inline int ig_judge_locked_packet(struct __sk_buff *skb, __u32 generation, st
 		ig_find_transport6(skb, packet);
 	if (packet->later_fragment)
 		return 1;
-	if (!packet->obscure && !packet->request.protocol)
-		return 1; /* another protocol: not ours to judge */
-	if (!packet->obscure && ig_load_octets(skb, packet->transport_at, packet->ports, sizeof(packet->ports)))
-		packet->obscure = true;
+	if (!packet->unparsable && !packet->request.protocol)
+		return 1; /* neither TCP nor UDP: not guarded */
+	if (!packet->unparsable &&
+	    ig_skb_load_bytes(skb, packet->transport_offset, packet->ports, sizeof(packet->ports)))
+		packet->unparsable = true;
 	packet->request.port = ig_be16(packet->ports[1]);
 	return ig_judge_packet(skb, generation, packet, ipv4);
 }
+
+#endif

@@ -1,22 +1,27 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * The ABI between the hooks and user space: what lies in the maps, and which map is which.
+ * The ABI between the hooks and user space: the maps and their records.
  *
- * src/imds_guard/backends/ebpf/abi.py says the same in Python; tests/unit/test_abi.py compares the two through BTF.
- * A change here that alters a size, an offset or a meaning raises IG_ABI.
+ * src/imds_guard/backends/ebpf/abi.py is the same in Python; tests/unit/test_abi.py compares the two through BTF. A
+ * change of a size, an offset or a meaning raises IG_ABI.
  *
- * Every record belongs to a generation (1 or 2). config.generation names the one in force; 0 means nothing is locked.
+ * Every record belongs to a generation (1 or 2). config.generation is the one in force; 0 means that nothing is
+ * locked.
  */
 #ifndef IMDS_GUARD_H
 #define IMDS_GUARD_H
 
+#include <linux/types.h>
+
 #define IG_ABI 2
 
-/* Stands where a map's file descriptor goes; the loader puts the real one there (IG_MAP_BASE + the number below). */
-#define IG_MAP_BASE 0x494d4400
-#define IG_HOOK_PLACEHOLDER 0x494d44ff /* the same for the number of the hook that the program is for (enum ig_hook) */
-#define IG_CALLBACK_ig_walk_four 0x494d4500 /* the same for where this function begins */
+/* Placeholders in the instructions, which the loader replaces: kernel/compiler.py. */
+#define IG_MAP_BASE 0x494d4400 /* + enum ig_map: the map's file descriptor */
+#define IG_HOOK_PLACEHOLDER 0x494d44ff /* the hook that the program is loaded for (enum ig_hook) */
+#define IG_CALLBACK_ig_walk_four 0x494d4500 /* where this function begins */
 #define IG_CALLBACK_ig_search_one 0x494d4501
+
+/* User space pins each map under its name here, in lower case; IG_MAP_ADDRESS_BITMAP as "first_look". */
 enum ig_map {
 	IG_MAP_CONFIG,
 	IG_MAP_SETTINGS,
@@ -34,32 +39,38 @@ enum ig_map {
 	IG_MAPS
 };
 
+/*
+ * --- the policy ---------------------------------------------------------------------------------------------------
+ */
+
 #define IG_GENERATIONS 3 /* 0, 1 and 2: array maps have a record for each */
 
-/* ARRAY, one record. The flip is a change of the one octet .generation. */
+/* ARRAY, one record. A change of policy ends with a change of this one byte. */
 struct ig_config {
 	__u8 generation;
 	__u8 pad[7];
 };
+_Static_assert(sizeof(struct ig_config) == 8, "ABI");
 
 enum ig_mode { IG_ENFORCE = 1, IG_AUDIT = 2 };
 
-/* ARRAY by generation. One that is not .valid denies every connect to a locked endpoint. */
+/* ARRAY by generation. When it is not .valid, every connect to a locked endpoint is denied. */
 struct ig_settings {
 	__u32 valid;
 	__u32 mode; /* enum ig_mode */
 	__u32 allow_containers;
-	__u32 abi; /* IG_ABI of who wrote the generation */
-	__u8 digest[16]; /* of all records of the generation; the hooks don't look at it */
+	__u32 abi; /* IG_ABI of the version that wrote the generation */
+	__u8 digest[16]; /* of all records of the generation; the hooks don't read it */
 	__u32 strict; /* approved sockets are marked, packets of others are dropped */
 	__u32 pad;
-	__u64 serial; /* never 0; another with every change of policy, for as long as the maps live */
+	__u64 serial; /* never 0; each change of policy has another one, for the lifetime of the maps */
 };
+_Static_assert(sizeof(struct ig_settings) == 48, "ABI");
 
 /*
- * ARRAY by generation: may this address be locked? No false "no".
- * hosts: one bit for each locked single address, at ig_host_bit(). networks4, networks6: one bit for each value of the
- * address's first 16 bits that a locked prefix covers.
+ * ARRAY by generation: may this address be locked? No false "no". hosts: one bit for each locked single address, at
+ * ig_host_bit(). networks4, networks6: one bit for each value of the address's first 16 bits that a locked prefix
+ * covers.
  */
 #define IG_HOST_BITS_LOG2 18
 #define IG_HOST_WORDS (1 << (IG_HOST_BITS_LOG2 - 5))
@@ -69,11 +80,13 @@ struct ig_address_bitmap {
 	__u32 networks4[IG_NETWORK_WORDS];
 	__u32 networks6[IG_NETWORK_WORDS];
 };
+_Static_assert(sizeof(struct ig_address_bitmap) == 49152, "ABI");
 
-/* Any IPv4 address is ::ffff:a.b.c.d, in network byte order. */
+/* An IPv4 address is ::ffff:a.b.c.d. Network byte order. */
 struct ig_address {
 	__u32 word[4];
 };
+_Static_assert(sizeof(struct ig_address) == 16, "ABI");
 
 /* LPM_TRIE. .generation and .pad are part of the prefix: prefixlen is 32 + the bits of the address. */
 struct ig_endpoint_key {
@@ -82,11 +95,12 @@ struct ig_endpoint_key {
 	__u8 pad[3];
 	struct ig_address address;
 };
+_Static_assert(sizeof(struct ig_endpoint_key) == 24, "ABI");
 
 enum ig_protocol { IG_TCP = 1, IG_UDP = 2 };
 
 #define IG_INHERITED 1 /* the range comes from a shorter prefix, not from this endpoint */
-#define IG_NO_LIST 0xffff /* the destination is unspecified and the range locked somewhere: deny */
+#define IG_NO_LIST 0xffff /* the destination is unspecified and the range is locked somewhere: deny */
 
 struct ig_port_range {
 	__u16 low; /* inclusive, host byte order */
@@ -97,22 +111,26 @@ struct ig_port_range {
 	__u8 flags;
 	__u16 pad;
 };
+_Static_assert(sizeof(struct ig_port_range) == 12, "ABI");
 
-/* Ranges of one protocol are disjoint: the ranges of shorter prefixes were cut to fit when they were written. */
+/* Ranges of one protocol are disjoint: user space has cut the ranges of shorter prefixes to fit. */
 #define IG_RANGES 24
 struct ig_endpoint {
 	__u32 ranges_len;
 	__u32 pad;
 	struct ig_port_range ranges[IG_RANGES];
 };
+_Static_assert(sizeof(struct ig_endpoint) == 296, "ABI");
 
-/* ARRAY: record (generation - 1) * IG_LISTS + list. Who may pass; locks with the same lists share one. */
+#define IG_ENDPOINTS 65536 /* both generations together, including entries that user space adds */
+
+/* ARRAY: record (generation - 1) * IG_LISTS + list. Who may pass; locks with equal lists share one. */
 #define IG_LISTS 4096
 #define IG_LIST_VALID 1
 #define IG_LIST_DEFAULT_ALLOW 2
 #define IG_LIST_GROUPS 4 /* some group is listed */
 #define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allow list are not let through early */
-#define IG_LIST_SMALL 16 /* at most IG_SEARCHED groups: they stand in the map of groups, too */
+#define IG_LIST_SMALL 16 /* at most IG_MAX_SEARCHED_GROUPS groups: they are in IG_MAP_GROUPS, too */
 #define IG_LIST_USERS 32 /* some user is listed */
 #define IG_GID_BITMAP_WORDS 16
 struct ig_list {
@@ -120,6 +138,7 @@ struct ig_list {
 	__u32 zero; /* always 0 */
 	__u32 gid_bitmap[IG_GID_BITMAP_WORDS]; /* bit gid % 512 is set for each listed group */
 };
+_Static_assert(sizeof(struct ig_list) == 72, "ABI");
 
 enum ig_kind { IG_USER = 1, IG_GROUP = 2 };
 #define IG_ALLOW 1
@@ -132,24 +151,35 @@ struct ig_member {
 	__u16 list;
 	__u32 id;
 };
+_Static_assert(sizeof(struct ig_member) == 8, "ABI");
 #define IG_MEMBERS 262144 /* both generations together */
 
-/* HASH: the groups of a list once more, in order, for callers with more than IG_WALKED groups. */
+/*
+ * Supplementary groups of a caller that are compared one by one. Tests make it small, so that a program loads fast.
+ */
+#ifndef IG_MAX_WALKED_GROUPS
+#define IG_MAX_WALKED_GROUPS 1024
+#endif
+#define IG_MAX_GROUPS 65536 /* NGROUPS_MAX, include/uapi/linux/limits.h */
+
+/* HASH: the groups of a list once more, as an array, for callers with more than IG_MAX_WALKED_GROUPS groups. */
 struct ig_list_key {
 	__u8 generation;
 	__u8 pad;
 	__u16 list;
 };
-#ifndef IG_SEARCHED /* tests make it small where a program must load fast */
-#define IG_SEARCHED 128
+_Static_assert(sizeof(struct ig_list_key) == 4, "ABI");
+#ifndef IG_MAX_SEARCHED_GROUPS /* tests make it small, too */
+#define IG_MAX_SEARCHED_GROUPS 128
 #endif
 struct ig_groups {
 	__u32 denied; /* gid[0 .. denied) are denied, gid[denied .. len) allowed */
 	__u32 len;
-	__u32 gid[IG_SEARCHED];
+	__u32 gid[IG_MAX_SEARCHED_GROUPS];
 };
+_Static_assert(sizeof(struct ig_groups) == 8 + 4 * IG_MAX_SEARCHED_GROUPS, "ABI");
 
-/* HASH: for people and for reading the policy back. The hooks don't look at it. */
+/* HASH: the name of a lock, for messages and for reading the policy back. The hooks don't read it. */
 #define IG_LOCKS 32768 /* both generations together */
 #define IG_LOCK_NAME 64
 struct ig_lock_key {
@@ -157,15 +187,15 @@ struct ig_lock_key {
 	__u8 pad;
 	__u16 lock;
 };
+_Static_assert(sizeof(struct ig_lock_key) == 4, "ABI");
 struct ig_lock {
 	__u16 list;
 	__u16 pad;
 	char name[IG_LOCK_NAME]; /* UTF-8, padded with NUL */
 };
+_Static_assert(sizeof(struct ig_lock) == 68, "ABI");
 
-#define IG_ENDPOINTS 65536 /* both generations together, entries made by rendering included */
-
-/* policy.py: Reason */
+/* policy/decide.py: Reason. Those up to IG_DEFAULT_ALLOW let the caller through. */
 enum ig_reason {
 	IG_NOT_LOCKED,
 	IG_ALLOWED_USER,
@@ -181,21 +211,37 @@ enum ig_reason {
 	IG_UNSPECIFIED_DESTINATION,
 	IG_UNREADABLE,
 	IG_NO_SETTINGS,
-	IG_UNAPPROVED_SOCKET, /* a packet under strict: no hook approved the socket, or the right is gone since */
+	IG_UNAPPROVED_SOCKET, /* strict mode: no hook approved the packet's socket, or its right has ended since */
 	IG_REASONS
 };
 
+/* SK_STORAGE, strict mode: the reason that let the socket's last connect or sendmsg through. */
+enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT, IG_MARK_OPEN };
+struct ig_mark {
+	__u64 serial; /* ig_settings.serial of that moment */
+	__u32 fsuid;
+	__u32 gid; /* the allowed group, for IG_MARK_GROUP */
+	__u16 list; /* that allowed it, in the generation of that moment */
+	__u8 kind; /* enum ig_mark_kind; 0: not approved */
+	__u8 container_unchecked; /* containers were allowed then, so whether it is in one was not checked */
+	__u8 pad[4];
+};
+_Static_assert(sizeof(struct ig_mark) == 24, "ABI");
+
 /*
- * PERCPU_ARRAY by reason: connects to locked endpoints. The others are not counted, it would cost them time. Behind the
- * reasons two that count in .enforced alone.
+ * --- counters, events and the report ------------------------------------------------------------------------------
  */
-enum ig_counted { IG_LOST_EVENTS = IG_REASONS, IG_REPORT_OVERFLOW, IG_COUNTERS };
+
+/*
+ * PERCPU_ARRAY by reason: connects to locked endpoints. Others are not counted, because that would make them slower.
+ * Two more counters follow the reasons; these use .enforced alone.
+ */
+enum ig_counter_index { IG_LOST_EVENTS = IG_REASONS, IG_REPORT_OVERFLOW, IG_COUNTERS };
 struct ig_counter {
 	__u64 enforced;
-	__u64 audited; /* of these, the ones that audit mode let through */
+	__u64 audited; /* denials that audit mode let through */
 };
-
-/* --- for people ---------------------------------------------------------------------------------------------------- */
+_Static_assert(sizeof(struct ig_counter) == 16, "ABI");
 
 enum ig_hook { IG_CONNECT4 = 1, IG_CONNECT6, IG_SENDMSG4, IG_SENDMSG6, IG_EGRESS };
 enum ig_verdict { IG_VERDICT_DENIED = 1, IG_VERDICT_AUDITED, IG_VERDICT_ALLOWED };
@@ -203,15 +249,15 @@ enum ig_verdict { IG_VERDICT_DENIED = 1, IG_VERDICT_AUDITED, IG_VERDICT_ALLOWED 
 #define IG_NO_LOCK 0xffff
 
 /*
- * RINGBUF: a record for each denied connect (audit mode's too), and for allowed ones when ig_watch says so. What does
- * not fit is counted as IG_LOST_EVENTS. IDs are those of the initial namespaces. Of a packet (IG_EGRESS) nobody knows
- * the task: all of them but fsuid, the socket's owner, are zero, and so is netns_cookie.
+ * RINGBUF: a record for each denied connect (in audit mode, too), and for allowed ones when ig_watch asks for them.
+ * Records that do not fit are counted as IG_LOST_EVENTS. IDs are those of the initial namespaces. The task that sent
+ * a packet (IG_EGRESS) is unknown: then all fields about it are 0, except fsuid, which is the socket's owner.
  */
 #define IG_EVENTS_BYTES (1 << 19)
 struct ig_event {
 	__u64 time_ns; /* CLOCK_BOOTTIME */
 	__u64 cgroup_id; /* of the task: the inode of its cgroup2 directory */
-	__u64 netns_cookie;
+	__u64 netns_cookie; /* 0 for IG_EGRESS */
 	__u32 pid; /* the thread */
 	__u32 tgid;
 	__u32 fsuid;
@@ -219,7 +265,7 @@ struct ig_event {
 	__u32 groups_len; /* supplementary groups */
 	__u16 port; /* host byte order */
 	__u16 lock; /* key of IG_MAP_LOCKS together with .generation, or IG_NO_LOCK */
-	struct ig_address address; /* as it was judged: 0.0.0.0 resolved */
+	struct ig_address address; /* as it was judged: 0.0.0.0 is resolved */
 	char comm[IG_COMM]; /* NUL-padded; the caller chooses it */
 	__u8 generation;
 	__u8 hook; /* enum ig_hook */
@@ -228,6 +274,7 @@ struct ig_event {
 	__u8 protocol; /* enum ig_protocol */
 	__u8 pad[3];
 };
+_Static_assert(sizeof(struct ig_event) == 88, "ABI");
 
 /* HASH: who was denied, or would have been in audit mode, since the generation came into force. */
 #define IG_REPORT_ROWS 16384
@@ -237,37 +284,23 @@ struct ig_report_key {
 	__u16 lock;
 	__u32 fsuid;
 };
+_Static_assert(sizeof(struct ig_report_key) == 8, "ABI");
 struct ig_report {
 	__u64 count;
 	__u64 first_ns; /* CLOCK_BOOTTIME */
 	__u64 last_ns;
-	struct ig_address address; /* this and what follows: of the first one */
+	struct ig_address address; /* this and the following fields are those of the first denial */
 	__u16 port;
 	__u8 protocol;
 	__u8 pad[5];
 	char comm[IG_COMM];
 };
+_Static_assert(sizeof(struct ig_report) == 64, "ABI");
 
-/* ARRAY, one record: outside the generations, since it is not policy. */
+/* ARRAY, one record. It is not part of the policy, so it belongs to no generation. */
 struct ig_watch {
 	__u32 log_allowed;
 };
-
-/* SK_STORAGE, under strict: what let the socket's last connect or sendmsg through. */
-enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT, IG_MARK_OPEN };
-struct ig_mark {
-	__u64 serial; /* ig_settings.serial of that moment */
-	__u32 fsuid;
-	__u32 gid; /* the group that was allowed, for IG_MARK_GROUP */
-	__u16 list; /* that allowed it, in the generation of that moment */
-	__u8 kind; /* enum ig_mark_kind; 0: nothing did */
-	__u8 container_unchecked; /* containers were allowed then: nobody looked whether it is in one */
-	__u8 pad[4];
-};
-
-#ifndef IG_WALKED /* as IG_SEARCHED */
-#define IG_WALKED 1024 /* supplementary groups of a caller that are compared one by one */
-#endif
-#define IG_MAX_GROUPS 65536 /* NGROUPS_MAX, include/uapi/linux/limits.h */
+_Static_assert(sizeof(struct ig_watch) == 4, "ABI");
 
 #endif

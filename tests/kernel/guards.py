@@ -43,7 +43,7 @@ OLD_POLICY = policy(OLD, BOTH)
 NEW_POLICY = policy(NEW, BOTH)
 
 
-FAST = (("IG_WALKED", 16), ("IG_SEARCHED", 2))
+FAST = (("IG_MAX_WALKED_GROUPS", 16), ("IG_MAX_SEARCHED_GROUPS", 2))
 """For programs that the verifier is through with in a moment, where a test loads hundreds."""
 
 

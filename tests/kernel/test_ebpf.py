@@ -18,8 +18,7 @@ from imds_guard.backends.ebpf import EbpfBackend, abi, hooks, program
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.store import Maps
 from imds_guard.errors import GuardError
-from imds_guard.kernel import bpf, privileges
-from imds_guard.kernel.bpf import syscall
+from imds_guard.kernel import bpf, privileges, syscalls
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.sandbox import Sandbox
 from tests.kernel import guards
@@ -193,21 +192,19 @@ def test_a_changed_map_is_a_fault_and_start_repairs_it(guarded: Guarded) -> None
 
 
 def test_what_the_kernel_writes_to_a_query_has_room(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux 6.18.15 writes 32 octets behind the size that it is given: the row of that kernel crashed here."""
+    """Linux 6.18.15 writes 32 bytes behind the size that it is given: the row of that kernel crashed here."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     seen = []
+    system_call = syscalls.bpf
 
-    class Watched:
-        """The C library, with a canary behind the memory that the kernel gets."""
+    def with_canary(command: int, buffer: ctypes.Array[ctypes.c_char], size: int) -> tuple[int, int]:
+        guarded_buffer = ctypes.create_string_buffer(buffer.raw + b"\xa5" * 4096)
+        result = system_call(command, guarded_buffer, size)
+        seen.append((len(buffer), guarded_buffer.raw[len(buffer) : -1] == b"\xa5" * 4096))
+        return result
 
-        def syscall(self, number: int, command: int, buffer: ctypes.Array[ctypes.c_char], size: int) -> int:
-            guarded_buffer = ctypes.create_string_buffer(buffer.raw + b"\xa5" * 4096)
-            result = int(ctypes.CDLL(None, use_errno=True).syscall(number, command, guarded_buffer, size))
-            seen.append((len(buffer), guarded_buffer.raw[len(buffer) : -1] == b"\xa5" * 4096))
-            return result
-
-    monkeypatch.setattr(syscall, "_libc", Watched())
+    monkeypatch.setattr(syscalls, "bpf", with_canary)
     with open_cgroup(sandbox.cgroup) as cgroup:
         for hook in abi.HOOKS.values():
             bpf.attached_programs(cgroup.fd, hook.attach_type)

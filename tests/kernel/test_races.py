@@ -20,7 +20,7 @@ from tests.kernel import guards
 from tests.kernel.guards import BOTH, IPV4, MAPPED, NEW, NEW_POLICY, OLD, OLD_POLICY, STRANGER, Storm
 
 CHANGES, UPDATES = 200, 20
-WIDENED = (("IG_WIDEN", 3000),)
+DELAYED = (("IG_TEST_DELAY", 3000),)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_changes_of_policy_with_a_widened_hook(
     """
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: processors if name == "SC_NPROCESSORS_ONLN" else real(name))
-    backend = EbpfBackend(sandbox.cgroup, WIDENED)
+    backend = EbpfBackend(sandbox.cgroup, DELAYED)
     backend.apply(OLD_POLICY)
     denied, allowed = _begin(sandbox)
     _change_often(backend, CHANGES)
@@ -78,7 +78,7 @@ def test_changes_of_policy_with_a_widened_hook(
 
 def test_a_change_without_the_grace_period_is_caught(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: it deletes the old generation at once, and the denied caller gets through."""
-    backend = EbpfBackend(sandbox.cgroup, WIDENED)
+    backend = EbpfBackend(sandbox.cgroup, DELAYED)
     backend.apply(OLD_POLICY)
     denied, _ = _begin(sandbox)
     monkeypatch.setattr(grace, "wait_for_running_programs", lambda: None)

@@ -15,7 +15,7 @@ from tests.clang import BPF, INCLUDES, clang
 from tests.tools import missing, need
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("run", ".ci/run")
+SCRIPTS = ("run", ".ci/run", "packaging/build-deb", "packaging/build-rpm", "packaging/completions")
 
 HOOKS = "".join(path.read_text(encoding="utf-8") for path in BPF.glob("*.[ch]"))
 OFFSETS = sorted(set(re.findall(r"\bIG_OFF_\w+", HOOKS)))
@@ -58,7 +58,7 @@ def test_the_offsets_are_the_ones_that_the_loader_gives() -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [[], ["-DIG_DIRECT"], ["-DIG_LOOP"], ["-DIG_WIDEN=4096"], ["-DIG_WITHOUT_EGRESS"], ["-D__KERNEL__"]],
+    [[], ["-DIG_DIRECT_READS"], ["-DIG_BPF_LOOP"], ["-DIG_TEST_DELAY=4096"], ["-DIG_WITHOUT_EGRESS"], ["-D__KERNEL__"]],
     ids=" ".join,
 )
 def test_clang_warns_of_nothing_in_the_hooks(more: list[str], tmp_path: Path) -> None:
@@ -71,10 +71,55 @@ def test_clang_warns_of_nothing_in_the_hooks(more: list[str], tmp_path: Path) ->
     )
 
 
-def test_the_header_can_be_included_alone_and_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", sorted(path.name for path in BPF.glob("*.h")))
+def test_a_header_can_be_included_alone_and_twice(name: str, tmp_path: Path) -> None:
     source = tmp_path / "twice.c"
-    source.write_text('#include <linux/types.h>\n#include "imds_guard.h"\n#include "imds_guard.h"\n', encoding="utf-8")
-    clang("-target", "bpf", "-Wall", "-Wextra", "-Werror", *INCLUDES, "-c", str(source), "-o", str(tmp_path / "out.o"))
+    source.write_text(f'#include "{name}"\n#include "{name}"\n', encoding="utf-8")
+    offsets = [f"-D{name}=8" for name in OFFSETS]
+    clang("-target", "bpf", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", *INCLUDES, *offsets, str(source))
+
+
+def test_the_main_file_has_the_hooks_alone() -> None:
+    """Everything else is in headers, each of which compiles without the others."""
+    from imds_guard.backends.ebpf import abi
+
+    text = (BPF / "imds_guard.bpf.c").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\w.*?\b(\w+)\([^;]*\)\n\{", text, re.MULTILINE)) == {
+        hook.function for hook in abi.HOOKS.values()
+    }
+
+
+def test_the_c_is_formatted() -> None:
+    """By clang-format 14 or later; bpf/include/ stands in for the kernel's headers and looks like them."""
+    need("clang-format")
+    ours = [str(path) for folder in (BPF, ROOT / "tests") for path in sorted(folder.rglob("*.[ch]"))]
+    passes("clang-format", "--dry-run", "--Werror", *(path for path in ours if "/bpf/include/" not in path))
+
+
+def test_the_hooks_of_pre_commit_are_steps_of_this_gate() -> None:
+    """Who commits with pre-commit has passed the linters."""
+    entries = re.findall(r"^ +entry: (.*)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
+    assert entries == ["ruff check", "ruff format --check --diff", "clang-format --dry-run --Werror", "shellcheck"]
+    need("yamllint")
+    passes("yamllint", "--strict", ".pre-commit-config.yaml")
+
+
+EDITED = re.compile(r"(\.(py|c|h|toml|yaml|yml|md|service|timer)|/run|/\.editorconfig)$")
+
+
+def test_files_are_as_the_editor_writes_them() -> None:
+    """.editorconfig: the last line ends, no line has a space at its end, and C is indented by tabs."""
+    folders = [
+        ROOT / name for name in ("src", "tests", "bpf", "bench", "vagrant", "docs", "examples", "packaging", ".ci")
+    ]
+    paths = [*ROOT.glob("*"), *ROOT.glob(".*"), *(path for folder in folders for path in folder.rglob("*"))]
+    wrong = []
+    for path in (path for path in paths if path.is_file() and EDITED.search(str(path))):
+        text = path.read_text(encoding="utf-8")
+        spaces = re.search(r"^    (?!.*\\$)", text, re.MULTILINE) if path.suffix in {".c", ".h"} else None
+        if (text and not text.endswith("\n")) or re.search(r"[ \t\r]$", text, re.MULTILINE) or spaces:
+            wrong.append(str(path.relative_to(ROOT)))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -321,7 +321,7 @@ def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
     assert bool(flags & abi.LIST_VALID)
     assert bool(flags & abi.LIST_GROUPS) == bool(allowed | denied)
     assert bool(flags & abi.LIST_DENY_GROUPS) == bool(denied)
-    assert bool(flags & abi.LIST_SMALL) == (len(allowed | denied) <= abi.SEARCHED)
+    assert bool(flags & abi.LIST_SMALL) == (len(allowed | denied) <= abi.MAX_SEARCHED_GROUPS)
     assert searched(image) == (sorted(denied), sorted(allowed - denied), flags & abi.LIST_SMALL)
 
 
@@ -330,7 +330,7 @@ def searched(image: Image) -> tuple[list[int], list[int], int]:
     records = [abi.GROUPS.unpack(value) for _, value in image.items[Map.GROUPS]]
     if not records:
         listed = [members_of(image, 0, abi.GROUP, verdict) for verdict in (abi.DENY, abi.ALLOW)]
-        large = len(listed[0] | listed[1]) > abi.SEARCHED
+        large = len(listed[0] | listed[1]) > abi.MAX_SEARCHED_GROUPS
         return sorted(listed[0]), sorted(listed[1] - listed[0]), 0 if large else abi.LIST_SMALL
     [(denied, length, *gids)] = records
     return gids[:denied], gids[denied:length], abi.LIST_SMALL

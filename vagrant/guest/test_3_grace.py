@@ -16,14 +16,14 @@ from tests.kernel import guards
 from tests.kernel.guards import FAST, NEW_POLICY, OLD_POLICY, STRANGER, Storm
 
 CHANGES, TRIES = 40, 200
-WIDENED = (("IG_WIDEN", 3000), *FAST)
+DELAYED = (("IG_TEST_DELAY", 3000), *FAST)
 
 
 def test_changes_wait_for_the_hooks_that_run() -> None:
     """Whoever is on neither policy's list never gets through."""
     preempted = "preempt=full" in Path("/proc/cmdline").read_text(encoding="ascii")
     assert os.cpu_count() != 1 or preempted, "a hook is not interrupted: this can't show what it is about"
-    with guards.guarded_sandbox(WIDENED) as (sandbox, backend):
+    with guards.guarded_sandbox(DELAYED) as (sandbox, backend):
         assert isinstance(backend, EbpfBackend)
         backend.apply(OLD_POLICY)
         storm = Storm(sandbox, STRANGER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HOOKS = "bpf/imds_guard.bpf.c"
+_CONNECT, _DECIDE, _GROUPS = "bpf/connect.h", "bpf/decide.h", "bpf/groups.h"
 _INSTALLED = "vagrant/guest/test_1_installed.py"
 _TABLE = "vagrant/guest/test_2_table.py"
 _WHO_EBPF = (_INSTALLED, "-k", "ebpf and who_gets")
@@ -40,35 +40,35 @@ FAULTS = (
     ),
     Fault(
         "an IPv4 address written as IPv6 is forgotten",
-        HOOKS,
+        _CONNECT,
         "\tig_set_ipv6(&to, ctx->user_ip6);\n\treturn ig_may_be_locked(generation, &to);",
         "\tig_set_ipv6(&to, ctx->user_ip6);\n\treturn !ig_is_ipv4(&to) && ig_may_be_locked(generation, &to);",
         "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
     ),
     Fault(
         "the primary group alone is looked at",
-        HOOKS,
-        "group |= ig_supplementary(generation, number, list, caller);",
+        _DECIDE,
+        "group |= ig_judge_supplementary_groups(generation, number, list, caller);",
         "group |= list->zero;",
         "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
     ),
     Fault(
         "the user ID is read from where the group ID is",
-        HOOKS,
+        _DECIDE,
         "caller->cred + IG_OFF_CRED_FSUID)",
         "caller->cred + IG_OFF_CRED_FSGID)",
         "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
     ),
     Fault(
         "the walk of the groups ends after 32",
-        HOOKS,
-        "\tif (len > IG_MAX_GROUPS)\n\t\treturn IG_UNREAD;\n",
+        _GROUPS,
+        "\tif (len > IG_MAX_GROUPS)\n\t\treturn IG_READ_FAILED;\n",
         "\tif (len > 32)\n\t\tlen = 32;\n",
         "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
     ),
     Fault(
         "root always gets through",
-        HOOKS,
+        _DECIDE,
         "\tif (!(list->flags & IG_LIST_DEFAULT_ALLOW))\n\t\treturn IG_NOT_LISTED;\n",
         "\tif (caller->fsuid == 0)\n\t\treturn IG_ALLOWED_USER;\n"
         "\tif (!(list->flags & IG_LIST_DEFAULT_ALLOW))\n\t\treturn IG_NOT_LISTED;\n",
@@ -76,7 +76,7 @@ FAULTS = (
     ),
     Fault(
         "a container's processes count as the host's",
-        HOOKS,
+        _DECIDE,
         "return user && pid ? 0 : IG_CONTAINER;",
         "return 0;",
         "6.1-debian-12", (_INSTALLED, _TABLE, "-k", "ebpf and pid-namespace-root"), r"'allowed' == 'denied'",

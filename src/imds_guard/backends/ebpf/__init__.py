@@ -75,7 +75,7 @@ def _any_of_ours(found: Iterable[Hook]) -> bool:
 class EbpfBackend:
     """Enforces at the root of the cgroup2 hierarchy, or in the subtree that ``cgroup`` is the path of.
 
-    ``defines`` are for tests: IG_WIDEN.
+    ``defines`` are for tests: IG_TEST_DELAY.
     """
 
     name = "ebpf"

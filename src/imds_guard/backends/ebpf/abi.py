@@ -77,8 +77,8 @@ ALLOW, DENY = 1, 2
 MEMBERS = 262144
 
 SMALL_KEY = struct.Struct("=BxH")  # generation, and the number of a list or a lock
-SEARCHED = 128
-GROUPS = struct.Struct(f"=II{SEARCHED}I")  # denied, len, gid
+MAX_SEARCHED_GROUPS = 128
+GROUPS = struct.Struct(f"=II{MAX_SEARCHED_GROUPS}I")  # denied, len, gid
 
 LOCKS = 32768
 LOCK_NAME_BYTES = 64

@@ -40,8 +40,10 @@ def source_folder() -> Path:
 def source_version(defines: Defines = ()) -> str:
     """8 hexadecimal digits that change with the source of the hooks; part of the programs' names in the kernel."""
     state = hashlib.sha256()
-    for path in sorted(source_folder().glob("*.[ch]")):
-        state.update(path.read_bytes())
+    folder = source_folder()
+    for path in sorted(folder.rglob("*.[ch]")):
+        text = path.read_bytes()
+        state.update(f"{path.relative_to(folder)} {len(text)}\n".encode() + text)
     state.update(repr(defines).encode())
     return state.hexdigest()[: abi.VERSION_DIGITS]
 
@@ -67,9 +69,9 @@ def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str,
 
 WITHOUT_EGRESS: Defines = (("IG_WITHOUT_EGRESS", 1),)
 """A third of the time that compiling takes; strict alone has that hook."""
-DIRECT: Defines = (("IG_DIRECT", 1),)
+DIRECT: Defines = (("IG_DIRECT_READS", 1),)
 """Plain loads from the current task in place of a helper call a word; not every verifier takes them."""
-LOOP: Defines = (("IG_LOOP", 1),)
+LOOP: Defines = (("IG_BPF_LOOP", 1),)
 """Loops by bpf_loop(): loads in a tenth of the time."""
 PLAIN: Defines = (("IG_PLAIN", 1),)
 """For tests: what serves every kernel, on one that could do better."""

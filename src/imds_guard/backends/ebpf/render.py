@@ -259,7 +259,7 @@ def _list_record(key: _ListKey) -> bytes:
     flags = abi.LIST_VALID | abi.LIST_DEFAULT_ALLOW * (default is Verdict.ALLOW)
     flags |= abi.LIST_GROUPS * bool(allow.groups or deny.groups) | abi.LIST_DENY_GROUPS * bool(deny.groups)
     flags |= abi.LIST_USERS * bool(allow.users or deny.users)
-    flags |= abi.LIST_SMALL * (len(allow.groups | deny.groups) <= abi.SEARCHED)
+    flags |= abi.LIST_SMALL * (len(allow.groups | deny.groups) <= abi.MAX_SEARCHED_GROUPS)
     words = [0] * abi.GID_BITMAP_WORDS
     for gid in allow.groups | deny.groups:
         words[gid >> 5 & abi.GID_BITMAP_WORDS - 1] |= 1 << (gid & 31)
@@ -280,9 +280,9 @@ def _groups(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, by
     """The listed groups in order, denied ones first, for lists that are short enough to be searched."""
     allow, deny, _ = key
     ordered = sorted(deny.groups) + sorted(allow.groups - deny.groups)
-    if not ordered or len(ordered) > abi.SEARCHED:
+    if not ordered or len(ordered) > abi.MAX_SEARCHED_GROUPS:
         return []
-    padded = ordered + [0] * (abi.SEARCHED - len(ordered))
+    padded = ordered + [0] * (abi.MAX_SEARCHED_GROUPS - len(ordered))
     return [(abi.SMALL_KEY.pack(generation, number), abi.GROUPS.pack(len(deny.groups), len(ordered), *padded))]
 
 
