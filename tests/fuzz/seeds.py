@@ -7,7 +7,8 @@ import struct
 from pathlib import Path
 
 import imds_guard
-from imds_guard.backends.ebpf.render import render, settings_of
+from imds_guard.backends.ebpf.image import settings_of
+from imds_guard.backends.ebpf.render import render
 from imds_guard.backends.iptables.render import Holding
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import rule_texts

@@ -11,10 +11,13 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Callable
 
-from imds_guard.backends.ebpf import _policy_of, abi, program
+from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.render import Image, parse, parse_settings, render
-from imds_guard.backends.ebpf.store import Snapshot
+from imds_guard.backends.ebpf.image import Image, parse_settings
+from imds_guard.backends.ebpf.parse import parse
+from imds_guard.backends.ebpf.reader import Snapshot
+from imds_guard.backends.ebpf.render import render
+from imds_guard.backends.ebpf.state import policy_of
 from imds_guard.backends.ebpf.watch import decode
 from imds_guard.backends.iptables.look import ANCHOR
 from imds_guard.backends.iptables.parse import combine, find, parse_chains
@@ -121,7 +124,7 @@ def maps(octets: bytes) -> None:
     image, record = image_of(octets)
     parsed = parse_settings(record)
     settings, digest = parsed if parsed else (None, None)
-    policy, faults = _policy_of(Snapshot(image, settings, digest))
+    policy, faults = policy_of(Snapshot(image, settings, digest))
     assert policy is not None or faults
     if policy is not None and not faults:
         assert render(policy, 1).digest() == image.digest()

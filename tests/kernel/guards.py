@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.backends.ebpf.folder import Folder
+from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.program import Defines
 from imds_guard.kernel import bpf, bpffs
 from imds_guard.kernel.cgroup import open_cgroup
@@ -161,7 +162,7 @@ def traces(cgroup: str) -> dict[str, int]:
 def folder_of(cgroup: str) -> Folder:
     """The folder of pins of a cgroup's guard."""
     with open_cgroup(cgroup) as opened:
-        return Folder(bpffs.require_bpffs(), opened.id, opened.is_root)
+        return Folder(bpffs.require_bpffs(), PinLocation(opened))
 
 
 def load_stranger(attach_type: int) -> int:

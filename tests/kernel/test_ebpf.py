@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.backends.ebpf import EbpfBackend, abi, hooks, program
+from imds_guard.backends.ebpf import EbpfBackend, abi, program
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.store import Maps
+from imds_guard.backends.ebpf.pins import link_pin, map_pin
+from imds_guard.backends.ebpf.reader import MapReader
 from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf, privileges, syscalls
 from imds_guard.kernel.cgroup import open_cgroup
@@ -135,7 +136,7 @@ def test_a_missing_hook_is_a_fault_and_start_repairs_it(guarded: Guarded, hook: 
     sandbox, backend = guarded
     policy = OLD_POLICY._replace(strict=hook == abi.EGRESS)
     backend.apply(policy)
-    fd = bpf.pinned(hooks.link_pin(guards.folder_of(sandbox.cgroup).path, hook))
+    fd = bpf.pinned(link_pin(guards.folder_of(sandbox.cgroup).path, hook))
     bpf.link_detach(fd)
     os.close(fd)
     assert [fault for fault in backend.faults() if hook in fault and "not attached" in fault]
@@ -148,7 +149,7 @@ def test_an_unlinked_pin_is_a_fault(guarded: Guarded) -> None:
     """With its only pin gone the link is gone, and the hook with it."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
-    os.unlink(hooks.link_pin(guards.folder_of(sandbox.cgroup).path, "connect6"))
+    os.unlink(link_pin(guards.folder_of(sandbox.cgroup).path, "connect6"))
     assert any("connect6" in fault for fault in backend.faults())
     backend.apply(OLD_POLICY)
     assert backend.faults() == []
@@ -172,7 +173,7 @@ def test_a_program_behind_ours_is_a_fault_one_before_is_not(guarded: Guarded) ->
 
 
 def _poke(sandbox: Sandbox, number: Map, key: bytes, value: bytes) -> None:
-    fd = bpf.pinned(os.path.join(guards.folder_of(sandbox.cgroup).path, number.pin_name))
+    fd = bpf.pinned(map_pin(guards.folder_of(sandbox.cgroup).path, number))
     bpf.map_update(fd, key, value)
     os.close(fd)
 
@@ -191,17 +192,20 @@ def test_a_changed_map_is_a_fault_and_start_repairs_it(guarded: Guarded) -> None
     assert guards.passing(sandbox) == {OLD, BOTH}
 
 
-def test_what_the_kernel_writes_to_a_query_has_room(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux 6.18.15 writes 32 bytes behind the size that it is given: the row of that kernel crashed here."""
+def test_the_buffer_of_a_query_has_room_for_what_the_kernel_writes(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux 6.18.15 writes 32 bytes more than the size that it is given. The matrix row of that kernel crashed here."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
+    canary = b"\xa5" * 4096
     seen = []
-    system_call = syscalls.bpf
+    real = syscalls.bpf
 
-    def with_canary(command: int, buffer: ctypes.Array[ctypes.c_char], size: int) -> tuple[int, int]:
-        guarded_buffer = ctypes.create_string_buffer(buffer.raw + b"\xa5" * 4096)
-        result = system_call(command, guarded_buffer, size)
-        seen.append((len(buffer), guarded_buffer.raw[len(buffer) : -1] == b"\xa5" * 4096))
+    def with_canary(command: int, attr: ctypes.Array[ctypes.c_char], size: int) -> tuple[int, int]:
+        buffer = ctypes.create_string_buffer(attr.raw + canary)
+        result = real(command, buffer, size)
+        seen.append((len(attr), buffer.raw[len(attr) : -1] == canary))
         return result
 
     monkeypatch.setattr(syscalls, "bpf", with_canary)
@@ -242,7 +246,7 @@ def test_a_guard_without_pins_is_found_and_removed(guarded: Guarded) -> None:
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     path = guards.folder_of(sandbox.cgroup).path
-    held = [bpf.pinned(hooks.link_pin(path, hook)) for hook in abi.needed_hooks(False)]
+    held = [bpf.pinned(link_pin(path, hook)) for hook in abi.needed_hooks(False)]
     for name in os.listdir(path):
         os.unlink(os.path.join(path, name))
     os.rmdir(path)
@@ -288,7 +292,7 @@ def test_nothing_is_left_in_the_other_generation(guarded: Guarded) -> None:
     sandbox, backend = guarded
     for wanted in (OLD_POLICY, NEW_POLICY, guards.policy(OLD, addresses=[IPV4]), OLD_POLICY):
         backend.apply(wanted)
-    with Maps.open(guards.folder_of(sandbox.cgroup).path) as maps:
+    with MapReader.open(guards.folder_of(sandbox.cgroup).path) as maps:
         other = 3 - maps.generation()
         left = maps.snapshot(other).image.items
     assert {number: items for number, items in left.items() if number is not Map.ADDRESS_BITMAP and items} == {}

@@ -144,12 +144,12 @@ def test_two_starts_at_once(sandbox: Sandbox) -> None:
 
 
 def test_one_that_waits_too_long_says_so(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another command holds the lock: one sentence, and nothing is changed."""
+    """Another command holds the lock: the error is one sentence, and nothing is changed."""
     from imds_guard.kernel import lockfile
 
     backend = EbpfBackend(sandbox.cgroup)
     name = guards.folder_of(sandbox.cgroup).name
     monkeypatch.setattr(lockfile, "WAIT_S", 0.2)
-    with lockfile.exclusive(name, 1), pytest.raises(GuardError, match="at work"):
+    with lockfile.exclusive(name, 1), pytest.raises(GuardError, match="another imds-guard has been running"):
         backend.apply(OLD_POLICY)
     assert backend.read() is None

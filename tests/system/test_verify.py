@@ -11,8 +11,9 @@ from typing import Callable
 
 import pytest
 
-from imds_guard.backends.ebpf import abi, hooks
+from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.pins import link_pin
 from imds_guard.kernel import bpf
 from tests import command
 from tests.command import ONE, PATIENCE_S, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
@@ -116,7 +117,7 @@ def test_repair_takes_a_usable_configuration_in_place_of_the_emergency_lock(guar
 
 
 def unlink_hook(guard: Guard) -> None:
-    os.unlink(hooks.link_pin(folder_of(guard.sandbox.cgroup).path, "connect6"))
+    os.unlink(link_pin(folder_of(guard.sandbox.cgroup).path, "connect6"))
 
 
 def unpin_map(guard: Guard) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from imds_guard.backends.ebpf import abi, watch
-from imds_guard.backends.ebpf.tables import Lists
 from imds_guard.backends.ebpf.watch import Record
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Protocol
@@ -160,31 +159,32 @@ def test_hostile_text_stays_in_its_value(as_text: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "uid", "lists", "words"),
+    ("reason", "uid", "groups", "words"),
     [
         (
             Reason.NOT_LISTED,
             0,
-            Lists(frozenset((0,)), False),
+            frozenset((0,)),
             "add root to group root, or imds-guard allow --user root",
         ),
-        (Reason.NOT_LISTED, 0, Lists(frozenset(), False), "imds-guard allow --user root"),
-        (Reason.NOT_LISTED, 0, None, "imds-guard allow --user root"),
-        (Reason.NOT_LISTED, UID, Lists(frozenset((0,)), False), "imds-guard allow --user 61001"),
+        (Reason.NOT_LISTED, 0, frozenset(), "imds-guard allow --user root"),
+        (Reason.NOT_LISTED, UID, frozenset((0,)), "imds-guard allow --user 61001"),
         (
             Reason.NOT_LISTED,
             0,
-            Lists(frozenset(range(70_000, 70_005)), False),
+            frozenset(range(70_000, 70_005)),
             "add root to group 70000 or 70001 or 70002 (or 2 more), or imds-guard allow --user root",
         ),
-        (Reason.DENIED_USER, UID, None, "take user 61001 off the deny list"),
-        (Reason.KERNEL_THREAD, UID, None, None),
+        (Reason.DENIED_USER, UID, frozenset(), "take user 61001 off the deny list"),
+        (Reason.KERNEL_THREAD, UID, frozenset(), None),
     ],
 )
-def test_what_would_have_let_it_through(reason: Reason, uid: int, lists: Lists | None, words: str | None) -> None:
-    assert would_allow(reason, uid, lists, Names()) == words
+def test_what_would_have_let_it_through(reason: Reason, uid: int, groups: frozenset[int], words: str | None) -> None:
+    assert would_allow(reason, uid, groups, Names()) == words
 
 
 def test_every_reason_to_deny_but_one_has_something_that_would_have_helped() -> None:
-    helpless = {reason for reason in Reason if not reason.permits and would_allow(reason, UID, None, Names()) is None}
+    helpless = {
+        reason for reason in Reason if not reason.permits and would_allow(reason, UID, frozenset(), Names()) is None
+    }
     assert helpless == {Reason.KERNEL_THREAD}

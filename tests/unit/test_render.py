@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.render import Image, parse, parse_settings, render, settings_of
+from imds_guard.backends.ebpf.image import Image, parse_settings, settings_of
+from imds_guard.backends.ebpf.parse import parse
+from imds_guard.backends.ebpf.render import render
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.policy.decide import Caller, Destination, Reason, Source, decide, find_lock
 from imds_guard.policy.model import (

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from imds_guard.backends.ebpf import EbpfBackend
-from imds_guard.backends.ebpf.store import Maps
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.reader import MapReader
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
 from tests.conformance import enforcers
@@ -28,7 +29,7 @@ class AtRoot(enforcers.Ebpf):
     def __enter__(self) -> AtRoot:
         pins = self._backend.state().pins
         assert pins is not None, "nothing is attached: the command has not started it"
-        self._maps = self._stack.enter_context(Maps.open(pins))
+        self._maps = self._stack.enter_context(MapReader.open(pins, (Map.COUNTERS,)))
         return self
 
     def sandbox(self) -> Sandbox:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from imds_guard import __version__
 from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.abi import needed_hooks
-from imds_guard.backends.ebpf.tables import Place, Report, read_report
+from imds_guard.backends.ebpf.pins import PinLocation
+from imds_guard.backends.ebpf.report import Report, read_report
 from imds_guard.commands.look import Status, status
 from imds_guard.errors import GuardError, Unsupported, system_text
 from imds_guard.kernel import files
@@ -59,7 +60,7 @@ def _read(cgroup: str | None) -> tuple[Status, Report | None]:
     if not found.ebpf is not None:
         return found, None
     try:
-        return found, read_report(Place(cgroup))
+        return found, read_report(PinLocation.of(cgroup))
     except GuardError:
         return found, None  # its maps can't be read, and faults says so
 

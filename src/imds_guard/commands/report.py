@@ -7,7 +7,8 @@ import shlex
 from collections import Counter
 from typing import Any, NamedTuple
 
-from imds_guard.backends.ebpf.tables import Place, Report, Row, read_report
+from imds_guard.backends.ebpf.pins import PinLocation
+from imds_guard.backends.ebpf.report import Report, Row, read_report
 from imds_guard.commands.look import active_policy
 from imds_guard.config.read import Config
 from imds_guard.config.write import dump_config
@@ -59,7 +60,7 @@ class Reported(NamedTuple):
 def report(cgroup: str | None) -> Reported:
     """Reads the report of the policy in force. Raises Unsupported under iptables, GuardError when nothing is active."""
     require_ebpf(cgroup, "reading the report")
-    found = read_report(Place(cgroup))
+    found = read_report(PinLocation.of(cgroup))
     if found is None:
         raise GuardError("reading the report: imds-guard is not active; run imds-guard start first")
     _, policy = active_policy(cgroup)

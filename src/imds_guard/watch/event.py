@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from imds_guard.backends.ebpf.tables import Lists
 from imds_guard.backends.ebpf.watch import Record
 from imds_guard.policy.decide import Reason
 from imds_guard.text import escaped, key_value
@@ -34,17 +33,17 @@ _HELP: dict[Reason, str] = {
 """What would have let it through. Nothing does for kernel threads."""
 
 
-def would_allow(reason: Reason, uid: int, lists: Lists | None, names: Names) -> str | None:
+def would_allow(reason: Reason, uid: int, allowed_groups: frozenset[int], names: Names) -> str | None:
     """What would have let a denied caller through; None where nothing would, or nobody knows."""
     user = escaped(names.user(uid))
     if reason is Reason.NOT_LISTED:
-        return _list_words(user, lists, names)
+        return _list_words(user, allowed_groups, names)
     return _HELP[reason].format(user=user) if reason in _HELP else None
 
 
-def _list_words(user: str, lists: Lists | None, names: Names) -> str:
+def _list_words(user: str, allowed_groups: frozenset[int], names: Names) -> str:
     by_user = f"imds-guard allow --user {user}"
-    groups = sorted(lists.allowed_groups) if lists is not None else []
+    groups = sorted(allowed_groups)
     if not groups or user.isdecimal():  # who has no account can't be put into a group
         return by_user
     named = " or ".join(escaped(names.group(gid)) for gid in groups[:_SOME_GROUPS])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 from imds_guard.backends import choose
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf import watch as kernel
-from imds_guard.backends.ebpf.tables import Place
+from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.watch import Source
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.kernel.cgroup import open_cgroup
@@ -91,7 +91,7 @@ def require_ebpf(cgroup: str | None, doing: str = "watching denials") -> None:
 class Reader:
     """Holds the ring buffer from look() to close()."""
 
-    def __init__(self, place: Place, wish: Wish, outlet: Outlet, followers: Followers | None) -> None:
+    def __init__(self, place: PinLocation, wish: Wish, outlet: Outlet, followers: Followers | None) -> None:
         self._place = place
         self._wish = wish
         self._outlet = outlet
@@ -267,8 +267,8 @@ class Reader:
         if fold.count > 1:
             values["since"] = iso_time(wall_clock(kernel.decode(fold.first).time_ns))
         if not kernel.is_allowed(fold.last):
-            lists = self.source.lists_of(record) if self.source is not None else None
-            values["would_allow"] = would_allow(record.reason, record.fsuid, lists, self._names)
+            groups = self.source.allowed_groups(record) if self.source is not None else frozenset()
+            values["would_allow"] = would_allow(record.reason, record.fsuid, groups, self._names)
         return values
 
     # --- telling ---
@@ -276,7 +276,7 @@ class Reader:
     def _look_for_losses(self, earlier: bool = False) -> None:
         if self.source is None:
             return
-        lost = self.source.tables.lost()
+        lost = self.source.maps.lost()
         if lost > self._lost:
             more: dict[str, object] = {"before_this_watch": True} if earlier else {}
             self._tell_state("lost", count=lost - self._lost, **more)

@@ -12,7 +12,7 @@ import select
 import time
 from typing import Callable
 
-from imds_guard.backends.ebpf.tables import Place
+from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.errors import GuardError
 from imds_guard.kernel import lockfile
 from imds_guard.watch.event import as_json
@@ -28,7 +28,7 @@ def watch(wish: Wish, outlet: Outlet, started: Callable[[], object]) -> None:
     ``started`` is called when it reads, or follows. Raises Unsupported under iptables, which tells nobody of denials.
     """
     require_ebpf(wish.cgroup)
-    place = Place(wish.cgroup)
+    place = PinLocation.of(wish.cgroup)
     with Ended() as ended:
         if wish.once:
             _read_once(place, wish, outlet)
@@ -49,15 +49,15 @@ def watch(wish: Wish, outlet: Outlet, started: Callable[[], object]) -> None:
                 select.select([ended], [], [], _AGAIN_S)  # the other one is about to listen, or to end
 
 
-def _lock_name(place: Place) -> str:
+def _lock_name(place: PinLocation) -> str:
     return f"watch-{place.name}"
 
 
-def _socket_path(place: Place) -> str:
+def _socket_path(place: PinLocation) -> str:
     return os.path.join(lockfile.FOLDER, f"watch-{place.name}.sock")
 
 
-def _let_go(place: Place, held: int) -> None:
+def _let_go(place: PinLocation, held: int) -> None:
     if not place.is_root:
         lockfile.forget(_lock_name(place))
     os.close(held)
@@ -98,7 +98,7 @@ def _follow(lead: Lead, outlet: Outlet, ended: Ended) -> None:
 # --- leading --------------------------------------------------------------------------------------------------------
 
 
-def _lead(place: Place, wish: Wish, outlet: Outlet, ended: Ended, started: Callable[[], object]) -> None:
+def _lead(place: PinLocation, wish: Wish, outlet: Outlet, ended: Ended, started: Callable[[], object]) -> None:
     followers = Followers(_socket_path(place), as_json)
     reader = Reader(place, wish, outlet, followers)
     try:
@@ -113,7 +113,7 @@ def _lead(place: Place, wish: Wish, outlet: Outlet, ended: Ended, started: Calla
         followers.close()
 
 
-def _read_once(place: Place, wish: Wish, outlet: Outlet) -> None:
+def _read_once(place: PinLocation, wish: Wish, outlet: Outlet) -> None:
     held = lockfile.attempt(_lock_name(place))
     if held is None:
         raise GuardError(

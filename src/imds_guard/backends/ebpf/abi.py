@@ -46,8 +46,10 @@ class Map(enum.IntEnum):
 
 GENERATIONS = (1, 2)
 
+ARRAY_KEY = struct.Struct("=I")
 CONFIG = struct.Struct("=B7x")
 SETTINGS = struct.Struct("=4I16sI4xQ")  # valid, mode, allow_containers, abi, digest, strict, serial
+"""``valid``, ``abi`` and ``serial`` stay where they are in every layout: an upgrade reads them from the old maps."""
 MODE_ENFORCE, MODE_AUDIT = 1, 2
 
 HOST_BITS_LOG2 = 18
@@ -103,6 +105,9 @@ reason, verdict, protocol."""
 REPORT_ROWS = 16384
 REPORT_KEY = struct.Struct("=BBHI")  # generation, reason, lock, fsuid
 REPORT = struct.Struct(f"=3Q16sHB5x{COMM_BYTES}s")  # count, first_ns, last_ns, address, port, protocol, comm
+
+GENERATION_AT: dict[Map, int] = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0, Map.REPORT: 0}
+"""Where in the key a map has the generation."""
 
 WATCH = struct.Struct("=I")  # log_allowed
 
@@ -164,6 +169,16 @@ def version_in_name(hook: str, name: str) -> str | None:
     """The version in the name of one of our programs, or None for somebody else's program."""
     prefix = HOOKS[hook].prefix + "_"
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
+
+
+def list_key(generation: int, number: int) -> bytes:
+    """The key in Map.LISTS of a list of a generation."""
+    return ARRAY_KEY.pack((generation - 1) * LISTS + number)
+
+
+def list_number(generation: int, key: bytes) -> int:
+    """The number of the list that has this key in Map.LISTS."""
+    return int(ARRAY_KEY.unpack(key)[0]) - (generation - 1) * LISTS
 
 
 _MAPPED_PREFIX = bytes(10) + b"\xff\xff"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks: attached, updated and detached by links, and what the kernel says of them."""
+"""The hooks of a cgroup: which programs are attached, and how ours are attached, updated and detached by links."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.pins import link_pin
 from imds_guard.errors import GuardError, Unsupported, system_text, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import Cgroup
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Attached(NamedTuple):
-    """A program at a hook, in the order in which they run. ``version`` is None for somebody else's program."""
+    """A program at a hook. ``version`` is None for somebody else's program."""
 
     id: int
     name: str
@@ -30,42 +31,38 @@ class Attached(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """One hook as the kernel has it: every program attached to this cgroup there, and the one our link holds."""
+    """One hook in the kernel: every program attached to this cgroup there, and the one that our link holds."""
 
     name: str
     attached: tuple[Attached, ...]
+    """In the order in which they run."""
     linked: int | None = None
     """The ID of the program that our pinned link holds; None when there is no link, or it is no longer attached."""
 
     @property
     def ours(self) -> Attached | None:
-        """Our program, if the pinned link holds it and the kernel runs it here."""
+        """Our program, when the pinned link holds it and the kernel runs it here."""
         return next((p for p in self.attached if p.id == self.linked and p.version is not None), None)
 
     @property
-    def strays(self) -> list[Attached]:
+    def unpinned(self) -> list[Attached]:
         """Programs of ours that no pinned link holds."""
         return [p for p in self.attached if p.version is not None and p.id != self.linked]
 
     @property
     def behind(self) -> list[Attached]:
         """Other people's programs that run after ours."""
-        if self.ours is None or self.name == abi.EGRESS:  # nobody can change where a packet goes any more
+        if self.ours is None or self.name == abi.EGRESS:  # at egress no program can change a packet's address
             return []
         return [p for p in self.attached[self.attached.index(self.ours) + 1 :] if p.version is None]
 
 
-def link_pin(folder: str, hook: str) -> str:
-    """Where a hook's link is pinned."""
-    return os.path.join(folder, f"link_{hook}")
-
-
-_NEVER = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
-"""What the kernel says where programs on cgroups are not to be had; anything else may pass, like a lack of memory."""
+_NO_CGROUP_PROGRAMS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
+"""Errors of a kernel without programs on cgroups. Any other error may be temporary, like a lack of memory."""
 
 
 def inspect(cgroup: Cgroup, folder: str | None) -> list[Hook]:
-    """What is attached to the cgroup, by BPF_PROG_QUERY, beside what our links say."""
+    """Every hook: the attached programs by BPF_PROG_QUERY, and the program of our pinned link."""
     return [
         Hook(name, tuple(_attached(name, cgroup, shape.attach_type)), _linked(name, cgroup, folder) if folder else None)
         for name, shape in abi.HOOKS.items()
@@ -77,7 +74,7 @@ def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> list[Attached]:
         identities = bpf.attached_programs(cgroup.fd, attach_type)
     except OSError as error:
         what = f"asking what is attached to {cgroup.path} at {hook}"
-        if error.errno not in _NEVER:
+        if error.errno not in _NO_CGROUP_PROGRAMS:
             raise GuardError(f"{what}: {system_text(error)}; nothing was changed, run the command again") from error
         raise Unsupported(
             f"{what}: {system_text(error)}; the kernel has no programs on cgroups (CONFIG_CGROUP_BPF), or something "
@@ -100,7 +97,7 @@ def _describe(hook: str, identity: int) -> Attached | None:
 
 
 def _linked(hook: str, cgroup: Cgroup, folder: str) -> int | None:
-    """A link whose cgroup is another, or gone, counts as none."""
+    """The ID of the program of our pinned link. None without a link, and for a link to another or a removed cgroup."""
     fd = _open_link(hook, folder)
     if fd is None:
         return None
@@ -118,12 +115,12 @@ def _open_link(hook: str, folder: str) -> int | None:
         return None
 
 
-def put_in_place(
+def attach(
     cgroup: Cgroup, folder: str, map_fds: Sequence[int], found: Sequence[Hook], defines: Defines, pins: str = ""
 ) -> None:
-    """Compiles the programs and puts one at each hook: by LINK_UPDATE where a link of ours is, else by a new link.
+    """Compiles the programs and attaches one to each hook: by LINK_UPDATE of the link in ``folder``, or by a new link.
 
-    All are loaded before the first is attached. ``pins`` is the folder that the links are pinned in, if another.
+    All are loaded before the first is attached. The links are pinned in ``pins``, by default in ``folder``.
     """
     from imds_guard.backends.ebpf import program  # noqa: PLC0415 -- start-up time: few commands load programs
 
@@ -137,10 +134,10 @@ def put_in_place(
 
 
 @contextmanager
-def put_back_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
-    """Where the block fails, each link that is pinned in ``folder`` gets the program back that it held.
+def programs_restored_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
+    """When the block fails, each link that is pinned in ``folder`` gets back the program that it had.
 
-    Not where another folder has come to stand there: then the block was through when something interrupted it.
+    Not when another folder is at that path by then: the block had done its work before it was interrupted.
     """
     before: dict[str, int] = {}
     inode = os.stat(folder).st_ino
@@ -154,15 +151,15 @@ def put_back_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
         except BaseException:
             with suppress(OSError):
                 if os.stat(folder).st_ino == inode:
-                    _put_back(folder, before)
+                    _restore(folder, before)
             raise
     finally:
         for fd in before.values():
             os.close(fd)
 
 
-def _put_back(folder: str, programs: Mapping[str, int]) -> None:
-    """As far as the system lets us: what it says to this would hide what went wrong first."""
+def _restore(folder: str, programs: Mapping[str, int]) -> None:
+    """Errors are ignored: they would hide the first one."""
     for hook, program_fd in programs.items():
         with suppress(OSError):
             link_fd = _open_link(hook, folder)
@@ -189,7 +186,7 @@ def _attach(hook: Hook, program_fd: int, cgroup: Cgroup, folder: str, pins: str)
 
 
 def _pin(link_fd: int, path: str) -> None:
-    """Pins beside and renames, since a pin that is there (of a link that lost its cgroup, say) refuses another."""
+    """Pins under another name and renames. At a path that has a pin (of a link that lost its cgroup) a pin fails."""
     beside = path + "~"
     _unlink(beside)
     bpf.pin(link_fd, beside)
@@ -204,7 +201,7 @@ def _unlink(path: str) -> None:
 
 
 def verify(cgroup: Cgroup, folder: str, map_ids: Sequence[int], needed: Collection[str]) -> None:
-    """Raises GuardError unless each hook that is needed runs our program on these maps."""
+    """Raises GuardError unless each needed hook runs our program on these maps."""
     for hook in inspect(cgroup, folder):
         if hook.name not in needed:
             continue
@@ -218,7 +215,7 @@ def verify(cgroup: Cgroup, folder: str, map_ids: Sequence[int], needed: Collecti
 def detach_all(folder: str) -> None:
     """Detaches every link that is pinned in a folder, at once."""
     for hook in abi.HOOKS:
-        for name in (hook, hook + "~"):  # the second where a command ended between the pin and its renaming: _pin()
+        for name in (hook, hook + "~"):  # the second when a command ended between the two steps of _pin()
             fd = _open_link(name, folder)
             if fd is not None:
                 _detach(fd)
@@ -233,24 +230,23 @@ def detach_unneeded(folder: str, needed: Collection[str]) -> None:
             _unlink(link_pin(folder, hook))
 
 
-def detach_strays(cgroup: Cgroup, folder: str | None) -> list[str]:
+def detach_unpinned(cgroup: Cgroup, folder: str | None) -> list[str]:
     """Detaches programs of ours that no pinned link holds: left by a bpffs that is gone. Returns their names."""
-    strays = {p.id: p.name for hook in inspect(cgroup, folder) for p in hook.strays}
-    if not strays:
+    unpinned = {p.id: p.name for hook in inspect(cgroup, folder) for p in hook.unpinned}
+    if not unpinned:
         return []
-    if folder is not None and not os.path.isdir(
-        folder
-    ):  # looked for after the links: without it all of them are strays
+    # Asked after the links were read: without the folder every program of ours would count as unpinned.
+    if folder is not None and not os.path.isdir(folder):
         raise GuardError(
             f"looking for the pins in {folder}: they are out of reach; mount the BPF filesystem there again"
         )
     with trying("looking for links that nothing pins", "they can be seen with bpftool link"):
         for fd, link in bpf.links_of_cgroup(cgroup.id):
-            if link.prog_id in strays:
+            if link.prog_id in unpinned:
                 _detach(fd)
             else:
                 os.close(fd)
-    return sorted(strays.values())
+    return sorted(unpinned.values())
 
 
 def _detach(fd: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this kernel, and this process, can do what the backend needs: the smallest real thing, asked once."""
+"""Whether this kernel and this process can do what the backend needs. Each probe does the smallest real thing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from imds_guard.kernel import bpf, namespaces, privileges
 _ELSEWHERE = "the iptables backend can serve instead"
 
 
-def require_place() -> None:
-    """Raises unless this process may do it and lives in the host's PID namespace."""
+def require_host() -> None:
+    """Raises unless this process has the capabilities and is in the host's user and PID namespaces."""
     missing = privileges.missing_capabilities([privileges.CAP_BPF, privileges.CAP_PERFMON, privileges.CAP_NET_ADMIN])
     if missing:
         raise NotPermitted(
@@ -28,8 +28,8 @@ def require_place() -> None:
         )
     if namespaces.namespace_inode("pid") != namespaces.INITIAL_PID_NAMESPACE:
         raise Unsupported(
-            "looking at the PID namespace: this process is in a container, where the host's processes would all count "
-            "as strangers; run it on the host, or in the host's PID namespace"
+            "looking at the PID namespace: this process is in a container, where every process of the host would count "
+            "as one in a container; run it on the host, or in the host's PID namespace"
         )
 
 
@@ -66,7 +66,7 @@ def _require_reading_programs() -> None:
 
 
 def knows_current_task() -> bool:
-    """True when programs here may use bpf_get_current_task_btf(), whose result the verifier knows the type of."""
+    """True when programs here may use bpf_get_current_task_btf(). The verifier knows the type of its result."""
     attach_type, prefix, *_ = abi.HOOKS["connect4"]
     code = _instruction(0x85, 0, 0, 158) + _instruction(0xB7, 0, 0, 1) + _instruction(0x95, 0, 0, 0)
     try:
@@ -77,7 +77,7 @@ def knows_current_task() -> bool:
 
 
 def knows_loops() -> bool:
-    """True when programs here may use bpf_loop(), which v5.17 has, and needs the compiler to machine code (the JIT)."""
+    """True when programs here may use bpf_loop(). It came with v5.17 and needs the JIT."""
     attach_type, prefix, *_ = abi.HOOKS["connect4"]
     try:
         os.close(bpf.prog_load(_LOOPS, f"{prefix}_probe", attach_type, None, (("ig_probe", 0), ("ig_step", 8))))
@@ -105,7 +105,7 @@ _READS_KERNEL_MEMORY = b"".join(
 _LOOPS = b"".join(
     (
         _instruction(0xB7, 0x01, 0, 1),  # r1 = 1
-        _instruction(0x18, 0x42, 0, 6),  # r2 = the function six further on
+        _instruction(0x18, 0x42, 0, 6),  # r2 = the function that begins six instructions later
         _instruction(0x00, 0x00, 0, 0),
         _instruction(0xB7, 0x03, 0, 0),  # r3 = 0
         _instruction(0xB7, 0x04, 0, 0),  # r4 = 0

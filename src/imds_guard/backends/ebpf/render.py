@@ -1,56 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policy <-> the records of one generation. Pure."""
+"""The records of one generation for a policy. Pure: nothing here touches the system."""
 
 from __future__ import annotations
 
 import ipaddress
-import sys
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Network, Policy, Verdict, make_policy
-from imds_guard.policy.ports import NO_PORTS, Ports, minus_ports, normal_ports
-
-try:  # start-up time: hashlib has the same function, and loads OpenSSL for others
-    from _blake2 import blake2s
-except ImportError:  # a Python that has all of its hashes from OpenSSL
-    from hashlib import blake2s
-
-BYTE_ORDER: Literal["little", "big"] = sys.byteorder
-
-Items = tuple[tuple[bytes, bytes], ...]
-
-
-class Image(NamedTuple):
-    """Every record of one generation but its settings: (key, value) pairs, as they lie in the maps."""
-
-    generation: int
-    items: Mapping[Map, Items]
-
-    def digest(self) -> bytes:
-        """16 octets that change with any record; the order in which the kernel hands records out does not matter."""
-        state = blake2s(digest_size=16)
-        for number in sorted(self.items):
-            state.update(bytes([number]))
-            state.update(b"".join(key + value for key, value in sorted(self.items[number])))
-        return state.digest()
-
-
-class Settings(NamedTuple):
-    """struct ig_settings, without its digest and its serial."""
-
-    mode: Mode
-    containers: Verdict
-    strict: bool = False
-
-    def pack(self, digest: bytes, serial: int) -> bytes:
-        """The record as it lies in the map."""
-        mode = abi.MODE_AUDIT if self.mode is Mode.AUDIT else abi.MODE_ENFORCE
-        containers = self.containers is Verdict.ALLOW
-        return abi.SETTINGS.pack(1, mode, containers, abi.ABI, digest, self.strict, serial)
+from imds_guard.backends.ebpf.image import Image, ListKey
+from imds_guard.errors import Unsupported
+from imds_guard.policy.model import Lock, Network, Policy, Verdict
+from imds_guard.policy.ports import minus_ports, normal_ports
 
 
 class Range(NamedTuple):
@@ -63,14 +25,6 @@ class Range(NamedTuple):
     protocols: int
 
 
-_ListKey = tuple[Identities, Identities, Verdict]
-
-
-def settings_of(policy: Policy) -> Settings:
-    """The part of a policy that stands in its generation's settings."""
-    return Settings(policy.mode, policy.containers, policy.strict)
-
-
 def render(policy: Policy, generation: int) -> Image:
     """The records that make the hooks enforce ``policy``. Raises Unsupported when they would not fit."""
     lists = _number_lists(policy)
@@ -80,15 +34,12 @@ def render(policy: Policy, generation: int) -> Image:
     return Image(
         generation,
         {
-            Map.ADDRESS_BITMAP: ((generation.to_bytes(4, BYTE_ORDER), _address_bitmap(endpoints)),),
+            Map.ADDRESS_BITMAP: ((abi.ARRAY_KEY.pack(generation), _address_bitmap(endpoints)),),
             Map.ENDPOINTS: tuple(
                 (_endpoint_key(generation, network), _endpoint_value(ranges, list_of_lock))
                 for network, ranges in endpoints.items()
             ),
-            Map.LISTS: tuple(
-                (((generation - 1) * abi.LISTS + number).to_bytes(4, BYTE_ORDER), _list_record(key))
-                for key, number in lists.items()
-            ),
+            Map.LISTS: tuple((abi.list_key(generation, number), _list_record(key)) for key, number in lists.items()),
             Map.MEMBERS: tuple(item for key, number in lists.items() for item in _members(generation, number, key)),
             Map.GROUPS: tuple(item for key, number in lists.items() for item in _groups(generation, number, key)),
             Map.LOCKS: tuple(
@@ -102,19 +53,19 @@ def render(policy: Policy, generation: int) -> Image:
     )
 
 
-def _list_key(lock: Lock) -> _ListKey:
+def _list_key(lock: Lock) -> ListKey:
     return lock.allow, lock.deny, lock.default
 
 
-def _number_lists(policy: Policy) -> dict[_ListKey, int]:
+def _number_lists(policy: Policy) -> dict[ListKey, int]:
     """Locks with the same lists share one."""
-    numbers: dict[_ListKey, int] = {}
+    numbers: dict[ListKey, int] = {}
     for lock in policy.locks:
         numbers.setdefault(_list_key(lock), len(numbers))
     return numbers
 
 
-def _check_sizes(policy: Policy, lists: Mapping[_ListKey, int], endpoints: Mapping[Network, list[Range]]) -> None:
+def _check_sizes(policy: Policy, lists: Mapping[ListKey, int], endpoints: Mapping[Network, list[Range]]) -> None:
     members = sum(len(a.users | d.users) + len(a.groups | d.groups) for a, d, _ in lists)
     for what, count, most in (
         ("locks", len(policy.locks), abi.LOCKS // 2),
@@ -254,7 +205,7 @@ def _address_bitmap(entries: Mapping[Network, list[Range]]) -> bytes:
 # --- lists ----------------------------------------------------------------------------------------------------------
 
 
-def _list_record(key: _ListKey) -> bytes:
+def _list_record(key: ListKey) -> bytes:
     allow, deny, default = key
     flags = abi.LIST_VALID | abi.LIST_DEFAULT_ALLOW * (default is Verdict.ALLOW)
     flags |= abi.LIST_GROUPS * bool(allow.groups or deny.groups) | abi.LIST_DENY_GROUPS * bool(deny.groups)
@@ -266,7 +217,7 @@ def _list_record(key: _ListKey) -> bytes:
     return abi.LIST.pack(flags, 0, *words)
 
 
-def _members(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, bytes]]:
+def _members(generation: int, number: int, key: ListKey) -> list[tuple[bytes, bytes]]:
     allow, deny, _ = key
     items = []
     for kind, allowed, denied in ((abi.USER, allow.users, deny.users), (abi.GROUP, allow.groups, deny.groups)):
@@ -276,7 +227,7 @@ def _members(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, b
     return items
 
 
-def _groups(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, bytes]]:
+def _groups(generation: int, number: int, key: ListKey) -> list[tuple[bytes, bytes]]:
     """The listed groups in order, denied ones first, for lists that are short enough to be searched."""
     allow, deny, _ = key
     ordered = sorted(deny.groups) + sorted(allow.groups - deny.groups)
@@ -284,90 +235,3 @@ def _groups(generation: int, number: int, key: _ListKey) -> list[tuple[bytes, by
         return []
     padded = ordered + [0] * (abi.MAX_SEARCHED_GROUPS - len(ordered))
     return [(abi.SMALL_KEY.pack(generation, number), abi.GROUPS.pack(len(deny.groups), len(ordered), *padded))]
-
-
-# --- and back -------------------------------------------------------------------------------------------------------
-
-
-def parse_settings(record: bytes) -> tuple[Settings, bytes] | None:
-    """Settings and digest, or None for a record that is not valid."""
-    valid, mode, containers, version, digest, strict, _ = abi.SETTINGS.unpack(record)
-    if not valid or version != abi.ABI or mode not in (abi.MODE_ENFORCE, abi.MODE_AUDIT):
-        return None
-    chosen = Mode.AUDIT if mode == abi.MODE_AUDIT else Mode.ENFORCE
-    return Settings(chosen, Verdict.ALLOW if containers else Verdict.DENY, bool(strict)), digest
-
-
-def serial_of(record: bytes) -> int:
-    """The number of the change that wrote a settings record; 0 when there was none."""
-    return int(abi.SETTINGS.unpack(record)[6])
-
-
-def parse(image: Image, settings: Settings) -> Policy:
-    """The policy that the records make the hooks enforce. Raises GuardError when they contradict each other."""
-    lists = _parse_lists(image)
-    endpoints = _parse_endpoints(image)
-    locks = []
-    for key, value in image.items[Map.LOCKS]:
-        number = abi.SMALL_KEY.unpack(key)[1]
-        list_number, _, name = abi.LOCK.unpack(value)
-        if list_number not in lists or number not in endpoints:
-            raise GuardError(f"reading the policy back from the eBPF maps: lock {number} has no list or no endpoint")
-        allow, deny, default = lists[list_number]
-        text = name.rstrip(b"\0").decode(errors="replace")
-        locks.append(Lock(text, tuple(endpoints[number]), allow, deny, default))
-    return make_policy(locks, settings.mode, settings.containers, settings.strict)
-
-
-def _parse_lists(image: Image) -> dict[int, _ListKey]:
-    members: dict[int, dict[tuple[int, int], list[int]]] = {}
-    for key, value in image.items[Map.MEMBERS]:
-        _, kind, number, identity = abi.MEMBER.unpack(key)
-        verdict = abi.MEMBER_VALUE.unpack(value)[0]
-        of_list = members.setdefault(number, {})
-        for bit in (abi.ALLOW, abi.DENY):
-            if verdict & bit:
-                of_list.setdefault((kind, bit), []).append(identity)
-    lists: dict[int, _ListKey] = {}
-    for key, value in image.items[Map.LISTS]:
-        number = int.from_bytes(key, BYTE_ORDER) - (image.generation - 1) * abi.LISTS
-        flags = abi.LIST.unpack(value)[0]
-        of_list = members.get(number, {})
-        default = Verdict.ALLOW if flags & abi.LIST_DEFAULT_ALLOW else Verdict.DENY
-        lists[number] = (_identities(of_list, abi.ALLOW), _identities(of_list, abi.DENY), default)
-    return lists
-
-
-def _identities(members: Mapping[tuple[int, int], list[int]], verdict: int) -> Identities:
-    def of_kind(kind: int) -> frozenset[int]:
-        return frozenset(members.get((kind, verdict), ()))
-
-    return Identities(of_kind(abi.USER), of_kind(abi.GROUP))
-
-
-def _parse_endpoints(image: Image) -> dict[int, list[Endpoint]]:
-    """The endpoints of each lock: the ranges that are not inherited."""
-    found: dict[int, list[Endpoint]] = {}
-    for key, value in image.items[Map.ENDPOINTS]:
-        bits, _, octets = abi.ENDPOINT_KEY.unpack(key)
-        network = _network(octets, bits - abi.ENDPOINT_KEY_FIXED_BITS)
-        ports: dict[tuple[int, int], Ports] = {}
-        for n in range(min(abi.ENDPOINT_HEAD.unpack_from(value)[0], abi.RANGES)):
-            low, high, lock, _, protocols, flags = abi.RANGE.unpack_from(
-                value, abi.ENDPOINT_HEAD.size + n * abi.RANGE.size
-            )
-            for protocol in (abi.TCP, abi.UDP):
-                if protocols & protocol and not flags & abi.INHERITED:
-                    ports[lock, protocol] = (*ports.get((lock, protocol), NO_PORTS), (low, high))
-        for lock in {lock for lock, _ in ports}:
-            found.setdefault(lock, []).append(
-                Endpoint(network, ports.get((lock, abi.TCP), NO_PORTS), ports.get((lock, abi.UDP), NO_PORTS))
-            )
-    return found
-
-
-def _network(octets: bytes, bits: int) -> Network:
-    address = ipaddress.IPv6Address(octets)
-    if bits >= 96 and address.ipv4_mapped is not None:
-        return ipaddress.IPv4Network((int(address.ipv4_mapped), bits - 96))
-    return ipaddress.IPv6Network((octets, bits))

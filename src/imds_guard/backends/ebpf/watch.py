@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.tables import PROTOCOLS, Lists, Place, Tables, address_of, open_map, reason_of
+from imds_guard.backends.ebpf.pins import PinLocation, map_pin
+from imds_guard.backends.ebpf.reader import PROTOCOLS, MapReader, address_of, open_map, reason_of
 from imds_guard.errors import GuardError, trying
 from imds_guard.kernel import bpf
 from imds_guard.kernel.ringbuf import RingBuffer
@@ -106,21 +107,21 @@ class Source:
     """The records of one guard, for its one reader. Close it."""
 
     def __init__(self, pins: str) -> None:
-        self._pin = os.path.join(pins, Map.EVENTS.pin_name)
+        self._pin = map_pin(pins, Map.EVENTS)
         self._inode = os.stat(self._pin).st_ino if os.path.exists(self._pin) else 0
         self._names: dict[int, dict[int, str]] = {}
         self._serials: dict[int, int] = {}
-        self._lists: tuple[int, dict[int, Lists]] = (0, {})
-        self.tables = Tables(pins)
+        self._groups: tuple[int, dict[int, frozenset[int]]] = (0, {})
+        self.maps = MapReader.open_checked(pins)
         try:
             self._watch = open_map(pins, Map.WATCH)
         except (GuardError, OSError):
-            self.tables.close()
+            self.maps.close()
             raise
         try:
             self.ring = RingBuffer(open_map(pins, Map.EVENTS))
         except (GuardError, OSError):
-            self.tables.close()
+            self.maps.close()
             os.close(self._watch)
             raise
         try:
@@ -130,10 +131,10 @@ class Source:
             raise
 
     @classmethod
-    def open(cls, place: Place) -> Source | None:
+    def open(cls, location: PinLocation) -> Source | None:
         """The guard's records, or None when there is no guard, or it is going away at this moment."""
         with trying("opening the guard's ring buffer", "run imds-guard status"):
-            pins = place.pins()
+            pins = location.pins()
             if pins is None:
                 return None
             try:
@@ -144,7 +145,7 @@ class Source:
     def close(self) -> None:
         """What was not read stays for the next reader."""
         self.ring.close()
-        self.tables.close()
+        self.maps.close()
         os.close(self._watch)
 
     def is_current(self) -> bool:
@@ -161,9 +162,9 @@ class Source:
 
     def refresh(self) -> None:
         """Reads the names of the locks anew when the policy has changed; those of the one before are kept."""
-        generation, serial = self.tables.in_force()
+        generation, serial = self.maps.in_force()
         if generation and self._serials.get(generation) != serial:
-            self._names[generation] = self.tables.lock_names(generation)
+            self._names[generation] = self.maps.lock_names(generation)
             self._serials[generation] = serial
 
     def lock_name(self, record: Record) -> str | None:
@@ -174,11 +175,11 @@ class Source:
             self.refresh()
         return self._names.get(record.generation, {}).get(record.lock)
 
-    def lists_of(self, record: Record) -> Lists | None:
-        """What the record's lock lets through, if the policy that judged it is still in force."""
-        generation, serial = self.tables.in_force()
+    def allowed_groups(self, record: Record) -> frozenset[int]:
+        """The groups that the record's lock allows. None are known once another policy is in force."""
+        generation, serial = self.maps.in_force()
         if record.lock is None or record.generation != generation:
-            return None
-        if self._lists[0] != serial:
-            self._lists = (serial, self.tables.lists(generation))
-        return self._lists[1].get(record.lock)
+            return frozenset()
+        if self._groups[0] != serial:
+            self._groups = (serial, self.maps.allowed_groups(generation))
+        return self._groups[1].get(record.lock, frozenset())

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts a policy in force: in a new guard, in one that is there, or in place of maps that another version made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Callable, NamedTuple
+
+from imds_guard.backends import Change
+from imds_guard.backends.ebpf import abi, hooks
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.folder import Folder
+from imds_guard.backends.ebpf.hooks import Hook
+from imds_guard.backends.ebpf.pins import map_pin
+from imds_guard.backends.ebpf.reader import MapReader
+from imds_guard.backends.ebpf.state import policy_of, snapshot_in_force
+from imds_guard.backends.ebpf.store import MapStore
+from imds_guard.errors import GuardError, failure_text
+from imds_guard.kernel import privileges
+from imds_guard.kernel.cgroup import Cgroup
+from imds_guard.policy.model import Policy
+
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf.program import Defines
+
+_MEANING_SINCE: dict[Map, int] = {Map.COUNTERS: 2, Map.WATCH: 2, Map.MARKS: 2}
+"""Maps that outlive a replacement of the others, and the ABI since which their records mean the same.
+
+The other maps hold a policy, or records that name a generation of one. Without the marks, --strict would drop every
+connection that it has approved.
+"""
+
+
+class Target(NamedTuple):
+    """Where a change is made, and with which programs."""
+
+    cgroup: Cgroup
+    folder: Folder
+    defines: Defines
+
+    @property
+    def version(self) -> str:
+        """The version of the programs that would be loaded."""
+        from imds_guard.backends.ebpf import program  # noqa: PLC0415 -- start-up time: to read a guard takes none
+
+        return program.source_version(self.defines)
+
+
+def install(target: Target, policy: Policy) -> Change:
+    """Makes a guard: maps at generation 0, then all hooks, then the policy. Nothing is locked until the flip."""
+    cgroup, folder, defines = target
+    privileges.lift_memory_lock_limit()
+    needed = abi.needed_hooks(policy.strict)
+    try:
+        pins = folder.begin()
+        with MapStore.create(pins) as maps:
+            hooks.attach(cgroup, pins, maps.fds(), _inspect(cgroup, None, needed), defines)
+            hooks.verify(cgroup, pins, maps.ids(), needed)
+            folder.commit()
+            maps.change(policy)
+    except (GuardError, OSError) as error:
+        _undo(error, folder.abandon, folder.remove_if_there)
+        raise
+    # Only now: until here, programs of a guard whose pins are out of reach may be all that enforced.
+    done = _detach_unpinned(cgroup, folder)
+    return Change((*done, f"attached {len(needed)} hooks to {cgroup.path}, version {target.version}"))
+
+
+def change_running(target: Target, policy: Policy, *, keep_version: bool) -> Change:
+    """Puts ``policy`` in force in a guard that is there. Maps and hooks that are not whole are replaced.
+
+    With ``keep_version`` whole hooks stay, whatever their version.
+    """
+    try:
+        maps = MapStore.open(target.folder.path)
+    except FileNotFoundError:
+        return _replace_maps(target, policy)
+    with maps:
+        if not maps.are_current():
+            return _replace_maps(target, policy)
+        needed = abi.needed_hooks(policy.strict)
+        done = _renew_hooks(target, maps, needed, keep_version)
+        snapshot = snapshot_in_force(maps)
+        if snapshot is not None and policy_of(snapshot) == (policy, []):
+            done.append("the policy was in force already")
+        else:
+            maps.change(policy)
+    hooks.detach_unneeded(target.folder.path, needed)  # only now: the policy before may have needed them
+    return Change(tuple(done))
+
+
+def _renew_hooks(target: Target, maps: MapStore, needed: tuple[str, ...], keep_version: bool) -> list[str]:
+    """Loads the programs again, on the same maps and with the policy unchanged, unless they are as they should be."""
+    cgroup, folder, defines = target
+    ids = set(maps.ids())
+    found = _inspect(cgroup, folder.path, needed)
+    missing = {hook.name for hook in found if hook.ours is None or not set(hook.ours.map_ids) <= ids}
+    if not missing and (keep_version or _are_of(found, target.version)):
+        return _detach_unpinned(cgroup, folder)
+    privileges.lift_memory_lock_limit()
+    hooks.attach(cgroup, folder.path, maps.fds(), found, defines)
+    hooks.verify(cgroup, folder.path, maps.ids(), needed)
+    done = _detach_unpinned(cgroup, folder)
+    if not missing:
+        return [*done, f"put version {target.version} of the programs in place"]
+    if missing.isdisjoint(abi.needed_hooks(_needs_egress(maps))):
+        return [*done, f"attached {', '.join(sorted(missing))}, too"]
+    return [*done, "repaired the hooks"]
+
+
+# --- maps of another version ----------------------------------------------------------------------------------------
+
+
+class _Before(NamedTuple):
+    """The maps of the guard before: pins of those that are kept, the serial number of the change, and a warning."""
+
+    kept: dict[Map, str]
+    serial: int
+    warnings: tuple[str, ...] = ()
+
+
+def _replace_maps(target: Target, policy: Policy) -> Change:
+    """New maps are filled before any hook uses them. Then hook after hook moves over to them."""
+    cgroup, folder, defines = target
+    privileges.lift_memory_lock_limit()
+    needed = abi.needed_hooks(policy.strict)
+    found = _inspect(cgroup, folder.path, needed)
+    try:
+        before = _reserve(folder.path, policy)
+        pins = folder.begin()
+        with MapStore.create(pins, before.kept) as maps, hooks.programs_restored_on_failure(folder.path, found):
+            maps.change(policy, before.serial)
+            hooks.attach(cgroup, folder.path, maps.fds(), found, defines, pins)
+            hooks.verify(cgroup, pins, maps.ids(), needed)
+            folder.swap()
+    except (GuardError, OSError) as error:
+        _undo(error, folder.abandon)
+        raise
+    folder.recover()
+    done = f"replaced maps of another version; the programs are version {target.version} now"
+    return Change((done,), before.warnings)
+
+
+def _reserve(pins: str, policy: Policy) -> _Before:
+    """Marks name the change that made them. Marks that are kept must never name a change of the new maps, so its
+    serial number is one that no change of the old maps had, or gets if this replacement fails.
+    """
+    pinned = [number for number in (Map.CONFIG, Map.SETTINGS, *_MEANING_SINCE) if _is_pinned(pins, number)]
+    kept: dict[Map, str] = {}
+    serial = 1
+    if Map.CONFIG in pinned and Map.SETTINGS in pinned:
+        with MapStore.open(pins, pinned) as maps:
+            kept = {number: map_pin(pins, number) for number in _unchanged(maps, pinned)}
+            serial = maps.reserve_serial()
+    lost = policy.strict and Map.MARKS not in kept
+    warning = "connections that were approved before are dropped: their marks can't be read by this version"
+    return _Before(kept, serial, (warning,) if lost else ())
+
+
+def _unchanged(maps: MapReader, pinned: Iterable[Map]) -> list[Map]:
+    """The maps whose layout and meaning are those of this version."""
+    written_by = maps.stamp(maps.generation()).abi
+    other_layout = maps.misfits()
+    return [
+        number
+        for number, since in _MEANING_SINCE.items()
+        if number in pinned and number not in other_layout and since <= written_by <= abi.ABI
+    ]
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _is_pinned(pins: str, number: Map) -> bool:
+    return os.path.lexists(map_pin(pins, number))
+
+
+def _undo(first: Exception, *steps: Callable[[], None]) -> None:
+    """Runs the steps after ``first``. Raises GuardError with the texts of both when a step fails, too."""
+    for step in steps:
+        try:
+            step()
+        except (GuardError, OSError) as second:
+            texts = [
+                failure_text("putting the policy in force", error) if isinstance(error, OSError) else str(error)
+                for error in (first, second)
+            ]
+            raise GuardError(
+                f"{texts[0]}; what was begun could not be undone ({texts[1]}), the next start or stop will undo it"
+            ) from first
+
+
+def _are_of(found: Iterable[Hook], version: str) -> bool:
+    """True when every hook runs programs of ours, of that version."""
+    return all(hook.ours is not None and hook.ours.version == version for hook in found)
+
+
+def _needs_egress(maps: MapReader) -> bool:
+    """True when the policy in force is strict. Also when it can't be read: it may have been."""
+    policy, _ = policy_of(snapshot_in_force(maps))
+    return policy is None or policy.strict
+
+
+def _detach_unpinned(cgroup: Cgroup, folder: Folder) -> list[str]:
+    return [f"detached {name}, which nothing pinned" for name in hooks.detach_unpinned(cgroup, folder.path)]
+
+
+def _inspect(cgroup: Cgroup, folder: str | None, needed: tuple[str, ...]) -> list[Hook]:
+    return [hook for hook in hooks.inspect(cgroup, folder) if hook.name in needed]
