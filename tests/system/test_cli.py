@@ -324,7 +324,7 @@ def test_allow_everywhere_needs_equal_allowlists(guard: Guard) -> None:
         result = guard(change, "--user", str(STRANGER))
         assert result.status == 2
         assert result.sentence == (
-            "the locks have different allowlists, so say which one is meant "
+            "the locks have different allowlists: choose one "
             f"('{NEIGHBOUR}': --ip {NEIGHBOUR}; 'default': --ip {SERVICE})"
         )
     assert guard.status() == before

@@ -122,7 +122,7 @@ def test_an_endpoint_in_two_locks_changes_both() -> None:
 @pytest.mark.parametrize("words", ["10.0.0.3", "fd00::1", "10.0.0.0/30"])
 @pytest.mark.parametrize("change", [edit.allow, edit.revoke])
 def test_an_endpoint_that_no_lock_holds(change: Edit, words: str) -> None:
-    with pytest.raises(UsageError, match=r"^no lock holds .*: imds-guard status lists the endpoints$"):
+    with pytest.raises(UsageError, match=r"^no lock contains .*: imds-guard status lists the endpoints$"):
         change(WEB, BAR, parse_endpoint(words))
 
 
@@ -262,5 +262,5 @@ def test_only_the_ports_that_the_prefix_locks_are_changed() -> None:
 
 
 def test_an_address_beside_every_lock_is_refused() -> None:
-    with pytest.raises(UsageError, match="no lock holds"):
+    with pytest.raises(UsageError, match="no lock contains"):
         edit.allow(make_policy([lock("net", "10.0.0.0/8:80,tcp")]), BAR, parse_endpoint("10.1.2.3:443,tcp"))

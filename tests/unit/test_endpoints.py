@@ -17,7 +17,7 @@ from imds_guard.policy.builtin import (
     DefaultOn,
     builtin,
     default_endpoints,
-    preset,
+    preset_endpoints,
 )
 from imds_guard.policy.model import Endpoint, Protocol
 from imds_guard.policy.ports import ALL_PORTS, minus_ports
@@ -86,12 +86,12 @@ def test_public_and_shared_addresses_are_default_only_where_dmi_names_their_clou
 
 
 def test_all_takes_everything_but_containers_credentials() -> None:
-    assert addresses(preset("all")) == EVERYWHERE | ON_THEIR_CLOUD
+    assert addresses(preset_endpoints("all")) == EVERYWHERE | ON_THEIR_CLOUD
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"ecs", "eks"}))
 def test_containers_credentials_are_in_no_other_preset(name: str) -> None:
-    assert not CREDENTIALS & addresses(preset(name, AZURE_DMI))
+    assert not CREDENTIALS & addresses(preset_endpoints(name, AZURE_DMI))
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ def test_containers_credentials_are_in_no_other_preset(name: str) -> None:
     ],
 )
 def test_a_preset_holds_the_addresses_of_its_cloud(name: str, expected: set[str]) -> None:
-    assert expected == addresses(preset(name))
+    assert expected == addresses(preset_endpoints(name))
 
 
 def test_the_default_preset_is_the_default_of_this_dmi() -> None:
-    assert default_endpoints(AZURE_DMI) == preset("default", AZURE_DMI)
-    assert default_endpoints("") == preset("default")
+    assert default_endpoints(AZURE_DMI) == preset_endpoints("default", AZURE_DMI)
+    assert default_endpoints("") == preset_endpoints("default")
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BadPolicy, match="there is no preset 'amazon': take one of default, all, akamai"):
-        preset("amazon")
+    with pytest.raises(BadPolicy, match="there is no preset 'amazon': choose one of default, all, akamai"):
+        preset_endpoints("amazon")
 
 
 def test_builtin_knows_a_mapped_address_and_no_stranger() -> None:

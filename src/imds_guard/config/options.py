@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from imds_guard.errors import UsageError
 from imds_guard.identity import create_group, group_id, is_missing_group, user_id
-from imds_guard.policy.builtin import default_endpoints, preset
+from imds_guard.policy.builtin import default_endpoints, preset_endpoints
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.wireserver import split_off_wireserver
@@ -59,5 +59,5 @@ def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_text: 
         return default_endpoints(dmi_text)
     found = [parse_endpoint(word) for word in ips]
     for name in presets:
-        found += preset(name, dmi_text)
+        found += preset_endpoints(name, dmi_text)
     return tuple(found)

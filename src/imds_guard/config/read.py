@@ -15,7 +15,7 @@ from imds_guard.config.toml_lines import KeyLines, Path, load_toml
 from imds_guard.errors import BadPolicy, GuardError, system_text
 from imds_guard.identity import group_id, user_id
 from imds_guard.kernel.dmi import dmi_text as read_dmi_text
-from imds_guard.policy.builtin import preset
+from imds_guard.policy.builtin import preset_endpoints
 from imds_guard.policy.emergency import EMERGENCY_LOCK
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
@@ -197,7 +197,7 @@ class _File:
     def preset(self, name: str) -> tuple[Endpoint, ...]:
         if self.dmi_text is None:
             self.dmi_text = read_dmi_text()
-        return preset(name, self.dmi_text)
+        return preset_endpoints(name, self.dmi_text)
 
     def identities(self, path: Path, table: dict[str, Any], users: str, groups: str) -> Identities:
         return Identities(

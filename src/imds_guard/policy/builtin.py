@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metadata services of the clouds: where each one listens, and who says so.
+"""The metadata services of the clouds: where each one listens, and the source that says so.
 
-What is locked at such an address is TCP on every port but 53: the same addresses serve DNS, NTP and DHCP on some
-clouds (GCP, Oracle, Azure), and a machine that lost those would be broken.
+At such an address, TCP on every port but 53 is locked. On some clouds (GCP, Oracle, Azure) the same address serves
+DNS, NTP and DHCP, which a machine can't do without.
 """
 
 from __future__ import annotations
@@ -21,56 +21,51 @@ DNS_AND_DHCP = ((53, 53), (67, 67))
 
 
 class DefaultOn(str, enum.Enum):
-    """When a built-in endpoint is locked without having been asked for."""
+    """On which machines a built-in endpoint is locked by default."""
 
     EVERY_MACHINE = "default"
-    """On every machine: the address is link-local, or unique-local and listed by its vendor."""
+    """The address is link-local, or unique-local and listed by its vendor."""
     ITS_CLOUD = "on-its-cloud"
-    """Where DMI names the cloud: elsewhere the address is somebody else's host (public or shared address space)."""
+    """Where DMI names the cloud. Elsewhere the address is somebody else's host: public or shared address space."""
     NO_MACHINE = "on-request"
-    """Never but by its own preset: containers' credentials, which the containers need."""
+    """Only its own preset locks it: credentials for containers, which the containers need."""
 
 
 class Service(NamedTuple):
-    """One metadata service at an address."""
+    """A metadata service at an address."""
 
     name: str
     presets: tuple[str, ...]
     source: str
     ports: str = "80"
-    """The ports it is known to listen on, for display; what is locked is in BuiltIn."""
+    """The ports that it is known to listen on, for display. BuiltIn.endpoint says which ports are locked."""
 
 
 class BuiltIn(NamedTuple):
-    """An address of the table with every service that is known there."""
+    """An address of the built-in table, with every service known there."""
 
     address: Address
     services: tuple[Service, ...]
     default_on: DefaultOn = DefaultOn.EVERY_MACHINE
     dmi: tuple[str, ...] = ()
-    """Words of which one stands in DMI on the cloud in question; any case."""
+    """On this cloud, DMI contains one of these strings, in upper or lower case."""
     excluded_ports: Ports = DNS
-    """TCP ports that are left alone."""
+    """TCP ports that stay open."""
     note: str = ""
 
     @property
     def presets(self) -> tuple[str, ...]:
-        """The presets that hold this address, without ``default`` and ``all``."""
+        """The presets that contain this address, without ``default`` and ``all``."""
         return tuple(dict.fromkeys(name for service in self.services for name in service.presets))
 
     @property
-    def by_default(self) -> bool:
-        """True when it is locked on every machine."""
-        return self.default_on is DefaultOn.EVERY_MACHINE
-
-    @property
     def endpoint(self) -> Endpoint:
-        """What is locked when this address is named without ports."""
+        """The endpoint that is locked when this address is named without ports."""
         return Endpoint(host_network(self.address), tcp=minus_ports(ALL_PORTS, self.excluded_ports))
 
 
 def host_network(address: Address) -> Network:
-    """The prefix that holds just ``address``."""
+    """The prefix of full length that contains only ``address``."""
     if isinstance(address, ipaddress.IPv4Address):
         return ipaddress.IPv4Network(address)
     return ipaddress.IPv6Network(address)
@@ -113,8 +108,8 @@ BUILT_IN: tuple[BuiltIn, ...] = (
     BuiltIn(ipaddress.ip_address("fd00:ec2::254"), (Service("AWS EC2", ("aws",), CLOUD_INIT + "DataSourceEc2.py"),)),
     BuiltIn(
         ipaddress.ip_address("fd20:ce::254"),
-        (Service("GCP", ("gcp",), "lists of third parties only; Google's own pages do not give it", "80, 443"),),
-        note="machines that have IPv6 alone",
+        (Service("GCP", ("gcp",), "only lists of third parties; Google's own pages do not name it", "80, 443"),),
+        note="for machines with IPv6 only",
     ),
     BuiltIn(ipaddress.ip_address("fd00:c1::a9fe:a9fe"), (Service("Oracle Cloud", ("oracle",), OCI_SOURCE),)),
     BuiltIn(
@@ -135,7 +130,7 @@ BUILT_IN: tuple[BuiltIn, ...] = (
     BuiltIn(
         ipaddress.ip_address("169.254.42.42"),
         (Service("Scaleway", ("scaleway",), CLOUD_INIT + "DataSourceScaleway.py"),),
-        note="user data is given to source ports below 1024 alone",
+        note="user data is served only to source ports below 1024",
     ),
     BuiltIn(ipaddress.ip_address("fd00:42::42"), (Service("Scaleway", ("scaleway",), "systemd, hwdb.d/40-imds.hwdb"),)),
     BuiltIn(
@@ -146,7 +141,7 @@ BUILT_IN: tuple[BuiltIn, ...] = (
     BuiltIn(
         ipaddress.ip_address("fd00:100::100:200"),
         (Service("Alibaba Cloud", ("alibaba",), "https://github.com/canonical/cloud-init/pull/6893"),),
-        note="machines that have IPv6 alone",
+        note="for machines with IPv6 only",
     ),
     BuiltIn(
         ipaddress.ip_address("100.100.100.200"),
@@ -179,10 +174,10 @@ BUILT_IN: tuple[BuiltIn, ...] = (
         WIRESERVER,
         (Service("Azure WireServer, HostGAPlugin", ("azure", "wireserver"), AZURE_SOURCE, "80, 32526"),),
         DefaultOn.ITS_CLOUD,
-        # The chassis asset tag of every Azure machine: ds-identify in cloud-init, is_azure_chassis().
+        # Every Azure machine has this chassis asset tag: is_azure_chassis() in cloud-init's ds-identify.
         dmi=("7783-7084-3265-9085-8269-3286-77",),
         excluded_ports=DNS_AND_DHCP,
-        note="a public address that serves DNS and DHCP too; a lock of its own, which always lets user 0",
+        note="a public address that also serves DNS and DHCP; it gets a lock of its own, which always allows user 0",
     ),
     BuiltIn(
         ipaddress.ip_address("169.254.170.2"),
@@ -216,49 +211,49 @@ PRESETS: tuple[str, ...] = (
 
 
 def builtin(address: Address) -> BuiltIn | None:
-    """The entry of the table for one address (a mapped one too), or None."""
+    """The table's entry for ``address``, which may be IPv4-mapped; or None."""
     return _BY_ADDRESS.get(unmapped(address))
 
 
 def builtin_at(network: Network) -> BuiltIn | None:
-    """The entry of the table that is this prefix exactly: a single address, or None."""
+    """The table's entry for a prefix that is a single address; or None."""
     if network.prefixlen != network.max_prefixlen:
         return None
     return builtin(network.network_address)
 
 
 def default_entries(dmi_text: str) -> tuple[BuiltIn, ...]:
-    """What is locked when nothing is named, on a machine whose DMI holds ``dmi_text``."""
-    return tuple(entry for entry in BUILT_IN if entry.by_default or _is_on_its_cloud(entry, dmi_text))
+    """The entries that are locked by default on a machine whose DMI is ``dmi_text``."""
+    return tuple(
+        entry for entry in BUILT_IN if entry.default_on is DefaultOn.EVERY_MACHINE or _is_on_its_cloud(entry, dmi_text)
+    )
 
 
 def default_endpoints(dmi_text: str) -> tuple[Endpoint, ...]:
-    """The endpoints of default_entries()."""
+    """The endpoints that are locked by default on a machine whose DMI is ``dmi_text``."""
     return _endpoints(default_entries(dmi_text))
 
 
-def preset(name: str, dmi_text: str = "") -> tuple[Endpoint, ...]:
-    """The endpoints of one preset; ``dmi_text`` count for ``default`` alone. Raises BadPolicy."""
-    return _endpoints(preset_entries(name, dmi_text))
+def preset_endpoints(name: str, dmi_text: str = "") -> tuple[Endpoint, ...]:
+    """The endpoints of the preset ``name``; only ``default`` depends on ``dmi_text``. Raises BadPolicy."""
+    return _endpoints(_preset_entries(name, dmi_text))
 
 
-def preset_entries(name: str, dmi_text: str = "") -> tuple[BuiltIn, ...]:
-    """The entries of one preset. Raises BadPolicy for a name that is none."""
+def _preset_entries(name: str, dmi_text: str) -> tuple[BuiltIn, ...]:
     if name == DEFAULT_PRESET:
         return default_entries(dmi_text)
     if name == ALL_PRESET:
         return tuple(entry for entry in BUILT_IN if entry.default_on is not DefaultOn.NO_MACHINE)
     found = tuple(entry for entry in BUILT_IN if name in entry.presets)
     if not found:
-        raise BadPolicy(f"there is no preset {name!r}: take one of {', '.join(PRESETS)}")
+        raise BadPolicy(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
     return found
 
 
 def _is_on_its_cloud(entry: BuiltIn, dmi_text: str) -> bool:
-    held = dmi_text.casefold()
-    return entry.default_on is DefaultOn.ITS_CLOUD and any(word.casefold() in held for word in entry.dmi)
+    folded = dmi_text.casefold()
+    return entry.default_on is DefaultOn.ITS_CLOUD and any(text.casefold() in folded for text in entry.dmi)
 
 
 def _endpoints(entries: Iterable[BuiltIn]) -> tuple[Endpoint, ...]:
-    found: list[Endpoint] = [entry.endpoint for entry in entries]
-    return tuple(sorted(found, key=Endpoint.sort_key))
+    return tuple(sorted((entry.endpoint for entry in entries), key=Endpoint.sort_key))

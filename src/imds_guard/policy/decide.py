@@ -14,9 +14,9 @@ from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdi
 from imds_guard.policy.ports import has_port
 
 MAX_WALKED_GROUPS = 1024
-"""A caller with at most so many supplementary groups is compared with any number of listed groups."""
+"""A caller with at most this many supplementary groups is compared with any number of listed groups."""
 MAX_SEARCHED_GROUPS = 128
-"""A caller with more is compared with at most so many listed groups of a lock; beyond both, it is denied."""
+"""A caller with more groups is compared with at most this many listed groups of a lock. Beyond both, it is denied."""
 
 
 class Reason(enum.IntEnum):
@@ -37,7 +37,7 @@ class Reason(enum.IntEnum):
     UNREADABLE = 12
     NO_SETTINGS = 13
     UNAPPROVED_SOCKET = 14
-    """Under strict: a packet of a socket that no hook approved, or whose right is gone. decide() is about connects."""
+    """Strict mode only: a packet of a socket that is not approved (any more). decide() never returns it."""
 
     @property
     def permits(self) -> bool:
@@ -46,11 +46,11 @@ class Reason(enum.IntEnum):
 
     @property
     def label(self) -> str:
-        """The reason as it is printed and as it stands in JSON: ``not-listed``."""
+        """The reason as printed, in text and in JSON: ``not-listed``."""
         return self.name.lower().replace("_", "-")
 
 
-# --- who connects where ---------------------------------------------------------------------------------------------
+# --- the question and the answer ------------------------------------------------------------------------------------
 
 
 class Caller(NamedTuple):
@@ -65,12 +65,12 @@ class Caller(NamedTuple):
 
     @property
     def in_container(self) -> bool:
-        """True when the task lives in a PID or user namespace other than the host's."""
+        """True when the task's PID or user namespace is not the initial one."""
         return not (self.pid_namespace_is_initial and self.user_namespace_is_initial)
 
 
 class Destination(NamedTuple):
-    """Where a connect goes: address as it was given, port in host byte order."""
+    """Where a connect goes: the address as the caller gave it, the port in host byte order."""
 
     address: Address
     port: int
@@ -78,10 +78,10 @@ class Destination(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What the kernel would take as a socket's source, which is where 0.0.0.0 leads.
+    """The source address of a socket: the kernel sends a connect to 0.0.0.0 there.
 
-    ``address`` is None when the socket is not bound. ``by_device`` is True when the kernel picks the address of an
-    interface that the hook can't know: SO_BINDTODEVICE, or a UDP socket, whose IP_PKTINFO no hook sees.
+    ``address`` is None when the socket is not bound. ``by_device`` is True when the kernel takes the address of an
+    interface that the hook can't know: with SO_BINDTODEVICE, and for UDP sockets, whose IP_PKTINFO no hook sees.
     Source: ip_route_output_key_hash_rcu() in Linux net/ipv4/route.c, "if (!fl4->daddr)".
     """
 
@@ -99,7 +99,7 @@ class Decision(NamedTuple):
     reason: Reason
     lock: str | None = None
     matched: tuple[str, int] | None = None
-    """The list entry that decided: ("user", uid) or ("group", gid). Decisions that differ in it alone are equal."""
+    """The list entry that decided: ("user", uid) or ("group", gid). It does not count in a comparison."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Decision) and tuple(self[:3]) == tuple(other[:3])
@@ -118,7 +118,7 @@ def decide(policy: Policy, caller: Caller, destination: Destination, source: Sou
     """Whether ``caller`` may connect to ``destination``, and why."""
     address = resolve_unspecified(destination.address, source)
     if address is None:
-        if _claimed_anywhere(policy, destination):
+        if _is_locked_anywhere(policy, destination):
             return _decision(policy, Reason.UNSPECIFIED_DESTINATION, None)
         return Decision(True, Reason.NOT_LOCKED)
     lock = find_lock(policy, destination._replace(address=address))
@@ -133,9 +133,9 @@ def _decision(policy: Policy, reason: Reason, lock: str | None, matched: tuple[s
 
 
 def resolve_unspecified(destination: Address, source: Source) -> Address | None:
-    """Where a connect to 0.0.0.0 or :: leads; None when that can't be told. Any other address is itself.
+    """The address that a connect to ``destination`` reaches; None when the hook can't know it.
 
-    Mapped addresses come out as IPv4.
+    Only 0.0.0.0 and :: lead to another address. An IPv4-mapped address is returned as IPv4.
     """
     address = unmapped(destination)
     if int(address) != 0:
@@ -160,7 +160,7 @@ def find_lock(policy: Policy, destination: Destination) -> Lock | None:
     return best
 
 
-def _claimed_anywhere(policy: Policy, destination: Destination) -> bool:
+def _is_locked_anywhere(policy: Policy, destination: Destination) -> bool:
     """True when some IPv4 endpoint locks this protocol and port, whatever its address."""
     return any(
         endpoint.network.version == 4 and has_port(endpoint.ports(destination.protocol), destination.port)
@@ -170,7 +170,7 @@ def _claimed_anywhere(policy: Policy, destination: Destination) -> bool:
 
 
 def _judge(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[str, int] | None]:
-    """Kernel threads, containers, deny lists, allow lists, default: the first that speaks decides."""
+    """The reason, and the list entry that gave it. Checked in this order; the first rule that matches decides."""
     if caller.kernel_thread:
         return Reason.KERNEL_THREAD, None
     if caller.in_container and policy.containers is Verdict.DENY:
@@ -189,9 +189,10 @@ def _judge(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[st
 
 
 def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason | tuple[int] | None:
-    """The caller's group that is wanted, in a tuple; TOO_MANY_GROUPS when that is more than can be searched; or None.
+    """A group of the caller that is among ``wanted``, in a tuple; None when there is none; or TOO_MANY_GROUPS.
 
-    The primary group need not be among the supplementary ones: in_group_p() in Linux kernel/groups.c looks at both.
+    TOO_MANY_GROUPS means that a backend can't search them all. The primary group need not be a supplementary one too:
+    in_group_p() in Linux kernel/groups.c looks at both.
     """
     if caller.fsgid in wanted:
         return (caller.fsgid,)
@@ -204,7 +205,10 @@ def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason 
 
 
 def _default(lock: Lock, caller: Caller) -> Reason:
-    """A mapped ID would slip past a deny list, so "allow by default" holds in the initial user namespace alone."""
+    """The outcome for a caller on no list.
+
+    "Allow" holds only in the initial user namespace: in another one, a listed user can take an ID that is not listed.
+    """
     if lock.default is Verdict.DENY:
         return Reason.NOT_LISTED
     if not caller.user_namespace_is_initial:

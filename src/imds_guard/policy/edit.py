@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``allow`` and ``revoke`` make of the policy in force. Pure."""
+"""Changes the allowlists of a policy, for ``allow`` and ``revoke``. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Change = Callable[[Lock], Lock]
 
 
 def allow(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
-    """``policy`` with ``who`` on the allowlist of every lock, or of the endpoint. Raises UsageError, BadPolicy."""
+    """Add ``who`` to the allowlist of every lock, or only for ``endpoint``. Raises UsageError, BadPolicy."""
 
     def change(lock: Lock) -> Lock:
         return lock._replace(allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))
@@ -25,16 +25,16 @@ def allow(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> 
 
 
 def revoke(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
-    """``policy`` without ``who`` on the allowlist; user 0 keeps the WireServer. Raises UsageError, BadPolicy.
+    """Remove ``who`` from the allowlist of every lock, or only for ``endpoint``. Raises UsageError, BadPolicy.
 
-    A lock that lets everyone through whom it does not deny is refused: off its list they would still get through.
+    User 0 stays on the WireServer's list. A lock that allows by default is refused: ``who`` would still be allowed.
     """
 
     def change(lock: Lock) -> Lock:
         if lock.default is Verdict.ALLOW:
             raise UsageError(
-                f"revoking under lock {lock.name!r}: it lets everyone through who is not on its deny list, so nobody "
-                "would be shut out; start again with --deny-user or --deny-group"
+                f"revoking under lock {lock.name!r}: it allows everyone who is not on its deny list, so this would "
+                "deny nobody; start again with --deny-user or --deny-group"
             )
         users = lock.allow.users - who.users
         if _is_wireserver(lock):
@@ -54,26 +54,29 @@ def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy
 
 
 def _check_alike(policy: Policy) -> None:
-    """Without --ip all locks change, which is only clear when they have the same allowlist."""
+    """Without --ip all locks change. That is clear only when they have the same allowlist."""
     if not _are_alike(policy):
         names = "; ".join(f"{lock.name!r}: --ip {format_endpoint(lock.endpoints[0])[0]}" for lock in policy.locks)
-        raise UsageError(f"the locks have different allowlists, so say which one is meant ({names})")
+        raise UsageError(f"the locks have different allowlists: choose one ({names})")
 
 
 def _are_alike(policy: Policy) -> bool:
-    """The WireServer's list has user 0 whether or not the others have."""
+    """True when all allowlists are equal, apart from user 0, who is always on the WireServer's."""
     others = {lock.allow for lock in policy.locks if not _is_wireserver(lock)}
     with_root = {Identities(lock.allow.users | {0}, lock.allow.groups) for lock in policy.locks}
     return len(others) <= 1 and len(with_root) <= 1
 
 
 def _is_wireserver(lock: Lock) -> bool:
-    """By what it locks: alone, or split, it has a name of its own."""
+    """True for a lock of the WireServer. Its name does not tell: a lock can have any name, or be split."""
     return any(endpoint.network == host_network(WIRESERVER) for endpoint in lock.endpoints)
 
 
 def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]:
-    """A lock that holds the endpoint among others is split; both parts keep its lists but for the change."""
+    """The locks with ``change`` applied at ``endpoint`` only.
+
+    A lock with other endpoints too is split in two. Both parts keep its lists, apart from the change.
+    """
     names = {lock.name for lock in policy.locks}
     locks: list[Lock] = []
     found = False
@@ -86,18 +89,21 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]
         found = True
         changed = change(lock._replace(endpoints=inside))
         if changed.allow == lock.allow:
-            locks.append(lock)  # nothing to tell the parts apart
+            locks.append(lock)  # The two parts would be equal.
             continue
         locks += [lock._replace(endpoints=outside), changed._replace(name=free_name(endpoint, names))]
     if not found:
         locks, found = _change_within(policy, endpoint, change, names)
     if not found:
-        raise UsageError(f"no lock holds {format_endpoint(endpoint)[0]}: imds-guard status lists the endpoints")
+        raise UsageError(f"no lock contains {format_endpoint(endpoint)[0]}: imds-guard status lists the endpoints")
     return locks
 
 
 def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: set[str]) -> tuple[list[Lock], bool]:
-    """A prefix around the endpoint is split by a lock for the endpoint alone, since the most specific one counts."""
+    """Add a lock for ``endpoint`` inside the longest prefix around it. False when no lock has such a prefix.
+
+    The new lock takes effect because the most specific endpoint decides.
+    """
     locks = list(policy.locks)
     around = [
         (lock, one) for lock in policy.locks for one in lock.endpoints if _is_around(one.network, endpoint.network)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lock that is put on at boot when nobody can tell which one was meant: the built-in endpoints, for root alone.
+"""The lock that boot applies when the configuration can't be used: the built-in endpoints, for root only.
 
-It is known by its name, so that whoever reads the policy back from the kernel knows what it is. No configuration may
-use the name.
+Its name identifies it, also when the policy is read back from the kernel. No configuration may use that name.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ EMERGENCY_FAULT = (
 
 
 def emergency_policy(dmi_text: str) -> Policy:
-    """The built-in endpoints of a machine whose DMI holds ``dmi_text``, for user 0 alone."""
+    """Allow only user 0 at the endpoints that are locked by default on a machine whose DMI is ``dmi_text``."""
     lock = Lock(EMERGENCY_LOCK, default_endpoints(dmi_text), Identities(users=frozenset({0})))
     return make_policy(split_off_wireserver(lock))
 
 
 def is_emergency(policy: Policy) -> bool:
-    """True for the policy above, also after an allow or a revoke."""
+    """True for an emergency policy, also after ``allow`` or ``revoke`` has changed it."""
     return any(lock.name == EMERGENCY_LOCK for lock in policy.locks)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An endpoint as people write it: ``ADDR[/LEN][:PORTS][,PROTOCOL]`` or ``[V6][/LEN][:PORTS][,PROTOCOL]``.
+"""The syntax of an ENDPOINT argument: ``ADDR[/LEN][:PORTS][,PROTOCOL]`` or ``[V6][/LEN][:PORTS][,PROTOCOL]``.
 
 PORTS is ``*``, or ports and ranges joined by ``+`` (``80``, ``80+443``, ``8000-8100``), or ``!`` before such a list for
-every other port. PROTOCOL is tcp, udp or any. A single address of the built-in table that comes without ports takes
-the table's (TCP, and neither DNS nor DHCP). Anything else: no ports means all, no protocol means TCP and UDP.
+all other ports. PROTOCOL is tcp, udp or any. Without ports, a built-in address has the ports of the built-in table
+(TCP, without DNS and DHCP). Otherwise, no ports means all ports, and no protocol means TCP and UDP.
 """
 
 from __future__ import annotations
@@ -17,34 +17,36 @@ from imds_guard.policy.model import Address, Endpoint, Network
 from imds_guard.policy.ports import ALL_PORTS, NO_PORTS, Ports, minus_ports, normal_ports
 
 _BRACKETED = r"\[([^\[\]]*)\](?:/([^:]*))?(?::(.*))?"
-_PLAIN = r"([^/:]*)(?:/([^:]*))?(?::(.*))?"
 _DECIMAL = r"0|[1-9][0-9]{0,9}"
 _LEADING_ZERO = r"(?:^|[.:])0[0-9]+(?:\.[0-9]+)+|[0-9]\.0[0-9]"
 _PROTOCOLS = ("tcp", "udp", "any")
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """The endpoint that ``text`` means. Raises BadPolicy, one sentence that quotes ``text``."""
+    """The endpoint that ``text`` means. Raises BadPolicy: one sentence that quotes ``text``."""
     try:
         return _parse(text)
-    except _Refused as refused:
-        raise BadPolicy(f"{text!r} is not an endpoint: {refused}") from None
+    except _NotAnEndpoint as error:
+        raise BadPolicy(f"{text!r} is not an endpoint: {error}") from None
 
 
-class _Refused(ValueError):
-    """Why a word is refused, as the second half of a sentence."""
+class _NotAnEndpoint(ValueError):
+    """The reason, as the second half of a sentence."""
 
 
 def _parse(text: str) -> Endpoint:
     if not text:
-        raise _Refused("it is empty")
-    if any(letter.isspace() for letter in text):
-        raise _Refused("it holds a blank")
+        raise _NotAnEndpoint("it is empty")
+    if any(character.isspace() for character in text):
+        raise _NotAnEndpoint("it contains white space")
     head, protocol = _split_protocol(text)
     address_text, length_text, ports_text = _split_head(head)
     network = _network(address_text, length_text)
     if network.prefixlen == network.max_prefixlen and int(network.network_address) == 0:
-        raise _Refused("a connect to the unspecified address goes to this machine itself and is judged by that address")
+        raise _NotAnEndpoint(
+            "the unspecified address can't be locked: a connect to it goes to this machine, and the address that it "
+            "reaches there is checked"
+        )
     entry = builtin_at(network)
     if ports_text is None and entry is not None:
         ports, protocol = entry.endpoint.tcp, protocol or "tcp"
@@ -62,40 +64,39 @@ def _split_protocol(text: str) -> tuple[str, str | None]:
     if not comma:
         return head, None
     if protocol not in _PROTOCOLS:
-        raise _Refused(f"{protocol!r} is no protocol (tcp, udp or any)")
+        raise _NotAnEndpoint(f"{protocol!r} is not a protocol (tcp, udp or any)")
     return head, protocol
 
 
 def _split_head(head: str) -> tuple[str, str | None, str | None]:
-    """Address, length and ports, the last two None where they are not given."""
+    """(address, length, ports); length and ports are None when they are absent."""
     if head.startswith("["):
         return _split_bracketed(head)
     if head.count(":") >= 2:
         return _split_bare_v6(head)
-    match = re.fullmatch(_PLAIN, head)
-    if match is None:
-        raise _Refused("an address comes first, then /LENGTH, then :PORTS")
-    return match[1], match[2], match[3]
+    prefix, colon, ports = head.partition(":")
+    address, slash, length = prefix.partition("/")
+    return address, length if slash else None, ports if colon else None
 
 
 def _split_bracketed(head: str) -> tuple[str, str | None, str | None]:
     match = re.fullmatch(_BRACKETED, head)
     if match is None:
-        raise _Refused("after the bracket come /LENGTH and :PORTS, as in [fd00:ec2::254]:80")
+        raise _NotAnEndpoint("only /LENGTH and :PORTS may follow the brackets, as in [fd00:ec2::254]:80")
     if ":" not in match[1]:
-        raise _Refused("only IPv6 addresses stand in brackets")
+        raise _NotAnEndpoint("brackets are for IPv6 addresses only")
     return match[1], match[2], match[3]
 
 
 def _split_bare_v6(head: str) -> tuple[str, str | None, str | None]:
-    """A bare IPv6 address has no ports; what looks like one with ports is refused where that can be told."""
+    """An IPv6 address without brackets, which has no ports. Ports are refused where they can be recognised as such."""
     address, slash, length = head.partition("/")
     if ":" in length:
         length, _, ports = length.partition(":")
-        raise _Refused(f"an IPv6 address with ports needs brackets: [{address}]/{length}:{ports}")
+        raise _NotAnEndpoint(f"an IPv6 address with ports needs brackets: [{address}]/{length}:{ports}")
     before, _, last = address.rpartition(":")
     if _is_builtin(before):
-        raise _Refused(f"an IPv6 address with ports needs brackets: [{before}]:{last}")
+        raise _NotAnEndpoint(f"an IPv6 address with ports needs brackets: [{before}]:{last}")
     return address, length if slash else None, None
 
 
@@ -118,29 +119,29 @@ def _network(address_text: str, length_text: str | None) -> Network:
     else:
         network = ipaddress.IPv6Network((int(address), length), strict=False)
     if network.network_address != address:
-        raise _Refused(
-            f"{address} has bits set beyond its prefix: {network} is the whole prefix, {address} the one address"
+        raise _NotAnEndpoint(
+            f"{address} has bits set after its prefix: write {network} for the whole prefix, {address} for the address"
         )
     return network
 
 
 def _address(text: str) -> Address:
     if not text:
-        raise _Refused("the address is missing")
+        raise _NotAnEndpoint("the address is missing")
     if "%" in text:
-        raise _Refused("an address is locked on every interface: leave out the scope (%...)")
-    # Python 3.9.0 to 3.9.4 take leading zeros as decimal, the C library takes them as octal (CVE-2021-29921).
+        raise _NotAnEndpoint("an address is locked on every interface: leave out the scope (%...)")
+    # Python 3.9.0 to 3.9.4 read leading zeros as decimal; the C library reads them as octal (CVE-2021-29921).
     if re.search(_LEADING_ZERO, text) and "." in text:
-        raise _Refused("a leading zero in an octet means octal to some programs and decimal to others")
+        raise _NotAnEndpoint("a number with a leading zero is octal to some programs and decimal to others")
     try:
         return ipaddress.ip_address(text)
     except ValueError:
-        raise _Refused(f"{text!r} is not an IP address (host names are not looked up)") from None
+        raise _NotAnEndpoint(f"{text!r} is not an IP address (host names are not looked up)") from None
 
 
 def _length(text: str, address: Address) -> int:
     if re.fullmatch(_DECIMAL, text) is None or int(text) > address.max_prefixlen:
-        raise _Refused(f"{text!r} is no prefix length (0 to {address.max_prefixlen})")
+        raise _NotAnEndpoint(f"{text!r} is not a prefix length (0 to {address.max_prefixlen})")
     return int(text)
 
 
@@ -151,7 +152,7 @@ def _ports(text: str) -> Ports:
     listed = normal_ports(_range(item) for item in (text[1:] if negated else text).split("+"))
     ports = minus_ports(ALL_PORTS, listed) if negated else listed
     if not ports:
-        raise _Refused("no port is left")
+        raise _NotAnEndpoint("no port is left")
     return ports
 
 
@@ -160,44 +161,44 @@ def _range(item: str) -> tuple[int, int]:
     first = _port(low)
     last = _port(high) if dash else first
     if last < first:
-        raise _Refused(f"the range of ports {item} runs backwards")
+        raise _NotAnEndpoint(f"the range of ports {item} runs backwards")
     return first, last
 
 
 def _port(text: str) -> int:
     if re.fullmatch(_DECIMAL, text) is None or int(text) > 65535:
-        raise _Refused(f"{text!r} is no port (80, 80+443, 8000-8100, !53 or *)")
+        raise _NotAnEndpoint(f"{text!r} is not a port (80, 80+443, 8000-8100, !53 or *)")
     return int(text)
 
 
-# --- the other way --------------------------------------------------------------------------------------------------
+# --- endpoints as text ----------------------------------------------------------------------------------------------
 
 
 def format_endpoint(endpoint: Endpoint) -> list[str]:
-    """The words that mean ``endpoint``: one, or one for each protocol when their ports differ."""
+    """The arguments that mean ``endpoint``: one, or one for each protocol when their ports differ."""
     entry = builtin_at(endpoint.network)
     if entry is not None and entry.endpoint == endpoint:
-        return [_address_words(endpoint.network, "")]
-    bare = "" if entry is None else ":*"
+        return [_format_address(endpoint.network, "")]
+    all_ports = "" if entry is None else ":*"
     if endpoint.tcp == endpoint.udp:
-        return [_address_words(endpoint.network, format_ports(endpoint.tcp, bare))]
+        return [_format_address(endpoint.network, format_ports(endpoint.tcp, all_ports))]
     return [
-        _address_words(endpoint.network, format_ports(ports, bare)) + "," + protocol
+        _format_address(endpoint.network, format_ports(ports, all_ports)) + "," + protocol
         for ports, protocol in ((endpoint.tcp, "tcp"), (endpoint.udp, "udp"))
         if ports
     ]
 
 
-def format_ports(ports: Ports, every: str = ":*") -> str:
-    """``:80+443`` or ``:!53``, whichever has fewer parts; ``every`` for all ports."""
+def format_ports(ports: Ports, all_ports: str = ":*") -> str:
+    """``:80+443`` or ``:!53``, whichever has fewer parts; the text ``all_ports`` for all ports."""
     if ports == ALL_PORTS:
-        return every
+        return all_ports
     others = minus_ports(ALL_PORTS, ports)
     sign, shown = ("!", others) if len(others) < len(ports) else ("", ports)
     return ":" + sign + "+".join(str(low) if low == high else f"{low}-{high}" for low, high in shown)
 
 
-def _address_words(network: Network, ports: str) -> str:
+def _format_address(network: Network, ports: str) -> str:
     address = str(network.network_address)
     length = "" if network.prefixlen == network.max_prefixlen else f"/{network.prefixlen}"
     if network.version == 6 and ports:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ip-lockdown IP [USER...]`` makes of a policy: that address for these users too, and no other lock touched."""
+"""Adds one locked address to a policy, for ``ip-lockdown IP [USER...]``. No other lock changes. Pure."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from imds_guard.policy.wireserver import split_off_wireserver
 
 
 def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Policy:
-    """``policy`` with the endpoint ``ip`` denied to everyone but ``users`` and whom a lock there lets through already.
+    """Deny the endpoint ``ip`` to everyone except ``users`` and those on the allowlist of a lock there.
 
-    A lock that holds the endpoint among others is split, and both parts keep its lists. Ports of the endpoint that no
-    lock holds get one of their own. A lock that allows by default denies by default there afterwards. The same call
-    again changes nothing. Raises BadPolicy, also for a user whom a deny list there would still keep out.
+    A lock with other endpoints too is split in two, and both parts keep its lists. Ports of the endpoint that are not
+    locked yet get a lock of their own. A lock there that allows by default denies by default afterwards. A second call
+    changes nothing. Raises BadPolicy, also when a deny list there contains one of ``users``.
     """
     endpoint = parse_endpoint(ip)
     added = frozenset(users)
     old = policy.locks if policy is not None else ()
     names = {lock.name for lock in old}
     locks: list[Lock] = []
-    open_yet = endpoint
+    unlocked = endpoint
     for lock in old:
         inside, outside = divide(lock, endpoint)
-        open_yet = _without(open_yet, inside)
+        unlocked = _without(unlocked, inside)
         if not inside:
             locks.append(lock)
             continue
@@ -36,15 +36,15 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
         locks += [lock._replace(endpoints=outside)] if outside else []
         allow = Identities(lock.allow.users | added, lock.allow.groups)
         locks.append(lock._replace(name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
-    if open_yet.tcp or open_yet.udp:
-        locks += split_off_wireserver(Lock(free_name(endpoint, names), (open_yet,), Identities(added)))
+    if unlocked.tcp or unlocked.udp:
+        locks += split_off_wireserver(Lock(free_name(endpoint, names), (unlocked,), Identities(added)))
     if policy is None:
         return make_policy(locks)
     return make_policy(locks, policy.mode, policy.containers, policy.strict)
 
 
 def divide(lock: Lock, endpoint: Endpoint) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:
-    """The lock's endpoints as what ``endpoint`` covers on the same prefix, and the rest."""
+    """The lock's endpoints in two parts: the ports of ``endpoint`` on the same prefix, and the rest."""
     inside: list[Endpoint] = []
     outside: list[Endpoint] = []
     for one in lock.endpoints:
@@ -58,23 +58,23 @@ def divide(lock: Lock, endpoint: Endpoint) -> tuple[tuple[Endpoint, ...], tuple[
     return tuple(inside), tuple(outside)
 
 
-def _without(endpoint: Endpoint, taken: Iterable[Endpoint]) -> Endpoint:
-    for one in taken:
+def _without(endpoint: Endpoint, removed: Iterable[Endpoint]) -> Endpoint:
+    for one in removed:
         endpoint = Endpoint(endpoint.network, minus_ports(endpoint.tcp, one.tcp), minus_ports(endpoint.udp, one.udp))
     return endpoint
 
 
 def _check_not_denied(lock: Lock, users: Iterable[int]) -> None:
-    shut_out = sorted(set(users) & lock.deny.users)
-    if shut_out:
+    denied = sorted(set(users) & lock.deny.users)
+    if denied:
         raise BadPolicy(
-            f"user {shut_out[0]} is on the deny list of lock {lock.name!r}, which wins: "
+            f"user {denied[0]} is on the deny list of lock {lock.name!r}, and deny lists win: "
             "take the user off that list first"
         )
 
 
 def free_name(endpoint: Endpoint, names: set[str]) -> str:
-    """The address, with a number behind it when a lock is called that; noted in ``names``."""
+    """A name for a lock of ``endpoint``, which is added to ``names``: its address, with a number when that is taken."""
     network = endpoint.network
     base = str(network if network.prefixlen < network.max_prefixlen else network.network_address)
     name, number = base, 2

@@ -30,21 +30,21 @@ class Mode(str, enum.Enum):
 
 
 class Verdict(str, enum.Enum):
-    """What a lock does with callers on none of its lists, and what a policy does with containers."""
+    """What happens to callers that no list names (``Lock.default``) or in containers (``Policy.containers``)."""
 
     DENY = "deny"
     ALLOW = "allow"
 
 
 def unmapped(address: Address) -> Address:
-    """``::ffff:a.b.c.d`` as the IPv4 address that it means, without a scope; any other address as it is."""
+    """An IPv4-mapped address (``::ffff:a.b.c.d``) as IPv4; any other address without its scope (``%eth0``)."""
     if isinstance(address, ipaddress.IPv6Address):
         return address.ipv4_mapped or ipaddress.IPv6Address(int(address))
     return address
 
 
 class Endpoint(NamedTuple):
-    """A locked address or prefix, with its locked ports for each protocol."""
+    """A locked address or prefix, with the locked ports of each protocol."""
 
     network: Network
     tcp: Ports = NO_PORTS
@@ -55,16 +55,16 @@ class Endpoint(NamedTuple):
         return self.tcp if protocol is Protocol.TCP else self.udp
 
     def covers(self, address: Address) -> bool:
-        """True when ``address`` (not a mapped one) lies in the prefix. An IPv6 prefix never covers IPv4."""
+        """True when ``address`` is in the prefix. An IPv6 prefix never covers IPv4: pass unmapped() addresses."""
         return address.version == self.network.version and address in self.network
 
     def sort_key(self) -> tuple[int, int, int]:
-        """IPv4 first, then by address, then the shorter prefix."""
+        """IPv4 before IPv6, then by address, then the shorter prefix first."""
         return (self.network.version, int(self.network.network_address), self.network.prefixlen)
 
 
 class Identities(NamedTuple):
-    """User IDs and group IDs of the initial user namespace. gid 0 is not uid 0."""
+    """User IDs and group IDs, as the initial user namespace has them. The two are separate: gid 0 is not uid 0."""
 
     users: frozenset[int] = frozenset()
     groups: frozenset[int] = frozenset()
@@ -92,27 +92,26 @@ class Lock(NamedTuple):
 
     @property
     def listed_groups(self) -> frozenset[int]:
-        """Every group that one of the lists names."""
+        """All groups on the allowlist and the deny list."""
         return self.allow.groups | self.deny.groups
 
 
 class Policy(NamedTuple):
-    """All locks of a machine. Make one with ``make_policy()``, which checks it and gives it its normal form."""
+    """All locks of a machine. Make it with ``make_policy()``, which checks it and brings it into normal form."""
 
     locks: tuple[Lock, ...]
     mode: Mode = Mode.ENFORCE
     containers: Verdict = Verdict.DENY
     strict: bool = False
-    """Packets, too, are held to it: those of sockets whose connect nobody approved are dropped."""
+    """Also drop packets to locked endpoints from sockets whose connect was not approved."""
 
 
 def make_policy(
     locks: Iterable[Lock], mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY, strict: bool = False
 ) -> Policy:
-    """A checked policy in normal form: equal policies compare equal.
+    """A valid policy in normal form: policies that mean the same compare equal. Raises BadPolicy.
 
-    Locks are sorted by name, endpoints of a lock by address, and endpoints of one lock with the same prefix are merged.
-    Raises BadPolicy.
+    Locks are sorted by name, endpoints of a lock by address. Endpoints of a lock with the same prefix are merged.
     """
     normal = tuple(sorted((_normal_lock(lock) for lock in locks), key=lambda lock: lock.name))
     _check_names(normal)
@@ -123,7 +122,7 @@ def make_policy(
 
 MAX_LOCK_NAME_BYTES = 63
 MAX_ID = 0xFFFFFFFE
-"""4294967295 is (uid_t)-1, "no user" (setresuid(2))."""
+"""The next number, 4294967295, is (uid_t)-1 and means "no user" (setresuid(2))."""
 
 
 def _normal_lock(lock: Lock) -> Lock:
@@ -137,8 +136,8 @@ def _normal_lock(lock: Lock) -> Lock:
     for endpoint in merged.values():
         if endpoint.network.prefixlen == endpoint.network.max_prefixlen and int(endpoint.network.network_address) == 0:
             raise BadPolicy(
-                f"lock {lock.name!r}: {endpoint.network.network_address} is no address that a connect can reach; one "
-                "that names it is judged as going to the socket's own address"
+                f"lock {lock.name!r}: {endpoint.network.network_address} can't be locked: a connect to it goes to the "
+                "socket's own address, and that address is checked"
             )
         if not endpoint.tcp and not endpoint.udp:
             raise BadPolicy(f"lock {lock.name!r}: {endpoint.network} has no ports")
@@ -148,7 +147,7 @@ def _normal_lock(lock: Lock) -> Lock:
 
 
 def _normal_network(network: Network) -> Network:
-    """A prefix inside ::ffff:0:0/96 as the IPv4 prefix that it means."""
+    """A prefix inside ::ffff:0:0/96 as an IPv4 prefix."""
     if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
         mapped = network.network_address.ipv4_mapped
         if mapped is not None:
@@ -159,11 +158,13 @@ def _normal_network(network: Network) -> Network:
 def _check_names(locks: Sequence[Lock]) -> None:
     for earlier, later in zip(locks, locks[1:]):
         if earlier.name == later.name:
-            raise BadPolicy(f"two locks are called {later.name!r}")
+            raise BadPolicy(f"two locks have the name {later.name!r}")
     for lock in locks:
         length = len(lock.name.encode())
         if not 1 <= length <= MAX_LOCK_NAME_BYTES or not lock.name.isprintable():
-            raise BadPolicy(f"{lock.name!r} is no lock name: 1 to {MAX_LOCK_NAME_BYTES} printable octets")
+            raise BadPolicy(
+                f"{lock.name!r} is not a lock name: it takes 1 to {MAX_LOCK_NAME_BYTES} bytes of printable text"
+            )
 
 
 def _check_ids(locks: Sequence[Lock]) -> None:
@@ -174,16 +175,16 @@ def _check_ids(locks: Sequence[Lock]) -> None:
 
 
 def _check_overlaps(locks: Sequence[Lock]) -> None:
-    """Two locks may not claim the same prefix, protocol and port: neither would be the more specific one."""
-    claimed: dict[Network, list[tuple[str, Endpoint]]] = {}
+    """Two locks must not have the same prefix, protocol and port: neither would be the more specific one."""
+    seen: dict[Network, list[tuple[str, Endpoint]]] = {}
     for lock in locks:
         for endpoint in lock.endpoints:
-            for name, other in claimed.setdefault(endpoint.network, []):
+            for name, other in seen.setdefault(endpoint.network, []):
                 for protocol in Protocol:
                     both = common_ports(endpoint.ports(protocol), other.ports(protocol))
                     if both:
                         raise BadPolicy(
-                            f"locks {name!r} and {lock.name!r} both claim {endpoint.network} "
+                            f"locks {name!r} and {lock.name!r} both lock {endpoint.network} "
                             f"{protocol.value} port {both[0][0]}"
                         )
-            claimed[endpoint.network].append((lock.name, endpoint))
+            seen[endpoint.network].append((lock.name, endpoint))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Azure's WireServer (168.63.129.16) stands in a lock of its own: the machine's agent, which is root, can't do without.
+"""Azure's WireServer (168.63.129.16) gets a lock of its own, which always allows root: Azure's agent needs it.
 
 Source: https://learn.microsoft.com/en-us/azure/virtual-network/what-is-ip-address-168-63-129-16
 """
@@ -16,30 +16,30 @@ WIRESERVER_LOCK = "wireserver"
 
 
 def split_off_wireserver(lock: Lock) -> tuple[Lock, ...]:
-    """``lock`` without the WireServer, and the WireServer's own lock, which always lets user 0.
+    """``lock`` without the WireServer, and a lock of the WireServer, which allows user 0.
 
-    A lock that holds nothing else keeps its name. User 0 and group 0 leave the deny lists of the WireServer's lock. A
-    prefix that covers the address is left as it is. Raises BadPolicy when DNS or DHCP there would be locked.
+    A lock with no other endpoint keeps its name. The WireServer's lock denies neither user 0 nor group 0. A prefix that
+    contains the WireServer is not split. Raises BadPolicy when the lock contains the WireServer's DNS or DHCP port.
     """
     own = tuple(endpoint for endpoint in lock.endpoints if endpoint.network == host_network(WIRESERVER))
     if not own:
         return (lock,)
     for endpoint in own:
-        _check_spared(lock.name, endpoint)
+        _check_excluded_ports(lock.name, endpoint)
     rest = tuple(endpoint for endpoint in lock.endpoints if endpoint.network != host_network(WIRESERVER))
-    apart = lock._replace(
+    wireserver = lock._replace(
         name=WIRESERVER_LOCK if rest else lock.name,
         endpoints=own,
         allow=Identities(lock.allow.users | {0}, lock.allow.groups),
         deny=Identities(lock.deny.users - {0}, lock.deny.groups - {0}),
     )
-    return (lock._replace(endpoints=rest), apart) if rest else (apart,)
+    return (lock._replace(endpoints=rest), wireserver) if rest else (wireserver,)
 
 
-def _check_spared(name: str, endpoint: Endpoint) -> None:
-    taken = common_ports(endpoint.tcp, DNS_AND_DHCP) or common_ports(endpoint.udp, DNS_AND_DHCP)
-    if taken:
+def _check_excluded_ports(name: str, endpoint: Endpoint) -> None:
+    locked = common_ports(endpoint.tcp, DNS_AND_DHCP) or common_ports(endpoint.udp, DNS_AND_DHCP)
+    if locked:
         raise BadPolicy(
-            f"lock {name!r} would take port {taken[0][0]} of {WIRESERVER}, where Azure serves DNS (53) and DHCP (67): "
+            f"lock {name!r} would lock port {locked[0][0]} of {WIRESERVER}, where Azure serves DNS (53) and DHCP (67): "
             f"write {WIRESERVER}, or {WIRESERVER}{format_ports(((80, 80), (32526, 32526)))}"
         )
