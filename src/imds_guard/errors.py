@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of failure, each with its exit status (sysexits.h where it has a name for it).
+"""Kinds of failure, each with its exit status (from sysexits.h where that has a name for it).
 
 A message is one sentence: what was tried, on what, what the system said, what to do.
 """
@@ -13,19 +13,19 @@ from contextlib import contextmanager
 
 
 class GuardError(Exception):
-    """Something failed; ``exit_status`` is what the process exits with."""
+    """Something failed. The process exits with ``exit_status``."""
 
     exit_status = 1
 
 
 class UsageError(GuardError):
-    """The words of the command line do not make sense together (exit status 2)."""
+    """The arguments contradict each other, or one is missing (exit status 2)."""
 
     exit_status = 2
 
 
 class Unsupported(GuardError):
-    """This machine, or this backend, cannot hold the whole policy (EX_UNAVAILABLE)."""
+    """This machine or this backend can't enforce the whole policy (EX_UNAVAILABLE)."""
 
     exit_status = 69
 
@@ -37,13 +37,13 @@ class NotPermitted(GuardError):
 
 
 class BadPolicy(GuardError):
-    """A policy, a configuration file or a name in it is not usable (EX_CONFIG)."""
+    """A policy, a configuration file or a name in it can't be used (EX_CONFIG)."""
 
     exit_status = 78
 
 
 def system_text(error: OSError) -> str:
-    """``EPERM (Operation not permitted)``: the errno's symbol and text of ``error``."""
+    """``EPERM (Operation not permitted)``: symbol and text of the errno of ``error``."""
     if error.errno is None:
         return str(error)
     symbol = _errno.errorcode.get(error.errno, str(error.errno))
@@ -51,20 +51,20 @@ def system_text(error: OSError) -> str:
 
 
 @contextmanager
-def trying(what: str, advice: str) -> Iterator[None]:
-    """Turns an OSError of the block into one sentence: failure_text(), then ``advice``."""
+def trying(action: str, advice: str) -> Iterator[None]:
+    """Turn an OSError of the block into a GuardError: failure_text(), then ``advice``."""
     try:
         yield
     except PermissionError as error:
         raise NotPermitted(
-            f"{failure_text(what, error)}; run this as root with CAP_SYS_ADMIN and "
+            f"{failure_text(action, error)}; run this as root with CAP_SYS_ADMIN and "
             "CAP_NET_ADMIN, where no seccomp filter or security module forbids it"
         ) from error
     except OSError as error:
-        raise GuardError(f"{failure_text(what, error)}; {advice}") from error
+        raise GuardError(f"{failure_text(action, error)}; {advice}") from error
 
 
-def failure_text(what: str, error: OSError) -> str:
-    """``what``, the file or system call where the error has one that ``what`` does not name, and the system's words."""
-    named = error.filename is None or str(error.filename) in what
-    return f"{what}: {system_text(error)}" if named else f"{what}: {error.filename}: {system_text(error)}"
+def failure_text(action: str, error: OSError) -> str:
+    """``action``, the error's file name unless ``action`` contains it, and the system's text."""
+    named = error.filename is None or str(error.filename) in action
+    return f"{action}: {system_text(error)}" if named else f"{action}: {error.filename}: {system_text(error)}"

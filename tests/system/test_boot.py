@@ -77,7 +77,7 @@ def test_boot_uses_the_saved_id_of_a_name(guard: Guard, tmp_path: Path) -> None:
     name = pwd.getpwuid(1).pw_name
     done = boot(guard, tmp_path, GOOD.replace(str(ONE), f'{{ name = "{name}", id = {TWO} }}'))
     assert done.status == 0, done
-    assert f"warning: users: '{name}' was {TWO} when it was saved and is 1 now; the saved ID counts" in done.stderr
+    assert f"warning: users: '{name}' was {TWO} when it was saved and is 1 now; the saved ID is used" in done.stderr
     assert who(guard) == [TWO]
 
 

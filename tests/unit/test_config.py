@@ -224,15 +224,15 @@ def test_a_small_file_is_read() -> None:
         ('cgroup = "system.slice"\n' + SMALL, 1, "must be an absolute path"),
         (SMALL + "user = [0]\n", 6, "unknown key 'user' in lock 'web'"),
         (SMALL.replace("[0]", "0"), 5, "users = 0 must be a list"),
-        (SMALL.replace("[0]", "[true]"), 5, "users holds True"),
-        (SMALL.replace("[0]", "[1.5]"), 5, "users holds 1.5"),
+        (SMALL.replace("[0]", "[true]"), 5, "users contains True"),
+        (SMALL.replace("[0]", "[1.5]"), 5, "users contains 1.5"),
         (SMALL.replace("[0]", "[4294967295]"), 5, "4294967295 is not a user ID"),
         (SMALL.replace("[0]", '["imds-guard-absent"]'), 5, "there is no user 'imds-guard-absent'"),
         (SMALL.replace("[0]", '[\n  "root",\n  "imds-guard-absent",\n]'), 7, "there is no user 'imds-guard-absent'"),
         (SMALL + 'groups = ["imds-guard-absent"]', 6, "there is no group 'imds-guard-absent'"),
-        (SMALL.replace("[0]", '[{ name = "root" }]'), 5, "has a name and a number, id"),
-        (SMALL.replace("[0]", '[{ name = "root", id = 0, gid = 0 }]'), 5, "has a name and a number, id"),
-        (SMALL.replace("[0]", '[{ name = "root", id = true }]'), 5, "has a name and a number, id"),
+        (SMALL.replace("[0]", '[{ name = "root" }]'), 5, "has a name (text) and an id (number) only"),
+        (SMALL.replace("[0]", '[{ name = "root", id = 0, gid = 0 }]'), 5, "has a name (text) and an id (number) only"),
+        (SMALL.replace("[0]", '[{ name = "root", id = true }]'), 5, "has a name (text) and an id (number) only"),
         (SMALL.replace("[0]", '[{ name = "root", id = 7 }]'), 5, "'root' was 7 when it was saved and is 0 now"),
         (
             SMALL.replace("[0]", '[{ name = "imds-guard-absent", id = 7 }]'),
@@ -241,8 +241,8 @@ def test_a_small_file_is_read() -> None:
         ),
         (SMALL.replace("[0]", "[]"), 3, "lock 'web' allows nobody"),
         (SMALL.replace("users = [0]", 'deny_users = [5]\ndefault = "deny"'), 3, "lock 'web' allows nobody"),
-        (SMALL + "nobody = true\n", 6, "lets somebody in, which nobody = true contradicts"),
-        (SMALL.replace("users = [0]", 'nobody = true\ndefault = "allow"'), 5, "which nobody = true contradicts"),
+        (SMALL + "nobody = true\n", 6, "allows somebody, which contradicts nobody = true"),
+        (SMALL.replace("users = [0]", 'nobody = true\ndefault = "allow"'), 5, "which contradicts nobody = true"),
         (SMALL + 'nobody = "no"\n', 6, "nobody = 'no' must be true or false"),
         (SMALL + 'default = "reject"\n', 6, "default = 'reject' must be 'deny' or 'allow'"),
         (SMALL.replace("10.0.0.1:80", "10.0.0.256:80"), 4, "'10.0.0.256:80,tcp' is not an endpoint"),
@@ -304,7 +304,7 @@ def test_boot_goes_by_the_stored_id_and_warns_when_the_name_is_another_now() -> 
     config = parse_config(SMALL.replace("[0]", entries), use_stored_ids=True)
     assert config.policy.locks[0].allow.users == {0, 7, 8}
     assert len(config.warnings) == 2
-    assert "'root' was 7 when it was saved and is 0 now; the saved ID counts" in config.warnings[0]
+    assert "'root' was 7 when it was saved and is 0 now; the saved ID is used" in config.warnings[0]
     assert "'imds-guard-absent' was 8 when it was saved and is not known now" in config.warnings[1]
 
 
@@ -442,7 +442,7 @@ def test_a_file_that_is_absent_or_no_text_is_one_sentence(tmp_path: Path) -> Non
     with pytest.raises(BadPolicy, match=r"absent.toml could not be read: ENOENT \(No such file or directory\)"):
         load_config(str(tmp_path / "absent.toml"))
     (tmp_path / "latin.toml").write_bytes(b'mode = "\xe9"\n')
-    with pytest.raises(BadPolicy, match=r"latin.toml: this is not TOML: octet 8 is not UTF-8"):
+    with pytest.raises(BadPolicy, match=r"latin.toml: this is not TOML: byte 8 is not UTF-8"):
         load_config(str(tmp_path / "latin.toml"))
 
 

@@ -226,7 +226,7 @@ def test_what_can_not_be_changed_with_its_comments_is_left_alone(tmp_path: Path)
     text = 'lock = { web = { endpoints = ["192.0.2.1"], users = [41001] } }\n'
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
     wanted = parse_config(HAND_MADE)
-    with pytest.raises(GuardError, match=r"can't be changed with its comments kept; move the file away$"):
+    with pytest.raises(GuardError, match=r"can't be changed without losing its comments; move the file away$"):
         save_config(wanted, str(tmp_path / "config.toml"))
     assert [(one.name, one.read_text(encoding="utf-8")) for one in tmp_path.iterdir()] == [("config.toml", text)]
 

@@ -97,7 +97,7 @@ def test_the_choices_of_an_option_are_those_that_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "keys"),
-    [("GLOBAL KEYS", config_reader._TOP_KEYS), ("KEYS OF A LOCK", config_reader._LOCK_KEYS)],
+    [("GLOBAL KEYS", config_reader.TOP_KEYS), ("KEYS OF A LOCK", config_reader.LOCK_KEYS)],
 )
 def test_the_manual_has_every_key_and_no_other(section: str, keys: list[str]) -> None:
     assert sorted(re.findall(r"^\.It Va (\w+)$", SECTIONS[CONFIG][section], re.MULTILINE)) == sorted(keys)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies as they are written: the configuration file, and the options of the command line."""
+"""Policies as people write them: in the configuration file, and in options of the command line."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration file that somebody wrote, changed to say something else: comments, order and words stay.
+"""Changes a configuration file that a person wrote: comments, order and spelling stay.
 
-tomlkit changes and removes what is there. What is new goes in as text, since tomlkit puts it behind the comment of
-the next table. Whatever comes of that is read again before it is taken.
+tomlkit changes and removes existing keys. New keys are inserted as text, because tomlkit puts them after the comment of
+the next table. The result is read again, and used only if it is the configuration that was wanted.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 from imds_guard.config.read import Config, locks_by_table, parse_config
 from imds_guard.config.toml_lines import KeyLines, Path
 from imds_guard.config.write import (
+    IdList,
     dump_endpoints,
-    dump_id,
     dump_list,
     dump_lock,
+    format_scalar,
     id_lists,
     quoted,
-    scalar,
     top_values,
 )
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.policy.model import Lock, Verdict, make_policy
 from imds_guard.policy.wireserver import split_off_wireserver
 
-Added = list[tuple[Path, list[str]]]
-"""Lines that belong behind the header of a table; at the top of the file for the empty path."""
+Insertion = tuple[Path, list[str]]
+"""New lines, and the table whose header they follow; the empty path is the top of the file."""
 
 
 def require_tomlkit(path: str) -> Any:
@@ -35,25 +35,25 @@ def require_tomlkit(path: str) -> Any:
         import tomlkit  # noqa: PLC0415 -- start-up time, and a machine may be without it
     except ImportError as error:
         raise Unsupported(
-            f"saving to {path}: the file is there, and changing it without losing its comments takes tomlkit; install "
+            f"saving to {path}: the file exists, and changing it without losing its comments needs tomlkit; install "
             "the package python3-tomlkit, or move the file away"
         ) from error
     return tomlkit
 
 
 def edit(text: str, path: str, config: Config) -> str:
-    """``text``, which is a usable configuration, changed to say ``config``. Raises GuardError."""
+    """``text``, a usable configuration, changed so that it means ``config``. Raises GuardError."""
     require_tomlkit(path)
-    # tomlkit before 0.11 spoils a list that it takes a line out of or appends to: then the list is written anew.
+    # tomlkit before 0.11 breaks lists when an item is added or removed: then the whole list is written anew.
     for in_place in (True, False):
         edited = _try(text, config, in_place)
         if edited is not None:
             return edited
-    raise GuardError(f"saving to {path}: what stands there can't be changed with its comments kept; move the file away")
+    raise GuardError(f"saving to {path}: the file can't be changed without losing its comments; move the file away")
 
 
 def _try(text: str, config: Config, in_place: bool) -> str | None:
-    """None when what came out does not say ``config``."""
+    """The changed text; None when it does not mean ``config``."""
     import tomlkit  # noqa: PLC0415
     from tomlkit.exceptions import TOMLKitError  # noqa: PLC0415
 
@@ -66,120 +66,119 @@ def _try(text: str, config: Config, in_place: bool) -> str | None:
 
 
 class _Edit:
-    """One file being changed."""
+    """One change of a file. ``in_place``: change lists item by item."""
 
     def __init__(self, document: Any, text: str, config: Config, in_place: bool) -> None:
         self.document = document
         self.config = config
         self.in_place = in_place
         self.tables = locks_by_table(text, use_stored_ids=True)
-        self.wanted: dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
-        self.added: Added = []
+        self.unwritten: dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
+        self.insertions: list[Insertion] = []
 
     def run(self) -> str:
         self.edit_top()
         for name, locks in self.tables.items():
             self.edit_lock(name, locks)
-        text = _insert(self.document.as_string(), self.added)
-        new = [line for lock in self.wanted.values() for line in dump_lock(lock)]
+        text = _insert(self.document.as_string(), self.insertions)
+        new = [line for lock in self.unwritten.values() for line in dump_lock(lock)]
         return text.rstrip("\r\n") + "\n" + "".join(line + "\n" for line in new) if new else text
 
     def edit_top(self) -> None:
-        for key, value, usual in top_values(self.config):
+        for key, value, default in top_values(self.config):
             if key in self.document:
                 if value is None:
                     del self.document[key]
                 elif self.document[key] != value:
                     self.document[key] = value
-            elif value is not None and value != usual:
-                self.added.append(((), [f"{key} = {scalar(value)}"]))
+            elif value is not None and value != default:
+                self.insertions.append(((), [f"{key} = {format_scalar(value)}"]))
 
     def edit_lock(self, name: str, locks: tuple[Lock, ...]) -> None:
-        """Leaves a table alone that says what is wanted; else it comes to say the lock of its own name."""
-        if self.take(locks):
+        """Change the table ``name``, which means ``locks``, to the wanted lock of that name, or remove the table.
+
+        A table that already means wanted locks stays as it is.
+        """
+        if self.mark_written(locks):
             return
-        wanted = self.wanted.get(name)
+        wanted = self.unwritten.get(name)
         if wanted is None:
             del self.document["lock"][name]
             return
         before = next(lock for lock in locks if lock.name == name)
-        # The words for the endpoints can stay if they, with the new lists, stand for locks that are all wanted.
+        # Endpoints and presets can stay as written if, with the new lists, every lock that they mean is wanted.
         endpoints = tuple(endpoint for lock in locks for endpoint in lock.endpoints)
-        if not self.take(make_policy(split_off_wireserver(wanted._replace(endpoints=endpoints))).locks):
-            del self.wanted[name]
+        if not self.mark_written(make_policy(split_off_wireserver(wanted._replace(endpoints=endpoints))).locks):
+            del self.unwritten[name]
             table = self.document["lock"][name]
             if "preset" in table:
-                del table["preset"]  # pop() of tomlkit before 0.8 leaves the words where they are
-            self.put(name, table, "endpoints", dump_endpoints(wanted))
+                del table["preset"]  # pop() of tomlkit before 0.8 leaves the text in the file
+            self.set_key(name, table, "endpoints", dump_endpoints(wanted))
         self.edit_lists(name, self.document["lock"][name], wanted, before)
 
-    def take(self, locks: tuple[Lock, ...]) -> bool:
-        """True when these locks are all wanted; they need not be written any more."""
-        if any(self.wanted.get(lock.name) != lock for lock in locks):
+    def mark_written(self, locks: tuple[Lock, ...]) -> bool:
+        """Remove ``locks`` from the unwritten ones. False, and no change, unless all of them are unwritten."""
+        if any(self.unwritten.get(lock.name) != lock for lock in locks):
             return False
         for lock in locks:
-            del self.wanted[lock.name]
+            del self.unwritten[lock.name]
         return True
 
     def edit_lists(self, name: str, table: Any, lock: Lock, before: Lock) -> None:
-        for (key, ids, name_of, id_of), (_, old, _, _) in zip(id_lists(lock), id_lists(before)):
-            if ids == old:
+        for new, old in zip(id_lists(lock), id_lists(before)):
+            if new.ids == old.ids:
                 continue
-            if self.in_place and key in table and ids:
-                self.edit_list(table[key], ids, old, key, lock)
+            if self.in_place and new.key in table and new.ids:
+                _edit_list(table[new.key], new, old)
             else:
-                self.put(name, table, key, dump_list(key, [dump_id(one, name_of(one), id_of) for one in sorted(ids)]))
+                self.set_key(name, table, new.key, dump_list(new.key, [new.format(one) for one in sorted(new.ids)]))
         self.edit_default(name, table, lock)
-
-    def edit_list(self, array: Any, ids: Any, old: Any, key: str, lock: Lock) -> None:
-        """Takes out who is gone, adds who is new; the others stay as they are written."""
-        name_of, id_of = next((name_of, id_of) for one, _, name_of, id_of in id_lists(lock) if one == key)
-        for place in range(len(array) - 1, -1, -1):
-            if _id_of_entry(array[place], id_of) not in ids:
-                del array[place]
-        for number in sorted(ids - old):
-            array.append(_value(dump_id(number, name_of(number), id_of)))
 
     def edit_default(self, name: str, table: Any, lock: Lock) -> None:
         nobody = lock.allows_nobody
         if bool(table.get("nobody", False)) != nobody:
-            self.put(name, table, "nobody", ["nobody = true"] if nobody else [])
-        usual = Verdict.ALLOW if lock.deny and not lock.allow and not nobody else Verdict.DENY
-        if table.get("default", usual.value) != lock.default.value:
-            self.put(name, table, "default", [f"default = {quoted(lock.default.value)}"])
+            self.set_key(name, table, "nobody", ["nobody = true"] if nobody else [])
+        absent = Verdict.ALLOW if lock.deny and not lock.allow and not nobody else Verdict.DENY
+        if table.get("default", absent.value) != lock.default.value:
+            self.set_key(name, table, "default", [f"default = {quoted(lock.default.value)}"])
 
-    def put(self, name: str, table: Any, key: str, lines: list[str]) -> None:
-        """Gives a key of a table another value; without lines it is taken out."""
+    def set_key(self, name: str, table: Any, key: str, lines: list[str]) -> None:
+        """Set a key of a lock's table to the value in ``lines``. Without lines, remove it."""
         if key not in table:
-            self.added.append((("lock", name), lines))
+            self.insertions.append((("lock", name), lines))
         elif lines:
-            table[key] = _parsed("\n".join(lines), key)
+            table[key] = _parse_value("\n".join(lines), key)
         else:
             del table[key]
 
 
-def _id_of_entry(entry: Any, id_of: Any) -> int:
+def _edit_list(array: Any, new: IdList, old: IdList) -> None:
+    """Remove and add entries; the others stay as written."""
+    for index in range(len(array) - 1, -1, -1):
+        if _id_of_entry(array[index], new) not in new.ids:
+            del array[index]
+    for number in sorted(new.ids - old.ids):
+        array.append(_parse_value(f"x = {new.format(number)}", "x"))
+
+
+def _id_of_entry(entry: Any, listed: IdList) -> int:
     if isinstance(entry, dict):
         return int(entry["id"])
-    return int(id_of(str(entry)))
+    return listed.id_of(str(entry))
 
 
-def _value(text: str) -> Any:
-    return _parsed(f"x = {text}", "x")
-
-
-def _parsed(text: str, key: str) -> Any:
+def _parse_value(text: str, key: str) -> Any:
     import tomlkit  # noqa: PLC0415
 
     return tomlkit.parse(text + "\n")[key]
 
 
-def _insert(text: str, added: Added) -> str:
-    """``text`` with the lines behind their headers; those of the top behind the last key there."""
-    for path, new in added:
+def _insert(text: str, insertions: list[Insertion]) -> str:
+    """``text`` with the new lines. Those of the top follow the last key there."""
+    for path, new in insertions:
         lines = text.splitlines(keepends=True)
-        places = KeyLines(text)
-        at = places.find(path) if path else places.last_at_top()
+        key_lines = KeyLines(text)
+        at = key_lines.find(path) if path else key_lines.last_at_top()
         lines[at or 0 : at or 0] = [line + "\n" for line in new]
         text = "".join(lines)
     return text

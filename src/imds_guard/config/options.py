@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the command line as a Policy."""
+"""Makes a Policy from options of the command line."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def policy_from_options(
     dmi_text: str = "",
     create_groups: bool = False,
 ) -> Policy:
-    """One allowlist over all the endpoints given (lock ``default``), the WireServer apart (lock ``wireserver``).
+    """One lock (``default``) for all endpoints, and a lock of its own for the WireServer (``wireserver``).
 
-    Without ``ips`` and ``presets``: the built-in endpoints of this machine. With ``create_groups`` unknown ``groups``
-    are made, after everything else has been found right. Raises UsageError, BadPolicy.
+    Without ``ips`` and ``presets``, the built-in endpoints of this machine are locked. With ``create_groups``, unknown
+    ``groups`` are created, after all other arguments have been checked. Raises UsageError, BadPolicy.
     """
     _check_who(bool(users or groups), bool(deny_users or deny_groups), nobody)
-    endpoints = _endpoints_from_words(ips, presets, dmi_text)
-    allowed_users = frozenset(user_id(word) for word in users)
+    endpoints = _endpoints(ips, presets, dmi_text)
+    allowed_users = frozenset(map(user_id, users))
     deny = Identities(frozenset(map(user_id, deny_users)), frozenset(map(group_id, deny_groups)))
-    missing = [word for word in groups if create_groups and is_missing_group(word)]
-    known = [group_id(word) for word in groups if word not in missing]
+    missing = [name for name in groups if create_groups and is_missing_group(name)]
+    known = [group_id(name) for name in groups if name not in missing]
     default = Verdict.DENY if users or groups or nobody else Verdict.ALLOW
-    shape = Lock("default", endpoints, Identities(allowed_users, frozenset(known)), deny, default)
-    split_off_wireserver(shape)
-    made = [create_group(word) for word in missing]
-    allow = Identities(allowed_users, frozenset(known + made))
-    return make_policy(split_off_wireserver(Lock("default", endpoints, allow, deny, default)), mode, containers, strict)
+    lock = Lock("default", endpoints, Identities(allowed_users, frozenset(known)), deny, default)
+    split_off_wireserver(lock)  # raises before a group is created
+    created = [create_group(name) for name in missing]
+    lock = lock._replace(allow=Identities(allowed_users, frozenset(known + created)))
+    return make_policy(split_off_wireserver(lock), mode, containers, strict)
 
 
 def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:
@@ -54,10 +54,10 @@ def _check_who(allowlist: bool, denylist: bool, nobody: bool) -> None:
         raise UsageError("nobody would be allowed: name a --group or a --user, or say --nobody if that is meant")
 
 
-def _endpoints_from_words(ips: Sequence[str], presets: Sequence[str], dmi_text: str) -> tuple[Endpoint, ...]:
+def _endpoints(ips: Sequence[str], presets: Sequence[str], dmi_text: str) -> tuple[Endpoint, ...]:
     if not ips and not presets:
         return default_endpoints(dmi_text)
-    found = [parse_endpoint(word) for word in ips]
+    found = [parse_endpoint(ip) for ip in ips]
     for name in presets:
         found += preset_endpoints(name, dmi_text)
     return tuple(found)

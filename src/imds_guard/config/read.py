@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration file (TOML) read into a Policy.
+"""Reads the configuration file (TOML) into a Policy.
 
-The grammar is the commented sample, data/config.toml. Nothing unknown in a file is ignored.
+The commented sample, data/config.toml, is the grammar. Nothing unknown in a file is ignored.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, Callable, NamedTuple, Union
 
 from imds_guard import CONFIG_PATH
-from imds_guard.config.toml_lines import KeyLines, Path, load_toml
+from imds_guard.config.table import Table
+from imds_guard.config.toml_lines import KeyLines, load_toml
 from imds_guard.errors import BadPolicy, GuardError, system_text
 from imds_guard.identity import group_id, user_id
 from imds_guard.kernel.dmi import dmi_text as read_dmi_text
@@ -21,30 +22,29 @@ from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.wireserver import split_off_wireserver
 
-_TOP_KEYS = (
+TOP_KEYS = (
     *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),
     "lock",
 )
-_LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
+LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
 
-Word = TypeVar("Word", bound=Union[str, int])
-Meaning = TypeVar("Meaning")
-Resolve = Callable[[Union[str, int]], int]
+IdOf = Callable[[Union[str, int]], int]
 
 
 class Config(NamedTuple):
-    """What a configuration file says. ``warnings`` are sentences about names that have changed since it was saved."""
+    """The content of a configuration file."""
 
     policy: Policy
     on_error: str = "closed"
-    """What a policy that is unusable at boot leads to: ``closed`` (all but root locked out) or ``open``."""
+    """What boot does when the file can't be used: ``closed`` applies the emergency lock, ``open`` locks nothing."""
     backend: str = "auto"
     cgroup: str | None = None
+    """The path of the cgroup to guard; None for the whole machine."""
     forwarded: str | None = None
-    """As Place.forwarded."""
+    """``drop`` or ``leave``, for packets that this machine forwards; None chooses by what the machine does."""
     resolve_groups: bool = False
     warnings: tuple[str, ...] = ()
-    """Configurations that differ in these alone are equal."""
+    """Sentences about names that have another ID now than in the file. They do not count in a comparison."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and tuple(self[:-1]) == tuple(other[:-1])
@@ -57,141 +57,104 @@ class Config(NamedTuple):
 
 
 def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
-    """The configuration in the file ``path``. Raises BadPolicy, one sentence with the file and the line."""
+    """Read the file ``path`` as parse_config() reads text. Raises BadPolicy: one sentence with file and line."""
     return parse_config(read_text(path), path, use_stored_ids, dmi_text)
 
 
 def read_text(path: str) -> str:
-    """What stands in a configuration file. Raises BadPolicy."""
+    """The text of a configuration file, its line ends unchanged. Raises BadPolicy."""
     try:
-        # newline="": a file with Windows' line ends is given back with them.
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except OSError as error:
         raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
     except UnicodeDecodeError as error:
-        raise BadPolicy(f"{path}: this is not TOML: octet {error.start} is not UTF-8") from error
+        raise BadPolicy(f"{path}: this is not TOML: byte {error.start} is not UTF-8") from error
 
 
 def top_level_string(path: str, key: str) -> str | None:
-    """The string of a key that is in no table, of a file that is TOML, whatever else is wrong with it; or None."""
+    """The string value of a key outside all tables; None when it has none. The rest of the file need only be TOML."""
     try:
-        said = load_toml(read_text(path), path).get(key)
+        value = load_toml(read_text(path), path).get(key)
     except GuardError:
         return None
-    return said if isinstance(said, str) else None
+    return value if isinstance(value, str) else None
 
 
 def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
-    """The configuration in ``text``; ``name`` stands for the file in errors.
+    """The configuration in ``text``. Raises BadPolicy; ``name`` is the name of the file in errors.
 
-    Where an ID is stored beside a name and they no longer agree: BadPolicy, or with ``use_stored_ids`` (at boot) the ID
-    and a warning. ``dmi_text`` are for ``preset = "default"``; None reads them from the machine.
+    A name that is stored with another ID than it has now is an error. With ``use_stored_ids`` (at boot) the stored ID
+    is used, with a warning. ``preset = "default"`` depends on ``dmi_text``; None reads it from the machine.
     """
-    raw = load_toml(text, name)
-    return _File(name, KeyLines(text), use_stored_ids, dmi_text).config(raw)
+    values = load_toml(text, name)
+    return _Reader(use_stored_ids, dmi_text).config(Table(name, KeyLines(text), (), values))
 
 
 def locks_by_table(text: str, use_stored_ids: bool = False) -> dict[str, tuple[Lock, ...]]:
-    """The locks that each table of a usable configuration stands for: one, or two where the WireServer is among it."""
-    file = _File("config", KeyLines(text), use_stored_ids, None)
+    """The locks of each [lock.NAME] of a usable configuration: one, or two when it contains the WireServer."""
+    reader = _Reader(use_stored_ids, None)
+    lines = KeyLines(text)
     tables = load_toml(text, "config").get("lock", {})
-    return {name: make_policy(file.lock(name, table)).locks for name, table in tables.items()}
+    return {
+        name: make_policy(reader.lock(Table("config", lines, ("lock", name), values))).locks
+        for name, values in tables.items()
+    }
 
 
-class _File:
-    """One file being read: where its keys stand, and the warnings so far."""
+class _Reader:
+    """Reads one file, and collects warnings."""
 
-    def __init__(self, name: str, lines: KeyLines, use_stored_ids: bool, dmi_text: str | None) -> None:
-        self.name = name
-        self.lines = lines
+    def __init__(self, use_stored_ids: bool, dmi_text: str | None) -> None:
         self.use_stored_ids = use_stored_ids
         self.dmi_text = dmi_text
         self.warnings: list[str] = []
 
-    def fail(self, path: Path, sentence: str, word: str = "") -> NoReturn:
-        """Raises BadPolicy with the line of ``word`` in the value of ``path``."""
-        line = self.lines.find(path, word)
-        raise BadPolicy(f"{self.name}:{line}: {sentence}" if line else f"{self.name}: {sentence}")
+    def config(self, top: Table) -> Config:
+        top.check_keys(TOP_KEYS)
+        mode = Mode(top.choice("mode", ("enforce", "audit")))
+        containers = Verdict(top.choice("containers", ("deny", "allow")))
+        on_error = top.choice("on_error", ("closed", "open"))
+        backend = top.choice("backend", ("auto", "ebpf", "iptables"))
+        cgroup = _cgroup(top)
+        policy = _policy(top, self.locks(top), mode, containers)
+        forwarded = _forwarded(top, cgroup)
+        return Config(policy, on_error, backend, cgroup, forwarded, top.flag("resolve_groups"), tuple(self.warnings))
 
-    def config(self, raw: dict[str, Any]) -> Config:
-        self.check_keys((), raw, _TOP_KEYS)
-        mode = self.choice((), raw, "mode", ("enforce", "audit"))
-        containers = self.choice((), raw, "containers", ("deny", "allow"))
-        on_error = self.choice((), raw, "on_error", ("closed", "open"))
-        backend = self.choice((), raw, "backend", ("auto", "ebpf", "iptables"))
-        cgroup = self.cgroup(raw)
-        policy = self.policy(self.locks(raw), Mode(mode), Verdict(containers), self.flag((), raw, "strict"))
-        forwarded = self.forwarded(raw, cgroup)
-        resolve_groups = self.flag((), raw, "resolve_groups")
-        return Config(policy, on_error, backend, cgroup, forwarded, resolve_groups, tuple(self.warnings))
-
-    def forwarded(self, raw: dict[str, Any], cgroup: str | None) -> str | None:
-        if "forwarded" not in raw:
-            return None
-        if cgroup is not None:
-            self.fail(("forwarded",), "forwarded is about the packets of the whole machine: it does not go with cgroup")
-        return self.choice((), raw, "forwarded", ("drop", "leave"))
-
-    def cgroup(self, raw: dict[str, Any]) -> str | None:
-        value = raw.get("cgroup")
-        if value is not None and not (isinstance(value, str) and os.path.isabs(value)):
-            self.fail(("cgroup",), f"cgroup = {value!r} must be an absolute path")
-        return value
-
-    def policy(self, locks: Sequence[Lock], mode: Mode, containers: Verdict, strict: bool) -> Policy:
-        try:
-            return make_policy(locks, mode, containers, strict)
-        except BadPolicy as error:
-            named = [("lock", lock.name) for lock in locks if repr(lock.name) in str(error)]
-            line = max((self.lines.find(path) or 0 for path in named), default=0)
-            raise BadPolicy(f"{self.name}:{line}: {error}" if line else f"{self.name}: {error}") from None
-
-    def locks(self, raw: dict[str, Any]) -> list[Lock]:
-        tables = raw.get("lock", {})
+    def locks(self, top: Table) -> list[Lock]:
+        tables = top.values.get("lock", {})
         if not isinstance(tables, dict):
-            self.fail(("lock",), "locks are tables with a name: write [lock.NAME]")
+            top.fail("lock", "locks are tables with a name: write [lock.NAME]")
         if not tables:
-            self.fail((), "no lock is described: add [lock.NAME]")
+            top.fail("", "no lock is described: add [lock.NAME]")
         found: list[Lock] = []
-        for name, table in tables.items():
-            if not isinstance(table, dict):
-                self.fail(("lock", name), f"lock.{name} must be a table: write [lock.{name}]")
-            found += self.lock(name, table)
+        for name, values in tables.items():
+            table = Table(top.file, top.lines, ("lock", name), values)
+            if not isinstance(values, dict):
+                table.fail("", f"lock.{name} must be a table: write [lock.{name}]")
+            found += self.lock(table)
         return found
 
-    def lock(self, name: str, table: dict[str, Any]) -> Sequence[Lock]:
-        path = ("lock", name)
-        if name == EMERGENCY_LOCK:
-            self.fail(path, f"{name!r} is what the lock is called that boot puts on when this file is unusable: rename")
-        self.check_keys(path, table, _LOCK_KEYS)
-        endpoints = self.endpoints(path, table)
-        allow = self.identities(path, table, "users", "groups")
-        deny = self.identities(path, table, "deny_users", "deny_groups")
-        default = self.default(path, table, allow, deny)
+    def lock(self, table: Table) -> tuple[Lock, ...]:
+        """The lock of a table; two where the WireServer is one of its endpoints."""
+        if table.name == EMERGENCY_LOCK:
+            table.fail("", f"{table.name!r} is reserved for the emergency lock; choose another name")
+        table.check_keys(LOCK_KEYS)
+        endpoints = self.endpoints(table)
+        allow = self.identities(table, "users", "groups")
+        deny = self.identities(table, "deny_users", "deny_groups")
+        lock = Lock(table.name, endpoints, allow, deny, _default(table, allow, deny))
         try:
-            return split_off_wireserver(Lock(name, endpoints, allow, deny, default))
+            return split_off_wireserver(lock)
         except BadPolicy as error:
-            self.fail((*path, "endpoints"), str(error))
+            table.fail("endpoints", str(error))
 
-    def default(self, path: Path, table: dict[str, Any], allow: Identities, deny: Identities) -> Verdict:
-        nobody = self.flag(path, table, "nobody")
-        usual = "allow" if deny and not allow and not nobody else "deny"
-        default = Verdict(self.choice(path, table, "default", ("deny", "allow"), usual))
-        if nobody and (allow or default is Verdict.ALLOW):
-            self.fail((*path, "nobody"), f"lock {path[-1]!r} lets somebody in, which nobody = true contradicts")
-        if default is Verdict.DENY and not allow and not nobody:
-            self.fail(path, f"lock {path[-1]!r} allows nobody: give users or groups, or say so with nobody = true")
-        return default
-
-    def endpoints(self, path: Path, table: dict[str, Any]) -> tuple[Endpoint, ...]:
-        found: list[Endpoint] = []
-        for word in self.words(path, table, "endpoints"):
-            found.append(self.resolved((*path, "endpoints"), word, parse_endpoint))
-        for word in self.words(path, table, "preset"):
-            found += self.resolved((*path, "preset"), word, self.preset)
+    def endpoints(self, table: Table) -> tuple[Endpoint, ...]:
+        found = [table.convert("endpoints", text, parse_endpoint) for text in table.strings("endpoints")]
+        for name in table.strings("preset", single=True):
+            found += table.convert("preset", name, self.preset)
         if not found:
-            self.fail(path, f"lock {path[-1]!r} locks nothing: give endpoints or a preset")
+            table.fail("", f"lock {table.name!r} locks nothing: add endpoints or a preset")
         return tuple(found)
 
     def preset(self, name: str) -> tuple[Endpoint, ...]:
@@ -199,76 +162,71 @@ class _File:
             self.dmi_text = read_dmi_text()
         return preset_endpoints(name, self.dmi_text)
 
-    def identities(self, path: Path, table: dict[str, Any], users: str, groups: str) -> Identities:
+    def identities(self, table: Table, users: str, groups: str) -> Identities:
         return Identities(
-            frozenset(self.identity((*path, users), entry, user_id) for entry in self.entries(path, table, users)),
-            frozenset(self.identity((*path, groups), entry, group_id) for entry in self.entries(path, table, groups)),
+            frozenset(self.identity(table, users, entry, user_id) for entry in table.entries(users)),
+            frozenset(self.identity(table, groups, entry, group_id) for entry in table.entries(groups)),
         )
 
-    def identity(self, path: Path, entry: Any, resolve: Resolve) -> int:
+    def identity(self, table: Table, key: str, entry: Any, id_of: IdOf) -> int:
         if isinstance(entry, dict):
-            return self.stored_identity(path, entry, resolve)
+            return self.stored_identity(table, key, entry, id_of)
         if isinstance(entry, bool) or not isinstance(entry, (str, int)):
-            self.fail(path, f"{path[-1]} holds {entry!r}: give a name, a number or {{ name = ..., id = ... }}")
-        return self.resolved(path, entry, resolve)
+            table.fail(key, f"{key} contains {entry!r}: write a name, a number or {{ name = ..., id = ... }}")
+        return table.convert(key, entry, id_of)
 
-    def stored_identity(self, path: Path, entry: dict[str, Any], resolve: Resolve) -> int:
+    def stored_identity(self, table: Table, key: str, entry: dict[str, Any], id_of: IdOf) -> int:
+        """The ID of ``{ name = ..., id = ... }``. When the name has another ID now: BadPolicy, or a warning."""
         name, number = entry.get("name"), entry.get("id")
         if set(entry) != {"name", "id"} or not isinstance(name, str) or type(number) is not int:
-            self.fail(path, f"{path[-1]} holds {entry!r}: such an entry has a name and a number, id, and nothing else")
-        stored = self.resolved(path, number, resolve)
+            table.fail(key, f"{key} contains {entry!r}: such an entry has a name (text) and an id (number) only")
+        stored = table.convert(key, number, id_of)
         try:
-            current: int | None = resolve(name)
+            current: int | None = id_of(name)
         except BadPolicy:
             current = None
         if current == stored:
             return stored
         change = "is not known now" if current is None else f"is {current} now"
-        sentence = f"{path[-1]}: {name!r} was {stored} when it was saved and {change}"
+        sentence = f"{key}: {name!r} was {stored} when it was saved and {change}"
         if not self.use_stored_ids:
-            self.fail(path, f"{sentence}: correct the name or the id", name)
-        self.warnings.append(f"{sentence}; the saved ID counts")
+            table.fail(key, f"{sentence}: correct the name or the id", name)
+        self.warnings.append(f"{sentence}; the saved ID is used")
         return stored
 
-    def resolved(self, path: Path, word: Word, resolve: Callable[[Word], Meaning]) -> Meaning:
-        """``resolve(word)``, with the line where ``word`` stands in the error."""
-        try:
-            return resolve(word)
-        except BadPolicy as error:
-            self.fail(path, str(error), str(word))
 
-    def check_keys(self, path: Path, table: dict[str, Any], known: Sequence[str]) -> None:
-        for key in table:
-            if key not in known:
-                where = f"in lock {path[-1]!r}" if path else "at the top"
-                self.fail((*path, key), f"unknown key {key!r} {where}: known are {', '.join(known)}")
+def _cgroup(top: Table) -> str | None:
+    value = top.values.get("cgroup")
+    if value is not None and not (isinstance(value, str) and os.path.isabs(value)):
+        top.fail("cgroup", f"cgroup = {value!r} must be an absolute path")
+    return value
 
-    def flag(self, path: Path, table: dict[str, Any], key: str) -> bool:
-        """True or false; false where the key is absent."""
-        value = table.get(key, False)
-        if not isinstance(value, bool):
-            self.fail((*path, key), f"{key} = {value!r} must be true or false")
-        return bool(value)
 
-    def choice(
-        self, path: Path, table: dict[str, Any], key: str, words: Sequence[str], usual: str | None = None
-    ) -> str:
-        """One of ``words``; ``usual``, or the first, where the key is absent."""
-        value = table.get(key, words[0] if usual is None else usual)
-        if value not in words:
-            self.fail((*path, key), f"{key} = {value!r} must be {' or '.join(repr(word) for word in words)}")
-        return str(value)
+def _forwarded(top: Table, cgroup: str | None) -> str | None:
+    if "forwarded" not in top.values:
+        return None
+    if cgroup is not None:
+        top.fail("forwarded", "forwarded is about the packets of the whole machine, so it can't be used with cgroup")
+    return top.choice("forwarded", ("drop", "leave"))
 
-    def entries(self, path: Path, table: dict[str, Any], key: str) -> list[Any]:
-        value = table.get(key, [])
-        if not isinstance(value, list):
-            self.fail((*path, key), f"{key} = {value!r} must be a list")
-        return value
 
-    def words(self, path: Path, table: dict[str, Any], key: str) -> list[str]:
-        """The strings of a list; for ``preset`` a single string is a list of one."""
-        value = table.get(key, [])
-        listed = [value] if key == "preset" and isinstance(value, str) else value
-        if not isinstance(listed, list) or not all(isinstance(word, str) for word in listed):
-            self.fail((*path, key), f"{key} = {value!r} must be a list of strings")
-        return listed
+def _policy(top: Table, locks: Sequence[Lock], mode: Mode, containers: Verdict) -> Policy:
+    strict = top.flag("strict")
+    try:
+        return make_policy(locks, mode, containers, strict)
+    except BadPolicy as error:
+        # An error about two locks is shown at the later one.
+        named = [lock.name for lock in locks if repr(lock.name) in str(error)]
+        last = max(named, key=lambda name: top.lines.find(("lock", name)) or 0, default="")
+        Table(top.file, top.lines, ("lock", last) if last else (), {}).fail("", str(error))
+
+
+def _default(table: Table, allow: Identities, deny: Identities) -> Verdict:
+    nobody = table.flag("nobody")
+    absent = "allow" if deny and not allow and not nobody else "deny"
+    default = Verdict(table.choice("default", ("deny", "allow"), absent))
+    if nobody and (allow or default is Verdict.ALLOW):
+        table.fail("nobody", f"lock {table.name!r} allows somebody, which contradicts nobody = true")
+    if default is Verdict.DENY and not allow and not nobody:
+        table.fail("", f"lock {table.name!r} allows nobody: add users or groups, or nobody = true if that is meant")
+    return default

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration file on disk: written in one step, with its comments kept."""
+"""Saves the configuration file in one step, and keeps its comments."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from imds_guard.kernel import files
 
 
 def check_saving_to(path: str) -> None:
-    """Raises where save_config() could not keep what stands in the file ``path``: BadPolicy, Unsupported."""
-    if os.path.exists(path) and not _is_our_own(path):
+    """Raises BadPolicy or Unsupported when save_config() could not keep the comments of the file ``path``."""
+    if os.path.exists(path) and not _is_generated(path):
         config_edit.require_tomlkit(path)
 
 
-def _is_our_own(path: str) -> bool:
-    """True for a file that holds just what dump_config() writes: a new one loses nothing."""
+def _is_generated(path: str) -> bool:
+    """True for a file that is exactly as dump_config() writes it, so that overwriting it loses nothing."""
     return read_text(path) == dump_config(load_config(path, use_stored_ids=True))
 
 
 def save_config(config: Config, path: str = CONFIG_PATH) -> None:
-    """Writes the file in one step: a reader sees the old one or the new one. Raises GuardError.
+    """Write the file in one step: a reader sees the old content or the new one. Raises GuardError.
 
-    A file that is there keeps its comments, its order and the words of every lock that says the same as before.
+    An existing file keeps its comments, its order, and the spelling of every lock that does not change.
     """
-    if not os.path.exists(path) or _is_our_own(path):
+    if not os.path.exists(path) or _is_generated(path):
         text = dump_config(config)
     else:
         text = config_edit.edit(read_text(path), path, config)

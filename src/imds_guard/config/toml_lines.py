@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TOML with the line of each key, which the parsers do not give."""
+"""Parses TOML, and finds the line of each key, which the parsers do not report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POSITION = re.compile(r"(.*) \(at line ([0-9]+), column ([0-9]+)\)", re.DOTALL)
 
 
 def load_toml(text: str, name: str) -> dict[str, Any]:
-    """The tables of ``text``. Raises BadPolicy with ``name`` and line, Unsupported where there is no TOML parser."""
+    """The values of ``text``. Raises BadPolicy with ``name`` and line; Unsupported where there is no TOML parser."""
     try:
         return _parse(text)
     except ImportError as error:
@@ -26,7 +26,7 @@ def load_toml(text: str, name: str) -> dict[str, Any]:
             "install the package python3-tomli"
         ) from error
     except ValueError as error:
-        raise BadPolicy(_syntax_words(name, str(error))) from None
+        raise BadPolicy(_syntax_error(name, str(error))) from None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -37,15 +37,15 @@ def _parse(text: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-def _syntax_words(name: str, said: str) -> str:
-    match = _POSITION.fullmatch(said)
+def _syntax_error(name: str, message: str) -> str:
+    match = _POSITION.fullmatch(message)
     if match is None:
-        return f"{name}: this is not TOML: {said}"
+        return f"{name}: this is not TOML: {message}"
     return f"{name}:{match[2]}: this is not TOML: {match[1]} (column {match[3]})"
 
 
 class KeyLines:
-    """Where the tables and keys of a TOML text stand. A key in an inline table stands where that table does."""
+    """The lines of the tables and keys of a TOML text. A key in an inline table has the line of that table."""
 
     def __init__(self, text: str) -> None:
         self._text = text.splitlines()
@@ -65,21 +65,21 @@ class KeyLines:
         for length in range(1, len(key) + 1):
             self._lines.setdefault(table + key[:length], number)
 
-    def find(self, path: Path, word: str = "") -> int | None:
-        """The line of ``path``, or of its nearest known parent; of ``word`` in its value when that is given."""
+    def find(self, path: Path, text: str = "") -> int | None:
+        """The line of ``path``, or of its nearest known parent; with ``text``, the line of that text in its value."""
         while path and path not in self._lines:
             path = path[:-1]
         start = self._lines.get(path)
-        if start is None or not word:
+        if start is None or not text:
             return start
         later = [line for line in self._lines.values() if line > start]
         for number in range(start, min(later, default=len(self._text) + 1)):
-            if re.search(rf"(?<![\w.:/-]){re.escape(word)}(?![\w.:/-])", self._text[number - 1]):
+            if re.search(rf"(?<![\w.:/-]){re.escape(text)}(?![\w.:/-])", self._text[number - 1]):
                 return number
         return start
 
     def last_at_top(self) -> int:
-        """The line of the last key that is in no table; 0 when there is none."""
+        """The line of the last key outside all tables; 0 when there is none."""
         first_table = min(
             (line for path, line in self._lines.items() if path[:1] == ("lock",)), default=len(self._text)
         )
@@ -87,7 +87,7 @@ class KeyLines:
 
 
 def _header_path(header: str) -> Path:
-    """``[lock."a b"]`` as ("lock", "a b"); empty when it is something else that only looks like a header."""
+    """``[lock."a b"]`` as ("lock", "a b"); empty when the line only looks like a header."""
     try:
         value: Any = _parse(header)
     except ValueError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A configuration as TOML: the words that config_reader reads."""
+"""Writes a configuration as TOML that config/read.py reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Callable, Union
+from typing import Callable, NamedTuple, Union
 
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy
@@ -12,46 +12,59 @@ from imds_guard.identity import group_id, group_name, user_id, user_name
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Lock
 
-IdList = tuple[str, frozenset[int], Callable[[int], str], Callable[[str], int]]
-"""A key of a lock, the IDs in it, and how these and names lead to each other."""
+Scalar = Union[str, bool]
+
+
+class IdList(NamedTuple):
+    """A list of users or groups in a lock's table."""
+
+    key: str
+    ids: frozenset[int]
+    name_of: Callable[[int], str]
+    id_of: Callable[[str], int]
+
+    def format(self, number: int) -> str:
+        """The TOML entry for one ID."""
+        return format_id(number, self.name_of(number), self.id_of)
+
+
+class TopValue(NamedTuple):
+    """A key outside all tables. A value of None means that the key is absent."""
+
+    key: str
+    value: Scalar | None
+    default: Scalar | None
+    """The value that an absent key stands for."""
 
 
 def dump_config(config: Config) -> str:
-    """TOML that parse_config() reads as the same configuration. Names stand with their IDs."""
+    """TOML that parse_config() reads as the same configuration. Names are written with their IDs."""
     lines = ["# Written by imds-guard --save.", ""]
-    lines += [f"{key} = {scalar(value)}" for key, value, _ in top_values(config) if value is not None]
+    lines += [f"{top.key} = {format_scalar(top.value)}" for top in top_values(config) if top.value is not None]
     for lock in config.policy.locks:
         lines += dump_lock(lock)
     return "\n".join(lines) + "\n"
 
 
-Scalar = Union[str, bool]
-
-
-def scalar(value: Scalar) -> str:
-    """A TOML string or boolean."""
-    return quoted(value) if isinstance(value, str) else str(value).lower()
-
-
-def top_values(config: Config) -> list[tuple[str, Scalar | None, Scalar | None]]:
-    """The keys at the top with their values, and with those that an absent key stands for; None is an absent key."""
+def top_values(config: Config) -> list[TopValue]:
+    """All keys outside the tables of locks, in the order in which they are written."""
     return [
-        ("mode", config.policy.mode.value, "enforce"),
-        ("containers", config.policy.containers.value, "deny"),
-        ("strict", config.policy.strict, False),
-        ("on_error", config.on_error, "closed"),
-        ("backend", config.backend, "auto"),
-        ("cgroup", config.cgroup, None),
-        ("forwarded", config.forwarded, None),
-        ("resolve_groups", config.resolve_groups, False),
+        TopValue("mode", config.policy.mode.value, "enforce"),
+        TopValue("containers", config.policy.containers.value, "deny"),
+        TopValue("strict", config.policy.strict, False),
+        TopValue("on_error", config.on_error, "closed"),
+        TopValue("backend", config.backend, "auto"),
+        TopValue("cgroup", config.cgroup, None),
+        TopValue("forwarded", config.forwarded, None),
+        TopValue("resolve_groups", config.resolve_groups, False),
     ]
 
 
 def dump_lock(lock: Lock) -> list[str]:
-    """The table of a lock, after an empty line."""
+    """The lines of a lock's table, after an empty line."""
     lines = ["", f"[lock.{quoted(lock.name)}]", *dump_endpoints(lock)]
-    for key, ids, name_of, id_of in id_lists(lock):
-        lines += dump_list(key, [dump_id(number, name_of(number), id_of) for number in sorted(ids)])
+    for listed in id_lists(lock):
+        lines += dump_list(listed.key, [listed.format(number) for number in sorted(listed.ids)])
     lines.append(f"default = {quoted(lock.default.value)}")
     if lock.allows_nobody:
         lines.append("nobody = true")
@@ -59,27 +72,27 @@ def dump_lock(lock: Lock) -> list[str]:
 
 
 def dump_endpoints(lock: Lock) -> list[str]:
-    """The list of endpoints."""
-    return dump_list("endpoints", [quoted(word) for item in lock.endpoints for word in format_endpoint(item)])
+    """The lines of the key ``endpoints``."""
+    return dump_list("endpoints", [quoted(text) for item in lock.endpoints for text in format_endpoint(item)])
 
 
 def id_lists(lock: Lock) -> list[IdList]:
     """The lists of a lock, in the order in which they are written."""
     return [
-        ("users", lock.allow.users, user_name, user_id),
-        ("groups", lock.allow.groups, group_name, group_id),
-        ("deny_users", lock.deny.users, user_name, user_id),
-        ("deny_groups", lock.deny.groups, group_name, group_id),
+        IdList("users", lock.allow.users, user_name, user_id),
+        IdList("groups", lock.allow.groups, group_name, group_id),
+        IdList("deny_users", lock.deny.users, user_name, user_id),
+        IdList("deny_groups", lock.deny.groups, group_name, group_id),
     ]
 
 
 def dump_list(key: str, items: Sequence[str]) -> list[str]:
-    """A key with a list, an item a line; nothing for an empty one."""
+    """The lines of a list, one per item; no lines for an empty list."""
     return [f"{key} = [", *(f"  {item}," for item in items), "]"] if items else []
 
 
-def dump_id(number: int, name: str, id_of: Callable[[str], int]) -> str:
-    """The name with its ID; the ID alone where no name leads back to it, or none that TOML could hold."""
+def format_id(number: int, name: str, id_of: Callable[[str], int]) -> str:
+    """The name with its ID; the ID alone where the name has another ID or TOML can't hold the name."""
     if name == str(number) or not name.isprintable():
         return str(number)
     try:
@@ -87,6 +100,11 @@ def dump_id(number: int, name: str, id_of: Callable[[str], int]) -> str:
     except BadPolicy:
         leads_back = False
     return f"{{ name = {quoted(name)}, id = {number} }}" if leads_back else str(number)
+
+
+def format_scalar(value: Scalar) -> str:
+    """A TOML string or boolean."""
+    return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
 def quoted(text: str) -> str:

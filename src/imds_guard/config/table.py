@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A table of a TOML file whose values are checked one by one; an error names the file and the line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Callable, NoReturn, TypeVar
+
+from imds_guard.config.toml_lines import KeyLines, Path
+from imds_guard.errors import BadPolicy
+
+T = TypeVar("T")
+
+
+class Table:
+    """The table at ``path`` of the file ``file``. Every method raises BadPolicy for a value of another type."""
+
+    def __init__(self, file: str, lines: KeyLines, path: Path, values: dict[str, Any]) -> None:
+        self.file = file
+        self.lines = lines
+        self.path = path
+        self.values = values
+
+    @property
+    def name(self) -> str:
+        """The last part of the path; empty at the top of the file."""
+        return self.path[-1] if self.path else ""
+
+    def fail(self, key: str, sentence: str, text: str = "") -> NoReturn:
+        """Raises BadPolicy with the line of ``text`` in the value of ``key``. An empty key is the table itself."""
+        line = self.lines.find((*self.path, key) if key else self.path, text)
+        raise BadPolicy(f"{self.file}:{line}: {sentence}" if line else f"{self.file}: {sentence}")
+
+    def check_keys(self, known: Sequence[str]) -> None:
+        """No other keys are allowed."""
+        for key in self.values:
+            if key not in known:
+                where = f"in lock {self.name!r}" if self.path else "at the top"
+                self.fail(key, f"unknown key {key!r} {where}: known are {', '.join(known)}")
+
+    def flag(self, key: str) -> bool:
+        """True or false; false where the key is absent."""
+        value = self.values.get(key, False)
+        if not isinstance(value, bool):
+            self.fail(key, f"{key} = {value!r} must be true or false")
+        return value
+
+    def choice(self, key: str, choices: Sequence[str], default: str | None = None) -> str:
+        """One of ``choices``; ``default``, or else the first choice, where the key is absent."""
+        value = self.values.get(key, choices[0] if default is None else default)
+        if value not in choices:
+            self.fail(key, f"{key} = {value!r} must be {' or '.join(repr(choice) for choice in choices)}")
+        return str(value)
+
+    def entries(self, key: str) -> list[Any]:
+        """A list of anything; empty where the key is absent."""
+        value = self.values.get(key, [])
+        if not isinstance(value, list):
+            self.fail(key, f"{key} = {value!r} must be a list")
+        return value
+
+    def strings(self, key: str, single: bool = False) -> list[str]:
+        """A list of strings; with ``single``, a string alone is a list of one."""
+        value = self.values.get(key, [])
+        listed = [value] if single and isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+            self.fail(key, f"{key} = {value!r} must be a list of strings")
+        return listed
+
+    def convert(self, key: str, entry: Any, convert: Callable[[Any], T]) -> T:
+        """``convert(entry)``; its BadPolicy gets the line of ``entry``."""
+        try:
+            return convert(entry)
+        except BadPolicy as error:
+            self.fail(key, str(error), str(entry))
