@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from imds_guard.backends.ebpf import EbpfBackend, abi
+from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.program import Defines
@@ -163,6 +164,17 @@ def folder_of(cgroup: str) -> Folder:
     """The folder of pins of a cgroup's guard."""
     with open_cgroup(cgroup) as opened:
         return Folder(bpffs.require_bpffs(), PinLocation(opened))
+
+
+@contextmanager
+def other_layout(number: Map = Map.LOCKS, **fields: int) -> Iterator[None]:
+    """A guard made inside the block has a map of another shape, as another version would make it."""
+    shape = abi.SHAPES[number]
+    abi.SHAPES[number] = shape._replace(**(fields or {"max_entries": 64}))
+    try:
+        yield
+    finally:
+        abi.SHAPES[number] = shape
 
 
 def load_stranger(attach_type: int) -> int:

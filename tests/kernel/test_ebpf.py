@@ -22,6 +22,7 @@ from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf, privileges, syscalls
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy.decide import Reason
 from tests.kernel import guards
 from tests.kernel.guards import BOTH, IPV4, NEW, NEW_POLICY, OLD, OLD_POLICY, STRANGER
 
@@ -115,17 +116,41 @@ def test_an_allow_keeps_the_version_that_runs(guarded: Guarded) -> None:
 def test_maps_of_another_layout_are_replaced(guarded: Guarded) -> None:
     """A smaller map of locks stands for the layout of another version."""
     sandbox, backend = guarded
-    shape = abi.SHAPES[Map.LOCKS]
-    abi.SHAPES[Map.LOCKS] = bpf.MapShape(shape.type, shape.key_size, shape.value_size, 64, shape.flags)
-    try:
+    with guards.other_layout():
         backend.apply(OLD_POLICY)
-    finally:
-        abi.SHAPES[Map.LOCKS] = shape
     assert any("another version" in fault for fault in backend.faults())
     backend.apply(NEW_POLICY)
     assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
     assert guards.passing(sandbox) == {NEW, BOTH}
     assert guards.traces(sandbox.cgroup) == {"attached": 4, "pins": 1}
+
+
+def test_maps_that_another_abi_wrote_are_replaced(guarded: Guarded) -> None:
+    """Records of the same size may have another meaning."""
+    sandbox, backend = guarded
+    backend.apply(OLD_POLICY)
+    generation = backend.state().generation
+    assert generation is not None
+    other = abi.SETTINGS.pack(1, abi.MODE_ENFORCE, 0, abi.ABI + 1, bytes(16), 0, 1)
+    _poke(sandbox, Map.SETTINGS, abi.ARRAY_KEY.pack(generation), other)
+    assert any("another version" in fault for fault in backend.faults())
+    backend.apply(NEW_POLICY)
+    assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
+    assert guards.passing(sandbox) == {NEW, BOTH}
+
+
+def test_counters_live_through_a_replacement_of_the_maps(guarded: Guarded) -> None:
+    """Metrics must not fall back to zero, nor the number of changes."""
+    sandbox, backend = guarded
+    with guards.other_layout():
+        backend.apply(OLD_POLICY)
+        guards.passing(sandbox, (STRANGER,))
+        before = backend.state().counters
+        assert before[Reason.NOT_LISTED][0]
+    backend.apply(OLD_POLICY)
+    assert backend.state().counters == before
+    with MapReader.open(guards.folder_of(sandbox.cgroup).path) as maps:
+        assert maps.in_force() == (1, 2)
 
 
 # --- what status must see -------------------------------------------------------------------------------------------
@@ -275,15 +300,11 @@ def test_one_hundred_thousand_users(guarded: Guarded) -> None:
 def test_a_policy_that_does_not_fit_leaves_the_old_one(guarded: Guarded) -> None:
     """The kernel's own refusal, at a map made too small for it: the old policy stays, whole."""
     sandbox, backend = guarded
-    shape = abi.SHAPES[Map.MEMBERS]
-    abi.SHAPES[Map.MEMBERS] = bpf.MapShape(shape.type, shape.key_size, shape.value_size, 100, shape.flags)
-    try:
+    with guards.other_layout(Map.MEMBERS, max_entries=100):
         backend.apply(OLD_POLICY)
         with pytest.raises(GuardError, match="stays in force"):
             backend.apply(guards.policy(NEW, *range(1_000_000, 1_000_200)))
         assert (backend.read(), backend.faults()) == (OLD_POLICY, [])
-    finally:
-        abi.SHAPES[Map.MEMBERS] = shape
     assert guards.passing(sandbox) == {OLD, BOTH}
 
 

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Callable
 
 import pytest
 
-from imds_guard.backends.ebpf import EbpfBackend, abi
+from imds_guard.backends.ebpf import EbpfBackend, abi, hooks
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.pins import map_pin
+from imds_guard.backends.ebpf.reader import MapReader
+from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.credentials import become
@@ -217,6 +223,111 @@ def test_default_allow_lasts_until_the_user_is_denied(guarded: Guarded) -> None:
     assert client.answered()
     backend.change(denying(OLD, STRANGER))
     assert not client.answered()
+
+
+# --- an upgrade that replaces the maps ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tcp, udp], ids=["tcp", "udp"])
+def test_an_approved_connection_lives_through_a_replacement_of_the_maps(
+    guarded: Guarded, make: Callable[[str], Callable[[], socket.socket]]
+) -> None:
+    """The marks are kept. What the new policy takes away is taken away all the same."""
+    sandbox, backend = guarded
+    with guards.other_layout():
+        backend.apply(both_protocols(STRICT_OLD))
+        lost, kept = Client(sandbox, OLD, make(IPV4)), Client(sandbox, BOTH, make(IPV4))
+        assert (lost.answered(), kept.answered()) == (True, True)
+    assert backend.apply(both_protocols(STRICT_NEW)).warnings == ()
+    assert backend.faults() == []
+    assert (lost.answered(), kept.answered()) == (False, True)
+    backend.change(both_protocols(STRICT_OLD))
+    assert (lost.answered(), kept.answered()) == (True, True)
+
+
+def test_an_approved_connection_loses_no_packet_while_maps_are_replaced(guarded: Guarded) -> None:
+    """Ten replacements under a client that sends datagram after datagram: a dropped one is an error of send()."""
+    sandbox, backend = guarded
+    backend.apply(both_protocols(STRICT_OLD))
+    stream = Stream(sandbox, BOTH)
+    for n in range(10):
+        os.unlink(map_pin(guards.folder_of(sandbox.cgroup).path, Map.LOCKS))
+        backend.apply(both_protocols(STRICT_NEW if n % 2 == 0 else STRICT_OLD))
+        stream.wait_for(20)
+    sent, dropped = stream.counts()
+    assert dropped == 0, f"{dropped} of {sent + dropped} packets were dropped"
+
+
+def test_marks_of_another_layout_are_not_used_and_start_says_so(guarded: Guarded) -> None:
+    sandbox, backend = guarded
+    with guards.other_layout(Map.MARKS, value_size=abi.MARK.size + 8):
+        backend.apply(STRICT_OLD)
+        client = Client(sandbox, BOTH, tcp())
+        assert client.answered()
+    (warning,) = backend.apply(STRICT_OLD).warnings
+    assert "approved before are dropped" in warning
+    assert not client.answered()
+
+
+def test_a_serial_number_is_not_used_again_after_a_failed_replacement(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that was approved while hooks had moved over must not pass for one of a later policy."""
+    sandbox, backend = guarded
+    with guards.other_layout():
+        backend.apply(STRICT_OLD)
+    with monkeypatch.context() as failing:
+        failing.setattr(hooks, "verify", refuse)
+        for _ in range(2):
+            with pytest.raises(GuardError, match="refused"):
+                backend.apply(STRICT_NEW)
+    backend.apply(STRICT_NEW)
+    with MapReader.open(guards.folder_of(sandbox.cgroup).path) as maps:
+        assert maps.in_force() == (1, 4)
+
+
+def refuse(*_: object) -> None:
+    raise GuardError("refused")
+
+
+class Stream:
+    """A process that sends datagrams in a loop and counts in shared memory how many were sent and dropped.
+
+    A packet that the egress hook drops is an EPERM of send().
+    """
+
+    def __init__(self, sandbox: Sandbox, user: int) -> None:
+        self._memory = memory = mmap.mmap(-1, mmap.PAGESIZE)
+
+        def loop() -> None:
+            become(uids=(user,) * 3, gids=(GROUP + 1,) * 3, groups=())
+            sent = dropped = 0
+            with udp()() as one:
+                while True:
+                    try:
+                        one.send(b"x")
+                        sent += 1
+                    except PermissionError:
+                        dropped += 1
+                    memory[:16] = struct.pack("=QQ", sent, dropped)
+
+        sandbox.spawn(loop)
+        self.wait_for(20)
+
+    def counts(self) -> tuple[int, int]:
+        """Datagrams that were sent, and that were dropped."""
+        sent, dropped = struct.unpack("=QQ", self._memory[:16])
+        return sent, dropped
+
+    def wait_for(self, more: int) -> None:
+        """Returns after so many more datagrams, or fails."""
+        goal, deadline = sum(self.counts()) + more, time.monotonic() + 20
+        while sum(self.counts()) < goal:
+            assert time.monotonic() < deadline, f"the stream stopped at {self.counts()}"
+            os.sched_yield()
+
+
+# --- packets that no socket was approved for ------------------------------------------------------------------------
 
 
 def _raw_datagram() -> bytes:
