@@ -78,8 +78,8 @@ def test_weakenings_are_told(name: str, policy: Policy) -> None:
 
 
 def test_unknown_format() -> None:
-    """A word that is no format lists those that are."""
-    with pytest.raises(UsageError, match="'ufw' is no format: iptables, nftables"):
+    """An unknown format is refused with the list of formats."""
+    with pytest.raises(UsageError, match="'ufw' is not a format: choose one of iptables, nftables"):
         export(PLAIN, "ufw")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy in another tool's words, with a comment for each thing that the tool can't say."""
+"""Exports a policy in the syntax of another tool, with a comment for everything that the tool can't do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Callable
 
 from imds_guard.errors import UsageError
 from imds_guard.export.bsd import ipfw, pf
+from imds_guard.export.exported import Exported, note_strict
 from imds_guard.export.netfilter import iptables, nftables
 from imds_guard.export.systemd import systemd
 from imds_guard.export.windows import windows
-from imds_guard.export.words import Exported, note_strict
 from imds_guard.policy.model import Policy
 
 _WRITERS: dict[str, Callable[[Policy], Exported]] = {
@@ -26,9 +26,9 @@ FORMATS: tuple[str, ...] = tuple(_WRITERS)
 
 
 def export(policy: Policy, format: str) -> Exported:
-    """``policy`` for one of FORMATS. Raises UsageError for another word."""
+    """``policy`` in one of FORMATS. Raises UsageError for an unknown format."""
     if format not in _WRITERS:
-        raise UsageError(f"{format!r} is no format: {', '.join(FORMATS)}")
+        raise UsageError(f"{format!r} is not a format: choose one of {', '.join(FORMATS)}")
     exported = _WRITERS[format](policy)
     note_strict(policy, exported)
     return exported

@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A policy for iptables-restore, and for nft."""
+"""A policy for iptables-restore and ip6tables-restore, and for nft."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from imds_guard.backends.iptables.render import HEAD, Holding, render
-from imds_guard.export.words import (
-    Exported,
-    entries,
-    id_words,
-    note_containers,
-    note_primary_groups,
-    note_user_namespaces,
-    port_words,
-)
+from imds_guard.export.exported import Exported, note_containers, note_primary_groups, note_user_namespaces
+from imds_guard.export.rules import by_specificity, format_ids, format_ports
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict
 
 
 def iptables(policy: Policy) -> Exported:
-    """One file for both commands: a rule that begins with -4 is skipped by ip6tables-restore, and the reverse.
+    """One file for both commands: ip6tables-restore skips a rule that begins with -4, iptables-restore one with -6.
 
     Source: iptables(8), "-4, --ipv4".
     """
@@ -28,9 +21,9 @@ def iptables(policy: Policy) -> Exported:
     note_user_namespaces(policy, exported)
     if any(lock.listed_groups for lock in policy.locks):
         exported.remarks.append(
-            "--suppl-groups is stored and ignored by kernels that lack it: try it before you rely on it"
+            "a kernel without --suppl-groups stores the option and ignores it: test it before you rely on it"
         )
-    exported.remarks.append("who counts is who opened the socket; only this network namespace is judged")
+    exported.remarks.append("the rules check who opened the socket, and only in this network namespace")
     families = {version: render(Holding(policy), version) for version in (4, 6)}
     chains: dict[str, None] = dict.fromkeys([HEAD, *families[4], *families[6]])
     lines = exported.comments("Load with: iptables-restore --noflush < FILE && ip6tables-restore --noflush < FILE")
@@ -47,14 +40,14 @@ TABLE = "inet imds_guard"
 
 
 def nftables(policy: Policy) -> Exported:
-    """One table of its own; loading it again replaces it in one step."""
+    """A table of its own. Loading it again replaces it in one step."""
     exported = Exported()
     note_containers(policy, exported)
     note_user_namespaces(policy, exported)
     note_primary_groups(policy.locks, exported, "nftables")
-    exported.remarks.append("who counts is who opened the socket; only this network namespace is judged")
+    exported.remarks.append("the rules check who opened the socket, and only in this network namespace")
     lines = exported.comments("Load with: nft -f FILE")
-    # To delete a table that is not there is an error; to name one makes it.
+    # Deleting a table that does not exist is an error, so the first line creates it.
     lines += [f"table {TABLE}", f"delete table {TABLE}", f"table {TABLE} {{"]
     lines += _chain("deny", _denial(policy.mode))
     for number, lock in enumerate(policy.locks):
@@ -87,25 +80,25 @@ def _lock(lock: Lock) -> list[str]:
     rules += [f"{match} goto deny" for match in _matches(lock.deny)]
     rules += [f"{match} return" for match in _matches(lock.allow)]
     if lock.default is Verdict.ALLOW:
-        # A socket of the kernel itself has no user and does not match.
+        # A socket of the kernel itself has no user ID and does not match.
         rules.append("meta skuid 0-4294967294 return")
     return [*rules, "goto deny"]
 
 
 def _matches(identities: Identities) -> list[str]:
     pairs = (("skuid", identities.users), ("skgid", identities.groups))
-    return [f"meta {key} {{ {', '.join(id_words(ids, '-'))} }}" for key, ids in pairs if ids]
+    return [f"meta {key} {{ {', '.join(format_ids(ids, '-'))} }}" for key, ids in pairs if ids]
 
 
 def _find(policy: Policy, protocol: Protocol) -> list[str]:
     rules: list[str] = []
-    for number, _, endpoint in entries(policy):
+    for number, _, endpoint in by_specificity(policy):
         if not endpoint.ports(protocol):
             continue
         family = "ip" if endpoint.network.version == 4 else "ip6"
         nfproto = "ipv4" if endpoint.network.version == 4 else "ipv6"
         where = f"{family} daddr {endpoint.network}" if endpoint.network.prefixlen else f"meta nfproto {nfproto}"
-        ports = ", ".join(port_words(endpoint.ports(protocol), "-"))
+        ports = ", ".join(format_ports(endpoint.ports(protocol), "-"))
         port = f" {protocol.value} dport {{ {ports} }}" if ports else ""
         rules.append(f"{where}{port} goto lock_{number}")
     return rules

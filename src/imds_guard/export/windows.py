@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A policy for Windows Firewall, as a PowerShell script.
 
-The principals of a blocking rule are an SDDL string: to whom the rule applies is (A;;CC;;;SID), who is spared by it
-(D;;CC;;;SID). Source: https://docs.aws.amazon.com/AWSEC2/latest/WindowsGuide/instance-metadata-limiting-access.html
+The principals of a blocking rule are an SDDL string: (A;;CC;;;SID) names an account that the rule blocks,
+(D;;CC;;;SID) one that it does not. Source: https://docs.aws.amazon.com/AWSEC2/latest/WindowsGuide/instance-metadata-limiting-access.html
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from imds_guard.export.words import Exported, note_containers, port_words
+from imds_guard.export.exported import Exported, note_containers
+from imds_guard.export.rules import format_ports
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.ports import ALL_PORTS
+from imds_guard.text import some_of
 
 _HEAD = """\
 $ErrorActionPreference = 'Stop'
@@ -27,13 +29,15 @@ Get-NetFirewallRule -Group 'imds-guard' -ErrorAction SilentlyContinue | Remove-N
 
 
 def windows(policy: Policy) -> Exported:
-    """A rule for each endpoint and protocol. Names are looked up where the script runs, and an unknown one stops it."""
+    """A rule for each endpoint and protocol. The script looks up names where it runs, and stops at an unknown name."""
     exported = Exported()
     note_containers(policy, exported)
     exported.remarks.append(
-        "every rule that matches blocks: a prefix of one lock also blocks inside it what another allows"
+        "every rule that matches blocks: a locked prefix also blocks an address in it that another lock allows"
     )
-    exported.remarks.append("user root becomes the system account (S-1-5-18); all groups of a token count")
+    exported.remarks.append(
+        "user root becomes the system account (S-1-5-18); all groups of an access token are checked"
+    )
     lines = [_HEAD]
     for number, lock in enumerate(policy.locks):
         lines += _lock(number, lock, policy.mode, exported)
@@ -45,10 +49,12 @@ def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> list[str]:
     allowed, denied = _names(lock.allow), _names(lock.deny)
     if allowed[1]:
         exported.remarks.append(
-            f"lock {lock.name!r} allows IDs that have no name here, which are denied: {_some(allowed[1])}"
+            f"lock {lock.name!r} allows IDs without a name here, which are denied: {_some_ids(allowed[1])}"
         )
     if denied[1] and (lock.default is Verdict.ALLOW or lock.allow.groups):
-        exported.weakenings.append(f"lock {lock.name!r} denies IDs that have no name here: {_some(denied[1])}")
+        exported.weakenings.append(
+            f"lock {lock.name!r} denies IDs without a name on this machine: {_some_ids(denied[1])}"
+        )
     variable = f"$principals{number}"
     lines = [f"# {lock.name}"]
     if lock.default is Verdict.ALLOW:
@@ -57,19 +63,19 @@ def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> list[str]:
     lines.append(f"{variable} = 'O:LSD:' + (Get-Aces 'D' {_array(allowed[0])}) + '(A;;CC;;;WD)'")
     lines += _rules(lock, mode, variable)
     if denied[0] and allowed[0]:
-        # Who is denied may be spared by the rule above as a member of an allowed group.
+        # The rule above does not block denied accounts that are members of an allowed group.
         lines.append(f"{variable} = 'O:LSD:' + (Get-Aces 'A' {_array(denied[0])})")
         lines += _rules(lock, mode, variable)
     return lines
 
 
 def _names(identities: Identities) -> tuple[list[str], list[int]]:
-    """Names of accounts and groups; IDs that have none here."""
+    """(names of accounts and groups, IDs without a name)."""
     names: list[str] = []
     nameless: list[int] = []
-    for ids, look in ((identities.users, user_name), (identities.groups, group_name)):
+    for ids, name_of in ((identities.users, user_name), (identities.groups, group_name)):
         for number in sorted(ids):
-            name = look(number)
+            name = name_of(number)
             if name == str(number):
                 nameless.append(number)
             else:
@@ -77,9 +83,8 @@ def _names(identities: Identities) -> tuple[list[str], list[int]]:
     return names, nameless
 
 
-def _some(words: Iterable[object]) -> str:
-    listed = [str(word) for word in words]
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+def _some_ids(ids: list[int]) -> str:
+    return some_of([str(number) for number in ids], 5)
 
 
 def _array(names: Iterable[str]) -> str:
@@ -104,5 +109,5 @@ def _rules(lock: Lock, mode: Mode, variable: str) -> list[str]:
 
 def _where(endpoint: Endpoint, protocol: Protocol) -> str:
     ports = endpoint.ports(protocol)
-    port = "" if ports == ALL_PORTS else " -RemotePort " + _array(port_words(ports, "-"))
+    port = "" if ports == ALL_PORTS else " -RemotePort " + _array(format_ports(ports, "-"))
     return f"-RemoteAddress '{endpoint.network}' -Protocol {protocol.value.upper()}{port}"
