@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the matrix: every row of kernels.toml in a QEMU guest of its own, without a network."""
+"""Runs the matrix: each row of kernels.toml in a QEMU guest of its own, without a network."""
 
 from __future__ import annotations
 

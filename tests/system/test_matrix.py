@@ -191,7 +191,7 @@ def test_a_fault_without_its_text_is_an_error(tmp_path: Path) -> None:
     """The tree has moved on; a copy without a fault would pass, and mean nothing."""
     Path(tmp_path, "there").write_text("one and one", encoding="utf-8")
     for text, times in (("two", 0), ("one", 2)):
-        with pytest.raises(MatrixError, match=f"stands {times} times"):
+        with pytest.raises(MatrixError, match=f"occurs {times} times"):
             plant.plant(replace(FAULTS[0], file="there", old=text), tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_a_box_that_was_built_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("5.10-debian-13", ["bullseye", "bullseye-security"], ""),
         ("5.10-debian-11", [], ""),
         ("lockdown", [], "lockdown=confidentiality"),
-        ("legacy-cgroups", ["bookworm", "bookworm-security"], suite._LEGACY_CGROUPS),
+        ("legacy-cgroups", ["bookworm", "bookworm-security"], suite.LEGACY_CGROUPS),
     ],
 )
 def test_what_a_stock_box_needs(name: str, suites: list[str], cmdline: str) -> None:

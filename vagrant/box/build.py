@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vagrant/build-box: a box for vagrant-libvirt from what a QEMU row boots, made without a mount and without root.
+"""vagrant/build-box: makes a box for vagrant-libvirt from the files of a QEMU row, without a mount and without root.
 
-The disk boots by itself (MBR, syslinux on a FAT partition), so that libvirt needs to be told of no kernel: libvirt's
-own user could not read one below somebody's ~/.vagrant.d. The modules' partition is the QEMU rows' image as it is; the
-root is the QEMU rows' userland with PACKAGES added.
+The disk boots by itself (MBR, syslinux on a FAT partition). So libvirt needs no kernel file, which its user could not
+read below somebody's ~/.vagrant.d. The partition for modules is the image of the QEMU rows; the root is the userland
+of the QEMU rows with PACKAGES added.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from vagrant.matrix.table import Matrix, Row
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("openssh-server", "sudo", "udev")
-"""What Vagrant needs beside a row's userland. udev loads the network card's module."""
+"""Packages that Vagrant needs beside the userland of the row. udev loads the module of the network card."""
 CONSOLE = "console=tty0 console=ttyS0 net.ifnames=0 random.trust_cpu=on tsc=reliable panic=-1 oops=panic"
 NO_UNITS = ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "e2scrub_reap.service", "fstrim.timer")
-"""Work that nobody asked for, on an emulated processor."""
+"""Periodic work that would slow down an emulated processor."""
 DISK_GIB = 4
 VAGRANT, SHADOW = 1000, 42
-"""IDs of user and group vagrant, and of group shadow (base-passwd has it on every Debian)."""
+"""The ID of user and group vagrant, and the ID of group shadow, which is the same on every Debian (base-passwd)."""
 
 
 def fetch(matrix: Matrix, row: Row) -> Path:
-    """The row's box, built unless it is in the cache, and found from now on by the Vagrantfile."""
+    """The box of a row, which is built unless it is in the cache. From now on the Vagrantfile uses it."""
     files = kernel.fetch(matrix.archive, row.kernel)
     packages = tuple(sorted({*row.userland.packages, *PACKAGES}))
     root = userland.fetch(matrix.archive, replace(row.userland, packages=packages))
@@ -66,7 +66,7 @@ def _files_hash() -> str:
 
 
 def point(link: Path, box: Path) -> None:
-    """Makes the link lead to this box, in one step."""
+    """Points the link to this box, in one step."""
     link.parent.mkdir(parents=True, exist_ok=True)
     draft = link.with_name(f".{link.name}.{os.getpid()}")
     draft.symlink_to(box)
@@ -92,7 +92,7 @@ def _build(draft: Path, row: Row, files: KernelFiles, root: Path) -> None:
 
 
 def _initrd(rows: Path, scratch: Path) -> Path:
-    """The QEMU row's initramfs and behind it an archive with another /init.
+    """The initramfs of the QEMU row, followed by an archive with another /init.
 
     The kernel unpacks archives that follow each other into one root; a later file replaces an earlier one
     (Documentation/driver-api/early-userspace/buffer-format.rst).
@@ -105,7 +105,7 @@ def _initrd(rows: Path, scratch: Path) -> Path:
 
 
 def _customise(root: Path, scratch: Path) -> None:
-    """The vagrant user, its key, sshd, DHCP. Numbers as every box has them: Vagrant expects user "vagrant"."""
+    """Sets up what Vagrant expects: the user vagrant with its key, sshd and DHCP."""
     files = HERE / "root"
     edit = Edit(root, scratch)
     edit.append("/etc/passwd", f"vagrant:x:{VAGRANT}:{VAGRANT}:Vagrant:/home/vagrant:/bin/bash\n")
@@ -137,17 +137,17 @@ def _unit(name: str) -> str:
 
 
 def _pack(box: Path, disk: Path) -> None:
-    """The format of vagrant-libvirt's boxes: a gzipped tar of metadata.json, Vagrantfile and box.img."""
+    """Packs a box for vagrant-libvirt: a gzipped tar of metadata.json, Vagrantfile and box.img."""
     metadata = disk.with_name("metadata.json")
     size = -(-image.virtual_size(disk) // image.GIB)
-    words = {"provider": "libvirt", "format": "qcow2", "virtual_size": size}
-    metadata.write_text(json.dumps(words) + "\n", encoding="ascii")
+    values = {"provider": "libvirt", "format": "qcow2", "virtual_size": size}
+    metadata.write_text(json.dumps(values) + "\n", encoding="ascii")
     with tarfile.open(box, "w:gz", compresslevel=1) as archive:
         for path in (metadata, HERE / "Vagrantfile", disk):
-            archive.add(path, arcname=path.name, filter=_nobody)
+            archive.add(path, arcname=path.name, filter=_owned_by_root)
 
 
-def _nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _owned_by_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
     member.uid = member.gid = 0
     member.uname = member.gname = "root"
     return member
@@ -155,9 +155,9 @@ def _nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 built, 2 usage, 3 could not be built."""
-    parser = argparse.ArgumentParser(prog="vagrant/build-box", description="packs a row as a box for vagrant-libvirt")
+    parser = argparse.ArgumentParser(prog="vagrant/build-box", description="makes a box for vagrant-libvirt from a row")
     parser.add_argument("row", help="a row of kernels.toml")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE.box", help="copy it there, too")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.box", help="also copy the box there")
     options = parser.parse_args(argv)
     try:
         matrix = table.load()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of an ext2 image by debugfs(8): nothing is mounted, and nobody must be root for files to be root's."""
+"""Edits an ext2 image by debugfs(8), without a mount; files may belong to root without root's help."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vagrant.matrix.process import find, run
 
 
 class Edit:
-    """Changes to an image, collected as debugfs' commands and made by apply()."""
+    """Changes to an image, collected as commands of debugfs. apply() makes them."""
 
     def __init__(self, image: Path, scratch: Path) -> None:
         self._image = image
@@ -19,20 +19,20 @@ class Edit:
         self._commands: list[str] = []
 
     def names(self, folder: str) -> list[str]:
-        """What is in a folder before the changes."""
+        """The names in a folder before the changes."""
         # A line of "ls -p": /inode/mode/uid/gid/name/size/
         lines = run(["debugfs", "-R", f"ls -p {folder}", str(self._image)]).splitlines()
         return [line.split("/")[5] for line in lines if line.startswith("/")]
 
     def append(self, path: str, text: str, mode: int = 0o644, group: int = 0) -> None:
-        """Text at the end of a file that is there and not empty."""
+        """Appends text to a file, which must exist and not be empty."""
         before = run(["debugfs", "-R", f"cat {path}", str(self._image)])
         if not before:
-            raise MatrixError(f"{self._image} has no {path} to which something could be added")
+            raise MatrixError(f"{self._image} has no {path} to append to")
         self.replace(path, before + text, mode, group)
 
     def replace(self, path: str, text: str, mode: int = 0o644, group: int = 0) -> None:
-        """A file with this text, in place of the one of that name if there is one."""
+        """Writes a file with this text; an existing file is replaced."""
         folder, _, name = path.rpartition("/")
         source = self._scratch / f"{len(self._commands)}-{name}"
         source.write_text(text, encoding="utf-8")
@@ -41,28 +41,28 @@ class Edit:
         self.put(source, path, mode, group=group)
 
     def put(self, source: Path, path: str, mode: int = 0o644, owner: int = 0, group: int = 0) -> None:
-        """A new file."""
+        """Makes a new file."""
         self._commands.append(f"write {source} {path}")
         self._own(path, 0o100000 | mode, owner, group)
 
     def folder(self, path: str, mode: int = 0o755, owner: int = 0, group: int = 0) -> None:
-        """A new folder."""
+        """Makes a new folder."""
         self._commands.append(f"mkdir {path}")
         self._own(path, 0o040000 | mode, owner, group)
 
     def link(self, path: str, target: str) -> None:
-        """A new symbolic link."""
+        """Makes a new symbolic link."""
         self._commands.append(f"symlink {path} {target}")
 
     def remove(self, path: str) -> None:
-        """A file less."""
+        """Removes a file."""
         self._commands.append(f"rm {path}")
 
     def apply(self) -> None:
-        """Makes the changes. Raises MatrixError with what debugfs said when one of them fails."""
+        """Makes the changes. Raises MatrixError with the messages of debugfs when one of them fails."""
         script = self._scratch / "commands"
         script.write_text("\n".join(self._commands) + "\n", encoding="utf-8")
-        # debugfs ends with 0 whatever happened: its stderr tells, where its version comes first.
+        # debugfs always exits with 0. Its stderr shows errors, after a line with its version.
         only_errors = f'{find("debugfs")} "$@" 2>&1 >/dev/null'
         said = run(["sh", "-c", only_errors, "sh", "-w", "-f", str(script), str(self._image)]).splitlines()
         if len(said) != 1 or not said[0].startswith("debugfs "):

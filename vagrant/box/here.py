@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vagrant/up-here: a row brought up for real by Vagrant and libvirt, its suite run, destroyed; nothing stays behind.
+"""vagrant/up-here: brings a row up by Vagrant and libvirt, runs its suite and destroys it; nothing stays behind.
 
-Everything runs in namespaces of its own (mount, network, PID): from libvirt's bridge no way leads to a real network,
-and the death of one process ends all of it.
+Everything runs in new namespaces (mount, network, PID): libvirt's bridge has no way to a real network, and the end of
+one process ends all the others.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ PROGRAMS = {
     "ip": "iproute2",
     "setpriv": "util-linux",
 }
-"""Program -> the Debian packages that it and what belongs to it are in."""
+"""Program -> the Debian packages that contain it and what it needs."""
 
 
 def up(matrix: Matrix, row: Row, results: Path, deadline_s: float, driver: str) -> Verdict:
-    """The verdict on a row that Vagrant has brought up; its logs and reports stay in ``results``."""
+    """Brings a row up and returns the verdict on it. Logs and reports stay in ``results``."""
     if not machines.has_suite(row):
-        raise MatrixError(f"the tests of {row.name} are for a machine without a network card: ./run matrix {row.name}")
+        raise MatrixError(f"the tests of {row.name} need a machine without a network card: ./run matrix {row.name}")
     build.fetch(matrix, row)
     release = kernel.fetch(matrix.archive, row.kernel).release
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="imds-guard-vagrant-") as scratch:
-        # Packed out here: a wheel is built with what pip fetches, and in there is no network.
+        # Packed out here: pip fetches what it needs to build a wheel, and the namespaces have no network.
         folder = packed.pack(matrix, row, Path(scratch) / "job").parent
         began = time.monotonic()
         env = {"IMDS_GUARD_DRIVER": driver, "IMDS_GUARD_JOB": str(folder), "IMDS_GUARD_CACHE": str(cache.root())}
@@ -72,28 +72,28 @@ def steps(results: Path) -> list[tuple[str, int, int]]:
     """The steps that have ended: name, seconds, status."""
     path = results / "steps"
     lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    return [(word, int(seconds), int(status)) for word, seconds, status in (line.split() for line in lines)]
+    return [(name, int(seconds), int(status)) for name, seconds, status in (line.split() for line in lines)]
 
 
 def _last_step(results: Path) -> str:
-    ended = [f"{word} (status {status})" for word, _, status in steps(results)]
+    ended = [f"{name} (status {status})" for name, _, status in steps(results)]
     return f"the step after {ended[-1]}" if ended else "the first step"
 
 
 def _argv(row: Row, scratch: Path) -> list[str]:
-    # setpriv: should this process be killed, unshare is, and with it (--kill-child) PID 1 of the namespace.
+    # setpriv: when this process is killed, so is unshare, and with it (--kill-child) PID 1 of the namespace.
     inside = ["sh", str(INSIDE), row.name, str(scratch), str(job.TREE)]
     return [find("setpriv"), "--pdeathsig", "KILL", "--", find("unshare"), *NAMESPACES, "--", *inside]
 
 
 def run(argv: Sequence[str], env: dict[str, str], deadline_s: float) -> int | None:
-    """The status, or None when the deadline passed. All that was started is dead afterwards, whatever happened."""
+    """The exit status, or None when the deadline passed. Every process that was started has ended afterwards."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, env={**os.environ, **env, "PATH": path, "LC_ALL": "C.UTF-8"}
     )
     try:
-        # Not Popen.wait(): a signal's exception that meets it just after it took its lock leaves that locked for ever.
+        # Not Popen.wait(): an exception of a signal handler just after it took its lock would leave it locked.
         ended = os.pidfd_open(process.pid)
         try:
             in_time = select.select([ended], [], [], deadline_s)[0]
@@ -105,9 +105,10 @@ def run(argv: Sequence[str], env: dict[str, str], deadline_s: float) -> int | No
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills PID 1 of the namespace and waits for unshare, which waits for that; it is the last in there to end.
+    """Kills PID 1 of the namespace, and waits for unshare, which waits for PID 1.
 
-    pid_namespaces(7): the others are killed with it. Its own end waits for theirs (zap_pid_ns_processes in the kernel).
+    The kernel kills all other processes of the namespace with PID 1 (pid_namespaces(7)), which ends after them
+    (zap_pid_ns_processes() in Linux).
     """
     if process.poll() is None:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii")
@@ -142,12 +143,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="vagrant/up-here", description=__doc__.splitlines()[0])
     parser.add_argument("row", help="a row of kernels.toml")
     parser.add_argument(
-        "--deadline", type=float, default=1800, metavar="SECONDS", help="for all after the box is built"
+        "--deadline", type=float, default=1800, metavar="SECONDS", help="for everything after the box is built"
     )
     parser.add_argument(
         "--driver", choices=("qemu", "kvm"), default="qemu", help="qemu: emulate the processor (default)"
     )
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for logs and reports")
     options = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _stopped)
     try:
@@ -155,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
         matrix = table.load()
         row = matrix.row(options.row)
         results = (options.results or cache.root() / "vagrant" / row.name).absolute()
-        return _tell(up(matrix, row, results, options.deadline, options.driver), results)
+        return _print(up(matrix, row, results, options.deadline, options.driver), results)
     except MatrixError as error:
         sys.stderr.write(f"up-here: {error}\n")
         return 3
@@ -163,9 +164,9 @@ def main(argv: Sequence[str]) -> int:
         return 130
 
 
-def _tell(found: Verdict, results: Path) -> int:
-    for word, seconds, status in steps(results):
-        print(f"{word:10} {seconds:5} s  status {status}")
+def _print(found: Verdict, results: Path) -> int:
+    for name, seconds, status in steps(results):
+        print(f"{name:10} {seconds:5} s  status {status}")
     print(found.line)
     for complaint in found.complaints:
         print(f"    {complaint}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disks of partitions, and edits of ext2 images, by programs that need neither a mount nor root."""
+"""Makes disks of partitions and changes ext2 images, by programs that need neither a mount nor root."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 1024 * MIB
 SECTOR = 512
 BOOT_MIB = 96
 MBR = (Path("/usr/lib/syslinux/mbr/mbr.bin"), Path("/usr/share/syslinux/mbr.bin"))
-"""Debian's place and Fedora's."""
+"""The paths on Debian and on Fedora."""
 
 _CONFIG = """\
 DEFAULT row
@@ -36,7 +36,7 @@ def make_boot(target: Path, vmlinuz: Path, initrd: Path, cmdline: str) -> None:
     config = target.with_name("syslinux.cfg")
     config.write_text(_CONFIG.format(cmdline=cmdline), encoding="ascii")
     blank(target, BOOT_MIB)
-    # Hidden sectors: where the partition begins; syslinux' boot sector adds them to what it reads (join()).
+    # -H: the first sector of the partition (join()), which the boot sector of syslinux adds to its addresses.
     _mtools("mformat", "-i", str(target), "-H", str(MIB // SECTOR), "-T", str(BOOT_MIB * MIB // SECTOR), "::")
     for path, name in ((vmlinuz, "vmlinuz"), (initrd, "initrd"), (config, "syslinux.cfg")):
         _mtools("mcopy", "-i", str(target), str(path), f"::{name}")
@@ -50,26 +50,26 @@ def _mtools(*argv: str) -> None:
 
 
 def join(disk: Path, partitions: Sequence[Path]) -> None:
-    """A disk with an MBR and the given images as its partitions, the first one active, each at a whole MiB."""
-    entries, place = b"", MIB
+    """A disk with an MBR and the given images as partitions, each at a whole MiB. The first one is active."""
+    entries, offset = b"", MIB
     with open(disk, "wb") as out:
         for number, partition in enumerate(partitions):
             size = -(-partition.stat().st_size // MIB) * MIB
             # Status, CHS (not used), type (FAT16 with LBA, Linux), CHS, first sector, sectors.
             kind, active = (0x0E, 0x80) if number == 0 else (0x83, 0)
             entries += struct.pack(
-                "<B3sB3sII", active, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", place // SECTOR, size // SECTOR
+                "<B3sB3sII", active, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", offset // SECTOR, size // SECTOR
             )
-            _copy(partition, out, place)
-            place += size
-        out.truncate(place)
+            _copy(partition, out, offset)
+            offset += size
+        out.truncate(offset)
         out.seek(0)
         out.write(_mbr().ljust(446, b"\0")[:446] + entries.ljust(64, b"\0") + b"\x55\xaa")
 
 
-def _copy(source: Path, out: BinaryIO, place: int) -> None:
-    """Blocks of zeros are left out: the disk is sparse."""
-    out.seek(place)
+def _copy(source: Path, out: BinaryIO, offset: int) -> None:
+    """Copies an image without its blocks of zeros: the disk stays sparse."""
+    out.seek(offset)
     with open(source, "rb") as image:
         while chunk := image.read(MIB):
             if chunk.count(0) == len(chunk):
@@ -86,7 +86,7 @@ def _mbr() -> bytes:
 
 
 def grow(image: Path, size: int) -> None:
-    """Makes room on an ext2 image and gives it a journal: a machine that is switched off must come up again."""
+    """Enlarges an ext2 image and gives it a journal: a machine that is switched off must boot again."""
     with open(image, "r+b") as handle:
         handle.truncate(size)
     run(["e2fsck", "-f", "-p", str(image)])
@@ -95,10 +95,10 @@ def grow(image: Path, size: int) -> None:
 
 
 def to_qcow2(disk: Path, target: Path) -> None:
-    """The disk in the only format that vagrant-libvirt takes."""
+    """Converts the disk to qcow2, the only format of vagrant-libvirt."""
     run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(disk), str(target)])
 
 
 def virtual_size(disk: Path) -> int:
-    """What a guest sees of it, in octets."""
+    """The size of the disk that a guest sees, in bytes."""
     return int(json.loads(run(["qemu-img", "info", "--output=json", str(disk)]))["virtual-size"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same job that a QEMU row gets, as a file that Vagrant uploads."""
+"""Packs the job of a QEMU row as a file that Vagrant uploads."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from vagrant.matrix.table import Matrix, Row
 
 
 def plan(matrix: Matrix, results: Path) -> suite.Plan:
-    """What ./run matrix would do, with the tree as it is now."""
+    """The plan of ./run matrix for the present tree."""
     return suite.Plan(matrix.archive, job.TREE, wheel.build(job.TREE), results, shares=suite.shares(matrix.rows))
 
 
 def pack(matrix: Matrix, row: Row, folder: Path) -> Path:
-    """Writes job.tar.gz; one that is there is replaced only when the new one is whole."""
+    """Writes job.tar.gz. An existing one is replaced when the new one is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         tarball = Path(scratch, "job.tar")
         suite.pack(plan(matrix, cache.root() / "results"), row, tarball)
-        # Small, for an emulated processor has to decrypt it all. At once into place: nobody uploads half of it.
+        # Compressed, because an emulated processor must decrypt it. Renamed into place: nobody uploads half of it.
         draft = folder / f".{os.getpid()}"
         with open(tarball, "rb") as plain, gzip.open(draft, "wb", compresslevel=6) as small:
             shutil.copyfileobj(plain, small)

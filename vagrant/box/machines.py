@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Vagrantfile asks: the rows as machines, as JSON on standard output (python3 -m vagrant.box.machines).
+"""Prints the rows as machines in JSON, for the Vagrantfile (python3 -m vagrant.box.machines).
 
-Vagrant's Ruby has no TOML, so Python reads kernels.toml for it.
+Vagrant's Ruby has no TOML parser.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vagrant.matrix.table import Matrix, Row
 
 @dataclass(frozen=True)
 class Machine:
-    """A row as the Vagrantfile needs it. ``box`` is empty where build-box has made none."""
+    """A row for the Vagrantfile. ``box`` is empty unless build-box has made one."""
 
     name: str
     why: str
@@ -35,7 +35,7 @@ class Machine:
 
 
 def machine(matrix: Matrix, row: Row) -> Machine:
-    """One row as a machine."""
+    """The machine of a row."""
     path = link(row.name)
     box, box_name = (str(path), path.resolve().parent.name) if path.exists() else ("", "")
     return Machine(
@@ -45,22 +45,22 @@ def machine(matrix: Matrix, row: Row) -> Machine:
 
 
 def cmdline(row: Row) -> str:
-    """The words that a row adds to its kernel's command line when systemd is PID 1."""
-    return " ".join(filter(None, (row.cmdline, suite._LEGACY_CGROUPS if "legacy-cgroups" in row.setup else "")))
+    """Arguments that a row adds for its kernel when systemd is PID 1."""
+    return " ".join(filter(None, (row.cmdline, suite.LEGACY_CGROUPS if "legacy-cgroups" in row.setup else "")))
 
 
 def has_suite(row: Row) -> bool:
-    """False for the rows about the service: their tests are for a machine that has no network card at all."""
+    """False for the rows about the service: their tests need a machine without a network card."""
     return "systemd" not in row.setup
 
 
 def link(name: str) -> Path:
-    """Where the newest box of a row is found."""
+    """The path of the link to the newest box of a row."""
     return cache.root() / "boxes" / f"{name}.box"
 
 
 def _sources(matrix: Matrix, row: Row) -> tuple[str, ...]:
-    """sources.list lines for the suite of the row's kernel, as far as the userland's own release does not have it."""
+    """sources.list lines for the suite of the row's kernel, unless the release of the userland has it."""
     own, wanted = row.userland.suite, row.kernel.suite
     release = wanted.split("-", maxsplit=1)[0]
     mirror, security = matrix.archive.mirror, matrix.archive.security
@@ -69,7 +69,7 @@ def _sources(matrix: Matrix, row: Row) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Prints the JSON; exit status 3 and a sentence when kernels.toml can't be read."""
+    """Exit status: 0 printed, 3 kernels.toml could not be read."""
     try:
         matrix = table.load()
     except MatrixError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether KVM can be used, found out by booting a kernel under it: /dev/kvm may be there and guests hang anyway."""
+"""Finds out whether KVM works by booting a kernel under it: guests may hang although /dev/kvm exists."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.table import Matrix
 
 TRIAL_S = 30.0
-"""A guest under a KVM that works is through in 2 to 3 s."""
+"""Under a KVM that works the guest ends in 2 to 3 s."""
 
 
 def choose(matrix: Matrix, wanted: str) -> str:
-    """kvm or tcg. "auto" tries KVM once a boot of this machine, by the first row's kernel and userland."""
+    """kvm or tcg. "auto" tries KVM once for each boot of this machine, with the guest of the first row."""
     if wanted != "auto":
         return wanted
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages from the distribution's archive, checked by apt, with a state of our own: the host's apt is not touched."""
+"""Downloads packages of the archive by apt, which checks them. The state of the host's apt is not changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vagrant.matrix.process import run
 from vagrant.matrix.table import Archive
 
 LISTS_LAST_S = 7 * 24 * 3600
-"""How long package lists are taken as current. Debian replaces a kernel's ABI about once in two weeks."""
+"""Package lists are renewed after this time. Debian replaces the ABI of a kernel about once in two weeks."""
 
 _CONFIG = """\
 Dir::State "{state}";
@@ -32,7 +32,7 @@ Acquire::Check-Valid-Until "false";
 
 
 def sources(archive: Archive, suite: str) -> list[str]:
-    """The sources.list lines for a suite: its release, that release's security updates, and backports if asked for."""
+    """The sources.list lines for a suite: its release, the security updates of the release, and backports if named."""
     release = suite.split("-", maxsplit=1)[0]
     signed = f"deb [arch=amd64 signed-by={archive.keyring}]"
     lines = [f"{signed} {archive.mirror} {release} main", f"{signed} {archive.security} {release}-security main"]
@@ -42,7 +42,7 @@ def sources(archive: Archive, suite: str) -> list[str]:
 
 
 class Suite:
-    """One suite of the archive, with package lists that are at most a week old."""
+    """One suite of the archive. Its package lists are at most a week old."""
 
     def __init__(self, archive: Archive, name: str) -> None:
         self._state = cache.root() / "apt" / f"{name}-{cache.digest({'sources': sources(archive, name)})}"
@@ -63,18 +63,18 @@ class Suite:
         stamp.touch()
 
     def names(self, prefix: str) -> list[str]:
-        """The packages whose names begin so."""
+        """The packages whose names begin with ``prefix``."""
         return run(["apt-cache", "pkgnames", prefix], env=self._env).split()
 
     def version(self, package: str) -> str:
-        """The version that a download would bring. Raises MatrixError when there is none."""
+        """The version that apt would download. Raises MatrixError when there is none."""
         for line in run(["apt-cache", "show", "--no-all-versions", package], env=self._env).splitlines():
             if line.startswith("Version: "):
                 return line.split(": ", 1)[1]
         raise MatrixError(f"apt knows no version of {package}")
 
     def unpack(self, packages: Sequence[str], into: Path) -> None:
-        """Downloads packages, checked against the signed lists, and unpacks them; nothing of theirs is run."""
+        """Downloads packages, checks them against the signed lists and unpacks them. Their scripts are not run."""
         debs = into / ".debs"
         debs.mkdir(parents=True)
         run(["apt-get", "download", *packages], env=self._env, cwd=debs)

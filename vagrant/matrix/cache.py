@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels and images outside the tree. A name holds the hash of everything that its content was made from."""
+"""The cache of kernels and images. The name of an entry has a hash of everything that its content is made from."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def root() -> Path:
 
 
 def digest(recipe: Mapping[str, object]) -> str:
-    """Twelve hex digits that stand for a recipe, whatever the order of its keys."""
+    """A hash of a recipe in twelve hex digits. The order of the keys does not matter."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @contextmanager
 def locked(name: str) -> Iterator[None]:
-    """Holds the cache's lock of that name: two runs at once build a thing once."""
+    """Holds the lock of that name, so that two runs at the same time build an entry once."""
     folder = root() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w", encoding="ascii") as handle:
@@ -37,7 +37,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 def entry(kind: str, name: str, recipe: Mapping[str, object], build: Callable[[Path], None]) -> Path:
-    """The folder that ``build`` fills from ``recipe``, made unless it is there. Half-built ones are never seen."""
+    """The folder that ``build`` fills from ``recipe``; it is made if it does not exist. No one sees it half built."""
     final = root() / kind / f"{name}-{digest(recipe)}"
     with locked(f"{kind}-{final.name}"):
         if final.is_dir():

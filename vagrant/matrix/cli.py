@@ -34,7 +34,7 @@ COMMANDS = ("run", "exec", "table")
 
 def main(argv: list[str]) -> int:
     """Exit status: 0 all as expected, 1 a row failed, 2 usage, 3 a guest was lost or could not be prepared."""
-    if argv[:1] not in ([word] for word in (*COMMANDS, "-h", "--help")):
+    if argv[:1] not in ([name] for name in (*COMMANDS, "-h", "--help")):
         argv = ["run", *argv]
     options = _parser().parse_args(argv)
     try:
@@ -53,56 +53,56 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="./run matrix", description="the suite on real kernels, in QEMU, without a network"
+        prog="./run matrix", description="runs the tests on real kernels, in QEMU, without a network"
     )
     commands = parser.add_subparsers(required=True)
-    _add_run(commands.add_parser("run", help="run rows (the word may be left out)"))
-    _add_exec(commands.add_parser("exec", help="run one command in a row's guest, in a copy of the working tree"))
-    shown = commands.add_parser("table", help="the support table from the results that were recorded last")
+    _add_run(commands.add_parser("run", help="run rows (the default command)"))
+    _add_exec(commands.add_parser("exec", help="run one command in the guest of a row, in a copy of the working tree"))
+    shown = commands.add_parser("table", help="print the support table of the recorded results")
     shown.add_argument(
-        "--write", type=Path, metavar="FILE", help="put it between the markers of docs/platforms.md or README.md"
+        "--write", type=Path, metavar="FILE", help="write it between the markers of docs/platforms.md or README.md"
     )
     shown.set_defaults(act=_table)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of kernels.toml; none: all of them")
-    parser.add_argument("--all", action="store_true", help="all rows, as when none is given")
-    parser.add_argument("--list", action="store_true", help="list the rows and end")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of kernels.toml (default: all)")
+    parser.add_argument("--all", action="store_true", help="run all rows (the default)")
+    parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
-        help="guests at once (each takes a core and 0.8 GB; default: one for each core)",
+        help="guests at the same time (each needs a core and 0.8 GB; default: one for each core)",
     )  # fmt: skip
     parser.add_argument(
-        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM where a kernel boots under it"
+        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM if a kernel boots under it"
     )
-    parser.add_argument("--record", action="store_true", help="keep the results for the support table")
+    parser.add_argument("--record", action="store_true", help="record the results for the support table")
     parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to test, if not this one")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for logs and reports")
     parser.add_argument(
         "--test",
         action="append",
         metavar="FILE",
-        help="run this, like tests/kernel/x.py, and not what the row says",
+        help="run this file, like tests/kernel/x.py, in place of the tests of the row",
     )
     parser.add_argument(
         "--every", type=int, metavar="N",
-        help="a row runs one of N policies of the conformance table; 1: all (default: all rows together run all)",
+        help="each row runs every Nth policy of the conformance table (default: all rows together run all)",
     )  # fmt: skip
     parser.set_defaults(act=_run)
 
 
 def _add_exec(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("row", help="a row, or KERNEL+USERLAND, like 7.3+debian-11")
-    parser.add_argument("--systemd", action="store_true", help="systemd is PID 1, and /job/reboot reboots")
+    parser.add_argument("--systemd", action="store_true", help="make systemd PID 1; /job/reboot reboots")
     parser.add_argument(
-        "--add", type=Path, action="append", default=[], metavar="FILE", help="put it into the guest, as /job/NAME"
+        "--add", type=Path, action="append", default=[], metavar="FILE", help="copy it into the guest, as /job/NAME"
     )
-    parser.add_argument("--cmdline", default="", help="more words for the kernel's command line")
+    parser.add_argument("--cmdline", default="", help="more arguments for the kernel")
     parser.add_argument("--deadline", type=float, default=900, metavar="SECONDS")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where console.log and results/ go")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="folder for console.log and results/")
     parser.add_argument("command", nargs="+")
     parser.set_defaults(act=_execute)
 
@@ -127,7 +127,7 @@ def _run_rows(plan: suite.Plan, rows: Sequence[Row], jobs: int, record: Matrix |
 
     def one(row: Row) -> verdict.Verdict:
         try:
-            found = suite.run(plan, row, lambda words: progress.say(f"{row.name}: {words}"))
+            found = suite.run(plan, row, lambda text: progress.say(f"{row.name}: {text}"))
         except MatrixError as error:
             found = verdict.lost(row, 0, f"it could not be prepared: {error}")
         progress.verdict(found, plan.results / row.name)
@@ -147,11 +147,11 @@ def _conclude(found: Sequence[verdict.Verdict], results: Path, *, whole: bool) -
         f"{sum(one.state == state for one in found)} {state}"
         for state in (verdict.PASSED, verdict.FAILED, verdict.LOST)
     )
-    idle = verdict.never_run(results / one.row / "results" for one in found) if whole else []
-    for name in idle:
+    unrun = verdict.never_run(results / one.row / "results" for one in found) if whole else []
+    for name in unrun:
         sys.stderr.write(f"matrix: no row of the matrix can run {name}\n")
     sys.stderr.write(f"matrix: {counts}; reports in {path}\n")
-    if any(one.state == verdict.FAILED for one in found) or idle:
+    if any(one.state == verdict.FAILED for one in found) or unrun:
         return 1
     return 3 if any(one.state == verdict.LOST for one in found) else 0
 
@@ -161,7 +161,7 @@ def _list(matrix: Matrix, as_json: bool) -> int:
         json.dump([asdict(row) for row in matrix.rows], sys.stdout, default=sorted, indent=1)
         return 0
     for row in matrix.rows:
-        print(f"{row.name:18} Linux {row.kernel.series:5} {row.userland.name}  {row.expectation_words:22} {row.why}")
+        print(f"{row.name:18} Linux {row.kernel.series:5} {row.userland.name}  {row.expectation_text:22} {row.why}")
     return 0
 
 

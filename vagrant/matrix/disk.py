@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Disk images from folders, without a mount and without root."""
+"""Makes disk images from folders, without a mount and without root."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIB = 1024 * 1024
 
 
 def make_disk(folder: Path, image: Path, spare_mib: int = 16) -> None:
-    """An ext2 file system with a folder's content. Plain ext2: mke2fs' newer defaults are unknown to older kernels."""
+    """An ext2 file system with the content of a folder. Older kernels do not know the newer defaults of mke2fs."""
     run(
         [
             "mke2fs",
@@ -32,7 +32,7 @@ def make_disk(folder: Path, image: Path, spare_mib: int = 16) -> None:
 
 
 def _needed_mib(folder: Path) -> int:
-    """Room for the files in blocks of 4 KiB, and for inodes and tables: an eighth more."""
+    """The size of the files in blocks of 4 KiB, and an eighth more for inodes and tables."""
     total = 0
     for top, folders, files in os.walk(folder):
         for name in [*folders, *files]:
@@ -47,5 +47,5 @@ def blank(image: Path, size_mib: int) -> None:
 
 
 def format_blank(image: Path, size_mib: int) -> None:
-    """An empty file system of the same plain kind; the file is sparse."""
+    """An empty ext2 file system in a sparse file."""
     run(["mke2fs", "-q", "-t", "ext2", "-b", "4096", "-m", "0", str(image), f"{size_mib}M"])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong outside a guest. What goes wrong inside one is a result, not an error."""
+"""Errors outside a guest. A failure inside a guest is a result, not an error."""
 
 from __future__ import annotations
 
 
 class MatrixError(Exception):
-    """The matrix could not be prepared or read; the text is one sentence for whoever ran it."""
+    """The matrix could not be prepared or read. The text is one sentence for the person who ran it."""

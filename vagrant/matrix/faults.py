@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults that the matrix must notice: each is one text put in place of another, and the row and tests that catch it."""
+"""Faults that the matrix must notice: each replaces one text by another, and names the row and tests that catch it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _STRANGER_CONNECTS = r"AssertionError: \['.*connected"
 
 @dataclass(frozen=True)
 class Fault:
-    """``old`` stands exactly once in ``file``; ``new`` takes its place. ``says`` is a pattern of what fails then.
+    """``old``, which occurs exactly once in ``file``, is replaced by ``new``. ``says`` is a pattern of the failure.
 
-    A tree that does not even start would be red for another reason: the pattern tells the two apart.
+    The pattern tells the failure from that of a tree which does not even start.
     """
 
     name: str
@@ -46,28 +46,28 @@ FAULTS = (
         "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
     ),
     Fault(
-        "the primary group alone is looked at",
+        "only the primary group is read",
         _DECIDE,
         "group |= ig_judge_supplementary_groups(generation, number, list, caller);",
         "group |= list->zero;",
         "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
     ),
     Fault(
-        "the user ID is read from where the group ID is",
+        "the user ID is read at the offset of the group ID",
         _DECIDE,
         "caller->cred + IG_OFF_CRED_FSUID)",
         "caller->cred + IG_OFF_CRED_FSGID)",
         "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
     ),
     Fault(
-        "the walk of the groups ends after 32",
+        "the loop over the groups ends after 32",
         _GROUPS,
         "\tif (len > IG_MAX_GROUPS)\n\t\treturn IG_READ_FAILED;\n",
         "\tif (len > 32)\n\t\tlen = 32;\n",
         "6.1-debian-12", _WHO_EBPF, _ALLOWED_IS_REFUSED,
     ),
     Fault(
-        "root always gets through",
+        "root is always allowed",
         _DECIDE,
         "\tif (!(list->flags & IG_LIST_DEFAULT_ALLOW))\n\t\treturn IG_NOT_LISTED;\n",
         "\tif (caller->fsuid == 0)\n\t\treturn IG_ALLOWED_USER;\n"
@@ -82,7 +82,7 @@ FAULTS = (
         "6.1-debian-12", (_INSTALLED, _TABLE, "-k", "ebpf and pid-namespace-root"), r"'allowed' == 'denied'",
     ),
     Fault(
-        "a change does not wait for the hooks that run",
+        "a change does not wait for running hooks",
         "src/imds_guard/kernel/grace.py",
         'if os.sysconf("SC_NPROCESSORS_ONLN") > 1:',
         "if True:\n        return\n    elif False:",
@@ -100,7 +100,7 @@ FAULTS = (
         r"the denied caller got through",
     ),
     Fault(
-        "pins go into the bpffs of the mount namespace that start runs in",
+        "pins are made in the bpffs of the mount namespace of start",
         "src/imds_guard/kernel/bpffs.py",
         'for mount in mounts("bpf", "1")',
         'for mount in mounts("bpf", "self")',
@@ -116,11 +116,11 @@ FAULTS = (
         r"connected",
     ),
     Fault(
-        "the fallback's rules are appended, behind somebody else's ACCEPT",
+        "the rules of the fallback are appended, after an ACCEPT of somebody else",
         "src/imds_guard/backends/iptables/tables.py",
         'f"-I {anchor.builtin} 1 {anchor.jump}"',
         'f"-A {anchor.builtin} {anchor.jump}"',
-        # start itself reads back what it wrote, and sees that the jump is not the first rule.
+        # start reads back what it wrote, and notices that the jump is not the first rule.
         "lockdown", _WHO_IPTABLES, r"connected|is degraded|before ours|iptables-save shows others",
     ),
     Fault(

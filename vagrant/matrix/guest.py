@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One boot of one guest, from the start of QEMU to what came out of it. A guest that is lost says so itself."""
+"""Boots a guest in QEMU and collects its results. A lost guest is reported as lost, not as a failed test."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from vagrant.matrix.process import dies_with_us, find
 
 RESULTS_MIB = 64
 STATE_MIB = 2048
-MOST_BOOTS = 5
+MAX_BOOTS = 5
 _EMULATED = "max,-erms,-fsrm,-la57"
-"""Without erms and fsrm kernel and C library copy words: QEMU before 10 takes "rep movsb" one octet at a time, and then
-libbcc takes half as long again to load. Without la57 page tables have a level less."""
+"""Without erms and fsrm kernel and C library copy words. QEMU before 10 emulates "rep movsb" one byte at a time:
+loading libbcc takes half as long again. Without la57 page tables have one level less."""
 _CONTROL = re.compile(r"\x1b[\[(][0-9;?]*[a-zA-Z]|[\r\x00-\x08\x0e-\x1f]")
 
 
 @dataclass(frozen=True)
 class Guest:
-    """What is booted: the files are only read, so that one image serves many guests at once."""
+    """The files that a guest boots, which it only reads: one image serves many guests at the same time."""
 
     kernel: KernelFiles
     userland: Path
@@ -37,19 +37,19 @@ class Guest:
     memory_mib: int = 1024
     accel: str = "tcg"
     systemd: bool = False
-    """systemd is PID 1, and what the job writes is still there after it has called /job/reboot."""
+    """systemd is PID 1, and files that the job writes survive a call of /job/reboot."""
 
     cpus: int = 1
 
     @property
-    def words(self) -> str:
+    def kernel_arguments(self) -> str:
         """The kernel's command line."""
-        # oops=panic: a kernel that stumbles must not go on and pass. panic=-1 with -no-reboot ends QEMU at once.
-        # no_timer_check: where the host is busy an emulated timer fails the boot's test of it, and the kernel gives up.
-        # noautogroup: else a storm of connects takes half of the one processor, however nice it is (sched(7)).
-        # nohz=off highres=off: a timer that ticks by itself; each time that the kernel sets one wakes up QEMU's thread.
-        # norandmaps: with QEMU 7.2 and two guests at once processes take a seventh less time where each program always
-        # lies in the same place; with QEMU 10 it makes no difference.
+        # oops=panic: a kernel with an oops must not go on and pass. panic=-1 with -no-reboot ends QEMU at once.
+        # no_timer_check: on a busy host an emulated timer fails the test at boot, and the kernel gives up.
+        # noautogroup: otherwise a storm of connects gets half of the processor, whatever its nice value (sched(7)).
+        # nohz=off highres=off: a periodic timer. Each timer that the kernel sets itself would wake up QEMU's thread.
+        # norandmaps: with QEMU 7.2 and two guests at once processes run a seventh faster when each program is always at
+        # the same address; with QEMU 10 it makes no difference.
         always = (
             "console=ttyS0 panic=-1 oops=panic no_timer_check noautogroup nohz=off highres=off norandmaps "
             "random.trust_cpu=on net.ifnames=0"
@@ -59,7 +59,7 @@ class Guest:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a boot ended: ``lost`` says why nothing came back, else ``status`` is the job's exit status."""
+    """How a boot ended: ``status`` is the exit status of the job, or ``lost`` says why there is none."""
 
     seconds: float
     status: int | None = None
@@ -69,9 +69,9 @@ class Outcome:
 def boot(
     guest: Guest, job: Path, folder: Path, deadline_s: float, progress: Callable[[bytes], None] = lambda _: None
 ) -> Outcome:
-    """Runs ``job`` (a tar with job.sh) and leaves console.log, output.log and results/ in ``folder``.
+    """Runs ``job`` (a tar with job.sh) and writes console.log, output.log and results/ to ``folder``.
 
-    ``progress`` gets the job's output while it comes. QEMU never outlives this call.
+    ``progress`` is called with the output of the job while it runs. QEMU has ended when this returns.
     """
     results, state = folder / "results.tar", folder / "state.img"
     for name in ("console.log", "output.log"):
@@ -80,7 +80,7 @@ def boot(
         format_blank(state, STATE_MIB)
     began = time.monotonic()
     reason, status = "", None
-    for _ in range(MOST_BOOTS):
+    for _ in range(MAX_BOOTS):
         blank(results, RESULTS_MIB)
         reason = _run(_argv(guest, job, folder, results), folder, began + deadline_s, progress)
         status = _collect(results, folder / "results")
@@ -91,12 +91,12 @@ def boot(
         disk.unlink(missing_ok=True)
     seconds = time.monotonic() - began
     if status is None:
-        return Outcome(seconds, lost=reason or _last_words(folder / "console.log"))
+        return Outcome(seconds, lost=reason or _last_sign(folder / "console.log"))
     return Outcome(seconds, status=status)
 
 
 def console_tail(folder: Path, lines: int = 25) -> str:
-    """The end of a guest's console, without control characters."""
+    """The last lines of a guest's console, without control characters."""
     text = _CONTROL.sub("", (folder / "console.log").read_text(encoding="utf-8", errors="replace"))
     return "\n".join(text.splitlines()[-lines:])
 
@@ -110,7 +110,7 @@ def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> list[str]:
         "-device", "virtio-rng-pci",
         "-chardev", f"file,id=console,path={folder / 'console.log'},append=on", "-serial", "chardev:console",
         "-chardev", f"file,id=output,path={folder / 'output.log'},append=on", "-serial", "chardev:output",
-        "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", guest.words,
+        "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", guest.kernel_arguments,
         "-drive", f"file={guest.userland},if=virtio,format=raw,readonly=on",
         "-drive", f"file={guest.kernel.modules},if=virtio,format=raw,readonly=on",
         "-drive", f"file={job},if=virtio,format=raw,readonly=on",
@@ -119,7 +119,7 @@ def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> list[str]:
 
 
 def _run(argv: list[str], folder: Path, deadline: float, progress: Callable[[bytes], None]) -> str:
-    """Waits for QEMU to end; returns why it had to be ended, or nothing."""
+    """Waits for QEMU to end. Returns why it was killed, or ""."""
     with open(folder / "qemu.log", "wb") as said, open(folder / "output.log", "rb") as output:
         output.seek(0, os.SEEK_END)
         process = subprocess.Popen(dies_with_us(argv), stdin=subprocess.DEVNULL, stdout=said, stderr=said)
@@ -142,17 +142,17 @@ def _run(argv: list[str], folder: Path, deadline: float, progress: Callable[[byt
     return ""
 
 
-def _last_words(console: Path) -> str:
+def _last_sign(console: Path) -> str:
     text = console.read_text(encoding="utf-8", errors="replace")
     for sign in (r"Kernel panic[^\r\n]*", r"imds-guard-matrix: [^\r\n]*", r"Out of memory: [^\r\n]*"):
         found = re.search(sign, text)
         if found:
             return found[0]
-    return "it ended before it handed out results" if text else "it never wrote to its console"
+    return "it ended before it wrote results" if text else "it never wrote to its console"
 
 
 def _collect(results: Path, folder: Path) -> int | None:
-    """Unpacks what the guest wrote; its job's exit status, or None when it wrote nothing whole."""
+    """Unpacks the results of a guest. Returns the exit status of the job, or None when the results are incomplete."""
     folder.mkdir(exist_ok=True)
     try:
         with tarfile.open(results, "r:") as archive:

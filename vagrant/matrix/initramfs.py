@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The initramfs: busybox, the modules on the way to the root disk, our init. Written as cpio: nobody must be root."""
+"""Makes the initramfs: busybox, modules for the root disk, our init. The cpio archive is written without root."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from vagrant.matrix.errors import MatrixError
 INIT = Path(__file__).resolve().parent.parent / "guest" / "initramfs-init"
 
 NEEDED = ("virtio_pci", "virtio_blk", "ext4", "overlay")
-"""Modules without which the root is not reached; where a kernel has one built in there is nothing to load."""
+"""Modules that the root disk needs. One that is built into a kernel is not loaded."""
 
 
 def expand_modules(folder: Path) -> None:
-    """Unpacks .ko.xz in place (Debian packs them since 6.12). The signature is part of the module and stays."""
+    """Unpacks .ko.xz in place (Debian compresses modules since 6.12). The signature is part of the module and stays."""
     for packed in folder.rglob("*.ko.xz"):
         packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
         packed.unlink()
 
 
 def load_order(folder: Path) -> list[Path]:
-    """The files of NEEDED and of what they need, in the order in which insmod takes them."""
+    """The files of NEEDED and of their dependencies, in an order for insmod."""
     dependencies: dict[str, list[str]] = {}
     for line in (folder / "modules.dep").read_text(encoding="ascii").splitlines():
         path, _, needs = line.partition(":")
@@ -36,7 +36,7 @@ def load_order(folder: Path) -> list[Path]:
     ordered: list[str] = []
     for name in NEEDED:
         if name in by_name:
-            # modules.dep lists what a module needs with the deepest last (depmod(8), modules.dep(5)).
+            # modules.dep lists dependencies from the nearest to the deepest (modules.dep(5)).
             ordered += [*reversed(dependencies[by_name[name]]), by_name[name]]
         elif name not in builtin:
             raise MatrixError(f"the kernel in {folder.name} has no {name}, neither as a module nor built in")
@@ -44,20 +44,20 @@ def load_order(folder: Path) -> list[Path]:
 
 
 def write(target: Path, busybox: Path, modules: list[Path]) -> None:
-    """Writes the gzipped cpio archive that QEMU hands to the kernel."""
+    """Writes the gzipped cpio archive that QEMU passes to the kernel."""
     archive = _Cpio()
     for folder in ("bin", "dev", "modules"):
         archive.add(folder, stat.S_IFDIR | 0o755)
     archive.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
     archive.add("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes())
     archive.add("init", stat.S_IFREG | 0o755, INIT.read_bytes())
-    for place, module in enumerate(modules):
-        archive.add(f"modules/{place:02}-{module.name}", stat.S_IFREG | 0o644, module.read_bytes())
+    for position, module in enumerate(modules):
+        archive.add(f"modules/{position:02}-{module.name}", stat.S_IFREG | 0o644, module.read_bytes())
     target.write_bytes(gzip.compress(archive.finish(), compresslevel=5, mtime=0))
 
 
 class _Cpio:
-    """A "newc" archive in memory; the format is in Documentation/driver-api/early-userspace/buffer-format.rst."""
+    """A "newc" archive in memory. The format: Documentation/driver-api/early-userspace/buffer-format.rst in Linux."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every guest of a userland would do anew, done once, by the userland's own pip and Python, at the host's speed.
+"""Installs the wheel and compiles pytest once for a userland, by its own pip and Python, at the speed of the host.
 
-An emulated processor takes twenty seconds to install a wheel and to compile pytest.
+An emulated processor would take twenty seconds for it, in every guest.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from vagrant.matrix.process import find, run
 from vagrant.matrix.userland import as_owner, scratch_of_owners
 
 RECIPE_VERSION = 3
-"""One more whenever what _build() makes changes: the cache goes by it."""
+"""Part of the cache key: add one when _build() makes something else."""
 
 
 def fetch(image: Path, wheel: Path, tools: Path) -> dict[str, Path]:
-    """Folders for a job: ``local``, to be laid over the guest's /usr/local, and ``tools``, for PYTHONPATH.
+    """Folders for a job: ``local``, to be copied to the guest's /usr/local, and ``tools``, for PYTHONPATH.
 
-    All three come from the cache, so that their folders' names stand for what is in them.
+    Image, wheel and tools come from the cache, so that the names of their folders identify their content.
     """
     sources = {"image": image.parent.name, "wheel": wheel.parent.name, "tools": tools.name}
     recipe: dict[str, object] = {"version": RECIPE_VERSION, **sources}
@@ -32,8 +32,8 @@ def _build(draft: Path, image: Path, wheel: Path, tools: Path) -> None:
         run(as_owner(["sh", "-ec", _INSTALL, "sh", find("debugfs"), *map(str, (scratch, image, wheel, tools, draft))]))
 
 
-# debugfs exits with 0 come what may, but then there is no Python in the copy. An older pip knows no
-# --break-system-packages, and takes the variable for nothing.
+# debugfs always exits with 0, but when it fails there is no Python in the copy. pip before 23.0.1 does not know
+# --break-system-packages, and ignores the variable.
 _INSTALL = """
 mkdir "$2/root"
 cd "$2/root"

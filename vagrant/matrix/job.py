@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes into a guest: one tar with job.sh and what that needs."""
+"""Packs the job of a guest: one tar with job.sh and the files that it needs."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def write(
     env: dict[str, str] | None = None,
     compiled: Mapping[str, Path] | None = None,
 ) -> None:
-    """A tar with job.sh and files or folders under the given names. ``env`` is exported before the script.
+    """Writes a tar with job.sh and with files or folders under the given names. ``env`` is exported before the script.
 
-    ``compiled`` goes in with all that is there, ``files`` without what a build or a tool has left.
+    ``files`` are packed without the remains of builds and tools, ``compiled`` completely.
     """
     exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in sorted((env or {}).items()))
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive:
@@ -41,12 +41,12 @@ def write(
 
 
 def command(argv: Sequence[str], folder: str) -> str:
-    """A script that runs one command in a folder of the job and ends with its status."""
-    return f"cd {shlex.quote(folder)}\n{' '.join(shlex.quote(word) for word in argv)}\n"
+    """A script that runs one command in a folder of the job and exits with its status."""
+    return f"cd {shlex.quote(folder)}\n{' '.join(shlex.quote(argument) for argument in argv)}\n"
 
 
 def tree(leave_out: Iterable[str] = ()) -> dict[str, Path]:
-    """The working tree for write(), without what a build or a tool has left in it."""
+    """The working tree for write(), without the remains of builds and tools."""
     skipped = _LEFT_OUT | set(leave_out)
     return {f"tree/{name}": TREE / name for name in sorted(os.listdir(TREE)) if name not in skipped}
 

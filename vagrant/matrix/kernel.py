@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel from the archive as three files that QEMU takes: the kernel, an initramfs, a disk with its modules."""
+"""Prepares a kernel of the archive for QEMU as three files: the kernel, an initramfs, a disk with its modules."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vagrant.matrix.table import Archive, Kernel
 
 BUSYBOX_SUITE = "bookworm"
 RECIPE_VERSION = 1
-"""One more whenever what _build() makes changes: the cache goes by it."""
+"""Part of the cache key: add one when _build() makes something else."""
 
 
 @dataclass(frozen=True)
 class KernelFiles:
-    """What a guest boots. ``release`` is what uname -r says there."""
+    """The files that a guest boots. ``release`` is the output of uname -r in it."""
 
     release: str
     vmlinuz: Path
@@ -33,11 +33,11 @@ class KernelFiles:
 
 
 def choose(names: Iterable[str], series: str, flavour: str) -> tuple[str, list[str]]:
-    """The newest ABI of a series among package names, and the packages that hold its image and its modules.
+    """The newest ABI of a series among package names, and the packages with its image and its modules.
 
-    From 6.19 on linux-image-* is empty: the image is in linux-binary-*, the modules in linux-modules-*, the list of
-    what is built in in linux-base-*. A version that waits for its signature has linux-binary-unsigned-* alone. Raises
-    MatrixError when the series is not there.
+    From 6.19 on linux-image-* is empty: the image is in linux-binary-*, the modules are in linux-modules-*, the list of
+    built-in modules is in linux-base-*. A version that is not signed yet has linux-binary-unsigned-* alone. Raises
+    MatrixError when the archive does not have the series.
     """
     pattern = re.compile(
         rf"linux-(image|binary|binary-unsigned|modules|base)-({re.escape(series)}\.[^-+]*[-+].*)-{re.escape(flavour)}"
@@ -57,7 +57,7 @@ def choose(names: Iterable[str], series: str, flavour: str) -> tuple[str, list[s
 
 
 def fetch(archive: Archive, kernel: Kernel) -> KernelFiles:
-    """Downloads and prepares the newest kernel of a series, or finds it in the cache."""
+    """Downloads and prepares the newest kernel of a series, unless it is in the cache."""
     suite = Suite(archive, kernel.suite)
     release, packages = choose(suite.names("linux-"), kernel.series, kernel.flavour)
     recipe: dict[str, object] = {
@@ -92,7 +92,7 @@ def _image(unpacked: Path, modules: Path, release: str) -> Path:
     for path in (unpacked / f"boot/vmlinuz-{release}", modules / "vmlinuz", modules / "vmlinuz.unsigned"):
         if path.is_file():
             return path
-    raise MatrixError(f"the packages of {release} hold no kernel image where one is expected")
+    raise MatrixError(f"the packages of {release} have no kernel image at any of the usual paths")
 
 
 def _busybox(archive: Archive) -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plants one fault after the other in a copy of the tree, and sees which row of the matrix turns red."""
+"""Plants each known fault in a copy of the tree and checks that its row of the matrix fails."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def main(argv: list[str]) -> int:
     except MatrixError as error:
         sys.stderr.write(f"plant-faults: {error}\n")
         return 3
-    return _tell(found)
+    return _print(found)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vagrant/plant-faults", description=__doc__)
-    parser.add_argument("faults", nargs="*", metavar="WORD", help="faults with this word in their name; none: all")
+    parser.add_argument("faults", nargs="*", metavar="WORD", help="faults with this word in their name (default: all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="guests at once")
-    parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to spoil a copy of, if not this one")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where logs and reports go")
+    parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to copy, if not this one")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="folder for logs and reports")
     return parser
 
 
@@ -53,46 +53,48 @@ def _chosen(words: Sequence[str]) -> list[Fault]:
 
 
 def plant(fault: Fault, tree: Path) -> None:
-    """Puts the fault into ``tree``. Raises MatrixError when the text is not there, or not once."""
+    """Puts the fault into ``tree``. Raises MatrixError unless the text occurs exactly once."""
     path = tree / fault.file
     text = path.read_text(encoding="utf-8")
     times = text.count(fault.old)
     if times != 1:
         raise MatrixError(
-            f"{fault.name}: {fault.old!r} stands {times} times in {fault.file}, not once: correct faults.py"
+            f"{fault.name}: {fault.old!r} occurs {times} times in {fault.file}, not once: correct faults.py"
         )
     path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
 
 
 def _run_all(matrix: Matrix, faults: Sequence[Fault], options: argparse.Namespace) -> list[tuple[Fault, Verdict]]:
     results = (options.results or cache.root() / "faults").absolute()
-    progress, way = report.Progress(), accel.choose(matrix, "auto")
+    progress, accelerator = report.Progress(), accel.choose(matrix, "auto")
 
     def one(fault: Fault) -> tuple[Fault, Verdict]:
         with tempfile.TemporaryDirectory(prefix="imds-guard-fault-") as scratch:
             tree = Path(scratch, "tree")
             _copy(options.tree, tree)
             plant(fault, tree)
-            plan = suite.Plan(matrix.archive, tree, wheel.build(tree), results / _word(fault), way, fault.tests)
-            found = suite.run(plan, matrix.row(fault.row), lambda words: progress.say(f"{fault.name}: {words}"))
+            plan = suite.Plan(
+                matrix.archive, tree, wheel.build(tree), results / _folder_name(fault), accelerator, fault.tests
+            )
+            found = suite.run(plan, matrix.row(fault.row), lambda text: progress.say(f"{fault.name}: {text}"))
         progress.say(f"{fault.name}: {outcome(fault, found)} by {fault.row}, {found.seconds:.0f} s")
         return fault, found
 
-    for fault in faults:  # all of them, before the first guest is booted
-        _try_on_a_copy(fault, options.tree)
+    for fault in faults:  # check all of them before the first guest is booted
+        _check_on_a_copy(fault, options.tree)
     with ThreadPoolExecutor(max_workers=max(1, options.jobs)) as pool:
         return list(pool.map(one, faults))
 
 
 def outcome(fault: Fault, found: Verdict) -> str:
-    """Caught when the row failed for the fault's reason; lost, or red for another reason, it proves nothing."""
+    """A fault is caught when the row failed for the reason in ``says``; a row that failed otherwise proves nothing."""
     if found.state == LOST:
         return LOST
     right = any(re.search(fault.says, complaint) for complaint in found.complaints)
     return CAUGHT if found.state == FAILED and right else SLIPPED_THROUGH
 
 
-def _tell(found: Sequence[tuple[Fault, Verdict]]) -> int:
+def _print(found: Sequence[tuple[Fault, Verdict]]) -> int:
     outcomes = [outcome(fault, one) for fault, one in found]
     for (fault, one), word in zip(found, outcomes):
         said = next((text for text in one.complaints if re.search(fault.says, text)), "; ".join(one.complaints))
@@ -103,7 +105,7 @@ def _tell(found: Sequence[tuple[Fault, Verdict]]) -> int:
     return 3 if LOST in outcomes else 0
 
 
-def _try_on_a_copy(fault: Fault, tree: Path) -> None:
+def _check_on_a_copy(fault: Fault, tree: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="imds-guard-fault-") as scratch:
         copy = Path(scratch, fault.file)
         copy.parent.mkdir(parents=True)
@@ -119,5 +121,5 @@ def _copy(tree: Path, target: Path) -> None:
         shutil.copytree(tree / name, target / name, ignore=shutil.ignore_patterns("__pycache__", ".*cache"))
 
 
-def _word(fault: Fault) -> str:
+def _folder_name(fault: Fault) -> str:
     return re.sub(r"[^a-z0-9]+", "-", fault.name.lower())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix' only door to other programs. What they say is kept and shown when they fail."""
+"""Runs other programs for the matrix. Their output is shown when they fail."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PACKAGES: dict[str, str] = {
     "unshare": "util-linux",
     "newuidmap": "uidmap",
 }
-"""Program -> the Debian package that has it."""
+"""Program -> the Debian package that contains it."""
 
 
 def find(name: str) -> str:
-    """The absolute path of a program; /usr/sbin counts even where PATH leaves it out (mke2fs and depmod are there)."""
+    """The absolute path of a program in PATH or in /usr/sbin, where mke2fs and depmod are."""
     path = shutil.which(name, path=_search_path())
     if path is None:
         raise MatrixError(f"{name} is not installed: apt-get install {PACKAGES.get(name, name)}")
@@ -36,7 +36,7 @@ def find(name: str) -> str:
 
 
 def dies_with_us(argv: Sequence[str]) -> list[str]:
-    """Argv so that the program is killed when this process ends, whatever ended it (PR_SET_PDEATHSIG, prctl(2))."""
+    """``argv`` with a prefix: the kernel kills the program when this process ends (PR_SET_PDEATHSIG in prctl(2))."""
     return [find("setpriv"), "--pdeathsig", "KILL", *argv]
 
 
@@ -47,7 +47,7 @@ def _search_path() -> str:
 def run(
     argv: Sequence[str], env: dict[str, str] | None = None, cwd: Path | None = None, deadline_s: float = 900
 ) -> str:
-    """Runs a program to its end and returns its standard output. Raises MatrixError with its stderr when it fails."""
+    """Runs a program to its end and returns its stdout. Raises MatrixError with its stderr when it fails."""
     merged = {**os.environ, "PATH": _search_path(), "LC_ALL": "C", **(env or {})}
     try:
         done = subprocess.run(
@@ -64,5 +64,5 @@ def run(
         raise MatrixError(f"{' '.join(argv[:3])} did not end within {deadline_s:g} s and was killed") from error
     if done.returncode != 0:
         said = "; ".join((done.stderr or done.stdout).strip().splitlines()[-8:])
-        raise MatrixError(f"{' '.join(argv[:3])} exited with {done.returncode}: {said or 'it said nothing'}")
+        raise MatrixError(f"{' '.join(argv[:3])} exited with {done.returncode}: {said or 'it printed nothing'}")
     return done.stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves for people and for CI: lines as rows end, and one JUnit file with a suite a row."""
+"""Reports a run to people and to CI: a line for each row that ends, and a JUnit file with a suite for each row."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vagrant.matrix import guest
 from vagrant.matrix.verdict import LOST, PASSED, Verdict, read_junit
 
 SHOWN = 12
-"""Complaints that are shown on the terminal; all of them are in verdict.json and in the JUnit file."""
+"""The number of complaints on the terminal. All complaints are in verdict.json and in the JUnit file."""
 
 
 class Progress:
-    """Lines on stderr, from several rows at once, each with the seconds since the run began."""
+    """Prints lines to stderr, each with the seconds since the run began; several rows may do so at once."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._lock = threading.Lock()
 
-    def say(self, words: str) -> None:
-        """One line, whole."""
+    def say(self, text: str) -> None:
+        """Prints one line without interruption."""
         with self._lock:
-            sys.stderr.write(f"[{time.monotonic() - self._began:4.0f} s] {words}\n")
+            sys.stderr.write(f"[{time.monotonic() - self._began:4.0f} s] {text}\n")
             sys.stderr.flush()
 
     def verdict(self, found: Verdict, folder: Path) -> None:
-        """The line of a row that has ended, its complaints, and the console's end when the guest was lost."""
+        """Prints the line of a row that has ended, its complaints, and the end of the console if the guest was lost."""
         lines = [found.line, *(f"    {complaint}" for complaint in found.complaints[:SHOWN])]
         if len(found.complaints) > SHOWN:
             lines.append(f"    ... and {len(found.complaints) - SHOWN} more in {folder / 'verdict.json'}")
@@ -41,9 +41,9 @@ class Progress:
 
 
 def write_junit(verdicts: Iterable[Verdict], results: Path) -> Path:
-    """One testsuite a row: its tests, and a test case "row" that carries what only the row as a whole can fail.
+    """One testsuite for each row: its tests, and a test case "row" for failures of the row as a whole.
 
-    A lost guest is an <error>, a failed row a <failure>: CI systems keep the two apart.
+    A lost guest is an <error>, a failed row a <failure>, which CI systems show differently.
     """
     top = ElementTree.Element("testsuites")
     for found in verdicts:
@@ -58,12 +58,12 @@ def write_junit(verdicts: Iterable[Verdict], results: Path) -> Path:
                 case = ElementTree.SubElement(suite, "testcase", classname=found.row, name=test.name)
                 if test.outcome != "passed":
                     kind = "failure" if test.outcome == "failed" else "skipped"
-                    ElementTree.SubElement(case, kind, message=_printable(test.words))
+                    ElementTree.SubElement(case, kind, message=_printable(test.reason))
     path = results / "junit.xml"
     ElementTree.ElementTree(top).write(path, encoding="utf-8", xml_declaration=True)
     return path
 
 
 def _printable(text: str) -> str:
-    """XML 1.0 has no control characters but tab and line ends."""
+    """XML 1.0 allows no control characters but tab and line ends."""
     return "".join(char for char in text if char in "\t\n" or ord(char) >= 32)

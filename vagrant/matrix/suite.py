@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row from beginning to end: prepare what it boots, pack the job, boot, judge, keep what came out."""
+"""Runs a row: prepares the kernel and the userland, packs the job, boots the guest, judges and keeps the results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vagrant.matrix.table import BACKENDS, USUAL, Archive, Row
 from vagrant.matrix.verdict import Verdict
 
 USUAL_TESTS = tuple(f"vagrant/guest/{name}.py" for name in ("test_1_installed", "test_2_table", "test_9_stop"))
-"""For each backend in this order."""
-_LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=yes"
-"""systemd then mounts cgroup v1 alone (systemd(1))."""
+"""The usual tests of a row, which run for each backend in this order."""
+LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=yes"
+"""Kernel arguments with which systemd mounts cgroup v1 alone (systemd(1))."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all rows of a run share."""
+    """What all rows of a run have in common."""
 
     archive: Archive
     tree: Path
@@ -31,39 +31,40 @@ class Plan:
     results: Path
     accel: str = "tcg"
     tests: Sequence[str] = ()
-    """In place of what the rows say."""
+    """Tests to run in place of those of the rows."""
     shares: Mapping[str, str] = field(default_factory=dict)
-    """Row -> its share of the conformance table, as the guest's IMDS_GUARD_SHARE says it; what is not here runs all."""
+    """Row -> its share of the conformance table, for IMDS_GUARD_SHARE. Rows that are not listed run all of it."""
 
 
 _ALL = " ".join(f"{backend}=0/1" for backend in sorted(BACKENDS))
 
 
 def shares(rows: Sequence[Row], every: int | None = None) -> dict[str, str]:
-    """Every row one of ``every`` policies of the table; by default as many as there are rows with that backend.
+    """Row -> its share of the table: one of ``every`` policies. The default is the number of rows with that backend.
 
-    So all rows together run all of it on each backend, and a row alone runs the same as among the others.
+    By default all rows together run the whole table on each backend. The share of a row does not depend on which other
+    rows are run.
     """
-    words: dict[str, list[str]] = {row.name: [] for row in rows}
+    found: dict[str, list[str]] = {row.name: [] for row in rows}
     for backend in sorted(BACKENDS):
         having = [row for row in rows if backend in row.expect and USUAL in row.tests]
         of = every or len(having)
-        for place, row in enumerate(having):
-            words[row.name].append(f"{backend}={place % of}/{of}")
-    return {name: " ".join(one) for name, one in words.items()}
+        for position, row in enumerate(having):
+            found[row.name].append(f"{backend}={position % of}/{of}")
+    return {name: " ".join(one) for name, one in found.items()}
 
 
 def machine(archive: Archive, row: Row, accel: str = "tcg") -> guest.Guest:
-    """What a row boots, from the cache or made now; this is the part that needs the network."""
-    words = [row.cmdline, *([_LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
+    """The guest of a row, from the cache or made now. Only this needs the network."""
+    arguments = [row.cmdline, *([LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
     return guest.Guest(
         kernel.fetch(archive, row.kernel), userland.fetch(archive, row.userland),
-        " ".join(filter(None, words)), row.memory_mib, accel, row.systemd, row.cpus,
+        " ".join(filter(None, arguments)), row.memory_mib, accel, row.systemd, row.cpus,
     )  # fmt: skip
 
 
 def run(plan: Plan, row: Row, progress: Callable[[str], None]) -> Verdict:
-    """The verdict on one row; its console, output, JUnit reports and verdict stay in ``plan.results``."""
+    """Runs one row and returns the verdict. Console, output, JUnit reports and verdict stay in ``plan.results``."""
     folder = plan.results / row.name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -88,9 +89,9 @@ def _verdict(row: Row, release: str, outcome: guest.Outcome, folder: Path) -> Ve
 
 
 def pack(plan: Plan, row: Row, tarball: Path, prepared: Mapping[str, Path] | None = None) -> None:
-    """Writes the job of a row: the wheel, the tests, and the tools that they need.
+    """Writes the job of a row: the wheel, the tests, and the tools that the tests need.
 
-    ``prepared`` is what installed.fetch() gives, for guests whose userland is at hand; others install the wheel.
+    ``prepared`` is the result of installed.fetch(). Without it the guest installs the wheel.
     """
     files = {
         f"{plan.wheel.name}": plan.wheel,
@@ -108,7 +109,7 @@ def pack(plan: Plan, row: Row, tarball: Path, prepared: Mapping[str, Path] | Non
 
 
 def _tests(row: Row) -> list[str]:
-    # Where no backend works there is nothing that could be tried on one.
+    # Where no backend works the other tests have nothing to test.
     usual = USUAL_TESTS if row.expect & BACKENDS else USUAL_TESTS[:1]
     return [path for word in row.tests for path in (usual if word == USUAL else (word,))]
 
@@ -116,7 +117,7 @@ def _tests(row: Row) -> list[str]:
 def _environment(row: Row) -> dict[str, str]:
     return {
         "IMDS_GUARD_ROW": row.name,
-        "IMDS_GUARD_EXPECT": row.expectation_words,
+        "IMDS_GUARD_EXPECT": row.expectation_text,
         "IMDS_GUARD_SETUP": " ".join(sorted(row.setup)),
         "IMDS_GUARD_KERNEL": row.kernel.series,
         "IMDS_GUARD_BCC": "" if "without-bcc" in row.setup else row.userland.bcc,
@@ -124,7 +125,7 @@ def _environment(row: Row) -> dict[str, str]:
 
 
 class _Counter:
-    """Reads pytest's verbose lines as they come and reports every ten seconds how far it is."""
+    """Reads the verbose output of pytest while it runs and reports the progress every ten seconds."""
 
     EVERY_S = 10.0
 
@@ -133,10 +134,10 @@ class _Counter:
         self._rest = b""
         self._counts: dict[bytes, int] = {b"PASSED": 0, b"FAILED": 0, b"ERROR": 0, b"SKIPPED": 0}
         self._percent = ""
-        self._told: float | None = None
+        self._reported: float | None = None
 
     def take(self, output: bytes) -> None:
-        """The next piece of output."""
+        """Reads the next piece of output."""
         *lines, self._rest = (self._rest + output).split(b"\n")
         for line in lines:
             for word in self._counts:
@@ -144,7 +145,7 @@ class _Counter:
             if line.rstrip().endswith(b"%]"):
                 self._percent = line[line.rindex(b"[") + 1 : line.rindex(b"]")].decode().strip()
         now = time.monotonic()
-        if self._percent and (self._told is None or now - self._told >= self.EVERY_S):
-            self._told = now
+        if self._percent and (self._reported is None or now - self._reported >= self.EVERY_S):
+            self._reported = now
             bad = self._counts[b"FAILED"] + self._counts[b"ERROR"]
             self._progress(f"{self._percent}, {self._counts[b'PASSED']} passed, {bad} failed")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The support tables, made from kernels.toml and the recorded results.
+"""Makes the support tables from kernels.toml and the recorded results.
 
 docs/platforms.md has a line for each row of the matrix; the README has a line for each kernel.
 """
@@ -27,13 +27,13 @@ _KERNEL_TITLES = ("kernel", "eBPF", "iptables", "tried with")
 
 
 def meaning(row: Row) -> str:
-    """A hash of all that a row says: a result that was recorded for another meaning is not this row's."""
-    said = {key: value for key, value in asdict(row).items() if key not in ("why", "deadline_s", "skips")}
-    return cache.digest(json.loads(json.dumps(said, default=sorted)))
+    """A hash of the row without why, deadline and skips. A recorded result counts only for the same hash."""
+    values = {key: value for key, value in asdict(row).items() if key not in ("why", "deadline_s", "skips")}
+    return cache.digest(json.loads(json.dumps(values, default=sorted)))
 
 
 def record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path = RECORD) -> None:
-    """Writes what each row came to, for the table; rows that were not run keep what they had."""
+    """Records the results of rows for the table. Rows that were not run keep their results."""
     with cache.locked("record"):
         _record(matrix, verdicts, path)
 
@@ -54,7 +54,7 @@ def _record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path) -> None:
 
 
 def write_table(matrix: Matrix, document: Path) -> None:
-    """Writes the tables of the recorded results between the markers of a document."""
+    """Writes the tables between the markers of a document, from the recorded results."""
     text = document.read_text(encoding="utf-8")
     wanted = put_into(text, matrix, read_record())
     if wanted != text:
@@ -62,7 +62,7 @@ def write_table(matrix: Matrix, document: Path) -> None:
 
 
 def read_record(path: Path = RECORD) -> dict[str, dict[str, Any]]:
-    """Row name -> what was recorded; empty when nothing was."""
+    """Row name -> the recorded result; empty before the first record."""
     if not path.exists():
         return {}
     known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
@@ -70,25 +70,25 @@ def read_record(path: Path = RECORD) -> dict[str, dict[str, Any]]:
 
 
 def longest_first(rows: Iterable[Row], path: Path = RECORD) -> list[Row]:
-    """Rows by how long they took last; one that never ran is the first: what is long and comes last runs alone."""
+    """Rows by the time of their last run, longest first, new rows before all: a long row at the end would run alone."""
     known = read_record(path)
     return sorted(rows, key=lambda row: -known.get(row.name, {}).get("seconds", math.inf))
 
 
 def stale(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The rows without a result, or with one of a row that meant something else."""
+    """The rows without a result for their present meaning."""
     return [row.name for row in matrix.rows if known.get(row.name, {}).get("meaning") != meaning(row)]
 
 
 def table(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table in Markdown, without the markers."""
+    """The table of rows in Markdown, without the markers."""
     lines = [_line(_TITLES), _line(["---"] * len(_TITLES))]
     lines += [_line(_cells(row, known.get(row.name, {}))) for row in matrix.rows]
     return "\n".join(lines) + "\n"
 
 
 def table_of_kernels(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
-    """The short table in Markdown, without the markers: a line for each kernel."""
+    """The table of kernels in Markdown, without the markers."""
     lines = [_line(_KERNEL_TITLES), _line(["---"] * len(_KERNEL_TITLES))]
     for series in matrix.kernels:
         rows = [row for row in matrix.rows if row.kernel.series == series]
@@ -99,15 +99,15 @@ def table_of_kernels(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> 
 
 
 _TABLES = {"support-table": table, "support-by-kernel": table_of_kernels}
-"""Marker in a document -> what makes the table there."""
+"""Marker in a document -> the function that makes the table there."""
 
 
 def put_into(text: str, matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
-    """A document's text with its tables renewed. Raises MatrixError when it has no markers for any."""
+    """The text of a document with new tables. Raises MatrixError when it has no markers for any table."""
     found = [name for name in _TABLES if f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text]
     if not found:
         names = " or ".join(f"<!-- {name} --> ... <!-- /{name} -->" for name in _TABLES)
-        raise MatrixError(f"writing the support table: the file has no markers to put it between: {names}")
+        raise MatrixError(f"writing the support table: the file has no markers for it: {names}")
     for name in found:
         before, begin, rest = text.partition(f"<!-- {name} -->")
         _, end, after = rest.partition(f"<!-- /{name} -->")
@@ -138,7 +138,7 @@ def _backend(row: Row, known: Mapping[str, Any], backend: str) -> str:
 
 
 def _backend_on(rows: Iterable[Row], known: Mapping[str, Mapping[str, Any]], backend: str) -> str:
-    """One word for all rows of a kernel that expect the backend: the worst of them."""
+    """The worst result of the rows of a kernel that expect the backend."""
     words = {_backend(row, known.get(row.name, {}), backend) for row in rows if backend in row.expect}
     return next((word for word in ("FAILS", "not tried", "yes") if word in words), "no row")
 

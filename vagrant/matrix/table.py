@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kernels.toml as frozen values. Unknown keys and words are errors: a misspelt expectation would expect nothing."""
+"""kernels.toml as frozen values. Unknown keys and values are errors: a misspelt expectation would expect nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SETUPS = frozenset(
 )  # fmt: skip
 
 USUAL = "usual"
-"""In a row's tests: the installed command, and the row's share of the conformance table."""
+"""In the tests of a row: the tests of the installed command, and the row's share of the conformance table."""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Where packages come from, and the keys that their signatures are checked with."""
+    """The addresses of the archive, and the keys for its signatures."""
 
     mirror: str
     security: str
@@ -36,7 +36,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by its first two numbers; the newest package of that series in ``suite`` is taken."""
+    """A kernel series by its first two numbers; the newest package of that series in ``suite`` is used."""
 
     series: str
     suite: str
@@ -45,7 +45,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Userland:
-    """A distribution's release: its Python, its bcc, its iptables."""
+    """A release of a distribution, with its Python, bcc and iptables."""
 
     name: str
     suite: str
@@ -58,7 +58,7 @@ class Userland:
 
 @dataclass(frozen=True)
 class Skip:
-    """A reason (regular expression) with which tests may be skipped on these kernels, and why that is right."""
+    """A reason (regular expression) with which tests may be skipped on these kernels, and why they may."""
 
     reason: str
     kernels: frozenset[str]
@@ -67,7 +67,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Row:
-    """One guest: a kernel with a userland, what is made of it, and what must then work."""
+    """One guest: a kernel with a userland, its setup, and what must work there."""
 
     name: str
     kernel: Kernel
@@ -84,12 +84,12 @@ class Row:
 
     @property
     def systemd(self) -> bool:
-        """systemd is PID 1, and not a script of ours. Only systemd makes legacy cgroups as systemd makes them."""
+        """True when systemd is PID 1, in place of a script. Legacy cgroups are set up by systemd, too."""
         return bool(self.setup & {"systemd", "legacy-cgroups"})
 
     @property
-    def expectation_words(self) -> str:
-        """What the guest's IMDS_GUARD_EXPECT holds; "none" where no backend can work."""
+    def expectation_text(self) -> str:
+        """The value of IMDS_GUARD_EXPECT in the guest; "none" where no backend can work."""
         return ",".join(sorted(self.expect)) or "none"
 
 
@@ -103,18 +103,18 @@ class Matrix:
     rows: tuple[Row, ...]
 
     def row(self, name: str) -> Row:
-        """The row of that name, or KERNEL+USERLAND as a row of its own that expects nothing. Raises MatrixError."""
+        """The row of that name. KERNEL+USERLAND is a new row that expects nothing. Raises MatrixError."""
         for row in self.rows:
             if row.name == name:
                 return row
         series, _, userland = name.partition("+")
         if series in self.kernels and userland in self.userlands:
-            return Row(name, self.kernels[series], self.userlands[userland], frozenset(), "asked for by hand")
+            return Row(name, self.kernels[series], self.userlands[userland], frozenset(), "named on the command line")
         raise MatrixError(f"there is no row {name!r} in {PATH.name}; there are: {', '.join(r.name for r in self.rows)}")
 
 
 def load(path: Path = PATH) -> Matrix:
-    """Reads kernels.toml. Raises MatrixError with the key that is wrong."""
+    """Reads kernels.toml. Raises MatrixError that names the wrong key."""
     if sys.version_info >= (3, 11):
         import tomllib  # noqa: PLC0415 -- ./run matrix --help works without a TOML parser
     else:
@@ -127,7 +127,7 @@ def load(path: Path = PATH) -> Matrix:
 
 
 def parse(document: Mapping[str, Any]) -> Matrix:
-    """A decoded kernels.toml -> Matrix. Raises MatrixError."""
+    """The Matrix of a decoded kernels.toml. Raises MatrixError."""
     _only(document, {"archive", "common", "kernel", "userland", "skip", "row"}, "the file")
     common = document["common"]
     _only(common, {"packages", "tools"}, "common")
@@ -140,7 +140,7 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     names = [row.name for row in rows]
     for name in names:
         if names.count(name) > 1:
-            raise MatrixError(f"row {name} is there twice")
+            raise MatrixError(f"there are two rows {name}")
     return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
 
 
@@ -152,7 +152,7 @@ def _userland(name: str, body: Mapping[str, Any], common: Mapping[str, Any]) -> 
 def _skip(body: Mapping[str, Any], kernels: Mapping[str, Kernel]) -> Skip:
     what = f"skip {body.get('reason', '(no reason)')!r}"
     named = body.get("kernels", kernels.keys())
-    return _make(Skip, {**body, "kernels": _words(named, frozenset(kernels), f"{what}: kernels")}, what)
+    return _make(Skip, {**body, "kernels": _known_values(named, frozenset(kernels), f"{what}: kernels")}, what)
 
 
 def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapping[str, Userland]) -> Row:
@@ -163,13 +163,13 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
     merged: dict[str, Any] = dict(body)
     merged["kernel"] = kernels[body["kernel"]]
     merged["userland"] = userlands[body["userland"]]
-    merged["expect"] = _words(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
+    merged["expect"] = _known_values(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
     merged["tests"] = tuple(body.get("tests", (USUAL,)))
-    merged["setup"] = _words(body.get("setup", ()), SETUPS, f"{what}: setup")
+    merged["setup"] = _known_values(body.get("setup", ()), SETUPS, f"{what}: setup")
     return _make(Row, merged, what)
 
 
-def _words(given: Iterable[str], known: frozenset[str], what: str) -> frozenset[str]:
+def _known_values(given: Iterable[str], known: frozenset[str], what: str) -> frozenset[str]:
     given = list(given)
     unknown = set(given) - known
     if unknown:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A userland as one read-only disk image that serves all kernels: the distribution's packages, and nothing of ours."""
+"""Makes a read-only disk image of a userland, for all kernels: packages of the distribution, and nothing of ours."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vagrant.matrix.table import Archive, Userland
 
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr/share/info/*")
 RECIPE_VERSION = 1
-"""One more whenever what _build() makes changes: the cache goes by it."""
+"""Part of the cache key: add one when _build() makes something else."""
 SPARE_MIB = 64
 
 
 def fetch(archive: Archive, userland: Userland) -> Path:
-    """The userland's image, built unless it is in the cache."""
+    """The image of a userland, which is built unless it is in the cache."""
     recipe: dict[str, object] = {
         "version": RECIPE_VERSION,
         "sources": debian.sources(archive, userland.suite),
@@ -35,7 +35,7 @@ def fetch(archive: Archive, userland: Userland) -> Path:
 def _build(draft: Path, archive: Archive, userland: Userland) -> None:
     with scratch_of_owners(draft) as scratch:
         run(_bootstrap(archive, userland, scratch / "root.tar"), deadline_s=3600)
-        # Root of a user namespace may not make devices (mknod(2)); guests mount a devtmpfs over them anyway.
+        # Root of a user namespace may not make devices (mknod(2)). Guests mount a devtmpfs over them.
         left_out = [] if os.geteuid() == 0 else ["--exclude=./dev/*"]
         run(as_owner(["sh", "-ec", _TO_DISK, "sh", str(scratch), str(draft / "root.img"), str(SPARE_MIB), *left_out]))
 
@@ -59,34 +59,35 @@ def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> list[str]
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
         userland.suite, str(tarball), *debian.sources(archive, userland.suite),
     ]  # fmt: skip
-    # As root mmdebstrap would make its mounts in the host's mount namespace: give it one of its own.
+    # As root mmdebstrap would mount in the mount namespace of the host, so it gets a namespace of its own.
     return ["unshare", "--mount", *argv] if os.geteuid() == 0 else [*argv, "--mode=unshare"]
 
 
 def as_owner(argv: Sequence[str]) -> list[str]:
-    """Argv so that files' owners are what they are in the image: as root, or in a user namespace whose root is us.
+    """``argv`` with a prefix, so that files have the owners of the image: root, or root of a user namespace.
 
-    Root of mmdebstrap's own namespaces (--unshare-helper) is a sub-ID: a home of mode 700 shuts it out.
+    In that namespace root is the caller. In mmdebstrap's own (--unshare-helper) it is a sub-ID, which a home folder of
+    mode 700 shuts out.
     """
     if os.geteuid() == 0:
         return list(argv)
     find("newuidmap")
     namespace = ["unshare", "--map-root-user", "--map-auto"]
     try:
-        # By itself first: where there may be no user namespace, a child that waits to map sub-IDs is left for ever.
+        # This alone first: where user namespaces are forbidden, a child that waits for its map of sub-IDs would stay.
         run(["unshare", "--user", "true"])
         run([*namespace, "chroot", "/", "true"])
     except MatrixError as error:
         raise MatrixError(
-            f"{error}; without root, disk images are made in a user namespace: that takes util-linux 2.38 and sub-IDs "
-            "(usermod --add-subuids FIRST-LAST --add-subgids FIRST-LAST $USER, 65536 that are nobody's), or be root"
+            f"{error}; without root, disk images are made in a user namespace, which needs util-linux 2.38 and 65536 "
+            "unused sub-IDs (usermod --add-subuids FIRST-LAST --add-subgids FIRST-LAST $USER): set them up, or be root"
         ) from error
     return [*namespace, *argv]
 
 
 @contextmanager
 def scratch_of_owners(draft: Path) -> Iterator[Path]:
-    """A folder for as_owner(): what is left in it need not be ours, so that its owner removes it."""
+    """A scratch folder for as_owner(). It may contain files of other owners, so it is removed by as_owner(), too."""
     folder = tempfile.mkdtemp(dir=draft)
     remove = as_owner(["rm", "-rf", folder])
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a guest handed out to a row's verdict. A skip must be justified, a success must have been expected."""
+"""Makes the verdict on a row from the results of its guest. Every skip must be justified, every success expected."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ PASSED, FAILED, LOST = "passed", "failed", "lost"
 
 @dataclass(frozen=True)
 class Test:
-    """One test of a guest's JUnit report. ``outcome`` is passed, failed or skipped; ``words`` the reason."""
+    """One test of a guest's JUnit report. ``outcome`` is passed, failed or skipped."""
 
     name: str
     outcome: str
-    words: str = ""
+    reason: str = ""
 
     def about(self, backend: str) -> bool:
-        """True for a conformance test with that backend: pytest puts it into the brackets, between hyphens."""
+        """True for a test with that backend as a parameter: pytest writes parameters in brackets, between hyphens."""
         return bool(re.search(rf"\[(.*-)?{backend}(-.*)?\]$", self.name))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one row came to. ``complaints`` are why it is not "passed"; ``skips`` maps a reason to how often."""
+    """The result of one row. ``complaints`` say why it is not "passed"; ``skips`` maps a reason to its number."""
 
     row: str
     state: str
@@ -44,7 +44,7 @@ class Verdict:
 
     @property
     def line(self) -> str:
-        """One line for the end of a row."""
+        """A summary in one line."""
         skipped = sum(self.skips.values())
         reasons = "; ".join(f"{count} {reason}" for reason, count in sorted(self.skips.items()))
         counts = f"{self.passed} passed, {self.failed} failed, {skipped} skipped" + (f" ({reasons})" if reasons else "")
@@ -52,12 +52,12 @@ class Verdict:
 
 
 def lost(row: Row, seconds: float, reason: str) -> Verdict:
-    """The verdict on a guest that handed out nothing: no test failed, none was judged."""
+    """The verdict on a guest without results: no test was judged, so none has failed."""
     return Verdict(row.name, LOST, seconds, complaints=(f"the guest was lost: {reason}",))
 
 
 def judge(row: Row, status: int, results: Path, release: str, seconds: float) -> Verdict:
-    """The verdict on a guest that came back with ``status`` and left junit*.xml in ``results``."""
+    """The verdict on a guest whose job ended with ``status`` and wrote junit*.xml to ``results``."""
     tests = [test for report in sorted(results.glob("junit*.xml")) for test in read_junit(report)]
     complaints = [*_failures(tests), *_unjustified(row, tests), *_unexpected(row, tests)]
     if not tests:
@@ -83,13 +83,13 @@ def works(tests: Iterable[Test]) -> tuple[str, ...]:
 
 
 def never_run(folders: Iterable[Path]) -> list[str]:
-    """The tests that every row skipped, by the rows' results: nothing shows that they can pass at all."""
+    """The tests that every row skipped, from the folders with the rows' results: nothing shows that they can pass."""
     tests = [test for folder in folders for report in folder.glob("junit*.xml") for test in read_junit(report)]
     return sorted({test.name for test in tests} - {test.name for test in tests if test.outcome != "skipped"})
 
 
 def read_junit(path: Path) -> list[Test]:
-    """The tests of one JUnit report as pytest writes it; an error in a fixture counts as a failure."""
+    """The tests of a JUnit report of pytest. An error in a fixture counts as a failure."""
     return [_test(case) for case in ElementTree.parse(path).getroot().iter("testcase")]  # noqa: S314  (our own guest wrote it)
 
 
@@ -103,35 +103,35 @@ def _test(case: ElementTree.Element) -> Test:
 
 
 def _failures(tests: Iterable[Test]) -> list[str]:
-    return [f"{test.name}: {_first_line(test.words)}" for test in tests if test.outcome == "failed"]
+    return [f"{test.name}: {_first_line(test.reason)}" for test in tests if test.outcome == "failed"]
 
 
 def _unjustified(row: Row, tests: Iterable[Test]) -> list[str]:
-    """Skips that neither the row's expectations nor kernels.toml's list of reasons account for."""
+    """Skips that neither the expectations of the row nor the reasons in kernels.toml explain."""
     complaints: dict[str, int] = Counter()
     for test in tests:
         if test.outcome != "skipped" or any(test.about(backend) for backend in BACKENDS - row.expect):
             continue
         if not any(_covers(skip, row, test) for skip in row.skips):
-            complaints[f"skipped without being allowed to: {_first_line(test.words)}"] += 1
+            complaints[f"skipped without being allowed to: {_first_line(test.reason)}"] += 1
     return [f"{complaint} ({count} tests)" for complaint, count in complaints.items()]
 
 
 def _covers(skip: Skip, row: Row, test: Test) -> bool:
-    return row.kernel.series in skip.kernels and re.search(skip.reason, test.words) is not None
+    return row.kernel.series in skip.kernels and re.search(skip.reason, test.reason) is not None
 
 
 def _unexpected(row: Row, tests: Sequence[Test]) -> list[str]:
     return [
-        f"{backend} works here though {row.name} does not expect it: correct kernels.toml, or find out what enforced"
+        f"{backend} works here though {row.name} does not expect it: correct kernels.toml, or find out what enforced it"
         for backend in works(tests)
         if backend not in row.expect
     ]
 
 
 def _reasons(tests: Iterable[Test]) -> dict[str, int]:
-    return dict(Counter(_first_line(test.words) for test in tests if test.outcome == "skipped"))
+    return dict(Counter(_first_line(test.reason) for test in tests if test.outcome == "skipped"))
 
 
-def _first_line(words: str) -> str:
-    return next((line.strip() for line in words.splitlines() if line.strip()), "no reason given")
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel under test, built from a tree, and the test tools that a guest without a network can't fetch."""
+"""Builds the wheel under test from a tree, and fetches the test tools for guests, which have no network."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vagrant.matrix import cache
 from vagrant.matrix.process import run
 
 _PARTS = ("pyproject.toml", "README.md", "src", "bpf")
-"""What the wheel is made of."""
+"""The files and folders that the wheel is built from."""
 
 
 def build(tree: Path) -> Path:
-    """The wheel of a tree, built in a copy, so that nothing is left in the tree; or the one of the same content."""
+    """The wheel of a tree. It is built in a copy of the tree, unless the cache has one of the same content."""
     recipe = {"content": _content_hash(tree), "python": sys.version_info[:2]}
     folder = cache.entry("wheels", "imds-guard", recipe, lambda draft: _build(tree, draft))
     (wheel,) = folder.glob("*.whl")
@@ -37,10 +37,10 @@ def _build(tree: Path, draft: Path) -> None:
 
 
 def test_tools(requirements: Sequence[str], python: str) -> Path:
-    """A folder for PYTHONPATH with pytest and what it needs, as the given version of Python takes them.
+    """A folder for PYTHONPATH with pytest and its dependencies, for the given version of Python.
 
-    pip reads environment markers with its own Python's eyes even under --python-version, so kernels.toml lists the
-    whole closure and pip resolves nothing (--no-deps).
+    Even with --python-version pip evaluates environment markers for its own Python, so kernels.toml lists all
+    dependencies and pip resolves none (--no-deps).
     """
     recipe = {"requirements": list(requirements), "python": python}
     return cache.entry("tools", f"python-{python}", recipe, lambda draft: _fetch(requirements, python, draft))
@@ -51,8 +51,8 @@ def _fetch(requirements: Sequence[str], python: str, draft: Path) -> None:
     run(_pip("install", *wanted, *requirements))
 
 
-def _pip(*words: str) -> Sequence[str]:
-    return [sys.executable, "-m", "pip", *words, "--quiet", "--disable-pip-version-check"]
+def _pip(*arguments: str) -> Sequence[str]:
+    return [sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"]
 
 
 def _content_hash(tree: Path) -> str:
