@@ -16,9 +16,9 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.image import Image, parse_settings
 from imds_guard.backends.ebpf.parse import parse
 from imds_guard.backends.ebpf.reader import Snapshot
+from imds_guard.backends.ebpf.record import decode
 from imds_guard.backends.ebpf.render import render
 from imds_guard.backends.ebpf.state import policy_of
-from imds_guard.backends.ebpf.watch import decode
 from imds_guard.backends.iptables.look import ANCHOR
 from imds_guard.backends.iptables.parse import combine, find, parse_chains
 from imds_guard.backends.iptables.render import Holding

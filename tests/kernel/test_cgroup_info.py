@@ -11,22 +11,22 @@ from imds_guard.kernel import children
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.privileges import CAP_DAC_READ_SEARCH
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.watch.process_info import Home, Homes
+from imds_guard.watch.cgroup_info import CgroupCache, CgroupInfo
 from tests.kernel.places import without_capabilities
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups needs root")
 
 
-def look_up(cgroup_id: int, pid: int) -> Home:
+def look_up(cgroup_id: int, pid: int) -> CgroupInfo:
     with open_cgroup() as root:
-        return Homes(root).of(cgroup_id, pid)
+        return CgroupCache(root).look_up(cgroup_id, pid)
 
 
-def in_a_cgroup(privileged: bool) -> tuple[Home, str]:
+def in_a_cgroup(privileged: bool) -> tuple[CgroupInfo, str]:
     """What is found for the cgroup of a living process, and the path that is right."""
     with Sandbox() as sandbox:
 
-        def inside() -> Home:
+        def inside() -> CgroupInfo:
             if not privileged:
                 without_capabilities(CAP_DAC_READ_SEARCH)
             return look_up(os.stat(sandbox.cgroup).st_ino, os.getpid())
@@ -47,9 +47,9 @@ def test_a_removed_cgroup_is_unknown_although_its_process_id_is_used_again(privi
     with Sandbox() as sandbox:
         gone = os.stat(sandbox.cgroup).st_ino
 
-    def work() -> Home:
+    def work() -> CgroupInfo:
         if not privileged:
             without_capabilities(CAP_DAC_READ_SEARCH)
         return look_up(gone, os.getpid())
 
-    assert children.run_in_child(work) == Home()
+    assert children.run_in_child(work) == CgroupInfo()

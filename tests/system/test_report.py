@@ -140,7 +140,7 @@ def test_whom_no_allowlist_helps_gets_a_note_and_no_command(guard: Guard) -> Non
     found = guard("report", "--json").values
     assert [row["reason"] for row in found["rows"]] == ["denied-user"]
     assert (found["allow"], found["config"]) == ([], None)
-    assert found["notes"] == ["users on a deny list stay out until they are off it"]
+    assert found["notes"] == ["denied-user: take the user off the deny list"]
 
 
 def test_names_of_callers_are_shown_safely(guard: Guard) -> None:
@@ -327,7 +327,9 @@ def test_iptables_tells_nobody_whom_it_refuses(
     under_iptables: dict[str, command.Result], name: str, doing: str
 ) -> None:
     assert under_iptables[name].status == 69
-    assert under_iptables[name].sentence.startswith(f"{doing}: iptables is what enforces, and its rules tell nobody")
+    assert under_iptables[name].sentence.startswith(
+        f"{doing}: the iptables backend is in force, and its rules do not report"
+    )
 
 
 def test_metrics_under_iptables(under_iptables: dict[str, command.Result]) -> None:

@@ -45,7 +45,7 @@ def test_a_packet_that_nobody_approved_is_told_without_a_process() -> None:
         "uid": 0,
         "user": "root",
         "count": 1,
-        "would_allow": "a connection of its own, opened by an allowed user",
+        "would_allow": "open the connection as an allowed user: only its own connect approves a socket",
         **dict.fromkeys(("pid", "gid", "groups", "comm", "exe", "cmdline", "unit", "container", "cgroup")),
     }
     assert {key: told[key] for key in expected} == expected

@@ -13,52 +13,52 @@ from imds_guard.cli.output import print_json, print_lines
 from imds_guard.commands.capabilities import require_root
 
 
-@cli.command(short_help="Tell of denials as they happen.")
+@cli.command(short_help="Print denials as they happen.")
 @json_option
-@click.option("--all", "allowed", is_flag=True, help="Tell of connects that are let through, too.")
-@click.option("--once", is_flag=True, help="Tell what is there now, and end.")
+@click.option("--all", "allowed", is_flag=True, help="Also print connects that are allowed.")
+@click.option("--once", is_flag=True, help="Print the denials that the kernel holds now, and exit.")
 @cgroup_option
 def watch(as_json: bool, allowed: bool, once: bool, cgroup: str | None) -> None:
-    """Tell of denials as they happen, a line each, until it is interrupted.
+    """Print denials as they happen, one per line, until interrupted.
 
-    Several may run: one reads, the others follow it. Connects that are alike become one line and a count.
+    Similar connects are combined into one line with a count. Several watches can run at the same time.
     """
     from imds_guard.kernel import notify  # noqa: PLC0415
-    from imds_guard.watch import event as events  # noqa: PLC0415
-    from imds_guard.watch import run as watching  # noqa: PLC0415
-    from imds_guard.watch.leader import Wish  # noqa: PLC0415
-    from imds_guard.watch.output import Outlet  # noqa: PLC0415
+    from imds_guard.watch import event, run  # noqa: PLC0415
+    from imds_guard.watch.line_queue import LineQueue  # noqa: PLC0415
+    from imds_guard.watch.options import WatchOptions  # noqa: PLC0415
 
     require_root("watch")
-    outlet = Outlet(sys.stdout.fileno(), events.as_json if as_json else events.as_line)
-    watching.watch(Wish(cgroup, allowed, once), outlet, notify.ready)
+    queue = LineQueue(sys.stdout.fileno(), event.as_json if as_json else event.as_line)
+    run.watch(WatchOptions(cgroup, allowed, once), queue, notify.ready)
 
 
-@cli.command(short_help="Show who was denied, and what would let them in.")
+@cli.command(short_help="Show who was denied, and what would let them through.")
 @json_option
 @cgroup_option
 def report(as_json: bool, cgroup: str | None) -> None:
     """Show who was denied, or would have been in audit mode, and what would let them through."""
-    from imds_guard.commands import report as reporting  # noqa: PLC0415
+    from imds_guard.commands import report as report_command  # noqa: PLC0415
+    from imds_guard.present.report import report_lines, report_values  # noqa: PLC0415
 
     require_root("report")
-    found = reporting.report(cgroup)
+    result = report_command.report(cgroup)
     if as_json:
-        print_json(reporting.values(found))
+        print_json(report_values(result))
     else:
-        print_lines(reporting.lines(found))
+        print_lines(report_lines(result))
 
 
 @cli.command()
-@click.option("--textfile", metavar="PATH", help="Write them to a file, for node_exporter.")
+@click.option("--textfile", metavar="PATH", help="Write them to a file, for node_exporter's textfile collector.")
 @cgroup_option
 def metrics(textfile: str | None, cgroup: str | None) -> None:
     """Print state and counters as Prometheus text."""
-    from imds_guard.commands import metrics as exposition  # noqa: PLC0415
+    from imds_guard.commands import metrics as metrics_command  # noqa: PLC0415
 
     require_root("metrics")
-    text = exposition.metrics(cgroup)
+    text = metrics_command.metrics(cgroup)
     if textfile is not None:
-        exposition.write_textfile(text, textfile)
+        metrics_command.write_textfile(text, textfile)
     else:
         click.echo(text.decode(), nl=False)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denials as they happen."""
+"""Follows denials as they happen."""

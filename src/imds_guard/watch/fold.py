@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floods made small: records that are alike become one line and a count, and lines come at a bounded rate.
+"""Combines similar records into one line with a count, and limits the number of lines per second.
 
-Nothing is forgotten: what is added comes out again in a ``Fold`` or in a number of what had no room. Pure; the caller
-brings the time.
+No record is forgotten: each one is counted in a Fold or in ``Folding.dropped``. Nothing here reads a clock; the caller
+passes the time.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections import deque
 from typing import Callable
 
 WINDOW_S = 10.0
-"""The first record of its kind comes out at once; those alike after so many seconds, as one."""
-KINDS = 4096
-PROCESSES = 1000
-"""Of a kind's processes so many are told apart."""
+"""The first record of a fold is due at once; similar ones are due together at the end of each window."""
+MAX_FOLDS = 4096
+MAX_PROCESSES = 1000
+"""Processes of a fold are counted up to this number."""
 
 
 class Fold:
-    """Records that are alike, and have not come out yet."""
+    """Similar records that have not been emitted yet."""
 
     def __init__(self, key: bytes, record: bytes, due: float, processes: set[bytes]) -> None:
         self.key = key
@@ -26,29 +26,28 @@ class Fold:
         self.due = due
         self.count = 1
         self.processes = processes
-        self.memory: object = None
-        """Whatever the caller wants to know again when the fold comes out the next time."""
+        self.note: object = None
+        """For the caller's own use; kept from one window to the next."""
 
 
 class Folding:
-    """Takes records, gives folds. ``key`` says which records are alike, ``process`` which process one is of."""
+    """Sorts records into folds. Records with equal ``key`` are similar; ``process`` gives the process of a record."""
 
     def __init__(self, key: Callable[[bytes], bytes], process: Callable[[bytes], bytes]) -> None:
         self._key = key
         self._process = process
-        self._open: dict[bytes, Fold] = {}  # in the order in which they fall due
+        self._open: dict[bytes, Fold] = {}  # ordered by the time when they are due
         self._new: dict[bytes, Fold] = {}
-        self.crowded_out = 0
-        """Records of a kind that there was no room for."""
+        self._dropped = 0
 
     def add(self, record: bytes, now: float) -> None:
-        """Takes one record."""
+        """Adds a record to its fold. It is only counted if it would need one fold more than MAX_FOLDS."""
         key = self._key(record)
         fold = self._open.get(key)
         if fold is not None:
             self._join(fold, record)
-        elif len(self._open) >= KINDS:
-            self.crowded_out += 1
+        elif len(self._open) >= MAX_FOLDS:
+            self._dropped += 1
         else:
             fold = Fold(key, record, now + WINDOW_S, {self._process(record)})
             self._open[key] = self._new[key] = fold
@@ -58,22 +57,27 @@ class Folding:
             fold.first = record
         fold.last = record
         fold.count += 1
-        if len(fold.processes) < PROCESSES:
+        if len(fold.processes) < MAX_PROCESSES:
             fold.processes.add(self._process(record))
 
-    def fresh(self) -> list[Fold]:
-        """The kinds that were first seen since the last call, with what came of them so far."""
+    def take_dropped(self) -> int:
+        """The number of records since the last call that no fold had space for."""
+        dropped, self._dropped = self._dropped, 0
+        return dropped
+
+    def take_new(self) -> list[Fold]:
+        """The folds that began since the last call."""
         found = list(self._new.values())
         self._new.clear()
         return found
 
-    def came_out(self, fold: Fold) -> None:
-        """What the fold held was told; what comes now is told when it falls due."""
+    def mark_emitted(self, fold: Fold) -> None:
+        """Empties a fold whose records were emitted. Later ones are due at the end of its window."""
         fold.count = 0
         fold.processes.clear()
 
-    def due(self, now: float) -> list[Fold]:
-        """Folds whose window is over and which hold something. A kind of which nothing came is forgotten."""
+    def take_due(self, now: float) -> list[Fold]:
+        """Removes the folds whose window is over, and returns those that hold records."""
         found: list[Fold] = []
         for fold in list(self._open.values()):
             if fold.due > now:
@@ -83,39 +87,39 @@ class Folding:
                 found.append(fold)
         return found
 
-    def again(self, fold: Fold, now: float) -> None:
-        """Begins another window for a kind that was told: it may go on."""
-        self.came_out(fold)
+    def reopen(self, fold: Fold, now: float) -> None:
+        """Begins another window for a fold that was due and was emitted."""
+        self.mark_emitted(fold)
         fold.due = now + WINDOW_S
         self._open[fold.key] = fold
 
-    def rest(self) -> list[Fold]:
-        """Everything that has not come out, at the end."""
+    def take_all(self) -> list[Fold]:
+        """Removes all folds, due or not, and returns those that hold records."""
         found = [fold for fold in self._open.values() if fold.count]
         self._open.clear()
         self._new.clear()
         return found
 
     def next_due(self) -> float:
-        """When due() has something to do next; infinity when nothing is held."""
+        """When take_due() should be called next; infinity when there is no fold."""
         first = next(iter(self._open.values()), None)
         return float("inf") if first is None else first.due
 
 
-LINES_A_SECOND = 100
+LINES_PER_SECOND = 100
 
 
-class Rate:
-    """At most ``LINES_A_SECOND`` lines within any second. ``spared`` of them are kept for others."""
+class RateLimit:
+    """At most LINES_PER_SECOND lines within any second."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque()
 
-    def take(self, now: float, spared: int = 0) -> bool:
-        """True when one more line may go out now."""
+    def take(self, now: float, reserved: int = 0) -> bool:
+        """True when one more line may be printed now, with ``reserved`` lines left for others within this second."""
         while self._times and self._times[0] <= now - 1.0:
             self._times.popleft()
-        if len(self._times) >= LINES_A_SECOND - spared:
+        if len(self._times) >= LINES_PER_SECOND - reserved:
             return False
         self._times.append(now)
         return True

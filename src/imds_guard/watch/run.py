@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Denials as they happen: one watch reads the kernel's ring buffer, others follow it, and one of them takes over.
-
-The reader looks ten times a second while records come, more often in a flood, and once a second at the guard itself;
-otherwise it sleeps in poll(2).
-"""
+"""Runs a watch: one leader reads a guard's ring buffer, the others follow it, and one of them takes its place."""
 
 from __future__ import annotations
 
@@ -16,119 +12,136 @@ from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.errors import GuardError
 from imds_guard.kernel import lockfile
 from imds_guard.watch.event import as_json
-from imds_guard.watch.leader import FINISH_S, Ended, Reader, Wish, require_ebpf
-from imds_guard.watch.output import FULL, Followers, Lead, Outlet
+from imds_guard.watch.followers import MAX_FOLLOWERS, TOO_MANY, Followers, LeaderConnection
+from imds_guard.watch.leader import FINISH_S, Leader
+from imds_guard.watch.line_queue import LineQueue
+from imds_guard.watch.options import WatchOptions, require_ebpf
+from imds_guard.watch.output import Output
+from imds_guard.watch.stop_signal import StopSignal
 
-_AGAIN_S = 0.2
+_RETRY_S = 0.2
 
 
-def watch(wish: Wish, outlet: Outlet, started: Callable[[], object]) -> None:
-    """Tells ``outlet`` of denials until SIGTERM or SIGINT, or until nobody reads it.
+def watch(options: WatchOptions, queue: LineQueue, started: Callable[[], object]) -> None:
+    """Writes events to ``queue`` until SIGTERM or SIGINT, or until nobody reads it.
 
-    ``started`` is called when it reads, or follows. Raises Unsupported under iptables, which tells nobody of denials.
+    ``started`` is called once it leads or follows. Raises Unsupported when the iptables backend is in force, which
+    reports no denials.
     """
-    require_ebpf(wish.cgroup)
-    place = PinLocation.of(wish.cgroup)
-    with Ended() as ended:
-        if wish.once:
-            _read_once(place, wish, outlet)
+    require_ebpf(options.cgroup)
+    location = PinLocation.of(options.cgroup)
+    with StopSignal() as stop:
+        if options.once:
+            _read_once(location, options, queue)
             return
-        while not ended.now:
-            held = lockfile.attempt(_lock_name(place))
-            if held is not None:
+        while not stop.received:
+            lock_fd = lockfile.attempt(_lock_name(location))
+            if lock_fd is not None:
                 try:
-                    _lead(place, wish, outlet, ended, started)
+                    _lead(location, options, queue, stop, started)
                 finally:
-                    _let_go(place, held)
+                    _release(location, lock_fd)
                 return
-            lead = Lead.find(_socket_path(place), wish.allowed)
-            if lead is not None:
+            leader = LeaderConnection.open(_socket_path(location), options.allowed)
+            if leader is not None:
                 started()
-                _follow(lead, outlet, ended)
-            elif not ended.now:
-                select.select([ended], [], [], _AGAIN_S)  # the other one is about to listen, or to end
+                _follow(leader, queue, stop)
+            elif not stop.received:
+                select.select([stop], [], [], _RETRY_S)  # the leader is about to listen, or to end
 
 
-def _lock_name(place: PinLocation) -> str:
-    return f"watch-{place.name}"
+def _lock_name(location: PinLocation) -> str:
+    return f"watch-{location.name}"
 
 
-def _socket_path(place: PinLocation) -> str:
-    return os.path.join(lockfile.FOLDER, f"watch-{place.name}.sock")
+def _socket_path(location: PinLocation) -> str:
+    return os.path.join(lockfile.FOLDER, f"watch-{location.name}.sock")
 
 
-def _let_go(place: PinLocation, held: int) -> None:
-    if not place.is_root:
-        lockfile.forget(_lock_name(place))
-    os.close(held)
+def _release(location: PinLocation, lock_fd: int) -> None:
+    if not location.is_root:
+        lockfile.forget(_lock_name(location))
+    os.close(lock_fd)
 
 
 # --- following ------------------------------------------------------------------------------------------------------
 
 
-def _follow(lead: Lead, outlet: Outlet, ended: Ended) -> None:
-    """Prints what another watch reads; returns when that one is gone, or it is time to end."""
-    import json  # noqa: PLC0415 -- only followers read JSON
-
+def _follow(leader: LeaderConnection, queue: LineQueue, stop: StopSignal) -> None:
+    """Prints the leader's events. Returns when the leader is gone, or ``stop`` is received."""
     try:
-        while not ended.now:
-            waiting = select.poll()
-            waiting.register(ended, select.POLLIN)
-            waiting.register(outlet.fd, select.POLLOUT if outlet.pending else 0)
-            if not outlet.pending:
-                waiting.register(lead, select.POLLIN)
-            ready = dict(waiting.poll())
-            lines = lead.read() if lead.fileno() in ready else []
+        while not stop.received:
+            ready = _wait(leader, queue, stop)
+            lines = leader.read_lines() if leader.fileno() in ready else []
             if lines is None:
                 return
-            for line in lines:
-                values = json.loads(line)
-                if values["event"] == FULL:
-                    raise GuardError(
-                        "following the watch that runs already: it has too many followers; end one of them"
-                    )
-                outlet.put(values)
-            if not outlet.push() or ready.get(outlet.fd, 0) & (select.POLLERR | select.POLLHUP):
-                ended.now = True
+            _put(lines, queue)
+            if not queue.push() or ready.get(queue.fd, 0) & (select.POLLERR | select.POLLHUP):
+                stop.received = True
     finally:
-        lead.close()
-        outlet.finish(FINISH_S if ended.now else 0)
+        leader.close()
+        queue.finish(FINISH_S if stop.received else 0)
+
+
+def _wait(leader: LeaderConnection, queue: LineQueue, stop: StopSignal) -> dict[int, int]:
+    """Reads from the leader only while nothing is pending, so that a slow reader holds up the leader's queue for us."""
+    poll = select.poll()
+    poll.register(stop, select.POLLIN)
+    poll.register(queue.fd, select.POLLOUT if queue.pending else 0)
+    if not queue.pending:
+        poll.register(leader, select.POLLIN)
+    return dict(poll.poll())
+
+
+def _put(lines: list[bytes], queue: LineQueue) -> None:
+    import json  # noqa: PLC0415 -- only followers read JSON
+
+    for line in lines:
+        values = json.loads(line)
+        if values["event"] == TOO_MANY:
+            raise GuardError(
+                f"following the imds-guard watch that reads the ring buffer: it has {MAX_FOLLOWERS} followers, which "
+                "is the maximum; end one of them"
+            )
+        queue.put(values)
 
 
 # --- leading --------------------------------------------------------------------------------------------------------
 
 
-def _lead(place: PinLocation, wish: Wish, outlet: Outlet, ended: Ended, started: Callable[[], object]) -> None:
-    followers = Followers(_socket_path(place), as_json)
-    reader = Reader(place, wish, outlet, followers)
+def _lead(
+    location: PinLocation, options: WatchOptions, queue: LineQueue, stop: StopSignal, started: Callable[[], object]
+) -> None:
+    followers = Followers(_socket_path(location), as_json)
+    leader = Leader(location, options, Output(queue, options.allowed, followers))
     try:
-        reader.look(time.monotonic())
+        leader.check_guard(time.monotonic())
         started()
-        while not ended.now:
-            if not reader.turn(ended):
+        while not stop.received:
+            if not leader.turn(stop):
                 break
-        reader.drain(time.monotonic())
+        leader.drain(time.monotonic())
     finally:
-        reader.close()
+        leader.close()
         followers.close()
 
 
-def _read_once(place: PinLocation, wish: Wish, outlet: Outlet) -> None:
-    held = lockfile.attempt(_lock_name(place))
-    if held is None:
+def _read_once(location: PinLocation, options: WatchOptions, queue: LineQueue) -> None:
+    lock_fd = lockfile.attempt(_lock_name(location))
+    if lock_fd is None:
         raise GuardError(
-            "reading what is in the ring buffer: another imds-guard watch runs and takes it out; leave --once away to "
-            "follow it"
+            "reading the ring buffer once: another imds-guard watch reads it; run imds-guard watch without --once to "
+            "follow that one"
         )
     try:
-        reader = Reader(place, wish, outlet, None)
+        leader = Leader(location, options, Output(queue, options.allowed, None))
         try:
-            reader.look(time.monotonic())
-            if reader.source is None:
-                raise GuardError("reading what is in the ring buffer: imds-guard is not active; run imds-guard start")
-            while reader.drain(time.monotonic()):
+            leader.check_guard(time.monotonic())
+            if leader.source is None:
+                raise GuardError("reading the ring buffer once: imds-guard is not active; run imds-guard start first")
+            while leader.drain(time.monotonic()):
                 pass
         finally:
-            reader.close()
+            leader.close()
     finally:
-        _let_go(place, held)
+        _release(location, lock_fd)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of denials, as text and as values for JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+from imds_guard.policy.model import Mode
+from imds_guard.text import and_more, count_of, escaped, host_port
+from imds_guard.watch.process_info import NameCache, decoded
+from imds_guard.watch.timestamps import iso_time_of
+
+if TYPE_CHECKING:
+    from imds_guard.backends.ebpf.report import Report, Row
+    from imds_guard.commands.report import ReportResult, Suggestion
+
+MAX_ROWS = 40
+"""More rows or commands are only in the JSON."""
+MAX_CONFIG_LINES = 400
+"""A longer configuration is only in the JSON."""
+MAX_WIDTH = 80
+_MIN_COLUMN = 12
+_GAP = "  "
+_AUDIT_NOTE = "audit mode denies nobody: when everyone who needs access is on an allowlist, start with --mode enforce"
+_HEAD = ("WHO, LOCK", "WHY, HOW OFTEN", "FIRST TO, BY", "FIRST, LAST (UTC)")
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+def report_values(result: ReportResult) -> dict[str, Any]:
+    """The report for JSON."""
+    names = NameCache()
+    return {
+        "mode": result.report.mode.value,
+        "generation": result.report.generation,
+        "change": result.report.serial,
+        "overflow": result.report.overflow,
+        "rows": [_row_values(row, names) for row in result.report.rows],
+        "allow": [{"command": command, "denials": count} for command, count in result.suggestion.commands],
+        "config": result.suggestion.config or None,
+        "notes": list(result.notes),
+    }
+
+
+def _row_values(row: Row, names: NameCache) -> dict[str, Any]:
+    return {
+        "lock": row.lock,
+        "user": escaped(names.user(row.fsuid)),
+        "uid": row.fsuid,
+        "reason": row.reason.label,
+        "count": row.count,
+        "first": iso_time_of(row.first_ns),
+        "last": iso_time_of(row.last_ns),
+        "address": str(row.address),
+        "port": row.port,
+        "protocol": None if row.protocol is None else row.protocol.value,
+        "comm": escaped(decoded(row.comm)),
+    }
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def report_lines(result: ReportResult) -> list[str]:
+    """The title, the table, the notes, and how to let the callers through."""
+    report = result.report
+    return [
+        *_title(report),
+        "",
+        *_rows(report),
+        *_overflow(report),
+        *_notes(result),
+        *_suggestion(result.suggestion),
+    ]
+
+
+def _title(report: Report) -> list[str]:
+    audit = report.mode is Mode.AUDIT
+    who = "Who would have been denied" if audit else "Who was denied"
+    since = f"{who} since the policy in force was set{' (audit mode)' if audit else ''}."
+    return [since, "A change of policy begins a new report."]
+
+
+def _rows(report: Report) -> list[str]:
+    if not report.rows:
+        return ["nobody yet"]
+    names = NameCache()
+    table = _table([_cells(row, names) for row in report.rows[:MAX_ROWS]])
+    more = and_more(len(report.rows), MAX_ROWS, "")
+    return [*table, f"{more} (--json has them all)"] if more else table
+
+
+def _overflow(report: Report) -> list[str]:
+    if not report.overflow:
+        return []
+    return ["", f"{count_of(report.overflow, 'denial')} did not fit into the report since the guard was started."]
+
+
+def _notes(result: ReportResult) -> list[str]:
+    notes = [*result.notes, *([_AUDIT_NOTE] if result.report.mode is Mode.AUDIT else [])]
+    return ["", *(f"note: {note}" for note in notes)] if notes else []
+
+
+def _suggestion(suggestion: Suggestion) -> list[str]:
+    if not suggestion.commands:
+        return []
+    lines = ["", "To let them through, run the lines of those who should have access:", ""]
+    lines += [f"  {command}    # {count}" for command, count in suggestion.commands[:MAX_ROWS]]
+    more = and_more(len(suggestion.commands), MAX_ROWS, "")
+    lines += [f"  # {more}"] if more else []
+    config = suggestion.config.splitlines()
+    if len(config) > MAX_CONFIG_LINES:
+        return [*lines, "", f"A configuration file for all of them has {len(config)} lines: --json has it."]
+    return [*lines, "", "The same for all of them, as a configuration file:", "", *config]
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+Cell = tuple[str, str]
+"""Two lines."""
+
+
+def _cells(row: Row, names: NameCache) -> tuple[Cell, ...]:
+    name = escaped(names.user(row.fsuid))
+    who = name if name == str(row.fsuid) else f"{name} ({row.fsuid})"
+    protocol = "" if row.protocol is None else f" {row.protocol.value}"
+    times = "once" if row.count == 1 else f"{row.count:,} times"
+    return (
+        (who, row.lock or "no lock"),
+        (row.reason.label, times),
+        (f"{host_port(row.address, row.port)}{protocol}", escaped(decoded(row.comm))),
+        (_seconds(row.first_ns), _seconds(row.last_ns)),
+    )
+
+
+def _seconds(boot_ns: int) -> str:
+    return iso_time_of(boot_ns)[: len("2026-11-21T07:40:00")].replace("T", " ")
+
+
+def _table(rows: list[tuple[Cell, ...]]) -> list[str]:
+    """Two lines a row, in columns. Where that is wider than MAX_WIDTH, long cells are broken into more lines."""
+    lines = [_HEAD, *(line for row in rows for line in zip(*row))]
+    widths = _widths(lines)
+    return [_joined(parts, widths) for line in lines for parts in _broken(line, widths)]
+
+
+def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    """The widths of the columns. In a table that is too wide, the widest column but the last is narrowed."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    while sum(widths) + len(_GAP) * (len(widths) - 1) > MAX_WIDTH:
+        widest = max(range(len(widths) - 1), key=widths.__getitem__)
+        if widths[widest] <= _MIN_COLUMN:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _broken(line: Sequence[str], widths: list[int]) -> list[tuple[str, ...]]:
+    pieces = [[cell[at : at + width] for at in range(0, len(cell), width)] for cell, width in zip(line, widths)]
+    return list(zip_longest(*pieces, fillvalue=""))
+
+
+def _joined(parts: Sequence[str], widths: list[int]) -> str:
+    return _GAP.join(part.ljust(width) for part, width in zip(parts, widths)).rstrip()

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns folded records into events: decodes the last record and looks up its lock and its caller."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from imds_guard.backends.ebpf.record import Record, decode
+from imds_guard.backends.ebpf.record_source import RecordSource
+from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.watch.advice import would_allow
+from imds_guard.watch.cgroup_info import CgroupCache, CgroupInfo
+from imds_guard.watch.event import Values, record_values
+from imds_guard.watch.fold import Fold
+from imds_guard.watch.process_info import UNKNOWN, NameCache, Program, program_of
+from imds_guard.watch.timestamps import iso_time_of, wall_clock
+
+
+class Describer:
+    """Keeps caches and an open directory. Close it."""
+
+    def __init__(self) -> None:
+        self._root = open_cgroup()
+        self._cgroups = CgroupCache(self._root)
+        self._names = NameCache()
+
+    def close(self) -> None:
+        """Closes the directory."""
+        self._root.close()
+
+    def describe(self, fold: Fold, source: RecordSource | None) -> Values:
+        """The event for a fold; without lock and groups when there is no ``source`` to read them from."""
+        record = decode(fold.last)
+        lock = source.lock_name(record) if source is not None else None
+        cgroup = self._cgroups.look_up(record.cgroup_id, record.tgid) if record.tgid else CgroupInfo()
+        values = record_values(record, lock, self._names.user(record.fsuid), cgroup, program_for(record, fold))
+        values.update(count=fold.count, processes=len(fold.processes) if record.tgid else None)
+        if fold.count > 1:
+            values["since"] = iso_time_of(decode(fold.first).time_ns)
+        if record.verdict != "allowed":
+            groups = source.allowed_groups(record) if source is not None else frozenset()
+            values["would_allow"] = would_allow(record.reason, record.fsuid, groups, self._names)
+        return values
+
+
+def program_for(record: Record, fold: Fold) -> Program:
+    """The program of the caller; if the process has ended, its program when the fold was last described."""
+    if not record.tgid:
+        return UNKNOWN
+    program = program_of(record.tgid, wall_clock(record.time_ns))
+    if program != UNKNOWN:
+        fold.note = (record.tgid, program)
+    elif isinstance(fold.note, tuple) and fold.note[0] == record.tgid:
+        return cast(Program, fold.note[1])
+    return program

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text of a report: its table fits a terminal, and nothing is lost where it is long."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import pytest
+
+from imds_guard.backends.ebpf.report import Report, Row
+from imds_guard.commands.report import ReportResult, Suggestion
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.model import Mode, Protocol
+from imds_guard.present.report import MAX_ROWS, MAX_WIDTH, report_lines
+from imds_guard.text import escaped, host_port
+
+UID = 61_001
+
+
+def row(lock: str = "default", address: str = "192.0.2.1", comm: bytes = b"curl") -> Row:
+    target = (ipaddress.ip_address(address), 80, Protocol.TCP)
+    return Row(lock, Reason.UNSPECIFIED_DESTINATION, UID, 1234, 0, 10**9, *target, comm)
+
+
+def lines_of(*rows: Row, mode: Mode = Mode.ENFORCE, overflow: int = 0, commands: int = 0) -> list[str]:
+    suggestion = Suggestion(tuple((f"command {number}", 1) for number in range(commands)), "")
+    return report_lines(ReportResult(Report(1, 1, mode, rows, overflow), suggestion, ()))
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        row(),
+        row(lock="a-lock-with-a-long-name-of-its-own"),
+        row(address="2001:db8:1111:2222:3333:4444:5555:6666"),
+        row("a-lock-with-a-long-name-of-its-own", "2001:db8:1111:2222:3333:4444:5555:6666", b"\x1b" * 15),
+    ],
+)
+def test_the_table_fits_and_has_every_character(one: Row) -> None:
+    lines = lines_of(one)
+    assert max(map(len, lines)) <= MAX_WIDTH
+    head, *table = lines[3:]
+    starts = [head.index(title) for title in ("WHO", "WHY", "FIRST TO", "FIRST, LAST")]
+    columns = ["".join(line[a:b].strip() for line in table) for a, b in zip(starts, [*starts[1:], MAX_WIDTH])]
+    assert columns[0] == f"{UID}{one.lock}"
+    assert columns[1] == "unspecified-destination1,234 times"
+    assert columns[2].replace(" ", "") == f"{host_port(one.address, 80)}tcp{escaped(one.comm.decode())}"
+
+
+def test_a_row_is_two_lines_where_they_fit() -> None:
+    head, first, second = lines_of(row(comm=b"x"))[3:]
+    assert head.split("  ")[0] == "WHO, LOCK"
+    assert first.split()[:4] == [str(UID), "unspecified-destination", "192.0.2.1:80", "tcp"]
+    assert second.split()[:4] == ["default", "1,234", "times", "x"]
+
+
+def test_rows_and_commands_beyond_the_maximum_are_counted() -> None:
+    lines = lines_of(*[row()] * (MAX_ROWS + 2), commands=MAX_ROWS + 3)
+    assert "and 2 more (--json has them all)" in lines
+    assert "  # and 3 more" in lines
+
+
+def test_what_else_it_says() -> None:
+    assert "nobody yet" in lines_of()
+    assert "1 denial did not fit into the report since the guard was started." in lines_of(row(), overflow=1)
+    assert any(line.startswith("note: audit mode denies nobody") for line in lines_of(mode=Mode.AUDIT))

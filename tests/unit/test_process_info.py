@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program of a process, and names of users and groups."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from imds_guard.watch.process_info import UNKNOWN, NameCache, decoded, os_text, program_of
+
+
+def ended_process() -> int:
+    """The ID of a process that has ended."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+def test_a_running_process_has_its_program() -> None:
+    program = program_of(os.getpid(), time.time())
+    assert program.exe == os.path.realpath(sys.executable)
+    assert program.command_line is not None
+
+
+def test_a_process_that_started_later_is_not_the_caller() -> None:
+    """Its ID was used again."""
+    assert program_of(os.getpid(), time.time() - 10**6) == UNKNOWN
+
+
+def test_an_ended_process_is_unknown() -> None:
+    assert program_of(ended_process(), time.time()) == UNKNOWN
+
+
+def test_bytes_that_are_not_utf_8_are_shown_as_escapes() -> None:
+    assert decoded(b"\xff x") == "\\xff x"
+    assert os_text(os.fsdecode(b"/tmp/\xff\xc3\xa4")) == "/tmp/\\xff\u00e4"
+
+
+def test_unknown_users_and_groups_are_numbers() -> None:
+    names = NameCache()
+    assert [names.user(0), names.group(0), names.user(4_000_000_123)] == ["root", "root", "4000000123"]
