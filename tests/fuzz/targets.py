@@ -154,7 +154,7 @@ def btf(octets: bytes) -> None:
         blob = Btf(octets)
         blob.struct_size("cred")
         blob.members("cred")
-        blob.offsets(program._OFFSETS)
+        blob.offsets(program.OFFSETS)
     except Unsupported:
         return
 

@@ -14,7 +14,7 @@ from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.errors import GuardError
 from imds_guard.kernel import btf_encode
-from imds_guard.kernel.compiler import linked, with_steps
+from imds_guard.kernel.compiler import relocated, with_callbacks
 from tests.clang import BPF, clang, sections
 from tests.strategies import patient
 
@@ -40,7 +40,7 @@ def load_constant(value: int) -> bytes:
 def test_a_map_s_number_becomes_its_fd_and_nothing_else_changes() -> None:
     code = instruction(0xB7, 1, 5) + load_map(3) + load_constant(abi.MAP_BASE) + instruction(0x95)
     loaded = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1003) + bytes(8)
-    assert linked(code, {}, abi.MAP_BASE, FDS) == (
+    assert relocated(code, {}, abi.MAP_BASE, FDS) == (
         instruction(0xB7, 1, 5) + loaded + load_constant(abi.MAP_BASE) + instruction(0x95)
     )
 
@@ -50,25 +50,25 @@ def test_a_value_of_the_loader_becomes_a_constant() -> None:
     constant = instruction(LD_IMM64, 7, abi.HOOK_SENDMSG6) + bytes(8)
     fd = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1000) + bytes(8)
     values = {abi.HOOK_PLACEHOLDER: abi.HOOK_SENDMSG6}
-    assert linked(code, values, abi.MAP_BASE, FDS) == constant + fd + instruction(0x95)
+    assert relocated(code, values, abi.MAP_BASE, FDS) == constant + fd + instruction(0x95)
 
 
 def test_the_second_slot_of_a_constant_is_not_taken_for_an_instruction() -> None:
     slots = instruction(LD_IMM64, 1) + load_map(0)[:8] + instruction(0x95)
-    assert linked(slots, {}, abi.MAP_BASE, FDS) == slots
+    assert relocated(slots, {}, abi.MAP_BASE, FDS) == slots
 
 
 @pytest.mark.parametrize("number", [-1, len(Map)])
 def test_a_map_that_is_none_of_ours_is_refused(number: int) -> None:
     with pytest.raises(GuardError, match=f"instruction 1 names an unknown map .{abi.MAP_BASE + number}"):
-        linked(instruction(0xB7) + load_map(number), {}, abi.MAP_BASE, FDS)
+        relocated(instruction(0xB7) + load_map(number), {}, abi.MAP_BASE, FDS)
 
 
 @patient
 @given(parts=st.lists(st.one_of(st.sampled_from(Map), st.integers(-(2**31), 2**31 - 1)), max_size=30))
 def test_every_map_is_replaced_and_no_constant(parts: list[int]) -> None:
     code = b"".join(load_map(part) if isinstance(part, Map) else load_constant(part) for part in parts)
-    fds = linked(code, {}, abi.MAP_BASE, FDS)
+    fds = relocated(code, {}, abi.MAP_BASE, FDS)
     found = [struct.unpack_from("=i", fds, 16 * n + 4)[0] for n in range(len(parts))]
     assert found == [FDS[part] if isinstance(part, Map) else part for part in parts]
 
@@ -87,7 +87,7 @@ def load_function(place: int, register: int = 2) -> bytes:
 def test_a_step_stands_behind_the_function_that_names_it() -> None:
     code = load_constant(100) + load_function(200) + load_function(100, register=3) + instruction(0x95)
     first, second = CONTEXT_FIRST + STEPS[200][1], CONTEXT_FIRST + STEPS[100][1]
-    whole = with_steps("ig_c4", code, STEPS)
+    whole = with_callbacks("ig_c4", code, STEPS)
     assert whole.functions == (("ig_c4", 0), ("ig_second", 7), ("ig_first", 9))
     # "the next instruction is imm further on": what the one at 2 (of two slots) names is at 7, 4 behind the slot 3.
     assert whole.instructions == (
@@ -101,7 +101,7 @@ def test_a_step_stands_behind_the_function_that_names_it() -> None:
 
 
 def test_a_step_that_is_named_twice_stands_there_once() -> None:
-    whole = with_steps("ig_c4", load_function(200) + load_function(200) + instruction(0x95), STEPS)
+    whole = with_callbacks("ig_c4", load_function(200) + load_function(200) + instruction(0x95), STEPS)
     assert whole.functions == (("ig_c4", 0), ("ig_second", 5))
     assert whole.instructions == (
         load_function(4) + load_function(2) + instruction(0x95) + CONTEXT_FIRST + STEPS[200][1]
@@ -110,7 +110,7 @@ def test_a_step_that_is_named_twice_stands_there_once() -> None:
 
 def test_a_program_without_steps_stays_as_it_is() -> None:
     code = load_map(0) + load_constant(100) + instruction(0x95)
-    assert with_steps("ig_eg", code, STEPS) == (code, (("ig_eg", 0),))
+    assert with_callbacks("ig_eg", code, STEPS) == (code, (("ig_eg", 0),))
 
 
 def test_the_types_of_functions_name_them_in_their_order() -> None:
@@ -134,14 +134,14 @@ def code_of_clang(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def compiled_hooks(made: Path, *more: str) -> bytes:
     """The instructions of all functions, one after the other."""
-    offsets = [f"-DIG_OFF_{struct}_{member}=8".upper() for struct, member in program._OFFSETS]
+    offsets = [f"-DIG_OFF_{struct}_{member}=8".upper() for struct, member in program.OFFSETS]
     include = f"-I{BPF}/include/include"
     clang("-target", "bpf", "-O2", *more, *offsets, include, "-c", str(BPF / "imds_guard.bpf.c"), "-o", str(made))
     return sections(made.read_bytes())[".text"]
 
 
 def test_the_hooks_use_every_map_but_the_one_of_names(code_of_clang: bytes) -> None:
-    code = linked(code_of_clang, {abi.HOOK_PLACEHOLDER: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
+    code = relocated(code_of_clang, {abi.HOOK_PLACEHOLDER: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
     used = {
         struct.unpack_from("=i", code, at + 4)[0]
         for at in range(0, len(code), 8)

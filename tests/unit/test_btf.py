@@ -198,8 +198,8 @@ def test_the_eight_ids_of_a_credential_stand_in_a_row(kernel: Btf) -> None:
 
 @on_btf
 def test_every_offset_that_the_hooks_need_is_there(kernel: Btf) -> None:
-    offsets = kernel.offsets(program._OFFSETS)
-    assert set(offsets) == set(program._OFFSETS)
+    offsets = kernel.offsets(program.OFFSETS)
+    assert set(offsets) == set(program.OFFSETS)
     for (name, _), offset in offsets.items():
         assert 0 <= offset < (kernel.struct_size(name) or 0) + (name == "group_info")
 

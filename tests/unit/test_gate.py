@@ -52,7 +52,7 @@ def test_the_types_are_right() -> None:
 def test_the_offsets_are_the_ones_that_the_loader_gives() -> None:
     from imds_guard.backends.ebpf import program
 
-    given = {f"IG_OFF_{struct}_{member}".upper() for struct, member in program._OFFSETS}
+    given = {f"IG_OFF_{struct}_{member}".upper() for struct, member in program.OFFSETS}
     assert set(OFFSETS) <= given
 
 

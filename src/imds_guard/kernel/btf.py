@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the members of the kernel's structs lie, from /sys/kernel/btf/vmlinux.
+"""Reads BTF: the offsets of the members of the kernel's structs, from /sys/kernel/btf/vmlinux.
 
 Format: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
 """
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,29 +16,47 @@ from imds_guard.errors import Unsupported, system_text
 
 PATH = "/sys/kernel/btf/vmlinux"
 
-_MAGIC = 0xEB9F
-_KIND_STRUCT, _KIND_UNION = 4, 5
-# Octets after struct btf_type, by kind: fixed, and for each of vlen elements.
+MAGIC = 0xEB9F
+
+
+class Kind(enum.IntEnum):
+    """BTF_KIND_*: those of which more follows than struct btf_type, and functions."""
+
+    INT = 1
+    ARRAY = 3
+    STRUCT = 4
+    UNION = 5
+    ENUM = 6
+    FUNC = 12
+    FUNC_PROTO = 13
+    VAR = 14
+    DATASEC = 15
+    DECL_TAG = 17
+    ENUM64 = 19
+
+
+# Bytes after struct btf_type, by kind: a fixed number, and a number for each of its vlen elements.
 _EXTRA: dict[int, tuple[int, int]] = {
-    1: (4, 0),  # INT
-    3: (12, 0),  # ARRAY
-    4: (0, 12),  # STRUCT
-    5: (0, 12),  # UNION
-    6: (0, 8),  # ENUM
-    13: (0, 8),  # FUNC_PROTO
-    14: (4, 0),  # VAR
-    15: (0, 12),  # DATASEC
-    17: (4, 0),  # DECL_TAG
-    19: (0, 12),  # ENUM64
+    Kind.INT: (4, 0),
+    Kind.ARRAY: (12, 0),
+    Kind.STRUCT: (0, 12),
+    Kind.UNION: (0, 12),
+    Kind.ENUM: (0, 8),
+    Kind.FUNC_PROTO: (0, 8),
+    Kind.VAR: (4, 0),
+    Kind.DATASEC: (0, 12),
+    Kind.DECL_TAG: (4, 0),
+    Kind.ENUM64: (0, 12),
 }
 _KNOWN_KINDS = 20
-_MOST_LEVELS = 8
-"""Of anonymous structs inside each other; Linux 6.18 has six."""
+"""Kinds from this number on are unknown."""
+_MAX_LEVELS = 8
+"""Levels of anonymous structs inside each other. Linux 6.18 has six."""
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
-    """Raises Unsupported where the block finds that the blob ends too early, or names what is not in it."""
+def _consistent() -> Iterator[None]:
+    """Turns the errors of a blob that ends too early, or refers to something that is not in it, into Unsupported."""
     try:
         yield
     except (struct.error, TypeError, ValueError, IndexError) as error:
@@ -48,7 +67,7 @@ def _whole() -> Iterator[None]:
 
 
 class Member(NamedTuple):
-    """A member of a struct: its name ("" when it is anonymous), the type's ID, its offset in bits."""
+    """A member of a struct. The name of an anonymous one is ""."""
 
     name: str
     type_id: int
@@ -56,21 +75,21 @@ class Member(NamedTuple):
 
 
 class Btf:
-    """The structs of one BTF blob: looked up by name, members by offset."""
+    """The structs of one BTF blob."""
 
     def __init__(self, blob: bytes) -> None:
-        """Raises Unsupported when the blob is no BTF that this reader knows."""
-        if len(blob) < 24 or struct.unpack_from("=H", blob)[0] != _MAGIC:
+        """Raises Unsupported when the blob is not BTF, or has a kind of type that this reader does not know."""
+        if len(blob) < 24 or struct.unpack_from("=H", blob)[0] != MAGIC:
             raise Unsupported(f"reading {PATH}: it does not begin like BTF, so the offsets of the kernel are not known")
         header, type_at, type_len, string_at, string_len = struct.unpack_from("=5I", blob, 4)
         self._types = blob[header + type_at : header + type_at + type_len]
         self._strings = blob[header + string_at : header + string_at + string_len]
-        with _whole():
+        with _consistent():
             self._words = memoryview(self._types).cast("I")
             self._positions = self._walk()
 
     def _walk(self) -> list[int]:
-        """The position of each type in words, by ID; type 0 is void. A kernel has more than 100,000."""
+        """The index of each type in self._words, by ID. Type 0 is void. A kernel has more than 100,000 types."""
         positions, at, words, end = [0], 0, self._words, len(self._words)
         fixed = [3 + _EXTRA.get(kind, (0, 0))[0] // 4 for kind in range(_KNOWN_KINDS)]
         each = [_EXTRA.get(kind, (0, 0))[1] // 4 for kind in range(_KNOWN_KINDS)]
@@ -87,12 +106,12 @@ class Btf:
         return self._strings[offset : self._strings.index(b"\0", offset)].decode()
 
     def _find(self, names: Iterable[str]) -> dict[str, int]:
-        """The IDs of structs, by name; a name that has none is missing."""
+        """Name -> ID, for the names that are structs."""
         wanted = {offset: name for name in names for offset in self._offsets_of(name)}
         found: dict[str, int] = {}
         words = self._words
         for identity, at in enumerate(self._positions[1:], 1):
-            if words[at] in wanted and words[at + 1] >> 24 & 0x1F == _KIND_STRUCT:
+            if words[at] in wanted and words[at + 1] >> 24 & 0x1F == Kind.STRUCT:
                 found.setdefault(wanted[words[at]], identity)
         return found
 
@@ -106,7 +125,7 @@ class Btf:
     def _members(self, identity: int) -> list[Member]:
         at = self._positions[identity] * 4
         word = self._words[self._positions[identity] + 1]
-        if word >> 24 & 0x1F not in (_KIND_STRUCT, _KIND_UNION):
+        if word >> 24 & 0x1F not in (Kind.STRUCT, Kind.UNION):
             return []
         has_bitfields = word >> 31
         members = []
@@ -115,8 +134,8 @@ class Btf:
             members.append(Member(self._text(name_at), type_id, offset & 0xFFFFFF if has_bitfields else offset))
         return members
 
-    def _offset_bits(self, identity: int, name: str, levels: int = _MOST_LEVELS) -> int | None:
-        """Members of anonymous structs and unions count as members of what they are in."""
+    def _offset_bits(self, identity: int, name: str, levels: int = _MAX_LEVELS) -> int | None:
+        """Members of an anonymous struct or union count as members of the struct around it, as in C."""
         for member in self._members(identity) if levels else ():
             if member.name == name:
                 return member.offset_bits
@@ -126,13 +145,13 @@ class Btf:
         return None
 
     def offsets(self, wanted: Iterable[tuple[str, str]]) -> dict[tuple[str, str], int]:
-        """The offset in octets of each (struct, member). Raises Unsupported for one that is not there."""
+        """The offset in bytes of each (struct, member). Raises Unsupported when a struct has no such member."""
         pairs = list(wanted)
-        with _whole():
+        with _consistent():
             structs = self._find({name for name, _ in pairs})
         result = {}
         for name, member in pairs:
-            with _whole():
+            with _consistent():
                 bits = self._offset_bits(structs[name], member) if name in structs else None
             if bits is None or bits % 8:
                 raise Unsupported(
@@ -143,16 +162,16 @@ class Btf:
         return result
 
     def struct_size(self, name: str) -> int | None:
-        """A struct's size in octets, or None."""
-        with _whole():
+        """A struct's size in bytes; None when there is no such struct."""
+        with _consistent():
             identity = self._find([name]).get(name)
             if identity is None:
                 return None
             return self._words[self._positions[identity] + 2]
 
     def members(self, name: str) -> dict[str, int]:
-        """The offsets in octets of a struct's named members; empty when there is no such struct."""
-        with _whole():
+        """Named member -> offset in bytes; empty when there is no such struct."""
+        with _consistent():
             identity = self._find([name]).get(name)
             return {} if identity is None else {m.name: m.offset_bits // 8 for m in self._members(identity) if m.name}
 

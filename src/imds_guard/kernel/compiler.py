@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The only importer of bcc: C in, instructions out.
+"""Compiles C to BPF instructions with bcc, and completes the instructions for the kernel.
 
-bcc compiles and nothing more; maps, loading and links are bpf(2) (kernel/bpf.py). So every version of bcc serves.
+This module alone imports bcc, for the compiler alone: maps, loading and links are calls of bpf(2) (kernel/bpf/). So
+every version of bcc serves.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from imds_guard.kernel.credentials import become
 _LD_IMM64, _PSEUDO_MAP_FD, _PSEUDO_FUNC = 0x18, 1, 4
 _NOBODY = 65534
 _TIMEOUT_S = 600.0
-"""A fifth of a second on a machine of 2022; ten are usual where the processor is emulated."""
+"""Compiling takes a fifth of a second on a machine of 2022, and ten seconds where the processor is emulated."""
 _R1_IS_R2 = struct.pack("=BBhi", 0xBF, 0x21, 0, 0)
 
 
 def has_bcc() -> bool:
-    """True when Python finds bcc; it is not imported, which takes up to a third of a second."""
+    """True when Python finds bcc. It is not imported here: that takes up to a third of a second."""
     return importlib.util.find_spec("bcc") is not None
 
 
@@ -46,55 +47,55 @@ def require_bcc() -> None:
 def compile_functions(
     source: str, include: str, stubs: str, functions: tuple[str, ...], defines: tuple[tuple[str, int], ...]
 ) -> Mapping[str, bytes]:
-    """The instructions (8 octets each) of each function.
+    """The instructions (8 bytes each) of each function.
 
-    ``include`` is the folder of the source's own headers, ``stubs`` the tree that stands in for the kernel's.
+    ``include`` is the folder of the source's own headers, ``stubs`` the tree that replaces the kernel's headers.
     """
     require_bcc()
-    # -g0: bcc asks for debug information, which nobody reads here; the same instructions come out a fifth sooner.
+    # -g0: bcc asks for debug information, which nobody reads here. Without it compiling takes a fifth less time.
     flags = ["-g0", f"-I{include}", *(f"-D{name}={value}" for name, value in defines)]
-    with _environment(BCC_KERNEL_SOURCE=stubs), _stderr_of_c() as words:
-        bcc = _import_bcc(words)
+    with _environment(BCC_KERNEL_SOURCE=stubs), _captured_stderr() as log:
+        bcc = _import_bcc(log)
         try:
-            return run_in_child(lambda: _compile(bcc, source, flags, functions, words), timeout_s=_TIMEOUT_S)
+            return run_in_child(lambda: _compile(bcc, source, flags, functions, log), timeout_s=_TIMEOUT_S)
         except ChildFailed as error:
-            raise _refused(error, words) from error
+            raise _refused(error, log) from error
 
 
-def _import_bcc(words: str) -> ModuleType:
-    """Here and not in each child; and not before, for a change of policy must not pay for it."""
+def _import_bcc(log: str) -> ModuleType:
+    """Imports bcc in this process, once for all children, and no earlier: a change of policy must not wait for it."""
     try:
         import bcc  # noqa: PLC0415
-    except (Exception, SystemExit) as error:  # it loads libbcc, and may be another project's
-        raise _refused(error, words) from error
+    except (Exception, SystemExit) as error:  # it loads libbcc, or is another project of that name
+        raise _refused(error, log) from error
     return bcc  # type: ignore[no-any-return]
 
 
-def _compile(bcc: ModuleType, source: str, flags: list[str], functions: Sequence[str], words: str) -> dict[str, bytes]:
-    """In a child, which has another effective user than root, but root's way with files.
+def _compile(bcc: ModuleType, source: str, flags: list[str], functions: Sequence[str], log: str) -> dict[str, bytes]:
+    """Runs in a child process, which frees the compiler's memory. The child is not root, but can read root's files.
 
-    For root alone libbcc reads every name in /proc/kallsyms, two fifths of the time that our programs take. It would
-    know whether the kernel has bpf_probe_read_kernel(); ours call helpers by number. Source:
-    bcc_procutils_each_ksym() in bcc's src/cc/bcc_proc.c. And what a compiler leaves in memory goes with the child.
+    For root libbcc reads every name in /proc/kallsyms, which takes two fifths of the time. It would learn whether the
+    kernel has bpf_probe_read_kernel(), but our programs call helpers by number. Source: bcc_procutils_each_ksym() in
+    bcc's src/cc/bcc_proc.c.
     """
-    with suppress(OSError):  # without CAP_SETUID it takes longer
+    with suppress(OSError):  # without CAP_SETUID compiling takes longer
         become(uids=(0, _NOBODY, 0), fsuid=0)
     try:
         module = bcc.BPF(text=source.encode(), cflags=flags)
         return {name: bytes(module.dump_func(name.encode())) for name in functions}
-    # bcc raises a bare Exception and leaves the reason on C's stderr.
+    # bcc raises a bare Exception and writes the reason to file descriptor 2.
     except (Exception, SystemExit) as error:
-        raise _refused(error, words) from error
+        raise _refused(error, log) from error
 
 
-def _refused(error: BaseException, words: str) -> Unsupported:
+def _refused(error: BaseException, log: str) -> Unsupported:
     return Unsupported(
-        f"compiling the eBPF programs with bcc: {error}: {_last_words(words)}; please report it with the version of "
+        f"compiling the eBPF programs with bcc: {error}: {_last_lines(log)}; please report it with the version of "
         "bcc and of the kernel"
     )
 
 
-def _last_words(file: str) -> str:
+def _last_lines(file: str) -> str:
     text = Path(file).read_text(errors="replace").strip()
     return "; ".join(text.splitlines()[-6:]) or "it gave no reason"
 
@@ -114,8 +115,8 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stderr_of_c() -> Iterator[str]:
-    """Collects what C code writes to file descriptor 2; yields the name of the file."""
+def _captured_stderr() -> Iterator[str]:
+    """Redirects file descriptor 2, which C code writes to, to a file; yields the file's name."""
     import tempfile  # noqa: PLC0415 -- start-up time: few commands compile
 
     with tempfile.NamedTemporaryFile() as file:
@@ -129,31 +130,32 @@ def _stderr_of_c() -> Iterator[str]:
 
 
 class Program(NamedTuple):
-    """Instructions of several functions, the program itself first: the name of each, and its first instruction."""
+    """A program and the functions behind it: all instructions, and (name, index of the first instruction) of each."""
 
     instructions: bytes
     functions: tuple[tuple[str, int], ...]
 
 
-def with_steps(name: str, instructions: bytes, steps: Mapping[int, tuple[str, bytes]]) -> Program:
-    """A function followed by those that it passes to bpf_loop(), which it names by the keys of ``steps``.
+def with_callbacks(name: str, instructions: bytes, callbacks: Mapping[int, tuple[str, bytes]]) -> Program:
+    """A function, followed by the callbacks that it passes to bpf_loop().
 
-    Each begins with a copy of its second argument, the context, to the first: bcc knows functions of one argument.
-    Encoding: BPF_PSEUDO_FUNC in include/uapi/linux/bpf.h, the distance to the function in instructions.
+    ``callbacks``: the placeholder in the instructions -> the callback's name and instructions. bpf_loop() passes the
+    context as the second argument, but bcc compiles functions of one argument. So each callback begins with r1 = r2.
+    The placeholder becomes the distance to the callback in instructions: BPF_PSEUDO_FUNC in include/uapi/linux/bpf.h.
     """
     code = bytearray(instructions)
     functions = {name: 0}
     for at in _constants(instructions, _PSEUDO_FUNC):
-        step, body = steps[struct.unpack_from("=i", code, at + 4)[0]]
-        if step not in functions:
-            functions[step] = len(code) // 8
+        callback, body = callbacks[struct.unpack_from("=i", code, at + 4)[0]]
+        if callback not in functions:
+            functions[callback] = len(code) // 8
             code += _R1_IS_R2 + body
-        struct.pack_into("=i", code, at + 4, functions[step] - at // 8 - 1)
+        struct.pack_into("=i", code, at + 4, functions[callback] - at // 8 - 1)
     return Program(bytes(code), tuple(functions.items()))
 
 
 def _constants(instructions: bytes, kind: int) -> Iterator[int]:
-    """Where the instructions of two slots are that load a constant of a kind (BPF_PSEUDO_*)."""
+    """Offsets in bytes of the instructions that load a constant of a kind (BPF_PSEUDO_*). Each fills two slots."""
     at = 0
     while at < len(instructions):
         wide = instructions[at] == _LD_IMM64
@@ -162,10 +164,10 @@ def _constants(instructions: bytes, kind: int) -> Iterator[int]:
         at += 16 if wide else 8
 
 
-def linked(instructions: bytes, values: Mapping[int, int], base: int, fds: Sequence[int]) -> bytes:
-    """The same instructions, with the fd of map n where they name map ``base`` + n, and with ``values`` by name.
+def relocated(instructions: bytes, values: Mapping[int, int], base: int, fds: Sequence[int]) -> bytes:
+    """The instructions with their placeholders replaced: ``base`` + n by the fd of map n, others by ``values``.
 
-    Raises GuardError when they name a map that is not ours. Encoding: struct bpf_insn, include/uapi/linux/bpf.h.
+    Raises GuardError for an unknown placeholder. Encoding: struct bpf_insn in include/uapi/linux/bpf.h.
     """
     code = bytearray(instructions)
     for at in _constants(instructions, _PSEUDO_MAP_FD):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf/imds_guard.h in Python: the maps, their records, and how an address is keyed.
+"""The ABI of bpf/imds_guard.h in Python: the maps, their records, the keys of addresses.
 
 Integers are in the machine's byte order, addresses in network byte order. tests/unit/test_abi.py compares sizes and
-offsets with those that clang gives the C structs.
+offsets with those of the C structs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ MEMBER_VALUE = struct.Struct("=I")
 ALLOW, DENY = 1, 2
 MEMBERS = 262144
 
-SMALL_KEY = struct.Struct("=BxH")  # generation, and the number of a list or a lock
+SMALL_KEY = struct.Struct("=BxH")  # generation, number of a list or a lock
 MAX_SEARCHED_GROUPS = 128
 GROUPS = struct.Struct(f"=II{MAX_SEARCHED_GROUPS}I")  # denied, len, gid
 
@@ -132,7 +132,7 @@ SHAPES: dict[Map, bpf.MapShape] = {
 
 
 class HookShape(NamedTuple):
-    """A hook's attach type, what the name of our program there begins with, its number, and its function in C."""
+    """A hook: its attach type, the prefix of our program's name, enum ig_hook, and the function in C."""
 
     attach_type: int
     prefix: str
@@ -149,11 +149,11 @@ HOOKS: dict[str, HookShape] = {
 }
 
 EGRESS = "egress"
-"""The hook that runs for every packet, and is attached under strict alone."""
+"""The hook that runs for every packet. It is attached in strict mode alone."""
 
 
 def needed_hooks(strict: bool) -> tuple[str, ...]:
-    """The hooks that a policy needs."""
+    """The hooks that a policy needs; ``strict`` is its mode."""
     return tuple(name for name in HOOKS if strict or name != EGRESS)
 
 
@@ -161,12 +161,12 @@ VERSION_DIGITS = 8
 
 
 def program_name(hook: str, version: str) -> str:
-    """``ig_c4_0123abcd``: what bpftool shows, and what tells our programs from others'."""
+    """``ig_c4_0123abcd``: bpftool shows it, and it tells our programs from others'."""
     return f"{HOOKS[hook].prefix}_{version}"
 
 
 def version_in_name(hook: str, name: str) -> str | None:
-    """The version in the name of one of our programs, or None for somebody else's program."""
+    """The version in the name of one of our programs; None for a program that is not ours."""
     prefix = HOOKS[hook].prefix + "_"
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
 
@@ -185,20 +185,20 @@ _MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 
 
 def address_bytes(address: Address) -> bytes:
-    """16 octets in network byte order; IPv4 as ``::ffff:a.b.c.d``."""
+    """16 bytes in network byte order; IPv4 as ``::ffff:a.b.c.d``."""
     return _MAPPED_PREFIX + address.packed if address.version == 4 else address.packed
 
 
-def host_bit(octets: bytes) -> int:
-    """ig_host_bit() of 16 octets: an index below 2 ** HOST_BITS_LOG2."""
-    a, b, c, d = struct.unpack("=4I", octets)
+def host_bit(address: bytes) -> int:
+    """ig_host_bit() of address_bytes(): an index below 2 ** HOST_BITS_LOG2."""
+    a, b, c, d = struct.unpack("=4I", address)
     mixed = (a * 0x9E3779B1 + b * 0x85EBCA77 + c * 0xC2B2AE3D + d * 0x27D4EB2F) & 0xFFFFFFFF
     mixed ^= mixed >> 15
     return int((mixed * 0x2C1B3C6D & 0xFFFFFFFF) >> (32 - HOST_BITS_LOG2))
 
 
-def set_bit(words: bytearray, base: int, bit: int) -> None:
-    """Sets a bit of an array of 32-bit words in the machine's byte order that begins at octet ``base``."""
+def set_bit(bitmap: bytearray, base: int, bit: int) -> None:
+    """Sets a bit of a bitmap that begins at byte ``base``: 32-bit words in the machine's byte order."""
     at = base + (bit >> 5) * 4
-    word = struct.unpack_from("=I", words, at)[0]
-    struct.pack_into("=I", words, at, word | 1 << (bit & 31))
+    word = struct.unpack_from("=I", bitmap, at)[0]
+    struct.pack_into("=I", bitmap, at, word | 1 << (bit & 31))

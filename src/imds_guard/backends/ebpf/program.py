@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The hooks' programs: where the source is, which version it is, and how it gets into the kernel."""
+"""The programs of the hooks: where their source is, its version, compiling it, loading them into the kernel."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from imds_guard.errors import GuardError, Unsupported, trying
 from imds_guard.kernel import bpf, btf, compiler
 
 Defines = tuple[tuple[str, int], ...]
+"""Macros for the compiler: (name, value)."""
 
-_OFFSETS = (
+OFFSETS = (
     ("task_struct", "cred"),
     ("task_struct", "flags"),
     ("task_struct", "thread_pid"),
@@ -29,6 +30,7 @@ _OFFSETS = (
     ("user_namespace", "level"),
     ("pid", "level"),
 )
+"""The (struct, member) of the kernel whose offsets the hooks need."""
 
 
 def source_folder() -> Path:
@@ -38,7 +40,7 @@ def source_folder() -> Path:
 
 
 def source_version(defines: Defines = ()) -> str:
-    """8 hexadecimal digits that change with the source of the hooks; part of the programs' names in the kernel."""
+    """8 hexadecimal digits that change with any source of the hooks. They are part of the programs' names."""
     state = hashlib.sha256()
     folder = source_folder()
     for path in sorted(folder.rglob("*.[ch]")):
@@ -50,35 +52,36 @@ def source_version(defines: Defines = ()) -> str:
 
 @functools.cache
 def kernel_offsets() -> Defines:
-    """IG_OFF_* from the running kernel's BTF. Raises Unsupported where it has none that serve."""
-    offsets = btf.read_kernel_btf().offsets(_OFFSETS)
+    """The macros IG_OFF_*, from the running kernel's BTF. Raises Unsupported when they can't be had from it."""
+    offsets = btf.read_kernel_btf().offsets(OFFSETS)
     return tuple((f"IG_OFF_{struct}_{member}".upper(), offset) for (struct, member), offset in offsets.items())
 
 
 def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str, bytes]:
-    """The instructions of the named hooks' functions, nothing yet put in: function -> instructions."""
-    folder, loops = source_folder(), LOOP[0] in defines
+    """The instructions of the functions of these hooks, with placeholders: function -> instructions."""
+    folder = source_folder()
+    callbacks = set(abi.CALLBACKS.values()) if BPF_LOOP[0] in defines else set()
     return compiler.compile_functions(
         (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
         str(folder),
         str(folder / "include"),
-        tuple(sorted({abi.HOOKS[name].function for name in names} | (set(abi.CALLBACKS.values()) if loops else set()))),
+        tuple(sorted({abi.HOOKS[name].function for name in names} | callbacks)),
         kernel_offsets() + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
     )
 
 
 WITHOUT_EGRESS: Defines = (("IG_WITHOUT_EGRESS", 1),)
-"""A third of the time that compiling takes; strict alone has that hook."""
-DIRECT: Defines = (("IG_DIRECT_READS", 1),)
-"""Plain loads from the current task in place of a helper call a word; not every verifier takes them."""
-LOOP: Defines = (("IG_BPF_LOOP", 1),)
-"""Loops by bpf_loop(): loads in a tenth of the time."""
+"""Leaves out the hook that strict mode alone has. It is a third of the time that compiling takes."""
+DIRECT_READS: Defines = (("IG_DIRECT_READS", 1),)
+"""Plain loads from the current task, and not a helper call for each member. Not every verifier accepts them."""
+BPF_LOOP: Defines = (("IG_BPF_LOOP", 1),)
+"""Loops by bpf_loop(): the program loads in a tenth of the time."""
 PLAIN: Defines = (("IG_PLAIN", 1),)
-"""For tests: what serves every kernel, on one that could do better."""
+"""For tests: the form for the oldest kernels, on a kernel that can do better."""
 
 
 def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -> dict[str, int]:
-    """The fd of the named hooks' programs, on the given maps: in the form that this kernel does best with."""
+    """The fds of the programs of these hooks, on the given maps, in the best form that this kernel accepts."""
     version = source_version(defines)
     better = () if PLAIN[0] in defines else better_form()
     if better:
@@ -88,8 +91,8 @@ def load_hooks(names: Sequence[str], map_fds: Sequence[int], defines: Defines) -
 
 
 def better_form() -> Defines:
-    """What this kernel can do that Linux 5.10 can't."""
-    return (DIRECT if probe.knows_current_task() else ()) + (LOOP if probe.knows_loops() else ())
+    """The defines of the best form: for what this kernel can do and Linux 5.10 can't."""
+    return (DIRECT_READS if probe.knows_current_task() else ()) + (BPF_LOOP if probe.knows_loops() else ())
 
 
 def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> dict[str, int]:
@@ -105,12 +108,12 @@ def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence
 
 
 def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:
-    """The fd of a hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
+    """The fd of one hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
     shape = abi.HOOKS[hook]
     name = abi.program_name(hook, version)
-    steps = {place: (step, code[step]) for place, step in abi.CALLBACKS.items() if step in code}
-    whole = compiler.with_steps(name, code[shape.function], steps)
-    instructions = compiler.linked(whole.instructions, {abi.HOOK_PLACEHOLDER: shape.number}, abi.MAP_BASE, map_fds)
+    callbacks = {number: (callback, code[callback]) for number, callback in abi.CALLBACKS.items() if callback in code}
+    whole = compiler.with_callbacks(name, code[shape.function], callbacks)
+    instructions = compiler.relocated(whole.instructions, {abi.HOOK_PLACEHOLDER: shape.number}, abi.MAP_BASE, map_fds)
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
         fd, refusal = bpf.prog_load_explained(instructions, name, shape.attach_type, whole.functions)
     if fd < 0:
