@@ -42,9 +42,7 @@ struct ig_packet {
 	bool unparsable; /* what it carries is unknown */
 };
 
-/*
- * --- what the packet carries --------------------------------------------------------------------------------------
- */
+/* --- what the packet carries ------------------------------------------------------------------------------------ */
 
 ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packet)
 {
@@ -122,9 +120,7 @@ ig_inline bool ig_find_packet_range(__u32 generation, const struct ig_packet *pa
 	return true;
 }
 
-/*
- * --- what may pass without an approved socket ----------------------------------------------------------------------
- */
+/* --- what may pass without an approved socket ------------------------------------------------------------------- */
 
 /* Whether the mark of a socket approves a list; in audit mode the audited connects, too, which were counted then. */
 ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
@@ -227,9 +223,7 @@ ig_inline bool ig_is_harmless(struct __sk_buff *skb, const struct ig_packet *pac
 	return ig_is_time_wait(skb, packet, ipv4, true) || ig_is_time_wait(skb, packet, ipv4, false);
 }
 
-/*
- * --- the decision about a packet -----------------------------------------------------------------------------------
- */
+/* --- the decision about a packet -------------------------------------------------------------------------------- */
 
 /* 1 lets the packet out. 0 drops it, because no approved socket sends it. */
 ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig_packet *packet, bool ipv4)

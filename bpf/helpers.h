@@ -52,7 +52,7 @@ __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #define IG_THIS_HOOK() ((__u32)ig_pseudo(1, IG_HOOK_PLACEHOLDER)) /* becomes a value of enum ig_hook */
 
 /*
- * ig_repeat() calls callback(context) up to times times, at most max, until it returns another value than 0. With
+ * ig_repeat() calls callback(context) until it returns another value than 0, at most min(times, max) times. With
  * bpf_loop() (v5.17) the verifier follows the callback once, and not once for each call. The callback is then a
  * function of its own, which the loader puts behind the program (kernel/compiler.py). It has one argument, since bcc
  * takes further ones for the arguments of a kprobe.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C compiled by clang, and the sections of what comes out."""
+"""Compiles C with clang, and reads the sections of ELF files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INCLUDES = (f"-I{BPF}", f"-I{BPF}/include/include")
 
 
 def clang(*arguments: str) -> None:
-    """Runs clang; what it says of the source fails the test. Skips where there is no clang."""
+    """Runs clang. A warning fails the test. Skips the test where there is no clang."""
     need("clang")
     done = subprocess.run(["clang", *arguments], capture_output=True, text=True, check=False)
     assert not done.stderr, done.stderr

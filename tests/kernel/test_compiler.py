@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who the compiler runs as, and what becomes of its failures. What it makes of our C, the other tests show."""
+"""The user that the compiler runs as, and its failures. Other tests show that the compiled programs are right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[], bytes]], bytes]]:
-    """What comes of compile_functions() where bcc does what one wants, and it is the compiler's only function."""
+    """compile_functions() with a bcc that calls a function of the test and returns its result as the instructions."""
 
     def compile_by(act: Callable[[], bytes]) -> bytes:
         class Module:
@@ -42,14 +42,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[],
     compiler.compile_functions.cache_clear()
 
 
-def test_it_is_not_root_there_and_root_here(compiled: Callable[[Callable[[], bytes]], bytes]) -> None:
-    """libbcc reads all of the kernel's symbols when it is."""
+def test_the_child_is_not_root_and_this_process_is(compiled: Callable[[Callable[[], bytes]], bytes]) -> None:
+    """libbcc reads all of the kernel's symbols when it runs as root."""
     assert compiled(lambda: str(os.geteuid()).encode()) == str(NOBODY).encode()
     assert os.getresuid() == (0, 0, 0)
 
 
-def test_it_reads_what_root_alone_may_read(compiled: Callable[[Callable[[], bytes]], bytes], tmp_path: Path) -> None:
-    """The headers may lie below a home of mode 700."""
+def test_the_child_reads_files_of_root_alone(compiled: Callable[[Callable[[], bytes]], bytes], tmp_path: Path) -> None:
+    """The headers may be below a home folder of mode 700."""
     header = tmp_path / "header.h"
     header.write_bytes(b"root's")
     header.chmod(0o600)
@@ -57,8 +57,8 @@ def test_it_reads_what_root_alone_may_read(compiled: Callable[[Callable[[], byte
     assert compiled(header.read_bytes) == b"root's"
 
 
-def test_its_words_are_in_the_sentence(compiled: Callable[[Callable[[], bytes]], bytes]) -> None:
-    """The last that it wrote to stderr, and that of Python's bcc, which knows no more than that it failed."""
+def test_the_reason_is_in_the_sentence(compiled: Callable[[Callable[[], bytes]], bytes]) -> None:
+    """The last lines on stderr, after the message of Python's bcc, which says only that it failed."""
 
     def fails() -> bytes:
         os.write(2, b"header.h:7: error: no\n")
@@ -71,8 +71,8 @@ def test_its_words_are_in_the_sentence(compiled: Callable[[Callable[[], bytes]],
     )
 
 
-def test_where_it_crashes_we_do_not(compiled: Callable[[Callable[[], bytes]], bytes]) -> None:
-    """A compiler of a hundred megabytes is a process of its own."""
+def test_a_crash_of_the_compiler_is_an_error(compiled: Callable[[Callable[[], bytes]], bytes]) -> None:
+    """The compiler runs in a process of its own."""
 
     def crashes() -> bytes:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -82,10 +82,10 @@ def test_where_it_crashes_we_do_not(compiled: Callable[[Callable[[], bytes]], by
         compiled(crashes)
 
 
-def test_a_bcc_that_can_not_be_imported_is_told(
+def test_a_bcc_that_can_not_be_imported_is_an_error(
     compiled: Callable[[Callable[[], bytes]], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its module is there, and what that loads is not."""
+    """Its module is there, and the library that it loads is not."""
     compiled(lambda: b"")
     compiler.compile_functions.cache_clear()
     monkeypatch.setitem(sys.modules, "bcc", None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bpf/imds_guard.h against backends/ebpf/abi.py: what C lays out is what Python packs."""
+"""bpf/imds_guard.h against backends/ebpf/abi.py: C and Python have the same layouts and constants."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.strategies import patient
 
 HEADER = (BPF / "imds_guard.h").read_text(encoding="utf-8")
 
-# --- what Python says -----------------------------------------------------------------------------------------------
+# --- the layouts of Python ------------------------------------------------------------------------------------------
 
-# The Python struct, and the C members in its order: "gid:128" takes 128 of its values, "pad" is one run of x.
+# The Python struct, and the C members in its order. "gid:128" stands for 128 values, "pad" for a run of x.
 PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_config": (abi.CONFIG, "generation pad"),
     "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest strict pad serial"),
@@ -47,7 +47,7 @@ PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_watch": (abi.WATCH, "log_allowed"),
     "ig_mark": (abi.MARK, "serial fsuid gid list kind container_unchecked pad"),
 }
-# Those that Python puts together without a struct.Struct: the size, and the offset of each member.
+# Structs without a struct.Struct in Python: the size, and the offset of each member.
 ASSEMBLED: dict[str, tuple[int, dict[str, int]]] = {
     "ig_address": (16, {"word": 0}),
     "ig_address_bitmap": (
@@ -168,7 +168,7 @@ def expected_layout(name: str) -> tuple[int, dict[str, int]]:
     return shape.size, layout(shape, members)
 
 
-# --- what C says ----------------------------------------------------------------------------------------------------
+# --- the layouts of C -----------------------------------------------------------------------------------------------
 
 STRUCTS = re.findall(r"^struct (ig_\w+) \{", HEADER, re.MULTILINE)
 COMMENTLESS = re.sub(r"/\*.*?\*/", "", HEADER, flags=re.DOTALL)
@@ -195,7 +195,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def btf(compiled: dict[str, bytes]) -> Btf:
-    """What clang says of the header's structs."""
+    """clang's BTF of the header's structs."""
     return Btf(compiled[".BTF"])
 
 
@@ -232,18 +232,18 @@ def test_the_pins_have_the_names_of_the_first_release() -> None:
 
 
 def test_arrays_have_an_element_for_each_generation_and_reason() -> None:
-    most = {number: shape.max_entries for number, shape in abi.SHAPES.items()}
-    assert most[Map.SETTINGS] == most[Map.ADDRESS_BITMAP] == CONSTANTS["IG_GENERATIONS"]
-    assert most[Map.LISTS] == 2 * CONSTANTS["IG_LISTS"]
-    assert most[Map.MEMBERS] == CONSTANTS["IG_MEMBERS"]
-    assert most[Map.ENDPOINTS] == CONSTANTS["IG_ENDPOINTS"]
-    assert most[Map.LOCKS] == CONSTANTS["IG_LOCKS"]
-    assert most[Map.COUNTERS] == len(Reason) + 2
-    assert most[Map.EVENTS] == CONSTANTS["IG_EVENTS_BYTES"]
-    assert most[Map.REPORT] == CONSTANTS["IG_REPORT_ROWS"]
+    max_entries = {number: shape.max_entries for number, shape in abi.SHAPES.items()}
+    assert max_entries[Map.SETTINGS] == max_entries[Map.ADDRESS_BITMAP] == CONSTANTS["IG_GENERATIONS"]
+    assert max_entries[Map.LISTS] == 2 * CONSTANTS["IG_LISTS"]
+    assert max_entries[Map.MEMBERS] == CONSTANTS["IG_MEMBERS"]
+    assert max_entries[Map.ENDPOINTS] == CONSTANTS["IG_ENDPOINTS"]
+    assert max_entries[Map.LOCKS] == CONSTANTS["IG_LOCKS"]
+    assert max_entries[Map.COUNTERS] == len(Reason) + 2
+    assert max_entries[Map.EVENTS] == CONSTANTS["IG_EVENTS_BYTES"]
+    assert max_entries[Map.REPORT] == CONSTANTS["IG_REPORT_ROWS"]
 
 
-def test_what_the_policy_promises_is_what_the_hooks_search() -> None:
+def test_the_limits_of_the_policy_are_those_of_the_hooks() -> None:
     assert (abi.MAX_SEARCHED_GROUPS, abi.LOCK_NAME_BYTES) == (MAX_SEARCHED_GROUPS, MAX_LOCK_NAME_BYTES + 1)
 
 
@@ -264,19 +264,19 @@ def c_host_bit(tmp_path_factory: pytest.TempPathFactory) -> ctypes._NamedFuncPoi
 
 
 @patient
-@given(octets=st.binary(min_size=16, max_size=16))
-def test_python_and_the_hooks_look_at_the_same_bit(octets: bytes, c_host_bit: ctypes._NamedFuncPointer) -> None:
-    assert abi.host_bit(octets) == c_host_bit(octets)
+@given(address=st.binary(min_size=16, max_size=16))
+def test_python_and_the_hooks_look_at_the_same_bit(address: bytes, c_host_bit: ctypes._NamedFuncPointer) -> None:
+    assert abi.host_bit(address) == c_host_bit(address)
 
 
 @patient
-@given(octets=st.binary(min_size=16, max_size=16))
-def test_the_bit_of_a_host_is_in_the_bitmap(octets: bytes) -> None:
-    assert 0 <= abi.host_bit(octets) < abi.HOST_BYTES * 8
+@given(address=st.binary(min_size=16, max_size=16))
+def test_the_bit_of_a_host_is_in_the_bitmap(address: bytes) -> None:
+    assert 0 <= abi.host_bit(address) < abi.HOST_BYTES * 8
 
 
 def test_set_bit_sets_the_bit_that_the_hooks_test() -> None:
-    words = bytearray(64)
-    abi.set_bit(words, 16, 77)
-    read = struct.unpack("=16I", words)
+    bitmap = bytearray(64)
+    abi.set_bit(bitmap, 16, 77)
+    read = struct.unpack("=16I", bitmap)
     assert [(n, word) for n, word in enumerate(read) if word] == [(4 + (77 >> 5), 1 << (77 & 31))]

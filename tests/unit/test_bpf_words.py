@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instructions and names on their way into the kernel."""
+"""The instructions and the names that the loader gives the kernel."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_map_s_number_becomes_its_fd_and_nothing_else_changes() -> None:
     )
 
 
-def test_a_value_of_the_loader_becomes_a_constant() -> None:
+def test_a_placeholder_of_the_hook_becomes_a_constant() -> None:
     code = load_map(abi.HOOK_PLACEHOLDER - abi.MAP_BASE, register=7) + load_map(0) + instruction(0x95)
     constant = instruction(LD_IMM64, 7, abi.HOOK_SENDMSG6) + bytes(8)
     fd = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1000) + bytes(8)
@@ -59,7 +59,7 @@ def test_the_second_slot_of_a_constant_is_not_taken_for_an_instruction() -> None
 
 
 @pytest.mark.parametrize("number", [-1, len(Map)])
-def test_a_map_that_is_none_of_ours_is_refused(number: int) -> None:
+def test_an_unknown_map_is_refused(number: int) -> None:
     with pytest.raises(GuardError, match=f"instruction 1 names an unknown map .{abi.MAP_BASE + number}"):
         relocated(instruction(0xB7) + load_map(number), {}, abi.MAP_BASE, FDS)
 
@@ -75,7 +75,7 @@ def test_every_map_is_replaced_and_no_constant(parts: list[int]) -> None:
 
 # --- functions that the kernel calls back ---------------------------------------------------------------------------
 
-STEPS = {100: ("ig_first", instruction(0xB7, 0, 1) + instruction(0x95)), 200: ("ig_second", instruction(0x95))}
+CALLBACKS = {100: ("ig_first", instruction(0xB7, 0, 1) + instruction(0x95)), 200: ("ig_second", instruction(0x95))}
 CONTEXT_FIRST = instruction(0xBF, 0x21)  # r1 = r2
 
 
@@ -84,12 +84,12 @@ def load_function(place: int, register: int = 2) -> bytes:
     return instruction(LD_IMM64, PSEUDO_FUNC | register, place) + bytes(8)
 
 
-def test_a_step_stands_behind_the_function_that_names_it() -> None:
+def test_a_callback_follows_the_function_that_passes_it() -> None:
     code = load_constant(100) + load_function(200) + load_function(100, register=3) + instruction(0x95)
-    first, second = CONTEXT_FIRST + STEPS[200][1], CONTEXT_FIRST + STEPS[100][1]
-    whole = with_callbacks("ig_c4", code, STEPS)
+    first, second = CONTEXT_FIRST + CALLBACKS[200][1], CONTEXT_FIRST + CALLBACKS[100][1]
+    whole = with_callbacks("ig_c4", code, CALLBACKS)
     assert whole.functions == (("ig_c4", 0), ("ig_second", 7), ("ig_first", 9))
-    # "the next instruction is imm further on": what the one at 2 (of two slots) names is at 7, 4 behind the slot 3.
+    # The distance counts from the next instruction: the load in slots 2 and 3 has 4, and the function is at 7.
     assert whole.instructions == (
         load_constant(100)
         + load_function(7 - 2 - 1)
@@ -100,30 +100,30 @@ def test_a_step_stands_behind_the_function_that_names_it() -> None:
     )
 
 
-def test_a_step_that_is_named_twice_stands_there_once() -> None:
-    whole = with_callbacks("ig_c4", load_function(200) + load_function(200) + instruction(0x95), STEPS)
+def test_a_callback_that_is_passed_twice_is_there_once() -> None:
+    whole = with_callbacks("ig_c4", load_function(200) + load_function(200) + instruction(0x95), CALLBACKS)
     assert whole.functions == (("ig_c4", 0), ("ig_second", 5))
     assert whole.instructions == (
-        load_function(4) + load_function(2) + instruction(0x95) + CONTEXT_FIRST + STEPS[200][1]
+        load_function(4) + load_function(2) + instruction(0x95) + CONTEXT_FIRST + CALLBACKS[200][1]
     )
 
 
-def test_a_program_without_steps_stays_as_it_is() -> None:
+def test_a_program_without_callbacks_stays_as_it_is() -> None:
     code = load_map(0) + load_constant(100) + instruction(0x95)
-    assert with_callbacks("ig_eg", code, STEPS) == (code, (("ig_eg", 0),))
+    assert with_callbacks("ig_eg", code, CALLBACKS) == (code, (("ig_eg", 0),))
 
 
 def test_the_types_of_functions_name_them_in_their_order() -> None:
     blob = btf_encode.functions(["ig_c4_01234567", "ig_first"])
     strings = blob.split(b"ig_c4_01234567")[0].rindex(b"\0int\0")
-    after_head, int_octets, prototype_octets = 24, 16, 12
-    at = after_head + int_octets + prototype_octets
+    header_size, int_size, prototype_size = 24, 16, 12
+    at = header_size + int_size + prototype_size
     names = [struct.unpack_from("=I", blob, at + 12 * n)[0] + strings for n in range(2)]
     assert [blob[name : blob.index(b"\0", name)] for name in names] == [b"ig_c4_01234567", b"ig_first"]
     assert at + 2 * 12 == strings
 
 
-# --- what clang makes of the hooks ----------------------------------------------------------------------------------
+# --- the hooks as clang compiles them -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +160,12 @@ HELPERS = {
 """include/uapi/linux/bpf.h: those that Linux 5.10 gives programs at these hooks."""
 
 
-def test_the_hooks_call_none_but_helpers_that_every_kernel_gives_them(code_of_clang: bytes) -> None:
+def test_the_hooks_call_only_helpers_that_every_kernel_gives_them(code_of_clang: bytes) -> None:
     calls = {struct.unpack_from("=i", code_of_clang, at + 4)[0] for at in _calls(code_of_clang)}
     assert calls == set(HELPERS)
 
 
-def test_loops_by_the_kernel_call_one_helper_more(tmp_path: Path) -> None:
+def test_bpf_loop_is_one_helper_more(tmp_path: Path) -> None:
     code = compiled_hooks(tmp_path / "hooks.o", "-DIG_BPF_LOOP")
     assert {struct.unpack_from("=i", code, at + 4)[0] for at in _calls(code)} == {*HELPERS, 181}  # bpf_loop()
 
@@ -179,7 +179,7 @@ def _calls(code: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("hook", sorted(abi.HOOKS))
-def test_a_program_s_name_fits_the_kernel_and_tells_its_version(hook: str) -> None:
+def test_a_programs_name_fits_the_kernel_and_has_its_version(hook: str) -> None:
     version = program.source_version()
     name = abi.program_name(hook, version)
     assert len(name) <= 15
@@ -191,7 +191,7 @@ def test_a_program_s_name_fits_the_kernel_and_tells_its_version(hook: str) -> No
 @pytest.mark.parametrize(
     "name", ["", "ig_c4", "ig_c4_", "ig_c4_123", "ig_c4_123456789", "sd_fw_ingress", "ig_c6_12345678"]
 )
-def test_other_people_s_programs_are_not_taken_for_ours(name: str) -> None:
+def test_programs_of_others_are_not_taken_for_ours(name: str) -> None:
     assert abi.version_in_name("connect4", name) is None
 
 
@@ -210,7 +210,7 @@ def source_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_version_changes_with_each_source_and_with_the_defines(source_copy: Path) -> None:
     seen: dict[str, tuple[str, ...]] = {program.source_version(): ("as it is",)}
-    seen[program.source_version((("IG_TEST_DELAY", 1),))] = ("widened",)
+    seen[program.source_version((("IG_TEST_DELAY", 1),))] = ("delayed",)
     for name in SOURCES:
         with (source_copy / name).open("a", encoding="utf-8") as file:
             file.write("\n")

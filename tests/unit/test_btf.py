@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BTF reader: against what clang itself says of a struct, against the running kernel, and on broken blobs."""
+"""The BTF reader, compared with clang and with the running kernel, and on broken blobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imds_guard.kernel.btf import Btf
 from tests.clang import compiled_for_bpf
 from tests.strategies import patient
 
-# Types of most kinds stand among the structs that are asked for, so that the reader must step over each.
+# Types of nearly all kinds are between the structs that the tests look up, so the reader must skip each kind.
 SOURCE = r"""
 typedef unsigned int u32;
 enum small { FIRST, SECOND = -3 };
@@ -105,14 +105,14 @@ def test_a_struct_that_is_not_there_has_no_size_and_no_members(blob: bytes) -> N
     assert (Btf(blob).struct_size("nowhere"), Btf(blob).members("nowhere")) == (None, {})
 
 
-def test_a_name_that_ends_like_a_struct_s_is_another(blob: bytes) -> None:
+def test_the_end_of_a_structs_name_is_not_its_name(blob: bytes) -> None:
     assert Btf(blob).struct_size("lain") is None
 
 
 @pytest.mark.parametrize(
     "wanted", [("plain", "nothing"), ("nowhere", "c"), ("bits", "high"), ("small", "FIRST"), ("plain", "")]
 )
-def test_what_has_no_offset_in_octets_is_refused_by_name(wanted: tuple[str, str], blob: bytes) -> None:
+def test_a_member_without_an_offset_in_bytes_is_refused_by_name(wanted: tuple[str, str], blob: bytes) -> None:
     with pytest.raises(Unsupported, match=f"looking up {wanted[1]} of struct {wanted[0]} .*iptables backend"):
         Btf(blob).offsets([wanted])
 
@@ -121,7 +121,7 @@ def test_what_has_no_offset_in_octets_is_refused_by_name(wanted: tuple[str, str]
 
 
 def header(types: bytes, strings: bytes) -> bytes:
-    """struct btf_header and what follows it."""
+    """struct btf_header, the types and the strings."""
     return struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings)) + types + strings
 
 
@@ -188,7 +188,7 @@ def test_structs_of_the_kernel_s_abi_have_the_layout_of_its_headers(kernel: Btf)
 
 
 @on_btf
-def test_the_eight_ids_of_a_credential_stand_in_a_row(kernel: Btf) -> None:
+def test_the_eight_ids_of_a_credential_are_in_a_row(kernel: Btf) -> None:
     """struct cred, include/linux/cred.h: the same order since v2.6.29."""
     names = ("uid", "gid", "suid", "sgid", "euid", "egid", "fsuid", "fsgid")
     offsets = kernel.offsets([("cred", name) for name in names])
@@ -206,12 +206,12 @@ def test_every_offset_that_the_hooks_need_is_there(kernel: Btf) -> None:
 
 @on_btf
 def test_group_info_is_a_count_and_a_row_of_groups(kernel: Btf) -> None:
-    """The search reads the word before gid[0] to no effect: that word must be the struct's own."""
+    """The binary search may read the word before gid[0], without an effect: that word must be in the struct."""
     offsets = kernel.offsets([("group_info", "ngroups"), ("group_info", "gid")])
     assert offsets["group_info", "gid"] == offsets["group_info", "ngroups"] + 4
 
 
-def test_a_kernel_without_btf_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_on_a_kernel_without_btf_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(btf, "PATH", str(tmp_path / "vmlinux"))
     with pytest.raises(Unsupported, match=r"ENOENT .*CONFIG_DEBUG_INFO_BTF.*iptables backend"):
         btf.read_kernel_btf()

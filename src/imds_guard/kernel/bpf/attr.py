@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers and structs of bpf(2), with the kernel's own names. Source: include/uapi/linux/bpf.h.
 
-Each class below that is not an enum is a ctypes struct: a member of ``union bpf_attr``, or what the kernel tells of an
-object. Members that nobody sets are zero, which the kernel takes as "not given". A field ``_fd`` is a file descriptor,
-a field of type c_uint64 that names a buffer is its address.
+Each class below that is not an enum is a ctypes struct: a member of ``union bpf_attr``, or the kernel's description of
+an object. Members that nobody sets are zero, which the kernel takes as "not given". Buffers are given by their address,
+in a field of type c_uint64.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ class EnableStats(ctypes.Structure):
     _fields_ = [("type", c_uint32)]
 
 
-# --- what the kernel tells of an object (BPF_OBJ_GET_INFO_BY_FD) ----------------------------------------------------
+# --- descriptions of objects (BPF_OBJ_GET_INFO_BY_FD) ---------------------------------------------------------------
 
 
 class ProgInfo(ctypes.Structure):

@@ -25,7 +25,7 @@ from imds_guard.kernel.bpf.attr import (
 from imds_guard.kernel.bpf.syscall import address, call
 
 _MAX_PROGRAMS = 1024
-"""Programs of a hook that are asked for; a cgroup has at most BPF_CGROUP_MAX_PROGS (64), include/linux/bpf-cgroup.h."""
+"""Capacity for the IDs of a hook's programs. The maximum is BPF_CGROUP_MAX_PROGS (64), kernel/bpf/cgroup.c."""
 
 
 class LinkDescription(NamedTuple):

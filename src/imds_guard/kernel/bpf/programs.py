@@ -30,7 +30,7 @@ _LOG_BYTES = (1 << 20, 256 << 20)
 1 GiB (UINT_MAX >> 2)."""
 
 _MAX_MAPS = 64
-"""Maps of a program that are asked for."""
+"""Capacity for the IDs of a program's maps."""
 
 
 def prog_load(

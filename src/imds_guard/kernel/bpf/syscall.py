@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The system call bpf(2), and what all its users need: an error with the command's name, the address of a buffer."""
+"""The system call bpf(2), with errors that name the command; addresses of buffers; loading of BTF."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imds_guard.kernel import syscalls
 from imds_guard.kernel.bpf.attr import BtfLoad, Command
 
 _ATTR_BYTES = 512
-"""Size of the buffer that union bpf_attr is passed in. The kernel is told the true size, and may write behind it: Linux
+"""Size of the buffer that union bpf_attr is passed in. The kernel gets the true size, and may write behind it: Linux
 6.18.15 writes query.revision, bytes 56 to 63, also when BPF_PROG_QUERY of a cgroup was given fewer bytes
 (__cgroup_bpf_query(); 6.18.44 and 7.2 do not)."""
 
