@@ -169,9 +169,16 @@ def test_the_page_has_every_method_of_a_backend() -> None:
     assert [row[0].strip("`") for row in rows_of("docs/architecture.md", "backend")] == methods
 
 
+def test_the_page_has_every_part_of_the_program() -> None:
+    rows = rows_of("docs/architecture.md", "program")
+    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
+    assert listed == {path.name for path in (ROOT / "bpf").glob("*.h")}
+
+
 def test_the_code_names_the_kernel_source_that_the_page_says() -> None:
     for sources, _, code in rows_of("docs/architecture.md", "kernel"):
-        paths = [ROOT / "src" / "imds_guard" / name for name in re.findall(r"`([^`]+)`", code)]
+        names = re.findall(r"`([^`]+)`", code)
+        paths = [ROOT / name if name.startswith("bpf/") else ROOT / "src" / "imds_guard" / name for name in names]
         text = "".join(path.read_text(encoding="utf-8") for path in paths)
         assert [source for source in re.findall(r"`([^`]+)`", sources) if source not in text] == []
 
