@@ -53,14 +53,16 @@ def prog_load(
     attr.prog_type = ProgType.CGROUP_SKB if is_egress else ProgType.CGROUP_SOCK_ADDR
     if log is not None:
         attr.log_level, attr.log_size, attr.log_buf = 1, len(log), address(log)
-    if len(functions) < 2:
-        return call(Command.PROG_LOAD, attr)
+    return call(Command.PROG_LOAD, attr) if len(functions) < 2 else _load_with_types(attr, functions)
+
+
+def _load_with_types(attr: ProgLoad, functions: Sequence[tuple[str, int]]) -> int:
     starts = (FuncInfo * len(functions))()
     for number, (_, at) in enumerate(functions):
         starts[number].insn_off, starts[number].type_id = at, btf_encode.FIRST_FUNCTION + number
     attr.func_info, attr.func_info_cnt = address(starts), len(functions)
     attr.func_info_rec_size = ctypes.sizeof(FuncInfo)
-    attr.prog_btf_fd = btf_fd = load_btf(btf_encode.functions([function for function, _ in functions]))
+    attr.prog_btf_fd = btf_fd = load_btf(btf_encode.functions([name for name, _ in functions]))
     try:
         return call(Command.PROG_LOAD, attr)
     finally:
