@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that were there before a policy: real ones, in a sandbox, whose own cgroup is the scope of every cut."""
+"""Real connections that are older than a policy. The scope of every search is the cgroup of a sandbox."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any, Callable
 
 import pytest
 
-from imds_guard.connections.cut import PASSES, look, sweep
+from imds_guard.connections.cut import MAX_SEARCHES, cut_denied, find_denied
 from imds_guard.connections.find import Scope
-from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE, Connection, Sweep
+from imds_guard.connections.values import Connection, CutResult, WhyOpen
 from imds_guard.kernel import children, namespaces, syscalls
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, listen, sockaddr
@@ -35,12 +35,14 @@ from tests.kernel.rules_in_a_sandbox import NO_GROUP
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root"),
-    pytest.mark.skipif(os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container everybody is denied"),
+    pytest.mark.skipif(
+        os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container all callers are denied"
+    ),
 ]
 
 WITHIN_S = 20.0
 MPTCP = 262  # IPPROTO_MPTCP in include/uapi/linux/in.h
-BACKLOG_FULL = 4  # connects that stay in SYN_SENT, at most so many are tried
+MAX_CONNECTS = 4  # until one stays in SYN_SENT
 MAPPED = f"::ffff:{SERVICE}"
 UNLOCKED = "192.0.2.9"
 PORT = 80
@@ -50,13 +52,13 @@ WEB = ((PORT, PORT),)
 def locked(
     *users: int, groups: Sequence[int] = (), mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY
 ) -> Policy:
-    """Port 80 of the service, TCP and UDP, for these alone."""
+    """Locks port 80 of the service, TCP and UDP. Only these users and groups are allowed."""
     endpoints = tuple(Endpoint(ipaddress.ip_network(one), WEB, WEB) for one in (SERVICE, SERVICE_V6))
     lock = Lock("web", endpoints, Identities(frozenset(users), frozenset(groups)))
     return make_policy([lock], mode, containers)
 
 
-# --- people with connections ----------------------------------------------------------------------------------------
+# --- clients ----------------------------------------------------------------------------------------------------------
 
 Open = Callable[[], list[socket.socket]]
 
@@ -74,30 +76,26 @@ def opening(to: str = SERVICE, kind: int = socket.SOCK_STREAM, protocol: int = 0
 
 
 class Client:
-    """A process with connections, which does what it is told over a pair of sockets."""
+    """A process with connections. It is controlled through a pair of sockets."""
 
     def __init__(self, pid: int, line: socket.socket) -> None:
         self.pid = pid
         self._line = line
 
-    def ask(self, word: bytes) -> str:
-        """What the client says to one word."""
-        self._line.send(word)
-        return self._line.recv(4096).decode()
-
-    def speak(self) -> list[str]:
-        """For each of its sockets ``sent``, or the errno."""
-        return self.ask(b"s").split()
+    def write(self) -> list[str]:
+        """Writes to each of its sockets. Returns ``sent`` or the errno for each."""
+        self._line.send(b"w")
+        return self._line.recv(4096).decode().split()
 
 
 def _serve(line: socket.socket, sockets: list[socket.socket]) -> None:
     line.send(b".")
     while line.recv(1):
-        line.send(" ".join(map(_spoken, sockets)).encode() or b"-")
+        line.send(" ".join(map(_written, sockets)).encode() or b"-")
 
 
-def _spoken(one: socket.socket) -> str:
-    """The pending error counts; then a write is tried."""
+def _written(one: socket.socket) -> str:
+    """The pending error of a socket; else the result of a write."""
     pending = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if pending:
         return errno.errorcode[pending]
@@ -125,7 +123,7 @@ class Stage:
         groups: Sequence[int] = (),
         before: Callable[[], object] = lambda: None,
     ) -> Client:
-        """A process of these ids whose sockets are connected when this returns."""
+        """A process with these IDs. Its sockets are connected when this returns."""
         ours, theirs = socket.socketpair()
         ours.settimeout(WITHIN_S)
         self._lines.append(ours)
@@ -142,20 +140,20 @@ class Stage:
         return Client(pid, ours)
 
     def open_to(self, address: str = SERVICE, port: int = PORT) -> int:
-        """How many TCP sockets with a peer there are in the namespace that lead there."""
+        """How many TCP sockets in the namespace are connected to this address and port."""
         wanted = (ipaddress.ip_address(address).packed, port)
         with SockDiag(self.sandbox.netns_fd) as diag:
             found = diag.sockets(family(address), socket.IPPROTO_TCP, CONNECTED)
         return sum((one.remote, one.remote_port) == wanted for one in found)
 
     def close(self) -> None:
-        """Ends what the clients wait for."""
+        """Lets the clients end."""
         for line in self._lines:
             line.close()
 
 
 def _keep_forever(listening: list[socket.socket]) -> None:
-    """Takes every connection and never ends one."""
+    """Accepts every connection and closes none."""
     kept = []
     streams = {one.fileno(): one for one in listening if one.type == socket.SOCK_STREAM}
     poll = select.poll()
@@ -198,19 +196,19 @@ KINDS: dict[str, Open] = {
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
-def test_a_denied_connection_is_cut_and_told(here: Stage, name: str) -> None:
-    """With the process, its user, and both ends; the address is the service's in each family."""
+def test_a_denied_connection_is_cut_and_reported(here: Stage, name: str) -> None:
+    """The report names the process, its user, and both ends; an IPv4-mapped address is shown as IPv4."""
     client = here.client(KINDS[name])
-    done = sweep(locked(ONE), here.scope)
-    assert client.speak() == ["ECONNABORTED"]
+    done = cut_denied(locked(ONE), here.scope)
+    assert client.write() == ["ECONNABORTED"]
     (one,) = done.cut
     assert [(holder.pid, holder.user) for holder in one.holders] == [(client.pid, str(STRANGER))]
     assert one.remote == (ipaddress.ip_address(SERVICE_V6 if "6" in name else SERVICE), PORT)
     assert one.local[0] == one.remote[0]
     assert (one.protocol.value, one.why) == (name[:3], "not-listed in lock 'web'")
-    assert (done.left, done.why_left) == ((), "")
-    assert bool(done.unseen) == bool(namespaces.network_namespaces()[1])
-    assert sweep(locked(ONE), here.scope).cut == ()
+    assert (done.still_open, done.why_open) == ((), None)
+    assert bool(done.errors) == bool(namespaces.network_namespaces()[1])
+    assert cut_denied(locked(ONE), here.scope).cut == ()
 
 
 def test_mptcp_loses_its_subflow(here: Stage) -> None:
@@ -219,18 +217,18 @@ def test_mptcp_loses_its_subflow(here: Stage) -> None:
     except OSError as error:
         pytest.skip(f"this kernel makes no MPTCP socket: {errno.errorcode[error.errno or 0]}")
     client = here.client(opening(protocol=MPTCP))
-    done = sweep(locked(ONE), here.scope)
+    done = cut_denied(locked(ONE), here.scope)
     assert pids(done.cut) == [client.pid]
     assert here.open_to() == 0
 
 
-def test_a_connection_that_is_not_there_yet_is_cut(here: Stage) -> None:
-    """SYN_SENT: nobody takes the connection, since the queue of its listener is full."""
+def test_an_unfinished_connect_is_cut(here: Stage) -> None:
+    """In SYN_SENT: the queue of the listener is full."""
     full = here.sandbox.serve_with(_listen_to_one, lambda _: select.select([], [], []))
     client = here.client(_connects_until_one_waits)
     assert full
-    done = sweep(_other_port(), here.scope)
-    assert set(client.speak()) == {"ECONNABORTED"}
+    done = cut_denied(_other_port(), here.scope)
+    assert set(client.write()) == {"ECONNABORTED"}
     assert set(pids(done.cut)) == {client.pid}
     with SockDiag(here.sandbox.netns_fd) as diag:
         assert diag.sockets(socket.AF_INET, socket.IPPROTO_TCP, (2,)) == []
@@ -248,9 +246,9 @@ def _listen_to_one() -> socket.socket:
 
 
 def _connects_until_one_waits() -> list[socket.socket]:
-    """Non-blocking connects; a listener with a full queue drops the first packet (listen(2))."""
+    """Non-blocking connects. A listener with a full queue drops their first packet (listen(2))."""
     made = []
-    for _ in range(BACKLOG_FULL):
+    for _ in range(MAX_CONNECTS):
         one = socket.socket()
         one.setblocking(False)
         one.connect_ex((SERVICE, 81))
@@ -261,7 +259,7 @@ def _connects_until_one_waits() -> list[socket.socket]:
 
 
 def test_a_half_closed_connection_is_cut(here: Stage) -> None:
-    """It can still be read from."""
+    """A half-closed connection can still be read."""
 
     def half() -> list[socket.socket]:
         (one,) = opening()()
@@ -269,32 +267,32 @@ def test_a_half_closed_connection_is_cut(here: Stage) -> None:
         return [one]
 
     client = here.client(half)
-    assert pids(sweep(locked(ONE), here.scope).cut) == [client.pid]
-    assert client.speak() == ["ECONNABORTED"]
+    assert pids(cut_denied(locked(ONE), here.scope).cut) == [client.pid]
+    assert client.write() == ["ECONNABORTED"]
 
 
-# --- who keeps a connection -----------------------------------------------------------------------------------------
+# --- which connections stay -----------------------------------------------------------------------------------------
 
 
-def test_the_allowed_keep_theirs(here: Stage) -> None:
-    """By user, by primary and by supplementary group."""
+def test_allowed_callers_keep_their_connections(here: Stage) -> None:
+    """Allowed by user, by primary group, and by supplementary group."""
     clients = [
         here.client(opening(), uid=ONE),
         here.client(opening(), gid=STAFF),
         here.client(opening(), groups=(7, STAFF)),
     ]
     denied = here.client(opening())
-    done = sweep(locked(ONE, groups=(STAFF,)), here.scope)
-    assert [client.speak() for client in clients] == [["sent"]] * 3
-    assert (pids(done.cut), denied.speak()) == ([denied.pid], ["ECONNABORTED"])
+    done = cut_denied(locked(ONE, groups=(STAFF,)), here.scope)
+    assert [client.write() for client in clients] == [["sent"]] * 3
+    assert (pids(done.cut), denied.write()) == ([denied.pid], ["ECONNABORTED"])
 
 
-def test_what_is_not_locked_is_left_alone(here: Stage) -> None:
-    """Another address, and another port of the same one."""
+def test_connections_to_unlocked_endpoints_stay(here: Stage) -> None:
+    """To another address, and to another port of the locked address."""
     here.sandbox.serve_with(lambda: _listening_at(SERVICE, 8080), _keep_forever)
     others = [here.client(opening(UNLOCKED)), here.client(opening(port=8080))]
-    assert sweep(locked(), here.scope).cut == ()
-    assert [client.speak() for client in others] == [["sent"]] * 2
+    assert cut_denied(locked(), here.scope).cut == ()
+    assert [client.write() for client in others] == [["sent"]] * 2
 
 
 def _listening_at(address: str, port: int) -> list[socket.socket]:
@@ -304,16 +302,16 @@ def _listening_at(address: str, port: int) -> list[socket.socket]:
     return [one]
 
 
-def test_a_connection_that_came_in_is_left_alone(here: Stage) -> None:
-    """All ports are locked, so the service's own sockets lead to a locked address and port, too."""
+def test_an_incoming_connection_stays(here: Stage) -> None:
+    """All ports are locked, so the remote end of the service's own sockets is locked, too."""
     client = here.client(opening())
     everything = make_policy([Lock("all", (Endpoint(ipaddress.ip_network("192.0.2.0/24"), ALL_PORTS),))])
-    done = sweep(everything, here.scope)
+    done = cut_denied(everything, here.scope)
     assert [(one.remote[1], one.holders[0].pid) for one in done.cut] == [(PORT, client.pid)]
 
 
-def test_one_holder_who_is_not_allowed_is_enough(here: Stage) -> None:
-    """The socket of an allowed user, which a child of another user has inherited."""
+def test_one_denied_holder_is_enough(here: Stage) -> None:
+    """An allowed user has the socket, and a child that runs as another user has inherited it."""
 
     def two() -> list[socket.socket]:
         made = opening()()
@@ -331,17 +329,17 @@ def test_one_holder_who_is_not_allowed_is_enough(here: Stage) -> None:
         return made
 
     client = here.client(two, uid=0)
-    assert sweep(locked(ONE, TWO), here.scope).cut == ()
-    (one,) = sweep(locked(ONE), here.scope).cut
+    assert cut_denied(locked(ONE, TWO), here.scope).cut == ()
+    (one,) = cut_denied(locked(ONE), here.scope).cut
     assert sorted(holder.user for holder in one.holders) == [str(ONE), str(TWO)]
-    assert client.speak() == ["ECONNABORTED"]
+    assert client.write() == ["ECONNABORTED"]
 
 
 @pytest.mark.parametrize(("allowed", "outcome"), [(STRANGER, "sent"), (ONE, "ECONNABORTED")])
-def test_a_socket_that_is_in_flight_is_judged_by_its_maker(here: Stage, allowed: int, outcome: str) -> None:
-    """It lies in the queue of a Unix socket, where no process has a descriptor of it (SCM_RIGHTS in unix(7)).
+def test_a_socket_without_a_holder_is_judged_by_the_user_who_made_it(here: Stage, allowed: int, outcome: str) -> None:
+    """It is in the queue of a Unix socket, where no process has a descriptor of it (SCM_RIGHTS in unix(7)).
 
-    The namespace is none of the host's, where a socket without a process counts as a container's.
+    The policy allows containers: outside the host's network namespace the socket is treated as one of a container.
     """
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -353,14 +351,14 @@ def test_a_socket_that_is_in_flight_is_judged_by_its_maker(here: Stage, allowed:
             return []
 
         here.client(send_away)
-        done = sweep(locked(allowed, containers=Verdict.ALLOW), here.scope)
+        done = cut_denied(locked(allowed, containers=Verdict.ALLOW), here.scope)
         (fd,) = socket.recv_fds(ours, 1, 1)[1]
         with socket.socket(fileno=fd) as arrived:
-            assert _spoken(arrived) == outcome
+            assert _written(arrived) == outcome
         assert [(one.holders, one.user) for one in done.cut] == ([] if outcome == "sent" else [((), str(STRANGER))])
 
 
-def test_without_a_process_and_elsewhere_than_at_home_it_is_a_container_s(here: Stage) -> None:
+def test_outside_the_host_namespace_a_socket_without_a_holder_is_treated_as_a_containers(here: Stage) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
 
@@ -371,21 +369,21 @@ def test_without_a_process_and_elsewhere_than_at_home_it_is_a_container_s(here: 
             return []
 
         here.client(send_away)
-        (one,) = sweep(locked(STRANGER), here.scope).cut
+        (one,) = cut_denied(locked(STRANGER), here.scope).cut
         assert one.why == "container in lock 'web'"
 
 
-def test_a_container_is_denied_whatever_its_ids(here: Stage) -> None:
-    """A process with its own PID namespace; a policy that allows containers judges it by its IDs."""
+def test_a_process_in_a_container_is_denied_whatever_its_ids(here: Stage) -> None:
+    """It has its own PID namespace. A policy that allows containers judges it by its IDs."""
     client = here.client(_in_pid_namespace(opening()), uid=0)
-    assert sweep(locked(0, containers=Verdict.ALLOW), here.scope).cut == ()
-    (one,) = sweep(locked(0), here.scope).cut
+    assert cut_denied(locked(0, containers=Verdict.ALLOW), here.scope).cut == ()
+    (one,) = cut_denied(locked(0), here.scope).cut
     assert one.why == "container in lock 'web'"
-    assert client.speak() == ["ECONNABORTED"]
+    assert client.write() == ["ECONNABORTED"]
 
 
 def _in_pid_namespace(made: Open) -> Open:
-    """The connection is handed to a first process of a new PID namespace; ours drops it."""
+    """Hands the connection to the first process of a new PID namespace, and closes its own descriptor."""
 
     def work() -> list[socket.socket]:
         syscalls.unshare(syscalls.CLONE_NEWPID)
@@ -394,14 +392,14 @@ def _in_pid_namespace(made: Open) -> Open:
         child = children.fork(lambda: (theirs.send(b"."), select.select([], [], [])))
         assert child
         assert ours.recv(1) == b"."
-        # The client speaks through a copy that is in flight between whiles, so that the child is its only holder.
+        # The client keeps its copy in the queue of a Unix socket, so that the child is the only holder.
         return [_Lent(one, *socket.socketpair())]  # type: ignore[list-item]
 
     return work
 
 
 class _Lent:
-    """A socket that its process holds only while it speaks."""
+    """A socket that its process holds only while it writes."""
 
     def __init__(self, one: socket.socket, mine: socket.socket, other: socket.socket) -> None:
         self._mine, self._other = mine, other
@@ -422,35 +420,35 @@ class _Lent:
             return one.send(text)
 
 
-# --- what is asked for ----------------------------------------------------------------------------------------------
+# --- what is requested ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [KEPT, AUDIT])
-def test_what_is_kept_is_named_and_stays(here: Stage, keep: str) -> None:
+@pytest.mark.parametrize("keep", [WhyOpen.KEPT, WhyOpen.AUDIT])
+def test_connections_to_keep_are_reported_and_stay(here: Stage, keep: WhyOpen) -> None:
     client = here.client(opening())
-    done = sweep(locked(ONE), here.scope, keep)
-    assert (pids(done.left), done.cut, done.why_left) == ([client.pid], (), keep)
-    assert client.speak() == ["sent"]
+    done = cut_denied(locked(ONE), here.scope, keep)
+    assert (pids(done.still_open), done.cut, done.why_open) == ([client.pid], (), keep)
+    assert client.write() == ["sent"]
 
 
-def test_a_look_touches_nothing(here: Stage) -> None:
+def test_find_denied_cuts_nothing(here: Stage) -> None:
     client = here.client(opening())
-    assert pids(look(locked(ONE), here.scope).left) == [client.pid]
-    assert client.speak() == ["sent"]
+    assert pids(find_denied(locked(ONE), here.scope).still_open) == [client.pid]
+    assert client.write() == ["sent"]
 
 
-def test_sockets_of_another_cgroup_are_left_alone(here: Stage) -> None:
-    """A subtree is the scope; what was made outside it is none of its business."""
+def test_sockets_of_another_cgroup_stay(here: Stage) -> None:
+    """The scope is one cgroup with those below it."""
     with Sandbox() as elsewhere:
         client = here.client(opening())
-        assert sweep(locked(), Scope(elsewhere.cgroup)).cut == ()
-        assert client.speak() == ["sent"]
+        assert cut_denied(locked(), Scope(elsewhere.cgroup)).cut == ()
+        assert client.write() == ["sent"]
     below = os.path.join(here.sandbox.cgroup, "below")
     os.mkdir(below)
     try:
         inner = here.client(opening(), before=lambda: _join(below))
-        assert pids(sweep(locked(), Scope(below)).cut) == [inner.pid]
-        assert pids(sweep(locked(), here.scope).cut) == [client.pid]
+        assert pids(cut_denied(locked(), Scope(below)).cut) == [inner.pid]
+        assert pids(cut_denied(locked(), here.scope).cut) == [client.pid]
     finally:
         os.kill(inner.pid, 9)
         _wait_until(lambda: _is_empty(below))
@@ -470,31 +468,31 @@ def _is_empty(cgroup: str) -> bool:
 def _wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WITHIN_S
     while not true():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         select.select([], [], [], 0.005)
 
 
-# --- where it is looked ---------------------------------------------------------------------------------------------
+# --- where it searches ---------------------------------------------------------------------------------------------
 
 
-def test_every_namespace_is_looked_into_and_named(here: Stage) -> None:
-    """This one first; the sandbox's is there by its processes. With one namespace alone nothing in it is found."""
+def test_every_namespace_is_searched_and_reported(here: Stage) -> None:
+    """Its own namespace first. The sandbox's is found through its processes, unless only its own is searched."""
     client = here.client(opening())
-    done = look(locked(), here.scope)
+    done = find_denied(locked(), here.scope)
     theirs = os.fstat(here.sandbox.netns_fd).st_ino
-    assert done.looked_into[0].inode == os.stat("/proc/thread-self/ns/net").st_ino
-    assert theirs in [namespace.inode for namespace in done.looked_into]
-    assert [one.namespace for one in done.left] == [theirs]
-    alone = look(locked(), Scope(here.sandbox.cgroup, every_namespace=False))
-    assert (len(alone.looked_into), alone.left) == (1, ())
-    assert client.speak() == ["sent"]
+    assert done.searched[0].inode == os.stat("/proc/thread-self/ns/net").st_ino
+    assert theirs in [namespace.inode for namespace in done.searched]
+    assert [one.namespace for one in done.still_open] == [theirs]
+    alone = find_denied(locked(), Scope(here.sandbox.cgroup, every_namespace=False))
+    assert (len(alone.searched), alone.still_open) == (1, ())
+    assert client.write() == ["sent"]
 
 
 def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: Any) -> None:
-    """As ``ip netns add`` leaves one."""
+    """``ip netns add`` makes such a namespace."""
 
     def work() -> bool:
-        syscalls.unshare(0x00020000)  # CLONE_NEWNS: the mount is ours alone
+        syscalls.unshare(0x00020000)  # CLONE_NEWNS: so that nobody else sees the mount
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mount(b"none", b"/", None, ctypes.c_ulong(1 << 18 | 1 << 14), None) == 0  # MS_PRIVATE | MS_REC
         place = tmp_path / "kept"
@@ -517,69 +515,72 @@ def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: An
         children.end(child)
         found = {one.inode: one for one in namespaces.network_namespaces()[0]}
         assert (found[inode].path, found[inode].pid) == (str(place), None)
-        looked = look(locked(), Scope("/sys/fs/cgroup/none"))
-        return inode in [one.inode for one in looked.looked_into]
+        done = find_denied(locked(), Scope("/sys/fs/cgroup/none"))
+        return inode in [one.inode for one in done.searched]
 
     assert children.run_in_child(work)
 
 
-def test_a_namespace_that_refuses_is_named(here: Stage) -> None:
-    """setns(2) takes CAP_SYS_ADMIN; without it nothing is said to have been looked into but our own."""
+def test_a_namespace_that_cannot_be_entered_is_reported(here: Stage) -> None:
+    """setns(2) needs CAP_SYS_ADMIN. Without it only our own namespace is searched."""
 
     def work() -> tuple[int, list[str]]:
         without_capabilities(CAP_SYS_ADMIN)
-        done = look(locked(), here.scope)
-        return len(done.looked_into), list(done.unseen)
+        done = find_denied(locked(), here.scope)
+        return len(done.searched), list(done.errors)
 
-    looked_into, unseen = children.run_in_child(work)
-    assert looked_into == 1
-    (words,) = [words for words in unseen if "EPERM" in words]
-    assert words.startswith("entering /proc/")
-    assert words.endswith(": EPERM (Operation not permitted), it takes CAP_SYS_ADMIN")
+    searched, errors = children.run_in_child(work)
+    assert searched == 1
+    (text,) = [text for text in errors if "EPERM" in text]
+    assert text.startswith("entering /proc/")
+    assert text.endswith(": EPERM (Operation not permitted), it takes CAP_SYS_ADMIN")
 
 
 # --- where cutting fails --------------------------------------------------------------------------------------------
 
 
-def test_without_the_privilege_it_is_said_who_stays(here: Stage) -> None:
-    """CAP_NET_ADMIN is what sock_diag_destroy() in Linux asks for."""
+def test_without_the_privilege_the_open_connections_are_reported(here: Stage) -> None:
+    """sock_diag_destroy() in Linux needs CAP_NET_ADMIN."""
     client = here.client(opening())
 
-    def work() -> Sweep:
+    def work() -> CutResult:
         without_capabilities(CAP_NET_ADMIN)
-        return sweep(locked(), here.scope)
+        return cut_denied(locked(), here.scope)
 
     done = children.run_in_child(work)
-    assert (pids(done.left), done.cut, done.why_left) == ([client.pid], (), REFUSED)
-    assert "ending a connection: EPERM (Operation not permitted)" in done.unseen
+    assert (pids(done.still_open), done.cut, done.why_open) == ([client.pid], (), WhyOpen.REFUSED)
+    assert "ending a connection: EPERM (Operation not permitted)" in done.errors
     (warning, *_) = present_connections.connection_warnings(done, strict=False)
     assert warning.startswith(
-        "left 1 open connection that the policy does not allow, the kernel did not end them: end "
+        "left 1 open connection that the policy does not allow, since the kernel did not end them: end "
     )
     assert f"(pid {client.pid}, user {STRANGER})" in warning
-    assert client.speak() == ["sent"]
+    assert client.write() == ["sent"]
 
 
-def test_a_kernel_that_can_not_cut_is_told_from_one_that_will_not(here: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel of the matrix is built without CONFIG_INET_DIAG_DESTROY: what it would answer is put in its mouth."""
+def test_a_kernel_that_cannot_cut_is_reported_as_such(here: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel of the matrix has CONFIG_INET_DIAG_DESTROY, so the error of one without it is simulated."""
 
     def destroy(_: SockDiag, one: Any) -> bool:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     client = here.client(opening())
     monkeypatch.setattr(SockDiag, "destroy", destroy)
-    done = sweep(locked(), here.scope)
-    assert (pids(done.left), done.cut, done.why_left) == ([client.pid], (), UNABLE)
+    done = cut_denied(locked(), here.scope)
+    assert (pids(done.still_open), done.cut, done.why_open) == ([client.pid], (), WhyOpen.UNSUPPORTED)
     (warning, *_) = present_connections.connection_warnings(done, strict=False)
-    assert "this kernel can't end them (CONFIG_INET_DIAG_DESTROY): end the processes, or start with --strict" in warning
+    assert (
+        "this kernel can't end connections (CONFIG_INET_DIAG_DESTROY): end the processes, or start with --strict"
+        in warning
+    )
     (warning, *_) = present_connections.connection_warnings(done, strict=True)
-    assert "their packets are dropped all the same (--strict)" in warning
+    assert "but their packets are dropped (--strict)" in warning
 
 
-def test_one_who_comes_back_again_and_again_ends_the_looking(here: Stage) -> None:
-    """Nothing is in force here that would keep him from it."""
+def test_the_search_ends_although_a_client_connects_again_and_again(here: Stage) -> None:
+    """No policy is in force here that would deny it."""
 
-    def comes_back() -> list[socket.socket]:
+    def connects_again() -> list[socket.socket]:
         def again() -> None:
             while True:
                 (one,) = opening()()
@@ -593,19 +594,19 @@ def test_one_who_comes_back_again_and_again_ends_the_looking(here: Stage) -> Non
         assert child
         return []
 
-    here.client(comes_back)
-    done = sweep(locked(), here.scope)
-    while done.why_left != COME_BACK:  # a look between two of his connections ends it, and may
-        assert done.left == ()
-        done = sweep(locked(), here.scope)
-    assert len(done.cut) >= PASSES
+    here.client(connects_again)
+    done = cut_denied(locked(), here.scope)
+    while done.why_open != WhyOpen.REOPENED:  # a search between two connections finds none, and ends
+        assert done.still_open == ()
+        done = cut_denied(locked(), here.scope)
+    assert len(done.cut) >= MAX_SEARCHES
 
 
 # --- many -----------------------------------------------------------------------------------------------------------
 
 
-def test_many_connections_are_cut_in_bounded_time(here: Stage) -> None:
-    """2,000 denied ones of one process, and one of an allowed user."""
+def test_many_connections_are_cut_in_time(here: Stage) -> None:
+    """2,000 denied connections of one process, and one of an allowed user."""
     import resource
 
     def many() -> list[socket.socket]:
@@ -614,14 +615,14 @@ def test_many_connections_are_cut_in_bounded_time(here: Stage) -> None:
 
     client = here.client(many, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096)))
     allowed = here.client(opening(), uid=ONE)
-    begun = time.monotonic()
-    done = sweep(locked(ONE), here.scope)
-    assert time.monotonic() - begun < WITHIN_S
+    began = time.monotonic()
+    done = cut_denied(locked(ONE), here.scope)
+    assert time.monotonic() - began < WITHIN_S
     assert len(done.cut) == 2000
     assert set(pids(done.cut)) == {client.pid}
-    assert allowed.speak() == ["sent"]
+    assert allowed.write() == ["sent"]
     lines = present_connections.connection_lines(done)
-    assert lines[0].startswith("cut 2000 open connections (looked into ")
+    assert lines[0].startswith("cut 2000 open connections (searched ")
     assert lines[-1] == "  and 1988 more (--json has them all)"
     assert len(lines) == 14
 
@@ -641,30 +642,32 @@ def guarded(here: Stage) -> Iterator[tuple[Guard, Stage]]:
 LOCK = ("--user", str(ONE), "--ip", f"{SERVICE}:80")
 
 
-def test_start_cuts_and_says_so(guarded: tuple[Guard, Stage]) -> None:
+def test_start_cuts_and_reports(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     denied, allowed = here.client(opening()), here.client(opening(), uid=ONE)
-    said = guard.start(*LOCK)
-    assert denied.speak() + allowed.speak() == ["ECONNABORTED", "sent"]
-    (line,) = [line for line in said.stdout.splitlines() if f"(pid {denied.pid}, user {STRANGER})" in line]
+    done = guard.start(*LOCK)
+    assert denied.write() + allowed.write() == ["ECONNABORTED", "sent"]
+    (line,) = [line for line in done.stdout.splitlines() if f"(pid {denied.pid}, user {STRANGER})" in line]
     assert line.endswith(f"-> {SERVICE}:80")
-    assert "cut 1 open connection (looked into " in said.stdout
-    assert guard.start(*LOCK).stdout.count("no open connection had to be cut (looked into ") == 1
+    assert "cut 1 open connection (searched " in done.stdout
+    assert guard.start(*LOCK).stdout.count("no open connection had to be cut (searched ") == 1
 
 
-def test_start_keeps_what_it_is_told_to_keep(guarded: tuple[Guard, Stage]) -> None:
-    """With a warning; the next start without the option cuts."""
+def test_start_keep_existing_cuts_nothing(guarded: tuple[Guard, Stage]) -> None:
+    """It warns. The next start without the option cuts."""
     guard, here = guarded
     client = here.client(opening())
-    said = guard.start(*LOCK, "--keep-existing")
-    assert client.speak() == ["sent"]
-    assert "warning: left 1 open connection that the policy does not allow, kept as asked" in said.stderr
-    assert f"(pid {client.pid}, user {STRANGER})" in said.stderr
+    done = guard.start(*LOCK, "--keep-existing")
+    assert client.write() == ["sent"]
+    assert (
+        "warning: left 1 open connection that the policy does not allow, as requested (--keep-existing)" in done.stderr
+    )
+    assert f"(pid {client.pid}, user {STRANGER})" in done.stderr
     guard.start(*LOCK)
-    assert client.speak() == ["ECONNABORTED"]
+    assert client.write() == ["ECONNABORTED"]
 
 
-def test_revoke_cuts_and_allow_does_not_look(guarded: tuple[Guard, Stage]) -> None:
+def test_revoke_cuts_and_allow_does_not_search(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     guard.start(*LOCK)
     assert guard("allow", "--user", str(TWO), "--json").values["connections"] is None
@@ -672,31 +675,31 @@ def test_revoke_cuts_and_allow_does_not_look(guarded: tuple[Guard, Stage]) -> No
     revoked = guard("revoke", "--user", str(TWO), "--json").values["connections"]
     assert [process["pid"] for one in revoked["cut"] for process in one["processes"]] == [client.pid]
     assert revoked["looked_into"][0]["path"] == "/proc/thread-self/ns/net"
-    assert client.speak() + other.speak() == ["ECONNABORTED", "sent"]
+    assert client.write() + other.write() == ["ECONNABORTED", "sent"]
 
 
-def test_audit_mode_cuts_nothing_and_says_what_it_would(guarded: tuple[Guard, Stage]) -> None:
+def test_audit_mode_reports_what_it_would_cut(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     client = here.client(opening())
-    said = guard.start(*LOCK, "--mode", "audit")
-    assert client.speak() == ["sent"]
-    assert "would have cut 1 open connection (looked into " in said.stdout
-    assert f"(pid {client.pid}, user {STRANGER})" in said.stdout
+    done = guard.start(*LOCK, "--mode", "audit")
+    assert client.write() == ["sent"]
+    assert "would have cut 1 open connection (searched " in done.stdout
+    assert f"(pid {client.pid}, user {STRANGER})" in done.stdout
 
 
-def test_check_says_what_start_would_cut(guarded: tuple[Guard, Stage]) -> None:
+def test_check_reports_what_start_would_cut(guarded: tuple[Guard, Stage]) -> None:
     guard, here = guarded
     client = here.client(opening())
-    said = guard("check", *LOCK).answer
-    assert "start would cut 1 open connection:" in said
-    assert f"(pid {client.pid}, user {STRANGER})" in said
-    assert client.speak() == ["sent"]
+    answer = guard("check", *LOCK).answer
+    assert "start would cut 1 open connection:" in answer
+    assert f"(pid {client.pid}, user {STRANGER})" in answer
+    assert client.write() == ["sent"]
 
 
-def test_a_name_that_a_process_chose_is_safe_to_print(here: Stage) -> None:
-    """PR_SET_NAME takes any octets (prctl(2))."""
+def test_the_name_of_a_process_is_safe_to_print(here: Stage) -> None:
+    """PR_SET_NAME accepts any bytes (prctl(2))."""
     client = here.client(opening(), before=lambda: ctypes.CDLL(None).prctl(15, b"a\x1b[2Jb\nc", 0, 0, 0))
-    (one,) = look(locked(), here.scope).left
+    (one,) = find_denied(locked(), here.scope).still_open
     text = present_connections.connection_text(one)
     assert text.startswith(f"a\\x1b[2Jb\\x0ac (pid {client.pid}, user {STRANGER}): tcp ")
     assert text.isprintable()

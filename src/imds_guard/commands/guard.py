@@ -19,7 +19,7 @@ from imds_guard.text import count_of
 # The rest is imported where it is used: start-up time, few commands need any of it.
 if TYPE_CHECKING:
     from imds_guard.commands.preflight import ShutOut
-    from imds_guard.connections.values import Sweep
+    from imds_guard.connections.values import CutResult
 
 
 class Outcome(NamedTuple):
@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
     done: list[str]
     warnings: list[str]
     shut_out: list[ShutOut]
-    existing: Sweep | None = None
+    existing: CutResult | None = None
     """Connections that are older than the policy; None where nobody lost a right."""
 
     @property
@@ -87,7 +87,7 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
                 change = change.then(forwarded().settle(policy, options.forwarded))
             why = tuple(f"{other.backend.name} can't be used: {other.refusal}" for other in refused)
             change = Change(warnings=why).then(change)
-            return _outcome(checked.backend, policy, change, _sweep(checked.backend, policy, options))
+            return _outcome(checked.backend, policy, change, _cut_connections(checked.backend, policy, options))
         refused.append(checked)
     raise choose.refused(refused)
 
@@ -107,20 +107,21 @@ def _remove_others(running: dict[str, Backend], name: str) -> Change:
     return change
 
 
-def _sweep(backend: Backend, policy: Policy, options: GuardOptions) -> Sweep:
+def _cut_connections(backend: Backend, policy: Policy, options: GuardOptions) -> CutResult:
     """Called when the policy is in force: a connection that is cut can't be made again.
 
     iptables judges one network namespace, eBPF all of them.
     """
-    from imds_guard.connections import cut, values  # noqa: PLC0415
+    from imds_guard.connections.cut import cut_denied  # noqa: PLC0415
     from imds_guard.connections.find import Scope  # noqa: PLC0415
+    from imds_guard.connections.values import WhyOpen  # noqa: PLC0415
 
     scope = Scope(options.cgroup, every_namespace=backend.name == "ebpf")
-    keep = values.KEPT if options.keep_existing else None
-    return cut.sweep(policy, scope, values.AUDIT if policy.mode is Mode.AUDIT else keep)
+    keep = WhyOpen.KEPT if options.keep_existing else None
+    return cut_denied(policy, scope, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else keep)
 
 
-def _outcome(backend: Backend, policy: Policy, change: Change, existing: Sweep | None) -> Outcome:
+def _outcome(backend: Backend, policy: Policy, change: Change, existing: CutResult | None) -> Outcome:
     from imds_guard.commands import preflight  # noqa: PLC0415
 
     warnings = [*change.warnings, *backend.notes(policy)]
@@ -173,7 +174,7 @@ def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
     done = backend.change(wanted)
     if options.cgroup is None:
         done = done.then(forwarded().follow(wanted))
-    return _outcome(backend, wanted, done, _sweep(backend, wanted, options) if takes_away else None)
+    return _outcome(backend, wanted, done, _cut_connections(backend, wanted, options) if takes_away else None)
 
 
 def allow(who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept) -> Outcome:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
     from imds_guard.backends.forwarded import Forwarded
     from imds_guard.commands.preflight import ShutOut
-    from imds_guard.connections.values import Sweep
+    from imds_guard.connections.values import CutResult
 
 
 def active_policy(cgroup: str | None) -> tuple[Backend, Policy]:
@@ -117,7 +117,7 @@ class CheckResult(NamedTuple):
 
     backends: list[choose.BackendCheck]
     shut_out: list[ShutOut]
-    existing: Sweep | None = None
+    existing: CutResult | None = None
     """Connections that start would cut; None without a policy."""
 
     @property
@@ -137,11 +137,11 @@ def check(policy: Policy | None, options: GuardOptions) -> CheckResult:
     return CheckResult(backends, preflight.shut_out(policy), _existing(policy, options))
 
 
-def _existing(policy: Policy, options: GuardOptions) -> Sweep:
-    from imds_guard.connections import cut  # noqa: PLC0415
+def _existing(policy: Policy, options: GuardOptions) -> CutResult:
+    from imds_guard.connections.cut import find_denied  # noqa: PLC0415
     from imds_guard.connections.find import Scope  # noqa: PLC0415
 
-    return cut.look(policy, Scope(options.cgroup, every_namespace=options.backend != "iptables"))
+    return find_denied(policy, Scope(options.cgroup, every_namespace=options.backend != "iptables"))
 
 
 def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None) -> tuple[Decision, Destination]:

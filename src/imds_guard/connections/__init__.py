@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connections that are older than the policy."""
+"""Connections that were opened before the policy came into force."""

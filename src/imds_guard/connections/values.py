@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What connections.py finds, as values."""
+"""The result of a search for open connections, as plain values."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Holder(NamedTuple):
-    """A process with a descriptor of a socket. The name is safe to print."""
+    """A process that has a descriptor of a socket. The name is safe to print."""
 
     pid: int
     name: str
@@ -26,22 +27,34 @@ class Connection(NamedTuple):
     remote: tuple[Address, int]
     holders: tuple[Holder, ...]
     user: str
-    """Who made it."""
+    """The user who made the socket."""
     namespace: int
     """The inode of its network namespace."""
     why: str
+    """The reason and the lock."""
 
 
-class Sweep(NamedTuple):
-    """What was found, and what came of it."""
+class WhyOpen(Enum):
+    """Why connections that the policy does not allow are still open. The values stand in the JSON."""
 
-    looked_into: tuple[Namespace, ...]
-    unseen: tuple[str, ...] = ()
-    """What could not be looked into, and why."""
+    KEPT = "kept"
+    """--keep-existing asked for it."""
+    AUDIT = "audit"
+    UNSUPPORTED = "unable"
+    """The kernel is built without CONFIG_INET_DIAG_DESTROY."""
+    REFUSED = "refused"
+    """The kernel returned another error."""
+    REOPENED = "come-back"
+    """Each search found new ones."""
+
+
+class CutResult(NamedTuple):
+    """The connections that the policy does not allow, and where they were searched for."""
+
+    searched: tuple[Namespace, ...]
+    errors: tuple[str, ...] = ()
+    """What could not be searched or cut, and why."""
     cut: tuple[Connection, ...] = ()
-    left: tuple[Connection, ...] = ()
-    why_left: str = ""
-
-
-KEPT, AUDIT, UNABLE, REFUSED, COME_BACK = "kept", "audit", "unable", "refused", "come-back"
-"""Why connections were left: as asked; audit mode; the kernel can't; it did not do it; there are always new ones."""
+    still_open: tuple[Connection, ...] = ()
+    why_open: WhyOpen | None = None
+    """None when all were cut, and when nobody asked to cut any."""

@@ -1,101 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of connections that were there before: text for people, and the same as plain values for JSON."""
+"""Connections that were opened before the policy: text for people, and plain values for JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from imds_guard.connections.values import AUDIT, COME_BACK, KEPT, REFUSED, UNABLE
+from imds_guard.connections.values import WhyOpen
 from imds_guard.kernel.processes import process_name
-from imds_guard.text import escaped
+from imds_guard.present.wrap import MAX_SHOWN
+from imds_guard.text import and_more, count_of, escaped, host_port, some_of
 
 if TYPE_CHECKING:
-    from imds_guard.connections.values import Connection, Sweep
+    from imds_guard.connections.values import Connection, CutResult
     from imds_guard.kernel.namespaces import Namespace
-    from imds_guard.policy.model import Address
-
-MANY = 12
 
 _ADVICE = {
-    KEPT: "kept as asked (--keep-existing); who holds them goes on using them",
-    UNABLE: "this kernel can't end them (CONFIG_INET_DIAG_DESTROY): end the processes, or start with --strict",
-    REFUSED: "the kernel did not end them: end the processes, or start with --strict",
-    COME_BACK: "new ones appeared as often as they were cut: look at the processes, or start with --strict",
+    WhyOpen.KEPT: "as requested (--keep-existing): their processes can go on using them",
+    WhyOpen.UNSUPPORTED: "since this kernel can't end connections (CONFIG_INET_DIAG_DESTROY): end the processes, or "
+    "start with --strict",
+    WhyOpen.REFUSED: "since the kernel did not end them: end the processes, or start with --strict",
+    WhyOpen.REOPENED: "since new ones were opened as fast as they were cut: look at the processes, or start with "
+    "--strict",
 }
-_ADVICE_STRICT = "their packets are dropped all the same (--strict)"
+"""Why connections were left open, and what to do about it."""
+_ADVICE_STRICT = "but their packets are dropped (--strict)"
 
 
-def connection_lines(sweep: Sweep) -> list[str]:
-    """What was cut, or would have been, and where it was looked for."""
-    where = f"looked into {_namespaces(sweep.looked_into)}"
-    if not sweep.cut and not sweep.left:
+def connection_lines(result: CutResult) -> list[str]:
+    """What was cut, or would have been, and where it was searched for."""
+    where = f"searched {_namespaces(result.searched)}"
+    if not result.cut and not result.still_open:
         return [f"no open connection had to be cut ({where})"]
-    lines = _listed(f"cut {_count(sweep.cut)} ({where}):", sweep.cut)
-    if sweep.why_left == AUDIT:
-        lines += _listed(f"would have cut {_count(sweep.left)} ({where}):", sweep.left)
+    lines = _listed(f"cut {_count(result.cut)} ({where}):", result.cut)
+    if result.why_open is WhyOpen.AUDIT:
+        lines += _listed(f"would have cut {_count(result.still_open)} ({where}):", result.still_open)
     return lines or [f"no open connection was cut ({where})"]
 
 
-def would_cut_lines(sweep: Sweep) -> list[str]:
-    """The same for ``check``, which touches nothing."""
-    audited = ", were it not for audit mode" if sweep.why_left == AUDIT else ""
-    return _listed(f"start would cut {_count(sweep.left)}{audited}:", sweep.left) + _not_seen(sweep)
+def would_cut_lines(result: CutResult) -> list[str]:
+    """What ``start`` would cut: for ``check``, which cuts nothing."""
+    audit = ", if it were not for audit mode" if result.why_open is WhyOpen.AUDIT else ""
+    return _listed(f"start would cut {_count(result.still_open)}{audit}:", result.still_open) + _errors(result)
 
 
-def connection_warnings(sweep: Sweep, strict: bool) -> list[str]:
-    """What was left open, and what could not be looked into."""
-    warnings = _not_seen(sweep)
-    if sweep.why_left in _ADVICE:
-        names = "; ".join(connection_text(one) for one in sweep.left[:MANY])
-        more = f"; and {len(sweep.left) - MANY} more" if len(sweep.left) > MANY else ""
-        advice = _ADVICE_STRICT if strict else _ADVICE[sweep.why_left]
-        warnings.insert(0, f"left {_count(sweep.left)} that the policy does not allow, {advice}: {names}{more}")
-    return warnings
+def connection_warnings(result: CutResult, strict: bool) -> list[str]:
+    """What was left open, and what could not be searched."""
+    if result.why_open not in _ADVICE:
+        return _errors(result)
+    advice = _ADVICE_STRICT if strict else _ADVICE[result.why_open]
+    connections = some_of([connection_text(one) for one in result.still_open], MAX_SHOWN, "; ")
+    left = f"left {_count(result.still_open)} that the policy does not allow, {advice}: {connections}"
+    return [left, *_errors(result)]
 
 
-def _not_seen(sweep: Sweep) -> list[str]:
-    return [f"open connections could not be looked for everywhere: {'; '.join(sweep.unseen)}"] if sweep.unseen else []
+def _errors(result: CutResult) -> list[str]:
+    return [f"not all open connections could be found or cut: {'; '.join(result.errors)}"] if result.errors else []
 
 
 def connection_text(one: Connection) -> str:
     """``curl (pid 4711, user www-data): tcp 10.0.0.5:40000 -> 169.254.169.254:80``."""
     held = ", ".join(f"{holder.name or '?'} (pid {holder.pid}, user {holder.user})" for holder in one.holders)
     who = held or f"no process that could be found (made by user {one.user})"
-    return f"{who}: {one.protocol.value} {_place(*one.local)} -> {_place(*one.remote)}"
+    return f"{who}: {one.protocol.value} {host_port(*one.local)} -> {host_port(*one.remote)}"
 
 
 def _listed(title: str, several: Sequence[Connection]) -> list[str]:
     if not several:
         return []
-    more = [f"  and {len(several) - MANY} more (--json has them all)"] if len(several) > MANY else []
-    return [title, *(f"  {connection_text(one)}" for one in several[:MANY]), *more]
+    more = and_more(len(several), MAX_SHOWN, "")
+    lines = [title, *(f"  {connection_text(one)}" for one in several[:MAX_SHOWN])]
+    return [*lines, f"  {more} (--json has them all)"] if more else lines
 
 
 def _count(several: Sequence[Connection]) -> str:
-    return f"{len(several)} open connection{'' if len(several) == 1 else 's'}"
-
-
-def _place(address: Address, port: int) -> str:
-    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    return count_of(len(several), "open connection")
 
 
 def _namespaces(several: tuple[Namespace, ...]) -> str:
-    """The first is the one that the command runs in."""
-    return "this network namespace" if len(several) < 2 else f"{len(several)} network namespaces"
+    """The first one is the command's own."""
+    return "this network namespace" if len(several) < 2 else count_of(len(several), "network namespace")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
-def connections_values(sweep: Sweep) -> dict[str, Any]:
-    """A sweep for JSON."""
+def connections_values(result: CutResult) -> dict[str, Any]:
+    """The result for JSON."""
     return {
-        "looked_into": [_namespace_values(one) for one in sweep.looked_into],
-        "not_seen": list(sweep.unseen),
-        "cut": [_values(one) for one in sweep.cut],
-        "left": [_values(one) for one in sweep.left],
-        "why_left": sweep.why_left or None,
+        "looked_into": [_namespace_values(one) for one in result.searched],
+        "not_seen": list(result.errors),
+        "cut": [_values(one) for one in result.cut],
+        "left": [_values(one) for one in result.still_open],
+        "why_left": None if result.why_open is None else result.why_open.value,
     }
 
 
