@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adversary: every way round a lock that we know, tried for real, and what comes of it."""
+"""Tests: every way around a lock that we know, tried for real."""

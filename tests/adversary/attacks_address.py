@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The locked address under other names, and other addresses that lead to it."""
+"""Attacks by other spellings of the locked address, and by other addresses that lead to it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.adversary.talk import answer, ask, fetch, fetch_named, make_socket, t
 IP_OPTIONS, IP_UNICAST_IF, IP_PKTINFO = 4, 50, 8  # include/uapi/linux/in.h
 _LOOSE_SOURCE_ROUTE = 131  # RFC 791 section 3.1
 REWRITTEN = "10.66.66.9"
-"""An address of nobody's that something makes the locked one of."""
+"""An unused address, which a DNAT rule or a program changes into the locked one."""
 
 SPELLINGS = (
     "0xA9FEA9FE",
@@ -60,7 +60,7 @@ def _spelled(text: str) -> Callable[[], bytes]:
 
 
 def _with_scope() -> bytes:
-    """An interface given for an address that needs none."""
+    """Connects to an address with a scope ID that it does not need."""
     with make_socket(IPV6) as one:
         one.connect((IPV6, PORT, 0, LOOPBACK_INDEX))
         return ask(one)
@@ -76,7 +76,7 @@ def _flow_label() -> bytes:
 
 
 def _zero(bind: str, to: str, kind: int = socket.SOCK_STREAM) -> Callable[[], bytes]:
-    """A socket that has the locked address connects to no address in particular."""
+    """Binds to the locked address and connects to the unspecified one."""
 
     def attack() -> bytes:
         with make_socket(bind, kind) as one:
@@ -88,7 +88,7 @@ def _zero(bind: str, to: str, kind: int = socket.SOCK_STREAM) -> Callable[[], by
 
 
 def _zero_by_device() -> bytes:
-    """0.0.0.0 leads to the first address of the interface, which is the locked one here."""
+    """Binds to lo and connects to 0.0.0.0, which means the first address of lo: the locked one."""
     with make_socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
         one.connect(("0.0.0.0", PORT))
@@ -103,7 +103,7 @@ def _zero_by_unicast_interface() -> bytes:
 
 
 def _zero_by_packet_info(source: str, index: int) -> Callable[[], bytes]:
-    """The message itself brings the address, or the interface that has it."""
+    """Sends to 0.0.0.0 with a control message that gives the address, or the interface that has it."""
 
     def attack() -> bytes:
         with make_socket(kind=socket.SOCK_DGRAM) as one:
@@ -118,18 +118,18 @@ def _zero_by_packet_info(source: str, index: int) -> Callable[[], bytes]:
 
 
 def _source_route(kind: int, first: str, last: str) -> Callable[[], bytes]:
-    """The packets go to ``first``, which hands them on to ``last``: what connect(2) is given."""
+    """Sets a source route: the packets go to ``first``, which forwards them to ``last``, the address in connect(2)."""
 
     def attack() -> bytes:
-        # accept_local: here the hosts on the way are all this one (ip-sysctl.rst).
+        # accept_local: all hosts on the route are this one (ip-sysctl.rst).
         for place in ("all", "lo"):
             for name in ("accept_source_route", "accept_local"):
                 with open(f"/proc/sys/net/ipv4/conf/{place}/{name}", "w", encoding="ascii") as switch:
                     switch.write("1")
-        # Some kernels let nobody set one without CAP_NET_RAW.
+        # Some kernels require CAP_NET_RAW for a source route.
         privileges.become_user(ATTACKER, ATTACKER_GID, capabilities=[privileges.CAP_NET_RAW])
         with make_socket(kind=kind) as one:
-            # Padded by a "no operation" to a multiple of four octets.
+            # A "no operation" option pads it to a multiple of four bytes.
             option = struct.pack("=BBB4sB", _LOOSE_SOURCE_ROUTE, 7, 4, socket.inet_aton(first), 1)
             one.setsockopt(socket.IPPROTO_IP, IP_OPTIONS, option)
             one.connect((last, PORT))
@@ -142,7 +142,7 @@ def _source_route(kind: int, first: str, last: str) -> Callable[[], bytes]:
 
 
 def _translated(scene: Scene) -> bytes:
-    """Root has made another address lead to the locked one."""
+    """Connects to an address that a DNAT rule of root translates to the locked one."""
     to = f"{IPV4}:{PORT}"
     rule = ("-d", REWRITTEN, "-p", "tcp", "-j", "DNAT", "--to-destination", to)
     scene.inside(lambda: privileges.command("iptables", "-w", "-t", "nat", "-A", "OUTPUT", *rule))
@@ -157,7 +157,7 @@ def _relay(listening: socket.socket) -> None:
 
 
 def _through_a_relay() -> bytes:
-    """A program of an allowed user takes connections and makes its own: a proxy, or a network helper of containers."""
+    """Asks through a relay of an allowed user, like a proxy or a network helper of containers."""
     with socket.socket() as listening:
         listening.bind((OPEN4, 8080))
         listening.listen(1)
@@ -198,14 +198,14 @@ ATTACKS = (
         "address-spelling",
         "The address in another spelling: as a number, in octal or hexadecimal, shortened, in full-width digits",
         Verdict.BLOCKED,
-        "The hooks see what the spelling means: sixteen octets.",
+        "The hooks get the parsed address, not its spelling.",
         {text.encode("ascii", "backslashreplace").decode(): Way(as_attacker(_spelled(text))) for text in SPELLINGS},
     ),
     Attack(
         "address-mapped",
         "An IPv4 address on an IPv6 socket (`::ffff:169.254.169.254`)",
         Verdict.BLOCKED,
-        "A mapped address and the IPv4 address are one key.",
+        "A mapped address and its IPv4 address have the same key in the maps.",
         {
             "tcp": Way(as_attacker(lambda: fetch(MAPPED))),
             "udp": Way(as_attacker(lambda: fetch(MAPPED, socket.SOCK_DGRAM))),
@@ -215,7 +215,7 @@ ATTACKS = (
         "address-scope",
         "A link-local address with its interface; an interface or a flow label where none is needed",
         Verdict.BLOCKED,
-        "Neither is part of the address.",
+        "Interface and flow label are not part of the address that is compared.",
         {
             "link-local": Way(as_attacker(lambda: fetch(LINK_LOCAL))),
             "link-local-text": Way(as_attacker(lambda: fetch_named(f"{LINK_LOCAL}%lo"))),
@@ -225,9 +225,9 @@ ATTACKS = (
     ),
     Attack(
         "address-zero",
-        "`bind(locked)`, then `connect(0.0.0.0)`, which leads to the socket's own address; an interface in its place",
+        "`bind(locked)`, then `connect(0.0.0.0)`, which goes to the socket's own address; the same with an interface",
         Verdict.BLOCKED,
-        "Such a connect is judged by the address that it will take; where no hook can tell, locked ports are denied.",
+        "The hooks judge the address that the kernel will choose. Where they can't know it, locked ports are denied.",
         {
             "bound": Way(as_attacker(_zero(IPV4, "0.0.0.0"))),
             "bound-udp": Way(as_attacker(_zero(IPV4, "0.0.0.0", socket.SOCK_DGRAM))),
@@ -242,7 +242,7 @@ ATTACKS = (
         "source-route",
         "A source route (`IP_OPTIONS`) by way of another host",
         Verdict.BLOCKED,
-        "The destination is what `connect` is given, whatever the packet's first hop.",
+        "The hooks judge the address in `connect`, not the first hop of the packet.",
         {
             "tcp": Way(as_root(_source_route(socket.SOCK_STREAM, OPEN4, IPV4)), ("source-route",), own_network=True),
             "udp": Way(as_root(_source_route(socket.SOCK_DGRAM, OPEN4, IPV4)), ("source-route",), own_network=True),
@@ -252,7 +252,7 @@ ATTACKS = (
         "nat64-listed",
         "A NAT64 form of the address (`64:ff9b:1::a9fe:a9fe`) that the policy lists",
         Verdict.BLOCKED,
-        "It is an address like any other.",
+        "The policy lists it, so it is locked like any other address.",
         {"tcp": Way(as_attacker(lambda: fetch(NAT64_LISTED)))},
     ),
     Attack(
@@ -264,24 +264,24 @@ ATTACKS = (
     ),
     Attack(
         "dnat",
-        "A DNAT rule of this machine that makes another address lead to the locked one",
+        "A DNAT rule on this machine that translates another address to the locked one",
         Verdict.STRICT,
-        "Only root can make such a rule. Packets are looked at behind it, and nobody approved the socket for there. A "
-        "translation further on, by another machine, is out of reach.",
+        "Only root can make such a rule. The egress hook sees the translated address, for which the socket was not "
+        "approved. A translation on another machine can't be seen.",
         {"iptables": Way(_translated, ("nat",), own_network=True)},
     ),
     Attack(
         "rewrite-before",
-        "A cgroup program that rewrites the address before ours runs (only root can attach one)",
+        "Another cgroup program that rewrites the address before ours runs (only root can attach one)",
         Verdict.BLOCKED,
-        "Our hooks see the address that it made.",
+        "Our hooks run later and judge the rewritten address.",
         {"connect4": Way(_rewritten(_before_ours, _REWRITE, REWRITTEN))},
     ),
     Attack(
         "rewrite-behind",
-        "A cgroup program behind ours that rewrites the address, or overrules our answer (only root can attach one)",
+        "Another cgroup program that runs after ours and changes the address or the verdict (only root can attach one)",
         Verdict.STRICT,
-        "`status` says degraded and names the program.",
+        "Without `--strict`, `status` reports the guard as degraded and names the program.",
         {
             "rewrite": Way(_rewritten(_behind_ours, _REWRITE, REWRITTEN)),
             "approved-elsewhere": Way(_rewritten(_behind_ours, rewriting(ATTACKERS_OWN, IPV4), ATTACKERS_OWN)),
@@ -292,7 +292,7 @@ ATTACKS = (
         "proxy",
         "A proxy, or a rootless network helper (slirp4netns, pasta), that an allowed user runs",
         Verdict.OPEN,
-        "The connect is the allowed user's own. Keep the list short and let nobody on it relay.",
+        "The allowed user itself connects. Keep the allowlist short, with no program on it that relays.",
         {"tcp": Way(as_root(_through_a_relay))},
     ),
 )

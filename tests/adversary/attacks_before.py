@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets and connections that are older than the lock, or than the list of who is allowed."""
+"""Attacks by sockets and connections that are older than the lock, or than the current allowlist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Prepare = Callable[[], socket.socket]
 
 
 def _kept_alive() -> socket.socket:
-    """A connection that has been used, as an SDK keeps one."""
+    """Opens and uses a connection before the change, and uses it again afterwards, as an SDK does."""
     one = connected()
     ask(one)
     return one
@@ -38,7 +38,7 @@ def _connected_udp() -> socket.socket:
 
 
 def _begun_fastopen() -> socket.socket:
-    """connect(2) was called, nothing was sent yet (TCP_FASTOPEN_CONNECT in tcp(7))."""
+    """Calls connect(2) before the change; data is first sent afterwards (TCP_FASTOPEN_CONNECT in tcp(7))."""
     one = make_socket()
     one.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
     one.connect(there())
@@ -46,7 +46,7 @@ def _begun_fastopen() -> socket.socket:
 
 
 def _used_afterwards(prepare: Prepare, first: Policy, then: Policy) -> Run:
-    """The socket is made under the first policy and used under the second."""
+    """Makes a socket under the first policy and uses it under the second."""
 
     def attack(pause: Pause) -> bytes:
         with prepare() as one:
@@ -65,7 +65,7 @@ def _connected_afterwards(pause: Pause) -> bytes:
 
 
 def _ring_from_before(pause: Pause) -> bytes:
-    """A ring with a polling thread of its own, from before; the request comes afterwards."""
+    """Makes an io_uring with a polling thread before the change, and requests the connect afterwards."""
     ring = Ring(sqpoll=True)
     with make_socket() as one:
         try:
@@ -86,9 +86,9 @@ _FROM_BEFORE = {
 ATTACKS = (
     Attack(
         "socket-before",
-        "A socket, or a ring of io_uring, that was made before the lock and connects behind it",
+        "A socket or an io_uring that was made before the lock and connects afterwards",
         Verdict.BLOCKED,
-        "The connect is judged, not the socket.",
+        "The hooks judge the connect, whenever the socket was made.",
         {
             "socket": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _connected_afterwards)),
             "ring": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _ring_from_before), ("io_uring",)),
@@ -96,23 +96,23 @@ ATTACKS = (
     ),
     Attack(
         "connection-cut",
-        "A connection that was open before `start`, or before `revoke` took the right to it away",
+        "A connection that was opened before `start`, or before `revoke` removed its user",
         Verdict.BLOCKED,
-        "Both commands look for such connections and cut them.",
+        "Both commands find such connections and cut them.",
         test="kernel/test_connections.py",
     ),
     Attack(
         "connection-before",
-        "The same when it is not cut: with `--keep-existing`, or when a kernel can't",
+        "A connection from before `start` that is not cut: with `--keep-existing`, or where the kernel can't cut",
         Verdict.STRICT,
-        "Nobody approved its socket.",
+        "No hook has approved its socket, so its packets are dropped.",
         _FROM_BEFORE,
     ),
     Attack(
         "connection-revoked",
-        "A kept-alive connection that is not cut, of a user who was allowed when it was opened and no longer is",
+        "A connection that is kept alive and not cut, of a user who was allowed when it was opened and no longer is",
         Verdict.STRICT,
-        "What its socket was approved for is asked again with every packet.",
+        "Every packet is checked: the reason for which its socket was approved must still be valid.",
         {
             "tcp": Way(_used_afterwards(_kept_alive, ATTACKER_TOO, USUAL)),
             "udp": Way(_used_afterwards(_connected_udp, ATTACKER_TOO, USUAL)),

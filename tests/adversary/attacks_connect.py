@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to connect, and to send without connecting."""
+"""Attacks by every way to connect, and to send without connecting."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _nonblocking() -> bytes:
 
 
 def _again_and_again() -> bytes:
-    """Refused, asked again: the second and the third time on the same socket, whatever the first said."""
+    """Connects three times on the same socket, whatever the first results are."""
     with make_socket() as one:
         for _ in range(2):
             if one.connect_ex(there()) == 0:
@@ -57,7 +57,7 @@ def _again_and_again() -> bytes:
 
 
 def _elsewhere_first(kind: int, address: str = IPV4, first: str = OPEN4) -> Callable[[], bytes]:
-    """Connected to an open address, disconnected by AF_UNSPEC (connect(2)), then connected."""
+    """Connects to an open address, disconnects with AF_UNSPEC (connect(2)), then connects to the locked one."""
 
     def attack() -> bytes:
         with make_socket(address, kind) as one:
@@ -71,14 +71,14 @@ def _elsewhere_first(kind: int, address: str = IPV4, first: str = OPEN4) -> Call
 
 
 def _fastopen_sendto() -> bytes:
-    """Data in the SYN, without connect(2)."""
+    """Sends data in the SYN, without connect(2)."""
     with make_socket() as one:
         one.sendto(REQUEST, socket.MSG_FASTOPEN, there())
         return answer(one)
 
 
 def _fastopen_connect() -> bytes:
-    """connect(2) that sends nothing yet (tcp(7)), then data in the SYN."""
+    """connect(2) sends nothing yet (TCP_FASTOPEN_CONNECT in tcp(7)); then data goes into the SYN."""
     with make_socket() as one:
         one.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
         one.connect(there())
@@ -99,7 +99,7 @@ def _fastopen_in_a_ring() -> bytes:
 
 
 def _sent(send: Callable[[socket.socket], object], address: str = IPV4) -> Run:
-    """The way of one datagram that is sent on a fresh socket."""
+    """A way that sends one datagram on a new socket."""
 
     def attack() -> bytes:
         with make_socket(address, socket.SOCK_DGRAM) as one:
@@ -110,7 +110,7 @@ def _sent(send: Callable[[socket.socket], object], address: str = IPV4) -> Run:
 
 
 def _connected_elsewhere() -> bytes:
-    """Connected to an open address, the datagram goes elsewhere; another socket on the port hears the answer."""
+    """Connects to an open address, sends to the locked one; a second socket on the same port receives the answer."""
     with make_socket(kind=socket.SOCK_DGRAM) as waiting, make_socket(kind=socket.SOCK_DGRAM) as one:
         for each in (waiting, one):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -122,7 +122,7 @@ def _connected_elsewhere() -> bytes:
 
 
 def _two_at_once(one: socket.socket) -> None:
-    """sendmmsg(2): the first goes to an open address, where nobody listens on that port."""
+    """Sends two datagrams by sendmmsg(2), the first to an open address where nobody listens."""
     pairs = [(packed(OPEN4, 9), b"?"), (packed(), b"?")]
     vectors = [_Vector(payload, len(payload)) for _, payload in pairs]
     headers = (_MessageHeader * 2)(
@@ -132,14 +132,14 @@ def _two_at_once(one: socket.socket) -> None:
 
 
 def _corked(one: socket.socket) -> None:
-    """The datagram is begun towards an open address and ended towards the locked one."""
+    """Starts a corked datagram to an open address and finishes it to the locked one."""
     one.sendto(b"?", socket.MSG_MORE, (OPEN4, 9))
     one.sendto(b"?", there())
     one.sendto(b"?", there())
 
 
 def _unspecified_family(one: socket.socket) -> None:
-    """The kernel takes AF_UNSPEC for AF_INET here (udp_sendmsg() in net/ipv4/udp.c)."""
+    """Sends to an address of family AF_UNSPEC, which is AF_INET to the kernel (udp_sendmsg() in net/ipv4/udp.c)."""
     to = struct.pack("=H", socket.AF_UNSPEC) + packed()[2:]
     _checked(_libc.sendto(one.fileno(), b"?", 1, 0, to, 16), "sendto")
 
@@ -184,7 +184,7 @@ _FASTOPEN = ("fastopen",)
 ATTACKS = (
     Attack(
         "connect-tcp",
-        "A TCP connect: blocking or not, a second time after a refusal, after `AF_UNSPEC` took another connection away",
+        "A TCP connect: blocking, non-blocking, repeated after a denial, after another connection ended by `AF_UNSPEC`",
         Verdict.BLOCKED,
         "Every call of `connect` is judged.",
         {
@@ -200,7 +200,7 @@ ATTACKS = (
         "connect-fastopen",
         "TCP Fast Open: data in the first packet, with `sendto` in place of `connect`",
         Verdict.BLOCKED,
-        "The kernel runs the connect hook for it, too.",
+        "The kernel runs the connect hook for `sendto` with Fast Open, too.",
         {
             "sendto": Way(as_attacker(_fastopen_sendto), _FASTOPEN),
             "connect": Way(as_attacker(_fastopen_connect), _FASTOPEN),
@@ -211,15 +211,15 @@ ATTACKS = (
         "connect-mptcp",
         "Multipath TCP",
         Verdict.BLOCKED,
-        "It counts as TCP.",
+        "A lock on TCP covers it.",
         {"mptcp": Way(as_attacker(lambda: fetch(IPV4, socket.SOCK_STREAM, IPPROTO_MPTCP)), ("mptcp",))},
     ),
     Attack(
         "connect-udp",
         "UDP, where a lock covers it: connected, `sendto`, `sendmsg`, `sendmmsg`, corked, an IPv4 address on an IPv6 "
-        "socket, no family at all",
+        "socket, `AF_UNSPEC` as the family",
         Verdict.BLOCKED,
-        "Connects and single datagrams are judged.",
+        "Every connect is judged, and every datagram that is sent without one.",
         {
             "connect": Way(as_attacker(lambda: fetch(IPV4, socket.SOCK_DGRAM))),
             "connect-ipv6": Way(as_attacker(lambda: fetch(IPV6, socket.SOCK_DGRAM))),
@@ -237,9 +237,9 @@ ATTACKS = (
     ),
     Attack(
         "connect-io-uring",
-        "`connect` through io_uring: by a worker or a polling thread of the kernel, with a registered personality",
+        "`connect` through io_uring: by a worker or a polling thread of the kernel, or with a registered personality",
         Verdict.BLOCKED,
-        "Those threads act with the credentials of whom they work for.",
+        "These threads run with the credentials of the task that they work for, and the hooks read those.",
         {
             "ring": Way(_ring(), _RING),
             "worker": Way(_ring(Ring.ASYNC), _RING),
@@ -249,9 +249,9 @@ ATTACKS = (
     ),
     Attack(
         "other-protocols",
-        "Other protocols, like UDP-Lite",
+        "Other protocols, such as UDP-Lite",
         Verdict.OPEN,
-        "Only TCP and UDP are covered. No metadata service speaks another.",
+        "Locks cover only TCP and UDP. No metadata service uses another protocol.",
         {
             "udp-lite": Way(
                 as_attacker(lambda: fetch(IPV4, socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)), ("udp-lite",)

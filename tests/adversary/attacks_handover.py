@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets and identities that were somebody else's."""
+"""Attacks by sockets and credentials that belong to another process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.adversary.scene import (
 from tests.adversary.talk import ask, connected, make_socket, packed, patient, there
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PIDFD_GETFD = 438  # pidfd_getfd(2), the same on every architecture but alpha
+_PIDFD_GETFD = 438  # pidfd_getfd(2): the same number on every architecture but alpha
 
 Prepare = Callable[[], socket.socket]
 
@@ -52,7 +52,7 @@ def _not_connected() -> socket.socket:
 
 @contextlib.contextmanager
 def _giver(prepare: Prepare) -> Iterator[tuple[int, socket.socket]]:
-    """An allowed process that has prepared a socket: its process ID, and a channel on which it is asked for it."""
+    """An allowed process with a prepared socket: its PID, and a channel to ask for the socket."""
     ours, theirs = socket.socketpair()
 
     def give() -> None:
@@ -78,7 +78,7 @@ def _use(one: socket.socket, connect: bool) -> bytes:
 
 
 def _passed(prepare: Prepare, connect: bool) -> Callable[[], bytes]:
-    """By SCM_RIGHTS (unix(7))."""
+    """Receives the socket by SCM_RIGHTS (unix(7))."""
 
     def attack() -> bytes:
         with _giver(prepare) as (_, channel):
@@ -95,7 +95,7 @@ def _passed(prepare: Prepare, connect: bool) -> Callable[[], bytes]:
 
 
 def _taken(prepare: Prepare, connect: bool) -> Callable[[], bytes]:
-    """By pidfd_getfd(2), which asks for the right to trace the process."""
+    """Takes the socket by pidfd_getfd(2), which needs the permission to trace the process."""
 
     def attack() -> bytes:
         with _giver(prepare) as (pid, channel):
@@ -115,7 +115,7 @@ _ASK_ON_3 = "printf '%s\\r\\n\\r\\n' 'GET /' >&3; read -r -t 3 -u 3 line; echo \
 
 
 def _inherited() -> bytes:
-    """An allowed process connects, then becomes somebody else and another program (execve(2))."""
+    """An allowed process connects, changes its user ID and calls execve(2)."""
     become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ALLOWED, ALLOWED, 0))
     with connected() as one:
         become(uids=(ALLOWED, 0, 0))
@@ -142,7 +142,7 @@ def _inherited_not_connected() -> bytes:
 
 
 def _accepted_personality() -> bytes:
-    """An allowed process leaves its credentials in a ring and becomes somebody else (io_uring_register(2))."""
+    """An allowed process registers its credentials in an io_uring (io_uring_register(2)) and changes its user ID."""
     become(groups=(), gids=(ALLOWED_GID,) * 3, uids=(ALLOWED, ALLOWED, 0))
     ring = Ring()
     personality = ring.register_personality()
@@ -162,7 +162,7 @@ _TARGET, _ANSWER, _OCTETS = 0, 64, 128
 
 
 def _honest_program(memory: ctypes.Array[ctypes.c_char], channel: socket.socket) -> None:
-    """Of an allowed user: connects to the address in its memory when told so, and keeps the answer there."""
+    """A program of an allowed user. On request it connects to the address in its memory and stores the answer."""
     become_user(ALLOWED, ALLOWED_GID)
     channel.recv(1)
     with make_socket() as one:
@@ -181,7 +181,7 @@ class _Vector(ctypes.Structure):
 
 
 def _traced() -> bytes:
-    """Writes another address into an allowed process and reads the answer out of it (process_vm_writev(2))."""
+    """Writes the locked address into an allowed process and reads the answer from it (process_vm_writev(2))."""
     memory = ctypes.create_string_buffer(OPEN4.encode(), _OCTETS)
     ours, theirs = socket.socketpair()
     with ours, theirs, alongside(lambda: _honest_program(memory, theirs)) as pid:
@@ -208,7 +208,7 @@ ATTACKS = (
         "A connection, or its own credentials, that an allowed process hands over: `SCM_RIGHTS`, `execve`, "
         "`pidfd_getfd` by a tracer, a personality in a ring of io_uring",
         Verdict.OPEN,
-        "It was the allowed process's to give away.",
+        "An allowed process may pass on what it has. Nothing is judged again.",
         {
             "scm-rights": Way(as_root(_passed(connected, connect=False))),
             "pidfd-getfd": Way(as_root(_taken(connected, connect=False))),
@@ -218,9 +218,9 @@ ATTACKS = (
     ),
     Attack(
         "handed-over",
-        "A socket of an allowed process, handed over before it was connected",
+        "A socket of an allowed process that is handed over before it is connected",
         Verdict.BLOCKED,
-        "Who connects is judged.",
+        "The process that connects is judged, not the one that made the socket.",
         {
             "scm-rights": Way(as_root(_passed(_not_connected, connect=True))),
             "pidfd-getfd": Way(as_root(_taken(_not_connected, connect=True))),
@@ -231,7 +231,7 @@ ATTACKS = (
         "ptrace",
         "Tracing an allowed process (the same user may, and `CAP_SYS_PTRACE`)",
         Verdict.OPEN,
-        "Whoever may write into an allowed process is that process.",
+        "A process that can write into the memory of an allowed process can make it do anything.",
         {"memory": Way(as_root(_traced))},
     ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other IDs, or what looks like them."""
+"""Attacks by other IDs, real ones and apparent ones."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from tests.adversary.talk import ask, fetch, make_socket, there
 
 _TRIES = 2000
 _SUBORDINATE = 165_536
-"""The first of IDs that /etc/subuid may give somebody."""
+"""The first of the IDs that /etc/subuid typically assigns."""
 
 
 def _filesystem_id() -> bytes:
-    """setfsuid(2) never fails; without CAP_SETUID it takes no ID but one of one's own."""
+    """Calls setfsuid(2), which never fails. Without CAP_SETUID it only accepts IDs that the task already has."""
     with contextlib.suppress(PermissionError):
         become(fsuid=ALLOWED)
     return fetch()
 
 
 def _real_id_left() -> bytes:
-    """The real ID is the allowed one, the effective one is not: what getuid(2) says does not count."""
+    """Connects with an allowed real ID and another effective one: getuid(2) shows the real ID, which does not count."""
     become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ALLOWED, ATTACKER, ATTACKER))
     return fetch()
 
 
 def _socket_of_an_allowed_user() -> bytes:
-    """Opened as an allowed user, connected as another: iptables' owner match would let it through."""
+    """Opens the socket as an allowed user and connects as another. The owner match of iptables would allow this."""
     become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ALLOWED, ALLOWED, ATTACKER))
     with make_socket() as one:
         become(uids=(ATTACKER,) * 3)
@@ -61,14 +61,14 @@ def _socket_of_an_allowed_user() -> bytes:
 
 
 def _take_back() -> bytes:
-    """A daemon that gave its ID away for a time: the saved one is still there."""
+    """Returns to the saved user ID, as a daemon does that gave up its ID for a time."""
     become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER, ATTACKER, ALLOWED))
     become(uids=(ATTACKER, ALLOWED, ALLOWED))
     return fetch()
 
 
 def _racing_threads() -> bytes:
-    """One thread becomes allowed and denied in turns, another one, who is neither, connects all the time."""
+    """One thread changes between an allowed and a denied user; another thread, of a third user, keeps connecting."""
     stop = threading.Event()
     found: list[bytes] = []
 
@@ -104,12 +104,12 @@ def _any_id() -> bytes:
 
 # --- programs that run as somebody else -------------------------------------------------------------------------------
 
-# bash connects by itself, and with -p it keeps the IDs that a set-ID bit gave it.
+# bash can connect (/dev/tcp), and with -p it keeps the IDs of its set-ID bits.
 _ASK = f"exec 3<>/dev/tcp/%s/{PORT}; echo '?' >&3; read -r -t 3 -u 3 line; echo \"$line\""
 
 
 def run_bash(program: str, address: str, uid: int, gid: int, groups: list[int]) -> bytes:
-    """What the service at the address told a copy of bash."""
+    """The answer of the service at the address to a copy of bash."""
     done = subprocess.run(
         [program, "-p", "-c", _ASK % address],
         capture_output=True,
@@ -135,7 +135,7 @@ def _set_id_program(mode: int, owner: int, group: int) -> Run:
 
 
 def _shed_by_a_set_id_program(groups: list[int]) -> Run:
-    """A member of a denied group runs a set-group-ID program that it made itself, of another group of its own."""
+    """A member of a denied group makes and runs a set-group-ID program of another of its groups."""
 
     def attack(scene: Scene) -> bytes:
         path = str(scene.folder / f"shell-of-{len(groups)}")
@@ -158,7 +158,7 @@ def _shed_by_a_set_id_program(groups: list[int]) -> Run:
 
 
 def _own_namespace(*inner: int) -> Callable[[], bytes]:
-    """User namespaces, one in the other, in which the attacker is whoever it likes."""
+    """Nested user namespaces, in which the attacker has any user ID it likes."""
 
     def attack() -> bytes:
         for number in inner:
@@ -171,7 +171,7 @@ def _own_namespace(*inner: int) -> Callable[[], bytes]:
 
 
 def _subordinate(uids: Triple, groups: tuple[int, ...], address: str = IPV4) -> Callable[[], bytes]:
-    """In a user namespace with a range of IDs that belong to nobody, beside the attacker's own."""
+    """In a user namespace with a range of unused IDs, beside the attacker's own."""
 
     def inside() -> bytes:
         become(groups=groups, gids=(5,) * 3, uids=uids)
@@ -181,7 +181,7 @@ def _subordinate(uids: Triple, groups: tuple[int, ...], address: str = IPV4) -> 
 
 
 def _deny_listed_in_a_namespace() -> bytes:
-    """As oneself, in a user namespace of one's own."""
+    """Keeps its own user ID, in its own user namespace."""
     syscalls.unshare(syscalls.CLONE_NEWUSER)
     return fetch(DENY_LISTED)
 
@@ -191,10 +191,10 @@ _USERNS = ("userns",)
 ATTACKS = (
     Attack(
         "id-tricks",
-        "IDs that are not the effective ones: `setfsuid` without the right to it, a real ID that is allowed, a socket "
-        "that was opened as an allowed user",
+        "IDs other than the effective ones: `setfsuid` without `CAP_SETUID`, an allowed real ID, a socket that was "
+        "opened as an allowed user",
         Verdict.BLOCKED,
-        "What counts is the ID that the kernel checks files with, of the task that connects, at that moment.",
+        "The hooks read the fsuid of the task that connects, at that moment: the ID that the kernel checks files with.",
         {
             "setfsuid": Way(as_attacker(_filesystem_id)),
             "real-id": Way(as_root(_real_id_left)),
@@ -205,14 +205,14 @@ ATTACKS = (
         "id-race",
         "Threads that change their IDs while another one connects",
         Verdict.BLOCKED,
-        "Each thread has credentials of its own, and the hook reads those of the one that connects.",
+        "Each thread has its own credentials. The hooks read those of the thread that connects.",
         {"threads": Way(as_root(_racing_threads))},
     ),
     Attack(
         "id-allowed",
-        "A process that may become an allowed user: a saved ID, `CAP_SETUID`, a set-user-ID or set-group-ID program",
+        "A process that can become an allowed user: by a saved ID, `CAP_SETUID`, a set-user-ID or set-group-ID program",
         Verdict.OPEN,
-        "The kernel makes it that user. Look for such programs (`find / -perm /6000`).",
+        "To the kernel it then is that user. Look for such programs (`find / -perm /6000`).",
         {
             "saved-id": Way(as_root(_take_back)),
             "cap-setuid": Way(as_attacker(_any_id, CAP_SETUID)),
@@ -222,9 +222,9 @@ ATTACKS = (
     ),
     Attack(
         "id-user-namespace",
-        "User namespaces: as their root, as the number of an allowed user or group, nested, with ranges of IDs",
+        "User namespaces: as root in one, with the ID of an allowed user or group, nested, with ranges of IDs",
         Verdict.BLOCKED,
-        "IDs are compared as the host has them, and a process in a user namespace counts as a container.",
+        "The hooks compare IDs of the initial user namespace. A process in another one counts as a container.",
         {
             "root": Way(as_attacker(_own_namespace(0)), _USERNS),
             "allowed-number": Way(as_attacker(_own_namespace(ALLOWED)), _USERNS),
@@ -236,7 +236,7 @@ ATTACKS = (
         "deny-list-namespace",
         "A user on a deny list who takes other IDs, or drops groups, in a user namespace",
         Verdict.BLOCKED,
-        "A lock that allows by default does so in the host's user namespace alone.",
+        "A lock that allows by default does so only in the initial user namespace.",
         {
             "own-id": Way(as_attacker(_deny_listed_in_a_namespace), _USERNS),
             "range": Way(as_root(_subordinate((7,) * 3, (), DENY_LISTED)), _USERNS),
@@ -244,16 +244,16 @@ ATTACKS = (
     ),
     Attack(
         "deny-list-group",
-        "A set-group-ID program that a member of a denied group made itself, of another group",
+        "A set-group-ID program of another group, made by a member of a denied group",
         Verdict.BLOCKED,
-        "The supplementary groups stay, and a login puts every group there (initgroups(3)).",
+        "The program keeps the supplementary groups, and a login puts every group there (initgroups(3)).",
         {"supplementary": Way(_shed_by_a_set_id_program([OTHER_GROUP, DENIED_GROUP]))},
     ),
     Attack(
         "deny-list-primary",
-        "The same where the denied group is the primary one alone, as a daemon may have it that drops its other groups",
+        "A set-group-ID program of another group, run by a daemon whose only denied group is its primary group",
         Verdict.OPEN,
-        "The program's group takes its place. Deny such a daemon by its user, or better, list who is allowed.",
+        "The group of the program replaces the primary group. Deny the daemon's user instead, or use an allowlist.",
         {"primary": Way(_shed_by_a_set_id_program([OTHER_GROUP]))},
     ),
 )

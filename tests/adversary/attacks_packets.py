@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packets that no socket was connected for."""
+"""Attacks by packets that are sent without a connect."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ IPV6_HDRINCL = 36  # include/uapi/linux/in6.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # include/uapi/linux/if_tun.h
 IP_TRANSPARENT = 19  # include/uapi/linux/in.h
 MANY = 9
-"""Extension headers: more than the guard reads through, fewer than Linux 7.3 refuses to (12)."""
+"""A number of extension headers: more than the guard reads, fewer than 12, which Linux 7.3 refuses."""
 _OPEN_PORT = 53
 _CABLE = ("cable",)
 NOBODY = "10.66.66.66"
-"""An address that is led to lo and not there: the kernel answers nothing that the service sends to it."""
+"""An address that is routed to lo but not assigned: the kernel does not answer what the service sends to it."""
 BEHIND_THE_TUNNEL = "10.77.0.2"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,12 +60,12 @@ Ask = Callable[[Flow, Send, Receive], bytes]
 
 
 def _from(source: str) -> Flow:
-    """A port of its own for each: the service may still know the connection of another attack."""
+    """A flow from a new port: the service may still have the connection of another attack."""
     return Flow(source, 32_768 + secrets.randbelow(28_000), IPV4, PORT)
 
 
 def _sniffer(interface: str = "lo") -> socket.socket:
-    """Sees every packet of an interface (packet(7))."""
+    """A packet socket that receives every packet of an interface (packet(7))."""
     one = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL))
     one.bind((interface, _ETH_P_ALL))
     one.settimeout(WAIT_S)
@@ -73,7 +73,7 @@ def _sniffer(interface: str = "lo") -> socket.socket:
 
 
 def _raw_ip(ask: Ask) -> Run:
-    """A raw socket whose sender writes the IP header (IP_HDRINCL in raw(7))."""
+    """Sends through a raw socket, with its own IP header (IP_HDRINCL in raw(7))."""
 
     def attack() -> bytes:
         with _sniffer() as seen, socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as one:
@@ -83,7 +83,7 @@ def _raw_ip(ask: Ask) -> Run:
 
 
 def ask_by_raw_ipv6(to: str, options: int = 0, *, fragment: bool = False) -> bytes:
-    """The answer to a datagram by hand; it comes to an ordinary socket that sends nothing."""
+    """The answer to a datagram that is sent through a raw socket. An ordinary socket receives it."""
     with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
         waiting.bind((OPEN6, 0))
         flow = Flow(OPEN6, waiting.getsockname()[1], to, PORT)
@@ -98,7 +98,7 @@ def _raw_ipv6(options: int = 0, *, fragment: bool = False) -> Run:
 
 
 def _raw_protocol() -> bytes:
-    """A raw socket of the protocol UDP that is connected: the payload brings the UDP header."""
+    """Sends through a connected raw socket of protocol UDP. The payload has the UDP header."""
     with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
         waiting.bind((OPEN6, 0))
         flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
@@ -113,10 +113,10 @@ def _raw_protocol() -> bytes:
 
 
 def _remotely(prepare: Callable[[socket.socket, Flow], object]) -> Run:
-    """A handshake by hand with a service on another machine, as if that asked us.
+    """Forges a handshake with a service on another machine, so that it looks like an answer to that machine.
 
-    A socket of ours lies ready where the packets go to, if one does not look where that is: it has the service's port,
-    and the guard knows it for a connect to an open port of the service's address.
+    ``prepare`` makes a socket seem the owner of the forged packets: it gets the port of the service, and the guard
+    has approved it for an open port of the service's address.
     """
 
     def attack() -> bytes:
@@ -143,7 +143,7 @@ def _listen(bait: socket.socket, flow: Flow) -> None:
 
 
 def _begin_a_connect(bait: socket.socket, flow: Flow) -> None:
-    """To where the forged packets claim to come from, out of the service's own address (IP_TRANSPARENT in ip(7))."""
+    """Connects from the service's address to the source of the forged packets (IP_TRANSPARENT in ip(7))."""
     bait.setsockopt(socket.IPPROTO_IP, IP_TRANSPARENT, 1)
     bait.bind((IPV4, PORT))
     bait.setblocking(False)
@@ -151,7 +151,7 @@ def _begin_a_connect(bait: socket.socket, flow: Flow) -> None:
 
 
 def _link_layer(ask: Ask) -> Run:
-    """A packet socket: below IP (packet(7))."""
+    """Sends frames through a packet socket, below IP (packet(7))."""
 
     def attack() -> bytes:
         with _sniffer() as one:
@@ -163,7 +163,7 @@ def _link_layer(ask: Ask) -> Run:
 
 @contextmanager
 def _tunnel() -> Iterator[int]:
-    """An interface whose cable ends in this process (Documentation/networking/tuntap.rst)."""
+    """A tun interface, whose packets this process reads and writes (Documentation/networking/tuntap.rst)."""
     with ExitStack() as stack:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         stack.callback(os.close, fd)
@@ -174,7 +174,7 @@ def _tunnel() -> Iterator[int]:
 
 
 def _through_a_tunnel() -> bytes:
-    """The packets come in from outside, as it were: nobody on this machine sends them."""
+    """Writes packets to a tun interface: the kernel receives them as if from another machine."""
     with _tunnel() as fd:
         privileges.become_user(ATTACKER, ATTACKER_GID, capabilities=[CAP_NET_ADMIN])
 
@@ -189,10 +189,10 @@ def _through_a_tunnel() -> bytes:
 ATTACKS = (
     Attack(
         "raw-ip",
-        "Raw IP sockets with `CAP_NET_RAW`: packets and whole TCP connections by hand (`IP_HDRINCL`), in fragments, "
-        "with options and extension headers",
+        "Raw IP sockets with `CAP_NET_RAW`: forged packets and whole TCP connections (`IP_HDRINCL`), fragments, "
+        "options, extension headers",
         Verdict.STRICT,
-        "No connect happens. The packets come from a socket that nobody approved.",
+        "There is no connect to judge. With `--strict`, packets of a socket that no hook has approved are dropped.",
         {
             "tcp": Way(_raw_ip(shake_hands_and_ask)),
             "udp": Way(_raw_ip(ask_by_datagram)),
@@ -212,15 +212,15 @@ ATTACKS = (
         "packet-socket",
         "Packet sockets (`AF_PACKET`) with `CAP_NET_RAW`: frames below IP",
         Verdict.OPEN,
-        "They pass every hook of cgroups by. Take `CAP_NET_RAW` from services.",
+        "No cgroup hook sees them. Remove `CAP_NET_RAW` from services.",
         {"tcp": Way(_link_layer(shake_hands_and_ask)), "udp": Way(_link_layer(ask_by_datagram))},
     ),
     Attack(
         "tunnel",
         "A tun interface with `CAP_NET_ADMIN`: packets that seem to come from another machine",
         Verdict.OPEN,
-        "Nobody on this machine sends them. Where the locked address is another machine's they are forwarded, and the "
-        "rules that `start` puts into FORWARD reject them (`tests/kernel/test_forwarded.py`).",
+        "No process of this machine sends them. If the locked address is on another machine they are forwarded, and "
+        "the rules that `start` adds to FORWARD reject them (`tests/kernel/test_forwarded.py`).",
         {"tun": Way(as_root(_through_a_tunnel), ("tun",), own_network=True)},
     ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Containers, namespaces and cgroups."""
+"""Attacks from containers, namespaces and other cgroups."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def _in_pid_namespace(fn: Callable[[], bytes]) -> Callable[[], bytes]:
 
 
 def _as_root_of_a_container() -> bytes:
-    """What Docker gives a container without further words: root, in namespaces of its own but the user's."""
+    """Connects as root in new namespaces of every kind but user: a container as Docker makes it by default."""
     syscalls.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWCGROUP)
     return fetch()
 
 
 def _mapped_one_to_one() -> bytes:
-    """A container whose IDs are the host's."""
+    """Connects in a user namespace that maps every ID to itself."""
     return in_mapped_user_namespace(["0 0 65536"], _as_allowed)
 
 
@@ -57,7 +57,7 @@ def _with_the_hosts_processes() -> bytes:
 
 
 def _in_another_network(scene: Scene) -> bytes:
-    """A network namespace that is made now, with a service of its own at the same address."""
+    """Connects in a new network namespace, with its own service at the locked address."""
 
     def attack() -> bytes:
         netns.unshare_network([IPV4])
@@ -76,7 +76,7 @@ def _move(path: str) -> None:
 
 
 def _in_a_cgroup_of_its_own(scene: Scene) -> bytes:
-    """A subtree that was given to the attacker (delegation in cgroups(7)), as systemd gives every user one."""
+    """Moves around in a delegated subtree (cgroups(7)), such as systemd gives every user."""
     path = os.path.join(scene.sandbox.cgroup, "delegated")
 
     def attack() -> bytes:
@@ -86,7 +86,7 @@ def _in_a_cgroup_of_its_own(scene: Scene) -> bytes:
         return fetch()
 
     def joined() -> bytes:
-        _move(path)  # to move further the attacker must begin inside what was given to it
+        _move(path)  # a delegated move must start inside the subtree
         return in_child(attack)
 
     os.mkdir(path)
@@ -105,7 +105,7 @@ def _remove_when_empty(path: str) -> None:
 
 
 def _out_of_the_cgroup(scene: Scene) -> bytes:
-    """The attacker tries every way up that it can write down, then connects from where it is."""
+    """Tries to move to every cgroup above, then connects."""
     above = scene.guard_cgroup
 
     def attack() -> bytes:
@@ -118,14 +118,14 @@ def _out_of_the_cgroup(scene: Scene) -> bytes:
 
 
 def _in_a_cgroup_namespace() -> bytes:
-    """Root of a user namespace may make a cgroup namespace and mount cgroup2, where its own cgroup is the root."""
+    """As root of a user namespace, makes a cgroup namespace and mounts cgroup2: its own cgroup is the root there."""
     enter_user_namespace(0, 0)
     syscalls.unshare(CLONE_NEWNS | CLONE_NEWCGROUP)
     return fetch()
 
 
 def _moved_with_its_socket(scene: Scene) -> bytes:
-    """A socket belongs to the cgroup that it was made in; here both lie below the guard."""
+    """Makes a socket, moves to another cgroup, connects. A socket belongs to the cgroup where it was made."""
     path = os.path.join(scene.sandbox.cgroup, "before")
 
     def attack() -> bytes:
@@ -144,7 +144,7 @@ def _moved_with_its_socket(scene: Scene) -> bytes:
 
 
 def _outside(scene: Scene) -> bytes:
-    """A process of the namespace that is in no guarded cgroup: its sockets are never looked at."""
+    """Connects from a cgroup outside the guarded one, where no hook runs."""
 
     def attack() -> bytes:
         netns.enter(scene.sandbox.netns_fd)
@@ -155,7 +155,7 @@ def _outside(scene: Scene) -> bytes:
 
 
 def _moved_in_with_its_socket(scene: Scene) -> bytes:
-    """The same, by a process that is guarded and still has a socket from before."""
+    """Makes a socket outside the guarded cgroup, moves into it, connects."""
 
     def attack() -> bytes:
         netns.enter(scene.sandbox.netns_fd)
@@ -174,9 +174,9 @@ _CONTAINER: Run = as_root(_in_pid_namespace(_as_root_of_a_container))
 ATTACKS = (
     Attack(
         "container",
-        "A container: its root, or a user whose number is an allowed user's on the host",
+        "A container: its root, or a user whose ID is that of an allowed user on the host",
         Verdict.BLOCKED,
-        'Identities count for the host\'s own processes alone, unless the policy says `containers = "allow"`.',
+        'Callers in containers are denied, unless the policy says `containers = "allow"`.',
         {
             "root": Way(_CONTAINER),
             "allowed-number": Way(as_root(_in_pid_namespace(_as_allowed))),
@@ -185,23 +185,23 @@ ATTACKS = (
     ),
     Attack(
         "container-host-pid",
-        "A container with the host's PID namespace and users (`--pid=host`, `hostPID`)",
+        "A container in the PID and user namespaces of the host (`--pid=host`, `hostPID`)",
         Verdict.OPEN,
-        "It can't be told from a process of the host, and is judged by its IDs.",
+        "The hooks can't distinguish it from a process of the host, and judge it by its IDs.",
         {"allowed-number": Way(as_root(_with_the_hosts_processes))},
     ),
     Attack(
         "network-namespace",
         "Another network namespace",
         Verdict.BLOCKED,
-        "The hooks belong to cgroups, which don't care about networks.",
+        "The hooks are attached to a cgroup, and run in every network namespace.",
         {"new": Way(_in_another_network)},
     ),
     Attack(
         "cgroup",
         "Moving between cgroups, up or down, with or without a socket; a cgroup namespace (`unshare -C`)",
         Verdict.BLOCKED,
-        "Every cgroup lies below the root, which is where the guard is.",
+        "The guard is attached to the root cgroup, and all other cgroups are below it.",
         {
             "delegated": Way(_in_a_cgroup_of_its_own),
             "upwards": Way(_out_of_the_cgroup),
@@ -213,7 +213,7 @@ ATTACKS = (
         "cgroup-outside",
         "With `--cgroup`: a process outside that cgroup, or a socket that was made outside",
         Verdict.OPEN,
-        "Only what is below the cgroup is guarded. Without the option that is the whole machine.",
+        "Only that cgroup and those below it are guarded. Without the option, the whole machine is.",
         {"process": Way(_outside, _SUBTREE), "socket": Way(_moved_in_with_its_socket, _SUBTREE)},
     ),
 )

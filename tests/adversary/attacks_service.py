@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard itself: taking it apart, drowning it, catching it in the middle of a change."""
+"""Attacks on the guard itself: taking it apart, flooding it, using the moment of a change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @dataclass(frozen=True)
 class Target:
-    """A guard, as somebody sees it who knows where everything is."""
+    """The pins, links and maps of a guard."""
 
     pins: str
     cgroup: str
@@ -93,7 +93,7 @@ TAKE_APART: dict[str, Callable[[Target], None]] = {
     "generation": _generation,
     "generation-by-number": _generation_by_number,
 }
-"""Each opens the lock when root does it (test_guard.py)."""
+"""Each of these opens the lock when root does it (test_guard.py)."""
 
 
 def _take_apart(act: Callable[[Target], None], *, in_namespace: bool) -> Run:
@@ -102,7 +102,7 @@ def _take_apart(act: Callable[[Target], None], *, in_namespace: bool) -> Run:
 
         def try_it() -> bytes:
             if in_namespace:
-                enter_user_namespace(0, 0)  # root there: every capability, over that namespace
+                enter_user_namespace(0, 0)  # root there has every capability, in that namespace
             with contextlib.suppress(OSError):
                 act(of)
             return b""
@@ -118,7 +118,7 @@ def _take_apart(act: Callable[[Target], None], *, in_namespace: bool) -> Run:
 _RECORDS = 8000
 """More than the ring buffer of denials holds: IG_EVENTS_BYTES in bpf/imds_guard.h, some 100 octets each."""
 _USERS = 16_384 + 600
-"""More than the report has rows: IG_REPORT_ROWS."""
+"""More than the rows of the report: IG_REPORT_ROWS."""
 
 
 def _flood(one: socket.socket) -> None:
@@ -133,10 +133,10 @@ def _many_denials() -> None:
 
 
 def _many_users() -> None:
-    """Root of a machine with many users; or somebody to whom /etc/subuid gives 65,536 IDs."""
+    """Connects as many users, as root can, or a user to whom /etc/subuid assigns 65,536 IDs."""
     with make_socket(kind=socket.SOCK_DGRAM) as one:
         for uid in range(200_000, 200_000 + _USERS):
-            _libc.setfsuid(uid)  # one call for each, and no more: there are many
+            _libc.setfsuid(uid)  # a single call for each: there are many
             _flood(one)
 
 
@@ -165,11 +165,11 @@ _NAMESPACE = ("userns",)
 ATTACKS = (
     Attack(
         "take-apart",
-        "Detaching, replacing or unpinning the hooks, or writing to the maps, without privilege: by the pins, by the "
-        "numbers of links and maps, as root of a user namespace",
+        "Detaching, replacing or unpinning the hooks, or writing to the maps, without privilege: through the pins, "
+        "through the IDs of links and maps, as root of a user namespace",
         Verdict.BLOCKED,
-        "The kernel wants `CAP_BPF`, `CAP_NET_ADMIN` and `CAP_SYS_ADMIN` of the host for each of these. With them the "
-        "lock can be taken off.",
+        "The kernel requires capabilities of the initial user namespace for each of these (`CAP_BPF`, `CAP_NET_ADMIN`, "
+        "`CAP_SYS_ADMIN`). With them the lock can be removed.",
         {
             **{name: Way(_take_apart(act, in_namespace=False)) for name, act in TAKE_APART.items()},
             **{
@@ -180,17 +180,17 @@ ATTACKS = (
     ),
     Attack(
         "pin-folder",
-        "Folders and symbolic links that lie ready where the pins will be, before `start`; the modes of pins, lock "
+        "Folders and symbolic links that are placed where the pins will be, before `start`; the modes of pins, lock "
         "files and the configuration",
         Verdict.BLOCKED,
-        "What is not root's own is not used, and never followed. Nobody else can open, rename or remove anything.",
+        "Only what root owns is used, no link is followed, and only root can open, rename or remove anything.",
         test="adversary/test_guard.py",
     ),
     Attack(
         "flood",
-        "Drowning the guard in denials: more than the record buffer holds, from more users than the report has rows",
+        "A flood of denials: more than the record buffer holds, from more users than the report has rows",
         Verdict.BLOCKED,
-        "Records are lost, and counted as lost. The decision does not depend on them.",
+        "Records get lost and the loss is counted. Decisions don't depend on them.",
         {
             "records": Way(_drown_in_records),
             "users": Way(lambda scene: _drown(scene, _many_users)),
@@ -198,10 +198,11 @@ ATTACKS = (
     ),
     Attack(
         "races",
-        "Connects without end while the policy changes, programs are replaced, processes fork and exit, threads change "
+        "Constant connects while the policy changes, programs are replaced, processes fork and exit, threads change "
         "their IDs",
         Verdict.BLOCKED,
-        "Each is judged by the whole old policy or the whole new one: no denied one succeeds, no allowed one fails. "
+        "Each is judged by the whole old policy or the whole new one: no denied connect succeeds, no allowed "
+        "one fails. "
         "`python3 -m tests.adversary.storm 1000000` tries a million.",
         test="adversary/test_storm.py",
     ),
@@ -209,7 +210,7 @@ ATTACKS = (
         "kill",
         "Killing the guard, at any step of a command",
         Verdict.BLOCKED,
-        "No process has to stay. A command that is killed leaves the policy before or the one after.",
+        "The lock needs no process. A command that is killed leaves the old policy or the new one in force.",
         test="kernel/test_kill.py",
     ),
 )
