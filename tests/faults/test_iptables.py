@@ -20,7 +20,7 @@ from tests.faults import trials
 from tests.faults.callers import Callers
 from tests.faults.trials import Before, Trial
 from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLICY, PORT, STRANGER
-from tests.kernel.rules_in_a_sandbox import KINDS
+from tests.kernel.rules_in_a_sandbox import KINDS, one_legacy_at_a_time
 from tests.tools import need
 
 EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
@@ -77,7 +77,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
     need(KINDS[kind][0])
-    with Sandbox((IPV4, IPV6)) as sandbox:
+    with one_legacy_at_a_time(kind), Sandbox((IPV4, IPV6)) as sandbox:
         sandbox.serve((IPV4, IPV6), (PORT,))
         with Callers(sandbox, sorted(EVERYONE), PLACES) as callers:
             backend = IptablesBackend(KINDS[kind], state_folder=str(tmp_path))

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import ipaddress
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Callable, TypeVar
 
 from imds_guard.backends.iptables import IptablesBackend
@@ -31,6 +33,20 @@ KINDS: dict[str, tuple[str, str]] = {
     "nf_tables": ("iptables-nft", "ip6tables-nft"),
     "legacy": ("iptables-legacy", "ip6tables-legacy"),
 }
+
+
+@contextmanager
+def one_legacy_at_a_time(kind: str) -> Iterator[None]:
+    """While the block runs, no other test uses iptables-legacy.
+
+    All network namespaces share one xtables lock (/run/xtables.lock), which some tests hold, or measure the wait for.
+    """
+    if kind != "legacy":
+        yield
+        return
+    with open("/run/imds-guard-tests-legacy.lock", "w", encoding="ascii") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 class Machine:

@@ -21,7 +21,7 @@ from imds_guard.kernel.netns import enter
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.model import Mode, Policy, Verdict, make_policy
-from tests.kernel.rules_in_a_sandbox import FOO, KINDS, STRANGER, V4, V6, connect, policy_for
+from tests.kernel.rules_in_a_sandbox import FOO, KINDS, STRANGER, V4, V6, connect, one_legacy_at_a_time, policy_for
 from tests.tools import need
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def routed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Routed]:
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
     need("ip", KINDS[kind][0])
-    with Sandbox() as client, Sandbox() as router, Sandbox((V4, V6)) as server:
+    with one_legacy_at_a_time(kind), Sandbox() as client, Sandbox() as router, Sandbox((V4, V6)) as server:
         boxes = {"client": client, "router": router, "server": server}
         _wire(boxes)
         server.serve((V4, V6), (53, 80))

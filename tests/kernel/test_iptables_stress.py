@@ -38,6 +38,7 @@ from tests.kernel.rules_in_a_sandbox import (
     V4,
     V6,
     Machine,
+    one_legacy_at_a_time,
     policy_for,
 )
 from tests.tools import need
@@ -52,7 +53,7 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
     if os.geteuid() != 0:
         pytest.skip("making network namespaces needs root")
     need(KINDS[kind][0])
-    with Sandbox((V4, V6, OTHER)) as sandbox:
+    with one_legacy_at_a_time(kind), Sandbox((V4, V6, OTHER)) as sandbox:
         sandbox.serve(SERVED, PORTS)
         yield Machine(sandbox, kind, str(tmp_path))
 
