@@ -45,8 +45,9 @@ def test_packages_that_pip_can_not_install_are_reported(tmp_path: Path) -> None:
     assert not (venv / ".stamp").exists()
 
 
-def test_fast_is_the_unit_tests(tmp_path: Path) -> None:
-    """``test --fast`` runs tests/unit; what follows goes to pytest."""
+def test_what_pytest_is_started_with(tmp_path: Path) -> None:
+    """``test --fast`` runs tests/unit; without arguments all tests run, in two processes; arguments go to pytest."""
+    assert pytest_arguments(tmp_path)[:4] == ["-m", "pytest", "-n", "2"]
     assert pytest_arguments(tmp_path, "--fast", "-k", "gate") == ["-m", "pytest", "tests/unit", "-k", "gate"]
     assert pytest_arguments(tmp_path, "-k", "gate") == ["-m", "pytest", "-k", "gate"]
 
