@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs inside the guests. Nothing here is for a machine that somebody works on."""
+"""Code that runs inside the guests. None of it is for a machine that somebody works on."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance table's eBPF backend at the root of cgroup2, where the installed command has attached it.
+"""The eBPF backend of the conformance table at the root of cgroup2, where the installed command has attached it.
 
-A module of the guests' and no environment variable: on a machine that somebody works on, nothing must lead there.
+This is a module of the guests, not an option of the tests: nothing may lock the root of a machine in use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.conformance.families import ADDRESSES
 
 
 class AtRoot(enforcers.Ebpf):
-    """As its parent, above every process of the guest and not above a cgroup of its own."""
+    """The eBPF enforcer for every process of the guest, not only for those of a cgroup of its own."""
 
     def __init__(self, folder: Path) -> None:
         self._backend = EbpfBackend()
@@ -28,14 +28,14 @@ class AtRoot(enforcers.Ebpf):
 
     def __enter__(self) -> AtRoot:
         pins = self._backend.state().pins
-        assert pins is not None, "nothing is attached: the command has not started it"
+        assert pins is not None, "nothing is attached: imds-guard start has not run"
         self._maps = self._stack.enter_context(MapReader.open(pins, (Map.COUNTERS,)))
         return self
 
     def sandbox(self) -> Sandbox:
-        """Enforcer.sandbox(): anywhere, for everything is below the root."""
+        """Enforcer.sandbox(): the cgroup may be anywhere, since all are below the root."""
         return Sandbox(ADDRESSES)
 
     def _counts(self) -> dict[Reason, int]:
-        """From the map alone: all of the backend's state takes an emulated processor a fifth of a second."""
+        """Reads the map alone: state() takes a fifth of a second on an emulated processor."""
         return {Reason(number): sum(pair) for number, pair in enumerate(self._maps.counters()[: len(Reason)])}

@@ -26,11 +26,11 @@ def _filter(number: int) -> bytes:
 
 
 def refuse_bpf() -> None:
-    """Puts the filter on this process and all that it starts; it can't be taken off again."""
+    """Sets the filter for this process and its children. It can't be removed."""
     code = ctypes.create_string_buffer(_filter(BPF_SYSCALL[os.uname().machine]))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(code)))
     libc = ctypes.CDLL(None, use_errno=True)
-    # Root needs no no_new_privs for a filter, and with it sudo and setuid programs would behave otherwise than they do.
+    # Root needs no no_new_privs for a filter, and no_new_privs would change the behaviour of sudo and setuid programs.
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_SECCOMP)")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the service before and after a reboot share."""
+"""Shared by the tests of the service before and after a reboot."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ UNIT, WATCH = "imds-guard.service", "imds-guard-watch.service"
 VERIFY, REQUIRED = "imds-guard-verify.timer", "imds-guard-required.service"
 CONFIG = ("--user", str(ONE), "--user", "root", *LOCK)
 EARLY = Path("/var/lib/early-caller")
-"""Its StateDirectory: root makes it, and the unit's user gets it."""
+"""The StateDirectory of the unit. Root makes it, and systemd gives it to the user of the unit."""
 NETWORK = "systemd-networkd.service"
 
 DROP_IN = Path(f"/etc/systemd/system/{UNIT}.d/slow.conf")
 SLOW = f"""\
-# The unit's own limit is for machines that are not emulated.
+# The limit of the unit itself is too short for an emulated machine.
 [Service]
 TimeoutStartSec={PATIENCE_S}
 """
@@ -29,7 +29,7 @@ with socket.socket() as one:
 """
 
 _UNIT = f"""\
-# The first that the network's units let run: it tries to connect as a user who may not.
+# Runs before the units of the network, and connects as a user who is not allowed to.
 [Unit]
 DefaultDependencies=no
 After=network-pre.target
@@ -45,12 +45,12 @@ WantedBy={NETWORK}
 """
 
 
-def systemctl(*words: str) -> str:
-    """What systemctl printed; it must end well."""
+def systemctl(*arguments: str) -> str:
+    """Runs systemctl, which must succeed, and returns its output."""
     ended = subprocess.run(
-        ["/usr/bin/systemctl", *words], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        ["/usr/bin/systemctl", *arguments], capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
-    assert ended.returncode == 0, (words, ended, _journal())
+    assert ended.returncode == 0, (arguments, ended, _journal())
     return ended.stdout.strip()
 
 
@@ -59,28 +59,28 @@ def show(unit: str, name: str) -> str:
     return systemctl("show", "--property", name, "--value", unit)
 
 
-def ends(*words: str) -> int:
+def exit_status_of(*arguments: str) -> int:
     """The exit status of systemctl."""
-    argv = ["/usr/bin/systemctl", *words]
+    argv = ["/usr/bin/systemctl", *arguments]
     return subprocess.run(argv, capture_output=True, timeout=PATIENCE_S, check=False).returncode
 
 
 def journal(unit: str) -> str:
-    """What a unit has said since the boot."""
+    """The messages of a unit since the boot."""
     argv = ["/usr/bin/journalctl", "-b", "-o", "cat", "--no-pager", "-u", unit]
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 
 def slow_down(*units: str) -> None:
-    """Gives units the time that an emulated machine takes."""
+    """Gives units more time, for an emulated machine."""
     for unit in units:
         folder = Path(f"/etc/systemd/system/{unit}.d")
         folder.mkdir(exist_ok=True)
         (folder / DROP_IN.name).write_text(SLOW, encoding="utf-8")
 
 
-def put_early_caller() -> None:
-    """A unit between network-pre.target and the network: what it gets is read after the reboot."""
+def install_early_caller() -> None:
+    """Installs a caller between network-pre.target and the network. Its result is read after the reboot."""
     subprocess.run(["/usr/sbin/groupadd", "-g", str(OTHERS), "others"], check=True)
     subprocess.run(["/usr/sbin/useradd", "-M", "-u", str(STRANGER), "-g", "others", "early-caller"], check=True)
     EARLY.mkdir()

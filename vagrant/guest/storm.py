@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A caller that connects in a loop, and counts how that ends: one who may not must never get through."""
+"""A caller that connects in a loop and counts the outcomes: a denied caller must never connect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vagrant.guest.world import IPV4, IPV6, PATIENCE_S
 
 _LOOP = """
 import errno, json, os, signal, socket, sys
-os.nice(10)  # it shall not take the processor from what it watches
+os.nice(10)  # leave the processor to the commands under test
 counts, going = {}, True
 def end(*_):
     global going
@@ -26,16 +26,16 @@ while going:
             one.settimeout(20)
             try:
                 one.connect((address, 80))
-                word = "connected"
+                outcome = "connected"
             except OSError as error:
-                word = errno.errorcode.get(error.errno, repr(error))
-        counts[word] = counts.get(word, 0) + 1
+                outcome = errno.errorcode.get(error.errno, repr(error))
+        counts[outcome] = counts.get(outcome, 0) + 1
 print(json.dumps(counts), flush=True)
 """
 
 
 class Storm:
-    """Runs between the two ends of the ``with`` block; ``outcomes`` are there afterwards."""
+    """Runs during the ``with`` block. ``outcomes`` are set at its end."""
 
     def __init__(self, uid: int) -> None:
         self._uid = uid

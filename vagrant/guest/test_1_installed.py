@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed command as somebody types it, at the root of cgroup2, in a network namespace with nothing but lo."""
+"""The installed command, at the root of cgroup2, in a network namespace with nothing but lo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 
 from vagrant.guest.world import (
     BACKENDS,
+    CHOSEN,
     EXPECT,
     INACTIVE,
     LOCK,
@@ -16,7 +17,6 @@ from vagrant.guest.world import (
     ONE,
     STAFF,
     STRANGER,
-    TAKEN,
     TWO,
     UNSUPPORTED,
     assert_denied,
@@ -27,29 +27,29 @@ from vagrant.guest.world import (
 )  # fmt: skip
 
 
-def test_what_runs_is_the_wheel() -> None:
-    """Without PYTHONPATH the module comes from where pip puts it."""
+def test_the_installed_module_is_that_of_the_wheel() -> None:
+    """Without PYTHONPATH the module is imported from the folder of pip."""
     argv = [sys.executable, "-I", "-c", "import imds_guard; print(imds_guard.__file__)"]
     found = subprocess.run(argv, cwd="/", capture_output=True, text=True, check=True).stdout
     assert found.startswith("/usr/local/lib/python3"), found
 
 
-def test_check_tells_what_works() -> None:
-    """The backend that start takes is the one that kernels.toml names, and each refusal has its reason."""
+def test_check_reports_which_backends_work() -> None:
+    """start chooses the backend that kernels.toml names, and each refusal has a reason."""
     result = command("check", "--json")
     found = json.loads(result.stdout)
-    assert found["taken"] == TAKEN, found
+    assert found["taken"] == CHOSEN, found
     assert {one["name"]: one["works"] for one in found["backends"]} == {name: name in EXPECT for name in BACKENDS}, (
         found
     )
     assert [one["name"] for one in found["backends"] if not one["works"] and not one["reason"]] == []
-    assert result.returncode == (0 if TAKEN else UNSUPPORTED)
+    assert result.returncode == (0 if CHOSEN else UNSUPPORTED)
 
 
-def test_what_can_not_work_is_refused() -> None:
-    """By name, and for "auto" where neither works: status 69, one sentence, and everybody still connects."""
+def test_a_backend_that_can_not_work_is_refused() -> None:
+    """Named, and by "auto" where neither works: status 69, one sentence, and everybody still connects."""
     refused = [name for name in BACKENDS if name not in EXPECT]
-    for name in [*refused, *([] if TAKEN else ["auto"])]:
+    for name in [*refused, *([] if CHOSEN else ["auto"])]:
         result = command("start", "--backend", name, "--user", str(ONE), *LOCK)
         assert (result.returncode, result.stdout) == (UNSUPPORTED, ""), result
         assert result.stderr.startswith("imds-guard: "), result
@@ -59,7 +59,7 @@ def test_what_can_not_work_is_refused() -> None:
 
 
 def test_who_gets_through(backend: str) -> None:
-    """The user, and the supplementary group, at each of the addresses; nobody else, root neither."""
+    """The user and the supplementary group connect to each address; nobody else does, nor does root."""
     assert json.loads(done("status", "--json"))["backend"] == backend
     assert reach(ONE) == everywhere("connected")
     assert reach(STRANGER, *MANY, STAFF) == everywhere("connected")
@@ -68,7 +68,7 @@ def test_who_gets_through(backend: str) -> None:
 
 
 def test_allow_and_revoke(backend: str) -> None:
-    """What is running takes another user and lets go of the first."""
+    """The running policy gets another user and loses the first."""
     done("allow", "--user", str(TWO))
     assert reach(TWO) == everywhere("connected")
     done("revoke", "--user", str(ONE))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of policy while somebody who may not connects all the time.
+"""Changes of policy while a denied caller connects all the time.
 
-As tests/kernel/test_races.py, with as many changes as an emulated processor has time for. The widened hook idles
-between reading the generation and using it: a change that does not wait for it lets the caller through. It takes a
-second processor, or a kernel that takes the only one away from a hook.
+tests/kernel/test_races.py does the same with more changes. The widened hook idles between reading the generation and
+using it, so that a change which does not wait lets the caller through. This needs a second processor, or a kernel that
+preempts a hook on the only one.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ DELAYED = (("IG_TEST_DELAY", 3000), *FAST)
 
 
 def test_changes_wait_for_the_hooks_that_run() -> None:
-    """Whoever is on neither policy's list never gets through."""
+    """A caller whom neither policy lists never connects."""
     preempted = "preempt=full" in Path("/proc/cmdline").read_text(encoding="ascii")
-    assert os.cpu_count() != 1 or preempted, "a hook is not interrupted: this can't show what it is about"
+    assert os.cpu_count() != 1 or preempted, "no hook is interrupted here, so this test would prove nothing"
     with guards.guarded_sandbox(DELAYED) as (sandbox, backend):
         assert isinstance(backend, EbpfBackend)
         backend.apply(OLD_POLICY)
         storm = Storm(sandbox, STRANGER)
-        os.nice(-15)  # the changes would come last
+        os.nice(-15)  # otherwise the storm would delay the changes
         for number in range(CHANGES):
             backend.change(OLD_POLICY if number % 2 else NEW_POLICY)
         storm.wait_for(TRIES, within_s=600)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service under systemd, on a machine that has just booted. test_6_after_reboot.py goes on where this ends.
+"""The service under systemd, on a machine that has just booted. test_6_after_reboot.py continues after these.
 
-The tests are one story, in their order: each begins with what the one before has left.
+The order of the tests matters: each starts with the state that the one before has left.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 import pytest
 
 from vagrant.guest import world
-from vagrant.guest.service import CONFIG, DROP_IN, SLOW, UNIT, WATCH, put_early_caller, show, systemctl
+from vagrant.guest.service import CONFIG, DROP_IN, SLOW, UNIT, WATCH, install_early_caller, show, systemctl
 from vagrant.guest.storm import Storm
 from vagrant.guest.world import ACTIVE, INACTIVE, ONE, STRANGER, command, done, everywhere, left, reach
 
 EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
 RESTARTS = 50
-"""An emulated processor takes five seconds for a restart, and two more where the log of denials is restarted, too."""
-WITH_THE_LOG = 3
+"""A restart takes five seconds on an emulated processor, and two more where the log of denials restarts, too."""
+RESTARTS_WITH_LOG = 3
 
 _ADD_A_COMMENT = """
 import imds_guard, pathlib
 source = pathlib.Path(imds_guard.__file__).parent / "bpf/imds_guard.bpf.c"
-source.write_text(source.read_text() + "/* the build before this one */\\n")
+source.write_text(source.read_text() + "/* an older build */\\n")
 """
 
 
@@ -45,15 +45,15 @@ def assert_locked() -> None:
     assert reach(ONE) == everywhere("connected")
 
 
-def refusals_alone(storm: Storm) -> None:
-    """Nobody got through, and somebody tried."""
+def assert_only_denials(storm: Storm) -> None:
+    """The caller was denied each time, and tried often."""
     assert set(storm.outcomes) == {"EPERM"}, storm.outcomes
     assert storm.outcomes["EPERM"] > RESTARTS, storm.outcomes
 
 
 @EBPF
 def test_an_older_build_is_installed_and_started(backend: str) -> None:
-    """A build whose programs are of another version; its units are switched on, and what it locks is denied."""
+    """Installs a build whose programs have another version; its units are enabled, and it locks."""
     subprocess.run([sys.executable, "-I", "-c", _ADD_A_COMMENT], check=True)
     done("start", "--backend", backend, *CONFIG, "--save")
     DROP_IN.parent.mkdir()
@@ -65,7 +65,7 @@ def test_an_older_build_is_installed_and_started(backend: str) -> None:
 
 @EBPF
 def test_an_upgrade_under_load(backend: str) -> None:
-    """The new build in its place, and a restart: hook by hook, and the denied caller never gets through."""
+    """Installs the new build and restarts the unit, hook by hook; the denied caller never connects."""
     before = version()
     (wheel,) = Path("/job").glob("*.whl")
     with Storm(STRANGER) as storm:
@@ -74,45 +74,45 @@ def test_an_upgrade_under_load(backend: str) -> None:
         systemctl("restart", UNIT)
     assert version() != before
     assert command("status").returncode == ACTIVE
-    refusals_alone(storm)
+    assert_only_denials(storm)
 
 
 @EBPF
 def test_many_restarts_under_load(backend: str) -> None:
-    """The stop in a restart opens nothing, with the log of denials and without it: it has no part in the lock."""
+    """A restart never unlocks, with the log of denials and without it, which plays no part in the lock."""
     with Storm(STRANGER) as storm:
         for number in range(RESTARTS):
-            if number == WITH_THE_LOG:
+            if number == RESTARTS_WITH_LOG:
                 systemctl("disable", "--now", WATCH)
             systemctl("restart", UNIT)
         systemctl("enable", "--now", WATCH)
-    refusals_alone(storm)
+    assert_only_denials(storm)
     assert_locked()
 
 
 @EBPF
 def test_reload_and_reexec_under_load(backend: str) -> None:
-    """Nor do a reload, and a new systemd."""
+    """A reload of the unit and a restart of systemd itself never unlock."""
     with Storm(STRANGER) as storm:
         systemctl("reload", UNIT)
         systemctl("daemon-reload")
         systemctl("daemon-reexec")
         systemctl("is-active", UNIT)
-    refusals_alone(storm)
+    assert_only_denials(storm)
     assert command("status").returncode == ACTIVE
 
 
 @EBPF
-def test_kill_of_everything_of_ours(backend: str) -> None:
-    """The log of denials is the one process that runs. Killed, it leaves the lock as it was."""
-    systemctl("start", WATCH)  # where the restart before it is not through, this waits for it
+def test_killing_all_processes_of_ours_leaves_the_lock(backend: str) -> None:
+    """The only running process is the log of denials. Killing it does not change the lock."""
+    systemctl("start", WATCH)  # waits for a restart that is still running
     ours = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_ours(pid)]
     assert ours == [int(show(WATCH, "MainPID"))]
     with Storm(STRANGER) as storm:
         for pid in ours:
             os.kill(pid, signal.SIGKILL)
         assert command("status").returncode == ACTIVE
-    refusals_alone(storm)
+    assert_only_denials(storm)
     assert_locked()
 
 
@@ -125,7 +125,7 @@ def _is_ours(pid: str) -> bool:
 
 @EBPF
 def test_stop_opens_and_start_locks(backend: str) -> None:
-    """systemctl stop leaves nothing; systemctl start locks again what the configuration says."""
+    """systemctl stop leaves nothing; systemctl start locks again by the configuration."""
     systemctl("stop", UNIT)
     assert command("status").returncode == INACTIVE
     assert reach(STRANGER) == everywhere("connected")
@@ -135,7 +135,7 @@ def test_stop_opens_and_start_locks(backend: str) -> None:
 
 
 @EBPF
-def test_ready_for_the_reboot(backend: str) -> None:
-    """What the next boot is asked for afterwards is in place."""
-    put_early_caller()
+def test_preparation_of_the_reboot(backend: str) -> None:
+    """Installs the caller whose result is read after the reboot."""
+    install_early_caller()
     assert show(UNIT, "UnitFileState") == "enabled"

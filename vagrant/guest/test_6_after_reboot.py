@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same machine after a reboot, with what test_5_service.py has left."""
+"""The same machine after a reboot, in the state that test_5_service.py has left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vagrant.guest.world import ACTIVE, INACTIVE, STRANGER, command, done, every
 
 @EBPF
 def test_it_is_locked_again(backend: str) -> None:
-    """By the unit, without a hand of ours; the programs are whole."""
+    """By the unit alone; the programs are complete."""
     assert show(UNIT, "ActiveState") == "active"
     assert command("status").returncode == ACTIVE
     assert_locked()
@@ -20,7 +20,7 @@ def test_it_is_locked_again(backend: str) -> None:
 
 @EBPF
 def test_the_lock_was_there_before_the_network(backend: str) -> None:
-    """By systemd's clock, and by a caller of the moment before the network's units start."""
+    """By systemd's timestamps, and by a caller just before the units of the network start."""
     locked_at, network_at = (int(show(unit, "ActiveEnterTimestampMonotonic")) for unit in (UNIT, NETWORK))
     assert 0 < locked_at < network_at
     assert (EARLY / "outcome").read_text(encoding="ascii") == "EPERM\n"
@@ -28,7 +28,7 @@ def test_the_lock_was_there_before_the_network(backend: str) -> None:
 
 @EBPF
 def test_uninstall_leaves_nothing(backend: str) -> None:
-    """No unit, no pin, no rule; the configuration is the administrator's and stays."""
+    """No unit, no pin, no rule; the configuration belongs to the administrator and stays."""
     done("uninstall-service")
     done("stop")
     assert show(UNIT, "LoadState") == "not-found"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check that repairs, and a configuration that is broken before the next boot: test_8_after_broken.py goes on.
+"""The check that repairs, and a broken configuration before the next boot. test_8_after_broken.py continues.
 
-The tests are one story, in their order: each begins with what the one before has left.
+The order of the tests matters: each starts with the state that the one before has left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ users = ["root", {ONE}]
 
 @EBPF
 def test_without_a_configuration_nothing_is_installed(backend: str) -> None:
-    """One sentence, and no unit."""
+    """It prints one sentence and installs no unit."""
     result = command("install-service")
     assert (result.returncode, result.stdout) == (BAD_POLICY, ""), result
     assert f"there is no configuration {FILE} for it" in result.stderr
@@ -34,8 +34,8 @@ def test_without_a_configuration_nothing_is_installed(backend: str) -> None:
 
 
 @EBPF
-def test_the_service_with_all_that_watches_over_it(backend: str) -> None:
-    """Twice is the same as once; the timer runs with the unit."""
+def test_the_service_with_verify_and_the_gate(backend: str) -> None:
+    """A second installation changes nothing; the timer runs with the unit."""
     FILE.parent.mkdir()
     FILE.write_text(_CONFIGURATION, encoding="utf-8")
     slow_down(UNIT, VERIFY.replace("timer", "service"), REQUIRED)
@@ -49,8 +49,8 @@ def test_the_service_with_all_that_watches_over_it(backend: str) -> None:
 
 
 @EBPF
-def test_the_timers_unit_repairs_and_says_what(backend: str) -> None:
-    """A hook loses its pin, and with it its link."""
+def test_the_timers_unit_repairs_and_logs_it(backend: str) -> None:
+    """A hook loses its pin, and its link with it."""
     os.unlink("/sys/fs/bpf/imds-guard/link_connect6")
     assert command("status").returncode == DEGRADED
     systemctl("start", VERIFY.replace("timer", "service"))
@@ -61,7 +61,7 @@ def test_the_timers_unit_repairs_and_says_what(backend: str) -> None:
 
 @EBPF
 def test_a_reload_with_a_broken_configuration_leaves_the_lock_as_it_is(backend: str) -> None:
-    """And the next boot has to do with it."""
+    """The broken configuration stays for the next boot."""
     FILE.write_text(FILE.read_text(encoding="utf-8") + "broken\n", encoding="utf-8")
     assert command("start", "--boot").returncode == BAD_POLICY
     assert_locked()

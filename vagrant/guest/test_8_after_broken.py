@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same machine after a reboot with a configuration that nobody can read."""
+"""The same machine after a reboot with a configuration that can't be parsed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from vagrant.guest import world
-from vagrant.guest.service import NETWORK, REQUIRED, UNIT, VERIFY, ends, journal, show, systemctl
+from vagrant.guest.service import NETWORK, REQUIRED, UNIT, VERIFY, exit_status_of, journal, show, systemctl
 from vagrant.guest.test_5_service import EBPF, assert_locked
 from vagrant.guest.test_7_broken import FILE
 from vagrant.guest.world import ACTIVE, DEGRADED, INACTIVE, ONE, STRANGER, command, done, everywhere, left, reach
 
 
 @EBPF
-def test_the_emergency_lock_is_on(backend: str) -> None:
-    """Root alone gets through; unit, journal and status say so. The network came up: something is locked."""
+def test_the_emergency_lock_is_in_force(backend: str) -> None:
+    """Only root connects; unit, journal and status report it. The network is up, because a lock is in force."""
     assert (show(UNIT, "ActiveState"), show(UNIT, "ExecMainStatus")) == ("failed", "78")
     assert "(emergency lock)" in journal(UNIT)
     status = command("status")
@@ -30,14 +30,14 @@ def test_the_emergency_lock_is_on(backend: str) -> None:
 
 @EBPF
 def test_without_any_lock_the_network_does_not_start(backend: str) -> None:
-    """on_error = "open" was asked for, and so was the gate: the gate wins."""
+    """With on_error = "open" and the gate, the gate keeps the network down."""
     systemctl("stop", NETWORK, f"{NETWORK.partition('.')[0]}.socket", REQUIRED, VERIFY)
     done("stop")
     text = FILE.read_text(encoding="utf-8")
     FILE.write_text(
         'on_error = "open"\n' + text.replace('on_error = "closed"\n', "").replace("broken\n", "colour = 1\n")
     )
-    assert ends("start", NETWORK) != 0
+    assert exit_status_of("start", NETWORK) != 0
     assert (show(NETWORK, "ActiveState"), show(REQUIRED, "ActiveState")) == ("inactive", "failed")
     assert command("status").returncode == INACTIVE
     FILE.write_text(text.replace("broken\n", ""), encoding="utf-8")
@@ -47,7 +47,7 @@ def test_without_any_lock_the_network_does_not_start(backend: str) -> None:
 
 @EBPF
 def test_the_network_outlives_restart_and_stop_of_the_lock(backend: str) -> None:
-    """What it requires is the gate, which neither touches."""
+    """The network requires the gate, which neither of them stops."""
     before = show(NETWORK, "InvocationID")
     systemctl("restart", UNIT)
     assert command("status").returncode == ACTIVE
@@ -59,7 +59,7 @@ def test_the_network_outlives_restart_and_stop_of_the_lock(backend: str) -> None
 
 @EBPF
 def test_uninstall_leaves_the_lock_and_the_network(backend: str) -> None:
-    """Only stop opens it; then nothing is left."""
+    """Only imds-guard stop unlocks; then nothing is left."""
     before = show(NETWORK, "InvocationID")
     done("uninstall-service")
     assert (command("status").returncode, show(UNIT, "ActiveState")) == (ACTIVE, "inactive")

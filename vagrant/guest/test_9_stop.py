@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of each backend, after all that was done to it."""
+"""The end of each backend, after all its other tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vagrant.guest.world import INACTIVE, STRANGER, command, done, everywhere, l
 
 
 def test_stop(backend: str) -> None:
-    """Everybody connects again, and nothing is left."""
+    """Everybody can connect again, and nothing of imds-guard is left."""
     done("stop")
     assert command("status").returncode == INACTIVE
     assert reach(STRANGER) == everywhere("connected")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guests' tests know of the row they run on, and how they look at its world: commands, and who connects.
+"""The row that a guest runs, its commands, and who can connect.
 
-IMDS_GUARD_EXPECT says what must work; IMDS_GUARD_ROW is set in the guests of vagrant/run.py and nowhere else.
+IMDS_GUARD_EXPECT lists the backends that must work. IMDS_GUARD_ROW is set only in the guests of vagrant/run.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from imds_guard.kernel.credentials import become
 EXPECT = frozenset(os.environ.get("IMDS_GUARD_EXPECT", "").split(","))
 PRIVATE_MOUNTS = "private-mounts" in os.environ.get("IMDS_GUARD_SETUP", "").split()
 BACKENDS = ("ebpf", "iptables")
-TAKEN = next((name for name in BACKENDS if name in EXPECT), None)
+CHOSEN = next((name for name in BACKENDS if name in EXPECT), None)
 REFUSALS: dict[str, frozenset[str]] = {
     "ebpf": frozenset({"EPERM"}),
     "iptables": frozenset({"ECONNREFUSED"}),
@@ -32,22 +32,22 @@ LOCK = ("--ip", IPV4, "--ip", IPV6)
 ONE, TWO, STRANGER = 41_001, 41_002, 41_003
 STAFF, OTHERS = 51_001, 51_002
 MANY = range(50_000, 50_040)
-"""More supplementary groups than the 32 that some look at, all of them before STAFF in the kernel's order."""
+"""More supplementary groups than 32, where a loop could end too early. The kernel sorts all of them before STAFF."""
 ACTIVE, DEGRADED, UNSUPPORTED = 0, 1, 69
 INACTIVE = 4 if "refuse-bpf" in os.environ.get("IMDS_GUARD_SETUP", "").split() else 3
-"""Where bpf(2) is refused nobody can tell what is attached, and status says that: 4."""
+"""Where bpf(2) is refused, status can't tell what is attached: 4."""
 PATIENCE_S = 900
-"""bcc takes 20 s of an emulated processor, and ten times that while the host has other work."""
+"""bcc takes 20 s on an emulated processor, and ten times that on a busy host."""
 
 _PRIVATE_BPFFS = 'mount -t bpf bpf /sys/fs/bpf; exec "$@"'
 
 
-def command(*words: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Runs imds-guard, ``within`` another program, without this run's PYTHONPATH: it has the wheel and the system's."""
+def command(*arguments: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs the installed imds-guard, ``within`` another program if given, without the PYTHONPATH of the tests."""
     path = shutil.which("imds-guard", path="/usr/local/bin:/usr/bin")
-    assert path is not None, "the wheel put no imds-guard into /usr/local/bin"
+    assert path is not None, "the wheel installed no imds-guard in /usr/local/bin"
     return subprocess.run(
-        [*within, path, *words],
+        [*within, path, *arguments],
         cwd="/",
         env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
         capture_output=True,
@@ -57,20 +57,20 @@ def command(*words: str, within: Sequence[str] = ()) -> subprocess.CompletedProc
     )
 
 
-def in_private_mounts(*words: str) -> subprocess.CompletedProcess[str]:
-    """command() in a mount namespace with a bpffs of its own over the usual place, as units with PrivateMounts= are."""
-    return command(*words, within=("unshare", "--mount", "sh", "-ec", _PRIVATE_BPFFS, "sh"))
+def in_private_mounts(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """command() in a mount namespace with a bpffs of its own, as in a unit with PrivateMounts=."""
+    return command(*arguments, within=("unshare", "--mount", "sh", "-ec", _PRIVATE_BPFFS, "sh"))
 
 
-def done(*words: str) -> str:
-    """What a command printed that must end well."""
-    result = command(*words)
+def done(*arguments: str) -> str:
+    """Runs a command, which must succeed, and returns its output."""
+    result = command(*arguments)
     assert result.returncode == 0, result
     return result.stdout
 
 
 def reach(uid: int, *groups: int) -> list[str]:
-    """How a connect to each of SERVICES ends, for a fresh process of this user in these supplementary groups."""
+    """The outcome of a connect to each of SERVICES, by a new process of this user with these supplementary groups."""
 
     def inside() -> list[str]:
         become((uid,) * 3, (OTHERS,) * 3, groups)
@@ -90,32 +90,32 @@ def _outcome(address: str) -> str:
 
 
 def everywhere(outcome: str) -> list[str]:
-    """That outcome at each of SERVICES."""
+    """This outcome for each of SERVICES."""
     return [outcome] * len(SERVICES)
 
 
 def assert_denied(backend: str, outcomes: list[str]) -> None:
-    """Every one of the outcomes is a denial by this backend."""
+    """Asserts that every outcome is a denial by this backend."""
     assert [outcome in REFUSALS[backend] for outcome in outcomes] == [True] * len(SERVICES), outcomes
 
 
 @contextmanager
 def listeners() -> Iterator[None]:
-    """Listeners at the metadata addresses, on the lo of a namespace where no packet can leave."""
-    assert "IMDS_GUARD_ROW" in os.environ, "this locks the whole machine: it is for the guests of vagrant/run.py"
-    assert [name for _, name in socket.if_nameindex()] == ["lo"], "an interface beside lo: a connect could get out"
-    for words in (f"addr replace {IPV4}/32 dev lo", f"-6 addr replace {IPV6}/128 dev lo nodad", "link set lo up"):
-        subprocess.run(["ip", *words.split()], check=True)  # noqa: S607  (the guest's own)
+    """Listeners at the metadata addresses, on lo. No packet can leave this namespace."""
+    assert "IMDS_GUARD_ROW" in os.environ, "this locks the whole machine: run it only in the guests of vagrant/run.py"
+    assert [name for _, name in socket.if_nameindex()] == ["lo"], "an interface beside lo: a connect could leave"
+    for arguments in (f"addr replace {IPV4}/32 dev lo", f"-6 addr replace {IPV6}/128 dev lo nodad", "link set lo up"):
+        subprocess.run(["ip", *arguments.split()], check=True)  # noqa: S607  (the guest's own)
     with ExitStack() as stack:
         for family, address in ((socket.AF_INET, IPV4), (socket.AF_INET6, IPV6)):
             listener = stack.enter_context(socket.socket(family))
             listener.bind((address, 80))
-            listener.listen(512)  # the kernel answers for us: nobody accepts what it has completed (listen(2))
+            listener.listen(512)  # the kernel completes connections, which nobody accepts (listen(2))
         yield
 
 
 def left() -> list[str]:
-    """Pins of ours, and chains and rules of ours, in what iptables commands are here."""
+    """The pins, chains and rules of imds-guard that exist, by the iptables commands that are installed."""
     found = [name for name in os.listdir("/sys/fs/bpf") if "imds" in name]
     for tables in ("iptables-save", "ip6tables-save"):
         if shutil.which(tables):
