@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hypothesis strategies: valid policies, and what may connect where under one.
+"""Hypothesis strategies: valid policies, callers, and destinations.
 
-Values come from small pools with neighbours in them, so that prefixes nest, ports touch and lists overlap.
+Values come from small pools that contain neighbours, so that prefixes nest, ports touch and lists overlap.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from imds_guard.policy.model import (
 from imds_guard.policy.ports import Ports, minus_ports, normal_ports
 
 patient = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
-"""For tests of these strategies: how long an example takes says nothing on a machine that does other things too."""
+"""Settings for slow strategies: the time of an example means nothing on a busy machine."""
 
 _ADDRESSES = (
     *("169.254.169.254", "169.254.170.2", "10.1.2.3", "10.1.2.4", "10.200.0.1", "127.0.0.1", "255.255.255.255"),
@@ -40,7 +40,7 @@ _NAMES = ("default", "imds", "task credentials", "wireserver", "Zürich", "a", "
 
 
 def ids() -> st.SearchStrategy[int]:
-    """User and group IDs, drawn from the same few, so that a gid often equals a uid; now and then any."""
+    """User and group IDs: mostly from a few, so that a gid often equals a uid; sometimes any."""
     return st.one_of(st.sampled_from((0, 1, 512, 1001, 2002, 2514, 65534, MAX_ID)), st.integers(0, MAX_ID))
 
 
@@ -51,44 +51,44 @@ def identities() -> st.SearchStrategy[Identities]:
 
 
 def ports() -> st.SearchStrategy[Ports]:
-    """Up to two ranges in normal form; none at all, too."""
+    """All ports, or up to two ranges in normal form, which may be none."""
     one = st.one_of(st.sampled_from(_PORTS), st.integers(0, 65535))
     ranges = st.tuples(one, one).map(lambda pair: (min(pair), max(pair)))
     return st.one_of(st.just(((0, 65535),)), st.lists(ranges, max_size=2).map(normal_ports))
 
 
 def addresses() -> st.SearchStrategy[Address]:
-    """Addresses that are close to each other, and any; mapped ones and the unspecified ones are among them."""
+    """Addresses that are close to each other, and any other, IPv4-mapped and unspecified ones included."""
     return st.one_of(st.sampled_from(_ADDRESSES).map(ipaddress.ip_address), st.ip_addresses())
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> Network:
-    """Single addresses and prefixes, often with 15 to 17 bits, where the address bitmap changes its answer."""
+    """Single addresses and prefixes, often with 15 to 17 bits, where the address bitmap changes."""
     address = draw(addresses())
-    most = address.max_prefixlen
-    usual = st.sampled_from((most, most, most - 1, 0, 1, 8, 15, 16, 17, 24))
-    length = draw(st.one_of(usual, st.integers(0, most)))
-    return ipaddress.ip_network((int(address).to_bytes(most // 8, "big"), length), strict=False)
+    maximum = address.max_prefixlen
+    usual = st.sampled_from((maximum, maximum, maximum - 1, 0, 1, 8, 15, 16, 17, 24))
+    length = draw(st.one_of(usual, st.integers(0, maximum)))
+    return ipaddress.ip_network((int(address).to_bytes(maximum // 8, "big"), length), strict=False)
 
 
 def _can_be_locked(network: Network) -> bool:
-    """make_policy() refuses 0.0.0.0, :: and ::ffff:0.0.0.0 alone."""
+    """False for 0.0.0.0, :: and ::ffff:0.0.0.0, which make_policy() refuses."""
     mapped = network.version == 6 and network.network_address == ipaddress.IPv6Address("::ffff:0:0")
     return network.prefixlen < network.max_prefixlen or (int(network.network_address) != 0 and not mapped)
 
 
 def _claim(claimed: dict[Network, dict[Protocol, Ports]], endpoint: Endpoint) -> Endpoint:
-    """What of an endpoint no lock before has claimed."""
-    taken = claimed.setdefault(plain(endpoint.network), {protocol: () for protocol in Protocol})
-    left = {protocol: minus_ports(endpoint.ports(protocol), taken[protocol]) for protocol in Protocol}
+    """The part of an endpoint that no earlier lock has claimed."""
+    used = claimed.setdefault(plain(endpoint.network), {protocol: () for protocol in Protocol})
+    left = {protocol: minus_ports(endpoint.ports(protocol), used[protocol]) for protocol in Protocol}
     for protocol in Protocol:
-        taken[protocol] = normal_ports(taken[protocol] + left[protocol])
+        used[protocol] = normal_ports(used[protocol] + left[protocol])
     return Endpoint(endpoint.network, left[Protocol.TCP], left[Protocol.UDP])
 
 
 def plain(network: Network) -> Network:
-    """A prefix of mapped addresses as the IPv4 prefix that it means."""
+    """A prefix of IPv4-mapped addresses as an IPv4 prefix."""
     inside = ipaddress.IPv6Network("::ffff:0:0/96")
     if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(inside):
         return ipaddress.IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
@@ -97,7 +97,7 @@ def plain(network: Network) -> Network:
 
 @st.composite
 def policies(draw: st.DrawFn, max_locks: int = 4, *, also_strict: bool = False) -> Policy:
-    """Valid policies, in normal form; with no lock, too. ``also_strict``: some that only eBPF can hold."""
+    """Valid policies in normal form, some without a lock. ``also_strict``: some are strict, for eBPF only."""
     claimed: dict[Network, dict[Protocol, Ports]] = {}
     # A few lists for all locks: equal ones are stored once.
     lists = draw(st.lists(st.tuples(identities(), identities(), st.sampled_from(Verdict)), min_size=1, max_size=3))
@@ -114,7 +114,7 @@ def policies(draw: st.DrawFn, max_locks: int = 4, *, also_strict: bool = False) 
 
 
 def destinations(policy: Policy) -> st.SearchStrategy[Destination]:
-    """Where a connect may go: at the edges of what the policy locks, one beside them, and anywhere."""
+    """Destinations at the edges of the policy's endpoints, just outside them, and anywhere."""
     edges = [edge for lock in policy.locks for endpoint in lock.endpoints for edge in _edges(endpoint.network)]
     near = [st.sampled_from(edges)] if edges else []
     known = sorted({port for lock in policy.locks for endpoint in lock.endpoints for port in _port_edges(endpoint)})
@@ -135,7 +135,7 @@ def _port_edges(endpoint: Endpoint) -> tuple[int, ...]:
 
 
 def callers() -> st.SearchStrategy[Caller]:
-    """The host's processes, containers' and kernel threads, with up to five supplementary groups."""
+    """Processes of the host, processes in containers, and kernel threads; up to five supplementary groups."""
     likely = st.sampled_from((True, True, True, False))
     return st.builds(
         Caller,

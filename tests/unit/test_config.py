@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Endpoints as words, the configuration file, and the options of the command line."""
+"""The syntax of endpoints, the configuration file, and the options of the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ USER = next((entry for entry in pwd.getpwall() if entry.pw_uid > 0), pwd.getpwui
 GROUP = next((entry for entry in grp.getgrall() if entry.gr_gid not in (0, USER.pw_uid)), grp.getgrgid(0))
 
 
-# --- endpoints as words
+# --- the syntax of endpoints
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ GROUP = next((entry for entry in grp.getgrall() if entry.gr_gid not in (0, USER.
         ("::/0", "::/0", ALL_PORTS, ALL_PORTS),
     ],
 )
-def test_a_word_means_an_endpoint(text: str, network: str, tcp: Ports, udp: Ports) -> None:
+def test_a_text_means_an_endpoint(text: str, network: str, tcp: Ports, udp: Ports) -> None:
     assert Endpoint(ipaddress.ip_network(network), tcp, udp) == parse_endpoint(text)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         ("", "it is empty"),
         (" 10.0.0.1", "it contains white space"),
@@ -125,23 +125,23 @@ def test_a_word_means_an_endpoint(text: str, network: str, tcp: Ports, udp: Port
         ("::ffff:0.0.0.0", "the unspecified address"),
     ],
 )
-def test_a_word_that_is_no_endpoint_is_refused_with_the_reason(text: str, said: str) -> None:
+def test_a_text_that_is_not_an_endpoint_is_refused_with_the_reason(text: str, reason: str) -> None:
     with pytest.raises(BadPolicy) as caught:
         parse_endpoint(text)
     assert str(caught.value).startswith(f"{text!r} is not an endpoint: ")
-    assert said in str(caught.value)
+    assert reason in str(caught.value)
 
 
 @given(st.text(alphabet="0123456789abcdef.:/[],!+-*%tcpudany ", max_size=30))
 @settings(max_examples=500)
-def test_any_other_text_is_an_endpoint_or_one_sentence(text: str) -> None:
-    said = ""
+def test_random_text_is_an_endpoint_or_one_sentence(text: str) -> None:
+    message = ""
     try:
         found = parse_endpoint(text)
         assert found.tcp or found.udp
     except BadPolicy as error:
-        said = str(error)
-    assert said == "" or ("\n" not in said and said.startswith(repr(text)))
+        message = str(error)
+    assert message == "" or ("\n" not in message and message.startswith(repr(text)))
 
 
 def _networks() -> st.SearchStrategy[Network]:
@@ -165,17 +165,17 @@ def policy_of(*endpoints: Endpoint) -> Policy:
 
 @given(_networks(), _ports, _ports)
 @settings(max_examples=300)
-def test_an_endpoint_survives_its_words(network: Network, tcp: Ports, udp: Ports) -> None:
+def test_an_endpoint_is_read_back_from_its_text(network: Network, tcp: Ports, udp: Ports) -> None:
     assume(tcp or udp)
     whole = int(network.network_address) & 0xFFFFFFFF or network.prefixlen not in (32, 128)
-    assume(whole)  # the unspecified address is refused: test_a_word_that_is_no_endpoint...
+    assume(whole)  # make_policy() refuses the unspecified address
     endpoint = Endpoint(network, tcp, udp)
-    words = format_endpoint(endpoint)
-    assert policy_of(endpoint) == policy_of(*(parse_endpoint(word) for word in words))
+    texts = format_endpoint(endpoint)
+    assert policy_of(endpoint) == policy_of(*map(parse_endpoint, texts))
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "words"),
+    ("endpoint", "texts"),
     [
         (BUILT_IN[0].endpoint, ["169.254.169.254"]),
         (Endpoint(host_network(BUILT_IN[0].address), ALL_PORTS, ALL_PORTS), ["169.254.169.254:*"]),
@@ -184,8 +184,8 @@ def test_an_endpoint_survives_its_words(network: Network, tcp: Ports, udp: Ports
         (Endpoint(ipaddress.ip_network("10.0.0.0/8"), ALL_PORTS, ALL_PORTS), ["10.0.0.0/8"]),
     ],
 )
-def test_the_words_of_an_endpoint_are_short(endpoint: Endpoint, words: list[str]) -> None:
-    assert words == format_endpoint(endpoint)
+def test_the_text_of_an_endpoint_is_short(endpoint: Endpoint, texts: list[str]) -> None:
+    assert texts == format_endpoint(endpoint)
 
 
 # --- the configuration file
@@ -211,7 +211,7 @@ def test_a_small_file_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "line", "said"),
+    ("text", "line", "expected"),
     [
         ("mode = audit\n", 1, "this is not TOML"),
         ('mode = "enforce"\n[lock.a\n', 2, "this is not TOML"),
@@ -264,12 +264,12 @@ def test_a_small_file_is_read() -> None:
         (SMALL.replace("10.0.0.1:80,tcp", "168.63.129.16:*"), 4, "would lock port 53 of 168.63.129.16"),
     ],
 )
-def test_what_is_not_understood_is_one_sentence_with_its_line(text: str, line: int | None, said: str) -> None:
+def test_an_error_is_one_sentence_with_file_and_line(text: str, line: int | None, expected: str) -> None:
     with pytest.raises(BadPolicy) as caught:
         parse_config(text, "/etc/x.toml")
     message = str(caught.value)
     assert message.startswith("/etc/x.toml: " if line is None else f"/etc/x.toml:{line}: "), message
-    assert said in message
+    assert expected in message
     assert "\n" not in message
     assert caught.value.exit_status == 78
 
@@ -286,7 +286,7 @@ def test_what_is_not_understood_is_one_sentence_with_its_line(text: str, line: i
         ('groups = [6]\ndefault = "allow"', Verdict.ALLOW),
     ],
 )
-def test_the_default_is_deny_unless_deny_lists_stand_alone(keys: str, default: Verdict) -> None:
+def test_the_default_is_deny_unless_there_are_only_deny_lists(keys: str, default: Verdict) -> None:
     config = parse_config(f'[lock.a]\nendpoints = ["10.0.0.1"]\n{keys}\n')
     assert default is config.policy.locks[0].default
 
@@ -299,7 +299,7 @@ def test_a_name_with_its_id_is_read() -> None:
     assert config.warnings == ()
 
 
-def test_boot_goes_by_the_stored_id_and_warns_when_the_name_is_another_now() -> None:
+def test_boot_uses_the_stored_id_and_warns_when_the_name_has_another_now() -> None:
     entries = '[{ name = "root", id = 7 }, { name = "imds-guard-absent", id = 8 }, { name = "root", id = 0 }]'
     config = parse_config(SMALL.replace("[0]", entries), use_stored_ids=True)
     assert config.policy.locks[0].allow.users == {0, 7, 8}
@@ -314,20 +314,20 @@ def test_a_preset_with_the_wireserver_becomes_two_locks() -> None:
     assert set(found) == {"cloud", "wireserver"}
     assert found["cloud"].allow == Identities(groups=frozenset({77}))
     assert found["cloud"].deny == Identities(frozenset({0, 5}))
-    apart = found["wireserver"]
-    assert [host_network(WIRESERVER)] == [endpoint.network for endpoint in apart.endpoints]
-    assert apart.allow == Identities(frozenset({0}), frozenset({77}))
-    assert apart.deny == Identities(frozenset({5}))
+    wireserver = found["wireserver"]
+    assert [host_network(WIRESERVER)] == [endpoint.network for endpoint in wireserver.endpoints]
+    assert wireserver.allow == Identities(frozenset({0}), frozenset({77}))
+    assert wireserver.deny == Identities(frozenset({5}))
     assert set(locks_of(parse_config(text, dmi_text=""))) == {"cloud"}
 
 
-def test_a_lock_of_the_wireserver_alone_keeps_its_name_and_lets_root() -> None:
+def test_a_lock_of_only_the_wireserver_keeps_its_name_and_allows_root() -> None:
     found = locks_of(parse_config('[lock.mine]\npreset = ["wireserver"]\nnobody = true\n'))
     assert set(found) == {"mine"}
     assert found["mine"].allow == Identities(frozenset({0}))
 
 
-def test_presets_and_endpoints_add_up() -> None:
+def test_a_lock_can_have_presets_and_endpoints() -> None:
     text = '[lock.a]\npreset = ["ecs", "eks"]\nendpoints = ["10.0.0.1"]\nusers = [0]\n'
     networks = {str(endpoint.network) for endpoint in parse_config(text).policy.locks[0].endpoints}
     assert networks == {"169.254.170.2/32", "169.254.170.23/32", "fd00:ec2::23/128", "10.0.0.1/32"}
@@ -360,7 +360,7 @@ def test_the_sample_is_the_default_policy_for_one_group() -> None:
     assert (config.on_error, config.backend, config.cgroup) == ("closed", "auto", None)
 
 
-def test_the_sample_holds_when_its_examples_are_taken_out_of_their_comments() -> None:
+def test_the_sample_is_usable_with_its_examples_uncommented() -> None:
     text = re.sub(r"(?m)^# (?=(?:\[|[a-z_]+ = ))", "", with_known_names(SAMPLE.read_text()))
     found = locks_of(parse_config(text, dmi_text=""))
     assert set(found) == {"default", "task credentials", "nobody"}
@@ -391,27 +391,27 @@ def _policies(draw: st.DrawFn) -> Policy:
 
 @given(_policies(), st.sampled_from(["closed", "open"]), st.sampled_from([None, '/sys/fs/cgroup/a "b"\\c']))
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_a_configuration_survives_being_written(policy: Policy, on_error: str, cgroup: str | None) -> None:
+def test_a_written_configuration_is_read_back(policy: Policy, on_error: str, cgroup: str | None) -> None:
     config = Config(policy, on_error, "ebpf", cgroup, None if cgroup else "leave", cgroup is None)
     assert config == parse_config(dump_config(config))
 
 
-def test_a_written_file_holds_names_with_their_ids() -> None:
+def test_a_written_file_contains_names_with_their_ids() -> None:
     policy = policy_from_options(users=[USER.pw_name, "3999999991"], ips=["10.0.0.1"])
     text = dump_config(Config(policy))
     assert f'{{ name = "{USER.pw_name}", id = {USER.pw_uid} }}' in text
     assert "\n  3999999991,\n" in text
 
 
-@pytest.mark.parametrize("words", [{"nobody": True}, {"users": ["0"]}, {"deny_users": ["5"]}])
-def test_the_command_lines_policies_survive_being_written(words: dict[str, list[str]]) -> None:
-    policy = policy_from_options(presets=["all", "ecs"], **words)  # type: ignore[arg-type]
+@pytest.mark.parametrize("options", [{"nobody": True}, {"users": ["0"]}, {"deny_users": ["5"]}])
+def test_a_written_policy_of_the_command_line_is_read_back(options: dict[str, list[str]]) -> None:
+    policy = policy_from_options(presets=["all", "ecs"], **options)  # type: ignore[arg-type]
     assert Config(policy) == parse_config(dump_config(Config(policy)))
 
 
-def test_saving_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
+def test_saving_replaces_the_file_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "config.toml"
-    first, second = (Config(policy_from_options(users=[word], ips=["10.0.0.1"])) for word in ("1", "2"))
+    first, second = (Config(policy_from_options(users=[uid], ips=["10.0.0.1"])) for uid in ("1", "2"))
     save_config(first, str(path))
     save_config(second, str(path))
     assert second == load_config(str(path))
@@ -419,26 +419,26 @@ def test_saving_replaces_the_file_and_leaves_no_other(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(GuardError, match=r"file/config.toml could not be written: (EEXIST|ENOTDIR)"):
         save_config(Config(policy_from_options(nobody=True)), str(tmp_path / "file" / "config.toml"))
 
 
-def test_a_word_at_the_top_is_read_from_what_is_toml_at_least(tmp_path: Path) -> None:
-    """Boot asks an unusable file what to do then."""
+def test_a_top_level_string_is_read_from_a_file_that_is_only_toml(tmp_path: Path) -> None:
+    """Boot reads on_error from a file that is unusable otherwise."""
     path = tmp_path / "config.toml"
-    for text, said in (
+    for text, expected in (
         ('on_error = "open"\n[lock.x]\n', "open"),
         ('on_error = "open"\n[', None),
         ("on_error = 1", None),
     ):
         path.write_text(text, encoding="utf-8")
-        assert top_level_string(str(path), "on_error") == said
+        assert top_level_string(str(path), "on_error") == expected
     assert top_level_string(str(tmp_path / "absent"), "on_error") is None
 
 
-def test_a_file_that_is_absent_or_no_text_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_or_binary_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BadPolicy, match=r"absent.toml could not be read: ENOENT \(No such file or directory\)"):
         load_config(str(tmp_path / "absent.toml"))
     (tmp_path / "latin.toml").write_bytes(b'mode = "\xe9"\n')
@@ -446,10 +446,10 @@ def test_a_file_that_is_absent_or_no_text_is_one_sentence(tmp_path: Path) -> Non
         load_config(str(tmp_path / "latin.toml"))
 
 
-# --- the command line's words
+# --- the options of the command line
 
 
-def test_flags_are_one_allowlist_over_all_endpoints() -> None:
+def test_options_make_one_lock_for_all_endpoints() -> None:
     policy = policy_from_options(users=["5"], groups=["6"], deny_groups=["7"], ips=["10.0.0.1"], presets=["aws"])
     (lock,) = policy.locks
     assert (lock.name, lock.default) == ("default", Verdict.DENY)
@@ -463,22 +463,22 @@ def test_without_endpoints_the_defaults_of_the_machine_are_locked() -> None:
     assert [lock.name for lock in policy_from_options(groups=["6"]).locks] == ["default"]
 
 
-@pytest.mark.parametrize("words", [{"groups": ["6"]}, {"nobody": True}, {"deny_users": ["0"]}])
-def test_the_wireservers_lock_always_lets_root(words: dict[str, list[str]]) -> None:
-    policy = policy_from_options(presets=["azure"], **words)  # type: ignore[arg-type]
-    apart = {lock.name: lock for lock in policy.locks}["wireserver"]
-    assert 0 in apart.allow.users
-    assert 0 not in apart.deny.users
+@pytest.mark.parametrize("options", [{"groups": ["6"]}, {"nobody": True}, {"deny_users": ["0"]}])
+def test_the_wireservers_lock_always_allows_root(options: dict[str, list[str]]) -> None:
+    policy = policy_from_options(presets=["azure"], **options)  # type: ignore[arg-type]
+    wireserver = {lock.name: lock for lock in policy.locks}["wireserver"]
+    assert 0 in wireserver.allow.users
+    assert 0 not in wireserver.deny.users
 
 
-def test_only_deny_lists_mean_default_allow() -> None:
+def test_only_deny_lists_mean_allow_by_default() -> None:
     (lock,) = policy_from_options(deny_users=["5"], ips=["10.0.0.1"]).locks
     assert (Verdict.ALLOW, Identities(frozenset({5}))) == (lock.default, lock.deny)
     (strict,) = policy_from_options(deny_users=["5"], nobody=True, ips=["10.0.0.1"]).locks
     assert strict.default is Verdict.DENY
 
 
-def test_nobody_must_be_said() -> None:
+def test_an_empty_allowlist_needs_the_option_nobody() -> None:
     with pytest.raises(UsageError, match="--nobody if that is meant"):
         policy_from_options(ips=["10.0.0.1"])
     with pytest.raises(UsageError, match="--nobody contradicts"):
@@ -488,7 +488,7 @@ def test_nobody_must_be_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "options",
     [
         {"users": ["imds-guard-absent"]},
         {"users": ["0"], "ips": ["10.0.0.256"]},
@@ -498,13 +498,13 @@ def test_nobody_must_be_said() -> None:
         {"groups": ["imds-guard-absent"]},
     ],
 )
-def test_an_unknown_word_is_a_bad_policy(words: dict[str, list[str]]) -> None:
+def test_an_argument_that_is_not_understood_is_a_bad_policy(options: dict[str, list[str]]) -> None:
     with pytest.raises(BadPolicy):
-        policy_from_options(**words)  # type: ignore[arg-type]
+        policy_from_options(**options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "options",
     [
         {"users": ["imds-guard-absent"]},
         {"deny_groups": ["imds-guard-absent"]},
@@ -512,10 +512,10 @@ def test_an_unknown_word_is_a_bad_policy(words: dict[str, list[str]]) -> None:
         {"ips": ["168.63.129.16:*"]},
     ],
 )
-def test_no_group_is_made_when_another_word_is_wrong(words: dict[str, list[str]]) -> None:
+def test_no_group_is_created_when_another_argument_is_wrong(options: dict[str, list[str]]) -> None:
     name = f"imdsgN{os.getpid()}"
     with pytest.raises(BadPolicy):
-        policy_from_options(groups=[name], create_groups=True, **words)  # type: ignore[arg-type]
+        policy_from_options(groups=[name], create_groups=True, **options)  # type: ignore[arg-type]
     assert is_missing_group(name)
 
 
@@ -524,7 +524,7 @@ def test_mode_and_containers_go_into_the_policy() -> None:
     assert (policy.mode, policy.containers) == (Mode.AUDIT, Verdict.ALLOW)
 
 
-def test_a_file_with_100000_users_is_read_whole() -> None:
+def test_a_file_with_100000_users_is_read() -> None:
     listed = ", ".join(str(number) for number in range(200_000, 300_000))
     config = parse_config(SMALL.replace("[0]", f"[{listed}]"))
     assert config.policy.locks[0].allow.users == frozenset(range(200_000, 300_000))

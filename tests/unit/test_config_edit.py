@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file that somebody wrote says another policy after --save, and keeps what it has besides."""
+"""--save to a file that a person wrote: the policy changes, and everything else in the file stays."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from imds_guard.config.read import Config, load_config, parse_config
 from imds_guard.config.store import check_saving_to, save_config
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
-from imds_guard.policy.model import Identities, Lock, Policy, make_policy
+from imds_guard.policy.model import Identities, Lock, Policy, Verdict, make_policy
 from tests import strategies
 
 tomlkit = pytest.importorskip("tomlkit")
 keeps_lists = pytest.mark.skipif(
     tuple(int(part) for part in tomlkit.__version__.split(".")[:2]) < (0, 11),
-    reason="tomlkit before 0.11 can't take a line out of a list: the list is written anew",
+    reason="tomlkit before 0.11 can't remove a line from a list, so the list is written anew",
 )
 
 SAMPLE = (
@@ -35,7 +35,7 @@ SAMPLE = (
     .replace('groups = ["canAccessIP"]', "groups = [51001]")
 )
 CLOUD = "7783-7084-3265-9085-8269-3286-77"
-"""DMI of an Azure machine, where the default preset has the WireServer."""
+"""DMI of an Azure machine, where the default preset contains the WireServer."""
 
 HAND_MADE = """\
 # Who may reach it. Ask ops before you change this.
@@ -60,12 +60,12 @@ nobody = true
 
 
 def comments(text: str) -> list[str]:
-    """Every comment line, and every comment behind something, of a text without # in its strings."""
+    """Every comment of a text that has no # in its strings."""
     return ["#" + line.partition("#")[2] for line in text.splitlines() if "#" in line]
 
 
 def changed(text: str, users: list[int], lock: str = "web") -> str:
-    """The text after the users of a lock were made others."""
+    """The text with other users in a lock."""
     before = parse_config(text)
     locks = [
         one._replace(allow=Identities(frozenset(users), one.allow.groups)) if one.name == lock else one
@@ -78,7 +78,7 @@ def changed(text: str, users: list[int], lock: str = "web") -> str:
 
 
 def commented(text: str) -> str:
-    """A written configuration with a comment above each line that begins a key or table, and one behind it."""
+    """A written configuration, with a comment above each header of a table, and one on its line."""
     lines = []
     for number, line in enumerate(text.splitlines()):
         if line.startswith("["):
@@ -98,7 +98,7 @@ configurations = st.builds(
 
 
 def can_be_written(config: Config) -> bool:
-    """False for a policy without a lock, and one whose WireServer lets root in by itself."""
+    """False for a policy without a lock, and for one whose lock of the WireServer denies root."""
     try:
         return parse_config(dump_config(config)) == config
     except GuardError:
@@ -111,7 +111,7 @@ usable = configurations.filter(can_be_written)
 @given(usable, usable)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_any_configuration_can_become_any_other(before: Config, after: Config) -> None:
-    """Names of locks meet, so that tables are kept, changed, taken out and added."""
+    """The two have names of locks in common, so tables are kept, changed, removed and added."""
     edited = config_edit.edit(commented(dump_config(before)), "config", after)
     assert parse_config(edited, use_stored_ids=True) == after
     assert edited.startswith("# top\n")
@@ -119,23 +119,23 @@ def test_any_configuration_can_become_any_other(before: Config, after: Config) -
 
 @given(usable)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
-def test_what_says_so_already_is_not_touched(config: Config) -> None:
-    """To the octet."""
+def test_a_file_that_already_means_the_configuration_is_not_changed(config: Config) -> None:
+    """Not one byte."""
     text = commented(dump_config(config))
     assert config_edit.edit(text, "config", config) == text
 
 
 @keeps_lists
-def test_a_user_more_and_one_less_leave_every_comment() -> None:
-    """And the other lines are the lines that were there."""
+def test_one_user_added_and_one_removed_leave_all_other_lines() -> None:
+    """Comments stay, except on the line of the removed user."""
     edited = changed(HAND_MADE, [0, 41001, 41003])
     gone = ["    41002,   # Ben"]
     assert [line for line in HAND_MADE.splitlines() if line not in edited.splitlines()] == gone
     assert [line.strip() for line in edited.splitlines() if line not in HAND_MADE.splitlines()] == ["41003,"]
 
 
-def test_a_key_that_is_new_stands_in_its_table_and_not_behind_the_next_comment() -> None:
-    """tomlkit by itself would put it between that comment and its table."""
+def test_a_new_key_is_in_its_table_before_the_next_comment() -> None:
+    """tomlkit alone would put it between the next table's comment and header."""
     edited = changed(HAND_MADE, [41009], "batch jobs")
     assert comments(edited) == comments(HAND_MADE)
     assert edited.splitlines()[-5:] == [
@@ -147,9 +147,9 @@ def test_a_key_that_is_new_stands_in_its_table_and_not_behind_the_next_comment()
     ]
 
 
-def test_new_keys_at_the_top_stand_behind_those_that_are_there() -> None:
+def test_new_keys_at_the_top_follow_the_existing_ones() -> None:
     before = parse_config(HAND_MADE)
-    wanted = before._replace(backend="iptables", policy=Policy(before.policy.locks, containers=imds_allow()))
+    wanted = before._replace(backend="iptables", policy=Policy(before.policy.locks, containers=Verdict.ALLOW))
     edited = config_edit.edit(HAND_MADE, "config", wanted)
     assert parse_config(edited) == wanted
     added = ['containers = "allow"', 'backend = "iptables"']
@@ -157,13 +157,8 @@ def test_new_keys_at_the_top_stand_behind_those_that_are_there() -> None:
     assert [line for line in edited.splitlines() if line not in added] == HAND_MADE.splitlines()
 
 
-def imds_allow() -> imds_guard.policy.model.Verdict:
-    """What containers = "allow" means."""
-    return imds_guard.policy.model.Verdict.ALLOW
-
-
 @keeps_lists
-def test_a_lock_more_stands_at_the_end_and_one_less_is_gone() -> None:
+def test_a_new_lock_is_at_the_end_and_a_removed_one_is_gone() -> None:
     before = parse_config(HAND_MADE)
     kept = next(one for one in before.policy.locks if one.name == "web")
     more = kept._replace(
@@ -178,8 +173,8 @@ def test_a_lock_more_stands_at_the_end_and_one_less_is_gone() -> None:
 
 
 @pytest.mark.parametrize("dmi", ["", CLOUD])
-def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where it stands for two locks, whose lists have both changed."""
+def test_a_preset_stays_while_it_means_the_wanted_locks(dmi: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when it means two locks and the lists of both have changed."""
     monkeypatch.setattr("imds_guard.config.read.read_dmi_text", lambda: dmi)
     before = parse_config(SAMPLE)
     assert len(before.policy.locks) == (2 if dmi else 1)
@@ -190,7 +185,7 @@ def test_the_presets_word_stays_while_it_says_what_is_wanted(dmi: str, monkeypat
     assert 'preset = "default"' in edited.splitlines()
 
 
-def test_a_lock_that_lost_an_endpoint_lists_the_others() -> None:
+def test_a_lock_that_lost_an_endpoint_of_its_preset_lists_the_others() -> None:
     before = parse_config(SAMPLE)
     one = before.policy.locks[0]
     wanted = before._replace(policy=make_policy([Lock(one.name, one.endpoints[1:], one.allow)]))
@@ -211,8 +206,8 @@ def test_windows_line_ends_stay(tmp_path: Path) -> None:
     assert path.read_bytes() == HAND_MADE.replace("\n", "\r\n").encode()
 
 
-def test_a_file_that_was_written_by_us_is_written_anew(tmp_path: Path) -> None:
-    """It looks as if it had never been another."""
+def test_a_generated_file_is_generated_anew(tmp_path: Path) -> None:
+    """Nothing of the old configuration is left."""
     path = str(tmp_path / "config.toml")
     first = Config(policy_from_options(users=["41001"], ips=["192.0.2.1"]))
     second = Config(policy_from_options(users=["41002"], ips=["192.0.2.1"]))
@@ -221,8 +216,8 @@ def test_a_file_that_was_written_by_us_is_written_anew(tmp_path: Path) -> None:
     assert Path(path).read_text(encoding="utf-8") == dump_config(second)
 
 
-def test_what_can_not_be_changed_with_its_comments_is_left_alone(tmp_path: Path) -> None:
-    """Locks in one inline table: another can't be added as text."""
+def test_a_file_that_can_not_keep_its_comments_is_not_changed(tmp_path: Path) -> None:
+    """No lock can be added as text to locks in one inline table."""
     text = 'lock = { web = { endpoints = ["192.0.2.1"], users = [41001] } }\n'
     (tmp_path / "config.toml").write_text(text, encoding="utf-8")
     wanted = parse_config(HAND_MADE)
@@ -231,21 +226,21 @@ def test_what_can_not_be_changed_with_its_comments_is_left_alone(tmp_path: Path)
     assert [(one.name, one.read_text(encoding="utf-8")) for one in tmp_path.iterdir()] == [("config.toml", text)]
 
 
-def test_without_tomlkit_the_reason_is_told_before_anything_is_done(
+def test_without_tomlkit_saving_is_refused_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "config.toml"
     path.write_text(HAND_MADE, encoding="utf-8")
     monkeypatch.setitem(sys.modules, "tomlkit", None)
-    said = r"install the package python3-tomlkit, or move the file away$"
-    with pytest.raises(Unsupported, match=said):
+    message = r"install the package python3-tomlkit, or move the file away$"
+    with pytest.raises(Unsupported, match=message):
         check_saving_to(str(path))
-    with pytest.raises(Unsupported, match=said):
+    with pytest.raises(Unsupported, match=message):
         save_config(parse_config(HAND_MADE), str(path))
     assert path.read_text(encoding="utf-8") == HAND_MADE
 
 
-def test_without_tomlkit_a_file_of_our_own_can_be_saved_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tomlkit_a_generated_file_can_be_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "config.toml")
     config = parse_config(HAND_MADE)
     monkeypatch.setitem(sys.modules, "tomlkit", None)
@@ -256,15 +251,15 @@ def test_without_tomlkit_a_file_of_our_own_can_be_saved_over(tmp_path: Path, mon
     assert load_config(path).backend == "ebpf"
 
 
-def test_an_unusable_file_is_not_saved_over(tmp_path: Path) -> None:
+def test_an_unusable_file_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text("[lock.web]\n", encoding="utf-8")
     with pytest.raises(BadPolicy):
         check_saving_to(str(path))
 
 
-def test_saving_a_start_saves_how_it_was_started(tmp_path: Path) -> None:
-    """What the next boot needs to do the same; a later allow --save leaves it."""
+def test_start_saves_its_options_for_the_next_boot(tmp_path: Path) -> None:
+    """A later ``allow --save`` does not change them."""
     path = str(tmp_path / "config.toml")
     policy = policy_from_options(users=["41001"], ips=["192.0.2.1"])
     save(policy, GuardOptions(backend="iptables", resolve_groups=True, forwarded="leave"), path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What allow and revoke make of a policy."""
+"""The allowlists of a policy, changed by allow and revoke."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ROOT = Identities(frozenset([0]))
 STAFF = Identities(groups=frozenset([2001]))
 
 
-def lock(name: str, *words: str, allow: Identities = FOO, **more: object) -> Lock:
-    return Lock(name, tuple(map(parse_endpoint, words)), allow, **more)  # type: ignore[arg-type]
+def lock(name: str, *endpoints: str, allow: Identities = FOO, **more: object) -> Lock:
+    return Lock(name, tuple(map(parse_endpoint, endpoints)), allow, **more)  # type: ignore[arg-type]
 
 
 def both(one: Identities, other: Identities) -> Identities:
@@ -53,19 +53,19 @@ def test_a_group_is_not_the_user_of_that_number() -> None:
     assert edit.revoke(policy, Identities(frozenset([7]))).locks[0].allow == Identities(groups=frozenset([7]))
 
 
-def test_who_is_there_already_and_who_never_was() -> None:
+def test_allowing_again_and_revoking_a_stranger_change_nothing() -> None:
     assert edit.allow(WEB, FOO) == WEB
     assert edit.revoke(WEB, BAR) == WEB
 
 
-def test_the_last_one_leaves_nobody() -> None:
-    """And not everybody."""
+def test_an_allowlist_without_its_last_user_allows_nobody() -> None:
+    """An empty allowlist does not mean everybody."""
     (empty,) = edit.revoke(WEB, FOO).locks
     assert (empty.allow, empty.default) == (Identities(), Verdict.DENY)
 
 
 @pytest.mark.parametrize("change", [edit.allow, edit.revoke])
-def test_different_allowlists_are_listed(change: Edit) -> None:
+def test_different_allowlists_are_refused_with_an_endpoint_of_each_lock(change: Edit) -> None:
     policy = make_policy([lock("a", "10.0.0.1:80"), lock("b c", "fd00::1", allow=BAR)])
     with pytest.raises(UsageError, match=r"\('a': --ip 10\.0\.0\.1:80; 'b c': --ip fd00::1\)$"):
         change(policy, STAFF)
@@ -80,12 +80,12 @@ def test_a_whole_lock_keeps_its_name() -> None:
     assert changed == make_policy([lock("a", "10.0.0.1"), lock("b", "10.0.0.2", allow=both(BAR, STAFF))])
 
 
-def test_a_part_becomes_a_lock_of_its_own() -> None:
+def test_an_endpoint_among_others_gets_a_lock_of_its_own() -> None:
     changed = edit.allow(WEB, BAR, parse_endpoint("10.0.0.2"))
     assert changed == make_policy([lock("web", "10.0.0.1"), lock("10.0.0.2", "10.0.0.2", allow=both(FOO, BAR))])
 
 
-def test_some_ports_become_a_lock_of_their_own() -> None:
+def test_some_ports_get_a_lock_of_their_own() -> None:
     changed = edit.revoke(WEB, FOO, parse_endpoint("10.0.0.2:80,tcp"))
     assert changed == make_policy(
         [
@@ -101,36 +101,36 @@ def test_both_parts_keep_the_deny_list_and_the_default() -> None:
     assert [(one.deny, one.default) for one in changed.locks] == [(BAR, Verdict.ALLOW)] * 2
 
 
-def test_what_changes_nothing_splits_nothing() -> None:
+def test_a_lock_is_not_split_when_nothing_changes() -> None:
     assert edit.allow(WEB, FOO, parse_endpoint("10.0.0.2")) == WEB
     assert edit.revoke(WEB, BAR, parse_endpoint("10.0.0.2:80")) == WEB
 
 
-def test_a_name_that_is_taken_is_not_taken_again() -> None:
+def test_a_new_lock_gets_a_name_that_is_free() -> None:
     policy = make_policy([lock("10.0.0.2", "10.0.0.1", "10.0.0.2")])
     changed = edit.allow(policy, BAR, parse_endpoint("10.0.0.2"))
     assert [one.name for one in changed.locks] == ["10.0.0.2", "10.0.0.2 (2)"]
 
 
 def test_an_endpoint_in_two_locks_changes_both() -> None:
-    """Its ports are theirs in parts."""
+    """Each lock has some ports of the endpoint."""
     policy = make_policy([lock("a", "10.0.0.1:80"), lock("b", "10.0.0.1:443", allow=BAR)])
     changed = edit.allow(policy, STAFF, parse_endpoint("10.0.0.1"))
     assert [one.allow for one in changed.locks] == [both(FOO, STAFF), both(BAR, STAFF)]
 
 
-@pytest.mark.parametrize("words", ["10.0.0.3", "fd00::1", "10.0.0.0/30"])
+@pytest.mark.parametrize("endpoint", ["10.0.0.3", "fd00::1", "10.0.0.0/30"])
 @pytest.mark.parametrize("change", [edit.allow, edit.revoke])
-def test_an_endpoint_that_no_lock_holds(change: Edit, words: str) -> None:
+def test_an_endpoint_in_no_lock_is_refused(change: Edit, endpoint: str) -> None:
     with pytest.raises(UsageError, match=r"^no lock contains .*: imds-guard status lists the endpoints$"):
-        change(WEB, BAR, parse_endpoint(words))
+        change(WEB, BAR, parse_endpoint(endpoint))
 
 
 # --- particular locks -----------------------------------------------------------------------------------------------
 
 
 def test_the_wireserver_keeps_root() -> None:
-    """Azure's agent is root, and a machine without it is lost; its lock still counts as equal to the others."""
+    """Azure's agent runs as root. Root on the WireServer's list is not a difference from the other lists."""
     policy = policy_from_options(users=["0", "1001"], ips=["10.0.0.1", "168.63.129.16"])
     revoked = edit.revoke(policy, Identities(frozenset([0, 1001])))
     assert {one.name: one.allow for one in revoked.locks} == {
@@ -142,11 +142,11 @@ def test_the_wireserver_keeps_root() -> None:
     assert [one.allow for one in edit.revoke(alone, Identities(frozenset([0, 1001]))).locks] == [ROOT]
     split = edit.allow(policy, BAR, parse_endpoint("168.63.129.16:80,tcp"))
     assert {one.name for one in split.locks} == {"default", "wireserver", "168.63.129.16"}
-    apart = edit.revoke(split, ROOT, parse_endpoint("168.63.129.16"))
-    assert all(0 in one.allow.users for one in apart.locks)
+    revoked = edit.revoke(split, ROOT, parse_endpoint("168.63.129.16"))
+    assert all(0 in one.allow.users for one in revoked.locks)
 
 
-def test_root_counts_elsewhere() -> None:
+def test_root_on_another_list_is_a_difference() -> None:
     policy = make_policy(
         [lock("a", "10.0.0.1", allow=both(FOO, ROOT)), lock("b", "10.0.0.2"), lock("c", "168.63.129.16:80,tcp")]
     )
@@ -154,7 +154,7 @@ def test_root_counts_elsewhere() -> None:
         edit.allow(policy, BAR)
 
 
-def test_who_gets_through_by_default_can_not_be_revoked() -> None:
+def test_a_lock_that_allows_by_default_can_not_revoke() -> None:
     policy = make_policy([lock("a", "10.0.0.1", allow=Identities(), deny=BAR, default=Verdict.ALLOW)])
     for endpoint in (None, parse_endpoint("10.0.0.1")):
         with pytest.raises(UsageError, match=r"^revoking under lock 'a': .*--deny-user"):
@@ -166,7 +166,7 @@ def test_who_gets_through_by_default_can_not_be_revoked() -> None:
 
 @st.composite
 def changes(draw: st.DrawFn) -> tuple[Policy, Identities, Endpoint]:
-    """A policy, someone, and an endpoint of one of its locks, or some of its ports."""
+    """A policy, users and groups, and an endpoint of one of its locks, or some ports of it."""
     policy = draw(policies())
     assume(policy.locks)
     whole = draw(st.sampled_from([one for each in policy.locks for one in each.endpoints]))
@@ -175,7 +175,7 @@ def changes(draw: st.DrawFn) -> tuple[Policy, Identities, Endpoint]:
 
 
 def touches(endpoint: Endpoint, destination: Destination) -> bool:
-    """True when the endpoint holds the destination, whatever is more specific."""
+    """True when the endpoint contains the destination. Another endpoint may be more specific."""
     address = resolve_unspecified(destination.address, UNBOUND)
     return (
         address is not None
@@ -190,10 +190,10 @@ def is_named(who: Identities, caller: Caller) -> bool:
 
 @patient
 @given(changes(), callers(), st.data())
-def test_nobody_else_and_nowhere_else(
+def test_others_and_other_endpoints_are_not_affected(
     change: tuple[Policy, Identities, Endpoint], caller: Caller, data: st.DataObject
 ) -> None:
-    """A split is not seen but at its endpoint, by those whom it is about."""
+    """A split changes the decision only at its endpoint, and only for who was allowed or revoked."""
     policy, who, endpoint = change
     destination = data.draw(destinations(policy))
     assume(not (touches(endpoint, destination) and is_named(who, caller)))
@@ -209,10 +209,8 @@ def test_nobody_else_and_nowhere_else(
 
 @patient
 @given(changes(), st.data())
-def test_who_is_allowed_gets_through_and_who_is_revoked_does_not(
-    change: tuple[Policy, Identities, Endpoint], data: st.DataObject
-) -> None:
-    """Where the endpoint is the most specific one, and no deny list speaks."""
+def test_allow_allows_and_revoke_revokes(change: tuple[Policy, Identities, Endpoint], data: st.DataObject) -> None:
+    """At the most specific endpoint, unless a deny list decides."""
     policy, who, endpoint = change
     assume(endpoint.tcp and who)
     target = Destination(endpoint.network[0], data.draw(st.sampled_from(endpoint.tcp))[0])
@@ -234,7 +232,7 @@ def test_who_is_allowed_gets_through_and_who_is_revoked_does_not(
 
 
 def is_decided_at(policy: Policy, target: Destination, endpoint: Endpoint) -> bool:
-    """True when the most specific endpoint that holds the target has this one's prefix."""
+    """True when the most specific endpoint that contains the target has the prefix of ``endpoint``."""
     lengths = [one.network.prefixlen for lock in policy.locks for one in lock.endpoints if touches(one, target)]
     return int(target.address) != 0 and max(lengths, default=-1) == endpoint.network.prefixlen
 
@@ -243,13 +241,13 @@ def is_decided_at(policy: Policy, target: Destination, endpoint: Endpoint) -> bo
 
 
 def test_allow_inside_a_prefix_adds_a_lock_for_the_address() -> None:
-    """The address goes on to deny whom the prefix denies, and lets one more through; the prefix is as it was."""
+    """The new lock allows who the prefix allows, and one more. The lock of the prefix does not change."""
     policy = make_policy([lock("net", "10.0.0.0/8:80,tcp")])
     wanted = make_policy([lock("net", "10.0.0.0/8:80,tcp"), lock("10.1.2.3", "10.1.2.3:80,tcp", allow=both(FOO, BAR))])
     assert edit.allow(policy, BAR, parse_endpoint("10.1.2.3:80,tcp")) == wanted
 
 
-def test_the_most_specific_prefix_around_an_address_counts() -> None:
+def test_the_lock_is_made_inside_the_most_specific_prefix() -> None:
     policy = make_policy([lock("wide", "10.0.0.0/8", allow=STAFF), lock("narrow", "10.1.0.0/16")])
     edited = edit.allow(policy, BAR, parse_endpoint("10.1.2.3"))
     (added,) = set(edited.locks) - set(policy.locks)
@@ -261,6 +259,6 @@ def test_only_the_ports_that_the_prefix_locks_are_changed() -> None:
     assert next(one for one in edited.locks if one.name == "10.1.2.3").endpoints == (parse_endpoint("10.1.2.3:80,tcp"),)
 
 
-def test_an_address_beside_every_lock_is_refused() -> None:
+def test_an_address_outside_every_lock_is_refused() -> None:
     with pytest.raises(UsageError, match="no lock contains"):
         edit.allow(make_policy([lock("net", "10.0.0.0/8:80,tcp")]), BAR, parse_endpoint("10.1.2.3:443,tcp"))

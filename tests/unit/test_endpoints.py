@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The built-in table, compared with a list written by hand, and the DMI of the machine."""
+"""The built-in endpoints, compared with a list written by hand; and the DMI of the machine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def addresses(endpoints: tuple[Endpoint, ...]) -> set[str]:
     return {str(endpoint.network.network_address) for endpoint in endpoints}
 
 
-def test_the_table_holds_the_addresses_of_the_list_and_no_others() -> None:
+def test_the_table_has_the_addresses_of_the_list_and_no_others() -> None:
     assert {str(entry.address) for entry in BUILT_IN} == EVERYWHERE | ON_THEIR_CLOUD | CREDENTIALS
 
 
@@ -68,7 +68,7 @@ def test_the_defaults_of_a_machine_without_dmi_are_the_link_local_and_listed_uni
 
 
 @pytest.mark.parametrize(
-    ("words", "added"),
+    ("dmi", "added"),
     [
         ("Alibaba Cloud\nAlibaba Cloud ECS", {"100.100.100.200"}),
         ("alibaba cloud", {"100.100.100.200"}),
@@ -80,17 +80,17 @@ def test_the_defaults_of_a_machine_without_dmi_are_the_link_local_and_listed_uni
         ("Microsoft Corporation\nVirtual Machine", set()),
     ],
 )
-def test_public_and_shared_addresses_are_default_only_where_dmi_names_their_cloud(words: str, added: set[str]) -> None:
-    """Hyper-V and VirtualBox name makers that run clouds too; they are none."""
-    assert EVERYWHERE | added == addresses(default_endpoints(words))
+def test_public_and_shared_addresses_are_default_only_where_dmi_names_their_cloud(dmi: str, added: set[str]) -> None:
+    """The vendors of Hyper-V and VirtualBox run clouds too, but their DMI does not name a cloud."""
+    assert EVERYWHERE | added == addresses(default_endpoints(dmi))
 
 
-def test_all_takes_everything_but_containers_credentials() -> None:
+def test_all_is_everything_but_credentials_for_containers() -> None:
     assert addresses(preset_endpoints("all")) == EVERYWHERE | ON_THEIR_CLOUD
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"ecs", "eks"}))
-def test_containers_credentials_are_in_no_other_preset(name: str) -> None:
+def test_credentials_for_containers_are_in_no_other_preset(name: str) -> None:
     assert not CREDENTIALS & addresses(preset_endpoints(name, AZURE_DMI))
 
 
@@ -107,11 +107,11 @@ def test_containers_credentials_are_in_no_other_preset(name: str) -> None:
         ("eks", {"169.254.170.23", "fd00:ec2::23"}),
     ],
 )
-def test_a_preset_holds_the_addresses_of_its_cloud(name: str, expected: set[str]) -> None:
+def test_a_preset_has_the_addresses_of_its_cloud(name: str, expected: set[str]) -> None:
     assert expected == addresses(preset_endpoints(name))
 
 
-def test_the_default_preset_is_the_default_of_this_dmi() -> None:
+def test_the_default_preset_depends_on_dmi() -> None:
     assert default_endpoints(AZURE_DMI) == preset_endpoints("default", AZURE_DMI)
     assert default_endpoints("") == preset_endpoints("default")
 
@@ -121,7 +121,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
         preset_endpoints("amazon")
 
 
-def test_builtin_knows_a_mapped_address_and_no_stranger() -> None:
+def test_builtin_finds_a_mapped_address_and_no_other() -> None:
     mapped = builtin(ipaddress.ip_address("::ffff:169.254.169.254"))
     assert mapped is not None
     assert str(mapped.address) == "169.254.169.254"
@@ -136,17 +136,17 @@ def test_public_addresses_are_never_default_everywhere() -> None:
     assert {DefaultOn.ITS_CLOUD} == {entry.default_on for entry in public}
 
 
-def test_dns_and_ntp_over_udp_stay_free_by_default() -> None:
+def test_dns_and_ntp_over_udp_stay_open_by_default() -> None:
     for endpoint in default_endpoints(AZURE_DMI):
         assert endpoint.ports(Protocol.UDP) == ()
 
 
-def test_dmi_is_read_from_the_files_that_are_there(tmp_path: Path) -> None:
+def test_dmi_is_read_from_the_files_that_exist(tmp_path: Path) -> None:
     (tmp_path / "sys_vendor").write_text("Alibaba Cloud\n")
     (tmp_path / "chassis_asset_tag").write_text("\n")
     (tmp_path / "product_name").mkdir()
     assert dmi_text(str(tmp_path)) == "Alibaba Cloud"
 
 
-def test_a_machine_without_dmi_has_no_words(tmp_path: Path) -> None:
+def test_without_dmi_the_text_is_empty(tmp_path: Path) -> None:
     assert dmi_text(str(tmp_path / "absent")) == ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported policies: loadable, in the right order, and honest about what the format can't say."""
+"""Exported policies: they load, their order is right, and their notes say what the format can't do."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ LENIENT = make_policy([lock("169.254.169.254", deny_users=[1], default=Verdict.A
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_allowlist_of_users_is_weakened_by_nobody(form: str) -> None:
-    """Every format can deny at least as much as a list of users does."""
+def test_no_format_weakens_an_allowlist_of_users(form: str) -> None:
+    """Every format denies at least what the policy denies."""
     assert export(PLAIN, form).weakenings == []
 
 
-# Which formats weaken which policy: nftables and PF see no supplementary groups; user namespaces exist on Linux alone;
-# IPAddressDeny= has no identities.
+# Which formats weaken which policy: nftables and PF see no supplementary groups. Only Linux has user namespaces.
+# IPAddressDeny= knows no users.
 _WEAK: dict[str, list[str]] = {
     "groups": [],
     "denied-group": ["nftables", "pf"],
@@ -68,8 +68,8 @@ _WEAK: dict[str, list[str]] = {
 @pytest.mark.parametrize(
     ("name", "policy"), [("groups", GROUPS), ("denied-group", DENIED_GROUP), ("lenient", LENIENT)], ids=_WEAK
 )
-def test_weakenings_are_told(name: str, policy: Policy) -> None:
-    """What a format would weaken is told, and stands in the text."""
+def test_weakenings_are_noted_in_the_text(name: str, policy: Policy) -> None:
+    """Every weakening and every remark is a comment in the exported text."""
     exported = {form: export(policy, form) for form in FORMATS}
     assert [form for form in FORMATS if exported[form].weakenings] == _WEAK[name]
     for one in exported.values():
@@ -87,7 +87,7 @@ def test_unknown_format() -> None:
 
 
 def _load(argv: list[str], text: str) -> Completed:
-    """Runs a loader in a network namespace of its own."""
+    """Run a loader in a network namespace of its own."""
     if os.geteuid() != 0:
         pytest.skip("loading rules needs root")
     need(argv[0])
@@ -101,15 +101,15 @@ def _load(argv: list[str], text: str) -> Completed:
 
 @pytest.mark.parametrize("seed", range(300, 312))
 @pytest.mark.parametrize("command", ["iptables-restore", "ip6tables-restore", "iptables-legacy-restore"])
-def test_iptables_takes_it(command: str, seed: int) -> None:
-    """``iptables-restore --test`` accepts the text of random policies, and so does ip6tables-restore the same text."""
+def test_iptables_accepts_it(command: str, seed: int) -> None:
+    """iptables-restore and ip6tables-restore accept the same text, for random policies."""
     loaded = _load([command, "--test", "--noflush"], export(make_block(seed, 0).policy, "iptables").text)
     assert (loaded.status, loaded.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("seed", range(300, 312))
-def test_nft_takes_it(seed: int, tmp_path: Path) -> None:
-    """``nft --check`` accepts the text of random policies, and loading it twice leaves one table."""
+def test_nft_accepts_it(seed: int, tmp_path: Path) -> None:
+    """``nft --check`` accepts the text of random policies."""
     file = tmp_path / "rules.nft"
     file.write_text(export(make_block(seed, 0).policy, "nftables").text)
     loaded = _load(["nft", "--check", "-f", str(file)], "")
@@ -132,7 +132,7 @@ def test_iptables_text_is_the_policy(seed: int) -> None:
     assert held.policy == policy
 
 
-# --- the other words ------------------------------------------------------------------------------------------------
+# --- the text of each format ------------------------------------------------------------------------------------
 
 
 def rules_of(policy: Policy, form: str) -> list[str]:
@@ -140,7 +140,7 @@ def rules_of(policy: Policy, form: str) -> list[str]:
 
 
 def test_pf() -> None:
-    """Denied before allowed before everyone; the first that matches is taken."""
+    """Denied callers come first, then allowed ones, then everyone. The first rule that matches decides."""
     policy = make_policy([lock("169.254.169.254", users=[5, 6, 7, 9], groups=[60], deny_users=[6])])
     to = "inet proto tcp from any to 169.254.169.254/32 port { 0:52 54:65535 }"
     assert rules_of(policy, "pf") == [
@@ -152,14 +152,14 @@ def test_pf() -> None:
 
 
 def test_pf_has_the_most_specific_endpoint_first() -> None:
-    """An address inside a locked prefix comes before it."""
+    """An address inside a locked prefix comes before the prefix."""
     policy = make_policy([lock("10.0.0.0/8", name="a"), lock("10.1.2.3", name="b", users=[5])])
     networks = [re.findall(r" to (\S+)", rule)[0] for rule in rules_of(policy, "pf")]
     assert networks == ["10.1.2.3/32", "10.1.2.3/32", "10.0.0.0/8"]
 
 
 def test_ipfw() -> None:
-    """The lock is looked up by address, and who is allowed goes on behind all of it."""
+    """The address selects the lock. An allowed connect skips the rest of our rules."""
     policy = make_policy([lock("169.254.169.254", users=[5], groups=[60])])
     assert rules_of(policy, "ipfw") == [
         "add 100 skipto 200 tcp from any to any dst-ip 169.254.169.254/32 dst-port 0-52,54-65535 out setup",
@@ -175,22 +175,22 @@ def test_ipfw() -> None:
 
 
 def test_ipfw_splits_long_lists() -> None:
-    """No rule has more than 20 ids, and none is lost."""
+    """No rule has more than 20 IDs, and no ID is lost."""
     users = range(100, 160, 2)
     blocks = [re.findall(r"uid (\d+)", rule) for rule in rules_of(make_policy([lock("10.1.2.3", users=users)]), "ipfw")]
     assert max(map(len, blocks)) <= 20
     assert [int(uid) for block in blocks for uid in block] == list(users)
 
 
-def test_ipfw_has_numbers_for_so_many_locks() -> None:
-    """More locks than rule numbers are refused, not run into one another."""
+def test_ipfw_refuses_more_locks_than_rule_numbers() -> None:
+    """Two locks never share a rule number."""
     locks = [lock(f"10.{n // 250}.{n % 250}.1", name=f"{n}") for n in range(8801)]
     with pytest.raises(Unsupported, match="8800 locks"):
         export(make_policy(locks), "ipfw")
 
 
-def test_windows_spares_the_allowed() -> None:
-    """The rule applies to Everyone (WD), and a deny entry in front spares who is allowed."""
+def test_windows_does_not_block_allowed_users() -> None:
+    """The rule blocks Everyone (WD), and a deny entry before that excludes the allowed users."""
     rules = rules_of(make_policy([lock("169.254.169.254", users=[0])]), "windows")
     assert "$principals0 = 'O:LSD:' + (Get-Aces 'D' @('root')) + '(A;;CC;;;WD)'" in rules
     (rule,) = [line for line in rules if line.startswith("New-NetFirewallRule")]
@@ -199,27 +199,27 @@ def test_windows_spares_the_allowed() -> None:
 
 
 def test_windows_quotes_names() -> None:
-    """A quote in a lock's name ends no string."""
+    """A quote in a lock's name does not end the string."""
     text = export(make_policy([lock("169.254.169.254", name="it's", users=[0])]), "windows").text
     assert "-DisplayName 'imds-guard: it''s'" in text
 
 
 def test_systemd_denies_everyone() -> None:
-    """Addresses of locks that deny by default stand in the drop-in, and a lock that allows by default does not."""
+    """The drop-in has the addresses of locks that deny by default, and none of a lock that allows by default."""
     policy = make_policy([lock("169.254.169.254", users=[0]), lock("10.1.2.3", name="open", default=Verdict.ALLOW)])
     assert rules_of(policy, "systemd") == ["[Service]", "IPAddressDeny=169.254.169.254/32"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_audit_denies_nothing(form: str) -> None:
-    """In audit mode no format has a rule in force that rejects or blocks."""
+    """In audit mode, no format has an active rule that rejects or blocks."""
     policy = make_policy(PLAIN.locks, Mode.AUDIT)
     for rule in rules_of(policy, form):
         assert not re.search(r"REJECT|\breject\b|\bblock\b|\breset\b|\bunreach|IPAddressDeny|-Enabled True", rule), rule
 
 
-def test_all_ports_need_no_words() -> None:
-    """A lock on all ports of both protocols says so by saying nothing."""
+def test_all_ports_are_not_listed() -> None:
+    """A rule for all ports has no list of ports."""
     endpoint = Endpoint(ipaddress.ip_network("10.1.2.3"), tcp=ALL_PORTS, udp=ALL_PORTS)
     policy = make_policy([Lock("x", (endpoint,))])
     assert rules_of(policy, "pf") == [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ip-lockdown IP [USER...]`` makes of a policy."""
+"""The policy after ``ip-lockdown IP [USER...]``."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ def allows(policy: Policy, uid: int, to: str, port: int = 80, protocol: Protocol
 
 
 def test_the_first_call_makes_a_lock() -> None:
-    """Everyone but the users named is denied, root included; DNS at the address lives."""
+    """Everyone but the listed users is denied, root included. DNS at the address stays open."""
     policy = lockdown(None, IMDS, [FOO])
     assert [allows(policy, uid, IMDS) for uid in (FOO, BAR, ROOT)] == [True, False, False]
     assert allows(policy, BAR, IMDS, 53)
     assert allows(policy, BAR, "169.254.169.253")
 
 
-def test_an_address_without_an_entry_is_locked_whole() -> None:
-    """An address that is in no table of ours is locked on all ports, TCP and UDP."""
+def test_an_address_that_is_not_built_in_is_locked_on_all_ports() -> None:
+    """TCP and UDP."""
     policy = lockdown(None, "10.1.2.3", [FOO])
     for port, protocol in ((53, Protocol.TCP), (53, Protocol.UDP), (8080, Protocol.TCP)):
         assert [allows(policy, uid, "10.1.2.3", port, protocol) for uid in (FOO, BAR)] == [True, False]
 
 
 def test_without_users_nobody_gets_through() -> None:
-    """No users named means nobody, not everybody."""
+    """No users means nobody, not everybody."""
     assert not allows(lockdown(None, IMDS), ROOT, IMDS)
 
 
 def test_more_users_are_added_and_none_taken_away() -> None:
-    """Again with other users both get through; again without users nothing changes."""
+    """A second call adds its users. A call without users changes nothing."""
     policy = lockdown(lockdown(None, IMDS, [FOO]), IMDS, [BAR])
     assert [allows(policy, uid, IMDS) for uid in (FOO, BAR, ROOT)] == [True, True, False]
     assert lockdown(policy, IMDS) == policy
 
 
 def test_another_address_makes_another_lock() -> None:
-    """Different addresses have different users, and the first lock is what it was."""
+    """Each address has its own users, and the first lock does not change."""
     first = lockdown(None, IMDS, [FOO])
     both = lockdown(first, ECS, [BAR])
     assert first.locks[0] in both.locks
@@ -58,14 +58,14 @@ def test_another_address_makes_another_lock() -> None:
 
 @pytest.mark.parametrize("ip", [IMDS, ECS, "10.1.2.3", "10.0.0.0/8", "fd00:ec2::254", "[fd00:ec2::254]:80,tcp"])
 def test_the_same_again_changes_nothing(ip: str) -> None:
-    """Twice is once, on an empty policy and on one with locks."""
+    """The second call returns the same policy, whether or not there were other locks."""
     for start in (None, lockdown(None, IMDS, [FOO]), _mixed()):
         once = lockdown(start, ip, [FOO, ROOT])
         assert lockdown(once, ip, [FOO, ROOT]) == once
 
 
 def _mixed() -> Policy:
-    """One lock over two addresses for a group, another with a deny list alone."""
+    """A lock of two addresses for a group, and a lock with only a deny list."""
     network = ipaddress.ip_network
     group = Identities(groups=frozenset({77}))
     shared = Lock("default", (Endpoint(network(IMDS), tcp=ALL_PORTS), Endpoint(network(ECS), tcp=ALL_PORTS)), group)
@@ -78,21 +78,21 @@ def _mixed() -> Policy:
     return make_policy([shared, open_], Mode.AUDIT, Verdict.ALLOW)
 
 
-def test_a_lock_over_several_addresses_is_split() -> None:
-    """The user is added for that address alone, and the group goes on reaching both."""
+def test_a_lock_of_several_addresses_is_split() -> None:
+    """The user is added for that address only. The group still reaches both."""
     policy = lockdown(_mixed(), ECS, [FOO])._replace(mode=Mode.ENFORCE)
     assert [allows(policy, FOO, ip) for ip in (IMDS, ECS)] == [False, True]
     assert [allows(policy, BAR, ip, gid=77) for ip in (IMDS, ECS)] == [True, True]
 
 
 def test_mode_and_containers_stay() -> None:
-    """An audit policy stays one."""
+    """An audit policy stays an audit policy."""
     policy = lockdown(_mixed(), IMDS, [FOO])
     assert (policy.mode, policy.containers) == (Mode.AUDIT, Verdict.ALLOW)
 
 
 def test_a_lock_that_allows_by_default_denies_there_afterwards() -> None:
-    """Locked down is locked down: who is on no list is denied on the ports that were open to all, and on the rest."""
+    """Callers on no list are denied on the ports that allowed by default, and on the ports that were not locked."""
     policy = lockdown(_mixed(), "10.1.2.3", [FOO])._replace(mode=Mode.ENFORCE)
     assert [allows(policy, uid, "10.1.2.3", port) for uid in (FOO, ROOT) for port in (80, 90)] == [True] * 2 + [
         False
@@ -100,19 +100,19 @@ def test_a_lock_that_allows_by_default_denies_there_afterwards() -> None:
 
 
 def test_a_denied_user_is_refused() -> None:
-    """A deny list wins, so adding one of its users would be a lie."""
+    """Deny lists win, so the user would still be denied."""
     with pytest.raises(BadPolicy, match="user 1002 is on the deny list of lock 'open'"):
         lockdown(_mixed(), "10.1.2.3", [FOO, BAR])
 
 
 def test_ports_of_one_lock_and_the_rest_of_another() -> None:
-    """Users are added on the ports that are locked already, and the other ports of the word get a lock of their own."""
+    """Users are added on the ports that are locked already. The other ports get a lock of their own."""
     policy = lockdown(lockdown(None, f"{IMDS}:80,tcp", [FOO]), IMDS, [BAR])
     assert [allows(policy, uid, IMDS, port) for uid in (FOO, BAR) for port in (80, 8080)] == [True, False, True, True]
 
 
-def test_a_prefix_that_covers_the_address_is_not_touched() -> None:
-    """The address gets a lock of its own beside the prefix, whose users do not reach it."""
+def test_a_prefix_that_contains_the_address_is_not_changed() -> None:
+    """The address gets a lock of its own. The users of the prefix do not reach it."""
     prefix = lockdown(None, "169.254.0.0/16", [FOO])
     policy = lockdown(prefix, IMDS, [BAR])
     assert prefix.locks[0] in policy.locks
@@ -120,13 +120,13 @@ def test_a_prefix_that_covers_the_address_is_not_touched() -> None:
     assert allows(policy, FOO, "169.254.1.1")
 
 
-def test_wireserver_lets_root() -> None:
-    """Azure's agent is root and can't do without the WireServer."""
+def test_wireserver_allows_root() -> None:
+    """Azure's agent runs as root and needs the WireServer."""
     policy = lockdown(None, "168.63.129.16", [FOO])
     assert [allows(policy, uid, "168.63.129.16") for uid in (FOO, BAR, ROOT)] == [True, False, True]
 
 
-def test_a_bad_address_is_told() -> None:
-    """What is no endpoint changes nothing."""
+def test_a_bad_address_is_refused() -> None:
+    """The message quotes it."""
     with pytest.raises(BadPolicy, match=r"metadata\.example"):
         lockdown(None, "metadata.example", [FOO])

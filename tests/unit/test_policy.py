@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a policy and the decision. What the kernel does with it is the conformance suite's business."""
+"""The values of a policy, and decide(). The conformance suite tests what the kernel does with a policy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def edges(*lists: list[tuple[int, int]]) -> list[int]:
 
 
 @given(ranges)
-def test_normal_ports_keep_the_same_ports_in_separate_ascending_ranges(listed: list[tuple[int, int]]) -> None:
+def test_normal_ports_are_the_same_ports_in_separate_ascending_ranges(listed: list[tuple[int, int]]) -> None:
     found = normal_ports(listed)
     for port in edges(listed):
         assert is_in(listed, port) == is_in(found, port)
@@ -73,7 +73,7 @@ def test_has_port_is_membership(listed: list[tuple[int, int]], port: int) -> Non
 
 
 @pytest.mark.parametrize("wrong", [(-1, 80), (80, 65536), (81, 80)])
-def test_a_range_of_ports_that_is_none_is_refused(wrong: tuple[int, int]) -> None:
+def test_an_impossible_range_of_ports_is_refused(wrong: tuple[int, int]) -> None:
     with pytest.raises(BadPolicy, match="is not a range of ports"):
         normal_ports([wrong])
 
@@ -82,7 +82,7 @@ def test_a_range_of_ports_that_is_none_is_refused(wrong: tuple[int, int]) -> Non
 
 
 def test_two_spellings_of_a_policy_are_equal() -> None:
-    """Order of locks, order and splitting of endpoints, and mapped prefixes make no difference."""
+    """The order of locks, the order and splitting of endpoints, and mapped prefixes make no difference."""
     spelled = make_policy(
         [
             lock("b", endpoint("10.0.0.0/8")),
@@ -96,7 +96,7 @@ def test_two_spellings_of_a_policy_are_equal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("locks", "said"),
+    ("locks", "message"),
     [
         ([lock("a"), lock("a", endpoint("10.0.0.1"))], "two locks have the name 'a'"),
         ([lock("a"), lock("b", endpoint("169.254.169.254", HTTP))], "both lock 169.254.169.254/32 tcp port 80"),
@@ -111,13 +111,13 @@ def test_two_spellings_of_a_policy_are_equal() -> None:
         ([lock(deny=Identities(groups=frozenset({-1})))], "-1 is not a user or group ID"),
     ],
 )
-def test_a_policy_that_contradicts_itself_is_refused(locks: list[Lock], said: str) -> None:
+def test_a_policy_that_contradicts_itself_is_refused(locks: list[Lock], message: str) -> None:
     with pytest.raises(BadPolicy) as caught:
         make_policy(locks)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_two_locks_may_share_an_address_on_separate_ports_and_protocols() -> None:
+def test_two_locks_can_share_an_address_on_separate_ports_and_protocols() -> None:
     locks = [
         lock("a", endpoint("10.0.0.1", HTTP)),
         lock("b", endpoint("10.0.0.1", ((81, 81),), HTTP)),
@@ -144,7 +144,7 @@ ALLOWING = make_policy([lock(allow=Identities(frozenset({USER}), frozenset({GROU
         (Caller(USER, GROUP, kernel_thread=True), Reason.KERNEL_THREAD),
     ],
 )
-def test_an_allowlist_judges_user_group_and_supplementary_groups(caller: Caller, expected: Reason) -> None:
+def test_an_allowlist_checks_user_group_and_supplementary_groups(caller: Caller, expected: Reason) -> None:
     decision = decide(ALLOWING, caller, Destination(LOCKED, 80))
     assert (expected, expected.permits, "a") == (decision.reason, decision.allowed, decision.lock)
 
@@ -160,15 +160,15 @@ def test_deny_wins_over_allow() -> None:
     assert reason(policy, Caller(USER, EXTRA)) is Reason.DENIED_GROUP
 
 
-def test_default_allow_holds_in_the_initial_user_namespace_alone() -> None:
-    shut = lock(deny=Identities(frozenset({USER})), default=Verdict.ALLOW)
-    policy = make_policy([shut], containers=Verdict.ALLOW)
+def test_default_allow_holds_only_in_the_initial_user_namespace() -> None:
+    lenient = lock(deny=Identities(frozenset({USER})), default=Verdict.ALLOW)
+    policy = make_policy([lenient], containers=Verdict.ALLOW)
     assert reason(policy, Caller(USER, GROUP)) is Reason.DENIED_USER
     assert reason(policy, Caller(9, 8)) is Reason.DEFAULT_ALLOW
     assert reason(policy, Caller(9, 8, user_namespace_is_initial=False)) is Reason.USER_NAMESPACE
 
 
-def test_containers_allow_judges_by_id() -> None:
+def test_with_containers_allow_ids_decide() -> None:
     policy = make_policy(ALLOWING.locks, containers=Verdict.ALLOW)
     assert reason(policy, Caller(USER, 8, pid_namespace_is_initial=False)) is Reason.ALLOWED_USER
     assert reason(policy, Caller(9, 8, pid_namespace_is_initial=False)) is Reason.NOT_LISTED
@@ -201,7 +201,7 @@ def test_the_most_specific_endpoint_with_the_port_decides(address: str, port: in
     assert expected is reason(policy, Caller(USER, GROUP), ipaddress.ip_address(address), port)
 
 
-def test_tcp_and_udp_are_locked_apart() -> None:
+def test_tcp_and_udp_are_locked_separately() -> None:
     policy = make_policy([lock("a", endpoint("10.0.0.1", tcp=(), udp=((53, 53),)))])
     target = ipaddress.ip_address("10.0.0.1")
     assert decide(policy, Caller(9, 8), Destination(target, 53, Protocol.UDP)).reason is Reason.NOT_LISTED

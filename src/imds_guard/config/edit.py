@@ -72,7 +72,7 @@ class _Edit:
         self.document = document
         self.config = config
         self.in_place = in_place
-        self.tables = locks_by_table(text, use_stored_ids=True)
+        self.tables = locks_by_table(text)
         self.unwritten: dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
         self.insertions: list[Insertion] = []
 

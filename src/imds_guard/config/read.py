@@ -41,7 +41,7 @@ class Config(NamedTuple):
     cgroup: str | None = None
     """The path of the cgroup to guard; None for the whole machine."""
     forwarded: str | None = None
-    """``drop`` or ``leave``, for packets that this machine forwards; None chooses by what the machine does."""
+    """``drop`` or ``leave`` packets that this machine forwards. None means drop, unless containers are allowed."""
     resolve_groups: bool = False
     warnings: tuple[str, ...] = ()
     """Sentences about names that have another ID now than in the file. They do not count in a comparison."""
@@ -56,9 +56,9 @@ class Config(NamedTuple):
         return hash(tuple(self[:-1]))
 
 
-def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
-    """Read the file ``path`` as parse_config() reads text. Raises BadPolicy: one sentence with file and line."""
-    return parse_config(read_text(path), path, use_stored_ids, dmi_text)
+def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False) -> Config:
+    """parse_config() of the file ``path``. Raises BadPolicy: one sentence with the file and the line."""
+    return parse_config(read_text(path), path, use_stored_ids)
 
 
 def read_text(path: str) -> str:
@@ -91,9 +91,12 @@ def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, 
     return _Reader(use_stored_ids, dmi_text).config(Table(name, KeyLines(text), (), values))
 
 
-def locks_by_table(text: str, use_stored_ids: bool = False) -> dict[str, tuple[Lock, ...]]:
-    """The locks of each [lock.NAME] of a usable configuration: one, or two when it contains the WireServer."""
-    reader = _Reader(use_stored_ids, None)
+def locks_by_table(text: str) -> dict[str, tuple[Lock, ...]]:
+    """The locks of each [lock.NAME] of a usable configuration: one, or two when it contains the WireServer.
+
+    A stored ID is used as it is.
+    """
+    reader = _Reader(use_stored_ids=True, dmi_text=None)
     lines = KeyLines(text)
     tables = load_toml(text, "config").get("lock", {})
     return {

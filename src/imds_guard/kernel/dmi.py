@@ -24,7 +24,7 @@ _FIELDS = (
 
 
 def dmi_text(folder: str = DMI_FOLDER) -> str:
-    """The fields that name a maker or a product, one a line; empty where there is no DMI (containers, some ARM)."""
+    """The DMI fields that name a vendor or a product, one per line; empty without DMI (containers, some ARM)."""
     found: list[str] = []
     for field in _FIELDS:
         try:
@@ -32,4 +32,4 @@ def dmi_text(folder: str = DMI_FOLDER) -> str:
                 found.append(file.read().strip())
         except OSError:
             continue
-    return "\n".join(word for word in found if word)
+    return "\n".join(field for field in found if field)
