@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests: readers that are fed with what nobody wrote for them."""
+"""Fuzzing: readers get input that nobody wrote for them."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzzes one reader with atheris: ``python -m tests.fuzz.fuzz_readers TARGET [libFuzzer's options] [CORPUS]``.
 
-atheris (PyPI) is no dependency of the tests: install it where this is to run (python -m pip install atheris).
+The tests do not need atheris (PyPI): install it where you run this (python -m pip install atheris).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Begins with the seeds of the target; libFuzzer writes what goes wrong to ./crash-*."""
+    """Start with the seeds of the target. libFuzzer writes failing inputs to ./crash-*."""
     import atheris  # type: ignore[import-untyped, unused-ignore]
 
     with atheris.instrument_imports(include=["imds_guard", "tomllib"]):
@@ -21,9 +21,9 @@ def main() -> None:
 
     name = sys.argv[1]
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
-    found = [octets for target, octets in FOUND if target == name]
-    for number, octets in enumerate([*seeds()[name], *found]):
-        (folder / f"seed-{number}").write_bytes(octets)
+    found = [data for target, data in FOUND if target == name]
+    for number, data in enumerate([*seeds()[name], *found]):
+        (folder / f"seed-{number}").write_bytes(data)
     atheris.Setup([sys.argv[0], *sys.argv[2:], str(folder)], TARGETS[name])
     atheris.Fuzz()
 

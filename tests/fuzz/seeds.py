@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fuzzing begins with: real files, words, maps, rules and BTF, and what was found and mended since."""
+"""The inputs that fuzzing starts with: real files, arguments, maps, rules and BTF; and inputs that failed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from imds_guard.backends.iptables.render import Holding
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import rule_texts
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict, make_policy
-from tests.fuzz.targets import octets_of
+from tests.fuzz.targets import bytes_of
 from tests.kernel.guards import policy
 
 SAMPLE = Path(imds_guard.__file__).parent / "data" / "config.toml"
@@ -37,7 +37,7 @@ _ENDPOINTS = (
 
 
 def several_locks() -> Policy:
-    """Locks of both families, with every kind of list."""
+    """Locks of IPv4 and IPv6 endpoints, with every kind of list."""
     one = policy(0, 61_001).locks[0]
     deny = Identities(frozenset({5}), frozenset({6, 7}))
     other = Lock(
@@ -65,7 +65,7 @@ def _cred() -> bytes:
 
 
 def seeds() -> dict[str, list[bytes]]:
-    """By the name of the target."""
+    """Name of the target -> its seeds."""
     image = render(several_locks(), 1)
     record = settings_of(several_locks()).pack(image.digest(), 1)
     configs = [SAMPLE.read_bytes(), *_CONFIGS]
@@ -73,7 +73,7 @@ def seeds() -> dict[str, list[bytes]]:
         "config": configs,
         "endpoint": list(_ENDPOINTS),
         "lines": configs,
-        "maps": [octets_of(image, record)],
+        "maps": [bytes_of(image, record)],
         "rules": [_saved(several_locks())],
         "btf": [_btf(_cred(), b"\0cred\0fsuid\0fsgid\0")],
         "event": [bytes(88), bytes(range(88))],
@@ -83,11 +83,11 @@ def seeds() -> dict[str, list[bytes]]:
 _SHORT_BTF = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(_cred()), 0, 16) + _cred()[:50]
 
 FOUND: tuple[tuple[str, bytes], ...] = (
-    ("rules", b"*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT\nCOMMIT\n"),  # somebody's rule that only counts
+    ("rules", b"*filter\n:OUTPUT ACCEPT [0:0]\n-A OUTPUT\nCOMMIT\n"),  # a foreign rule that only counts
     ("rules", _saved(several_locks()).replace(b"lock=", b"lock=\xff")),
     ("btf", _btf(_cred()[:-3], b"\0cred\0fsuid\0")),
     ("btf", _btf(_cred(), b"\0cred\0fsuid")),
     ("btf", _SHORT_BTF),
-    ("event", bytes(range(88))),  # a reason that there is none of
+    ("event", bytes(range(88))),  # an unknown reason
 )
-"""(target, octets) that went wrong once."""
+"""(target, input) that failed once."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reads octets that somebody else wrote, each as a function of octets that raises when it goes wrong.
+"""The readers of data that others wrote, each as a function of bytes that raises on failure.
 
-Going wrong is any exception but the refusal that the reader promises, or an answer that does not stand up when it is
-taken back. The same functions serve atheris (fuzz_readers.py) and the tests, which feed them the rows that were found.
+A failure is any exception but the one that the reader documents, or a result that is not the same when it is written
+and read again. atheris (fuzz_readers.py) and the tests call the same functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from imds_guard.backends.iptables.parse import combine, find, parse_chains
 from imds_guard.backends.iptables.render import Holding
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import owned, parse_save
-from imds_guard.config.read import Config, parse_config
+from imds_guard.config.read import parse_config
 from imds_guard.config.toml_lines import KeyLines, load_toml
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
@@ -32,46 +32,46 @@ from imds_guard.kernel.btf import Btf
 from imds_guard.policy.endpoint_syntax import format_endpoint, parse_endpoint
 from imds_guard.policy.model import make_policy
 
-__all__ = ["TARGETS", "image_of", "octets_of", "parse", "parse_settings"]
+__all__ = ["TARGETS", "bytes_of", "image_of", "parse", "parse_settings"]
 
 Target = Callable[[bytes], None]
 
 
-def config(octets: bytes) -> None:
-    """A configuration is refused in one sentence, or comes out the same when it is written and read again."""
-    text = octets.decode(errors="ignore")
+def config(data: bytes) -> None:
+    """A configuration is refused, or is the same when it is written and read again."""
+    text = data.decode(errors="ignore")
     try:
         read = parse_config(text, "file", dmi_text="")
     except (BadPolicy, Unsupported):
         return
-    again = parse_config(dump_config(Config(read.policy, read.on_error, read.backend, read.cgroup)), "again")
+    again = parse_config(dump_config(read), "again")
     assert again == read, (read, again)
 
 
-def endpoint(octets: bytes) -> None:
-    """An endpoint is refused, or its words mean the same."""
-    text = octets.decode(errors="ignore")
+def endpoint(data: bytes) -> None:
+    """An endpoint is refused, or its text means the same."""
+    text = data.decode(errors="ignore")
     try:
         read = parse_endpoint(text)
     except BadPolicy:
         return
-    parts = [parse_endpoint(word) for word in format_endpoint(read)]
+    parts = [parse_endpoint(text) for text in format_endpoint(read)]
     assert {part.network for part in parts} == {read.network}, parts
     assert {r for part in parts for r in part.tcp} == set(read.tcp), parts
     assert {r for part in parts for r in part.udp} == set(read.udp), parts
 
 
-def lines(octets: bytes) -> None:
-    """Every key of a file that is TOML stands on one of its lines, or on none that is known."""
-    text = octets.decode(errors="ignore")
+def lines(data: bytes) -> None:
+    """Every key of a TOML file is on a line of the file, or on an unknown line."""
+    text = data.decode(errors="ignore")
     try:
         raw = load_toml(text, "file")
     except GuardError:
         return
-    places = KeyLines(text)
+    key_lines = KeyLines(text)
     for path in _paths(raw):
-        for word in ("", path[-1]):
-            line = places.find(path, word)
+        for searched in ("", path[-1]):
+            line = key_lines.find(path, searched)
             assert line is None or 1 <= line <= len(text.splitlines()), (path, line)
 
 
@@ -91,12 +91,12 @@ _KEYS_AND_VALUES = {
 }
 
 
-def image_of(octets: bytes) -> tuple[Image, bytes]:
-    """The octets as records: settings first, then for each record the number of its map, its length and its start.
+def image_of(data: bytes) -> tuple[Image, bytes]:
+    """The data as records: settings first, then for each record the number of its map, its length and its first bytes.
 
-    What is left of a record is zeros, since most of a real one is.
+    The rest of a record is zeros, as in most real records.
     """
-    settings, rest = octets[: abi.SETTINGS.size].ljust(abi.SETTINGS.size, b"\0"), octets[abi.SETTINGS.size :]
+    settings, rest = data[: abi.SETTINGS.size].ljust(abi.SETTINGS.size, b"\0"), data[abi.SETTINGS.size :]
     items: dict[Map, list[tuple[bytes, bytes]]] = {number: [] for number in _KEYS_AND_VALUES}
     order = list(_KEYS_AND_VALUES)
     while rest:
@@ -109,8 +109,8 @@ def image_of(octets: bytes) -> tuple[Image, bytes]:
     return Image(1, {**records, Map.ADDRESS_BITMAP: ((bytes(4), b""),)}), settings
 
 
-def octets_of(image: Image, settings: bytes) -> bytes:
-    """The octets that image_of() makes a real image of."""
+def bytes_of(image: Image, settings: bytes) -> bytes:
+    """The data that image_of() turns into this image."""
     found = [settings]
     for at, number in enumerate(_KEYS_AND_VALUES):
         for key, value in image.items.get(number, ()):
@@ -119,9 +119,9 @@ def octets_of(image: Image, settings: bytes) -> bytes:
     return b"".join(found)
 
 
-def maps(octets: bytes) -> None:
-    """Records that somebody wrote are a policy, or a fault that is told; a policy is one that could be applied."""
-    image, record = image_of(octets)
+def maps(data: bytes) -> None:
+    """Records of the maps are a policy, or a fault is reported. A policy without faults renders to the same records."""
+    image, record = image_of(data)
     parsed = parse_settings(record)
     settings, digest = parsed if parsed else (None, None)
     policy, faults = policy_of(Snapshot(image, settings, digest))
@@ -130,9 +130,9 @@ def maps(octets: bytes) -> None:
         assert render(policy, 1).digest() == image.digest()
 
 
-def rules(octets: bytes) -> None:
-    """What iptables-save prints is a policy, or an error that is told; a policy is one that could be applied."""
-    text = octets.decode(errors="surrogateescape")
+def rules(data: bytes) -> None:
+    """The output of iptables-save is a policy, or is refused. A policy is valid and in normal form."""
+    text = data.decode(errors="surrogateescape")
     found = []
     for version in (4, 6):
         chains, _ = parse_chains(owned(parse_save(text), ANCHOR))
@@ -143,15 +143,15 @@ def rules(octets: bytes) -> None:
         return
     if held is not None:
         assert make_policy(held.policy.locks, held.policy.mode, held.policy.containers) == held.policy
-        # iptables refuses what it can't say, such as a name of a lock that no comment holds, in words of ours.
+        # Some policies can't be rendered: a lock's name may be too long for a comment. Then a GuardError says so.
         with contextlib.suppress(GuardError):
             render_rules(Holding(held.policy, held.members), 4)
 
 
-def btf(octets: bytes) -> None:
-    """A blob is refused, or gives offsets and sizes."""
+def btf(data: bytes) -> None:
+    """BTF is refused, or has offsets and sizes."""
     try:
-        blob = Btf(octets)
+        blob = Btf(data)
         blob.struct_size("cred")
         blob.members("cred")
         blob.offsets(program.OFFSETS)
@@ -159,10 +159,10 @@ def btf(octets: bytes) -> None:
         return
 
 
-def event(octets: bytes) -> None:
-    """A record of the ring buffer, which only our programs write, is decoded whatever is in it."""
-    raw = octets[: abi.EVENT.size].ljust(abi.EVENT.size, b"\0")
-    # A reason that is no reason of this version's is of another version's programs.
+def event(data: bytes) -> None:
+    """Any record of the ring buffer is decoded. Only our programs write them."""
+    raw = data[: abi.EVENT.size].ljust(abi.EVENT.size, b"\0")
+    # A reason that this version does not know comes from the programs of another version.
     with contextlib.suppress(GuardError):
         decode(raw)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any words: the command refuses with one sentence and a known status, and changes nothing; or does as it was told.
+"""Random arguments: the command refuses with one sentence and a known status and changes nothing, or does its work.
 
-Everything runs in a sandbox: in a network namespace and a cgroup of its own, where nothing can be attached by eBPF.
+Everything runs in a sandbox, a network namespace and a cgroup of its own, where no eBPF program can be attached.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HUNG_MS = 120_000
 
 _KNOWN = {0, 1, 2, 3, 4, 69, 77, 78}
 _NEVER = ("--save", "--create-group", "--boot", "demo", "watch", "metrics")
-"""What writes files or accounts, or does not end."""
+"""Arguments that make it write files or accounts, or not end."""
 
 _OPTIONS = (
     *("--user", "--group", "--deny-user", "--deny-group", "--ip", "--preset", "--mode", "--containers", "--backend"),
@@ -54,38 +54,38 @@ _VALUES = (
 _COMMANDS = ("start", "stop", "allow", "revoke", "check", "explain", "export", "status", "endpoints", "nonsense")
 
 
-def words() -> st.SearchStrategy[list[str]]:
-    """A command, options and what may follow them, and anything at all."""
+def command_lines() -> st.SearchStrategy[list[str]]:
+    """A command with options, values and arbitrary text."""
     option = st.tuples(st.sampled_from(_OPTIONS), st.one_of(st.sampled_from(_VALUES), st.text(max_size=10))).map(list)
     value = st.one_of(st.sampled_from(_VALUES), st.sampled_from(_OPTIONS), st.text(max_size=10)).map(lambda one: [one])
     rest = st.lists(st.one_of(option, option, value), max_size=5).map(
         lambda parts: [one for part in parts for one in part]
     )
     return st.builds(lambda command, more: [command, *more], st.sampled_from(_COMMANDS), rest).filter(
-        lambda line: not any(word.startswith(_NEVER) for word in line)
+        lambda line: not any(argument.startswith(_NEVER) for argument in line)
     )
 
 
 def _run(line: list[str], entry: object = main) -> tuple[int, str]:
-    """The exit status and what was said on stderr; a traceback is an exception that gets out of here."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    """(exit status, stderr). A failure that would print a traceback is raised."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         try:
             entry(line)  # type: ignore[operator]
         except SystemExit as end:
-            return int(end.code or 0), said.getvalue()
+            return int(end.code or 0), stderr.getvalue()
     raise AssertionError("the command did not end")
 
 
-def _judge(line: list[str], status: int, said: str) -> None:
-    complaints = [one for one in said.split("\n") if one and not one.startswith("warning: ")]
-    assert status in _KNOWN, (line, status, said)
-    assert "Traceback" not in said, (line, said)
-    assert "fault in imds-guard" not in said, (line, said)
-    assert "no message covers" not in said, (line, said)
+def _check(line: list[str], status: int, stderr: str) -> None:
+    errors = [one for one in stderr.split("\n") if one and not one.startswith("warning: ")]
+    assert status in _KNOWN, (line, status, stderr)
+    assert "Traceback" not in stderr, (line, stderr)
+    assert "fault in imds-guard" not in stderr, (line, stderr)
+    assert "no message covers" not in stderr, (line, stderr)
     if status in (2, 69, 77, 78):
-        assert len(complaints) == 1, (line, said)
-        assert complaints[0].startswith("imds-guard: "), (line, said)
+        assert len(errors) == 1, (line, stderr)
+        assert errors[0].startswith("imds-guard: "), (line, stderr)
 
 
 @pytest.fixture
@@ -96,17 +96,17 @@ def _root() -> None:
 
 @pytest.mark.usefixtures("_root")
 @pytest.mark.parametrize("entry", [main, ip_lockdown])
-def test_any_words(entry: object, tmp_path: Path) -> None:
-    """A known status and a sentence; a refusal leaves no rule, nothing attached and no file."""
+def test_any_arguments(entry: object, tmp_path: Path) -> None:
+    """A known exit status and one sentence. A refusal leaves no rule, no attached program and no file."""
 
     @settings(max_examples=EXAMPLES, deadline=_HUNG_MS, suppress_health_check=list(HealthCheck), database=None)
-    @given(words())
+    @given(command_lines())
     def one(line: list[str]) -> None:
-        os.environ["IMDS_GUARD_TRACEBACK"] = "1"  # a fault of ours is raised, not told
+        os.environ["IMDS_GUARD_TRACEBACK"] = "1"  # raises unexpected exceptions in place of a message
         line = line if entry is main else line[1:]
         before = _files(tmp_path)
-        status, said = _run(line, entry)
-        _judge(line, status, said)
+        status, stderr = _run(line, entry)
+        _check(line, status, stderr)
         if status in (2, 69, 77, 78):
             assert IptablesBackend().read() is None, line
             assert _files(tmp_path) == before, line
@@ -124,5 +124,5 @@ def test_any_words(entry: object, tmp_path: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    there = sorted(os.listdir("/etc/imds-guard")) if os.path.isdir("/etc/imds-guard") else []
-    return sorted(os.listdir(folder)) + there
+    configuration = sorted(os.listdir("/etc/imds-guard")) if os.path.isdir("/etc/imds-guard") else []
+    return sorted(os.listdir(folder)) + configuration

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``read(apply(p)) == p`` for any valid policy: what the kernel gives back is what was put in force, all of it."""
+"""``read(apply(p)) == p`` for any valid policy: the policy read back from the kernel is the whole policy applied."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _check(backend: Backend, policy: Policy) -> None:
     try:
         backend.check(policy)
         backend.apply(policy)
-    except Unsupported:  # refused whole, since it is too large or more than iptables can say
+    except Unsupported:  # too large, or iptables can't express it
         assume(False)
     assert backend.read() == policy
     assert backend.faults() == []
 
 
 def test_ebpf() -> None:
-    """One policy after the other, as changes of what is in force."""
+    """Each policy replaces the one before."""
     with guards.guarded_sandbox(guards.FAST) as (_, backend):
 
         @some
@@ -47,7 +47,7 @@ def test_ebpf() -> None:
 
 
 def test_iptables(tmp_path: Path) -> None:
-    """The same with rules, in a namespace."""
+    """Each policy replaces the one before, in a network namespace."""
 
     def inside() -> None:
         backend = IptablesBackend(state_folder=str(tmp_path))
