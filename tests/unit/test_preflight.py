@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes, some with the name of a metadata client: who would be shut out."""
+"""Which clients a policy would shut out, with real processes under the names of metadata clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imds_guard.config.options import policy_from_options
 from imds_guard.policy.builtin import PRESETS
 from imds_guard.policy.model import Mode, Verdict
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="looks at other users' processes: root only")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="inspecting other users' processes needs root")
 needs_host = pytest.mark.skipif(
     os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container every caller is denied"
 )
@@ -33,7 +33,7 @@ def by_pid(found: Sequence[ShutOut]) -> dict[int, ShutOut]:
 
 @contextlib.contextmanager
 def running(argv: list[str], uid: int = STRANGER, gid: int = STRANGERS) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with these IDs, there to the end of the block: it waits for its standard input."""
+    """A process with these IDs. It waits for its standard input, and is killed at the end of the block."""
     with subprocess.Popen(argv, stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=[]) as process:
         try:
             yield process
@@ -43,7 +43,7 @@ def running(argv: list[str], uid: int = STRANGER, gid: int = STRANGERS) -> Itera
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder that every user may enter."""
+    """A directory that every user may enter."""
     for one in (tmp_path, *tmp_path.parents):
         if one.owner() == "root" and str(one).startswith("/tmp/"):
             one.chmod(0o755)
@@ -55,7 +55,7 @@ def program(folder: Path, name: str) -> str:
     return shutil.copy("/bin/cat", str(folder / name))
 
 
-def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
+def test_a_known_client_that_would_be_denied_is_found(folder: Path) -> None:
     with running([program(folder, "google_guest_agent")]) as process:
         found = by_pid(shut_out(policy_from_options(nobody=True)))[process.pid]
         assert ("google_guest_agent", str(STRANGER)) == (found.name, found.user)
@@ -65,7 +65,7 @@ def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "options",
     [
         {"users": [str(STRANGER)]},
         {"groups": [str(STRANGERS)]},
@@ -73,18 +73,18 @@ def test_a_known_client_that_would_be_denied_is_named(folder: Path) -> None:
         {"nobody": True, "mode": Mode.AUDIT},
     ],
 )
-def test_a_client_that_keeps_its_access_is_not_named(folder: Path, words: dict[str, object]) -> None:
+def test_a_client_that_keeps_its_access_is_not_found(folder: Path, options: dict[str, object]) -> None:
     with running([program(folder, "google_guest_agent")]) as process:
-        assert process.pid not in by_pid(shut_out(policy_from_options(**words)))  # type: ignore[arg-type]
+        assert process.pid not in by_pid(shut_out(policy_from_options(**options)))  # type: ignore[arg-type]
 
 
-def test_a_client_of_another_cloud_is_judged_by_its_own_addresses(folder: Path) -> None:
+def test_a_client_is_judged_by_the_addresses_of_its_cloud(folder: Path) -> None:
     with running([program(folder, "amazon-ssm-agent")]) as process:
         assert process.pid not in by_pid(shut_out(policy_from_options(nobody=True, presets=["scaleway"])))
         assert process.pid in by_pid(shut_out(policy_from_options(nobody=True, ips=["fd00:ec2::254"])))
 
 
-def test_a_script_is_known_by_its_name_and_not_by_its_interpreter(folder: Path) -> None:
+def test_a_script_is_recognised_by_its_own_name(folder: Path) -> None:
     script = folder / "waagent"
     script.write_text("import sys; sys.stdin.read()\n")
     with running(["/usr/bin/python3", "-u", str(script)]) as process:
@@ -92,7 +92,7 @@ def test_a_script_is_known_by_its_name_and_not_by_its_interpreter(folder: Path) 
         assert "is a metadata client (waagent)" in found[process.pid].why
 
 
-def test_a_program_that_only_speaks_of_a_client_is_none(folder: Path) -> None:
+def test_a_client_name_in_another_argument_is_not_a_client(folder: Path) -> None:
     with (
         running(["/bin/sh", "-c", "read line", "cloud-init"]) as shell,
         running([program(folder, "journalctl"), "-", "cloud-init"]) as reader,
@@ -102,21 +102,18 @@ def test_a_program_that_only_speaks_of_a_client_is_none(folder: Path) -> None:
         assert reader.pid not in found
 
 
-def test_root_is_not_allowed_by_itself(folder: Path) -> None:
+def test_root_is_not_allowed_unless_it_is_named(folder: Path) -> None:
     with running([program(folder, "cloud-init")], uid=0, gid=0) as process:
         found = by_pid(shut_out(policy_from_options(groups=[str(STRANGERS)])))
         assert found[process.pid].user == "root"
 
 
 def test_a_process_that_has_ended_is_left_out(folder: Path) -> None:
-    """Not yet waited for, it still has its name: a zombie. Then it is gone."""
+    """First it is a zombie, which still has its name. Then it is gone."""
     with subprocess.Popen([program(folder, "kubelet")], stdin=subprocess.DEVNULL) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert process.pid not in by_pid(shut_out(policy_from_options(nobody=True)))
-    found: dict[int, ShutOut] = {}
-    destinations = preflight._destinations(CLIENTS[0])
-    preflight._judge(policy_from_options(nobody=True), found, process.pid, destinations, "{}")
-    assert found == {}
+    assert preflight._judge(policy_from_options(nobody=True), CLIENTS[0], process.pid) is None
 
 
 def test_an_installed_client_is_judged_by_the_account_it_runs_as(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +131,7 @@ def test_an_installed_client_is_judged_by_the_account_it_runs_as(folder: Path, m
     assert installed_shut_out(policy_from_options(users=["0"], containers=Verdict.ALLOW)) == []
 
 
-def test_the_clients_are_told_apart_and_use_known_presets() -> None:
+def test_the_clients_have_distinct_programs_and_known_presets() -> None:
     programs = [name for client in CLIENTS for name in client.programs]
     assert len(programs) == len(set(programs))
     assert {name for client in CLIENTS for name in client.presets} <= set(PRESETS)

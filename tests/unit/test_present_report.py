@@ -11,7 +11,8 @@ from imds_guard.backends.ebpf.report import Report, Row
 from imds_guard.commands.report import ReportResult, Suggestion
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Protocol
-from imds_guard.present.report import MAX_ROWS, MAX_WIDTH, report_lines
+from imds_guard.present.report import MAX_ROWS, report_lines
+from imds_guard.present.wrap import WIDTH
 from imds_guard.text import escaped, host_port
 
 UID = 61_001
@@ -38,10 +39,10 @@ def lines_of(*rows: Row, mode: Mode = Mode.ENFORCE, overflow: int = 0, commands:
 )
 def test_the_table_fits_and_has_every_character(one: Row) -> None:
     lines = lines_of(one)
-    assert max(map(len, lines)) <= MAX_WIDTH
+    assert max(map(len, lines)) <= WIDTH
     head, *table = lines[3:]
     starts = [head.index(title) for title in ("WHO", "WHY", "FIRST TO", "FIRST, LAST")]
-    columns = ["".join(line[a:b].strip() for line in table) for a, b in zip(starts, [*starts[1:], MAX_WIDTH])]
+    columns = ["".join(line[a:b].strip() for line in table) for a, b in zip(starts, [*starts[1:], WIDTH])]
     assert columns[0] == f"{UID}{one.lock}"
     assert columns[1] == "unspecified-destination1,234 times"
     assert columns[2].replace(" ", "") == f"{host_port(one.address, 80)}tcp{escaped(one.comm.decode())}"

@@ -26,7 +26,7 @@ _NAME = "imds_guard"
 
 
 def metrics(cgroup: str | None) -> bytes:
-    """The text; it says ``imds_guard_active 0`` where nothing is locked. Raises Unsupported without the library."""
+    """``imds_guard_active 0`` where nothing is locked. Raises Unsupported without the library prometheus_client."""
     try:
         from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415 -- no other command needs it
     except ImportError as error:
@@ -41,13 +41,13 @@ def metrics(cgroup: str | None) -> bytes:
 
 
 class _Collected:
-    """What prometheus_client asks for metrics."""
+    """A collector in the sense of prometheus_client, for metrics that were read before."""
 
     def __init__(self, families: list[Metric]) -> None:
         self._families = families
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics, read before."""
+        """The metrics."""
         return self._families
 
 
@@ -57,12 +57,12 @@ def _register(registry: CollectorRegistry, families: list[Metric]) -> None:
 
 def _read(cgroup: str | None) -> tuple[Status, Report | None]:
     found = status(cgroup)
-    if not found.ebpf is not None:
+    if found.ebpf is None:
         return found, None
     try:
         return found, read_report(PinLocation.of(cgroup))
     except GuardError:
-        return found, None  # its maps can't be read, and faults says so
+        return found, None  # found.faults says that its maps can't be read
 
 
 # --- families -------------------------------------------------------------------------------------------------------
@@ -84,14 +84,14 @@ def _versions(found: Status) -> InfoMetricFamily:
     from prometheus_client.core import InfoMetricFamily  # noqa: PLC0415
 
     programs = ",".join(found.ebpf.versions) if found.ebpf is not None else ""
-    words = {"version": __version__, "backend": found.backend or "none", "programs": programs}
-    return InfoMetricFamily(_NAME, "What runs: versions, and what enforces.", value=words)
+    labels = {"version": __version__, "backend": found.backend or "none", "programs": programs}
+    return InfoMetricFamily(_NAME, "Versions of imds-guard and of its programs; the backend in force.", value=labels)
 
 
 def _families(found: Status, report: Report | None) -> Iterator[Metric]:
     yield _versions(found)
     yield _gauge("active", "1 when a policy is in force.", found.backend is not None)
-    yield _gauge("degraded", "1 when something is wrong with what should be in force.", bool(found.faults))
+    yield _gauge("degraded", "1 when the guard has a fault: imds-guard status names it.", bool(found.faults))
     audit = found.policy is not None and found.policy.mode is Mode.AUDIT
     yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
     if found.ebpf is not None:
@@ -103,7 +103,7 @@ def _families(found: Status, report: Report | None) -> Iterator[Metric]:
 
 def _of_state(state: State) -> Iterator[Metric]:
     if state.generation is not None:
-        yield _gauge("policy_generation", "The generation in force: 1 or 2, they alternate.", state.generation)
+        yield _gauge("policy_generation", "The generation in force: 1 or 2 in turn.", state.generation)
     decisions = _counter("decisions", "Connects to locked endpoints, by reason and outcome.", ("reason", "outcome"))
     for reason, (enforced, audited) in zip(Reason, state.counters):
         if reason is Reason.NOT_LOCKED:
@@ -113,16 +113,16 @@ def _of_state(state: State) -> Iterator[Metric]:
             decisions.add_metric([reason.label, "audited"], audited)
     if state.counters:
         yield decisions
-        lost = _counter("lost_records", "Denials whose record found no room in the ring buffer.")
+        lost = _counter("lost_records", "Denials whose record did not fit into the ring buffer.")
         lost.add_metric([], state.lost_events)
         yield lost
-        overflow = _counter("report_overflow", "Denials that found no room in the report.")
+        overflow = _counter("report_overflow", "Denials that did not fit into the report.")
         overflow.add_metric([], state.report_overflow)
         yield overflow
 
 
 def _of_hooks(state: State, needed: tuple[str, ...]) -> Iterator[Metric]:
-    """The kernel counts runs while somebody asks for it: sysctl kernel.bpf_stats_enabled, or BPF_ENABLE_STATS."""
+    """The kernel counts runs only while kernel.bpf_stats_enabled is 1 or somebody holds BPF_ENABLE_STATS (bpf(2))."""
     attached = _gauge_by_hook("hook_attached", "1 when the hook runs our program.")
     runs = _counter("hook_runs", "Runs of the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
     seconds = _counter("hook_seconds", "Time spent in the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
@@ -146,8 +146,8 @@ def _gauge_by_hook(name: str, text: str) -> GaugeMetricFamily:
 
 
 def _of_report(report: Report) -> Iterator[Metric]:
-    yield _gauge("policy_changes", "Policies that this guard has had since it was started.", report.serial)
-    text = "Denials under the policy in force, by lock and reason; a change of policy begins anew."
+    yield _gauge("policy_changes", "The number of policies since the guard was started.", report.serial)
+    text = "Denials under the policy in force, by lock and reason. A change of policy resets them."
     denials = _counter("lock_denials", text, ("lock", "reason"))
     sums: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
@@ -161,10 +161,10 @@ def _of_report(report: Report) -> Iterator[Metric]:
 
 
 def write_textfile(text: bytes, path: str) -> None:
-    """Writes a file for node_exporter in one step: it sees the old one or the new one. Raises GuardError."""
+    """Replaces the file in one step, so that node_exporter never reads a part of it. Raises GuardError."""
     try:
         files.replace(path, text)
     except OSError as error:
         raise GuardError(
-            f"writing metrics to {path}: {system_text(error)}; name a file in a folder that is there, and writable"
+            f"writing metrics to {path}: {system_text(error)}; name a file in an existing, writable directory"
         ) from error

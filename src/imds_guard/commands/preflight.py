@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which known clients would lose the metadata service if a policy came into force."""
+"""The known metadata clients that a policy would deny."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from imds_guard.kernel.processes import process_ids
 from imds_guard.policy.builtin import BUILT_IN, DefaultOn
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.model import Policy
+from imds_guard.text import host_port
 
 if TYPE_CHECKING:
     import psutil
 
-HTTP = 80
+_HTTP_PORT = 80
 
 _INTERPRETER = re.compile(r"python[0-9.]*|(?:ba|da)?sh")
 
 
 class Client(NamedTuple):
-    """A program that is known to fetch metadata."""
+    """A program that fetches metadata."""
 
     name: str
     programs: tuple[str, ...]
-    """File names of the program or of its script."""
+    """File names of the program, or of its script."""
     presets: tuple[str, ...]
-    """Where it fetches from: presets of the built-in table; empty for every cloud's default addresses."""
+    """Presets with the addresses that it fetches from. Empty: the addresses that are locked by default everywhere."""
     user: str = "root"
-    """The account that its package runs it as."""
+    """The account that the package runs it as."""
     paths: tuple[str, ...] = ()
-    """Files of which one is there when it is installed."""
+    """It is installed if one of these files exists."""
 
 
-# Names and paths: the packages' own file lists (Debian, Amazon Linux, and the projects' repositories).
+# Names and paths are from the file lists of the packages (Debian, Amazon Linux) and from the projects' repositories.
 CLIENTS: tuple[Client, ...] = (
     Client("cloud-init", ("cloud-init",), (), paths=("/usr/bin/cloud-init",)),
     Client(
@@ -101,7 +102,7 @@ CLIENTS: tuple[Client, ...] = (
 
 
 class ShutOut(NamedTuple):
-    """Someone whom a policy would deny. ``pid`` is None for a client that is installed and does not run now."""
+    """A client that a policy would deny. ``pid`` is None for an installed client that does not run."""
 
     pid: int | None
     name: str
@@ -110,26 +111,21 @@ class ShutOut(NamedTuple):
 
 
 def shut_out(policy: Policy) -> list[ShutOut]:
-    """Running metadata clients that ``policy`` would deny. Open connections are the business of connections.py.
+    """Running metadata clients that ``policy`` would deny, by process ID. Their open connections are not considered.
 
-    A process that ends meanwhile is left out, and so is one that the caller may not look at: as root every one is seen.
+    Processes that end meanwhile are left out, and processes that the caller may not inspect. Root may inspect all.
     """
-    found: dict[int, ShutOut] = {}
+    found = []
     for process in _processes():
         client = _client_of(process)
-        if client is not None:
-            _judge(
-                policy,
-                found,
-                process.pid,
-                _destinations(client),
-                f"is a metadata client ({client.name}) and needs {{}}",
-            )
-    return [found[pid] for pid in sorted(found)]
+        denied = None if client is None else _judge(policy, client, process.pid)
+        if denied is not None:
+            found.append(denied)
+    return sorted(found, key=lambda one: one.pid or 0)
 
 
 def installed_shut_out(policy: Policy) -> list[ShutOut]:
-    """Known clients that are installed and whose account ``policy`` would deny, running or not."""
+    """Installed metadata clients whose account ``policy`` would deny, running or not."""
     found: list[ShutOut] = []
     for client in CLIENTS:
         if not any(os.path.exists(path) for path in client.paths):
@@ -137,7 +133,7 @@ def installed_shut_out(policy: Policy) -> list[ShutOut]:
         try:
             caller = caller_of_user(client.user)
         except BadPolicy:
-            continue  # its account is not there: the package runs it as somebody else, if at all
+            continue  # no such account: the package runs it as another user, if at all
         denied = _first_denied(policy, caller, _destinations(client))
         if denied is not None:
             why = _why(*denied, f"is an installed metadata client and needs {{}} as {client.user}")
@@ -145,19 +141,17 @@ def installed_shut_out(policy: Policy) -> list[ShutOut]:
     return found
 
 
-def _judge(
-    policy: Policy, found: dict[int, ShutOut], pid: int, destinations: Sequence[Destination], sentence: str
-) -> None:
-    """Adds the process to ``found`` when one of the destinations would be denied to it."""
-    if pid in found:
-        return
+def _judge(policy: Policy, client: Client, pid: int) -> ShutOut | None:
+    """The client's process if the policy denies it an address that it needs."""
     try:
         caller = caller_of_pid(pid)
-        denied = _first_denied(policy, caller, destinations)
-        if denied is not None:
-            found[pid] = ShutOut(pid, _name(pid), user_name(caller.fsuid), _why(*denied, sentence))
+        denied = _first_denied(policy, caller, _destinations(client))
+        if denied is None:
+            return None
+        why = _why(*denied, f"is a metadata client ({client.name}) and needs {{}}")
+        return ShutOut(pid, _name(pid), user_name(caller.fsuid), why)
     except (NoSuchProcess, NotPermitted):
-        return
+        return None
 
 
 def _first_denied(
@@ -171,14 +165,14 @@ def _first_denied(
 
 
 def _why(destination: Destination, decision: Decision, sentence: str) -> str:
-    host = f"[{destination.address}]" if destination.address.version == 6 else str(destination.address)
-    return f"{sentence.format(f'{host}:{destination.port}')}: {decision.reason.label} in lock {decision.lock!r}"
+    where = host_port(destination.address, destination.port)
+    return f"{sentence.format(where)}: {decision.reason.label} in lock {decision.lock!r}"
 
 
 def _destinations(client: Client) -> tuple[Destination, ...]:
-    """Where a client fetches from, by the built-in table."""
+    """The addresses that a client fetches from, from the built-in table."""
     return tuple(
-        Destination(entry.address, HTTP)
+        Destination(entry.address, _HTTP_PORT)
         for entry in BUILT_IN
         if (set(client.presets) & set(entry.presets) if client.presets else entry.default_on is DefaultOn.EVERY_MACHINE)
     )
@@ -188,19 +182,22 @@ def _destinations(client: Client) -> tuple[Destination, ...]:
 
 
 def _processes() -> Iterator[psutil.Process]:
-    """Those that may be a known client's; psutil says which of them are, and is imported only if there are any."""
-    known = [os.fsencode(word) for client in CLIENTS for word in (*client.programs, *client.paths)]
+    """Processes whose name or command line has a known name in it. _client_of() decides which of them are clients.
+
+    psutil is imported only if there are any.
+    """
+    known = [os.fsencode(name) for client in CLIENTS for name in (*client.programs, *client.paths)]
     for pid in process_ids():
-        words = _words(pid)
-        if any(word in words for word in known):
-            import psutil  # noqa: PLC0415 -- start-up time: it takes half as long as all the rest
+        text = _name_and_command_line(pid)
+        if any(name in text for name in known):
+            import psutil  # noqa: PLC0415 -- start-up time: psutil takes half as long as all other imports
 
             with suppress(psutil.NoSuchProcess):
                 yield psutil.Process(pid)
 
 
-def _words(pid: int) -> bytes:
-    """All that the name of a process is made of; empty when it is gone."""
+def _name_and_command_line(pid: int) -> bytes:
+    """Empty when the process has ended."""
     try:
         with open(f"/proc/{pid}/comm", "rb") as comm, open(f"/proc/{pid}/cmdline", "rb") as command_line:
             return comm.read() + command_line.read()
@@ -209,12 +206,12 @@ def _words(pid: int) -> bytes:
 
 
 def _client_of(process: psutil.Process) -> Client | None:
-    """The known client that a process is, by its name or by the program or script that it runs."""
+    """The known client with the name of this process, or with the program or script that the process runs."""
     import psutil  # noqa: PLC0415
 
     try:
         if process.status() == psutil.STATUS_ZOMBIE:
-            return None  # it keeps its name until it is waited for, and connects no more
+            return None  # a zombie keeps its name, but makes no connections
         program = _program(process.cmdline())
         names = {process.name(), os.path.basename(program)}
     except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -222,12 +219,12 @@ def _client_of(process: psutil.Process) -> Client | None:
     return next((client for client in CLIENTS if names & set(client.programs) or program in client.paths), None)
 
 
-def _program(cmdline: Sequence[str]) -> str:
-    """The program of a command line, or the script when that is an interpreter: ``python3 -u /usr/sbin/waagent``."""
-    words = list(cmdline)
-    if words and _INTERPRETER.fullmatch(os.path.basename(words[0])):
-        words = [word for word in words[1:] if not word.startswith("-")]
-    return words[0] if words else ""
+def _program(command_line: Sequence[str]) -> str:
+    """The program of a command line; the script if that is an interpreter: ``python3 -u /usr/sbin/waagent``."""
+    arguments = list(command_line)
+    if arguments and _INTERPRETER.fullmatch(os.path.basename(arguments[0])):
+        arguments = [argument for argument in arguments[1:] if not argument.startswith("-")]
+    return arguments[0] if arguments else ""
 
 
 def _name(pid: int) -> str:

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from imds_guard.policy.model import Mode
+from imds_guard.present.wrap import WIDTH, named
 from imds_guard.text import and_more, count_of, escaped, host_port
 from imds_guard.watch.process_info import NameCache, decoded
 from imds_guard.watch.timestamps import iso_time_of
@@ -20,7 +21,6 @@ MAX_ROWS = 40
 """More rows or commands are only in the JSON."""
 MAX_CONFIG_LINES = 400
 """A longer configuration is only in the JSON."""
-MAX_WIDTH = 80
 _MIN_COLUMN = 12
 _GAP = "  "
 _AUDIT_NOTE = "audit mode denies nobody: when everyone who needs access is on an allowlist, start with --mode enforce"
@@ -124,8 +124,7 @@ Cell = tuple[str, str]
 
 
 def _cells(row: Row, names: NameCache) -> tuple[Cell, ...]:
-    name = escaped(names.user(row.fsuid))
-    who = name if name == str(row.fsuid) else f"{name} ({row.fsuid})"
+    who = named(row.fsuid, escaped(names.user(row.fsuid)))
     protocol = "" if row.protocol is None else f" {row.protocol.value}"
     times = "once" if row.count == 1 else f"{row.count:,} times"
     return (
@@ -141,7 +140,7 @@ def _seconds(boot_ns: int) -> str:
 
 
 def _table(rows: list[tuple[Cell, ...]]) -> list[str]:
-    """Two lines a row, in columns. Where that is wider than MAX_WIDTH, long cells are broken into more lines."""
+    """Two lines a row, in columns. Where that is wider than WIDTH, long cells are broken into more lines."""
     lines = [_HEAD, *(line for row in rows for line in zip(*row))]
     widths = _widths(lines)
     return [_joined(parts, widths) for line in lines for parts in _broken(line, widths)]
@@ -150,7 +149,7 @@ def _table(rows: list[tuple[Cell, ...]]) -> list[str]:
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
     """The widths of the columns. In a table that is too wide, the widest column but the last is narrowed."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    while sum(widths) + len(_GAP) * (len(widths) - 1) > MAX_WIDTH:
+    while sum(widths) + len(_GAP) * (len(widths) - 1) > WIDTH:
         widest = max(range(len(widths) - 1), key=widths.__getitem__)
         if widths[widest] <= _MIN_COLUMN:
             break
