@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that wait inside a sandbox and connect when they are asked: who gets through, at once and for real."""
+"""Processes that wait in a sandbox and connect on request, to see which users are allowed at one moment."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
 
 _GROUP = 62_001
-_PATIENCE_S = 60.0
+_TIMEOUT_S = 60.0
 
 Place = tuple[str, int]
 
 
 class Callers:
-    """One process for each user ID. A context manager: the processes end with it, or with their sandbox."""
+    """One process per user ID. A context manager. The processes end with it, or with their sandbox."""
 
     def __init__(self, sandbox: Sandbox, users: Sequence[int], places: Sequence[Place]) -> None:
         self._sandbox = sandbox
@@ -45,7 +45,7 @@ class Callers:
                 os.close(fd)
 
     def passing(self) -> tuple[frozenset[int], ...]:
-        """Which users get through, for each place."""
+        """For each place, the users whose connect succeeds."""
         for asks, _ in self._pipes.values():
             os.write(asks, b"?")
         outcomes = {user: self._answer(answers) for user, (_, answers) in self._pipes.items()}
@@ -57,7 +57,7 @@ class Callers:
     def _answer(self, answers: int) -> str:
         seen = b""
         while len(seen) < len(self._places):
-            assert select.select([answers], [], [], _PATIENCE_S)[0], "a caller has no answer"
+            assert select.select([answers], [], [], _TIMEOUT_S)[0], "a caller has no answer"
             more = os.read(answers, len(self._places) - len(seen))
             assert more, "a caller is gone"
             seen += more
@@ -72,7 +72,7 @@ def _wait_and_connect(user: int, places: Sequence[Place], question: int, answer:
 
 
 def _connect(place: Place) -> bytes:
-    """``+`` through, ``-`` denied (EPERM by eBPF, ECONNREFUSED by iptables), ``?`` anything else."""
+    """``+`` for connected, ``-`` for denied (EPERM by eBPF, ECONNREFUSED by iptables), ``?`` for any other error."""
     with socket.socket(socket.AF_INET6 if ":" in place[0] else socket.AF_INET) as one:
         one.settimeout(10)
         try:

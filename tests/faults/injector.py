@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the n-th call of a command to the system fail, at the one door that each kind of call has.
+"""Makes the n-th system call of a command fail, at the one place in the code that makes each kind of call.
 
-Doors: ``bpf.syscall.invoke`` for bpf(2); Python's audit events for files that are written, renamed, made and removed,
-and for flock(2); ``subprocess.Popen``, which kernel/run.py calls; membarrier(2) and renameat2(2) in
-kernel/syscalls.py. Every call but the failing one is real. Audit hooks can't be taken off again (sys.addaudithook), so
-there is one for all tests, which does nothing unless a fault is planted in this very process.
+These places are: ``bpf.syscall.invoke`` for bpf(2); Python's audit events for files that are written, renamed, made and
+removed, and for flock(2); ``subprocess.Popen``, which kernel/run.py calls; membarrier(2) and renameat2(2) in
+kernel/syscalls.py. All other calls are real. Audit hooks can't be removed (sys.addaudithook), so one hook serves all
+tests. It does nothing unless a fault is planted in this process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from imds_guard.kernel.bpf import syscall as bpf_syscall
 BPF, FILE, PROGRAM, SYSCALL = "bpf", "file", "program", "syscall"
 
 REFUSES, IS_KILLED = -1, -2
-"""What can happen to a program beside not being started: it fails and does nothing; it is killed when it is done."""
+"""Faults of a program that was started: it fails and does nothing; it is killed after it has done its work."""
 
 CODES: dict[str, tuple[int, ...]] = {
     BPF: (errno.EPERM, errno.ENOMEM, errno.ENOSPC, errno.E2BIG, errno.EINTR),
@@ -32,18 +32,18 @@ CODES: dict[str, tuple[int, ...]] = {
     PROGRAM: (errno.ENOMEM, REFUSES, IS_KILLED),
     SYSCALL: (errno.EPERM, errno.EINVAL, errno.ENOSYS),
 }
-"""What each kind of call is made to say, beside what it may really say."""
+"""The errors that each kind of call is made to return."""
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _FILE_EVENTS = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "fcntl.flock"})
 _COMMANDS = {command.value: f"BPF_{command.name}" for command in bpf.Command}
 _ASK = frozenset({"BPF_PROG_LOAD", "BPF_BTF_LOAD"})
-"""With these a command finds out, too, what the kernel can; it goes on without what it can't."""
+"""Commands also probe with these. A command goes on when a probe fails."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call to the system: its kind, and what it was about."""
+    """One call: its kind, and its object."""
 
     kind: str
     what: str
@@ -51,18 +51,18 @@ class Call:
 
 @dataclass
 class Fault:
-    """The calls that a command has made, and which of them fail: from ``first`` to ``last``, or that one alone."""
+    """The calls of a command, and which of them fail: those from ``first`` to ``last``, or ``first`` alone."""
 
     first: int = 0
     last: int | None = None
     code: int = 0
     instead: Callable[[], object] | None = None
-    """What happens in front of the call, which is then made: in place of its failing."""
+    """Called before the call ``first``, which is then made and does not fail."""
     calls: list[Call] = field(default_factory=list)
     owner: int = field(default_factory=os.getpid)
 
     def meets(self, kind: str, what: str) -> bool:
-        """Counts a call; True when it is to fail."""
+        """Counts a call. True when it has to fail."""
         if os.getpid() != self.owner:
             return False
         self.calls.append(Call(kind, what))
@@ -74,20 +74,20 @@ class Fault:
         return self.first != 0 and self.first <= number <= (self.first if self.last is None else self.last)
 
     def error(self, kind: str) -> OSError:
-        """What a failing call raises; a fault of another kind of call counts as EIO."""
+        """The error of a failing call. A code that its kind can't return is replaced by the kind's first code."""
         code = self.code if self.code > 0 and self.code in CODES[kind] else CODES[kind][0]
         return OSError(code, os.strerror(code))
 
     @property
     def hit(self) -> Call | None:
-        """The call that failed first; None when the command came to its end before."""
+        """The call that failed first; None when the command ended before it."""
         return self.calls[self.first - 1] if 0 < self.first <= len(self.calls) else None
 
     @property
     def causes(self) -> list[Call]:
-        """The calls that the command may give as its reason: the first that failed.
+        """The calls that the command's error may name: the first that failed.
 
-        Where that one may have asked what the kernel can, it is survived: then also the first that did more than ask.
+        If that one may have been a probe, the command goes on, and may name the first failed call that was no probe.
         """
         failed = self.calls[self.first - 1 : self.last or self.first] if self.hit else []
         more = [call for call in failed if call.what not in _ASK]
@@ -109,7 +109,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         what = f"{event} {arguments[0]}"
     else:
         return
-    if "/__pycache__" in what or "/tmp/tmp" in what:  # what Python and the compiler keep for themselves
+    if "/__pycache__" in what or "/tmp/tmp" in what:  # files of Python and of the compiler
         return
     if _planted[-1].meets(FILE, what):
         raise _planted[-1].error(FILE)
@@ -118,24 +118,24 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_audit)
 
 
-def _failing_bpf(fault: Fault, door: Callable[[int, bytes], tuple[int, int, bytes]]) -> Any:
+def _failing_bpf(fault: Fault, real: Callable[[int, bytes], tuple[int, int, bytes]]) -> Any:
     def invoke(command: int, attr: bytes) -> tuple[int, int, bytes]:
         if fault.meets(BPF, _COMMANDS.get(command, str(command))):
             return -1, fault.error(BPF).errno or 0, attr
-        return door(command, attr)
+        return real(command, attr)
 
     return invoke
 
 
-def _failing_program(fault: Fault, door: Any) -> Any:
+def _failing_program(fault: Fault, real: Any) -> Any:
     def popen(argv: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         started: subprocess.Popen[str]
         if not fault.meets(PROGRAM, " ".join(argv)):
-            started = door(argv, **options)
+            started = real(argv, **options)
         elif fault.code == REFUSES:
-            started = door(["/bin/sh", "-c", "cat >/dev/null; echo refused by a fault >&2; exit 4"], **options)
+            started = real(["/bin/sh", "-c", "cat >/dev/null; echo refused by a fault >&2; exit 4"], **options)
         elif fault.code == IS_KILLED:
-            started = door(["/bin/sh", "-c", '"$@"; kill -KILL $$', "sh", *argv], **options)
+            started = real(["/bin/sh", "-c", '"$@"; kill -KILL $$', "sh", *argv], **options)
         else:
             raise fault.error(PROGRAM)
         return started
@@ -154,7 +154,7 @@ def _failing_call(fault: Fault, name: str, call: Callable[..., None]) -> Callabl
 
 @contextmanager
 def planted(fault: Fault) -> Iterator[Fault]:
-    """Counts the calls of the block, and has the chosen ones fail."""
+    """Counts the calls in the block and makes the chosen ones fail."""
     before = bpf_syscall.invoke, subprocess.Popen, syscalls.membarrier, syscalls.exchange
     bpf_syscall.invoke = _failing_bpf(fault, bpf_syscall.invoke)
     subprocess.Popen = _failing_program(fault, subprocess.Popen)  # type: ignore[misc]
@@ -169,6 +169,6 @@ def planted(fault: Fault) -> Iterator[Fault]:
 
 
 def codes_for(kind: str, number: int, every: bool) -> Sequence[int]:
-    """What the call of that number is made to say: one thing, another for each call, or everything that fits."""
+    """The errors to try at the call with this number: all errors of its kind, or one of them in turn."""
     fitting = CODES[kind]
     return fitting if every else (fitting[number % len(fitting)],)

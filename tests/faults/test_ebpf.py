@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The eBPF backend, with each of its calls to the system failing in turn, as real connects see it."""
+"""The eBPF backend while each of its system calls fails in turn, checked by real connects."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ UNDER_NEW = _seen({NEW, BOTH}, NEW_POLICY)
 
 @dataclass
 class Stage:
-    """A sandbox with a backend, and callers in it."""
+    """A sandbox with a backend and callers."""
 
     cgroup: str
     backend: EbpfBackend
     callers: Callers
 
     def look(self) -> Before:
-        """Who gets through, and what the backend reads."""
+        """The users that are allowed, and the policy that the backend reads."""
         return Before(self.callers.passing(), self.backend.read())
 
     def restart(self) -> None:
-        """The next command, and whether it leaves nothing when it is stopped."""
+        """Applies the new policy, which must succeed without faults."""
         self.backend.apply(NEW_POLICY)
         assert self.backend.faults() == []
 
     def stop(self) -> None:
-        """Stops it; nothing is left."""
+        """Removes the guard. Nothing may be left."""
         self.backend.remove()
         assert guards.traces(self.cgroup) == {"attached": 0, "pins": 0}
 
@@ -63,7 +63,7 @@ def stage() -> Iterator[Stage]:
         pytest.skip("attaching programs needs root")
     with guards.guarded_sandbox(guards.FAST) as (sandbox, backend):
         with Callers(sandbox, (OLD, NEW, BOTH, STRANGER), PLACES) as callers:
-            backend.apply(OLD_POLICY)  # so that the programs are compiled: compile_functions() keeps them
+            backend.apply(OLD_POLICY)  # compiles the programs; compile_functions() caches them
             backend.remove()
             yield Stage(sandbox.cgroup, backend, callers)
             backend.remove()
@@ -71,7 +71,7 @@ def stage() -> Iterator[Stage]:
 
 
 def test_the_first_start(stage: Stage) -> None:
-    """Nothing is locked, or the policy is in force; nothing else."""
+    """After a failed start either nothing is locked, or the policy is in force."""
     backend = stage.backend
 
     def repair() -> None:
@@ -82,7 +82,7 @@ def test_the_first_start(stage: Stage) -> None:
 
 
 def test_a_change(stage: Stage) -> None:
-    """Old or new."""
+    """After a failed change the old or the new policy is in force."""
     backend = stage.backend
     backend.apply(OLD_POLICY)
     trials.run(
@@ -100,7 +100,7 @@ def test_a_change(stage: Stage) -> None:
 
 
 def test_stop(stage: Stage) -> None:
-    """The policy or nothing, and then nothing of ours."""
+    """After a failed stop the policy is in force or nothing is locked. The next stop leaves nothing."""
     backend = stage.backend
 
     trials.run(Trial(lambda: backend.apply(OLD_POLICY), backend.remove, stage.look, UNDER_OLD, NOTHING, stage.stop, 30))
@@ -108,7 +108,7 @@ def test_stop(stage: Stage) -> None:
 
 @pytest.mark.parametrize("verb", ["allow", "revoke"])
 def test_allow_and_revoke(stage: Stage, verb: str) -> None:
-    """One user more, or less, as the commands do it; with them the lock and the look at what runs."""
+    """allow and revoke of one user, as commands: with the lock of commands, and with reading what is in force."""
     with_new = _seen({OLD, NEW, BOTH}, guards.policy(OLD, NEW, BOTH))
     before, after = (UNDER_OLD, with_new) if verb == "allow" else (with_new, UNDER_OLD)
     change = commands.allow if verb == "allow" else commands.revoke
@@ -125,9 +125,9 @@ def test_allow_and_revoke(stage: Stage, verb: str) -> None:
 
 
 def test_an_upgrade_of_the_programs(stage: Stage) -> None:
-    """Some hooks new, some old, on the same maps; the policy changes afterwards."""
+    """A failed upgrade leaves hooks of both versions on the same maps, and the old or the new policy in force."""
     newer = EbpfBackend(stage.cgroup, (*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
-    newer.apply(OLD_POLICY)  # compiles it
+    newer.apply(OLD_POLICY)  # compiles the programs
 
     def repair() -> None:
         newer.apply(NEW_POLICY)
@@ -148,7 +148,7 @@ def test_an_upgrade_of_the_programs(stage: Stage) -> None:
 
 
 def test_a_change_of_layout(stage: Stage) -> None:
-    """New maps with another policy in them: hook by hook moves over, and moves back where one of them can't."""
+    """Hooks move one by one to new maps with the new policy. If one can't, all move back to the old maps."""
     missing: list[str] = []
 
     def spoil() -> None:
@@ -157,7 +157,7 @@ def test_a_change_of_layout(stage: Stage) -> None:
         os.unlink(missing[0])
 
     def look() -> Before:
-        """The policy can't be read from maps of which a pin is missing."""
+        """The users that are allowed. No policy can be read, since the pin of a map is missing."""
         return Before(stage.callers.passing(), None)
 
     stage.backend.apply(OLD_POLICY)
@@ -169,7 +169,7 @@ def test_a_change_of_layout(stage: Stage) -> None:
 
 
 def test_a_start_and_a_stop_as_commands(stage: Stage) -> None:
-    """What lies in front of the backend: the command's lock, what the machine can do, who else enforces."""
+    """start as a command: with the lock of commands, the choice of a backend, and the check for other guards."""
     place = GuardOptions("ebpf", stage.cgroup)
 
     def start(policy: Policy) -> object:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No room, and ground that goes away: on disk, in bpffs, in maps, under RLIMIT_MEMLOCK; and a clock that jumps.
+"""Full disks and full maps, a bpffs that disappears, a low RLIMIT_MEMLOCK, and clocks that jump.
 
-All of it for real: in mount and time namespaces of a child, or with maps that are made too small.
+All of these are real: in mount and time namespaces of a child, or with maps that are created too small.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.kernel.guards import BOTH, IPV4, IPV6, NEW, NEW_POLICY, OLD, OLD_POLI
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and attaching programs needs root")
 
 UNDER_OLD, UNDER_NEW = frozenset({OLD, BOTH}), frozenset({NEW, BOTH})
-PATIENCE_S = 300
+TIMEOUT_S = 300
 
 _CLONE_NEWTIME = 0x80
 _YEARS_S = 10 * 365 * 86_400
@@ -48,8 +48,8 @@ def guarded() -> Iterator[tuple[Sandbox, EbpfBackend]]:
         yield sandbox, backend
 
 
-def _words_of(command: Callable[[], object]) -> str:
-    """What a command says that does not end well, which must be one good sentence; "" otherwise."""
+def _message_of(command: Callable[[], object]) -> str:
+    """The message of a command that fails, which must be one complete sentence; "" when the command succeeds."""
     try:
         command()
     except GuardError as error:
@@ -62,15 +62,15 @@ def _words_of(command: Callable[[], object]) -> str:
 
 
 def _refusal(command: Callable[[], object], *arrange: Callable[[], object]) -> str:
-    """What a command in a child says; ``arrange`` is done in the child before."""
+    """The message of a command that fails in a child, after the steps ``arrange`` in that child."""
 
     def inside() -> str:
         for step in arrange:
             step()
-        return _words_of(command)
+        return _message_of(command)
 
-    said = run_in_child(inside, timeout_s=PATIENCE_S)
-    assert said, "the command ended well"
+    said = run_in_child(inside, timeout_s=TIMEOUT_S)
+    assert said, "the command succeeded"
     return said
 
 
@@ -78,7 +78,7 @@ def _refusal(command: Callable[[], object], *arrange: Callable[[], object]) -> s
 
 
 def _full(path: str, options: str) -> None:
-    """An own tmpfs at ``path`` that has no room left."""
+    """Mounts a tmpfs at ``path`` and fills it. The mount namespace is the caller's own."""
     places.own_mounts()
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.mount(b"full", path.encode(), b"tmpfs", 0, options.encode()) == 0, os.strerror(ctypes.get_errno())
@@ -94,7 +94,7 @@ def _fill(file: str) -> None:
 
 
 def test_no_inode_left_in_run(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """The lock file can't be made: nothing is changed, and the sentence says where."""
+    """Without an inode for the lock file, nothing is changed and the error names the folder."""
     sandbox, backend = guarded
     os.makedirs(lockfile.FOLDER, mode=0o700, exist_ok=True)
     for command in (lambda: backend.apply(NEW_POLICY), backend.remove):
@@ -104,8 +104,8 @@ def test_no_inode_left_in_run(guarded: tuple[Sandbox, EbpfBackend]) -> None:
         assert (backend.read(), guards.passing(sandbox)) == (OLD_POLICY, UNDER_OLD)
 
 
-def test_no_octet_left_in_run(tmp_path: Path) -> None:
-    """iptables' record can't be written: the rules before stay, and no half of a record."""
+def test_no_byte_left_in_run(tmp_path: Path) -> None:
+    """When the state file of iptables can't be written, the old rules stay and no partial file is left."""
     with Sandbox((IPV4, IPV6)) as sandbox:
 
         def inside() -> tuple[object, str, object]:
@@ -115,13 +115,13 @@ def test_no_octet_left_in_run(tmp_path: Path) -> None:
             said = _refusal(lambda: backend.apply(NEW_POLICY))
             return backend.read(), said, sorted(os.listdir(tmp_path))
 
-        read, said, left = sandbox.call(inside, timeout_s=PATIENCE_S)
+        read, said, left = sandbox.call(inside, timeout_s=TIMEOUT_S)
         assert "ENOSPC" in said
         assert (read, left) == (OLD_POLICY, ["filler"])
 
 
-def test_no_room_to_save(tmp_path: Path) -> None:
-    """The file that was there stays, whole, and no other one."""
+def test_no_space_to_save(tmp_path: Path) -> None:
+    """When a configuration can't be written, the old file is unchanged and no other file is left."""
     file = tmp_path / "config.toml"
 
     def inside() -> tuple[object, str, object]:
@@ -134,7 +134,7 @@ def test_no_room_to_save(tmp_path: Path) -> None:
         said = _refusal(lambda: save_config(Config(many), str(file)))
         return load_config(str(file)).policy, said, sorted(os.listdir(tmp_path))
 
-    read, said, left = run_in_child(inside, timeout_s=PATIENCE_S)
+    read, said, left = run_in_child(inside, timeout_s=TIMEOUT_S)
     assert "ENOSPC" in said
     assert str(file) in said
     assert (read, left) == (OLD_POLICY, ["config.toml", "filler"])
@@ -151,10 +151,10 @@ def _unmount() -> None:
 @pytest.mark.parametrize("lose", [places.with_read_only_bpffs, _unmount])
 @pytest.mark.parametrize("verb", ["upgrade", "stop"])
 def test_bpffs_goes_in_the_middle(guarded: tuple[Sandbox, EbpfBackend], verb: str, lose: Callable[[], object]) -> None:
-    """Read-only or gone in front of a call: old or new, and the next command comes to its end."""
+    """bpffs becomes read-only or is unmounted during a command: the old or new policy holds, the next command works."""
     sandbox, backend = guarded
     newer = EbpfBackend(sandbox.cgroup, (*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
-    newer.apply(OLD_POLICY)  # compiles it
+    newer.apply(OLD_POLICY)  # compiles the programs
 
     def command() -> object:
         return newer.apply(NEW_POLICY) if verb == "upgrade" else backend.remove()
@@ -166,10 +166,10 @@ def test_bpffs_goes_in_the_middle(guarded: tuple[Sandbox, EbpfBackend], verb: st
             places.own_mounts()
             fault.owner = os.getpid()
             with injector.planted(fault):
-                said = _words_of(command)
+                said = _message_of(command)
             return len(fault.calls), said
 
-        return run_in_child(inside, timeout_s=PATIENCE_S)
+        return run_in_child(inside, timeout_s=TIMEOUT_S)
 
     backend.apply(OLD_POLICY)
     calls = run(Fault())[0]
@@ -195,7 +195,7 @@ def _many_locks(count: int) -> Policy:
 
 
 @pytest.mark.parametrize(
-    ("number", "room", "policy"),
+    ("kind", "capacity", "too_large"),
     [
         (Map.MEMBERS, 12, guards.policy(*range(70_000, 70_020))),
         (Map.LOCKS, 6, _many_locks(10)),
@@ -204,18 +204,18 @@ def _many_locks(count: int) -> Policy:
     ids=lambda value: value.name if isinstance(value, Map) else "",
 )
 def test_a_full_map(
-    guarded: tuple[Sandbox, EbpfBackend], monkeypatch: pytest.MonkeyPatch, number: Map, room: int, policy: Policy
+    guarded: tuple[Sandbox, EbpfBackend], monkeypatch: pytest.MonkeyPatch, kind: Map, capacity: int, too_large: Policy
 ) -> None:
-    """The kernel says E2BIG or ENOSPC: the policy before stays, with all that it had, and what was written goes."""
+    """On E2BIG or ENOSPC the old policy stays complete, and the entries of the new one are removed."""
     sandbox, backend = guarded
     backend.remove()
-    shape = abi.SHAPES[number]
-    small = bpf.MapShape(shape.type, shape.key_size, shape.value_size, room, shape.flags)
-    monkeypatch.setitem(abi.SHAPES, number, small)
+    shape = abi.SHAPES[kind]
+    small = bpf.MapShape(shape.type, shape.key_size, shape.value_size, capacity, shape.flags)
+    monkeypatch.setitem(abi.SHAPES, kind, small)
     backend.apply(OLD_POLICY)
     for _ in range(2):
         with pytest.raises(GuardError, match=r"E2BIG|ENOSPC") as caught:
-            backend.change(policy)
+            backend.change(too_large)
         assert trials.faults_of_sentence(caught.value) == []
         assert "the policy before stays" in str(caught.value)
         assert (backend.read(), backend.faults()) == (OLD_POLICY, [])
@@ -224,12 +224,12 @@ def test_a_full_map(
     assert guards.passing(sandbox) == UNDER_NEW
     backend.remove()
     with pytest.raises(GuardError, match=r"E2BIG|ENOSPC"):
-        backend.apply(policy)
+        backend.apply(too_large)
     assert guards.traces(sandbox.cgroup) == {"attached": 0, "pins": 0}
 
 
 def _counts_locked_memory() -> bool:
-    """True where a map counts against RLIMIT_MEMLOCK.
+    """Whether maps count against RLIMIT_MEMLOCK.
 
     Not since Linux 3731695742e5 ("bpf: Eliminate rlimit-based memory accounting for hashtab maps") (in v5.11) and its
     neighbours.
@@ -242,15 +242,15 @@ def _counts_locked_memory() -> bool:
 
 
 def test_little_memory_may_be_locked() -> None:
-    """Where maps count: a sentence that names the limit, and nothing is left. Where they don't: it starts."""
+    """Where maps count against RLIMIT_MEMLOCK, start fails, names the limit and leaves nothing. Elsewhere it works."""
     with guards.guarded_sandbox(guards.FAST) as (sandbox, backend):
 
         def inside() -> tuple[bool, str]:
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (65_536, 65_536))
             places.without_capabilities(_CAP_SYS_RESOURCE)
-            return _counts_locked_memory(), _words_of(lambda: backend.apply(OLD_POLICY))
+            return _counts_locked_memory(), _message_of(lambda: backend.apply(OLD_POLICY))
 
-        counts, said = run_in_child(inside, timeout_s=PATIENCE_S)
+        counts, said = run_in_child(inside, timeout_s=TIMEOUT_S)
         assert bool(said) == counts, said
         if counts:
             assert "RLIMIT_MEMLOCK" in said
@@ -263,7 +263,7 @@ def test_little_memory_may_be_locked() -> None:
 
 
 def test_clocks_that_have_jumped(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """A command whose clocks are ten years ahead of the last one's does what it always does, and back again."""
+    """A command works when its clocks are ten years ahead of the last command's, and ten years behind."""
     sandbox, backend = guarded
 
     def inside() -> object:
@@ -272,7 +272,7 @@ def test_clocks_that_have_jumped(guarded: tuple[Sandbox, EbpfBackend]) -> None:
             offsets.write(f"monotonic {_YEARS_S} 0\nboottime {_YEARS_S} 0\n")
         return run_in_child(lambda: (backend.change(NEW_POLICY), backend.read(), backend.faults())[1:])
 
-    assert run_in_child(inside, timeout_s=PATIENCE_S) == (NEW_POLICY, [])
+    assert run_in_child(inside, timeout_s=TIMEOUT_S) == (NEW_POLICY, [])
     assert guards.passing(sandbox) == UNDER_NEW
     backend.change(OLD_POLICY)
     assert (backend.read(), backend.faults(), guards.passing(sandbox)) == (OLD_POLICY, [], UNDER_OLD)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The iptables backend, with each of its programs and files failing in turn, as real connects see it."""
+"""The iptables backend while each of its programs and files fails in turn, checked by real connects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.tools import need
 
 EVERYONE = frozenset({OLD, NEW, BOTH, STRANGER})
 PLACES = [(address, PORT) for address in (IPV4, IPV6)]
-_PATIENCE_S = 3600
+_TIMEOUT_S = 3600
 
 
 def _seen(users: AbstractSet[int], read: Policy | None) -> Before:
@@ -39,7 +39,7 @@ UNDER_NEW = _seen({NEW, BOTH}, NEW_POLICY)
 
 @dataclass
 class Stage:
-    """A sandbox with a backend for its namespace, and callers in it. Everything but ``inside`` works in there."""
+    """A sandbox with a backend and callers. All methods but ``inside`` must be called in the sandbox."""
 
     sandbox: Sandbox
     backend: IptablesBackend
@@ -47,14 +47,14 @@ class Stage:
 
     def inside(self, trial: Trial) -> None:
         """Runs a trial in the sandbox."""
-        self.sandbox.call(lambda: trials.run(trial), timeout_s=_PATIENCE_S)
+        self.sandbox.call(lambda: trials.run(trial), timeout_s=_TIMEOUT_S)
 
     def look(self) -> Before:
-        """Who gets through, and what the rules say."""
+        """The users that are allowed, and the policy that the backend reads from the rules."""
         return Before(self.callers.passing(), self.backend.read())
 
     def put(self, policy: Policy) -> Callable[[], object]:
-        """A function that puts a policy in force, whole."""
+        """A function that applies a policy, which must succeed without faults."""
 
         def put() -> None:
             self.backend.apply(policy)
@@ -63,7 +63,7 @@ class Stage:
         return put
 
     def stop(self) -> None:
-        """Nothing is left in either family, nor of the record."""
+        """Removes the guard. No rule of either family and no state file may be left."""
         self.backend.remove()
         for command in self.backend.commands.values():
             assert "IMDS" not in run([f"{command}-save", "-t", "filter"]).stdout
@@ -81,12 +81,12 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
         sandbox.serve((IPV4, IPV6), (PORT,))
         with Callers(sandbox, sorted(EVERYONE), PLACES) as callers:
             backend = IptablesBackend(KINDS[kind], state_folder=str(tmp_path))
-            backend.check(None)  # asks once what iptables can do here, in a namespace of its own, for all that follow
+            backend.check(None)  # probes once, in its own namespace, for all commands below
             yield Stage(sandbox, backend, callers)
 
 
 def test_the_first_start(stage: Stage) -> None:
-    """Nothing is locked, or the policy is in force in both families."""
+    """After a failed start either nothing is locked, or the policy is in force in both families."""
 
     def repair() -> None:
         stage.stop()
@@ -96,7 +96,7 @@ def test_the_first_start(stage: Stage) -> None:
 
 
 def test_a_change(stage: Stage) -> None:
-    """Old or new, in both families."""
+    """After a failed change the old or the new policy is in force in both families."""
     put = stage.put
     stage.inside(
         Trial(
@@ -112,13 +112,13 @@ def test_a_change(stage: Stage) -> None:
 
 
 def test_stop(stage: Stage) -> None:
-    """The policy or nothing, and then nothing of ours. Where only one family could be opened, stop says so."""
+    """After a failed stop the policy is in force or nothing is locked. If only one family is open, stop says so."""
     trial = Trial(stage.put(OLD_POLICY), stage.backend.remove, stage.look, UNDER_OLD, NOTHING, stage.stop, 6)
     stage.inside(trial)
 
 
 def test_a_rule_that_only_counts(stage: Stage) -> None:
-    """``iptables -A OUTPUT``, without match or target, is printed with nothing behind the chain: no reason to fail."""
+    """A rule without match or target (``iptables -A OUTPUT``) is printed as the chain alone, and is no error."""
 
     def inside() -> None:
         for command in stage.backend.commands.values():
@@ -129,4 +129,4 @@ def test_a_rule_that_only_counts(stage: Stage) -> None:
         for command in stage.backend.commands.values():
             assert "-A OUTPUT" in run([f"{command}-save", "-t", "filter"]).stdout.splitlines()
 
-    stage.sandbox.call(inside, timeout_s=_PATIENCE_S)
+    stage.sandbox.call(inside, timeout_s=_TIMEOUT_S)

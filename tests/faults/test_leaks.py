@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts and stops leave nothing: a few of those that ``python -m bench.leaks`` does by the thousand."""
+"""Starts and stops leave nothing. ``python -m bench.leaks`` does the same thousands of times."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROUNDS = {"ebpf": [5, 30], "iptables": [2, 6]}
 
 @pytest.mark.parametrize("name", sorted(ROUNDS))
 def test_nothing_is_left(name: str) -> None:
-    """No map, program, link, pin, rule or file, and as many descriptors as before."""
+    """No map, program, link, pin, rule or file is left, and no more descriptors are open than before."""
     early, late = run_in_child(lambda: measure(name, ROUNDS[name]), timeout_s=600)
     assert late["descriptors"] == early["descriptors"]
     counted = ("maps", "programs", "links", "pins", "lock files", "rules", "records")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGINT and SIGTERM in front of a command's calls to the system: old or new, a sentence, 130 or 143.
+"""SIGINT and SIGTERM before each system call of a command: old or new policy, one sentence, status 130 or 143.
 
-tests/kernel/test_kill.py does the same with SIGKILL. The commands run in a forked child, so that what bcc compiled is
-at hand; everything from main() on is theirs.
+tests/kernel/test_kill.py does the same with SIGKILL. Each command runs main() in a forked child, which inherits the
+compiled programs.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ SAMPLES = 12
 
 @dataclass
 class Stage:
-    """A guard, the commands for its cgroup, and callers in it."""
+    """A guard, commands for its cgroup, and callers."""
 
     cgroup: str
     callers: Callers
 
-    def words(self, command: str, *more: str) -> list[str]:
-        """A command line."""
+    def arguments(self, command: str, *more: str) -> list[str]:
+        """The arguments of a command for this cgroup."""
         return [command, "--cgroup", self.cgroup, *more]
 
     def start(self, policy: Policy) -> list[str]:
-        """The command line that puts a policy in force."""
+        """The arguments of the start command for a policy."""
         users = sorted(policy.locks[0].allow.users)
         who = [word for user in users for word in ("--user", str(user))]
-        return self.words("start", *who, "--ip", f"{IPV4}:80,tcp", "--ip", f"[{IPV6}]:80,tcp")
+        return self.arguments("start", *who, "--ip", f"{IPV4}:80,tcp", "--ip", f"[{IPV6}]:80,tcp")
 
     def run(self, words: list[str], fault: Fault) -> tuple[int, str, int]:
-        """How a command ended in a child, what it said on stderr, and how many calls it made."""
+        """The exit status of a command in a child, its stderr, and the number of calls that it made."""
         errors, theirs = os.pipe()
         counts, count = os.pipe()
 
         def inside() -> None:
             sys.stdout, sys.stderr = open(os.devnull, "w"), open(theirs, "w", buffering=1)  # noqa: SIM115
             fault.owner = os.getpid()
-            # A shell that put the tests in the background has SIGINT ignored, and what it starts inherits that.
+            # A shell starts background processes with SIGINT ignored, and their children inherit that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 with injector.planted(fault):
@@ -82,18 +82,18 @@ def stage() -> Iterator[Stage]:
     if os.geteuid() != 0:
         pytest.skip("attaching programs needs root")
     with guards.guarded_sandbox() as (sandbox, backend), Callers(sandbox, sorted(EVERYONE), PLACES) as callers:
-        backend.apply(OLD_POLICY)  # compiles the programs, for all children
+        backend.apply(OLD_POLICY)  # compiles the programs for all children
         yield Stage(sandbox.cgroup, callers)
 
 
 @pytest.mark.parametrize("which", sorted(STATUS))
 @pytest.mark.parametrize("command", ["start", "allow", "stop"])
 def test_a_signal_in_front_of_a_call(stage: Stage, command: str, which: signal.Signals) -> None:
-    """The policy before or the new one, whole; the command says so and exits as the shell has it for that signal."""
+    """The old or the new policy is in force as a whole. The command says so and exits with 128 + the signal number."""
     words, new = {
         "start": (stage.start(NEW_POLICY), UNDER_NEW),
-        "allow": (stage.words("allow", "--user", str(NEW)), UNDER_OLD | {NEW}),
-        "stop": (stage.words("stop"), EVERYONE),
+        "allow": (stage.arguments("allow", "--user", str(NEW)), UNDER_OLD | {NEW}),
+        "stop": (stage.arguments("stop"), EVERYONE),
     }[command]
     again, under = stage.start(OLD_POLICY), UNDER_OLD
     status, said, calls = stage.run(words, Fault())
@@ -109,5 +109,5 @@ def test_a_signal_in_front_of_a_call(stage: Stage, command: str, which: signal.S
         assert lines[0].startswith(f"imds-guard: interrupted by {which.name}: "), lines
         seen = stage.callers.passing()
         assert all(there in (under, new) for there in seen), (number, seen)
-    assert stage.run(stage.words("stop"), Fault())[0] == 0
+    assert stage.run(stage.arguments("stop"), Fault())[0] == 0
     assert guards.traces(stage.cgroup) == {"attached": 0, "pins": 0}

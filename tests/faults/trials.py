@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each call of a command fails in turn: the old policy holds afterwards or the new one, and the error says what failed.
+"""Each call of a command fails in turn. Afterwards the old or the new policy holds, and the error says what failed.
 
-``IMDS_GUARD_FULL=1`` takes every call alone, each with another of the things that it may say, and every third one
-together with all that come after it; ``IMDS_GUARD_FULL=2`` every call with each of those things, and every one with all
-that come after it. Without that it is a sample.
+By default, a sample of the calls is tried. With ``IMDS_GUARD_FULL=1``, every call fails alone, with one of its errors,
+and every third call fails together with all later calls. With ``IMDS_GUARD_FULL=2``, every call fails with each of its
+errors, and every call fails together with all later ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALL = 10**9
 
 @dataclass(frozen=True)
 class Before:
-    """What a look at the world shows: who gets through at each place, and what the backend says the policy is."""
+    """An observation: the users that are allowed at each place, and the policy that the backend reads."""
 
     passing: tuple[frozenset[int], ...]
     read: object
@@ -34,10 +34,10 @@ class Before:
 
 @dataclass
 class Trial:
-    """One command, what it starts from, and how the world is looked at.
+    """One command, the state before it, and a way to observe its effect.
 
-    ``look`` gives what connects and the backend show now; ``old`` and ``new`` are what it may show. ``repair`` is the
-    next command, after which ``repaired`` must say so.
+    ``look`` returns what is in force now, which must be ``old`` or ``new``. ``repair`` is the next command, after which
+    ``look`` must return ``new``.
     """
 
     prepare: Callable[[], object]
@@ -54,7 +54,7 @@ class Trial:
 
 
 def calls_of(trial: Trial) -> list[Call]:
-    """The calls of a run in which nothing fails; it must lead from the old policy to the new one."""
+    """The calls of a run in which none fails. It must lead from the old policy to the new one."""
     trial.prepare()
     assert trial.look() == trial.old
     with injector.planted(Fault()) as fault:
@@ -63,10 +63,10 @@ def calls_of(trial: Trial) -> list[Call]:
     return fault.calls
 
 
-def plan(calls: Sequence[Call], *, most: int) -> list[Fault]:
-    """The faults to plant: all of them, or about ``most``, spread over the calls and over what can fail."""
+def plan(calls: Sequence[Call], *, maximum: int) -> list[Fault]:
+    """The faults to plant: all of them, or about ``maximum``, spread over the calls and their kinds."""
     numbered = list(enumerate(calls, 1))
-    every = max(1, -(-len(calls) // most))
+    every = max(1, -(-len(calls) // maximum))
     sample = [(n, call) for n, call in numbered if n % every == 0 or (_is_first_of_its_kind(calls, n) and n % 2)]
     chosen = numbered if FULL else sample
     lasting = numbered if FULL == "2" else chosen[::3] if FULL else chosen[::5]
@@ -82,16 +82,20 @@ def _is_first_of_its_kind(calls: Sequence[Call], number: int) -> bool:
     return calls[number - 1] not in calls[: number - 1]
 
 
-def run(trial: Trial, *, most: int = 16) -> None:
-    """Plants each fault and looks; raises AssertionError that tells of everything that went wrong."""
+def run(trial: Trial, *, maximum: int = 16) -> None:
+    """Plants each fault and checks its effect. Raises AssertionError with everything that went wrong."""
     calls = calls_of(trial)
-    assert len(calls) >= trial.least_calls, f"only {len(calls)} calls were seen: the doors are elsewhere now"
-    faults = plan(calls, most=most)
+    assert len(calls) >= trial.least_calls, (
+        f"only {len(calls)} calls were seen: injector.py no longer intercepts all of them"
+    )
+    faults = plan(calls, maximum=maximum)
     for fault in faults:
         _try(trial, fault)
-    _tell(trial, len(calls), len(faults))
+    _report(trial, len(calls), len(faults))
     assert not trial.problems, "\n".join([f"{len(trial.problems)} of {len(faults)} faults:", *trial.problems])
-    assert trial.failed > len(faults) // 3, "hardly any fault made the command fail: they are planted in vain"
+    assert trial.failed > len(faults) // 3, (
+        "hardly any fault made the command fail: they are planted at the wrong calls"
+    )
 
 
 def _try(trial: Trial, fault: Fault) -> None:
@@ -103,7 +107,7 @@ def _try(trial: Trial, fault: Fault) -> None:
             trial.command()
         except (GuardError, OSError) as error:
             said = error
-    what = _words(fault, said)
+    what = _description(fault, said)
     complaints = _judge(trial, fault, said)
     if _open_fds() != fds:
         complaints.append(f"descriptors: {sorted(_open_fds() - fds)} stay open")
@@ -120,25 +124,25 @@ def _judge(trial: Trial, fault: Fault, said: BaseException | None) -> list[str]:
     seen = trial.look()
     if said is None:
         trial.succeeded += 1
-        return [] if seen == trial.new else [f"it ended well, and {seen} is in force"]
+        return [] if seen == trial.new else [f"it succeeded, and {seen} is in force"]
     trial.failed += 1
     whole = seen in (trial.old, trial.new) if fault.last is None else _each_is_whole(trial, seen)
     complaints = [] if whole else [f"{seen} is in force"]
     trial.sentences[str(said)] = trial.sentences.get(str(said), 0) + 1
-    return complaints + [f"its words: {fault}" for fault in faults_of_sentence(said, fault)]
+    return complaints + [f"its message: {fault}" for fault in faults_of_sentence(said, fault)]
 
 
 def _each_is_whole(trial: Trial, seen: Before) -> bool:
-    """Each connect is judged by the old policy or by the new one.
+    """Each place is judged by the old policy or by the new one.
 
-    Where nothing works any more nothing can be put back: as after a kill, one hook or one family of addresses may have
-    the new policy and the other one not yet.
+    When all later calls fail, nothing can be rolled back: as after a kill, one hook or one address family may have the
+    new policy, and another one the old policy.
     """
     return all(there in judged for there, *judged in zip(seen.passing, trial.old.passing, trial.new.passing))
 
 
 def faults_of_sentence(said: BaseException, fault: Fault | None = None) -> list[str]:
-    """What is wrong with an error: it must be one sentence of ours, with what was tried and what the system said."""
+    """What is wrong with an error, which must be one sentence with what was tried and what the system said."""
     text = str(said)
     if not isinstance(said, GuardError):
         return [f"a bare {type(said).__name__}: {text}"]
@@ -149,7 +153,7 @@ def faults_of_sentence(said: BaseException, fault: Fault | None = None) -> list[
         wrong.append("it does not say what was tried and what the system said")
     if re.search(r"Traceback|Errno|<class|0x[0-9a-f]{6}", text):
         wrong.append("it shows Python")
-    # Where membarrier(2) can't be had another way is taken: that one is told of.
+    # Without membarrier(2), the command uses another call, and its error names that one.
     if fault is not None and fault.code > 0 and fault.hit is not None and fault.hit.kind != injector.SYSCALL:
         symbols = sorted({errno.errorcode[fault.error(call.kind).errno or 0] for call in fault.causes})
         if not any(symbol in text for symbol in symbols):
@@ -157,7 +161,7 @@ def faults_of_sentence(said: BaseException, fault: Fault | None = None) -> list[
     return wrong
 
 
-def _words(fault: Fault, said: BaseException | None) -> str:
+def _description(fault: Fault, said: BaseException | None) -> str:
     hit = fault.hit
     code = {injector.REFUSES: "refuses", injector.IS_KILLED: "is killed"}.get(fault.code) or errno.errorcode[fault.code]
     where = f"{hit.kind} {hit.what}" if hit else "(not reached)"
@@ -170,12 +174,12 @@ def _open_fds() -> frozenset[tuple[str, str]]:
     for name in os.listdir("/proc/self/fd"):
         try:
             found.add((name, os.readlink(f"/proc/self/fd/{name}")))
-        except FileNotFoundError:  # that of the listing itself
+        except FileNotFoundError:  # the descriptor of the listing itself
             continue
     return frozenset(found)
 
 
-def _tell(trial: Trial, calls: int, faults: int) -> None:
+def _report(trial: Trial, calls: int, faults: int) -> None:
     path = os.environ.get("IMDS_GUARD_FAULTS_REPORT")
     if path:
         with open(path, "a", encoding="utf-8") as report:
