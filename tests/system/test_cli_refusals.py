@@ -88,7 +88,7 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "URL": (BAD, ("start", *WHO, "--ip", f"http://{SERVICE}/"), "is not an endpoint"),
     "scope": (BAD, ("start", *WHO, "--ip", "fe80::1%lo"), "leave out the scope"),
     "prefix too long": (BAD, ("start", *WHO, "--ip", f"{SERVICE}/33"), "is not a prefix length"),
-    "bits beyond the prefix": (BAD, ("start", *WHO, "--ip", f"{SERVICE}/24"), "has bits set beyond its prefix"),
+    "bits beyond the prefix": (BAD, ("start", *WHO, "--ip", f"{SERVICE}/24"), "has bits set after its prefix"),
     "no port": (BAD, ("start", *WHO, "--ip", f"{SERVICE}:"), "is not a port"),
     "port too large": (BAD, ("start", *WHO, "--ip", f"{SERVICE}:65536"), "is not a port"),
     "endless port": (BAD, ("start", *WHO, "--ip", f"{SERVICE}:{'9' * 5000}"), "is not a port"),
