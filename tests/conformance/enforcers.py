@@ -114,7 +114,7 @@ class Iptables:
     def __enter__(self) -> Iptables:
         # The backend keeps the answer. Asked only in children, which end, it would be asked again for every method.
         with suppress(GuardError):  # apply() will raise the same
-            self._backend._probe(self._backend._programs(), audit=False)
+            self._backend._probe(self._backend.default_programs(), audit=False)
         return self
 
     def __exit__(

@@ -67,8 +67,8 @@ class Stage:
         self.backend.remove()
         for command in self.backend.commands.values():
             assert "IMDS" not in run([f"{command}-save", "-t", "filter"]).stdout
-        assert self.backend.record.read() == ""
-        assert os.listdir(self.backend.record.folder) == []
+        assert self.backend.state_file.read() == ""
+        assert os.listdir(self.backend.state_file.folder) == []
 
 
 @pytest.fixture(params=sorted(KINDS))

@@ -9,7 +9,7 @@ from pathlib import Path
 import imds_guard
 from imds_guard.backends.ebpf.image import settings_of
 from imds_guard.backends.ebpf.render import render
-from imds_guard.backends.iptables.render import Holding
+from imds_guard.backends.iptables.render import ResolvedPolicy
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import rule_texts
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict, make_policy
@@ -49,7 +49,7 @@ def several_locks() -> Policy:
 def _saved(chosen: Policy) -> bytes:
     found = ["*filter", ":OUTPUT ACCEPT [0:0]"]
     for version in (4, 6):
-        chains = rule_texts(render_rules(Holding(chosen, None), version))
+        chains = rule_texts(render_rules(ResolvedPolicy(chosen, None), version))
         found += [f":{chain} - [0:0]" for chain in chains]
         found += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
     return "\n".join([*found, "-A OUTPUT -j IMDS-GUARD", "COMMIT", ""]).encode()

@@ -19,9 +19,9 @@ from imds_guard.backends.ebpf.reader import Snapshot
 from imds_guard.backends.ebpf.record import decode
 from imds_guard.backends.ebpf.render import render
 from imds_guard.backends.ebpf.state import policy_of
-from imds_guard.backends.iptables.look import ANCHOR
-from imds_guard.backends.iptables.parse import combine, find, parse_chains
-from imds_guard.backends.iptables.render import Holding
+from imds_guard.backends.iptables.our_rules import ANCHOR
+from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
+from imds_guard.backends.iptables.render import ResolvedPolicy
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import owned, parse_save
 from imds_guard.config.read import parse_config
@@ -136,7 +136,7 @@ def rules(data: bytes) -> None:
     found = []
     for version in (4, 6):
         chains, _ = parse_chains(owned(parse_save(text), ANCHOR))
-        found.append(find(chains, version))
+        found.append(parse_family(chains, version))
     try:
         held = combine(found)
     except BadPolicy:
@@ -145,7 +145,7 @@ def rules(data: bytes) -> None:
         assert make_policy(held.policy.locks, held.policy.mode, held.policy.containers) == held.policy
         # Some policies can't be rendered: a lock's name may be too long for a comment. Then a GuardError says so.
         with contextlib.suppress(GuardError):
-            render_rules(Holding(held.policy, held.members), 4)
+            render_rules(ResolvedPolicy(held.policy, held.members), 4)
 
 
 def btf(data: bytes) -> None:

@@ -46,9 +46,9 @@ class Routed:
         """What ``fn`` returns in the router."""
         return self.boxes["router"].call(fn, timeout_s=60)
 
-    def settle(self, policy: Policy, word: str | None = None) -> Change:
-        """Forwarded.settle() in the router."""
-        return self.on_router(lambda: self.rules().settle(policy, word))
+    def enforce(self, policy: Policy, word: str | None = None) -> Change:
+        """Forwarded.enforce() in the router."""
+        return self.on_router(lambda: self.rules().enforce(policy, word))
 
     def faults(self, policy: Policy | None) -> list[str]:
         """Forwarded.faults() in the router."""
@@ -116,10 +116,10 @@ def routed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Routed]:
 
 
 def test_forwarded_packets_are_rejected(routed: Routed) -> None:
-    """Behind settle() nobody's packets are carried to a locked port, and DNS at the same address lives."""
+    """Behind enforce() nobody's packets are carried to a locked port, and DNS at the same address lives."""
     policy = policy_for([FOO], tcp=NOT_DNS)
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
-    routed.settle(policy)
+    routed.enforce(policy)
     assert [routed.reach(to) for to in (V4, V6)] == [REFUSED] * 2
     assert [routed.reach(to, 53) for to in (V4, V6)] == ["connected"] * 2
     assert routed.faults(policy) == []
@@ -127,14 +127,14 @@ def test_forwarded_packets_are_rejected(routed: Routed) -> None:
 
 def test_the_routers_own_packets_are_not_its_business(routed: Routed) -> None:
     """FORWARD is for packets of others: a process of the router itself is judged by the backend alone."""
-    routed.settle(policy_for([FOO]))
+    routed.enforce(policy_for([FOO]))
     assert [routed.reach(to, of="router") for to in (V4, V6)] == ["connected"] * 2
 
 
 def test_remove_leaves_nothing(routed: Routed) -> None:
     """remove() takes the rules of both families away, and is harmless when there are none."""
     policy = policy_for([FOO])
-    routed.settle(policy)
+    routed.enforce(policy)
     routed.on_router(lambda: routed.rules().remove())
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
     assert routed.on_router(lambda: routed.rules().in_force()) is False
@@ -144,7 +144,7 @@ def test_remove_leaves_nothing(routed: Routed) -> None:
 
 def test_rules_left_without_a_policy_are_told(routed: Routed) -> None:
     """When no policy is in force any more, rules in FORWARD are a fault."""
-    routed.settle(policy_for([FOO]))
+    routed.enforce(policy_for([FOO]))
     assert len(routed.faults(None)) == 1
 
 
@@ -153,22 +153,22 @@ def test_other_peoples_accept_does_not_win(routed: Routed) -> None:
     policy = policy_for([FOO])
     command = KINDS[routed.kind][0]
     routed.on_router(lambda: run([command, "-A", "FORWARD", "-d", V4, "-j", "ACCEPT"]))
-    routed.settle(policy)
+    routed.enforce(policy)
     assert routed.reach(V4) == REFUSED
     routed.on_router(lambda: run([command, "-I", "FORWARD", "-d", V4, "-j", "ACCEPT"]))
     assert any("stand before ours" in line for line in routed.faults(policy))
-    routed.settle(policy)
+    routed.enforce(policy)
     assert routed.reach(V4) == REFUSED
     assert routed.faults(policy) == []
 
 
 def test_flush_is_seen(routed: Routed) -> None:
-    """A flush of FORWARD by someone else is a fault, and follow() repairs it."""
+    """A flush of FORWARD by someone else is a fault, and change() repairs it."""
     policy = policy_for([FOO])
-    routed.settle(policy)
+    routed.enforce(policy)
     routed.on_router(lambda: run([KINDS[routed.kind][1], "-F", "FORWARD"]))
     assert any("reach the locked endpoints" in line for line in routed.faults(policy))
-    routed.on_router(lambda: routed.rules().follow(policy))
+    routed.on_router(lambda: routed.rules().change(policy))
     assert routed.faults(policy) == []
     assert routed.reach(V6) == REFUSED
 
@@ -176,8 +176,8 @@ def test_flush_is_seen(routed: Routed) -> None:
 def test_leave_is_remembered(routed: Routed) -> None:
     """With "leave" packets are carried, also behind a change of the policy, and that is no fault."""
     policy = policy_for([FOO])
-    routed.settle(policy, "leave")
-    routed.on_router(lambda: routed.rules().follow(policy_for([STRANGER])))
+    routed.enforce(policy, "leave")
+    routed.on_router(lambda: routed.rules().change(policy_for([STRANGER])))
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
     assert routed.faults(policy) == []
 
@@ -185,7 +185,7 @@ def test_leave_is_remembered(routed: Routed) -> None:
 def test_audit_carries_everything(routed: Routed) -> None:
     """In audit mode forwarded packets are carried."""
     policy = policy_for([FOO], mode=Mode.AUDIT)
-    routed.settle(policy, "drop")
+    routed.enforce(policy, "drop")
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
     assert routed.faults(policy) == []
 
@@ -202,17 +202,17 @@ def test_containers_that_may_connect_are_not_undone(routed: Routed) -> None:
         return False
 
     assert routed.on_router(refused)
-    change = routed.settle(policy)
+    change = routed.enforce(policy)
     assert any("left alone" in line for line in change.done)
     assert routed.reach(V4) == "connected"
     assert routed.faults(policy) == []
 
 
 def test_without_iptables_a_warning_and_a_fault(routed: Routed, tmp_path: Path) -> None:
-    """Where iptables is missing settle() warns, faults() goes on saying so, and an explicit "drop" is refused."""
+    """Where iptables is missing enforce() warns, faults() goes on saying so, and an explicit "drop" is refused."""
     rules = Forwarded(("iptables-of-nobody", "ip6tables-of-nobody"), state_folder=str(tmp_path / "none"))
     policy = policy_for([FOO])
-    change = routed.on_router(lambda: rules.settle(policy, None))
+    change = routed.on_router(lambda: rules.enforce(policy, None))
     assert any("install the package iptables" in line for line in change.warnings)
     assert any("install the package iptables" in line for line in routed.on_router(lambda: rules.faults(policy)))
 
@@ -234,7 +234,7 @@ def test_forwarding_is_on(routed: Routed) -> None:
     def quiet() -> bool:
         rules = routed.rules()
         try:
-            return rules.settle(policy_for([FOO]), None) == Change() and not rules.in_force()
+            return rules.enforce(policy_for([FOO]), None) == Change() and not rules.in_force()
         except GuardError:
             return False
 

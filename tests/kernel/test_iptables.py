@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.backends.iptables import IptablesBackend, tables
-from imds_guard.backends.iptables.probe import Probed, probe
-from imds_guard.backends.iptables.tables import NoTable, Program, default_program
+from imds_guard.backends.iptables import IptablesBackend, programs, tables
+from imds_guard.backends.iptables.probe import ProbeResult, probe
+from imds_guard.backends.iptables.programs import Program, default_program
+from imds_guard.backends.iptables.tables import NoTable
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.netns import unshare_network
@@ -335,13 +336,13 @@ def test_deny_list_of_many(machine: Machine) -> None:
 def test_probe_sees_supplementary_groups(machine: Machine) -> None:
     """The owner match of this kernel sees supplementary groups, tried in both families."""
     programs = [default_program(version, command) for version, command in zip((4, 6), machine.commands)]
-    assert probe(programs, audit=True) == Probed(owner=True, supplementary=True)
+    assert probe(programs, audit=True) == ProbeResult(owner=True, supplementary=True)
 
 
 def test_groups_without_a_match_for_them_are_refused(machine: Machine) -> None:
     """Where the kernel does not match supplementary groups, a policy with groups is refused and told the way out."""
     backend = machine.backend()
-    backend._probed[False] = Probed(owner=True, supplementary=False, reason="tried, and it did not match")
+    backend._probes[False] = ProbeResult(owner=True, supplementary=False, reason="tried, and it did not match")
     with pytest.raises(Unsupported, match=r"tried, and it did not match; --resolve-groups"):
         backend.check(policy_for([FOO], [STAFF]))
     backend.check(policy_for([FOO]))
@@ -386,10 +387,10 @@ def test_a_file_is_asked_once_what_it_writes_and_another_one_again(tmp_path: Pat
         fresh.replace(program)
 
     put("iptables v1.8.9 (nf_tables)")
-    assert [default_program(4, str(program)).kind for _ in range(3)] == [tables.NFT] * 3
+    assert [default_program(4, str(program)).kind for _ in range(3)] == [programs.NFT] * 3
     assert asked.read_text() == "\n"
     put("iptables v1.8.9 (legacy)")
-    assert default_program(4, str(program)).kind == tables.LEGACY
+    assert default_program(4, str(program)).kind == programs.LEGACY
     put("it is broken", 1)
     for _ in range(2):
         with pytest.raises(Unsupported, match="it is broken"):
@@ -422,7 +423,7 @@ def test_a_kernel_without_the_tables_is_told_from_a_failure() -> None:
         "iptables-save v1.8.9 (legacy): can't initialize iptables table `filter': Table does not exist",
     ):
         with pytest.raises(NoTable, match="no such tables"):
-            tables._refuse(program, "could not be read", Completed(1, "", words))
+            tables._raise_for(program, "could not be read", Completed(1, "", words))
 
 
 def test_a_foreign_reference_to_our_chain_is_told(machine: Machine) -> None:

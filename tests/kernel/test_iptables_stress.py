@@ -18,7 +18,7 @@ from typing import Callable
 import pytest
 
 from imds_guard.backends.iptables import IptablesBackend, tables
-from imds_guard.backends.iptables.probe import Probed
+from imds_guard.backends.iptables.probe import ProbeResult
 from imds_guard.errors import GuardError
 from imds_guard.kernel.children import ChildFailed, fork
 from imds_guard.kernel.credentials import become
@@ -217,7 +217,7 @@ def _killed_before(step: int, act: Callable[[], object]) -> Callable[[], bool]:
 def _probed(machine: Machine) -> IptablesBackend:
     """A backend that knows already that owner rules work; programs that a probe starts are of no interest here."""
     backend = machine.backend()
-    backend._probed[False] = Probed(owner=True, supplementary=True)
+    backend._probes[False] = ProbeResult(owner=True, supplementary=True)
     return backend
 
 

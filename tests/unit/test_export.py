@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.backends.iptables.parse import combine, find, parse_chains
+from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
 from imds_guard.backends.iptables.tables import parse_save
 from imds_guard.errors import Unsupported, UsageError
 from imds_guard.export import FORMATS, export
@@ -126,7 +126,7 @@ def test_iptables_text_is_the_policy(seed: int) -> None:
         mine = "\n".join(line[3:] for line in text.splitlines() if line.startswith(f"-{version} "))
         chains, foreign = parse_chains(parse_save(mine))
         assert foreign == []
-        found.append(find(chains, version))
+        found.append(parse_family(chains, version))
     held = combine(found)
     assert held is not None
     assert held.policy == policy

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imds_guard.backends.iptables.parse import combine, find, parse_chains
-from imds_guard.backends.iptables.render import HEAD, Chains, Holding, digest, id_ranges, lock_comment, render
+from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
+from imds_guard.backends.iptables.render import HEAD, Chains, ResolvedPolicy, digest, id_ranges, lock_comment, render
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, ForeignRule, Rule, parse_rule
 from imds_guard.backends.iptables.tables import Anchor, is_first, parse_save, restore_text, rule_texts
 from imds_guard.policy.decide import Caller, Destination, decide
@@ -33,25 +33,25 @@ def policy_of(
     return make_policy([lock], mode)
 
 
-def read_back(families: dict[int, Chains]) -> Holding | None:
+def read_back(families: dict[int, Chains]) -> ResolvedPolicy | None:
     found = []
     for version, chains in families.items():
         parsed, foreign = parse_chains(rule_texts(chains))
         assert foreign == []
         assert parsed == chains
-        found.append(find(parsed, version))
+        found.append(parse_family(parsed, version))
     return combine(found)
 
 
 def both(policy: Policy) -> dict[int, Chains]:
-    return {version: render(Holding(policy), version) for version in (4, 6)}
+    return {version: render(ResolvedPolicy(policy), version) for version in (4, 6)}
 
 
 @pytest.mark.parametrize("seed", range(1, 101))
 def test_reads_back(seed: int) -> None:
     """What the rules of both families stand for is the policy, without members to resolve."""
     policy = make_block(seed, 0).policy
-    assert read_back(both(policy)) == Holding(policy)
+    assert read_back(both(policy)) == ResolvedPolicy(policy)
 
 
 @pytest.mark.parametrize("seed", range(1, 101))
@@ -74,7 +74,7 @@ def test_judges_as_decide(seed: int) -> None:
 def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
     """A packet without an owner is on no list, and gains nothing by a default."""
     lock = Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),), deny=Identities(frozenset({5})), default=default)
-    chains = render(Holding(make_policy([lock])), 4)
+    chains = render(ResolvedPolicy(make_policy([lock])), 4)
     packet = Packet(IMDS.network_address, 80, Protocol.TCP, uid=None)
     assert walk(chains, packet).verdict == REJECT
 
@@ -82,7 +82,7 @@ def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
 def test_a_thousand_scattered_users_cost_about_ten_rules() -> None:
     """An allowed user among 1,000 without neighbours meets 13 rules on average and never more than 25."""
     users = range(10_000, 13_000, 3)
-    chains = render(Holding(policy_of(users)), 4)
+    chains = render(ResolvedPolicy(policy_of(users)), 4)
     met = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid)).met for uid in users]
     assert sum(met) / len(met) <= 16
     assert max(met) <= 25
@@ -94,7 +94,7 @@ def test_a_thousand_scattered_users_cost_about_ten_rules() -> None:
 def test_chains_stay_within_what_nft_takes() -> None:
     """20,000 ranges are nested less deep than NFT_JUMP_STACK_SIZE, 16, OUTPUT included."""
     users = range(0, 60_000, 3)
-    chains = render(Holding(policy_of(users, deny=[1])), 4)
+    chains = render(ResolvedPolicy(policy_of(users, deny=[1])), 4)
     depths = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid)).depth for uid in range(0, 60_000, 7)]
     assert max(depths) + 1 <= 16
     assert max(len(name) for name in chains) <= 28
@@ -102,14 +102,16 @@ def test_chains_stay_within_what_nft_takes() -> None:
 
 def test_only_a_lone_syn_is_judged() -> None:
     """No rule meets a later packet of a TCP connection: its socket may be closed, and then nobody owns it."""
-    chains = render(Holding(policy_of([5])), 4)
+    chains = render(ResolvedPolicy(policy_of([5])), 4)
     assert [rule.syn for rule in chains[HEAD]] == [True]
     assert "--tcp-flags FIN,SYN,RST,ACK SYN" in chains[HEAD][0].text()
 
 
 def test_audit_rejects_nothing() -> None:
     """In audit mode no rule rejects, and the denial is a line in the kernel's log."""
-    targets = {rule.target for rules in render(Holding(policy_of([5], mode=Mode.AUDIT)), 4).values() for rule in rules}
+    targets = {
+        rule.target for rules in render(ResolvedPolicy(policy_of([5], mode=Mode.AUDIT)), 4).values() for rule in rules
+    }
     assert REJECT not in targets
     assert LOG in targets
 
@@ -117,14 +119,14 @@ def test_audit_rejects_nothing() -> None:
 def test_family_without_endpoints_has_no_rules() -> None:
     """A policy without an IPv6 endpoint leaves ip6tables alone."""
     policy = make_policy([Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),))])
-    assert render(Holding(policy), 6) == {}
-    assert read_back(both(policy) | {6: {}}) == Holding(policy)
+    assert render(ResolvedPolicy(policy), 6) == {}
+    assert read_back(both(policy) | {6: {}}) == ResolvedPolicy(policy)
 
 
 def test_members_of_a_group_do_not_become_listed_users() -> None:
     """Resolved members stand in the rules and read back as members."""
     lock = Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),), Identities(frozenset({5}), frozenset({60})))
-    held = Holding(make_policy([lock]), {("imds", "allow"): frozenset({5, 7, 8}), ("imds", "deny"): frozenset()})
+    held = ResolvedPolicy(make_policy([lock]), {("imds", "allow"): frozenset({5, 7, 8}), ("imds", "deny"): frozenset()})
     chains = render(held, 4)
     again = read_back({4: chains})
     assert again is not None
@@ -140,7 +142,7 @@ def test_members_of_a_group_do_not_become_listed_users() -> None:
 def test_lock_names_survive(name: str) -> None:
     """A name goes through a comment unharmed, whatever is in it."""
     policy = policy_of([5], name=name)
-    assert read_back(both(policy)) == Holding(policy)
+    assert read_back(both(policy)) == ResolvedPolicy(policy)
     assert len(lock_comment(name)) <= 255
     assert lock_comment(name).isascii()
 
@@ -178,27 +180,27 @@ def test_digest_tells_policies_apart() -> None:
 )
 def test_an_added_rule_is_seen(chain: str, line: str) -> None:
     """Rules with one more at the head of a chain are not those that their policy makes."""
-    texts = dict(rule_texts(render(Holding(policy_of([5])), 4)))
+    texts = dict(rule_texts(render(ResolvedPolicy(policy_of([5])), 4)))
     texts[chain] = (line, *texts[chain])
     chains, foreign = parse_chains(texts)
-    held = combine([find(chains, 4)])
+    held = combine([parse_family(chains, 4)])
     assert foreign or held is None or render(held, 4) != chains
 
 
 def test_every_missing_rule_is_seen() -> None:
     """Whichever rule is taken out, the rest is not what its policy makes."""
-    whole = render(Holding(policy_of([5, 7], deny=range(20, 60, 2))), 4)
+    whole = render(ResolvedPolicy(policy_of([5, 7], deny=range(20, 60, 2))), 4)
     for chain, rules in whole.items():
         for place in range(len(rules)):
             less = {**whole, chain: rules[:place] + rules[place + 1 :]}
-            held = combine([find(less, 4)])
+            held = combine([parse_family(less, 4)])
             assert held is None or render(held, 4) != less, (chain, rules[place])
 
 
 def test_lists_that_differ_between_families_come_out_as_two_locks() -> None:
     """Rules of a command that was ended between the families are told as they are."""
     one, other = policy_of([5]), policy_of([6])
-    held = combine([find(render(Holding(one), 4), 4), find(render(Holding(other), 6), 6)])
+    held = combine([parse_family(render(ResolvedPolicy(one), 4), 4), parse_family(render(ResolvedPolicy(other), 6), 6)])
     assert held is not None
     for uid, version, allowed in ((5, 4, True), (5, 6, False), (6, 4, False), (6, 6, True)):
         network = IMDS if version == 4 else IMDS6
@@ -266,7 +268,7 @@ COMMIT
 
 def test_restore_text_names_nothing_of_others() -> None:
     """Only our chains are declared; OUTPUT gets our jump in its first place and is not declared."""
-    chains = rule_texts(render(Holding(policy_of([5])), 4))
+    chains = rule_texts(render(ResolvedPolicy(policy_of([5])), 4))
     lines = lines_of(restore_text(parse_save(OTHERS), ANCHOR, chains))
     assert lines[0] == "*filter"
     assert lines[-1] == "COMMIT"
@@ -276,7 +278,7 @@ def test_restore_text_names_nothing_of_others() -> None:
 
 def test_restore_text_moves_the_jump_only_when_it_must() -> None:
     """A jump in the first place stays; one behind others', or a second one, is taken out first."""
-    chains = rule_texts(render(Holding(policy_of([5])), 4))
+    chains = rule_texts(render(ResolvedPolicy(policy_of([5])), 4))
     first = {"OUTPUT": ("-j IMDS-GUARD", "-j ADMIN"), **chains}
     assert is_first(first, ANCHOR)
     assert not [line for line in lines_of(restore_text(first, ANCHOR, chains)) if "OUTPUT" in line]
@@ -291,8 +293,8 @@ def test_restore_text_moves_the_jump_only_when_it_must() -> None:
 
 def test_restore_text_removes_what_is_stale() -> None:
     """Chains that the new rules lack are flushed and deleted; without any rules all of ours go, and the jump."""
-    old = rule_texts(render(Holding(policy_of(range(0, 60, 2))), 4))
-    new = rule_texts(render(Holding(policy_of([5])), 4))
+    old = rule_texts(render(ResolvedPolicy(policy_of(range(0, 60, 2))), 4))
+    new = rule_texts(render(ResolvedPolicy(policy_of([5])), 4))
     stale = set(old) - set(new)
     assert stale
     lines = lines_of(restore_text({"OUTPUT": ("-j IMDS-GUARD",), **old}, ANCHOR, new))

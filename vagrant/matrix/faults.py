@@ -109,8 +109,8 @@ FAULTS = (
     Fault(
         "the rule in FORWARD is forgotten",
         "src/imds_guard/backends/forwarded.py",
-        "replace(program, ANCHOR, rule_texts(render(policy, program.version)), self.lock_wait_s)",
-        "replace(program, ANCHOR, {}, self.lock_wait_s)",
+        "self._chains.replace(programs, lambda version: render(policy, version))",
+        "self._chains.replace(programs, lambda version: {})",
         "6.12-debian-13",
         ("tests/kernel/test_forwarded.py::test_forwarded_packets_are_rejected",),
         r"connected",
@@ -126,8 +126,8 @@ FAULTS = (
     Fault(
         "the fallback forgets supplementary groups",
         "src/imds_guard/backends/iptables/rules.py",
-        'words += ["--suppl-groups"]',
-        "words += []",
+        'arguments += ["--suppl-groups"]',
+        "arguments += []",
         "iptables-legacy", _WHO_IPTABLES, r"ECONNREFUSED|suppl-groups|returncode=69",
     ),
 )  # fmt: skip

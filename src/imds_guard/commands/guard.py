@@ -84,7 +84,7 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
                 continue
             change = change.then(_remove_others(running, name))
             if options.cgroup is None:
-                change = change.then(forwarded().settle(policy, options.forwarded))
+                change = change.then(forwarded().enforce(policy, options.forwarded))
             why = tuple(f"{other.backend.name} can't be used: {other.refusal}" for other in refused)
             change = Change(warnings=why).then(change)
             return _outcome(checked.backend, policy, change, _cut_connections(checked.backend, policy, options))
@@ -173,7 +173,7 @@ def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
         return Outcome(backend.name, policy, ["the policy says so already"], [], [])
     done = backend.change(wanted)
     if options.cgroup is None:
-        done = done.then(forwarded().follow(wanted))
+        done = done.then(forwarded().change(wanted))
     return _outcome(backend, wanted, done, _cut_connections(backend, wanted, options) if takes_away else None)
 
 

@@ -74,7 +74,7 @@ def _put_back(before: Status, path: str, options: GuardOptions, progress: Progre
             raise result.error
     policy = choose.running(options.cgroup)[str(before.backend)].unaltered()
     if policy is not None:
-        asked = look.forwarded().asked() if options.cgroup is None else None
+        asked = look.forwarded().option() if options.cgroup is None else None
         same = options._replace(backend=str(before.backend), forwarded=asked)
         outcome = guard.start_locked(policy, same, progress)
         return _with_details("the policy in force was put back", outcome.done_in_short), []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from imds_guard.backends.iptables.render import HEAD, Holding, render
+from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, render
 from imds_guard.export.exported import Exported, note_containers, note_primary_groups, note_user_namespaces
 from imds_guard.export.rules import by_specificity, format_ids, format_ports
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict
@@ -24,7 +24,7 @@ def iptables(policy: Policy) -> Exported:
             "a kernel without --suppl-groups stores the option and ignores it: test it before you rely on it"
         )
     exported.remarks.append("the rules check who opened the socket, and only in this network namespace")
-    families = {version: render(Holding(policy), version) for version in (4, 6)}
+    families = {version: render(ResolvedPolicy(policy), version) for version in (4, 6)}
     chains: dict[str, None] = dict.fromkeys([HEAD, *families[4], *families[6]])
     lines = exported.comments("Load with: iptables-restore --noflush < FILE && ip6tables-restore --noflush < FILE")
     lines += ["*filter", *(f":{chain} - [0:0]" for chain in chains), f"-I OUTPUT 1 -j {HEAD}"]

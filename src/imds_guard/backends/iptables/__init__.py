@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fallback: owner rules of iptables in the network namespace of the calling thread.
 
-render: Policy -> rules (pure). parse: rules -> Policy (pure). tables: iptables-save and -restore. probe: does it work?
+render: policy to rules, parse: rules to policy, rules: one rule as text (all pure). programs: the commands that are
+here. tables: iptables-save and -restore. our_chains: a change as a whole. probe: do owner rules work?
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where iptables judges otherwise than decide() and eBPF do: known, said by check(), and shown by rows of the tests."""
+"""Where iptables decides otherwise than decide() and eBPF. The user is told, and rows of the tests show it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from imds_guard.policy.model import Policy, Protocol, Verdict
 
 DIFFERENCES: dict[str, str] = {
     "refusal": "a denied connect ends with ECONNREFUSED, where eBPF gives EPERM",
-    "opener": "who counts is who opened the socket (its credentials at socket(2)), not who connects it",
-    "network-namespace": "only this network namespace is judged: containers and others with a network of their own "
-    "pass FORWARD, where no owner is known",
+    "opener": "the process that opened the socket is judged (its credentials at socket(2)), not the one that connects",
+    "network-namespace": "only this network namespace is judged: packets of containers and others with a network of "
+    "their own pass FORWARD, where no owner is known",
     "containers": "callers in containers that share this network are judged by their IDs as if they were the host's",
     "user-namespace": "a caller in a user namespace is judged by its IDs on the host, also where the default is allow",
     "udp-connect": "connect() of a UDP socket sends nothing and succeeds; its first datagram is refused",
-    "unspecified": "0.0.0.0 and :: are judged by the address that the kernel took for them, where eBPF must guess",
+    "unspecified": "0.0.0.0 and :: are judged by the address that the kernel chose for them, where eBPF must guess",
     "groups": "all groups of a caller are compared, however many they are",
-    "rewritten": "a DNAT rule in table nat acts before ours: the address that it wrote is the one that is judged",
+    "rewritten": "a DNAT rule in table nat acts before our rules, so that the rewritten address is judged",
     "open": "a TCP connection is judged by its first packet: one that was open before goes on",
 }
-"""Key -> sentence. The keys are what tests name."""
+"""Key -> sentence. Tests refer to the keys."""
 
 
 def notes(policy: Policy) -> list[str]:
-    """What someone who puts this policy in force with iptables should know, the difference in a refusal aside."""
+    """The differences that matter for this policy. Which errno a denied connect gets is not among them."""
     keys = ["opener", "network-namespace"]
     if policy.containers is Verdict.DENY:
         keys.append("containers")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups as the user IDs of their members, for kernels whose owner match sees primary groups alone (--resolve-groups).
+"""Groups as the user IDs of their members (--resolve-groups), where the owner match sees the primary group alone.
 
-What the name service says now is what the rules hold: a later change of membership needs a reload.
+The rules have the members that the name service lists now. After a change of membership they must be made again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from imds_guard.policy.model import Identities, Policy
 
 
 def resolve(policy: Policy) -> Members:
-    """The members of each list's groups, without the users that the list names itself."""
+    """The members of each list's groups, without the users that are on the list themselves."""
     accounts = [(account.pw_uid, account.pw_gid) for account in pwd.getpwall()]
     members: dict[tuple[str, str], frozenset[int]] = {}
     for lock in policy.locks:
@@ -31,7 +31,7 @@ def _of_list(identities: Identities, accounts: Iterable[tuple[int, int]]) -> fro
 
 
 def members_of(gid: int) -> frozenset[int]:
-    """User IDs of the accounts that the group database lists under a group; a name without an account is nobody."""
+    """User IDs of the accounts that the group database lists for a group. Names without an account are left out."""
     try:
         names = grp.getgrgid(gid).gr_mem
     except KeyError:

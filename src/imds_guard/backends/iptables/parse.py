@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of both address families as the Policy that they stand for.
+"""The policy that the rules of both IP versions stand for.
 
-Names of locks and what is to happen to containers come from comments; who may go where comes from the rules alone.
-What is no rule of ours is left out here: that the rules are not what render() makes of the result is how it is seen.
+The names of locks and the setting for containers come from comments. Who may connect where comes from the rules alone.
+Rules that are not ours are ignored here. They are noticed because render() makes other rules of the result.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, Holding
+from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, ResolvedPolicy
 from imds_guard.backends.iptables.rules import LOG, RETURN, ForeignRule, Range, Rule, parse_rule
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Network, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS, Ports
 
 MAX_IDS = 524_288
-"""More ids than any policy may list (design: sizes). A range that somebody widened must not fill our memory."""
-
+"""More IDs than any policy may list. A range that somebody widened must not fill our memory."""
 
 _EVERYWHERE: dict[int, Network] = {4: ipaddress.ip_network("0.0.0.0/0"), 6: ipaddress.ip_network("::/0")}
 
 
-class FoundLock:
-    """What the rules of one family say about one lock."""
+class ParsedLock:
+    """One lock in the rules of one IP version."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -35,33 +34,33 @@ class FoundLock:
         self.supplementary = True
 
     def add(self, which: str, kind: str, range_: Range) -> None:
-        """Notes ids of a list: ``which`` is "allow" or "deny", ``kind`` "users", "groups" or "members"."""
+        """Adds IDs to a list: ``which`` is "allow" or "deny", ``kind`` is "users", "groups" or "members"."""
         known = self.ids.setdefault((which, kind), set())
         if range_[1] - range_[0] + len(known) < MAX_IDS:
             known.update(range(range_[0], range_[1] + 1))
 
     def listed(self, which: str) -> Identities:
-        """One of the lists."""
+        """The users and groups of the list ``which``."""
         users, groups = self.ids.get((which, "users"), ()), self.ids.get((which, "groups"), ())
         return Identities(frozenset(users), frozenset(groups))
 
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """The locked endpoints of this family."""
+        """The locked endpoints of this IP version."""
         networks = {**self.tcp, **self.udp}
         return tuple(Endpoint(n, self.tcp.get(n, ()), self.udp.get(n, ())) for n in networks)
 
 
-class Found(NamedTuple):
-    """What one family's chains say. ``digest`` is of the whole policy that they are a part of."""
+class FamilyPolicy(NamedTuple):
+    """The policy in the chains of one IP version. ``digest`` is that of the whole policy, both IP versions together."""
 
-    locks: tuple[FoundLock, ...]
+    locks: tuple[ParsedLock, ...]
     mode: Mode
     containers: Verdict
     digest: str
 
 
 def parse_chains(table: Mapping[str, Sequence[str]]) -> tuple[Chains, list[str]]:
-    """The rules of our chains, and those lines that can't be ours."""
+    """The rules of our chains, and the lines that can't be ours."""
     chains: Chains = {}
     foreign: list[str] = []
     for chain, lines in table.items():
@@ -74,28 +73,28 @@ def parse_chains(table: Mapping[str, Sequence[str]]) -> tuple[Chains, list[str]]
     return chains, foreign
 
 
-def find(chains: Chains, version: int) -> Found:
-    """What our chains of one IP version say."""
+def parse_family(chains: Chains, version: int) -> FamilyPolicy:
+    """The policy in our chains of one IP version."""
     containers, digest = Verdict.DENY, ""
     for rule in chains.get(HEAD, []):
-        words = dict(word.partition("=")[::2] for word in rule.comment.split())
-        if FORMAT in words:
-            containers = Verdict.ALLOW if words.get("containers") == Verdict.ALLOW.value else Verdict.DENY
-            digest = words.get("policy", "")
+        fields = dict(field.partition("=")[::2] for field in rule.comment.split())
+        if FORMAT in fields:
+            containers = Verdict.ALLOW if fields.get("containers") == Verdict.ALLOW.value else Verdict.DENY
+            digest = fields.get("policy", "")
     audit = any(rule.target == LOG for rule in chains.get(DENY, []))
-    locks = tuple(_find_locks(chains, version).values())
-    return Found(locks, Mode.AUDIT if audit else Mode.ENFORCE, containers, digest)
+    locks = tuple(_parse_locks(chains, version).values())
+    return FamilyPolicy(locks, Mode.AUDIT if audit else Mode.ENFORCE, containers, digest)
 
 
-def _find_locks(chains: Chains, version: int) -> dict[str, FoundLock]:
-    locks: dict[str, FoundLock] = {}
+def _parse_locks(chains: Chains, version: int) -> dict[str, ParsedLock]:
+    locks: dict[str, ParsedLock] = {}
     everywhere = _EVERYWHERE[version]
     for chain in (TCP, UDP):
         for rule in chains.get(chain, []):
             if rule.target not in chains:
                 continue
             if rule.target not in locks:
-                locks[rule.target] = FoundLock(_lock_name(rule))
+                locks[rule.target] = ParsedLock(_lock_name(rule))
                 _read_lock(chains, rule.target, locks[rule.target])
             ports = locks[rule.target].tcp if chain == TCP else locks[rule.target].udp
             network = rule.destination or everywhere
@@ -106,12 +105,12 @@ def _find_locks(chains: Chains, version: int) -> dict[str, FoundLock]:
 def _lock_name(rule: Rule) -> str:
     import urllib.parse  # noqa: PLC0415 -- start-up time: most machines have no rules of ours
 
-    # Octets that are no UTF-8, which somebody else must have written, come as surrogates that no policy can hold.
+    # Bytes that are not UTF-8, which somebody else must have written, are surrogates here. No policy can have those.
     kind, _, name = rule.comment.encode(errors="replace").decode().partition("=")
     return urllib.parse.unquote(name) if kind == "lock" and name else rule.target
 
 
-def _read_lock(chains: Chains, name: str, lock: FoundLock) -> None:
+def _read_lock(chains: Chains, name: str, lock: ParsedLock) -> None:
     for rule in chains[name]:
         if rule.ownerless:
             continue
@@ -127,8 +126,8 @@ def _read_lock(chains: Chains, name: str, lock: FoundLock) -> None:
             return
 
 
-def _read_tree(chains: Chains, lock_chain: str, root: Rule, lock: FoundLock) -> None:
-    """Collects the leaves. The tree of allowed users ends in the lock's default, that of denied ones nowhere."""
+def _read_tree(chains: Chains, lock_chain: str, root: Rule, lock: ParsedLock) -> None:
+    """Collects the leaves. The leaves of allowed users end with the lock's default, those of denied users do not."""
     which = "allow" if root.goto else "deny"
     waiting, seen = [root.target], {root.target}
     while waiting:
@@ -159,14 +158,14 @@ def _default(rule: Rule) -> Verdict:
     return Verdict.ALLOW if rule.target == RETURN else Verdict.DENY
 
 
-# --- both families --------------------------------------------------------------------------------------------------
+# --- both IP versions -----------------------------------------------------------------------------------------------
 
 
-def combine(families: Iterable[Found]) -> Holding | None:
-    """The policy that the families hold together; None when they hold nothing. Raises BadPolicy.
+def combine(families: Iterable[FamilyPolicy]) -> ResolvedPolicy | None:
+    """The policy of both IP versions together. None when there is none. Raises BadPolicy.
 
-    A lock that has other lists in one family than in the other comes out as two. Where the families differ in the mode
-    the stricter one is told, so that a change on top of it weakens nothing.
+    A lock whose lists differ between the IP versions becomes two locks. Where the mode differs the stricter one is
+    taken, so that a change that is based on the result weakens nothing.
     """
     found = [family for family in families if family.locks]
     if not found:
@@ -182,13 +181,13 @@ def combine(families: Iterable[Found]) -> Holding | None:
         for which in ("allow", "deny"):
             members[name, which] = members.get((name, which), frozenset()) | lock.ids.get((which, "members"), set())
     policy = make_policy(locks.values(), mode, Verdict.ALLOW if allows else Verdict.DENY)
-    return Holding(policy, None if supplementary else members)
+    return ResolvedPolicy(policy, None if supplementary else members)
 
 
-def _merge(locks: dict[str, Lock], found: FoundLock) -> str:
-    """Adds a family's part of a lock to the other's; returns the name under which it went in."""
-    name = found.name
-    part = Lock(name, found.endpoints(), found.listed("allow"), found.listed("deny"), found.default)
+def _merge(locks: dict[str, Lock], parsed: ParsedLock) -> str:
+    """Merges a lock of one IP version into ``locks``. Returns the name that it has there."""
+    name = parsed.name
+    part = Lock(name, parsed.endpoints(), parsed.listed("allow"), parsed.listed("deny"), parsed.default)
     known = locks.get(name)
     if known is not None and (known.allow, known.deny, known.default) != (part.allow, part.deny, part.default):
         name = name.encode()[:50].decode(errors="ignore") + " (IPv6)"

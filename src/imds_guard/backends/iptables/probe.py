@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether owner rules work here, tried in a throw-away network namespace: a listener, two callers, one rule.
+"""Whether owner rules work here. It is tried in a temporary network namespace: a listener, two callers, one rule.
 
-Asking iptables does not do: where the kernel lacks ``--suppl-groups`` the flag is stored, shown and ignored.
+To ask iptables is not enough: a kernel that lacks ``--suppl-groups`` stores the flag, shows it and ignores it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import errno
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from imds_guard.backends.iptables.programs import Program
 from imds_guard.backends.iptables.render import DENY, HEAD
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
-from imds_guard.backends.iptables.tables import LOCK_WAIT_S, Anchor, LockHeld, Program, replace, rule_texts
+from imds_guard.backends.iptables.tables import LOCK_WAIT_S, Anchor, LockHeld, replace, rule_texts
 from imds_guard.errors import GuardError, system_text
 from imds_guard.kernel import credentials, netns
 from imds_guard.kernel.children import run_in_child
@@ -26,34 +27,39 @@ _MEMBER_GID, _OTHER_ID = 64_321, 64_322
 _CONNECT_TIMEOUT_S = 5.0
 
 
-class Probed(NamedTuple):
-    """What was seen. ``told`` is False when nothing could be tried; ``reason`` says what did not work, or why not."""
+class ProbeResult(NamedTuple):
+    """Whether rules by owner and by supplementary group work. ``reason`` says what failed, or why nothing was tried.
+
+    ``conclusive`` is False when nothing could be tried.
+    """
 
     owner: bool
     supplementary: bool
     reason: str = ""
-    told: bool = True
+    conclusive: bool = True
 
 
-def probe(programs: Sequence[Program], audit: bool, lock_wait_s: int = LOCK_WAIT_S) -> Probed:
-    """Applies rules such as ours in a namespace of its own and connects as two callers. Raises LockHeld."""
+def probe(programs: Sequence[Program], audit: bool, lock_wait_s: int = LOCK_WAIT_S) -> ProbeResult:
+    """Applies rules like ours in a new namespace and connects as two callers. Raises LockHeld."""
     if os.geteuid() != 0:
-        return Probed(False, False, "owner rules can be tried by root only", told=False)
+        return ProbeResult(False, False, "owner rules can be tried by root only", conclusive=False)
     try:
         netns_error = run_in_child(_can_unshare)
         if netns_error:
-            return Probed(False, False, f"no network namespace could be made to try them: {netns_error}", told=False)
+            return ProbeResult(
+                False, False, f"no network namespace could be made to try them: {netns_error}", conclusive=False
+            )
         reasons = _try(programs, True, audit, lock_wait_s)
         if not reasons:
-            return Probed(True, True)
+            return ProbeResult(True, True)
         plain = _try(programs, False, audit, lock_wait_s)
     except LockHeld:
         raise
     except GuardError as error:
-        return Probed(False, False, str(error), told=False)
+        return ProbeResult(False, False, str(error), conclusive=False)
     if plain:
-        return Probed(False, False, plain[0])
-    return Probed(True, False, reasons[0])
+        return ProbeResult(False, False, plain[0])
+    return ProbeResult(True, False, reasons[0])
 
 
 def _can_unshare() -> str:
@@ -65,7 +71,7 @@ def _can_unshare() -> str:
 
 
 def _try(programs: Sequence[Program], supplementary: bool, audit: bool, lock_wait_s: int) -> list[str]:
-    """What went wrong with each program; nothing when the member got through and nobody else did."""
+    """What failed with each program. Empty when the member of the group got through and the other caller did not."""
 
     def inside() -> list[str]:
         netns.unshare_network([])
@@ -92,29 +98,28 @@ def _try_program(program: Program, supplementary: bool, audit: bool, lock_wait_s
     with socket.socket(_FAMILY[program.version], socket.SOCK_STREAM) as listener:
         listener.bind((_LOOPBACK[program.version], 0))
         listener.listen()
-        there = listener.getsockname()
-        member = run_in_child(lambda: _connect(there, _OTHER_ID, [_MEMBER_GID] if supplementary else [], supplementary))
-        stranger = run_in_child(lambda: _connect(there, _OTHER_ID, [], True))
-    return _complaints(program, supplementary, member, stranger)
+        to = listener.getsockname()
+        by_group = (_OTHER_ID, [_MEMBER_GID]) if supplementary else (_MEMBER_GID, [])
+        member = run_in_child(lambda: _connect(program.version, to, *by_group))
+        other = run_in_child(lambda: _connect(program.version, to, _OTHER_ID, []))
+    return _complaints(program, supplementary, member, other)
 
 
-def _complaints(program: Program, supplementary: bool, member: int, stranger: int) -> list[str]:
+def _complaints(program: Program, supplementary: bool, member: int, other: int) -> list[str]:
     what = "--gid-owner with --suppl-groups" if supplementary else "--gid-owner"
-    if stranger != errno.ECONNREFUSED:
-        return [f"{program.title}: a REJECT in OUTPUT did not stop a connect ({_name(stranger)})"]
+    if other != errno.ECONNREFUSED:
+        return [f"{program.title}: a REJECT in OUTPUT did not stop a connect ({_name(other)})"]
     if member != 0:
         return [f"{program.title}: {what} did not match a member of the group ({_name(member)})"]
     return []
 
 
-def _connect(there: object, gid: int, groups: Iterable[int], other: bool) -> int:
-    """The errno of a connect with the group as a supplementary one, or, without ``other``, as the primary one."""
-    primary = gid if other else _MEMBER_GID
-    credentials.become((_OTHER_ID,) * 3, (primary,) * 3, groups)
-    family = socket.AF_INET if len(there) == 2 else socket.AF_INET6  # type: ignore[arg-type]
-    with socket.socket(family, socket.SOCK_STREAM) as one:
+def _connect(version: int, to: Any, gid: int, groups: Iterable[int]) -> int:
+    """The errno of a connect by a user with this primary group and these supplementary groups."""
+    credentials.become((_OTHER_ID,) * 3, (gid,) * 3, groups)
+    with socket.socket(_FAMILY[version], socket.SOCK_STREAM) as one:
         one.settimeout(_CONNECT_TIMEOUT_S)
-        return one.connect_ex(there)  # type: ignore[arg-type]
+        return one.connect_ex(to)
 
 
 def _name(number: int) -> str:

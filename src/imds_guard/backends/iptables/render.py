@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Policy as the rules of one address family. Nothing here touches the system.
+"""The rules of one IP version for a policy. Pure: nothing here touches the system.
 
-IMDS-GUARD       tells TCP from UDP; a TCP packet goes on only with a lone SYN
-IMDS-GUARD-T, -U find the lock: the most specific endpoint stands first
+IMDS-GUARD       separates TCP and UDP; of TCP only packets with a lone SYN go on
+IMDS-GUARD-T, -U find the lock: the most specific endpoint comes first
 IMDS-GUARD-L0    the first lock: deny lists, allow lists, default
 IMDS-GUARD-L0-A3 a node in the tree of the users that this lock allows (-D3: denies)
-IMDS-GUARD-DENY  what a denial is
+IMDS-GUARD-DENY  denies
 
-All steps but the one into a tree of denied users are -g, so RETURN leads behind the jump in OUTPUT at once: an allowed
-packet meets everybody else's rules as it would without ours.
+All steps are -g, but for the one into a tree of denied users. So RETURN leads to the rule after the jump in OUTPUT: an
+allowed packet meets everybody else's rules as it would without ours.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ TCP = "IMDS-GUARD-T"
 UDP = "IMDS-GUARD-U"
 DENY = "IMDS-GUARD-DENY"
 FORMAT = "imds-guard/1"
-"""First word of the comment in IMDS-GUARD. Another layout of the rules gets another number."""
+"""The comment in IMDS-GUARD begins with this. Another layout of the rules gets another number."""
 
 FAN_OUT = 4
-"""Ranges in a leaf and children of a node. 1,000 ranges are five levels, and about eleven rules meet a packet.
+"""Ranges in a leaf, and children of a node. With 1,000 ranges there are five levels, and a packet meets about 11 rules.
 
 nft counts a goto as a level and takes 16 (NFT_JUMP_STACK_SIZE, nft_chain_validate() in Linux
 net/netfilter/nf_tables_api.c); with OUTPUT and our own steps that leaves ten levels, a million ranges.
 """
 FLAT = 8
-"""So many ranges stand in the lock's own chain, without a tree."""
+"""Up to so many ranges are in the lock's own chain, without a tree."""
 
 MEMBER = "member"
-"""Comment of a rule for users whom the name service named as members of a listed group."""
+"""The comment of a rule for users that are there as members of a listed group."""
 
 Chains = dict[str, list[Rule]]
 Members = Mapping[tuple[str, str], frozenset[int]]
 """("lock name", "allow" or "deny") -> the members of that list's groups."""
 
 
-class Holding(NamedTuple):
-    """What is to be in force. ``members`` is None where the kernel itself matches supplementary groups."""
+class ResolvedPolicy(NamedTuple):
+    """A policy with the members of its groups. ``members`` is None where the kernel matches supplementary groups."""
 
     policy: Policy
     members: Members | None = None
 
 
 def digest(policy: Policy) -> str:
-    """Sixteen hex digits that tell one policy from another; both families carry them."""
+    """16 hexadecimal digits that differ for different policies. The rules of both IP versions have them."""
     import hashlib  # noqa: PLC0415 -- start-up time: no rules are read or written where there is a guard by eBPF
 
-    words = [policy.mode.value, policy.containers.value]
+    fields = [policy.mode.value, policy.containers.value]
     for lock in policy.locks:
-        words += [lock.name, lock.default.value]
-        words += [f"{e.network} {e.tcp} {e.udp}" for e in lock.endpoints]
+        fields += [lock.name, lock.default.value]
+        fields += [f"{e.network} {e.tcp} {e.udp}" for e in lock.endpoints]
         for identities in (lock.allow, lock.deny):
-            words += [repr(sorted(identities.users)), repr(sorted(identities.groups))]
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+            fields += [repr(sorted(identities.users)), repr(sorted(identities.groups))]
+    return hashlib.sha256("\n".join(fields).encode()).hexdigest()[:16]
 
 
-def render(holding: Holding, version: int) -> Chains:
-    """The chains of the IP ``version`` 4 or 6 by name; none when no endpoint is of that version."""
-    policy = holding.policy
+def render(resolved: ResolvedPolicy, version: int) -> Chains:
+    """Chain -> rules for IP ``version`` 4 or 6. Empty when no endpoint is of that version."""
+    policy = resolved.policy
     chains: Chains = {}
     entries = _entries(policy, version)
     if not entries:
@@ -81,25 +81,25 @@ def render(holding: Holding, version: int) -> Chains:
             chains[HEAD].append(Rule(name, goto=True, protocol=protocol.value, syn=syn, comment=header))
             chains[name] = finders
     for number in sorted({number for number, _, _ in entries}):
-        _render_lock(chains, holding, number)
+        _render_lock(chains, resolved, number)
     chains[DENY] = denial(policy.mode, version)
     return chains
 
 
 def lock_chain(number: int) -> str:
-    """The chain of the lock in that place of the policy."""
+    """The name of the chain of a lock, by its position in the policy."""
     return f"{HEAD}-L{number}"
 
 
 def lock_comment(name: str) -> str:
-    """A lock's name in ASCII without quotes or spaces: at most 194 of a comment's 255 octets."""
+    """A lock's name in ASCII without quotes or spaces: at most 194 of a comment's 255 bytes."""
     import urllib.parse  # noqa: PLC0415
 
     return "lock=" + urllib.parse.quote(name, safe="")
 
 
 def _entries(policy: Policy, version: int) -> list[tuple[int, Lock, Endpoint]]:
-    """(number of the lock, lock, endpoint), the most specific first."""
+    """(number of the lock, lock, endpoint), the most specific endpoint first."""
     entries = [
         (number, lock, endpoint)
         for number, lock in enumerate(policy.locks)
@@ -127,7 +127,7 @@ def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) 
 
 
 def denial(mode: Mode, version: int) -> list[Rule]:
-    """What happens to a packet that is denied: rejected at once, or in audit mode told to the kernel log."""
+    """The rules for a packet that is denied: it is rejected at once, or in audit mode written to the kernel log."""
     if mode is Mode.AUDIT:
         return [Rule(LOG)]
     unreachable = "icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"
@@ -137,25 +137,25 @@ def denial(mode: Mode, version: int) -> list[Rule]:
 # --- one lock -------------------------------------------------------------------------------------------------------
 
 
-def _render_lock(chains: Chains, holding: Holding, number: int) -> None:
-    lock = holding.policy.locks[number]
+def _render_lock(chains: Chains, resolved: ResolvedPolicy, number: int) -> None:
+    lock = resolved.policy.locks[number]
     name = lock_chain(number)
     rules = chains[name] = []
     if lock.default is Verdict.ALLOW:
-        # A socket of the kernel itself is on no list and must not profit from that.
+        # A socket of the kernel itself has no owner, so no deny list could stop it.
         rules.append(Rule(DENY, goto=True, ownerless=True))
-    supplementary = holding.members is None
-    denied = _listed_users(holding, lock, "deny", lock.deny)
+    supplementary = resolved.members is None
+    denied = _listed_users(resolved, lock, "deny", lock.deny)
     if len(denied) > FLAT:
-        # -j, since who is not in the tree must come back. In audit mode who is in it comes back too, behind its line
-        # in the log, and may get a second one from a later rule.
+        # -j: packets of users that are not in the tree must come back. In audit mode packets of those in it come back,
+        # too, after a line in the log, and a later rule may log them once more.
         rules.append(Rule(_tree(chains, f"{name}-D", denied, Rule(DENY, goto=True), [])))
     else:
         rules += [_user_rule(users, Rule(DENY, goto=True)) for users in denied]
     rules += [Rule(DENY, goto=True, gids=g, supplementary=supplementary) for g in id_ranges(lock.deny.groups)]
     rules += [Rule(RETURN, gids=g, supplementary=supplementary) for g in id_ranges(lock.allow.groups)]
     default = Rule(DENY, goto=True) if lock.default is Verdict.DENY else Rule(RETURN)
-    allowed = _listed_users(holding, lock, "allow", lock.allow)
+    allowed = _listed_users(resolved, lock, "allow", lock.allow)
     if len(allowed) > FLAT:
         rules.append(Rule(_tree(chains, f"{name}-A", allowed, Rule(RETURN), [default]), goto=True))
     else:
@@ -163,18 +163,18 @@ def _render_lock(chains: Chains, holding: Holding, number: int) -> None:
 
 
 Users = tuple[int, int, str]
-"""First and last uid, and the comment: MEMBER or nothing."""
+"""First and last user ID, and the comment: MEMBER or nothing."""
 
 
-def _listed_users(holding: Holding, lock: Lock, which: str, identities: Identities) -> list[Users]:
-    """Listed users and resolved members in ascending, disjoint ranges. Who is both counts as listed."""
-    members = (holding.members or {}).get((lock.name, which), frozenset()) - identities.users
+def _listed_users(resolved: ResolvedPolicy, lock: Lock, which: str, identities: Identities) -> list[Users]:
+    """Listed users and resolved members in ascending, disjoint ranges. A user that is both counts as listed."""
+    members = (resolved.members or {}).get((lock.name, which), frozenset()) - identities.users
     listed = [(low, high, "") for low, high in id_ranges(identities.users)]
     return sorted(listed + [(low, high, MEMBER) for low, high in id_ranges(members)])
 
 
 def id_ranges(ids: Iterable[int]) -> list[Range]:
-    """The ids as ascending ranges that do not touch."""
+    """The IDs as ascending ranges that do not touch."""
     ranges: list[Range] = []
     for number in sorted(ids):
         if ranges and ranges[-1][1] == number - 1:
@@ -189,7 +189,7 @@ def _user_rule(users: Users, hit: Rule) -> Rule:
 
 
 def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: list[Rule]) -> str:
-    """Adds the chains that lead a uid to the one leaf where it may stand; returns the root's name."""
+    """Adds a search tree: it leads a user ID to the one leaf that may list it. Returns the name of the root."""
     numbers = itertools.count()
 
     def node(part: Sequence[Users]) -> str:
@@ -208,7 +208,7 @@ def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: 
 
 
 def _split(users: Sequence[Users]) -> list[Sequence[Users]]:
-    """At most FAN_OUT parts, of which all but the last fill their leaves."""
+    """At most FAN_OUT parts. The leaves of all but the last are full."""
     size = FAN_OUT
     while size * FAN_OUT < len(users):
         size *= FAN_OUT

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rule of iptables as a value: rendered for iptables-restore, parsed from iptables-save.
 
-Only what our own rules are made of has a place here. Anything else in one of our chains was put there by somebody else.
+Only the matches and targets of our own rules are known here. Any other rule in one of our chains is somebody else's.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Callable, NamedTuple
 from imds_guard.policy.model import Network
 
 Range = tuple[int, int]
-"""Both ends belong to it."""
+"""First and last, inclusive."""
 
 RETURN = "RETURN"
 REJECT = "REJECT"
 LOG = "LOG"
 
 LOG_PREFIX = "imds-guard would deny: "
-"""At most 29 octets: struct xt_log_info in Linux include/uapi/linux/netfilter/xt_LOG.h."""
+"""At most 29 bytes: struct xt_log_info in Linux include/uapi/linux/netfilter/xt_LOG.h."""
 
 
 class ForeignRule(ValueError):
-    """The text is no rule that we would write."""
+    """The text is not one of our rules."""
 
 
 class Rule(NamedTuple):
-    """What a packet must be, and what then happens. ``goto`` tells -g from -j; ``reject_with`` is REJECT's word."""
+    """What a packet must match, and its target: -g with ``goto``, else -j. ``reject_with`` is an option of REJECT."""
 
     target: str
     goto: bool = False
@@ -45,79 +45,79 @@ class Rule(NamedTuple):
 
     def text(self) -> str:
         """The rule as a line of iptables-restore, without its ``-A CHAIN``."""
-        words: list[str] = []
+        arguments: list[str] = []
         if self.destination is not None:
-            words += ["-d", str(self.destination)]
+            arguments += ["-d", str(self.destination)]
         if self.protocol:
-            words += ["-p", self.protocol]
-        words += self._transport_words() + self._owner_words()
+            arguments += ["-p", self.protocol]
+        arguments += self._transport_arguments() + self._owner_arguments()
         if self.comment:
-            words += ["-m comment --comment", f'"{self.comment}"']
-        words += ["-g" if self.goto else "-j", self.target]
+            arguments += ["-m comment --comment", f'"{self.comment}"']
+        arguments += ["-g" if self.goto else "-j", self.target]
         if self.reject_with:
-            words += ["--reject-with", self.reject_with]
+            arguments += ["--reject-with", self.reject_with]
         if self.target == LOG:
-            words += [f'--log-prefix "{LOG_PREFIX}" --log-uid']
-        return " ".join(words)
+            arguments += [f'--log-prefix "{LOG_PREFIX}" --log-uid']
+        return " ".join(arguments)
 
-    def _transport_words(self) -> list[str]:
-        words: list[str] = []
+    def _transport_arguments(self) -> list[str]:
+        arguments: list[str] = []
         if self.syn or self.ports:
-            words += ["-m", self.protocol]
+            arguments += ["-m", self.protocol]
         if self.syn:
-            words += ["--tcp-flags FIN,SYN,RST,ACK SYN"]
+            arguments += ["--tcp-flags FIN,SYN,RST,ACK SYN"]
         if self.ports:
-            words += ["--dport", _range_words(self.ports, ":")]
-        return words
+            arguments += ["--dport", _range_text(self.ports, ":")]
+        return arguments
 
-    def _owner_words(self) -> list[str]:
-        words: list[str] = []
+    def _owner_arguments(self) -> list[str]:
+        arguments: list[str] = []
         if self.ownerless:
-            words += ["-m owner ! --uid-owner", _range_words(EVERY_UID, "-")]
+            arguments += ["-m owner ! --uid-owner", _range_text(EVERY_UID, "-")]
         if self.uids:
-            words += ["-m owner --uid-owner", _range_words(self.uids, "-")]
+            arguments += ["-m owner --uid-owner", _range_text(self.uids, "-")]
         if self.gids:
-            words += ["-m owner --gid-owner", _range_words(self.gids, "-")]
+            arguments += ["-m owner --gid-owner", _range_text(self.gids, "-")]
         if self.supplementary:
-            words += ["--suppl-groups"]
-        return words
+            arguments += ["--suppl-groups"]
+        return arguments
 
 
 EVERY_UID: Range = (0, 0xFFFFFFFE)
-"""``! --uid-owner`` of it matches the packets that no open file stands for (a kernel socket), and no others.
+"""``! --uid-owner`` with this range matches packets of sockets without an open file (of the kernel), and no others.
 
 Source: owner_mt() in Linux net/netfilter/xt_owner.c, "if (filp == NULL)".
 """
 
 
-def _range_words(range_: Range, dash: str) -> str:
+def _range_text(range_: Range, separator: str) -> str:
     low, high = range_
-    return str(low) if low == high else f"{low}{dash}{high}"
+    return str(low) if low == high else f"{low}{separator}{high}"
 
 
 # --- from iptables-save ---------------------------------------------------------------------------------------------
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule that a line of iptables-save stands for, after its ``-A CHAIN``. Raises ForeignRule."""
+    """The rule in a line of iptables-save, after its ``-A CHAIN``. Raises ForeignRule."""
     try:
-        words = shlex.split(text)
+        arguments = shlex.split(text)
     except ValueError as error:
         raise ForeignRule(text) from error
     rule = Rule(target="")
-    while words:
-        word = words.pop(0)
-        if word == "!":
-            rule, words = _inverted(rule, words, text)
-        elif word in ("--suppl-groups", "--log-uid"):
-            rule = rule._replace(supplementary=rule.supplementary or word == "--suppl-groups")
-        elif word in _OPTIONS and words:
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "!":
+            rule, arguments = _inverted(rule, arguments, text)
+        elif argument in ("--suppl-groups", "--log-uid"):
+            rule = rule._replace(supplementary=rule.supplementary or argument == "--suppl-groups")
+        elif argument in _OPTIONS and arguments:
             try:
-                rule = _OPTIONS[word](rule, words.pop(0))
+                rule = _OPTIONS[argument](rule, arguments.pop(0))
             except ValueError as error:
                 raise ForeignRule(text) from error
-        elif word == "--tcp-flags" and len(words) >= 2:
-            if set(words.pop(0).split(",")) != {"FIN", "SYN", "RST", "ACK"} or words.pop(0) != "SYN":
+        elif argument == "--tcp-flags" and len(arguments) >= 2:
+            if set(arguments.pop(0).split(",")) != {"FIN", "SYN", "RST", "ACK"} or arguments.pop(0) != "SYN":
                 raise ForeignRule(text)
             rule = rule._replace(syn=True)
         else:
@@ -125,40 +125,40 @@ def parse_rule(text: str) -> Rule:
     return rule
 
 
-def _inverted(rule: Rule, words: list[str], text: str) -> tuple[Rule, list[str]]:
-    if words[:2] != ["--uid-owner", _range_words(EVERY_UID, "-")]:
+def _inverted(rule: Rule, arguments: list[str], text: str) -> tuple[Rule, list[str]]:
+    if arguments[:2] != ["--uid-owner", _range_text(EVERY_UID, "-")]:
         raise ForeignRule(text)
-    return rule._replace(ownerless=True), words[2:]
+    return rule._replace(ownerless=True), arguments[2:]
 
 
-def _match_name(rule: Rule, word: str) -> Rule:
-    if word not in ("tcp", "udp", "owner", "comment"):
-        raise ValueError(word)
+def _match_name(rule: Rule, argument: str) -> Rule:
+    if argument not in ("tcp", "udp", "owner", "comment"):
+        raise ValueError(argument)
     return rule
 
 
-def _log_prefix(rule: Rule, word: str) -> Rule:
-    if word.strip() != LOG_PREFIX.strip():
-        raise ValueError(word)
+def _log_prefix(rule: Rule, argument: str) -> Rule:
+    if argument.strip() != LOG_PREFIX.strip():
+        raise ValueError(argument)
     return rule
 
 
-def _parse_range(word: str, dash: str, highest: int) -> Range:
-    low, found, high = word.partition(dash)
+def _parse_range(argument: str, separator: str, highest: int) -> Range:
+    low, found, high = argument.partition(separator)
     first = int(low or "0")
     return (first, int(high or str(highest)) if found else first)
 
 
 _OPTIONS: dict[str, Callable[[Rule, str], Rule]] = {
-    "-d": lambda rule, word: rule._replace(destination=ipaddress.ip_network(word)),
-    "-p": lambda rule, word: rule._replace(protocol=word),
+    "-d": lambda rule, argument: rule._replace(destination=ipaddress.ip_network(argument)),
+    "-p": lambda rule, argument: rule._replace(protocol=argument),
     "-m": _match_name,
-    "--dport": lambda rule, word: rule._replace(ports=_parse_range(word, ":", 65535)),
-    "--uid-owner": lambda rule, word: rule._replace(uids=_parse_range(word, "-", EVERY_UID[1])),
-    "--gid-owner": lambda rule, word: rule._replace(gids=_parse_range(word, "-", EVERY_UID[1])),
-    "--comment": lambda rule, word: rule._replace(comment=word),
-    "-j": lambda rule, word: rule._replace(target=word),
-    "-g": lambda rule, word: rule._replace(target=word, goto=True),
-    "--reject-with": lambda rule, word: rule._replace(reject_with=word),
+    "--dport": lambda rule, argument: rule._replace(ports=_parse_range(argument, ":", 65535)),
+    "--uid-owner": lambda rule, argument: rule._replace(uids=_parse_range(argument, "-", EVERY_UID[1])),
+    "--gid-owner": lambda rule, argument: rule._replace(gids=_parse_range(argument, "-", EVERY_UID[1])),
+    "--comment": lambda rule, argument: rule._replace(comment=argument),
+    "-j": lambda rule, argument: rule._replace(target=argument),
+    "-g": lambda rule, argument: rule._replace(target=argument, goto=True),
+    "--reject-with": lambda rule, argument: rule._replace(reject_with=argument),
     "--log-prefix": _log_prefix,
 }

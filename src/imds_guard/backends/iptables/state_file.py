@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file that says which rules should be in force in this network namespace, and the lock that our commands take.
+"""A file that says which rules should be in force in this network namespace, and the lock of our commands.
 
-Someone's ``iptables -F; iptables -X`` leaves nothing in the kernel that could tell that anything is missing.
+After someone's ``iptables -F; iptables -X`` nothing in the kernel shows that rules are missing.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ STATE_FOLDER = FOLDER
 _SO_NETNS_COOKIE = 71
 
 
-class Record:
-    """The record of the network namespace that the calling thread is in; ``kind`` is the first word of its name."""
+class StateFile:
+    """The file of the network namespace that the calling thread is in. Its name begins with ``kind``."""
 
     def __init__(self, folder: str = STATE_FOLDER, kind: str = "iptables") -> None:
         self.folder = folder
         self.kind = kind
 
     def read(self) -> str:
-        """The word that was written; "" when there is no record."""
+        """The text that was written. "" when there is no file."""
         try:
             with open(self._path(), encoding="ascii") as file:
                 return file.read().strip()
@@ -39,38 +39,41 @@ class Record:
         except OSError as error:
             raise GuardError(f"could not read {self._path()}: {system_text(error)}") from error
 
-    def write(self, word: str) -> None:
-        """Notes what is to be in force. Comes before the first rule."""
-        with _told("could not write", self._path()):
+    def write(self, text: str) -> None:
+        """Says what should be in force. Must come before the first rule. With "" the file is removed."""
+        if not text:
+            self.remove()
+            return
+        with _explained("could not write", self._path()):
             os.makedirs(self.folder, 0o700, exist_ok=True)
             try:
-                with open(self._beside(), "w", encoding="ascii") as file:
-                    file.write(word + "\n")
-                os.replace(self._beside(), self._path())
+                with open(self._temporary(), "w", encoding="ascii") as file:
+                    file.write(text + "\n")
+                os.replace(self._temporary(), self._path())
             except OSError:
                 with contextlib.suppress(OSError):
-                    os.unlink(self._beside())
+                    os.unlink(self._temporary())
                 raise
 
     def remove(self) -> None:
-        """Notes that nothing is to be in force. Comes behind the last rule."""
-        for path in (self._beside(), self._path()):  # a command that was killed may have left the first
-            with _told("could not remove", path), contextlib.suppress(FileNotFoundError):
+        """Says that nothing should be in force. Must come after the last rule is gone."""
+        for path in (self._temporary(), self._path()):  # a command that was killed may have left the first
+            with _explained("could not remove", path), contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
     def locked(self) -> AbstractContextManager[None]:
-        """One command of ours at a time reads and changes rules; another one waits."""
+        """One command of ours at a time reads and changes rules. Another one waits."""
         return exclusive(self.kind)
 
-    def _beside(self) -> str:
+    def _temporary(self) -> str:
         return self._path() + ".new"
 
     def _path(self) -> str:
-        return os.path.join(self.folder, f"{self.kind}-{namespace_word()}")
+        return os.path.join(self.folder, f"{self.kind}-{_namespace_id()}")
 
 
-def namespace_word() -> str:
-    """A word that no other network namespace of this boot has, or, before Linux 5.14, none that lives now."""
+def _namespace_id() -> str:
+    """Unique among all network namespaces of this boot. Before Linux 5.14: among those that exist now."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         (cookie,) = struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))
         return f"netns-{cookie}"
@@ -78,7 +81,7 @@ def namespace_word() -> str:
 
 
 @contextlib.contextmanager
-def _told(what: str, path: str) -> Iterator[None]:
+def _explained(what: str, path: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
