@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``imds-guard report`` and ``imds-guard metrics``: what they say, and that it can be used as it is."""
+"""``imds-guard report`` and ``imds-guard metrics``. The commands and the configuration that they print work."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ def guard() -> Iterator[Guard]:
         yield one
 
 
-def start(guard: Guard, *words: str) -> None:
-    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6, *words)
+def start(guard: Guard, *options: str) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6, *options)
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
 def test_audit_first_then_enforce(guard: Guard) -> None:
-    """Nobody is denied; the report's commands let in whom it names; then it is enforced, and they get through."""
+    """In audit mode nobody is denied. The users that the report's commands allow get through in enforce mode."""
     start(guard, "--mode", "audit")
     for _ in range(3):
         assert guard.reach(STRANGER, SERVICE) == "connected"
@@ -67,7 +67,7 @@ def test_audit_first_then_enforce(guard: Guard) -> None:
         (TWO, 1, "not-listed"),
     ]
     commands = [shlex.split(one["command"]) for one in found["allow"]]
-    assert [words[:4] for words in commands] == [
+    assert [arguments[:4] for arguments in commands] == [
         ["imds-guard", "allow", "--user", str(STRANGER)],
         ["imds-guard", "allow", "--user", str(TWO)],
     ]
@@ -77,7 +77,7 @@ def test_audit_first_then_enforce(guard: Guard) -> None:
     assert [guard.reach(uid, SERVICE) for uid in (ONE, STRANGER, TWO)] == ["connected", "connected", "EPERM"]
 
 
-def test_its_configuration_can_be_started_as_it_is(guard: Guard, tmp_path: Path) -> None:
+def test_the_configuration_of_a_report_can_be_started(guard: Guard, tmp_path: Path) -> None:
     start(guard)
     for uid, to in ((STRANGER, SERVICE), (TWO, SERVICE_V6)):
         assert guard.reach(uid, to) == "EPERM"
@@ -89,7 +89,7 @@ def test_its_configuration_can_be_started_as_it_is(guard: Guard, tmp_path: Path)
     assert [guard.reach(uid, SERVICE) for uid in (ONE, STRANGER, TWO, 0)] == ["connected"] * 3 + ["EPERM"]
 
 
-def test_a_row_has_the_first_address_and_command_and_both_times(guard: Guard) -> None:
+def test_a_row_has_the_first_destination_and_the_first_and_last_time(guard: Guard) -> None:
     start(guard)
     before = time.time()
     guard.reach(STRANGER, SERVICE_V6, 443)
@@ -115,26 +115,26 @@ def test_a_change_of_policy_begins_a_new_report(guard: Guard) -> None:
     assert "nobody yet" in guard("report").answer
 
 
-def test_locks_with_lists_of_their_own_get_commands_of_their_own(guard: Guard) -> None:
-    """Each opens the lock that was asked for, and not the other."""
+def test_locks_with_different_allowlists_get_a_command_each(guard: Guard) -> None:
+    """A command lets its user through one lock, and not through the other."""
     guard.start("--user", str(ONE), "--ip", SERVICE)
-    assert imds_guard_lockdown(guard, NEIGHBOUR, str(TWO)).status == 0
+    assert ip_lockdown(guard, NEIGHBOUR, str(TWO)).status == 0
     assert [guard.reach(STRANGER, to) for to in (SERVICE, NEIGHBOUR)] == ["EPERM"] * 2
     assert guard.reach(ONE, NEIGHBOUR) == "EPERM"
     commands = [shlex.split(one["command"])[1:] for one in guard("report", "--json").values["allow"]]
     assert len(commands) == 3
-    (words,) = [words for words in commands if str(ONE) in words]
-    assert NEIGHBOUR in " ".join(words)
-    assert imds_guard_command(*words).status == 0
+    (arguments,) = [arguments for arguments in commands if str(ONE) in arguments]
+    assert NEIGHBOUR in " ".join(arguments)
+    assert imds_guard_command(*arguments).status == 0
     assert guard.reach(ONE, NEIGHBOUR) == "connected"
     assert guard.reach(STRANGER, NEIGHBOUR) == "EPERM"
 
 
-def imds_guard_lockdown(guard: Guard, *words: str) -> command.Result:
-    return command.run(argv((*words, "--cgroup", guard.sandbox.cgroup), entry="ip_lockdown"))
+def ip_lockdown(guard: Guard, *arguments: str) -> command.Result:
+    return command.run(argv((*arguments, "--cgroup", guard.sandbox.cgroup), entry="ip_lockdown"))
 
 
-def test_whom_no_allowlist_helps_gets_a_note_and_no_command(guard: Guard) -> None:
+def test_a_user_on_a_deny_list_gets_a_note_and_no_command(guard: Guard) -> None:
     guard.start("--user", str(ONE), "--deny-user", str(TWO), "--ip", SERVICE)
     guard.reach(TWO, SERVICE)
     found = guard("report", "--json").values
@@ -143,15 +143,15 @@ def test_whom_no_allowlist_helps_gets_a_note_and_no_command(guard: Guard) -> Non
     assert found["notes"] == ["denied-user: take the user off the deny list"]
 
 
-def test_names_of_callers_are_shown_safely(guard: Guard) -> None:
-    def ask() -> None:
+def test_the_names_of_callers_are_safe_to_print(guard: Guard) -> None:
+    def connect() -> None:
         become(uids=(STRANGER,) * 3, gids=(51_999,) * 3, groups=())
         ctypes.CDLL(None).prctl(15, b"\x1b[2J\nx", 0, 0, 0)  # PR_SET_NAME
         with socket.socket() as client:
             client.connect_ex((SERVICE, 80))
 
     start(guard)
-    guard.sandbox.call(ask)
+    guard.sandbox.call(connect)
     assert guard("report", "--json").values["rows"][0]["comm"] == "\\x1b[2J\\x0ax"
     assert "\\x1b[2J\\x0ax" in guard("report").answer
 
@@ -161,7 +161,7 @@ def test_without_a_guard_there_is_no_report(guard: Guard) -> None:
 
 
 def on_a_terminal(guard: Guard, environment: dict[str, str]) -> tuple[str, int]:
-    """What ``report`` prints on a terminal of 80 columns, and its exit status."""
+    """The output of ``report`` on a terminal of 80 columns, and its exit status."""
     ours, theirs = pty.openpty()
     subprocess.run(["stty", "cols", "80", "rows", "25"], stdin=theirs, check=True)
     base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
@@ -206,7 +206,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def samples(text: str) -> Samples:
-    """(name, labels) -> value, by the library's own parser."""
+    """(name, labels) -> value, parsed by prometheus_client."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
@@ -215,11 +215,11 @@ def samples(text: str) -> Samples:
 
 
 def of(found: Samples, name: str, **labels: str) -> float:
-    """One sample."""
+    """The value of one sample."""
     return found[f"imds_guard_{name}", tuple(sorted(labels.items()))]
 
 
-def test_metrics_where_nothing_runs(guard: Guard) -> None:
+def test_metrics_without_a_guard(guard: Guard) -> None:
     found = samples(guard("metrics").answer)
     assert (of(found, "active"), of(found, "degraded")) == (0, 0)
     assert of(found, "info", version=__version__, backend="none", programs="") == 1
@@ -250,7 +250,7 @@ def test_metrics_of_audit_mode(guard: Guard) -> None:
     assert of(found, "decisions_total", reason="not-listed", outcome="denied") == 0
 
 
-def test_metrics_of_a_guard_that_lost_a_hook(guard: Guard) -> None:
+def test_metrics_of_a_guard_without_one_of_its_hooks(guard: Guard) -> None:
     start(guard)
     os.unlink(os.path.join(folder_of(guard.sandbox.cgroup).path, "link_connect4"))
     deadline = time.monotonic() + PATIENCE_S
@@ -259,7 +259,7 @@ def test_metrics_of_a_guard_that_lost_a_hook(guard: Guard) -> None:
     assert of(samples(guard("metrics").answer), "hook_attached", hook="connect4") == 0
 
 
-def test_metrics_have_the_cost_of_hooks_while_the_kernel_counts_it(guard: Guard) -> None:
+def test_metrics_have_the_run_times_of_hooks_while_the_kernel_counts_them(guard: Guard) -> None:
     start(guard)
     assert not any("hook_runs" in name for name, _ in samples(guard("metrics").answer))
     statistics = bpf.enable_run_statistics()
@@ -273,7 +273,7 @@ def test_metrics_have_the_cost_of_hooks_while_the_kernel_counts_it(guard: Guard)
     assert 0 < of(found, "hook_seconds_total", hook="connect4") < 1
 
 
-def test_a_textfile_is_replaced_in_one_step_and_everybody_may_read_it(guard: Guard, tmp_path: Path) -> None:
+def test_a_textfile_is_replaced_in_one_step_and_readable_for_everyone(guard: Guard, tmp_path: Path) -> None:
     start(guard)
     path = tmp_path / "imds-guard.prom"
     path.write_text("old")
@@ -285,7 +285,7 @@ def test_a_textfile_is_replaced_in_one_step_and_everybody_may_read_it(guard: Gua
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
 
 
-def test_a_textfile_that_can_not_be_written_is_an_error_and_leaves_nothing(guard: Guard, tmp_path: Path) -> None:
+def test_a_textfile_that_cannot_be_written_is_an_error_and_leaves_no_file(guard: Guard, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "absent" / "x.prom", tmp_path / "folder"):
         done = guard("metrics", "--textfile", str(path))
@@ -294,7 +294,7 @@ def test_a_textfile_that_can_not_be_written_is_an_error_and_leaves_nothing(guard
     assert [one.name for one in tmp_path.iterdir()] == ["folder"]
 
 
-def test_without_the_library_it_says_what_to_install(guard: Guard) -> None:
+def test_without_prometheus_client_the_error_names_the_package(guard: Guard) -> None:
     code = "import sys; sys.modules['prometheus_client'] = None"
     done = command.run(argv(guard.words("metrics"), before=code))
     assert done.status == 69
@@ -306,15 +306,15 @@ def test_without_the_library_it_says_what_to_install(guard: Guard) -> None:
 
 @pytest.fixture(scope="module")
 def under_iptables() -> dict[str, command.Result]:
-    """What each command says where iptables enforces: in a namespace, with a /run/imds-guard of its own."""
+    """The results of the commands under iptables, in a namespace with its own /run/imds-guard."""
 
     def inside() -> dict[str, command.Result]:
         places.with_own_run_folder()
         places.forbid_attaching()
         who = ("--user", str(ONE), "--ip", SERVICE, "--backend", "iptables", "--forwarded", "leave")
         started = imds_guard_command("start", *who)
-        words = {"watch": ("--once",), "report": (), "metrics": ()}
-        return {"start": started, **{name: imds_guard_command(name, *more) for name, more in words.items()}}
+        options = {"watch": ("--once",), "report": (), "metrics": ()}
+        return {"start": started, **{name: imds_guard_command(name, *more) for name, more in options.items()}}
 
     with Sandbox((SERVICE,)) as sandbox:
         found = sandbox.call(inside, timeout_s=4 * PATIENCE_S)
@@ -323,7 +323,7 @@ def under_iptables() -> dict[str, command.Result]:
 
 
 @pytest.mark.parametrize(("name", "doing"), [("watch", "watching denials"), ("report", "reading the report")])
-def test_iptables_tells_nobody_whom_it_refuses(
+def test_watch_and_report_are_unsupported_under_iptables(
     under_iptables: dict[str, command.Result], name: str, doing: str
 ) -> None:
     assert under_iptables[name].status == 69

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``imds-guard watch``: what it tells of denials, whom, and what it survives."""
+"""``imds-guard watch``: the events that it prints, its followers, and changes of the guard meanwhile."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def guard() -> Iterator[Guard]:
         yield one
 
 
-def start(guard: Guard, *words: str) -> None:
-    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6, *words)
+def start(guard: Guard, *options: str) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6, *options)
 
 
 def logs_allowed(guard: Guard) -> bool:
-    """What the hooks are told in the kernel."""
+    """Whether the hooks report allowed connects."""
     fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, "watch"))
     try:
         return bool(struct.unpack("=I", bpf.map_lookup(fd, bytes(4), abi.WATCH.size) or b"")[0])
@@ -47,8 +47,8 @@ def logs_allowed(guard: Guard) -> bool:
         os.close(fd)
 
 
-def ask_often(guard: Guard, times: int, ports: int = 1) -> None:
-    """So many denied connects of one process, to so many ports in turn."""
+def connect_often(guard: Guard, times: int, ports: int = 1) -> None:
+    """Denied connects of one process, to this many ports in turn."""
 
     def run() -> None:
         become(uids=(STRANGER,) * 3, gids=(GID,) * 3, groups=())
@@ -60,19 +60,19 @@ def ask_often(guard: Guard, times: int, ports: int = 1) -> None:
 
 
 def socket_of(guard: Guard) -> Path:
-    """Where followers of this guard's watch come to."""
+    """The socket for followers of this guard's watch."""
     return Path(lockfile.FOLDER, f"watch-{folder_of(guard.sandbox.cgroup).name}.sock")
 
 
-# --- what it tells --------------------------------------------------------------------------------------------------
+# --- events ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_denial_is_told_with_everything_about_its_caller(guard: Guard) -> None:
+def test_a_denial_is_printed_with_its_caller(guard: Guard) -> None:
     start(guard)
     with watch(guard) as one:
         one.event("began")
         assert guard.reach(STRANGER, SERVICE, gid=GID, groups=(7, 8)) == "EPERM"
-        told = one.event("denied")
+        event = one.event("denied")
     expected = {
         "address": SERVICE,
         "port": 80,
@@ -89,31 +89,31 @@ def test_a_denial_is_told_with_everything_about_its_caller(guard: Guard) -> None
         "cgroup": "/" + os.path.basename(guard.sandbox.cgroup),
         "cgroup_id": os.stat(guard.sandbox.cgroup).st_ino,
     }
-    assert {key: told[key] for key in expected} == expected
-    assert told["pid"] > 1
-    assert told["netns_cookie"] > 1
+    assert {key: event[key] for key in expected} == expected
+    assert event["pid"] > 1
+    assert event["netns_cookie"] > 1
 
 
-def test_the_program_of_a_caller_that_is_still_there_is_named(guard: Guard) -> None:
+def test_the_program_of_a_running_caller_is_printed(guard: Guard) -> None:
     start(guard)
     with watch(guard) as one:
         one.event("began")
 
-        def ask_and_stay() -> None:
+        def connect_and_wait() -> None:
             become(uids=(STRANGER,) * 3, gids=(GID,) * 3, groups=())
             with socket.socket() as client:
                 client.connect_ex((SERVICE, 80))
             signal.pause()
 
-        pid = guard.sandbox.spawn(ask_and_stay)
-        told = one.event("denied")
-        assert (told["pid"], told["exe"]) == (pid, os.path.realpath("/proc/self/exe"))
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").strip()
-        assert told["cmdline"][:512] == words[:512]
+        pid = guard.sandbox.spawn(connect_and_wait)
+        event = one.event("denied")
+        assert (event["pid"], event["exe"]) == (pid, os.path.realpath("/proc/self/exe"))
+        command_line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ").strip()
+        assert event["cmdline"][:512] == command_line[:512]
 
 
-def test_a_denial_before_the_watch_is_told_too_and_one_that_was_told_is_not_told_again(guard: Guard) -> None:
-    """The buffer is the kernel's: it fills before a service runs."""
+def test_a_denial_before_the_watch_is_printed_once(guard: Guard) -> None:
+    """The ring buffer fills while no watch runs."""
     start(guard)
     guard.reach(STRANGER, SERVICE)
     with watch(guard) as one:
@@ -125,15 +125,15 @@ def test_a_denial_before_the_watch_is_told_too_and_one_that_was_told_is_not_told
         assert again.event("denied")["uid"] == TWO
 
 
-def test_audit_mode_is_told_as_such(guard: Guard) -> None:
+def test_a_denial_in_audit_mode_is_an_audited_event(guard: Guard) -> None:
     start(guard, "--mode", "audit")
     with watch(guard) as one:
         assert guard.reach(STRANGER, SERVICE) == "connected"
         assert one.event("audited", "denied")["event"] == "audited"
 
 
-def test_what_would_have_helped_comes_from_the_policy_in_the_kernel(guard: Guard) -> None:
-    """A group of the lock, by its name; who has no account can't be put into one."""
+def test_would_allow_comes_from_the_policy_in_the_kernel(guard: Guard) -> None:
+    """It names a group of the lock, but not for a user without an account, who can't be put into a group."""
     guard.start("--group", "daemon", "--deny-user", str(TWO), "--ip", SERVICE)
     with watch(guard) as one:
         guard.reach(STRANGER, SERVICE, gid=GID)
@@ -141,11 +141,11 @@ def test_what_would_have_helped_comes_from_the_policy_in_the_kernel(guard: Guard
         guard.reach(0, SERVICE, gid=GID)
         assert one.event("denied", uid=STRANGER)["would_allow"] == f"imds-guard allow --user {STRANGER}"
         assert one.event("denied", uid=TWO)["would_allow"] == f"take user {TWO} off the deny list"
-        wanted = "add root to group daemon, or imds-guard allow --user root"
-        assert one.event("denied", uid=0)["would_allow"] == wanted
+        expected = "add root to group daemon, or imds-guard allow --user root"
+        assert one.event("denied", uid=0)["would_allow"] == expected
 
 
-def test_for_people_it_is_one_line_of_key_and_value(guard: Guard) -> None:
+def test_without_json_an_event_is_a_line_of_key_value(guard: Guard) -> None:
     start(guard)
     with watch(guard, as_json=False) as one:
         guard.reach(STRANGER, SERVICE_V6)
@@ -155,11 +155,11 @@ def test_for_people_it_is_one_line_of_key_and_value(guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_nothing_that_a_caller_calls_itself_reaches_the_terminal_as_it_is(guard: Guard, as_json: bool) -> None:
-    """Its name ends a line, clears the screen, turns the direction of writing, and is not UTF-8."""
+def test_the_name_of_a_caller_is_safe_to_print(guard: Guard, as_json: bool) -> None:
+    """The name ends a line, clears the screen, reverses the direction of the text, and is not UTF-8."""
     name = b"\n\x1b[2J\xe2\x80\xae\xff x"
 
-    def ask() -> None:
+    def connect() -> None:
         become(uids=(STRANGER,) * 3, gids=(GID,) * 3, groups=())
         ctypes.CDLL(None).prctl(15, name, 0, 0, 0)  # PR_SET_NAME
         with socket.socket() as client:
@@ -167,7 +167,7 @@ def test_nothing_that_a_caller_calls_itself_reaches_the_terminal_as_it_is(guard:
 
     start(guard)
     with watch(guard, as_json=as_json) as one:
-        guard.sandbox.call(ask)
+        guard.sandbox.call(connect)
         line = one.until(lambda line: line.get("uid") == STRANGER or f"uid={STRANGER}" in line.get("line", ""))
     if as_json:
         assert line["comm"] == "\n\x1b[2J\u202e\\xff x"
@@ -180,34 +180,34 @@ def test_nothing_that_a_caller_calls_itself_reaches_the_terminal_as_it_is(guard:
 # --- floods ---------------------------------------------------------------------------------------------------------
 
 
-def test_denials_that_are_alike_are_one_line_and_a_count_and_none_is_missing(guard: Guard) -> None:
+def test_similar_denials_are_one_line_with_a_count_and_none_is_missing(guard: Guard) -> None:
     start(guard)
     with watch(guard) as one:
         one.event("began")
-        ask_often(guard, 20_000)
+        connect_often(guard, 20_000)
         assert one.end() == 0
     assert one.counted("denied", "left-out", "lost") == 20_000
-    told = [line for line in one.seen if line["event"] == "denied"]
-    assert 1 <= len(told) <= 2
-    assert {line["processes"] for line in told} == {1}
+    lines = [line for line in one.seen if line["event"] == "denied"]
+    assert 1 <= len(lines) <= 2
+    assert {line["processes"] for line in lines} == {1}
 
 
-def test_at_most_a_hundred_lines_come_in_a_second_and_the_rest_is_counted(guard: Guard) -> None:
-    """Of 5,000 destinations."""
+def test_a_second_has_at_most_a_hundred_lines_and_the_other_denials_are_counted(guard: Guard) -> None:
+    """The denials go to 5,000 destinations."""
     start(guard)
     with watch(guard) as one:
         one.event("began")
-        ask_often(guard, 5_000, ports=5_000)
+        connect_often(guard, 5_000, ports=5_000)
         assert one.end() == 0
     assert one.counted("denied", "left-out", "lost") == 5_000
-    assert len([line for line in one.seen if line["event"] == "denied"]) <= 200  # it ran for a second and a bit
+    assert len([line for line in one.seen if line["event"] == "denied"]) <= 200  # it takes little more than a second
     assert one.counted("left-out") > 4_000
 
 
-def test_what_found_no_room_before_there_was_a_watch_is_counted(guard: Guard) -> None:
-    """The buffer keeps the oldest; the count is the kernel's."""
+def test_records_lost_before_the_watch_are_counted(guard: Guard) -> None:
+    """A full ring buffer keeps its oldest records. The kernel counts the others."""
     start(guard)
-    ask_often(guard, 20_000)
+    connect_often(guard, 20_000)
     with watch(guard, "--once") as one:
         assert one.wait() == 0
     assert one.event("lost")["before_this_watch"] is True
@@ -215,22 +215,22 @@ def test_what_found_no_room_before_there_was_a_watch_is_counted(guard: Guard) ->
     assert one.counted("denied", "left-out", "lost") == 20_000
 
 
-# --- what is let through --------------------------------------------------------------------------------------------
+# --- allowed connects ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_let_through_is_told_when_asked_for_and_only_while_it_is(guard: Guard) -> None:
+def test_allowed_connects_are_reported_only_while_a_watch_asks_for_them(guard: Guard) -> None:
     start(guard)
     with watch(guard, "--all") as one:
         one.event("began")
         assert logs_allowed(guard)
         assert guard.reach(ONE, SERVICE) == "connected"
-        told = one.event("allowed")
-        assert (told["uid"], told["reason"], told.get("would_allow")) == (ONE, "allowed-user", None)
+        event = one.event("allowed")
+        assert (event["uid"], event["reason"], event.get("would_allow")) == (ONE, "allowed-user", None)
         assert one.end(signal.SIGINT) == 0
     assert not logs_allowed(guard)
 
 
-def test_after_a_kill_the_next_watch_switches_it_off(guard: Guard) -> None:
+def test_the_next_watch_after_a_killed_one_switches_off_reports_of_allowed_connects(guard: Guard) -> None:
     start(guard)
     with watch(guard, "--all") as one:
         one.event("began")
@@ -245,14 +245,14 @@ def test_after_a_kill_the_next_watch_switches_it_off(guard: Guard) -> None:
         assert again.counted("allowed") == 0
 
 
-# --- one reader, many followers -------------------------------------------------------------------------------------
+# --- one leader, many followers --------------------------------------------------------------------------------------
 
 
-def test_a_second_watch_tells_the_same_and_takes_over_when_the_first_is_killed(guard: Guard) -> None:
+def test_a_follower_prints_the_same_events_and_takes_the_place_of_a_killed_leader(guard: Guard) -> None:
     start(guard)
     with ExitStack() as several:
         first = several.enter_context(watch(guard))
-        first.event("began")  # only now: the one that comes first reads
+        first.event("began")  # the first one must be the leader
         second = several.enter_context(watch(guard))
         follow(guard, second)
         guard.reach(TWO, SERVICE)
@@ -266,7 +266,7 @@ def test_a_second_watch_tells_the_same_and_takes_over_when_the_first_is_killed(g
 
 
 def follow(guard: Guard, *followers: Watch) -> None:
-    """Returns when each follower is told of denials: of one more each time, until it is."""
+    """Returns when each follower has printed a denial. It causes one denial after another until then."""
     for follower in followers:
         user = 43_000
         while not any(line["event"] == "denied" for line in follower.seen):
@@ -278,7 +278,7 @@ def follow(guard: Guard, *followers: Watch) -> None:
                 continue
 
 
-def test_a_follower_may_ask_for_what_is_let_through_without_the_first_telling_of_it(guard: Guard) -> None:
+def test_a_follower_can_ask_for_allowed_connects_that_the_leader_does_not_print(guard: Guard) -> None:
     start(guard)
     with watch(guard) as first:
         first.event("began")
@@ -294,18 +294,18 @@ def test_a_follower_may_ask_for_what_is_let_through_without_the_first_telling_of
         assert first.counted("allowed") == 0
 
 
-def test_a_follower_that_does_not_read_holds_nobody_up(guard: Guard) -> None:
+def test_a_follower_that_does_not_read_blocks_nobody(guard: Guard) -> None:
     start(guard)
     with watch(guard) as first, socket.socket(socket.AF_UNIX) as idle:
         first.event("began")
         idle.connect(str(socket_of(guard)))
-        ask_often(guard, 20_000, ports=3_000)
+        connect_often(guard, 20_000, ports=3_000)
         guard.reach(TWO, SERVICE)
         assert first.end() == 0
     assert first.counted("denied", "left-out", "lost") == 20_001
 
 
-def test_only_root_can_come_to_the_socket(guard: Guard) -> None:
+def test_only_root_can_connect_to_the_socket(guard: Guard) -> None:
     start(guard)
     with watch(guard) as one:
         one.event("began")
@@ -316,10 +316,10 @@ def test_only_root_can_come_to_the_socket(guard: Guard) -> None:
     assert not path.exists()
 
 
-# --- the guard changes under it -------------------------------------------------------------------------------------
+# --- changes of the guard --------------------------------------------------------------------------------------------
 
 
-def test_a_change_of_policy_goes_on_with_the_new_names(guard: Guard) -> None:
+def test_after_a_change_of_policy_the_new_lock_is_named(guard: Guard) -> None:
     start(guard)
     with watch(guard) as one:
         one.event("began")
@@ -330,7 +330,7 @@ def test_a_change_of_policy_goes_on_with_the_new_names(guard: Guard) -> None:
         assert one.event("denied", uid=TWO)["lock"] != "default"
 
 
-def test_it_waits_for_a_guard_and_goes_on_after_stop_and_start(guard: Guard) -> None:
+def test_it_waits_for_a_guard_and_survives_stop_and_start(guard: Guard) -> None:
     with watch(guard) as one:
         assert one.event("waiting")["waits_for"] == "imds-guard start"
         start(guard)
@@ -345,7 +345,7 @@ def test_it_waits_for_a_guard_and_goes_on_after_stop_and_start(guard: Guard) -> 
         assert one.end() == 0
 
 
-def test_all_is_asked_of_a_new_guard_too(guard: Guard) -> None:
+def test_a_new_guard_reports_allowed_connects_too(guard: Guard) -> None:
     with watch(guard, "--all") as one:
         one.event("waiting")
         start(guard)
@@ -354,10 +354,10 @@ def test_all_is_asked_of_a_new_guard_too(guard: Guard) -> None:
         one.event("allowed", uid=ONE)
 
 
-# --- how it begins and ends -----------------------------------------------------------------------------------------
+# --- start and end ---------------------------------------------------------------------------------------------------
 
 
-def test_a_service_manager_is_told_when_it_reads(guard: Guard, tmp_path: Path) -> None:
+def test_it_notifies_the_service_manager(guard: Guard, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         manager.settimeout(PATIENCE_S)
@@ -367,7 +367,7 @@ def test_a_service_manager_is_told_when_it_reads(guard: Guard, tmp_path: Path) -
             assert one.errors == b""
 
 
-def test_it_ends_when_nobody_reads_what_it_prints(guard: Guard) -> None:
+def test_it_ends_when_its_reader_is_gone(guard: Guard) -> None:
     start(guard)
     with watch(guard) as one:
         one.event("began")
@@ -376,7 +376,7 @@ def test_it_ends_when_nobody_reads_what_it_prints(guard: Guard) -> None:
         assert one.process.wait(PATIENCE_S) == 0
 
 
-def test_once_tells_what_is_there_and_ends(guard: Guard) -> None:
+def test_once_prints_the_records_in_the_ring_buffer_and_ends(guard: Guard) -> None:
     start(guard)
     guard.reach(STRANGER, SERVICE)
     guard.reach(TWO, SERVICE)
@@ -385,7 +385,7 @@ def test_once_tells_what_is_there_and_ends(guard: Guard) -> None:
         assert [line["uid"] for line in one.seen if line["event"] == "denied"] == [STRANGER, TWO]
 
 
-def test_once_is_refused_without_a_guard_and_beside_another_watch(guard: Guard) -> None:
+def test_once_fails_without_a_guard_and_beside_another_watch(guard: Guard) -> None:
     assert "is not active" in guard("watch", "--once").sentence
     start(guard)
     with watch(guard) as one:
@@ -394,22 +394,22 @@ def test_once_is_refused_without_a_guard_and_beside_another_watch(guard: Guard) 
 
 
 def files_of(guard: Guard) -> list[str]:
-    """What a watch of this guard has in /run."""
+    """The files of this guard's watch in /run."""
     return [path.name for path in Path(lockfile.FOLDER).glob(f"watch-{folder_of(guard.sandbox.cgroup).name}*")]
 
 
-def test_it_leaves_nothing_behind_and_maps_of_the_guard_go_with_stop(guard: Guard) -> None:
+def test_it_leaves_no_files_behind(guard: Guard) -> None:
     start(guard)
     with ExitStack() as several:
-        ones = [several.enter_context(watch(guard)) for _ in range(3)]
-        follow(guard, *ones)
+        watches = [several.enter_context(watch(guard)) for _ in range(3)]
+        follow(guard, *watches)
         assert files_of(guard)
-        for one in ones:
+        for one in watches:
             assert one.end() == 0
     assert files_of(guard) == []
 
 
-def test_maps_have_the_names_that_it_opens(guard: Guard) -> None:
+def test_the_maps_that_it_opens_are_pinned(guard: Guard) -> None:
     start(guard)
     names = set(os.listdir(folder_of(guard.sandbox.cgroup).path))
     assert {Map.EVENTS.pin_name, Map.REPORT.pin_name, Map.WATCH.pin_name} <= names

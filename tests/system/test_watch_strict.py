@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of packets that ``--strict`` drops: the kernel knows no process there."""
+"""Events about packets that ``--strict`` drops. The kernel knows no process for a packet."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.watched import watch
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
 
 
-def send_by_hand() -> bool:
-    """Root writes a UDP packet to the service itself; True when it was refused."""
+def send_raw() -> bool:
+    """Root sends a UDP packet to the service through a raw socket. True when that was refused."""
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP) as raw:
         try:
             raw.sendto(struct.pack("!HHHH", 4000, 80, 8, 0), (SERVICE, 0))
@@ -26,13 +26,13 @@ def send_by_hand() -> bool:
     return False
 
 
-def test_a_packet_that_nobody_approved_is_told_without_a_process() -> None:
+def test_an_unapproved_packet_is_an_event_without_a_process() -> None:
     with command.guard() as guard:
         guard.start("--user", str(ONE), "--ip", f"{SERVICE}:80,udp", "--strict")
         with watch(guard) as one:
             one.event("began")
-            assert guard.sandbox.call(send_by_hand)
-            told = one.event("denied")
+            assert guard.sandbox.call(send_raw)
+            event = one.event("denied")
         row = guard("report", "--json").values["rows"][0]
         assert guard("metrics").answer.count('imds_guard_hook_attached{hook="egress"} 1.0') == 1
     expected = {
@@ -48,5 +48,5 @@ def test_a_packet_that_nobody_approved_is_told_without_a_process() -> None:
         "would_allow": "open the connection as an allowed user: only its own connect approves a socket",
         **dict.fromkeys(("pid", "gid", "groups", "comm", "exe", "cmdline", "unit", "container", "cgroup")),
     }
-    assert {key: told[key] for key in expected} == expected
+    assert {key: event[key] for key in expected} == expected
     assert (row["reason"], row["uid"], row["count"]) == ("unapproved-socket", 0, 1)
