@@ -117,7 +117,7 @@ def test_a_member_without_an_offset_in_bytes_is_refused_by_name(wanted: tuple[st
         Btf(blob).offsets([wanted])
 
 
-# --- blobs that are not right ---------------------------------------------------------------------------------------
+# --- broken blobs ---------------------------------------------------------------------------------------------------
 
 
 def header(types: bytes, strings: bytes) -> bytes:
@@ -126,7 +126,7 @@ def header(types: bytes, strings: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("blob", [b"", bytes(23), bytes(64), b"\x7fELF" + bytes(60)])
-def test_what_does_not_begin_like_btf_is_refused(blob: bytes) -> None:
+def test_a_blob_without_the_magic_number_is_refused(blob: bytes) -> None:
     with pytest.raises(Unsupported, match="does not begin like BTF"):
         Btf(blob)
 
@@ -148,7 +148,7 @@ def named_struct(name: str, size: int, members: list[tuple[int, int, int]], stri
     sizes=st.lists(st.integers(0, 2**31), min_size=1, max_size=20),
     vlens=st.lists(st.integers(0, 5), min_size=20, max_size=20),
 )
-def test_each_struct_is_found_behind_the_others(sizes: list[int], vlens: list[int]) -> None:
+def test_each_struct_is_found_among_the_others(sizes: list[int], vlens: list[int]) -> None:
     strings = bytearray(b"\0m\0")
     types = b"".join(
         named_struct(f"s{n}", size, [(1, 0, 32 * i) for i in range(vlens[n])], strings) for n, size in enumerate(sizes)
@@ -164,7 +164,7 @@ on_btf = pytest.mark.skipif(not os.path.exists(btf.PATH), reason="this kernel ha
 
 @pytest.fixture(scope="module")
 def kernel() -> Btf:
-    """The running kernel's."""
+    """The BTF of the running kernel."""
     return btf.read_kernel_btf()
 
 

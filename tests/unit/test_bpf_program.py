@@ -37,7 +37,7 @@ def load_constant(value: int) -> bytes:
     return instruction(LD_IMM64, 2, value) + struct.pack("=ii", 0, 7)
 
 
-def test_a_map_s_number_becomes_its_fd_and_nothing_else_changes() -> None:
+def test_a_maps_placeholder_becomes_its_fd_and_nothing_else_changes() -> None:
     code = instruction(0xB7, 1, 5) + load_map(3) + load_constant(abi.MAP_BASE) + instruction(0x95)
     loaded = instruction(LD_IMM64, PSEUDO_MAP_FD | 1, 1003) + bytes(8)
     assert relocated(code, {}, abi.MAP_BASE, FDS) == (
