@@ -44,7 +44,7 @@ class Config(NamedTuple):
     """``drop`` or ``leave`` packets that this machine forwards. None means drop, unless containers are allowed."""
     resolve_groups: bool = False
     warnings: tuple[str, ...] = ()
-    """Sentences about names that have another ID now than in the file. They do not count in a comparison."""
+    """Sentences about names that have another ID now than in the file. Not compared by ==."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and tuple(self[:-1]) == tuple(other[:-1])

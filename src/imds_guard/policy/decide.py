@@ -99,7 +99,7 @@ class Decision(NamedTuple):
     reason: Reason
     lock: str | None = None
     matched: tuple[str, int] | None = None
-    """The list entry that decided: ("user", uid) or ("group", gid). It does not count in a comparison."""
+    """The list entry that decided: ("user", uid) or ("group", gid). Not compared by ==."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Decision) and tuple(self[:3]) == tuple(other[:3])
@@ -124,7 +124,7 @@ def decide(policy: Policy, caller: Caller, destination: Destination, source: Sou
     lock = find_lock(policy, destination._replace(address=address))
     if lock is None:
         return Decision(True, Reason.NOT_LOCKED)
-    reason, matched = _judge(policy, lock, caller)
+    reason, matched = _reason(policy, lock, caller)
     return _decision(policy, reason, lock.name, matched)
 
 
@@ -169,7 +169,7 @@ def _is_locked_anywhere(policy: Policy, destination: Destination) -> bool:
     )
 
 
-def _judge(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[str, int] | None]:
+def _reason(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[str, int] | None]:
     """The reason, and the list entry that gave it. Checked in this order; the first rule that matches decides."""
     if caller.kernel_thread:
         return Reason.KERNEL_THREAD, None
@@ -177,14 +177,14 @@ def _judge(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[st
         return Reason.CONTAINER, None
     if caller.fsuid in lock.deny.users:
         return Reason.DENIED_USER, ("user", caller.fsuid)
-    refused = _match_groups(lock, lock.deny.groups, caller)
-    if refused is not None:
-        return (refused, None) if isinstance(refused, Reason) else (Reason.DENIED_GROUP, ("group", refused[0]))
+    denied = _match_groups(lock, lock.deny.groups, caller)
+    if denied is not None:
+        return (denied, None) if isinstance(denied, Reason) else (Reason.DENIED_GROUP, ("group", denied[0]))
     if caller.fsuid in lock.allow.users:
         return Reason.ALLOWED_USER, ("user", caller.fsuid)
-    listed = _match_groups(lock, lock.allow.groups, caller)
-    if listed is not None:
-        return (listed, None) if isinstance(listed, Reason) else (Reason.ALLOWED_GROUP, ("group", listed[0]))
+    allowed = _match_groups(lock, lock.allow.groups, caller)
+    if allowed is not None:
+        return (allowed, None) if isinstance(allowed, Reason) else (Reason.ALLOWED_GROUP, ("group", allowed[0]))
     return _default(lock, caller), None
 
 

@@ -16,7 +16,7 @@ Change = Callable[[Lock], Lock]
 
 
 def allow(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
-    """Add ``who`` to the allowlist of every lock, or only for ``endpoint``. Raises UsageError, BadPolicy."""
+    """The policy with ``who`` on the allowlist of every lock, or only at ``endpoint``. Raises UsageError, BadPolicy."""
 
     def change(lock: Lock) -> Lock:
         return lock._replace(allow=Identities(lock.allow.users | who.users, lock.allow.groups | who.groups))
@@ -25,7 +25,7 @@ def allow(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> 
 
 
 def revoke(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
-    """Remove ``who`` from the allowlist of every lock, or only for ``endpoint``. Raises UsageError, BadPolicy.
+    """The policy without ``who`` on the allowlist of every lock, or only at ``endpoint``. Raises UsageError, BadPolicy.
 
     User 0 stays on the WireServer's list. A lock that allows by default is refused: ``who`` would still be allowed.
     """
@@ -68,7 +68,7 @@ def _are_alike(policy: Policy) -> bool:
 
 
 def _is_wireserver(lock: Lock) -> bool:
-    """True for a lock of the WireServer. Its name does not tell: a lock can have any name, or be split."""
+    """True for a lock with the WireServer's address. Its name can be any."""
     return any(endpoint.network == host_network(WIRESERVER) for endpoint in lock.endpoints)
 
 
@@ -100,7 +100,7 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]
 
 
 def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: set[str]) -> tuple[list[Lock], bool]:
-    """Add a lock for ``endpoint`` inside the longest prefix around it. False when no lock has such a prefix.
+    """The locks with one added for ``endpoint`` inside the longest prefix around it; False when there is no prefix.
 
     The new lock takes effect because the most specific endpoint decides.
     """

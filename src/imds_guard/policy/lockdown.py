@@ -13,7 +13,7 @@ from imds_guard.policy.wireserver import split_off_wireserver
 
 
 def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Policy:
-    """Deny the endpoint ``ip`` to everyone except ``users`` and those on the allowlist of a lock there.
+    """The policy that denies ``ip`` to everyone but ``users`` and those on the allowlist of a lock there.
 
     A lock with other endpoints too is split in two, and both parts keep its lists. Ports of the endpoint that are not
     locked yet get a lock of their own. A lock there that allows by default denies by default afterwards. A second call
