@@ -47,16 +47,16 @@ def report(cgroup: str | None) -> ReportResult:
         raise GuardError("reading the report: imds-guard is not active; run imds-guard start first")
     _, policy = active_policy(cgroup)
     notes = tuple(note(reason) for reason in sorted({row.reason for row in found.rows} - HELPED_BY_ALLOW))
-    return ReportResult(found, suggest(policy, found.rows, cgroup), notes)
+    return ReportResult(found, _suggest(policy, found.rows, cgroup), notes)
 
 
-def suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion:
+def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion:
     """Commands and a policy that let through every user in ``rows`` whom an allowlist helps."""
     helped = [row for row in rows if row.reason in HELPED_BY_ALLOW and row.lock is not None]
     if not helped:
         return Suggestion((), "")
     needs_endpoint = not _has_one_list(policy)
-    arguments = {row.fsuid: user_argument(row.fsuid) for row in helped}
+    arguments = {row.fsuid: _user_argument(row.fsuid) for row in helped}
     counts: Counter[str] = Counter()
     for row in helped:
         endpoint = _endpoint_of(policy, row) if needs_endpoint else None
@@ -102,7 +102,7 @@ def _endpoint_of(policy: Policy, row: Row) -> str:
     return str(row.address)
 
 
-def user_argument(uid: int) -> str:
+def _user_argument(uid: int) -> str:
     """The user's name if it is printable and means this ID again, else the ID."""
     name = user_name(uid)
     try:

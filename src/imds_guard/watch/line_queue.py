@@ -33,6 +33,14 @@ class LineQueue:
         """True while there are lines to write."""
         return bool(self._lines)
 
+    def register(self, poll: select.poll) -> None:
+        """Adds the descriptor to ``poll``. serve() takes its result."""
+        poll.register(self.fd, select.POLLOUT if self._lines else 0)
+
+    def serve(self, ready: dict[int, int]) -> bool:
+        """Writes what can be written without blocking. False when the reader is gone."""
+        return self.push() and not ready.get(self.fd, 0) & (select.POLLERR | select.POLLHUP)
+
     def put(self, values: Values) -> None:
         """Appends a line. When the queue is full, the event is counted and reported later by a ``gap`` event."""
         if len(self._lines) >= MAX_LINES:

@@ -11,8 +11,6 @@ from imds_guard.watch.followers import Followers
 from imds_guard.watch.line_queue import LineQueue
 from imds_guard.watch.timestamps import iso_time
 
-_GONE = select.POLLERR | select.POLLHUP
-
 
 class Output:
     """Emits events to everyone who wants them. ``allowed`` is whether our own reader wants allowed connects, too."""
@@ -43,8 +41,8 @@ class Output:
         self.emit({"event": event, "time": iso_time(time.time()), **more})
 
     def register(self, poll: select.poll) -> None:
-        """Adds all descriptors to ``poll``: serve() takes what it returns."""
-        poll.register(self._queue.fd, select.POLLOUT if self._queue.pending else 0)
+        """Adds all descriptors to ``poll``: serve() takes its result."""
+        self._queue.register(poll)
         if self._followers is not None:
             poll.register(self._followers, select.POLLIN)
             for fd, follower in self._followers.by_fd.items():
@@ -54,7 +52,7 @@ class Output:
         """Accepts and drops followers and writes what can be written. False when our own reader is gone."""
         if self._followers is not None:
             self._serve_followers(self._followers, ready)
-        return self._queue.push() and not ready.get(self._queue.fd, 0) & _GONE
+        return self._queue.serve(ready)
 
     def _serve_followers(self, followers: Followers, ready: dict[int, int]) -> None:
         for fd, follower in list(followers.by_fd.items()):

@@ -42,12 +42,7 @@ def watch(options: WatchOptions, queue: LineQueue, started: Callable[[], object]
                 finally:
                     _release(location, lock_fd)
                 return
-            leader = LeaderConnection.open(_socket_path(location), options.allowed)
-            if leader is not None:
-                started()
-                _follow(leader, queue, stop)
-            elif not stop.received:
-                select.select([stop], [], [], _RETRY_S)  # the leader is about to listen, or to end
+            _follow_leader(location, options, queue, stop, started)
 
 
 def _lock_name(location: PinLocation) -> str:
@@ -67,6 +62,18 @@ def _release(location: PinLocation, lock_fd: int) -> None:
 # --- following ------------------------------------------------------------------------------------------------------
 
 
+def _follow_leader(
+    location: PinLocation, options: WatchOptions, queue: LineQueue, stop: StopSignal, started: Callable[[], object]
+) -> None:
+    """Returns when the leader is gone, or when there is none yet."""
+    leader = LeaderConnection.open(_socket_path(location), options.allowed)
+    if leader is not None:
+        started()
+        _follow(leader, queue, stop)
+    elif not stop.received:
+        select.select([stop], [], [], _RETRY_S)  # a leader is about to listen, or to end
+
+
 def _follow(leader: LeaderConnection, queue: LineQueue, stop: StopSignal) -> None:
     """Prints the leader's events. Returns when the leader is gone, or ``stop`` is received."""
     try:
@@ -76,7 +83,7 @@ def _follow(leader: LeaderConnection, queue: LineQueue, stop: StopSignal) -> Non
             if lines is None:
                 return
             _put(lines, queue)
-            if not queue.push() or ready.get(queue.fd, 0) & (select.POLLERR | select.POLLHUP):
+            if not queue.serve(ready):
                 stop.received = True
     finally:
         leader.close()
@@ -84,10 +91,10 @@ def _follow(leader: LeaderConnection, queue: LineQueue, stop: StopSignal) -> Non
 
 
 def _wait(leader: LeaderConnection, queue: LineQueue, stop: StopSignal) -> dict[int, int]:
-    """Reads from the leader only while nothing is pending, so that a slow reader holds up the leader's queue for us."""
+    """The descriptors that are ready. While lines are pending the leader is not read, so they gather in its queue."""
     poll = select.poll()
     poll.register(stop, select.POLLIN)
-    poll.register(queue.fd, select.POLLOUT if queue.pending else 0)
+    queue.register(poll)
     if not queue.pending:
         poll.register(leader, select.POLLIN)
     return dict(poll.poll())
