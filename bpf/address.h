@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* Addresses, and the bitmap that tells nearly all of them from locked ones. */
 #ifndef IMDS_GUARD_ADDRESS_H
 #define IMDS_GUARD_ADDRESS_H

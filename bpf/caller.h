@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* The caller: the task that connects, its credentials and its namespaces. */
 #ifndef IMDS_GUARD_CALLER_H
 #define IMDS_GUARD_CALLER_H

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* A connect or sendmsg from beginning to end: request, range, decision, mark, report. */
 #ifndef IMDS_GUARD_CONNECT_H
 #define IMDS_GUARD_CONNECT_H

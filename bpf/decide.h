@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* The decision about a caller and a list. policy/decide.py: decide() is its specification. */
 #ifndef IMDS_GUARD_DECIDE_H
 #define IMDS_GUARD_DECIDE_H

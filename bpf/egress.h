@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* Strict mode: a packet to a locked endpoint must come from a marked socket. Runs for every packet that leaves. */
 #ifndef IMDS_GUARD_EGRESS_H
 #define IMDS_GUARD_EGRESS_H

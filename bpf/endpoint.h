@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* The locked endpoint that a request is for: the address in the trie, then the port. */
 #ifndef IMDS_GUARD_ENDPOINT_H
 #define IMDS_GUARD_ENDPOINT_H

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* The generation in force. */
 #ifndef IMDS_GUARD_GENERATION_H
 #define IMDS_GUARD_GENERATION_H

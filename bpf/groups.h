@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* Members of a list: does it allow or deny this user, this group, one of the caller's supplementary groups? */
 #ifndef IMDS_GUARD_GROUPS_H
 #define IMDS_GUARD_GROUPS_H
@@ -35,9 +34,7 @@ ig_inline __u32 ig_lookup_group(__u32 generation, __u32 number, const struct ig_
 	return ig_lookup_member(generation, number, list, IG_GROUP, gid);
 }
 
-/*
- * --- a walk through the caller's groups ---------------------------------------------------------------------------
- */
+/* --- a walk through the caller's groups ------------------------------------------------------------------------- */
 
 struct ig_walk {
 	const struct ig_list *list;
@@ -103,9 +100,7 @@ ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_l
 	return walk.failed ? IG_READ_FAILED : walk.verdicts;
 }
 
-/*
- * --- a search in the caller's groups ------------------------------------------------------------------------------
- */
+/* --- a search in the caller's groups ---------------------------------------------------------------------------- */
 
 /*
  * Whether a sorted array of len (1 to 65,536) group IDs has a listed one. *failed becomes non-zero when it can't be

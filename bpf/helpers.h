@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* What all parts of the program use: the kernel's helper functions, maps, loops, byte order. */
 #ifndef IMDS_GUARD_HELPERS_H
 #define IMDS_GUARD_HELPERS_H

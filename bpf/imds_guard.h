@@ -39,9 +39,7 @@ enum ig_map {
 	IG_MAPS
 };
 
-/*
- * --- the policy ---------------------------------------------------------------------------------------------------
- */
+/* --- the policy ------------------------------------------------------------------------------------------------- */
 
 #define IG_GENERATIONS 3 /* 0, 1 and 2: array maps have a record for each */
 
@@ -228,9 +226,7 @@ struct ig_mark {
 };
 _Static_assert(sizeof(struct ig_mark) == 24, "ABI");
 
-/*
- * --- counters, events and the report ------------------------------------------------------------------------------
- */
+/* --- counters, events and the report ---------------------------------------------------------------------------- */
 
 /*
  * PERCPU_ARRAY by reason: connects to locked endpoints. Others are not counted, because that would make them slower.

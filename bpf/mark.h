@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* Strict mode: a mark on a socket says why it was let through, and whether that still holds. */
 #ifndef IMDS_GUARD_MARK_H
 #define IMDS_GUARD_MARK_H

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* Reports a decision to user space: a counter, a record in the ring buffer, a row of the report. */
 #ifndef IMDS_GUARD_NOTIFY_H
 #define IMDS_GUARD_NOTIFY_H

@@ -1,5 +1,4 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-
 /* The request: what one connect or sendmsg asks for, from the hook's context and the socket. */
 #ifndef IMDS_GUARD_REQUEST_H
 #define IMDS_GUARD_REQUEST_H
