@@ -233,7 +233,7 @@ def uninstall(folder: str = FOLDER) -> list[str]:
 
 
 def _is_installed(name: str, folder: str) -> bool:
-    return any(os.path.exists(os.path.join(place, name)) for place in (folder, *PACKAGED_FOLDERS))
+    return any(os.path.exists(os.path.join(one, name)) for one in (folder, *PACKAGED_FOLDERS))
 
 
 def _stop_removed_units(folder: str) -> None:

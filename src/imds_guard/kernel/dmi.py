@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the firmware says of the machine (/sys/class/dmi/id, drivers/firmware/dmi-id.c in Linux)."""
+"""Reads the firmware's description of the machine (/sys/class/dmi/id, drivers/firmware/dmi-id.c in Linux)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 DMI_FOLDER = "/sys/class/dmi/id"
 
-# Neither serial numbers nor UUIDs: they are for root alone and name no cloud.
+# Serial numbers and UUIDs are left out: only root may read them, and they name no cloud.
 _FIELDS = (
     "sys_vendor",
     "product_name",

@@ -47,8 +47,8 @@ class Completed(NamedTuple):
     @property
     def complaint(self) -> str:
         """The reason of a failure as part of a sentence: the lines of stderr, the signal, or the status."""
-        said = self.stderr if self.stderr or self.status < 0 else self.stdout  # a killed program complains on stderr
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        output = self.stderr if self.stderr or self.status < 0 else self.stdout  # a killed program complains on stderr
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
         if self.status < 0 or not lines:
             lines.append(_status_text(self.status))
         return "; ".join(lines)

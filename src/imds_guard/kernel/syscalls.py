@@ -52,7 +52,7 @@ def _by_number(name: str, *arguments: int | bytes | None) -> int:
 
 
 def bpf(command: int, attr: ctypes.Array[ctypes.c_char], size: int) -> tuple[int, int]:
-    """bpf(2): the result, and the errno (0 on success). ``size`` is how much of ``attr`` the kernel is told of."""
+    """bpf(2): the result, and the errno (0 on success). ``size``: how many bytes of ``attr`` the kernel may read."""
     result = int(_libc.syscall(ctypes.c_long(syscall_number("bpf")), ctypes.c_int(command), attr, ctypes.c_uint(size)))
     return result, 0 if result >= 0 else ctypes.get_errno()
 

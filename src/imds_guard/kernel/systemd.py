@@ -25,7 +25,7 @@ def job_of(unit: str) -> str:
 
 def is_going_down() -> bool:
     """True once the machine has been told to halt or to reboot."""
-    # The exit status is not 0 then: it tells whether the machine is healthy.
+    # The exit status is not checked: it is 0 only for "running".
     return run(["systemctl", "is-system-running"]).stdout.strip() == "stopping"
 
 
