@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the eBPF backend share: policies over one fake service, and callers that try to reach it."""
+"""Shared by the tests of the eBPF backend: policies for one fake service, and callers that connect to it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IPV4, IPV6, MAPPED = "169.254.169.254", "fd00:ec2::254", "::ffff:169.254.169.254
 PORT = 80
 
 OLD, NEW, BOTH, STRANGER = 61_001, 61_002, 61_003, 61_004
-"""User IDs: on the old allowlist alone, on the new one alone, on both, on neither."""
+"""User IDs: only on the old allowlist, only on the new one, on both, on neither."""
 
 _GROUP = 62_001
 
@@ -46,7 +46,7 @@ NEW_POLICY = policy(NEW, BOTH)
 
 
 FAST = (("IG_MAX_WALKED_GROUPS", 16), ("IG_MAX_SEARCHED_GROUPS", 2))
-"""For programs that the verifier is through with in a moment, where a test loads hundreds."""
+"""Settings for programs that the verifier checks quickly, for tests that load hundreds."""
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _connect(address: str) -> str:
 
 
 def passing(sandbox: Sandbox, users: Sequence[int] = (OLD, NEW, BOTH, STRANGER)) -> frozenset[int]:
-    """Which users get through; each must fare the same over IPv4, IPv6 and a mapped address."""
+    """The users who can connect. The outcome must be the same for IPv4, IPv6 and a mapped address."""
     outcomes = sandbox.call(lambda: {user: _fork_and_try(user) for user in users})
     assert all(len(set(seen)) == 1 for seen in outcomes.values()), outcomes
     return frozenset(user for user, seen in outcomes.items() if seen[0] == "connected")
@@ -95,13 +95,13 @@ def _fork_and_try(user: int) -> list[str]:
     return words.split(",")
 
 
-# --- a caller that never stops trying -------------------------------------------------------------------------------
+# --- a caller that connects all the time ----------------------------------------------------------------------------
 
 
 class Storm:
-    """A process that connects in a loop as one user, and counts in shared memory what became of it."""
+    """A process that connects in a loop as one user, and counts the outcomes in shared memory."""
 
-    _COUNTS = struct.Struct("=QQQ")  # connected, denied, anything else
+    _COUNTS = struct.Struct("=QQQ")  # connected, denied, other
 
     def __init__(self, sandbox: Sandbox, user: int, address: str = IPV4) -> None:
         self._memory = mmap.mmap(-1, 4096)
@@ -135,12 +135,12 @@ class Storm:
         os.close(self._begun)
 
     def counts(self) -> tuple[int, int, int]:
-        """(connected, denied, anything else) so far."""
+        """(connected, denied, other) so far."""
         connected, denied, other = self._COUNTS.unpack(self._memory[:24])
         return connected, denied, other
 
     def wait_for(self, more: int, within_s: float = 30.0) -> None:
-        """Returns after so many more tries, or fails."""
+        """Waits for this number of further tries, or fails."""
         goal = sum(self.counts()) + more
         deadline = time.monotonic() + within_s
         while sum(self.counts()) < goal:
@@ -152,7 +152,7 @@ class Storm:
 
 
 def traces(cgroup: str) -> dict[str, int]:
-    """How many programs are attached to a cgroup, and pins are in bpffs for it: both zero when nothing is left."""
+    """The number of programs attached to a cgroup, and of pins for it; both are 0 when nothing is left."""
     with open_cgroup(cgroup) as opened:
         path = bpffs.find_bpffs()
         attached = sum(len(bpf.attached_programs(opened.fd, shape.attach_type)) for shape in abi.HOOKS.values())
@@ -168,7 +168,7 @@ def folder_of(cgroup: str) -> Folder:
 
 @contextmanager
 def other_layout(number: Map = Map.LOCKS, **fields: int) -> Iterator[None]:
-    """A guard made inside the block has a map of another shape, as another version would make it."""
+    """A guard that is made inside the block has a map of another shape, as in another version."""
     shape = abi.SHAPES[number]
     abi.SHAPES[number] = shape._replace(**(fields or {"max_entries": 64}))
     try:
@@ -178,6 +178,6 @@ def other_layout(number: Map = Map.LOCKS, **fields: int) -> Iterator[None]:
 
 
 def load_stranger(attach_type: int) -> int:
-    """The fd of a program that is not ours and lets everything through."""
+    """The fd of a program that is not ours and allows everything."""
     allow = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit
     return bpf.prog_load(allow, "somebody_else", attach_type)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places where less is possible than on a whole machine, made for real: for the calling process and its children."""
+"""Makes restricted places for the calling process and its children: namespaces, capabilities, seccomp filters."""
 
 from __future__ import annotations
 
@@ -55,32 +55,32 @@ def without_btf() -> None:
 
 
 def with_read_only_bpffs() -> None:
-    """The machine's own bpffs, where nothing can be written."""
+    """The machine's own bpffs is read-only."""
     own_mounts()
     _mount("none", "/sys/fs/bpf", flags=MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
 def with_private_bpffs() -> None:
-    """Another bpffs at the usual place, which goes with the namespace."""
+    """Another bpffs is at the usual path; it ends with the namespace."""
     own_mounts()
     _mount("bpf", "/sys/fs/bpf", "bpf")
 
 
 def without_bpffs() -> None:
-    """Something that is no bpffs at the usual place."""
+    """Something other than a bpffs is at the usual path."""
     own_mounts()
     _mount("none", "/sys/fs/bpf", "tmpfs")
 
 
 def with_own_run_folder(flags: int = 0) -> None:
-    """/run/imds-guard is empty, and nobody else's."""
+    """/run/imds-guard is a new, empty folder."""
     own_mounts()
     os.makedirs("/run/imds-guard", mode=0o700, exist_ok=True)
     _mount("none", "/run/imds-guard", "tmpfs", flags)
 
 
 def with_read_only_run_folder() -> None:
-    """Where lock files can't be made."""
+    """No lock file can be made."""
     with_own_run_folder(MS_RDONLY)
 
 
@@ -92,7 +92,7 @@ def without_cgroup2() -> None:
 
 
 def in_cgroup_namespace() -> str:
-    """The cgroup of the process is all there is to be seen of the hierarchy. Returns where that is mounted."""
+    """The process sees only its own cgroup and those below it. Returns the path of the mount."""
     syscalls.unshare(CLONE_NEWCGROUP)
     without_cgroup2()
     _mount("none", CGROUPS, "cgroup2")
@@ -106,7 +106,7 @@ def with_own_proc() -> None:
 
 
 def in_user_namespace() -> None:
-    """Root of a user namespace: every capability, over nothing of the machine's."""
+    """The process is root of a user namespace, with all capabilities in it and none outside."""
     syscalls.unshare(syscalls.CLONE_NEWUSER)
     for name, text in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
         with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
@@ -117,7 +117,7 @@ def in_user_namespace() -> None:
 
 
 def without_capabilities(*dropped: int) -> None:
-    """Neither this process nor, whatever it executes, a child has these."""
+    """Drops capabilities of this process and of all programs that it executes."""
     for number in dropped:
         _check(_libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(number), 0, 0, 0), f"dropping capability {number}")
     header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
@@ -134,7 +134,7 @@ def without_capabilities(*dropped: int) -> None:
 
 
 def forbid_bpf(code: int, commands: Sequence[int] = ()) -> None:
-    """A seccomp filter that answers bpf(2) with an errno: all of it, or these commands. It can't be taken off.
+    """Sets a seccomp filter that answers bpf(2), or only these commands, with an errno. It can't be removed.
 
     The number of the system call is at offset 0 of struct seccomp_data, the low half of its first argument at 16.
     """
@@ -155,7 +155,7 @@ def forbid_bpf(code: int, commands: Sequence[int] = ()) -> None:
 
 
 def forbid_attaching() -> None:
-    """Belt and braces where a command is to refuse by itself: nothing can be attached, pinned or changed by eBPF."""
+    """Forbids to attach, pin or change anything by eBPF, in case that a command which should refuse does not."""
     command = bpf.Command
     links = (command.LINK_CREATE, command.LINK_UPDATE, command.LINK_DETACH, command.PROG_ATTACH, command.PROG_DETACH)
     maps = (command.MAP_UPDATE_ELEM, command.MAP_DELETE_ELEM, command.MAP_UPDATE_BATCH, command.MAP_DELETE_BATCH)

@@ -58,7 +58,7 @@ def locked(
     return make_policy([lock], mode, containers)
 
 
-# --- clients ----------------------------------------------------------------------------------------------------------
+# --- clients --------------------------------------------------------------------------------------------------------
 
 Open = Callable[[], list[socket.socket]]
 
@@ -420,7 +420,7 @@ class _Lent:
             return one.send(text)
 
 
-# --- what is requested ------------------------------------------------------------------------------------------------
+# --- what is requested ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [WhyOpen.KEPT, WhyOpen.AUDIT])
@@ -472,7 +472,7 @@ def _wait_until(true: Callable[[], bool]) -> None:
         select.select([], [], [], 0.005)
 
 
-# --- where it searches ---------------------------------------------------------------------------------------------
+# --- where it searches ----------------------------------------------------------------------------------------------
 
 
 def test_every_namespace_is_searched_and_reported(here: Stage) -> None:

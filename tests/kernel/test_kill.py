@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 at each step of each command leaves the old policy or the new one in force, and the next command repairs.
+"""kill -9 at each step of each command leaves the old or the new policy in force, and the next command repairs.
 
-A step is a bpf(2) call, or a change to the tree of pins. The command runs in a forked child that kills itself in front
-of its n-th step, for n from 1 until the command comes to its end.
+A step is a bpf(2) call, or a change to the tree of pins. The command runs in a forked child that kills itself before
+its n-th step, for n from 1 until the command reaches its end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def guarded() -> Iterator[tuple[Sandbox, EbpfBackend]]:
 
 
 def _killed_at(step: int, command: Callable[[], object]) -> bool:
-    """Runs a command in a child that kills itself in front of that step; False when it came to its end before."""
+    """Runs a command in a child that kills itself before that step; False when the command ended earlier."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -74,7 +74,7 @@ def _die_at(step: int) -> None:
 def _kill_at_each_step(
     prepare: Callable[[], object], command: Callable[[], object], look: Callable[[int], None]
 ) -> int:
-    """Returns the number of steps that the command has."""
+    """Kills the command before each step in turn; returns the number of steps."""
     for step in range(1, _MOST_STEPS):
         prepare()
         if not _killed_at(step, command):
@@ -85,11 +85,11 @@ def _kill_at_each_step(
 
 def _expect(sandbox: Sandbox, step: int, *whole: frozenset[int]) -> None:
     seen = guards.passing(sandbox)
-    assert seen in whole, f"killed in front of step {step}: {set(seen)} get through"
+    assert seen in whole, f"killed before step {step}: {set(seen)} connect"
 
 
 def test_kill_during_a_change_of_policy(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """Old or new, at every step; and the next change works."""
+    """The old or the new policy holds at every step, and the next change works."""
     sandbox, backend = guarded
 
     def look(step: int) -> None:
@@ -103,9 +103,9 @@ def test_kill_during_a_change_of_policy(guarded: tuple[Sandbox, EbpfBackend]) ->
 
 
 def test_kill_during_start(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """Nothing or the policy; then start works, and stop leaves nothing."""
+    """Nothing or the policy holds; then start works, and stop leaves nothing."""
     sandbox, backend = guarded
-    backend.apply(OLD_POLICY)  # so that the compiled program is at hand in each child
+    backend.apply(OLD_POLICY)  # so that each child has the compiled program
 
     def look(step: int) -> None:
         _expect(sandbox, step, EVERYONE, UNDER_OLD)
@@ -121,7 +121,7 @@ def test_kill_during_start(guarded: tuple[Sandbox, EbpfBackend]) -> None:
 
 
 def test_kill_during_stop(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """The policy or nothing; then stop comes to its end."""
+    """The policy or nothing holds; then stop completes."""
     sandbox, backend = guarded
 
     def look(step: int) -> None:
@@ -135,7 +135,7 @@ def test_kill_during_stop(guarded: tuple[Sandbox, EbpfBackend]) -> None:
 
 
 def test_kill_during_an_upgrade(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """Some hooks new, some old, all on the same maps: the policy holds at every step, the changed one as well."""
+    """New and old hooks use the same maps: the policy holds at every step, and so does a changed one."""
     sandbox, backend = guarded
     other = EbpfBackend(sandbox.cgroup, defines=(*guards.FAST, ("IG_ANOTHER_VERSION", 1)))
     other.apply(OLD_POLICY)
@@ -152,7 +152,7 @@ def test_kill_during_an_upgrade(guarded: tuple[Sandbox, EbpfBackend]) -> None:
 
 
 def test_kill_during_a_change_of_layout(guarded: tuple[Sandbox, EbpfBackend]) -> None:
-    """Hook by hook moves to new maps, with the same policy: it holds at every step."""
+    """The hooks move to new maps one by one; the policy holds at every step."""
     from imds_guard.backends.ebpf import abi
     from imds_guard.backends.ebpf.abi import Map
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where eBPF can't be had in full: one sentence says why, and nothing is half done."""
+"""Places where eBPF can't work completely: one sentence says why, and nothing is half done."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def guard() -> Iterator[Guard]:
 
 
 def inside(guard: Guard, place: Callable[[], object], fn: Callable[[], T]) -> T:
-    """What ``fn`` returns in that place, and in the sandbox's cgroup and network namespace."""
+    """Calls ``fn`` in that place, in the cgroup and network namespace of the sandbox, and returns its result."""
 
     def go() -> T:
         place()
@@ -50,18 +50,18 @@ def inside(guard: Guard, place: Callable[[], object], fn: Callable[[], T]) -> T:
 
 
 def run_inside(guard: Guard, place: Callable[[], object], *words: str) -> Result:
-    """A command in that place."""
+    """Runs a command in that place."""
     return inside(guard, place, lambda: command.run(command.argv(words)))
 
 
 def in_pid_namespace(fn: Callable[[], T]) -> T:
-    """What ``fn`` returns in the first process of a new PID namespace."""
+    """Calls ``fn`` in the first process of a new PID namespace and returns its result."""
     syscalls.unshare(syscalls.CLONE_NEWPID)
     return run_in_child(fn, timeout_s=command.PATIENCE_S)
 
 
 def locked(guard: Guard) -> list[str]:
-    """How user ONE and a stranger fare."""
+    """The outcomes for user ONE and for a stranger."""
     return [guard.reach(ONE), guard.reach(STRANGER)]
 
 
@@ -72,7 +72,7 @@ OPEN, SHUT = ["connected", "connected"], ["connected", "EPERM"]
 
 
 class Place(NamedTuple):
-    """What makes it, what ``start`` exits with there, and what the sentence must hold."""
+    """How the place is made, the exit status of ``start`` there, and parts of its message."""
 
     make: Callable[[], object]
     status: int
@@ -102,9 +102,9 @@ def test_start_is_refused_and_nothing_is_half_done(guard: Guard, place: Place, b
     assert locked(guard) == OPEN
 
 
-def test_check_says_what_start_would(guard: Guard, place: Place) -> None:
+def test_check_reports_the_refusal_of_start(guard: Guard, place: Place) -> None:
     result = run_inside(guard, place.make, *guard.words("check", "--json"))
-    assert result.status == UNSUPPORTED  # of check, which tells the reason apart in its own words
+    assert result.status == UNSUPPORTED  # check formats the reason in another way
     (backend,) = result.values["backends"]
     assert (backend["name"], backend["works"], result.values["taken"]) == ("ebpf", False, None)
     assert [word for word in place.words if word not in backend["reason"]] == []
@@ -112,8 +112,8 @@ def test_check_says_what_start_would(guard: Guard, place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PLACES))
-def test_a_guard_that_runs_is_whole_after_a_command_there(guard: Guard, name: str) -> None:
-    """A change is made wholly or not at all, status tells the truth or that it could not tell."""
+def test_a_running_guard_is_intact_after_a_command_there(guard: Guard, name: str) -> None:
+    """A change is complete or not made at all; status reports the state, or that it could not read it."""
     place = PLACES[name]
     guard.start(*LOCK)
     before = guard.status()["policy"]
@@ -137,7 +137,7 @@ def test_a_guard_of_this_version_needs_no_btf(guard: Guard) -> None:
     assert (guard.reach(ONE), guard.reach(TWO)) == ("EPERM", "connected")
 
 
-def test_a_run_folder_that_takes_no_lock_file(guard: Guard) -> None:
+def test_a_run_folder_without_space_for_a_lock_file(guard: Guard) -> None:
     result = run_inside(guard, places.with_read_only_run_folder, *guard.words("start", *LOCK))
     assert result.status == 1, result
     assert "EROFS" in result.sentence
@@ -174,7 +174,7 @@ def test_the_root_is_found_where_no_cgroup2_is_mounted(guard: Guard) -> None:
 
 
 def test_in_a_cgroup_namespace_the_root_is_another(guard: Guard) -> None:
-    """Without --cgroup processes outside would not be covered, so it is refused."""
+    """Without --cgroup it is refused, because processes outside would stay unlocked."""
 
     def in_place(words: Sequence[str]) -> Result:
         places.in_cgroup_namespace()
@@ -193,7 +193,7 @@ def test_in_a_cgroup_namespace_the_root_is_another(guard: Guard) -> None:
 
 
 def test_in_a_cgroup_namespace_a_subtree_can_be_named(guard: Guard) -> None:
-    """The topmost directory that is seen there is the sandbox's cgroup."""
+    """The topmost directory there is the cgroup of the sandbox."""
 
     def start() -> Result:
         place = places.in_cgroup_namespace()
@@ -205,8 +205,8 @@ def test_in_a_cgroup_namespace_a_subtree_can_be_named(guard: Guard) -> None:
     assert guard("status").status == 0
 
 
-def test_a_lock_outlives_the_mount_namespace_that_it_was_made_in(guard: Guard) -> None:
-    """Where the machine's own bpffs is in reach of it, as under systemd's PrivateTmp=."""
+def test_a_lock_outlives_the_mount_namespace_of_start(guard: Guard) -> None:
+    """The machine's own bpffs is reachable there, as with PrivateTmp= of systemd."""
     started = run_inside(guard, places.own_mounts, *guard.words("start", *LOCK))
     assert started.status == 0, started
     assert traces(guard.sandbox.cgroup) == {"attached": 4, "pins": 1}
@@ -214,8 +214,8 @@ def test_a_lock_outlives_the_mount_namespace_that_it_was_made_in(guard: Guard) -
 
 
 @pytest.mark.parametrize("hide", [places.with_private_bpffs, places.without_bpffs])
-def test_what_hides_the_machines_bpffs_is_not_taken_for_it(guard: Guard, hide: Callable[[], None]) -> None:
-    """Either it is refused, or PID 1's is found behind it; a pin in the private one would go with the namespace."""
+def test_a_mount_over_the_bpffs_of_the_machine_is_not_used(guard: Guard, hide: Callable[[], None]) -> None:
+    """Start refuses, or finds that of PID 1 behind it: a pin in a private one would end with the namespace."""
 
     def start() -> tuple[Result, list[str]]:
         done = command.run(command.argv(guard.words("start", *LOCK)))
@@ -246,7 +246,7 @@ def few_modules(tmp_path: Path) -> Path:
 
 
 def argv_without_site(words: Sequence[str], *folders: Path) -> tuple[str, ...]:
-    """The command on a Python that has these folders of modules alone, beside its own."""
+    """The command line for a Python that sees only its own modules and those of these folders."""
     return command.argv(words, interpreter=("-I", "-S"), path=(command.SOURCES, *map(str, folders)))
 
 
@@ -278,7 +278,7 @@ BROKEN: dict[str, str] = {
 
 @pytest.mark.parametrize("how", sorted(BROKEN))
 def test_a_bcc_that_does_not_work(guard: Guard, few_modules: Path, tmp_path_factory: Any, how: str) -> None:
-    """Maps are made by then: they go away again. A guard that runs stays as it is."""
+    """The maps that were made before are removed. A running guard does not change."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "bcc.py").write_text(BROKEN[how])
     result = command.run(argv_without_site(guard.words("start", *LOCK), folder, few_modules))
@@ -299,7 +299,7 @@ FALLBACKS: dict[str, tuple[Callable[[], None], str]] = {
 
 @pytest.mark.parametrize("case", sorted(FALLBACKS))
 def test_iptables_takes_over_and_says_why(guard: Guard, few_modules: Path, case: str) -> None:
-    """No --cgroup here, so: in a network namespace of the test's own, and where nothing can be attached by eBPF."""
+    """The command runs without --cgroup, so eBPF is forbidden, and the network namespace is new."""
     if EbpfBackend().in_force():
         pytest.skip("this machine has a guard of its own")
     forbid, reason = FALLBACKS[case]
@@ -333,7 +333,7 @@ def test_iptables_takes_over_and_says_why(guard: Guard, few_modules: Path, case:
 
 
 def ours_at_the_root() -> list[str]:
-    """The names of programs of ours at the root of cgroup2."""
+    """The names of our programs at the root of cgroup2."""
     names = []
     with open_cgroup() as root:
         for hook, shape in abi.HOOKS.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of BPF ring buffers, against a program of its own that writes one record for each connect."""
+"""The reader of BPF ring buffers, tested with a program that writes one record for each connect."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from imds_guard.kernel.sandbox import Sandbox
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
 
 OCTETS = 4096
-"""The smallest there is: one page."""
+"""The smallest size, one page."""
 
-RESERVE, SUBMIT, DISCARD = 131, 132, 133  # helpers by their number in include/uapi/linux/bpf.h
+RESERVE, SUBMIT, DISCARD = 131, 132, 133  # numbers of helpers in include/uapi/linux/bpf.h
 
 
 def _insn(code: int, dst: int = 0, src: int = 0, offset: int = 0, imm: int = 0) -> bytes:
@@ -41,7 +41,7 @@ def _writer(fd: int, size: int, end: int) -> bytes:
         _insn(0xB7, 2, imm=size),
         _insn(0xB7, 3, imm=0),
         _call(RESERVE),
-        _insn(0x15, 0, offset=4),  # nothing reserved: skip
+        _insn(0x15, 0, offset=4),  # skip if nothing was reserved
         _insn(0x63, 0, 8, 0),
         _insn(0xBF, 1, 0),
         _insn(0xB7, 2, imm=0),
@@ -60,7 +60,7 @@ class Written:
         self.ring = ring
 
     def connect(self, *ports: int) -> None:
-        """One connect for each port, in this order."""
+        """Connects to each port, in this order."""
 
         def all_of_them() -> None:
             for port in ports:
@@ -70,11 +70,11 @@ class Written:
         self.sandbox.call(all_of_them)
 
     def ports(self) -> list[int]:
-        """The ports in the records that are there."""
+        """The ports in the unread records."""
         return [socket.ntohs(struct.unpack_from("=I", record)[0]) for record in self.ring.read()]
 
     def readable(self, within_s: float = 0.0) -> bool:
-        """What poll(2) says."""
+        """Whether poll(2) reports the buffer readable."""
         return bool(select.select([self.ring], [], [], within_s)[0])
 
 
@@ -93,7 +93,7 @@ def written(size: int = 12, end: int = SUBMIT) -> Iterator[Written]:
             os.close(program)
 
 
-def test_records_come_in_order_and_once() -> None:
+def test_records_are_read_in_order_and_once() -> None:
     with written() as one:
         assert not one.readable()
         one.connect(5, 6, 7)
@@ -109,15 +109,15 @@ def test_a_record_has_the_length_that_was_reserved() -> None:
         assert [len(record) for record in one.ring.read()] == [20]
 
 
-def test_discarded_records_are_passed_over() -> None:
+def test_discarded_records_are_skipped() -> None:
     with written(end=DISCARD) as one:
         one.connect(5, 6)
         assert one.ports() == []
         assert not one.readable()
 
 
-def test_positions_go_round_many_times() -> None:
-    """24 octets a record (header and rounding) do not divide the page: some record lies across its end."""
+def test_positions_wrap_many_times() -> None:
+    """A record of 24 bytes (with header and padding) does not divide the page, so that one crosses its end."""
     with written(size=13) as one:
         for begin in range(1, 2001, 100):
             ports = list(range(begin, begin + 100))
@@ -125,15 +125,15 @@ def test_positions_go_round_many_times() -> None:
             assert one.ports() == ports
 
 
-def test_a_full_buffer_keeps_the_oldest_and_has_room_once_they_are_read() -> None:
+def test_a_full_buffer_keeps_the_oldest_records_and_has_space_once_they_are_read() -> None:
     with written(size=1016) as one:
         one.connect(*range(1, 11))
-        assert one.ports() == [1, 2, 3]  # the kernel leaves one octet free at least: the fourth does not fit
+        assert one.ports() == [1, 2, 3]  # the kernel leaves at least one byte free, so the fourth does not fit
         one.connect(11)
         assert one.ports() == [11]
 
 
-def test_a_reader_may_take_some_and_come_back() -> None:
+def test_records_can_be_read_in_parts() -> None:
     with written() as one:
         one.connect(5, 6, 7)
         assert len(one.ring.read(maximum=2)) == 2
@@ -142,7 +142,7 @@ def test_a_reader_may_take_some_and_come_back() -> None:
 
 
 def test_a_reader_that_has_caught_up_is_woken() -> None:
-    """The kernel wakes only when it sees the consumer's position at the record that it commits."""
+    """The kernel wakes a reader only if the consumer's position is at the record that it commits."""
     count = 2000
     with written() as one:
         go, gone = os.pipe()
@@ -163,7 +163,7 @@ def test_a_reader_that_has_caught_up_is_woken() -> None:
                 assert one.ports() == [port]
 
 
-def test_what_was_not_read_is_there_for_the_next_reader() -> None:
+def test_unread_records_stay_for_the_next_reader() -> None:
     with written() as one:
         one.connect(5, 6)
         assert len(one.ring.read(maximum=1)) == 1

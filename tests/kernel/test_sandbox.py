@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sandbox is closed to the machine's network while it lasts, and leaves nothing."""
+"""A sandbox has no way to the machine's network, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _echo(address: str) -> bytes:
 
 @pytest.mark.parametrize("address", [*ADDRESSES, "127.0.0.1", "::1", "::ffff:192.0.2.1"])
 def test_addresses_answer_inside(address: str) -> None:
-    """Every address, link-local and loopback ones included, has TCP and UDP as soon as serve() returns."""
+    """When serve() returns, every address answers by TCP and UDP, link-local and loopback ones included."""
     with Sandbox(ADDRESSES) as sandbox:
         sandbox.serve([*ADDRESSES, "127.0.0.1", "::1"], [80])
         assert sandbox.call(lambda: _peer(address)) == address
@@ -52,15 +52,15 @@ def test_addresses_answer_inside(address: str) -> None:
 
 
 def test_the_first_ipv4_address_is_the_primary_one() -> None:
-    """0.0.0.0 on a socket that is bound to lo leads there, and to 127.0.0.1 on any other."""
+    """On a socket that is bound to lo, 0.0.0.0 leads to it; on any other socket to 127.0.0.1."""
     with Sandbox(ADDRESSES) as sandbox:
         sandbox.serve(["192.0.2.1", "127.0.0.1"], [80])
         assert sandbox.call(lambda: _peer("0.0.0.0", device=True)) == "192.0.2.1"
         assert sandbox.call(lambda: _peer("0.0.0.0")) == "127.0.0.1"
 
 
-def test_only_loopback_is_there() -> None:
-    """No interface leads out, and the machine's own namespace is another one."""
+def test_lo_is_the_only_interface() -> None:
+    """It has no other interface, and it is not the machine's own namespace."""
     with Sandbox(ADDRESSES) as sandbox:
         assert sandbox.call(lambda: [name for _, name in socket.if_nameindex()]) == ["lo"]
         assert sandbox.call(lambda: os.stat("/proc/self/ns/net").st_ino) == os.fstat(sandbox.netns_fd).st_ino
@@ -68,7 +68,7 @@ def test_only_loopback_is_there() -> None:
 
 
 def test_a_child_is_in_the_cgroup() -> None:
-    """The calling process stays where it was."""
+    """The calling process stays in its own cgroup."""
     with Sandbox() as sandbox:
         name = os.path.basename(sandbox.cgroup)
         assert f"/{name}\n" in sandbox.call(_own_cgroups)
@@ -81,14 +81,14 @@ def _own_cgroups() -> str:
 
 
 def test_a_sandbox_below_another() -> None:
-    """``below`` puts the cgroup into one that is there; the outer one can go after it."""
+    """``below`` makes the cgroup inside another one, which can be removed after it."""
     with Sandbox() as outer, Sandbox(below=outer.cgroup) as inner:
         assert os.path.dirname(inner.cgroup) == outer.cgroup
     assert not os.path.exists(outer.cgroup)
 
 
-def test_a_cgroup_that_can_not_be_made_is_told() -> None:
-    """One sentence with the path and the errno, and no namespace is left open."""
+def test_a_cgroup_that_can_not_be_made_is_an_error() -> None:
+    """The sentence has the path and the errno, and no namespace is left open."""
     open_before = len(os.listdir("/proc/self/fd"))
     with (
         pytest.raises(Unsupported, match=r"making the cgroup /proc/imds-guard.*ENOENT"),
@@ -98,8 +98,8 @@ def test_a_cgroup_that_can_not_be_made_is_told() -> None:
     assert len(os.listdir("/proc/self/fd")) == open_before
 
 
-def test_an_address_that_is_none_leaves_no_cgroup() -> None:
-    """What was made before the failure is taken back."""
+def test_an_invalid_address_leaves_no_cgroup() -> None:
+    """The cgroup that was made before the failure is removed."""
     sandbox = Sandbox(["no address"])
     with pytest.raises(ChildFailed, match="does not appear to be an IPv4 or IPv6 address"):
         sandbox.__enter__()
@@ -107,22 +107,22 @@ def test_an_address_that_is_none_leaves_no_cgroup() -> None:
     assert not os.path.exists(sandbox.cgroup)
 
 
-def test_a_listener_that_can_not_bind_is_told() -> None:
-    """serve() does not return as if it listened."""
+def test_a_listener_that_can_not_bind_is_an_error() -> None:
+    """serve() returns only when the listener listens."""
     with Sandbox() as sandbox, pytest.raises(ChildFailed, match="a listener of the sandbox could not start"):
         sandbox.serve(["192.0.2.7"], [80])
 
 
-# --- what a child hands back ----------------------------------------------------------------------------------------
+# --- results of a child ---------------------------------------------------------------------------------------------
 
 
-def test_a_large_result_comes_whole() -> None:
-    """More than a pipe holds."""
+def test_a_large_result_is_complete() -> None:
+    """It is larger than the buffer of a pipe."""
     assert run_in_child(lambda: b"x" * 3_000_000) == b"x" * 3_000_000
 
 
-def test_what_a_child_raises_comes_as_text() -> None:
-    """With the kind of error and where it was."""
+def test_an_error_in_a_child_is_raised_as_text() -> None:
+    """The text has the kind of the error and the traceback."""
     with pytest.raises(ChildFailed, match=r"(?s)in _fails.*LookupError: no such thing"):
         run_in_child(_fails)
 
@@ -131,8 +131,8 @@ def _fails() -> None:
     raise LookupError("no such thing")
 
 
-def test_an_error_of_ours_keeps_its_kind() -> None:
-    """And with it its exit status."""
+def test_a_guard_error_in_a_child_keeps_its_class() -> None:
+    """Its exit status is kept with it."""
     with pytest.raises(Unsupported, match=r"^not here$"):
         run_in_child(_refuses)
 
@@ -142,11 +142,11 @@ def _refuses() -> None:
 
 
 def test_a_child_that_hangs_is_killed_at_its_deadline() -> None:
-    """And is gone: its process ID is nobody's child."""
+    """It has been reaped afterwards."""
     reader, writer = os.pipe()
     try:
         with pytest.raises(ChildFailed, match="no result before its deadline"):
-            run_in_child(lambda: _tell_and_hang(writer), timeout_s=0.5)
+            run_in_child(lambda: _write_pid_and_hang(writer), timeout_s=0.5)
         with pytest.raises(ChildProcessError):
             os.waitpid(_read_pid(reader), os.WNOHANG)
     finally:
@@ -159,13 +159,13 @@ def _read_pid(reader: int) -> int:
     return pid
 
 
-def _tell_and_hang(writer: int) -> None:
+def _write_pid_and_hang(writer: int) -> None:
     os.write(writer, _PID.pack(os.getpid()))
     select.select([], [], [])
 
 
-def test_a_child_that_ends_early_is_told_at_once() -> None:
-    """Without waiting for the deadline."""
+def test_a_child_that_ends_early_is_an_error_at_once() -> None:
+    """The parent does not wait for the deadline."""
     with pytest.raises(ChildFailed, match="ended before it had a result"):
         run_in_child(lambda: os._exit(0), timeout_s=60)
 
@@ -174,9 +174,9 @@ def test_a_child_that_ends_early_is_told_at_once() -> None:
 
 
 def _spawn_family(sandbox: Sandbox) -> list[int]:
-    """A child that hangs, and a grandchild whose parent has ended; both are ended by the sandbox alone."""
+    """A child that hangs, and a grandchild whose parent has ended. Only the sandbox ends them."""
     reader, writer = os.pipe()
-    sandbox.spawn(lambda: _tell_and_hang(writer))
+    sandbox.spawn(lambda: _write_pid_and_hang(writer))
     sandbox.call(lambda: _orphan(writer))
     pids = [os.pidfd_open(_read_pid(reader)) for _ in range(2)]
     os.close(reader)
@@ -185,15 +185,15 @@ def _spawn_family(sandbox: Sandbox) -> list[int]:
 
 
 def _orphan(writer: int) -> None:
-    """By os.fork() alone: a child of fork() in children.py would die with its parent."""
+    """By os.fork(): a child of children.fork() would die with its parent."""
     if os.fork() == 0:
-        _tell_and_hang(writer)
+        _write_pid_and_hang(writer)
 
 
 def _ended(pidfds: list[int]) -> bool:
     """True when each process behind a descriptor has ended.
 
-    Their cgroup may be empty a moment before: do_exit() calls cgroup_exit() first, and then exit_notify().
+    Their cgroup may be empty a moment earlier: do_exit() calls cgroup_exit() before exit_notify().
     """
     ready = [one for one in pidfds if select.select([one], [], [], PATIENCE_S)[0]]
     for one in pidfds:
@@ -213,7 +213,7 @@ def test_nothing_is_left() -> None:
 
 
 def test_nothing_is_left_after_a_failure() -> None:
-    """The same when the block raises."""
+    """Nothing is left when the block raises an error."""
     sandbox = Sandbox(ADDRESSES)
     processes: list[int] = []
 
@@ -247,7 +247,7 @@ def _become_and_show(**ids: object) -> tuple[list[int], list[int], int]:
 
 
 def test_become_sets_every_id() -> None:
-    """Real, effective, saved and fs IDs can all differ."""
+    """Real, effective, saved and filesystem IDs can all differ."""
     shown = run_in_child(
         lambda: _become_and_show(uids=(7001, 0, 7003), gids=(8001, 8002, 8003), groups=(), fsuid=7004, fsgid=8004)
     )
@@ -255,18 +255,18 @@ def test_become_sets_every_id() -> None:
 
 
 def test_fs_ids_follow_the_effective_ones() -> None:
-    """As setresuid(2) and setresgid(2) have it."""
+    """setresuid(2) and setresgid(2) do so."""
     shown = run_in_child(lambda: _become_and_show(uids=(7001, 7002, 7003), gids=(8001, 8002, 8003), groups=(8005,)))
     assert shown == ([7001, 7002, 7003, 7002], [8001, 8002, 8003, 8002], 1)
 
 
-def test_become_takes_as_many_groups_as_the_kernel() -> None:
+def test_become_sets_as_many_groups_as_the_kernel_allows() -> None:
     """NGROUPS_MAX is 65,536."""
     assert run_in_child(lambda: _become_and_show(groups=range(9000, 9000 + 65536)))[2] == 65536
 
 
 def test_become_changes_one_thread() -> None:
-    """The C library would change them all."""
+    """The C library would change all threads."""
 
     def in_thread() -> tuple[list[int], list[int]]:
         seen: list[list[int]] = []
@@ -278,14 +278,14 @@ def test_become_changes_one_thread() -> None:
     assert run_in_child(in_thread) == ([7001] * 4, [0] * 4)
 
 
-def test_an_id_that_is_not_taken_is_an_error() -> None:
-    """setfsuid(2) itself says nothing."""
+def test_a_filesystem_id_that_is_not_set_is_an_error() -> None:
+    """setfsuid(2) itself reports no failure."""
     with pytest.raises(ChildFailed, match=r"PermissionError: setfsuid\(7009\) did not change the ID"):
         run_in_child(lambda: become(uids=(7001, 7001, 7001), fsuid=7009))
 
 
 def test_an_id_without_the_privilege_is_an_error() -> None:
-    """The errno of the call comes through."""
+    """The error has the errno of the call."""
 
     def twice() -> None:
         become(uids=(7001, 7001, 7001))
@@ -296,7 +296,7 @@ def test_an_id_without_the_privilege_is_an_error() -> None:
 
 
 def test_unshare_and_enter() -> None:
-    """enter() leads back into a namespace that was left by unshare()."""
+    """enter() returns to a namespace that unshare() has left."""
 
     def there_and_back() -> tuple[bool, bool]:
         own = os.open("/proc/thread-self/ns/net", os.O_RDONLY)

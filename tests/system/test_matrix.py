@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matrix' command, and how it judges what a guest hands out. That guests boot, ./run matrix shows."""
+"""The command line of the matrix, and its verdicts. ./run matrix itself shows that guests boot."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def row(name: str) -> table.Row:
 
 
 def judged(folder: Path, name: str, outcomes: dict[str, str], status: int = 0) -> Verdict:
-    """The verdict on a row whose guest left a JUnit report with these outcomes ("skipped: why" for a skip)."""
+    """The verdict on a row whose JUnit report has these outcomes ("skipped: why" for a skip)."""
     top = ElementTree.Element("testsuites")
     for test, outcome in outcomes.items():
         case = ElementTree.SubElement(top, "testcase", classname="tests.conformance.test_backends", name=test)
@@ -60,7 +60,7 @@ def judged(folder: Path, name: str, outcomes: dict[str, str], status: int = 0) -
     return verdict.judge(row(name), status, folder, "6.1.0-1-cloud-amd64", 12.0)
 
 
-def test_what_is_expected_and_passes(tmp_path: Path) -> None:
+def test_expected_tests_that_pass(tmp_path: Path) -> None:
     found = judged(tmp_path, EXPECTS_BOTH, GOOD)
     assert (found.state, found.works, found.complaints) == (PASSED, ("ebpf", "iptables"), ())
 
@@ -75,15 +75,15 @@ def test_what_is_expected_and_passes(tmp_path: Path) -> None:
         (EXPECTS_BOTH, {}, "no test ran"),
     ],
 )
-def test_what_fails_a_row(tmp_path: Path, name: str, outcomes: dict[str, str], complaint: str) -> None:
-    """A failure, a skip that nobody justified, a success that nobody expected, and no tests at all."""
+def test_reasons_for_a_failed_row(tmp_path: Path, name: str, outcomes: dict[str, str], complaint: str) -> None:
+    """A failed test, a skip without a justification, an unexpected success, and no tests at all."""
     found = judged(tmp_path, name, outcomes)
     assert found.state == FAILED
     assert [complaint in one for one in found.complaints] == [True], found.complaints
 
 
 def test_a_status_without_a_failed_test_fails_the_row(tmp_path: Path) -> None:
-    """pytest that was killed after its report, for one."""
+    """For example when pytest is killed after it wrote the report."""
     assert judged(tmp_path, EXPECTS_BOTH, GOOD, status=137).state == FAILED
 
 
@@ -94,15 +94,15 @@ def test_a_status_without_a_failed_test_fails_the_row(tmp_path: Path) -> None:
         (EXPECTS_BOTH, "test_row[ebpf-c]", "skipped: this kernel has no io_uring for us: EPERM"),
     ],
 )
-def test_a_skip_that_is_justified(tmp_path: Path, skip: tuple[str, str, str]) -> None:
-    """By what the row expects, or by a [[skip]] of kernels.toml."""
+def test_justified_skips(tmp_path: Path, skip: tuple[str, str, str]) -> None:
+    """By the expectations of the row, or by a [[skip]] of kernels.toml."""
     name, test, outcome = skip
     passed = {"test_row[iptables-a]": "passed"} if name == EXPECTS_ONE else GOOD
     assert judged(tmp_path, name, {**passed, test: outcome}).state == PASSED
 
 
 def test_a_lost_guest_is_not_a_failed_test(tmp_path: Path) -> None:
-    """CI sees an <error> where a failed row is a <failure>."""
+    """It is an <error> for CI; a failed row is a <failure>."""
     found = verdict.lost(row(EXPECTS_BOTH), 1200.0, "deadline passed, QEMU was killed")
     assert (found.state, found.failed) == (LOST, 0)
     written = ElementTree.parse(report.write_junit([found], tmp_path)).getroot()
@@ -110,15 +110,15 @@ def test_a_lost_guest_is_not_a_failed_test(tmp_path: Path) -> None:
     assert list(written.iter("failure")) == []
 
 
-def test_the_list_is_the_file() -> None:
-    """Row by row, and as JSON."""
+def test_the_list_shows_every_row() -> None:
+    """As lines and as JSON."""
     words = [sys.executable, str(RUN), "--list", "--json"]
     listed = json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
     assert [one["name"] for one in listed] == [one.name for one in table.load().rows]
 
 
 def without_root(tmp_path: Path, sub_ids: str) -> subprocess.CompletedProcess[str]:
-    """Files of others' are made by nobody, who has these sub-IDs, in a folder that nobody else may enter."""
+    """Makes files of other owners as user nobody with these sub-IDs, in a folder that only nobody may enter."""
     if os.geteuid() != 0 or shutil.which("newuidmap") is None:
         pytest.skip("giving somebody sub-IDs needs root and newuidmap")
     (tmp_path / "sub").write_text(sub_ids, encoding="ascii")
@@ -131,14 +131,14 @@ def without_root(tmp_path: Path, sub_ids: str) -> subprocess.CompletedProcess[st
         )  # fmt: skip
 
 
-def test_without_root_files_have_owners_and_none_is_left(tmp_path: Path) -> None:
-    """As images and what is installed in them are made; rmtree() could not remove what others own."""
+def test_without_root_files_have_owners_and_are_removed(tmp_path: Path) -> None:
+    """Images are made like this; rmtree() could not remove files of other owners."""
     done = without_root(tmp_path, "nobody:300000:65536\n")
     assert done.stdout.split("\n") == ["5:6", " ['theirs']", "[]", ""], done.stderr
 
 
-def test_who_has_no_sub_ids_is_told_what_to_do(tmp_path: Path) -> None:
-    """In the words of unshare(1) and ours."""
+def test_without_sub_ids_the_message_says_what_to_do(tmp_path: Path) -> None:
+    """It has the message of unshare(1) and ours."""
     done = without_root(tmp_path, "somebody:300000:65536\n")
     assert done.returncode != 0
     assert '"nobody" in /etc/subuid' in done.stderr
@@ -154,20 +154,20 @@ sys.stdin.read()
 
 
 def test_no_guest_outlives_a_run_that_is_killed() -> None:
-    """As a job of a CI is, when somebody cancels it."""
+    """As when a job of a CI is cancelled."""
     words = [sys.executable, "-c", _LEAVES_ONE]
     with subprocess.Popen(words, cwd=TREE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as runs:
         assert runs.stdout is not None
         guest = os.pidfd_open(int(runs.stdout.readline()))
         assert select.select([guest], [], [], 0) == ([], [], [])
         runs.kill()
-    ended, _, _ = select.select([guest], [], [], 30)  # a pidfd can be read when the process has ended: pidfd_open(2)
+    ended, _, _ = select.select([guest], [], [], 30)  # a pidfd becomes readable when the process ends (pidfd_open(2))
     os.close(guest)
     assert ended == [guest]
 
 
-def test_an_unknown_row_is_named() -> None:
-    """And nothing is booted."""
+def test_an_unknown_row_is_an_error() -> None:
+    """Nothing is booted."""
     words = [sys.executable, str(RUN), "exec", "2.6+debian-1", "--", "true"]
     done = subprocess.run(words, capture_output=True, check=False, text=True)
     assert done.returncode == 3
@@ -176,7 +176,7 @@ def test_an_unknown_row_is_named() -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "-"))
 def test_every_fault_can_be_planted(fault: Fault, tmp_path: Path) -> None:
-    """Its text stands in the tree once, its row is there, and its tests are."""
+    """Its text occurs once in its file, and its row and its tests exist."""
     target = tmp_path / fault.file
     target.parent.mkdir(parents=True)
     shutil.copy2(TREE / fault.file, target)
@@ -188,15 +188,15 @@ def test_every_fault_can_be_planted(fault: Fault, tmp_path: Path) -> None:
 
 
 def test_a_fault_without_its_text_is_an_error(tmp_path: Path) -> None:
-    """The tree has moved on; a copy without a fault would pass, and mean nothing."""
+    """The tree has changed since; a copy without the fault would pass and prove nothing."""
     Path(tmp_path, "there").write_text("one and one", encoding="utf-8")
     for text, times in (("two", 0), ("one", 2)):
         with pytest.raises(MatrixError, match=f"occurs {times} times"):
             plant.plant(replace(FAULTS[0], file="there", old=text), tmp_path)
 
 
-def test_a_fault_is_caught_for_its_own_reason() -> None:
-    """A tree that does not start at all, a row that passes, and a guest that is lost prove nothing."""
+def test_a_fault_is_caught_only_for_its_own_reason() -> None:
+    """A tree that does not start, a row that passes, and a lost guest prove nothing."""
     fault = FAULTS[0]
     words = f"test_who: AssertionError: {['EPERM', 'EPERM', 'connected']}"
     red = Verdict(fault.row, FAILED, 1.0, complaints=(words,))
@@ -207,16 +207,16 @@ def test_a_fault_is_caught_for_its_own_reason() -> None:
     assert plant.outcome(fault, verdict.lost(row(fault.row), 1.0, "connected")) == LOST
 
 
-def test_what_takes_long_does_not_come_last(tmp_path: Path) -> None:
-    """By what was recorded; a row that never ran may take any time."""
+def test_long_rows_come_first(tmp_path: Path) -> None:
+    """By the recorded times; a row that never ran may take any time."""
     first, second, third = table.load().rows[:3]
     recorded = tmp_path / "results.json"
     recorded.write_text(json.dumps({first.name: {"seconds": 5}, second.name: {"seconds": 7}}), encoding="utf-8")
     assert support.longest_first([first, second, third], recorded) == [third, second, first]
 
 
-def test_no_result_of_a_row_that_has_changed() -> None:
-    """What vagrant/results.json holds is of rows as kernels.toml has them now; a change asks for a new run."""
+def test_every_row_has_a_result_for_its_present_meaning() -> None:
+    """A change of a row in kernels.toml needs a new run with --record."""
     matrix, known = table.load(), support.read_record()
     assert [name for name in known if name in support.stale(matrix, known)] == []
     assert set(known) <= {one.name for one in matrix.rows}
@@ -224,7 +224,7 @@ def test_no_result_of_a_row_that_has_changed() -> None:
 
 @pytest.mark.parametrize("document", support.DOCUMENTS, ids=lambda path: path.name)
 def test_the_support_table_is_current(document: Path) -> None:
-    """After a change of kernels.toml or results.json: ./run matrix table --write FILE, for each of these files."""
+    """After a change of kernels.toml or results.json run ./run matrix table --write FILE for each of these files."""
     text = document.read_text(encoding="utf-8")
     assert support.put_into(text, table.load(), support.read_record()) == text
 
@@ -235,7 +235,7 @@ def test_a_document_without_markers_is_an_error() -> None:
 
 
 def test_the_short_table_does_not_hide_a_failure() -> None:
-    """One row that fails or was not run decides the word of its kernel."""
+    """One row that fails or was not run decides the cell of its kernel."""
     matrix = table.load()
     known = dict(support.read_record())
     name = next(one.name for one in matrix.rows if "ebpf" in one.expect and one.kernel.series == "6.1")

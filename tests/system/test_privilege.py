@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each command may do at least, who may run it, and who may see or touch what it leaves."""
+"""The capabilities that each command needs, who may run it, and who may see or change its files and pins."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ WORDS: dict[str, tuple[str, ...]] = {
     "uninstall-service": (),
     "ip-lockdown": (SERVICE, "root"),
 }
-"""By command the words that it is tried with."""
+"""Command -> the arguments for the test."""
 
 FOR_EVERYONE = {"endpoints"}
 WITHOUT_CGROUP = {"demo", "install-service", "uninstall-service"}
 ON_ITS_OWN = sorted(set(WORDS) - {"install-service", "uninstall-service"})
-"""What needs no systemd; the two are tried in a booted guest."""
+"""Commands that need no systemd. The other two are tested in a booted guest."""
 
 EVERY_CAPABILITY = range(int(Path("/proc/sys/kernel/cap_last_cap").read_text(encoding="ascii")) + 1)
 
 
 def argv(guard: Guard, name: str, before: str = "") -> tuple[str, ...]:
-    """The command against the sandbox's cgroup."""
+    """The command line for the cgroup of the sandbox."""
     where = () if name in WITHOUT_CGROUP else ("--cgroup", guard.sandbox.cgroup)
     if name == "ip-lockdown":
         return command.argv((*where, *WORDS[name]), entry="ip_lockdown", before=before)
@@ -70,7 +70,7 @@ def argv(guard: Guard, name: str, before: str = "") -> tuple[str, ...]:
 
 
 def run_with(guard: Guard, name: str, held: Sequence[int]) -> Result:
-    """The command in a process that is root with these capabilities alone."""
+    """Runs the command in a process that is root with only these capabilities."""
 
     def inside() -> Result:
         places.without_capabilities(*(number for number in EVERY_CAPABILITY if number not in held))
@@ -87,14 +87,14 @@ def guard() -> Iterator[Guard]:
 
 @pytest.fixture(scope="module")
 def untouched() -> Iterator[Guard]:
-    """Nothing is locked there, and nothing that is tried there may lock anything."""
+    """A guard that locks nothing, and must lock nothing after each test."""
     with command.guard() as one:
         yield one
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Guard]:
-    """A guard that runs, and that nothing which is tried on it may change."""
+    """A running guard, which no test may change."""
     with command.guard() as one:
         one.start(*LOCK)
         yield one
@@ -103,7 +103,7 @@ def running() -> Iterator[Guard]:
 # --- capabilities ---------------------------------------------------------------------------------------------------
 
 
-def test_every_command_says_what_it_takes() -> None:
+def test_every_command_has_its_capabilities() -> None:
     assert set(REQUIRED) == (set(every_command()) | {"ip-lockdown"}) - FOR_EVERYONE
     assert set(WORDS) == set(REQUIRED)
 
@@ -112,19 +112,19 @@ LOOK = ("status", "check", "explain", "export", "verify", "watch", "report", "me
 CHANGE = ("start", "ip-lockdown", "allow", "revoke", "stop")
 
 
-def test_each_is_tried() -> None:
+def test_each_command_is_tested() -> None:
     assert sorted((*LOOK, *CHANGE)) == ON_ITS_OWN
 
 
 @pytest.mark.parametrize("name", LOOK)
-def test_a_look_works_with_what_it_takes_and_nothing_more(running: Guard, name: str) -> None:
-    """It ends as it does with every capability."""
+def test_a_reading_command_works_with_its_capabilities_alone(running: Guard, name: str) -> None:
+    """It ends as with all capabilities."""
     done = run_with(running, name, REQUIRED[name])
     assert done.status == 0, done
 
 
-def test_a_change_works_with_what_it_takes_and_nothing_more(guard: Guard) -> None:
-    """One after the other; the lock holds for whom it should, and is gone without a trace in the end."""
+def test_changing_commands_work_with_their_capabilities_alone(guard: Guard) -> None:
+    """One after the other: the lock holds, and nothing is left in the end."""
     allowed = {"start": [ONE], "ip-lockdown": [0, ONE], "allow": [0, ONE, TWO], "revoke": [0, TWO]}
     for name in CHANGE:
         done = run_with(guard, name, REQUIRED[name])
@@ -137,8 +137,8 @@ def test_a_change_works_with_what_it_takes_and_nothing_more(guard: Guard) -> Non
 @pytest.mark.parametrize(
     ("name", "missing"), [(name, number) for name in ON_ITS_OWN for number in REQUIRED[name]], ids=str
 )
-def test_without_any_one_of_them_it_is_refused_and_named(untouched: Guard, name: str, missing: int) -> None:
-    """Dropped alone, with every other one held; CAP_SYS_ADMIN stands for CAP_BPF, so both go there."""
+def test_a_command_is_refused_without_any_one_of_its_capabilities(untouched: Guard, name: str, missing: int) -> None:
+    """Only one is dropped; with CAP_BPF also CAP_SYS_ADMIN, which includes it. The message names it."""
     dropped = {missing, privileges.CAP_SYS_ADMIN} if missing == privileges.CAP_BPF else {missing}
     done = run_with(untouched, name, [number for number in EVERY_CAPABILITY if number not in dropped])
     assert done.status == NO_PERMISSION, done
@@ -147,24 +147,24 @@ def test_without_any_one_of_them_it_is_refused_and_named(untouched: Guard, name:
     assert traces(untouched.sandbox.cgroup) == NOTHING
 
 
-def test_a_guard_that_runs_is_not_touched_by_one_who_may_not(running: Guard) -> None:
+def test_a_refused_command_does_not_change_a_running_guard(running: Guard) -> None:
     before = running.status()
     for name in ("start", "stop", "allow", "revoke", "verify", "ip-lockdown"):
         assert run_with(running, name, ()).status == NO_PERMISSION
     assert running.status() == before
 
 
-# --- whoever is not root --------------------------------------------------------------------------------------------
+# --- users other than root ------------------------------------------------------------------------------------------
 
 BECOME_NOBODY = (
-    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # read before: the tree may be root's alone
+    "import os, imds_guard.present.answers, imds_guard.commands.demo\n"  # only root may be able to read them
     "os.setgroups([]); os.setresgid(65533, 65533, 65533); os.setresuid(65534, 65534, 65534)"
 )
 
 
 @pytest.mark.parametrize("name", sorted(WORDS))
-def test_only_root_may_and_nobody_else_is_told_anything(untouched: Guard, running: Guard, name: str) -> None:
-    """Exit status 77 and one sentence, which is the same whether something is locked or not."""
+def test_only_root_may_and_others_learn_nothing(untouched: Guard, running: Guard, name: str) -> None:
+    """Exit status 77 and one sentence, which does not depend on whether something is locked."""
     free = command.run(argv(untouched, name, BECOME_NOBODY))
     done = command.run(argv(running, name, BECOME_NOBODY))
     assert (done.status, done.sentence) == (NO_PERMISSION, f"imds-guard {name}: only root may; run it with sudo")
@@ -172,12 +172,12 @@ def test_only_root_may_and_nobody_else_is_told_anything(untouched: Guard, runnin
 
 
 @pytest.mark.parametrize("name", sorted(FOR_EVERYONE))
-def test_what_is_the_same_for_everyone_everyone_may_read(name: str) -> None:
+def test_everybody_may_run_the_commands_that_read_no_state(name: str) -> None:
     assert command.run(command.argv((name,), before=BECOME_NOBODY)).answer
 
 
 def as_nobody(tried: Callable[[], object]) -> str:
-    """``done``, or the errno that user nobody gets."""
+    """``done``, or the errno for the user nobody."""
 
     def inside() -> str:
         os.setgroups([])
@@ -193,14 +193,14 @@ def as_nobody(tried: Callable[[], object]) -> str:
 
 
 def pin_folder(guard: Guard) -> str:
-    """Of the sandbox's guard."""
+    """The folder of pins of the guard in the sandbox."""
     path = find_bpffs()
     assert path is not None
     return os.path.join(path, f"imds-guard-{os.stat(guard.sandbox.cgroup).st_ino}")
 
 
-def test_nobody_sees_or_touches_pins_and_locks(running: Guard) -> None:
-    """Neither a list of names, nor a map, nor the hooks' order; nor can a link be planted."""
+def test_other_users_can_not_read_or_change_pins_and_lock_files(running: Guard) -> None:
+    """They can't list names, open maps, rename pins or make links."""
     pins = pin_folder(running)
     first = os.path.join(pins, sorted(os.listdir(pins))[0])
     for folder in (lockfile.FOLDER, pins):
@@ -224,14 +224,14 @@ def _write(_: str, path: str) -> None:
 
 
 def mode(path: str) -> str:
-    """``600`` and whose it is."""
+    """The mode and the owner, like ``600`` and 0."""
     found = os.lstat(path)
     return f"{stat.S_IMODE(found.st_mode):o} {found.st_uid}:{found.st_gid}"
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077, 0o777])
 def test_modes_do_not_depend_on_the_umask(guard: Guard, tmp_path: Path, umask: int) -> None:
-    """Locks and pins are root's alone; the configuration everyone may read and root alone may write."""
+    """Only root can open lock files and pins. Everybody can read the configuration, and only root can write it."""
     config = tmp_path / "made" / "config.toml"
     config.parent.mkdir(mode=0o755)
 
@@ -253,7 +253,7 @@ def test_modes_do_not_depend_on_the_umask(guard: Guard, tmp_path: Path, umask: i
     assert set(found.values()) == {"600 0:0"}
 
 
-def test_a_run_folder_that_was_left_open_is_closed_again(guard: Guard) -> None:
+def test_the_run_folder_gets_its_mode_back(guard: Guard) -> None:
     def inside() -> str:
         places.with_own_run_folder()
         os.chmod(lockfile.FOLDER, 0o777)
@@ -281,8 +281,8 @@ PLANTED: dict[str, tuple[Planted, str]] = {
 
 
 @pytest.mark.parametrize("what", sorted(PLANTED))
-def test_what_lies_where_a_lock_belongs_is_not_followed(untouched: Guard, what: str) -> None:
-    """Only root could have put it there; the command says so, changes nothing and leaves the target as it is."""
+def test_a_link_or_a_strange_file_in_place_of_a_lock_file_is_refused(untouched: Guard, what: str) -> None:
+    """Only root could have made it. The command reports it, changes nothing and does not touch the target."""
     plant, word = PLANTED[what]
     name = f"command-{os.stat(untouched.sandbox.cgroup).st_ino}.lock"
     before = os.stat("/etc/passwd")
@@ -299,7 +299,7 @@ def test_what_lies_where_a_lock_belongs_is_not_followed(untouched: Guard, what: 
     assert traces(untouched.sandbox.cgroup) == NOTHING
 
 
-def test_a_configuration_that_is_a_link_is_replaced_and_its_target_is_not_written(guard: Guard, tmp_path: Path) -> None:
+def test_a_configuration_that_is_a_link_is_replaced_not_its_target(guard: Guard, tmp_path: Path) -> None:
     target, config = tmp_path / "target", tmp_path / "config.toml"
     target.write_text('[lock.web]\nendpoints = ["192.0.2.1"]\nusers = [1]\n', encoding="ascii")
     before = target.read_bytes()
@@ -314,6 +314,6 @@ def test_a_configuration_that_is_a_link_is_replaced_and_its_target_is_not_writte
 # --- programs -------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_shell_would_act_on_is_handed_over_as_it_is() -> None:
+def test_shell_characters_in_arguments_have_no_effect() -> None:
     words = "; $(id) `id` | cat > /dev/null && echo *"
     assert run(["echo", words]).stdout == f"{words}\n"

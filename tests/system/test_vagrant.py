@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows as Vagrant machines. That a machine comes up, vagrant/up-here shows: it takes minutes, and root."""
+"""The rows as Vagrant machines. vagrant/up-here shows that a machine comes up; it takes minutes, and root."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Ran = subprocess.CompletedProcess
 
 @pytest.fixture
 def vagrant(tmp_path: Path) -> Callable[..., Ran[str]]:
-    """Runs vagrant with a state of the test's own: (folder, words, provider) -> what came of it."""
+    """Runs vagrant with a new state: (folder, arguments, provider) -> the completed process."""
     need("vagrant")
 
     def command(folder: Path, *words: str, provider: str = "libvirt") -> Ran[str]:
@@ -59,7 +59,7 @@ def vagrant(tmp_path: Path) -> Callable[..., Ran[str]]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The folder vagrant/ in a tree of its own, to be spoilt."""
+    """A copy of the folder vagrant/ that a test may change."""
     return Path(shutil.copytree(FOLDER, tmp_path / "tree" / "vagrant", ignore=shutil.ignore_patterns("__pycache__")))
 
 
@@ -76,7 +76,7 @@ def test_the_scripts_are_shell(name: str) -> None:
 
 @pytest.mark.parametrize("words", [("libvirt",), ("virtualbox", "-p")])
 def test_every_row_is_valid(vagrant: Callable[..., Ran[str]], words: list[str]) -> None:
-    """For both providers; -p checks all but the provider's own options, so that it needs no VirtualBox."""
+    """For both providers. -p does not check the options of the provider itself, so VirtualBox is not needed."""
     provider, *options = words
     done = vagrant(FOLDER, "validate", *options, provider=provider)
     assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["Vagrantfile validated successfully."]), done
@@ -86,7 +86,7 @@ def test_every_row_is_valid(vagrant: Callable[..., Ran[str]], words: list[str]) 
 def test_no_row_is_left_out_of_the_validation(
     vagrant: Callable[..., Ran[str]], copy: Path, provider: str, options: list[str]
 ) -> None:
-    """A mistake in what is said of the last row for one provider alone is found."""
+    """A mistake in the last row for one provider is found."""
     text = (copy / "Vagrantfile").read_text(encoding="utf-8")
     spoilt = f'override.vm.nonsense = 1 if row["name"] == "{ROWS[-1]}"\n'
     begin = f'machine.vm.provider "{provider}" do |{provider}, override|\n'
@@ -97,14 +97,14 @@ def test_no_row_is_left_out_of_the_validation(
     assert "nonsense" in done.stdout + done.stderr, done
 
 
-def test_one_machine_a_row(vagrant: Callable[..., Ran[str]]) -> None:
-    """In the file's order."""
+def test_each_row_is_a_machine(vagrant: Callable[..., Ran[str]]) -> None:
+    """In the order of kernels.toml."""
     said = vagrant(FOLDER, "status", "--machine-readable").stdout.splitlines()
     assert [line.split(",")[1] for line in said if ",metadata," in line] == ROWS
 
 
-def test_a_mistake_in_kernels_toml_is_told(vagrant: Callable[..., Ran[str]], copy: Path) -> None:
-    """With Python's sentence, not only with Ruby's trace."""
+def test_a_mistake_in_kernels_toml_is_reported(vagrant: Callable[..., Ran[str]], copy: Path) -> None:
+    """By the sentence of Python, not only by a trace of Ruby."""
     with open(copy / "kernels.toml", "a", encoding="utf-8") as handle:
         handle.write("[[row]]\nname = 'spoilt'\n")
     done = vagrant(copy, "validate")
@@ -112,8 +112,8 @@ def test_a_mistake_in_kernels_toml_is_told(vagrant: Callable[..., Ran[str]], cop
     assert "row spoilt: kernel = None is not described in the file" in done.stdout + done.stderr, done
 
 
-def test_a_box_that_was_built_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a name that changes with its content: Vagrant does not add a box again under a name that it knows."""
+def test_a_box_that_was_built_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its name changes with its content, because Vagrant adds no box again under a name that it knows."""
     monkeypatch.setenv("IMDS_GUARD_CACHE", str(tmp_path))
     matrix = table.load()
     row = matrix.rows[0]
@@ -139,8 +139,8 @@ def test_a_box_that_was_built_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("legacy-cgroups", ["bookworm", "bookworm-security"], suite.LEGACY_CGROUPS),
     ],
 )
-def test_what_a_stock_box_needs(name: str, suites: list[str], cmdline: str) -> None:
-    """The suite of the row's kernel, where its release is not the box's own, and the kernel's words."""
+def test_sources_and_arguments_for_a_stock_box(name: str, suites: list[str], cmdline: str) -> None:
+    """The suite of the row's kernel, unless it is the release of the box, and the arguments for the kernel."""
     matrix = table.load()
     found = machines.machine(matrix, matrix.row(name))
     assert [line.split()[2] for line in found.sources] == suites
@@ -148,7 +148,7 @@ def test_what_a_stock_box_needs(name: str, suites: list[str], cmdline: str) -> N
 
 
 def test_the_job_is_the_matrix_job(tmp_path: Path) -> None:
-    """The wheel, the tests and the suite that QEMU's guests run, with the row's expectations; nothing half-written."""
+    """The wheel, the tests and the suite of the QEMU rows, with the expectations of the row. No draft is left."""
     matrix = table.load()
     packed = job.pack(matrix, matrix.row("lockdown"), tmp_path)
     with tarfile.open(packed) as archive:
@@ -170,7 +170,7 @@ def test_the_job_is_the_matrix_job(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ext2(tmp_path: Path) -> Path:
-    """A small image with /etc/hosts in it."""
+    """A small image with a file /etc/hosts."""
     need("mke2fs")
     root = tmp_path / "root"
     (root / "etc").mkdir(parents=True)
@@ -181,7 +181,7 @@ def ext2(tmp_path: Path) -> Path:
 
 
 def stat(image: Path, path: str) -> dict[str, str]:
-    """What debugfs says of a file: mode, owner and group."""
+    """Mode, owner and group of a file, by debugfs."""
     words = run(["debugfs", "-R", f"stat {path}", str(image)]).replace("\n", " ").split()
     return {key: words[words.index(f"{key}:") + 1] for key in ("Mode", "User", "Group")}
 
@@ -191,7 +191,7 @@ def cat(image: Path, path: str) -> str:
 
 
 def test_an_image_is_edited_without_a_mount(ext2: Path, tmp_path: Path) -> None:
-    """Files, folders and links with owners of their own; afterwards the file system is whole, also when grown."""
+    """Files, folders and links get their owners; afterwards the file system is intact, also when enlarged."""
     edit = Edit(ext2, tmp_path)
     edit.append("/etc/hosts", "::1 localhost\n", 0o640, 42)
     edit.folder("/home", 0o700, 1000, 1001)
@@ -208,8 +208,8 @@ def test_an_image_is_edited_without_a_mount(ext2: Path, tmp_path: Path) -> None:
     run(["e2fsck", "-f", "-n", str(ext2)])
 
 
-def test_an_edit_that_fails_is_told(ext2: Path, tmp_path: Path) -> None:
-    """debugfs itself ends with 0."""
+def test_an_edit_that_fails_is_an_error(ext2: Path, tmp_path: Path) -> None:
+    """debugfs itself exits with 0."""
     edit = Edit(ext2, tmp_path)
     edit.put(Path(__file__), "/no/such/folder/test")
     with pytest.raises(MatrixError, match="debugfs could not change"):
@@ -218,8 +218,8 @@ def test_an_edit_that_fails_is_told(ext2: Path, tmp_path: Path) -> None:
         edit.append("/etc/passwd", "vagrant:x:1000:1000::/:/bin/sh\n")
 
 
-def test_partitions_lie_where_the_table_says(tmp_path: Path) -> None:
-    """At whole MiB, the first one active and shifted by as many sectors as its boot sector expects."""
+def test_partitions_are_at_the_offsets_of_the_table(tmp_path: Path) -> None:
+    """At whole MiB. The first one is active, and at the sector that its boot sector expects."""
     if not any(path.exists() for path in image.MBR):
         missing("syslinux-common is not installed")
     parts = []
@@ -242,8 +242,8 @@ def test_partitions_lie_where_the_table_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["build-box", "up-here"])
-def test_an_unknown_row_is_named(command: str) -> None:
-    """And nothing is built or started."""
+def test_an_unknown_row_is_an_error(command: str) -> None:
+    """Nothing is built or started."""
     if command == "up-here":
         if os.geteuid() != 0:
             pytest.skip("up-here is for root")
@@ -253,15 +253,15 @@ def test_an_unknown_row_is_named(command: str) -> None:
     assert done.stderr.startswith(f"{command}: there is no row '2.6-debian-1'")
 
 
-def test_steps_are_read_back(tmp_path: Path) -> None:
-    """As vagrant/box/inside writes them; none where it wrote none."""
+def test_steps_are_parsed(tmp_path: Path) -> None:
+    """In the format of vagrant/box/inside; without the file there are none."""
     assert here.steps(tmp_path) == []
     (tmp_path / "steps").write_text("up 80 0\nprovision 200 1\n")
     assert here.steps(tmp_path) == [("up", 80, 0), ("provision", 200, 1)]
 
 
 def test_nothing_outlives_the_deadline(tmp_path: Path) -> None:
-    """Neither the first process nor its children, though nobody told them: the PID namespace's death is theirs."""
+    """Neither the first process nor its children: they end with their PID namespace."""
     mark = tmp_path / "mark"
     script = f"mkfifo {mark}; sleep 3600 & (exec sleep 3601 <>{mark}) & echo started >{tmp_path}/started; wait"
     argv = ["setpriv", "--pdeathsig", "KILL", "--", "unshare", *here.NAMESPACES, "--", "sh", "-c", script]
@@ -269,13 +269,13 @@ def test_nothing_outlives_the_deadline(tmp_path: Path) -> None:
         pytest.skip("namespaces are for root")
     assert here.run(argv, {}, 5.0) is None
     assert (tmp_path / "started").read_text() == "started\n"
-    # A FIFO that somebody has open for reading opens for writing; when nobody has, ENXIO (fifo(7)).
+    # Opening a FIFO for writing is ENXIO when nobody has it open for reading (fifo(7)).
     with pytest.raises(OSError, match="No such device"):
         os.close(os.open(mark, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def test_the_list_for_vagrant_is_json() -> None:
-    """One object a row, from the command that the Vagrantfile runs."""
+    """One object for each row, from the command that the Vagrantfile runs."""
     argv = ["/usr/bin/python3", "-m", "vagrant.box.machines"]
     said = subprocess.run(argv, cwd=TREE, capture_output=True, text=True, check=True).stdout
     assert [one["name"] for one in json.loads(said)] == ROWS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names, numbers, and the credentials of real processes."""
+"""Names and numbers of users and groups, and the credentials of real processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ UNUSED_ID = 3_999_999_991
 
 @contextlib.contextmanager
 def child(prepare: Callable[[], object]) -> Iterator[int]:
-    """A process that has called ``prepare`` and now waits until the block ends."""
+    """A process that has called ``prepare`` and waits until the block ends."""
     ready_read, ready_write = os.pipe()
     stop_read, stop_write = os.pipe()
     pid = os.fork()
@@ -65,7 +65,7 @@ def child(prepare: Callable[[], object]) -> Iterator[int]:
 # --- names and numbers
 
 
-def test_names_resolve_as_the_system_has_them() -> None:
+def test_names_resolve_by_the_databases_of_the_system() -> None:
     assert user_id("root") == 0
     assert group_id(grp.getgrgid(0).gr_name) == 0
     assert user_name(0) == "root"
@@ -75,13 +75,13 @@ def test_names_resolve_as_the_system_has_them() -> None:
 @pytest.mark.parametrize(
     ("word", "number"), [("1001", 1001), (1001, 1001), ("0", 0), ("007", 7), (str(MAX_ID), MAX_ID)]
 )
-def test_all_digits_is_a_number_that_needs_no_account(word: str | int, number: int) -> None:
+def test_digits_are_a_number_without_need_of_an_account(word: str | int, number: int) -> None:
     assert number == user_id(word)
     assert number == group_id(word)
 
 
 @pytest.mark.parametrize("word", ["4294967295", 4294967295, -1, "9" * 5000, "99999999999"])
-def test_a_number_that_is_no_id_is_refused(word: str | int) -> None:
+def test_a_number_outside_the_range_is_refused(word: str | int) -> None:
     for resolve in (user_id, group_id):
         with pytest.raises(BadPolicy, match="ID: they go from 0 to 4294967294"):
             resolve(word)
@@ -89,13 +89,13 @@ def test_a_number_that_is_no_id_is_refused(word: str | int) -> None:
 
 @pytest.mark.parametrize("word", ["", " ", ABSENT, "-1", "+1", "1_000", "1.0", "nul\0nul", "\u0661"])
 def test_an_unknown_name_is_refused(word: str) -> None:
-    """Python's int() would take some of these: "+1", "1_000", the Arabic one."""
+    """int() of Python accepts some of these: "+1", "1_000", Arabic digits."""
     for resolve in (user_id, group_id):
         with pytest.raises(BadPolicy):
             resolve(word)
 
 
-def test_an_unknown_group_says_how_to_make_it() -> None:
+def test_an_unknown_group_is_refused_with_the_command_that_makes_it() -> None:
     with pytest.raises(BadPolicy) as caught:
         group_id(ABSENT)
     assert "--create-group" in str(caught.value)
@@ -103,18 +103,18 @@ def test_an_unknown_group_says_how_to_make_it() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_user_says_how_to_make_it() -> None:
+def test_an_unknown_user_is_refused_with_the_command_that_makes_it() -> None:
     with pytest.raises(BadPolicy, match=f"useradd --system {ABSENT}"):
         user_id(ABSENT)
 
 
-def test_a_strange_name_is_not_offered_as_a_command() -> None:
+def test_a_name_that_needs_quotes_is_not_part_of_the_command() -> None:
     with pytest.raises(BadPolicy) as caught:
         group_id("x; rm -rf /")
     assert "groupadd --system NAME" in str(caught.value)
 
 
-def test_an_id_without_a_name_shows_as_its_number() -> None:
+def test_an_id_without_a_name_is_shown_as_a_number() -> None:
     assert user_name(UNUSED_ID) == str(UNUSED_ID)
     assert group_name(UNUSED_ID) == str(UNUSED_ID)
 
@@ -139,14 +139,14 @@ def test_create_group_makes_a_system_group_once() -> None:
 
 
 @needs_root
-def test_a_name_that_groupadd_refuses_is_refused_with_its_words() -> None:
+def test_a_name_that_groupadd_refuses_is_refused_with_its_message() -> None:
     with pytest.raises(BadPolicy, match=r"groupadd could not make the group '-x:y': .*not a valid group name"):
         create_group("-x:y")
 
 
 @needs_root
-def test_create_group_without_privilege_says_so() -> None:
-    """In a child, since the IDs are given up for good."""
+def test_create_group_needs_root() -> None:
+    """In a child, which can't get its IDs back."""
 
     def try_it() -> None:
         os.setresuid(65534, 65534, 65534)
@@ -170,7 +170,7 @@ def test_the_credentials_of_this_process() -> None:
 
 
 @needs_root
-def test_real_and_effective_ids_give_way_to_the_filesystem_ids() -> None:
+def test_the_filesystem_ids_count_not_the_effective_ones() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def prepare() -> None:
@@ -187,7 +187,7 @@ def test_real_and_effective_ids_give_way_to_the_filesystem_ids() -> None:
 
 
 @needs_root
-def test_a_user_namespace_and_a_pid_namespace_show() -> None:
+def test_a_user_namespace_and_a_pid_namespace_are_recognised() -> None:
     clone_newuser = 0x10000000
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -218,22 +218,22 @@ def _only_child(pid: int) -> int:
 
 @needs_root
 @pytest.mark.skipif(not os.path.exists("/proc/2/comm"), reason="kthreadd is not in this PID namespace")
-def test_a_kernel_thread_is_one() -> None:
+def test_a_kernel_thread_is_recognised() -> None:
     with open("/proc/2/comm", encoding="ascii") as file:
         if file.read().strip() != "kthreadd":
             pytest.skip("process 2 is not kthreadd in this PID namespace")
     assert caller_of_pid(2).kernel_thread
 
 
-def test_a_process_that_is_gone_is_said_to_be() -> None:
+def test_a_process_that_is_gone_is_an_error() -> None:
     with child(lambda: None) as pid:
         pass
     with pytest.raises(NoSuchProcess, match=f"there is no process {pid}"):
         caller_of_pid(pid)
 
 
-def test_a_program_name_with_parentheses_and_blanks_is_no_kernel_thread() -> None:
-    """Cut at the first parenthesis, the field of the flags would be the state, a letter."""
+def test_parentheses_and_blanks_in_a_name_do_not_make_a_kernel_thread() -> None:
+    """Counted from the first parenthesis, the field of the flags would be another one."""
     libc = ctypes.CDLL(None)
 
     def rename() -> None:
@@ -243,7 +243,7 @@ def test_a_program_name_with_parentheses_and_blanks_is_no_kernel_thread() -> Non
         assert not caller_of_pid(pid).kernel_thread
 
 
-def test_a_user_has_the_groups_that_a_login_would_have() -> None:
+def test_a_user_has_the_groups_of_a_login() -> None:
     entry = next((found for found in pwd.getpwall() if found.pw_uid != 0), pwd.getpwuid(0))
     expected = frozenset(os.getgrouplist(entry.pw_name, entry.pw_gid))
     caller = caller_of_user(entry.pw_name)
@@ -251,6 +251,6 @@ def test_a_user_has_the_groups_that_a_login_would_have() -> None:
     assert caller == caller_of_user(str(entry.pw_uid))
 
 
-def test_a_number_without_an_account_has_no_known_groups() -> None:
+def test_a_number_without_an_account_is_refused() -> None:
     with pytest.raises(BadPolicy, match=f"no account has the user ID {UNUSED_ID}"):
         caller_of_user(UNUSED_ID)

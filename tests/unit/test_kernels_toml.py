@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vagrant/kernels.toml says what it means, and nothing in it is ignored."""
+"""vagrant/kernels.toml is consistent, and nothing in it is ignored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Document = dict[str, Any]
 
 @pytest.fixture
 def document() -> Document:
-    """The file, decoded, to be spoilt."""
+    """The decoded file, which a test may change."""
     return tomllib.loads(table.PATH.read_text(encoding="utf-8"))
 
 
@@ -34,7 +34,7 @@ def matrix() -> table.Matrix:
 
 
 def test_every_row_says_why(matrix: table.Matrix) -> None:
-    """And no two rows have the same name or are about the same thing."""
+    """No two rows have the same name or the same values."""
     assert [row.name for row in matrix.rows if not row.why.strip()] == []
     assert len({row.why for row in matrix.rows}) == len(matrix.rows)
     assert len({row.name for row in matrix.rows}) == len(matrix.rows)
@@ -42,13 +42,13 @@ def test_every_row_says_why(matrix: table.Matrix) -> None:
 
 
 def test_every_kernel_and_userland_is_used(matrix: table.Matrix) -> None:
-    """What no row boots would never be noticed missing."""
+    """Nobody would notice that one without a row is broken."""
     assert {row.kernel.series for row in matrix.rows} == set(matrix.kernels)
     assert {row.userland.name for row in matrix.rows} == set(matrix.userlands)
 
 
 def test_the_matrix_reaches_from_the_oldest_to_the_newest(matrix: table.Matrix) -> None:
-    """The rows that were promised are there."""
+    """These combinations have rows."""
     assert {"5.10", "6.1", "6.12", "6.18"} < set(matrix.kernels)
     assert {userland.python for userland in matrix.userlands.values()} == {"3.9", "3.11", "3.13"}
     assert {word for row in matrix.rows for word in row.setup} == table.SETUPS
@@ -57,7 +57,7 @@ def test_the_matrix_reaches_from_the_oldest_to_the_newest(matrix: table.Matrix) 
 
 
 def test_every_expectation_occurs_and_is_missing_somewhere(matrix: table.Matrix) -> None:
-    """A word that every row has, or none, would tell nothing apart; one row expects neither backend."""
+    """An expectation of every row, or of none, would show nothing; one row expects neither backend."""
     for word in table.EXPECTATIONS:
         assert {word in row.expect for row in matrix.rows} == {True, False}, word
     assert [row.expectation_text for row in matrix.rows if not row.expect & table.BACKENDS] == ["none"]
@@ -77,7 +77,7 @@ def test_a_skip_has_a_reason_that_says_why(matrix: table.Matrix) -> None:
 
 
 def test_all_rows_together_run_the_whole_table(matrix: table.Matrix) -> None:
-    """Of as many shares as there are rows with a backend each is one row's."""
+    """There are as many shares as rows with a backend, and each row has another one."""
     for backend in table.BACKENDS:
         words = [share.split() for share in suite.shares(matrix.rows).values()]
         taken = [word.partition("=")[2].split("/") for one in words for word in one if word.startswith(backend)]
@@ -85,7 +85,7 @@ def test_all_rows_together_run_the_whole_table(matrix: table.Matrix) -> None:
         assert {int(of) for _, of in taken} == {len(taken)}
 
 
-def test_a_row_runs_tests_that_are_there(matrix: table.Matrix) -> None:
+def test_the_tests_of_a_row_exist(matrix: table.Matrix) -> None:
     words = {word.partition("::")[0] for row in matrix.rows for word in row.tests} - {table.USUAL}
     paths = [word for word in (*words, *suite.USUAL_TESTS)]
     assert [path for path in paths if not (Path(__file__).resolve().parents[2] / path).exists()] == []
@@ -95,7 +95,7 @@ def unknown_key(document: Document) -> None:
     document["row"][0]["expects"] = ["ebpf"]
 
 
-def unknown_word(document: Document) -> None:
+def unknown_expectation(document: Document) -> None:
     document["row"][0]["expect"] = ["epbf"]
 
 
@@ -127,7 +127,7 @@ def skip_on_unknown_kernel(document: Document) -> None:
     ("spoil", "told"),
     [
         (unknown_key, "unknown key expects"),
-        (unknown_word, "expect has epbf"),
+        (unknown_expectation, "expect has epbf"),
         (unknown_setup, "setup has without-everything"),
         (unknown_kernel, "kernel = '2.6'"),
         (unknown_userland, "userland = 'debian-1'"),
@@ -136,8 +136,8 @@ def skip_on_unknown_kernel(document: Document) -> None:
         (skip_on_unknown_kernel, "kernels has 2.6"),
     ],
 )
-def test_what_is_wrong_is_refused(document: Document, spoil: Callable[[Document], None], told: str) -> None:
-    """With the words that are wrong; unspoilt it is taken."""
+def test_a_wrong_file_is_refused(document: Document, spoil: Callable[[Document], None], told: str) -> None:
+    """The message names the wrong value; without the change the file is accepted."""
     table.parse(copy.deepcopy(document))
     spoil(document)
     with pytest.raises(MatrixError, match=told.replace("(", r"\(")):
@@ -154,7 +154,7 @@ def test_what_is_wrong_is_refused(document: Document, spoil: Callable[[Document]
             "6.1.0-10-cloud-amd64",
             ["linux-image-6.1.0-10-cloud-amd64"],
         ),
-        # From 6.19 on the image package is empty; its other flavours are not meant.
+        # From 6.19 on the image package is empty; other flavours do not count.
         (
             [
                 "linux-image-7.2.1+deb13-cloud-amd64",
@@ -174,11 +174,11 @@ def test_what_is_wrong_is_refused(document: Document, spoil: Callable[[Document]
     ],
 )
 def test_the_newest_package_of_a_series(names: list[str], series: str, release: str, packages: list[str]) -> None:
-    """By numbers, and by the whole of the two first ones."""
+    """Versions are compared as numbers, and the series by its first two numbers."""
     assert choose(names, series, "cloud-amd64") == (release, packages)
 
 
-def test_a_series_that_is_not_there() -> None:
-    """It says which, and takes no other."""
+def test_a_series_that_the_archive_lacks() -> None:
+    """The message names it, and no other series is used."""
     with pytest.raises(MatrixError, match=r"no kernel 6\.1 "):
         choose(["linux-image-6.12.1-9-cloud-amd64"], "6.1", "cloud-amd64")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The units, and what install-service refuses; that they work is tried in a guest (vagrant/guest/test_service.py)."""
+"""The units, and the refusals of install-service. vagrant/guest/test_5_service.py tries the units in a guest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = Path(imds_guard.__file__).parent / "data" / "systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
 GUARDING = [name for name in SERVICES if name != "imds-guard-watch.service"]
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="who may write where is asked as root")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of root")
 
 
 def settings(name: str) -> dict[str, list[tuple[str, str]]]:
@@ -38,12 +38,12 @@ def settings(name: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def of(name: str, section: str, key: str) -> list[str]:
-    """The words of a key, of all its lines."""
+    """The values of all lines of a key, split at blanks."""
     return [word for one, value in settings(name)[section] if one == key for word in value.split()]
 
 
 def hardening(name: str) -> list[tuple[str, str]]:
-    """Everything behind the first capability."""
+    """All settings from the capabilities on."""
     pairs = settings(name)["Service"]
     return pairs[[key for key, _ in pairs].index("CapabilityBoundingSet") :]
 
@@ -51,18 +51,18 @@ def hardening(name: str) -> list[tuple[str, str]]:
 # --- the units ------------------------------------------------------------------------------------------------------
 
 
-def test_the_units_are_those_that_are_installed() -> None:
+def test_every_unit_file_is_installed() -> None:
     assert sorted(path.name for path in UNITS.iterdir()) == sorted(service.UNITS)
 
 
 @pytest.mark.parametrize("name", GUARDING)
-def test_what_changes_or_reads_the_guard_may_do_the_same(name: str) -> None:
-    """systemd has no include: the same options stand in each."""
+def test_units_that_change_or_read_the_guard_have_the_same_hardening(name: str) -> None:
+    """systemd has no include, so each file repeats these options."""
     assert hardening(name) == hardening("imds-guard.service")
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_every_command_is_ours_and_exists(name: str) -> None:
+def test_every_command_and_option_of_a_unit_exists(name: str) -> None:
     commands = [value for key, value in settings(name)["Service"] if key.startswith("Exec")]
     assert commands
     for command in commands:
@@ -72,20 +72,20 @@ def test_every_command_is_ours_and_exists(name: str) -> None:
         assert {one for one in words if one.startswith("--")} <= taken
 
 
-def test_the_lock_comes_before_the_network_and_what_runs_containers() -> None:
+def test_the_lock_comes_before_the_network_and_container_runtimes() -> None:
     before = of("imds-guard.service", "Unit", "Before")
     assert {"network-pre.target", "docker.service", "containerd.service", "kubelet.service"} <= set(before)
     assert "network-pre.target" in of("imds-guard.service", "Unit", "Wants")
 
 
-def test_nothing_at_shutdown_or_at_a_change_of_target_stops_the_lock() -> None:
+def test_neither_shutdown_nor_isolate_stops_the_lock() -> None:
     for name in ("imds-guard.service", "imds-guard-required.service"):
         unit = dict(settings(name)["Unit"])
         assert (unit["DefaultDependencies"], unit["IgnoreOnIsolate"], unit.get("Conflicts")) == ("no", "yes", None)
 
 
 def test_no_unit_hides_the_bpffs_of_the_machine() -> None:
-    """These give the unit another /sys/fs/bpf, or a read-only one, or forbid what the pins need."""
+    """These settings give the unit another /sys/fs/bpf or a read-only one, or forbid what pins need."""
     for name in SERVICES:
         keys = {key for key, _ in settings(name)["Service"]}
         assert keys.isdisjoint(
@@ -95,15 +95,15 @@ def test_no_unit_hides_the_bpffs_of_the_machine() -> None:
 
 
 def test_stopping_the_lock_does_not_stop_the_network() -> None:
-    """What the network requires is the gate, which depends on nothing that is restarted."""
+    """The network requires the gate, which depends on no unit that is restarted."""
     gate = settings("imds-guard-required.service")
     assert {key for key, _ in gate["Unit"]}.isdisjoint({"Requires", "Requisite", "BindsTo", "PartOf"})
     assert set(service._required_by()) >= {"systemd-networkd.service", "NetworkManager.service", "networking.service"}
     assert set(service._required_by()) - {"ifup@.service"} <= set(of("imds-guard-required.service", "Unit", "Before"))
 
 
-def test_systemd_reads_the_units(tmp_path: Path) -> None:
-    """With its own eyes: an option that it does not know is a warning there."""
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    """systemd-analyze warns of options that it does not know."""
     need("systemd-analyze")
     from tests.command import run
 
@@ -115,12 +115,12 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
     assert (said.status, ours) == (0, [])
 
 
-# --- what install-service refuses -----------------------------------------------------------------------------------
+# --- refusals of install-service ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An imds-guard where services can see it, in folders of root's alone."""
+    """An imds-guard in a folder that services see and only root can write to."""
     folder = Path("/opt") / f"imds-guard-test-{os.getpid()}-{tmp_path_factory.mktemp('x').parent.name}"
     folder.mkdir(mode=0o755)
     try:
@@ -133,12 +133,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @as_root
-def test_a_program_of_roots_own_will_do(program: str) -> None:
+def test_a_program_that_only_root_can_write_is_accepted(program: str) -> None:
     assert service.check_program(program) == program
 
 
 @pytest.mark.parametrize("path", [f"{Path(imds_guard.__file__).parent}/__main__.py", "/nonexistent/imds-guard", "-c"])
-def test_a_source_tree_can_not_be_relied_on_at_boot(path: str) -> None:
+def test_a_source_tree_is_refused(path: str) -> None:
     with pytest.raises(UsageError, match="runs from a source tree"):
         service.check_program(path)
 
@@ -146,7 +146,7 @@ def test_a_source_tree_can_not_be_relied_on_at_boot(path: str) -> None:
 @as_root
 @pytest.mark.parametrize("which", ["imds-guard", "."])
 def test_a_program_that_others_can_change_is_refused(program: str, which: str) -> None:
-    """Itself or its folder."""
+    """The program or its folder belongs to another user."""
     os.chown(os.path.join(os.path.dirname(program), which), 41_001, 51_001)
     with pytest.raises(NotPermitted, match="can be changed by others than root"):
         service.check_program(program)
@@ -165,14 +165,14 @@ def test_a_program_that_everybody_may_write_is_refused(program: str, which: str,
 @as_root
 @pytest.mark.parametrize("which", ["imds-guard", "."])
 def test_the_group_root_may_write_a_program(program: str, which: str) -> None:
-    """As some packages install theirs: root:root with mode 0775."""
+    """Some packages install files of root:root with mode 0775."""
     os.chmod(os.path.join(os.path.dirname(program), which), 0o775)
     assert service.check_program(program) == program
 
 
 @as_root
-def test_a_link_into_somebodys_home_is_refused(program: str, tmp_path: Path) -> None:
-    """Services do not see /home, /root and /tmp; and a link is as good as what it leads to."""
+def test_a_link_into_a_hidden_folder_is_refused(program: str, tmp_path: Path) -> None:
+    """Services do not see /home, /root and /tmp; the target of a link counts, too."""
     shutil.move(program, tmp_path / "imds-guard")
     os.symlink(tmp_path / "imds-guard", program)
     with pytest.raises(UsageError, match="in a folder that services do not see"):
@@ -192,10 +192,10 @@ def test_without_a_usable_configuration_nothing_is_written(program: str, tmp_pat
 
 
 @as_root
-def test_a_client_that_would_be_shut_out_at_the_next_boot_is_a_refusal(
+def test_a_configuration_that_shuts_out_a_client_is_refused(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless that is meant."""
+    """With --without-root it is accepted."""
     from imds_guard.commands import preflight
 
     client = preflight.Client("cloud-init", ("cloud-init",), (), paths=(program,))
@@ -208,7 +208,7 @@ def test_a_client_that_would_be_shut_out_at_the_next_boot_is_a_refusal(
 
 
 def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
-    """And is written once."""
+    """A second installation writes nothing."""
     first = service._install_unit("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
     again = service._install_unit("imds-guard.service", "/opt/a b/imds-guard", str(tmp_path))
     path = tmp_path / "imds-guard.service"
@@ -231,34 +231,34 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
         (service.ServiceOptions(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
     ],
 )
-def test_the_files_are_those_that_are_asked_for(options: service.ServiceOptions, files: list[str]) -> None:
+def test_options_choose_the_files(options: service.ServiceOptions, files: list[str]) -> None:
     assert set(options.files) == set(files)
 
 
-# --- telling systemd ------------------------------------------------------------------------------------------------
+# --- sd_notify ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["path", "@abstract"])
-def test_ready_is_a_datagram_to_the_socket_that_systemd_names(
+def test_ready_is_a_datagram_to_the_socket_in_the_environment(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path, or a name in the abstract namespace (unix(7))."""
-    said = str(tmp_path / "notify") if name == "path" else f"@imds-guard-test-{tmp_path}"
+    """The socket has a path or an abstract address (unix(7))."""
+    address = str(tmp_path / "notify") if name == "path" else f"@imds-guard-test-{tmp_path}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
-        one.bind(said if name == "path" else "\0" + said[1:])
-        monkeypatch.setenv("NOTIFY_SOCKET", said)
+        one.bind(address if name == "path" else "\0" + address[1:])
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
         assert notify.ready("reading denials")
         assert one.recv(1000) == b"READY=1\nSTATUS=reading denials"
         assert notify.notify("STOPPING=1")
         assert one.recv(1000) == b"STOPPING=1"
 
 
-def test_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_socket_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     assert not notify.ready()
 
 
-def test_a_socket_that_is_not_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_socket_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     with pytest.raises(GuardError, match=r"sending 'READY=1' to the service manager at .*: ENOENT"):
         notify.ready()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tells of sockets, by NETLINK_SOCK_DIAG, beside what the sockets tell of themselves."""
+"""Sockets as NETLINK_SOCK_DIAG shows them, compared with the sockets themselves; their holders; namespaces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STRANGER = 46_001
 
 
 def in_namespace(fn: Callable[[], object]) -> None:
-    """Runs a test in a network namespace of its own, where nobody else has sockets."""
+    """Runs a test in a new network namespace, which has no other sockets."""
 
     def inside() -> None:
         netns.unshare_network([])
@@ -46,7 +46,7 @@ def in_namespace(fn: Callable[[], object]) -> None:
 
 
 def connected(family: socket.AddressFamily, kind: socket.SocketKind) -> tuple[socket.socket, socket.socket]:
-    """A server's socket and a client's."""
+    """The sockets of a server and of its client."""
     server = socket.socket(family, kind)
     server.bind((FAMILIES[family], 0))
     if kind == socket.SOCK_STREAM:
@@ -67,10 +67,10 @@ KINDS = [(socket.SOCK_STREAM, socket.IPPROTO_TCP, CONNECTED), (socket.SOCK_DGRAM
 @needs_root
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize(("kind", "protocol", "states"), KINDS)
-def test_a_socket_is_told_as_it_is(
+def test_a_socket_is_described_correctly(
     family: socket.AddressFamily, kind: socket.SocketKind, protocol: int, states: tuple[int, ...]
 ) -> None:
-    """Both ends, its inode, who made it, and that it is connected."""
+    """Both addresses, the inode, the maker, and the state."""
 
     def work() -> None:
         server, client = connected(family, kind)
@@ -87,7 +87,7 @@ def test_a_socket_is_told_as_it_is(
 
 
 @needs_root
-def test_the_maker_is_told_by_his_user_id() -> None:
+def test_the_maker_has_a_user_id() -> None:
     def work() -> None:
         become((STRANGER,) * 3)
         server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
@@ -99,8 +99,8 @@ def test_the_maker_is_told_by_his_user_id() -> None:
 
 
 @needs_root
-def test_only_what_is_wanted_comes_back() -> None:
-    """By packed remote address and port; listeners only when they are asked for."""
+def test_only_wanted_sockets_are_returned() -> None:
+    """The function gets the packed remote address and port; listeners are returned only when their state is given."""
 
     def work() -> None:
         server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
@@ -145,7 +145,7 @@ def test_more_sockets_than_one_message_holds() -> None:
 
 
 @needs_root
-def test_a_connection_that_is_ended_is_gone_for_both_and_gone_only_once() -> None:
+def test_destroy_ends_a_connection_for_both_sides_once() -> None:
     def work() -> None:
         server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
         taken = server.accept()[0]
@@ -165,8 +165,8 @@ def test_a_connection_that_is_ended_is_gone_for_both_and_gone_only_once() -> Non
 
 
 @needs_root
-def test_another_socket_with_the_same_ends_is_not_taken_for_it() -> None:
-    """The cookie tells them apart."""
+def test_destroy_spares_a_later_socket_with_the_same_addresses() -> None:
+    """Its cookie is another one."""
 
     def work() -> None:
         server, client = connected(socket.AF_INET, socket.SOCK_DGRAM)
@@ -184,7 +184,7 @@ def test_another_socket_with_the_same_ends_is_not_taken_for_it() -> None:
 
 
 @needs_root
-def test_ending_takes_cap_net_admin() -> None:
+def test_destroy_needs_cap_net_admin() -> None:
     def work() -> None:
         server, client = connected(socket.AF_INET, socket.SOCK_STREAM)
         with server, client, SockDiag() as diag:
@@ -198,7 +198,7 @@ def test_ending_takes_cap_net_admin() -> None:
 
 
 @needs_root
-def test_a_protocol_without_sock_diag_is_an_error_and_not_an_empty_answer() -> None:
+def test_a_protocol_without_sock_diag_is_an_error() -> None:
     def work() -> None:
         with SockDiag() as diag, pytest.raises(FileNotFoundError):
             diag.sockets(socket.AF_INET, 253, CONNECTED)  # reserved for experiments (RFC 3692)
@@ -207,8 +207,8 @@ def test_a_protocol_without_sock_diag_is_an_error_and_not_an_empty_answer() -> N
 
 
 @needs_root
-def test_a_namespace_is_asked_without_being_there() -> None:
-    """The calling thread stays where it is."""
+def test_another_namespace_can_be_read() -> None:
+    """The calling thread stays in its namespace."""
 
     def work() -> None:
         fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -223,7 +223,7 @@ def test_a_namespace_is_asked_without_being_there() -> None:
     in_namespace(work)
 
 
-def test_something_that_is_no_namespace_is_an_error() -> None:
+def test_a_descriptor_that_is_no_namespace_is_an_error() -> None:
     with open("/proc/self/status", "rb") as file, pytest.raises(OSError, match="setns"):
         SockDiag(file.fileno())
 
@@ -231,7 +231,7 @@ def test_something_that_is_no_namespace_is_an_error() -> None:
 # --- holders --------------------------------------------------------------------------------------------------------
 
 
-def test_a_socket_is_held_by_whoever_has_a_descriptor() -> None:
+def test_every_process_with_a_descriptor_is_a_holder() -> None:
     one, other = socket.socketpair()
     with one, other:
         inode = os.fstat(one.fileno()).st_ino
@@ -247,7 +247,7 @@ def holders_of_in_child(inode: int) -> tuple[int, ...]:
 
 
 _SYS_EXIT = {"x86_64": 60, "aarch64": 93}
-"""exit(2) of one thread: C's exit() and Python's end them all."""
+"""exit(2) ends one thread. exit() of C and of Python ends all of them."""
 
 
 def _hang() -> None:
@@ -261,7 +261,7 @@ def _first_thread_ends() -> None:
 
 @contextmanager
 def _processes(*programs: Callable[[], object]) -> Iterator[list[int]]:
-    """Children that nobody waits for until the end."""
+    """Children that are reaped only at the end."""
     pids = []
     for program in programs:
         pid = os.fork()
@@ -283,8 +283,8 @@ def _is_zombie(pid: int) -> bool:
 
 @needs_root
 @pytest.mark.parametrize("hides", [lambda: network_namespaces()[1], lambda: holders_of(frozenset([1])).hidden])
-def test_a_process_that_has_ended_hides_nothing(hides: Callable[[], int]) -> None:
-    """To a stranger: one that nobody has waited for holds no more; one whose first thread alone has ended may."""
+def test_a_zombie_is_not_counted_as_hidden(hides: Callable[[], int]) -> None:
+    """A zombie holds no sockets. A process of which only the first thread has ended may hold some."""
     with _processes(lambda: None, _hang, _first_thread_ends) as (ended, lives, lives_on):
         deadline = time.monotonic() + 10
         while not (_is_zombie(ended) and _is_zombie(lives_on)):
@@ -299,18 +299,18 @@ def test_a_process_that_has_ended_hides_nothing(hides: Callable[[], int]) -> Non
             assert run_in_child(seen) == expected
 
 
-def test_nothing_is_looked_through_for_nothing() -> None:
+def test_without_inodes_no_process_is_read() -> None:
     found = holders_of(frozenset())
     assert (found.pids, found.hidden) == ({}, 0)
 
 
-def test_a_process_has_its_name_until_it_is_gone() -> None:
+def test_the_name_of_a_process_is_empty_once_it_is_gone() -> None:
     assert process_name(os.getpid())
     assert process_name(2**22 + 1) == ""  # beyond PID_MAX_LIMIT in include/linux/threads.h
 
 
 @needs_root
-def test_our_own_namespace_comes_first_and_once() -> None:
+def test_the_own_namespace_comes_first_and_once() -> None:
     def work() -> None:
         found, _ = network_namespaces()
         own = os.stat("/proc/thread-self/ns/net").st_ino
@@ -320,7 +320,7 @@ def test_our_own_namespace_comes_first_and_once() -> None:
     in_namespace(work)
 
 
-# --- which addresses ------------------------------------------------------------------------------------------------
+# --- locked addresses -----------------------------------------------------------------------------------------------
 
 
 def addresses() -> Iterator[tuple[str, bool]]:
@@ -331,7 +331,7 @@ def addresses() -> Iterator[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize(("address", "expected"), list(addresses()))
-def test_the_quick_test_covers_what_the_locks_cover(address: str, expected: bool) -> None:
+def test_the_quick_test_agrees_with_the_locks(address: str, expected: bool) -> None:
     networks = ("10.1.0.0/16", "192.0.2.1", "2001:db8::/32")
     endpoints = tuple(Endpoint(ipaddress.ip_network(network), ALL_PORTS) for network in networks)
     wanted = _locked_addresses(make_policy([Lock("x", endpoints)]))
