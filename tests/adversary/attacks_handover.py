@@ -28,7 +28,7 @@ from tests.adversary.scene import (
     as_root,
     by_attacker,
 )
-from tests.adversary.talk import ask, connected, make_socket, packed, patient, there
+from tests.adversary.talk import ask, connected, make_socket, packed, set_timeouts, there
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PIDFD_GETFD = 438  # pidfd_getfd(2): the same number on every architecture but alpha
@@ -71,7 +71,7 @@ def _giver(prepare: Prepare) -> Iterator[tuple[int, socket.socket]]:
 
 
 def _use(one: socket.socket, connect: bool) -> bytes:
-    patient(one)
+    set_timeouts(one)
     if connect:
         one.connect(there())
     return ask(one)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole catalogue, and the table of it in docs/security.md.
+"""The catalogue of attacks, and the table of it in docs/security.md.
 
-``python3 -m tests.adversary.catalogue --write`` puts the table there; test_catalogue.py holds the two equal.
+``python3 -m tests.adversary.catalogue --write`` writes the table. test_catalogue.py checks that it is up to date.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CATALOGUE: tuple[Attack, ...] = tuple(attack for _, attacks in CHAPTERS for atta
 
 
 def table() -> str:
-    """The tables, a chapter each, in Markdown."""
+    """The tables in Markdown, one per chapter."""
     return "\n".join(line for title, attacks in CHAPTERS for line in _chapter(title, attacks))
 
 
@@ -55,7 +55,7 @@ def _row(attack: Attack) -> str:
 
 
 def replaced(text: str) -> str:
-    """The document with the table of now."""
+    """The document with the current table."""
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}\n{table()}\n\n{END}{after}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One guard for all attacks that meet it."""
+"""Fixtures: attacks under the same guard share it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conformance.enforcers import ENFORCERS
 
 
 class Stages:
-    """One stage at a time, for at the root is room for one guard; with a scene for all attacks that fit into one."""
+    """Keeps one stage at a time, and a scene for all attacks that don't change their network."""
 
     def __init__(self, folder: Path) -> None:
         self.secret = secrets.token_hex(16).encode()
@@ -29,7 +29,7 @@ class Stages:
         self._lacking: dict[str, str | None] = {}
 
     def enter(self, guard: Guard) -> Stage:
-        """The stage with this guard; the one before is taken down first."""
+        """The stage with this guard. Another stage is closed first."""
         if self._now is None or self._now.guard is not guard:
             self.close()
             enforcer = self._stack.enter_context(ENFORCERS["ebpf"](self._folder))
@@ -39,19 +39,19 @@ class Stages:
 
     @property
     def scene(self) -> Scene:
-        """The scene of the stage that was entered."""
+        """The shared scene of the current stage."""
         if self._scene is None:
             raise AssertionError("no stage was entered")
         return self._scene
 
     def lacks(self, need: str) -> str | None:
-        """None, or why a thing that an attack needs is not to be had here."""
+        """Why this machine lacks something that an attack needs, or None."""
         if need not in self._lacking:
             self._lacking[need] = needs.PROBES[need](self.scene)
         return self._lacking[need]
 
     def close(self) -> None:
-        """Takes the stage down."""
+        """Closes the current stage."""
         self._now = self._scene = None
         self._stack.close()
 
@@ -65,9 +65,9 @@ def as_root() -> None:
 
 @pytest.fixture(scope="session")
 def stages(as_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
-    """What attacks take place on."""
-    all_of_them = Stages(tmp_path_factory.mktemp("state"))
+    """The stages for all attacks of the session."""
+    kept = Stages(tmp_path_factory.mktemp("state"))
     try:
-        yield all_of_them
+        yield kept
     finally:
-        all_of_them.close()
+        kept.close()

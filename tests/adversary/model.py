@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an entry of the catalogue is."""
+"""The types of the catalogue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Guard(enum.Enum):
-    """What stands between the attacker and the service."""
+    """The guard between the attacker and the service."""
 
     NONE = "no-guard"
     PLAIN = "guard"
@@ -20,7 +20,7 @@ class Guard(enum.Enum):
 
 
 class Verdict(enum.Enum):
-    """What becomes of an attack, in the words of docs/security.md."""
+    """The result of an attack, as docs/security.md shows it."""
 
     BLOCKED = "blocked"
     STRICT = "blocked with `--strict`"
@@ -28,9 +28,9 @@ class Verdict(enum.Enum):
 
     @property
     def through(self) -> dict[Guard, bool]:
-        """Which runs an attack of this verdict takes, and whether the attacker then has the service's secret.
+        """The runs of an attack with this verdict, and whether the attacker gets the service's secret in each.
 
-        One that is blocked succeeds where nothing guards: else its failure would prove nothing.
+        An attack that is blocked must succeed without a guard. Otherwise its failure would prove nothing.
         """
         return {
             Verdict.BLOCKED: {Guard.NONE: True, Guard.PLAIN: False, Guard.STRICT: False},
@@ -40,7 +40,7 @@ class Verdict(enum.Enum):
 
 
 Run = Callable[["Scene"], bytes]
-"""Takes place in the test's process; returns what the attacker got from the service, or raises privileges.Refused."""
+"""Runs in the process of the test. Returns what the attacker got from the service, or raises privileges.Refused."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Way:
 
     run: Run
     needs: tuple[str, ...] = ()
-    """Keys of needs.PROBES: what the kernel must have for it."""
+    """Keys of needs.PROBES: features that the kernel must have."""
     own_network: bool = False
-    """It changes the network namespace, so it gets one of its own."""
+    """The way changes its network namespace, so it gets a new one."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class Attack:
     title: str
     verdict: Verdict
     why: str
-    """What happens, for somebody who reads the table alone."""
+    """The reason for the verdict, for somebody who reads only the table."""
     ways: dict[str, Way] = field(default_factory=dict)
     test: str = "adversary/test_attacks.py"
-    """The file below tests/ that shows it."""
+    """The file below tests/ that proves it."""
 
     def runs(self) -> list[tuple[Guard, str]]:
-        """Every (guard, way) that has to be tried."""
+        """Every (guard, way) to try."""
         return [(guard, name) for guard in self.verdict.through for name in self.ways]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a way needs of the kernel or of its place; asked as root in a scene. None, or the sentence that says why not."""
+"""Probes for what ways need, run as root in a scene. Each returns None, or a sentence that says what is missing."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.adversary.scene import IPV4, OPEN4, OPEN6, Scene
 from tests.conformance.probes import PROBES as OF_THE_TABLE
 
 
-def _tried(what: str, trial: Callable[[], object], *absent: int) -> str | None:
+def _missing(feature: str, attempt: Callable[[], object], *absent: int) -> str | None:
     try:
-        trial()
+        attempt()
     except OSError as error:
         if error.errno not in absent:
             raise
-        return f"this kernel has no {what} for us: {error}"
+        return f"{feature} can't be used here: {error}"
     return None
 
 
-def _socket(what: str, kind: int, protocol: int) -> str | None:
+def _socket(feature: str, kind: int, protocol: int) -> str | None:
     absent = (errno.EPROTONOSUPPORT, errno.EINVAL, errno.ESOCKTNOSUPPORT)
-    return _tried(what, lambda: socket.socket(socket.AF_INET, kind, protocol).close(), *absent)
+    return _missing(feature, lambda: socket.socket(socket.AF_INET, kind, protocol).close(), *absent)
 
 
 def _source_route() -> None:
@@ -50,25 +50,27 @@ def _overriding() -> None:
 
 
 def _subtree(scene: Scene) -> str | None:
-    """The root of the hierarchy has inode 1 (cgroup_get_kernfs_id() in Linux): behind it there is no outside."""
-    return "the guard is at the root, so there is no outside" if os.stat(scene.guard_cgroup).st_ino == 1 else None
+    """No cgroup is outside the root, whose inode is 1 (cgroup_get_kernfs_id() in Linux)."""
+    return (
+        "the guard is at the root cgroup, so no cgroup is outside" if os.stat(scene.guard_cgroup).st_ino == 1 else None
+    )
 
 
 PROBES: dict[str, Callable[[Scene], str | None]] = {
     **{name: lambda scene, probe=probe: scene.inside(probe) for name, probe in OF_THE_TABLE.items()},  # type: ignore[misc]
     "udp-lite": lambda scene: scene.inside(lambda: _socket("UDP-Lite", socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)),
-    "source-route": lambda scene: scene.inside(lambda: _tried("source routes", _source_route, errno.EINVAL)),
-    "nat": lambda scene: scene.inside(lambda: _tried("address translation", _translation, 0)),
+    "source-route": lambda scene: scene.inside(lambda: _missing("source routes", _source_route, errno.EINVAL)),
+    "nat": lambda scene: scene.inside(lambda: _missing("address translation", _translation, 0)),
     "many-extensions": lambda scene: scene.inside(
-        lambda: _tried(
-            "ear for many extension headers", lambda: ask_by_raw_ipv6(OPEN6, MANY, fragment=True), errno.EAGAIN
+        lambda: _missing(
+            "a packet with many extension headers", lambda: ask_by_raw_ipv6(OPEN6, MANY, fragment=True), errno.EAGAIN
         )
     ),
-    "cable": lambda scene: scene.inside(lambda: _tried("veth", remote.has_cables, 0)),
+    "cable": lambda scene: scene.inside(lambda: _missing("veth", remote.has_cables, 0)),
     "tun": lambda scene: scene.inside(
-        lambda: _tried("tunnels", lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)), errno.ENOENT, errno.ENODEV)
+        lambda: _missing("tun", lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)), errno.ENOENT, errno.ENODEV)
     ),
-    # EINVAL: an unknown helper. EACCES: the verifier's other word for it.
-    "set-retval": lambda scene: scene.inside(lambda: _tried("bpf_set_retval()", _overriding, errno.EINVAL)),
+    # EINVAL: an unknown helper. Some verifiers report it as EACCES.
+    "set-retval": lambda scene: scene.inside(lambda: _missing("bpf_set_retval()", _overriding, errno.EINVAL)),
     "subtree": _subtree,
 }

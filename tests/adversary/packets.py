@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IP packets by hand: what is written without a socket that connects."""
+"""Builds and parses IP packets, to send without a connected socket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TCP, _UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 
 @dataclass(frozen=True)
 class Flow:
-    """The two ends of what is forged."""
+    """The two endpoints of forged packets."""
 
     source: str
     source_port: int
@@ -28,7 +28,7 @@ class Flow:
 
 
 def checksum(data: bytes) -> int:
-    """RFC 1071."""
+    """The Internet checksum (RFC 1071)."""
     total: int = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -49,7 +49,7 @@ def _pseudo_header(flow: Flow, protocol: int, length: int) -> bytes:
 
 
 def _order(family: int, protocol: int, length: int) -> tuple[int, int]:
-    """RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6."""
+    """The order of these fields in a pseudo-header: RFC 9293 section 3.1 for IPv4, RFC 8200 section 8.1 for IPv6."""
     return (length, protocol) if family == socket.AF_INET6 else (protocol, length)
 
 
@@ -61,17 +61,17 @@ def datagram(flow: Flow, payload: bytes) -> bytes:
 
 
 def udp_packet(flow: Flow, payload: bytes) -> bytes:
-    """A whole IPv4 packet."""
+    """An IPv4 packet with a UDP datagram."""
     return _ipv4(flow, _UDP, datagram(flow, payload))
 
 
 def udp_packet_with_options(flow: Flow, payload: bytes) -> bytes:
-    """The header is longer by two words of "no operation" (RFC 791 section 3.1)."""
+    """An IPv4 packet with a UDP datagram and eight bytes of "no operation" options (RFC 791 section 3.1)."""
     return _ipv4(flow, _UDP, datagram(flow, payload), options=b"\x01" * 8)
 
 
 def udp_fragments(flow: Flow, payload: bytes) -> tuple[bytes, bytes]:
-    """The first has the UDP header alone, the second all the rest."""
+    """A UDP datagram in two IPv4 fragments: the first has only the UDP header, the second only the payload."""
     body = datagram(flow, payload)
     more_fragments = 0x2000
     return _ipv4(flow, _UDP, body[:8], fragment=more_fragments), _ipv4(flow, _UDP, body[8:], fragment=1)
@@ -81,7 +81,7 @@ _DESTINATION_OPTIONS, _FRAGMENT = 60, 44  # RFC 8200 section 4
 
 
 def udp_packet_ipv6(flow: Flow, payload: bytes, options: int = 0, *, fragment: bool = False) -> bytes:
-    """A whole IPv6 packet with so many extension headers of destination options, and perhaps one of a fragment."""
+    """An IPv6 packet with ``options`` headers of destination options and, if wanted, a fragment header."""
     kinds = [_DESTINATION_OPTIONS] * options + [_FRAGMENT] * fragment
     body = datagram(flow, payload)
     for following, kind in zip([*kinds[1:], _UDP][::-1], kinds[::-1]):
@@ -93,7 +93,7 @@ def udp_packet_ipv6(flow: Flow, payload: bytes, options: int = 0, *, fragment: b
 
 
 def tcp_packet(flow: Flow, sequence: int, acknowledged: int, flags: int, payload: bytes = b"") -> bytes:
-    """A whole IPv4 packet."""
+    """An IPv4 packet with a TCP segment."""
     head = struct.pack(
         "!HHIIBBHHH", flow.source_port, flow.destination_port, sequence, acknowledged, 5 << 4, flags, 64240, 0, 0
     )
@@ -103,7 +103,7 @@ def tcp_packet(flow: Flow, sequence: int, acknowledged: int, flags: int, payload
 
 @dataclass(frozen=True)
 class Segment:
-    """What came back over TCP."""
+    """A TCP segment that was received."""
 
     sequence: int
     flags: int
@@ -136,11 +136,11 @@ def parse_datagram(packet: bytes, flow: Flow) -> bytes | None:
 
 Send = Callable[[bytes], object]
 Receive = Callable[[], bytes]
-"""The next packet; raises OSError when none comes."""
+"""Returns the next packet. Raises OSError when none arrives."""
 
 
 def shake_hands_and_ask(flow: Flow, send: Send, receive: Receive) -> bytes:
-    """A TCP connection by hand: SYN, its answer, a request. Returns what the service answered."""
+    """Makes a TCP connection packet by packet and sends a request. Returns the answer of the service."""
     sequence = secrets.randbits(31)
     send(tcp_packet(flow, sequence, 0, SYN))
     opened = _wait_for(flow, receive, lambda segment: segment.flags & (SYN | ACK) == SYN | ACK)
@@ -158,19 +158,19 @@ def _wait_for(flow: Flow, receive: Receive, wanted: Callable[[Segment], bool]) -
 
 
 def ask_by_datagram(flow: Flow, send: Send, receive: Receive) -> bytes:
-    """A datagram by hand, and the answer to it."""
+    """Sends a datagram. Returns the answer of the service."""
     send(udp_packet(flow, b"?"))
     return _wait_for_datagram(flow, receive)
 
 
 def ask_with_options(flow: Flow, send: Send, receive: Receive) -> bytes:
-    """The same with a longer IP header."""
+    """Sends a datagram with IP options. Returns the answer of the service."""
     send(udp_packet_with_options(flow, b"?"))
     return _wait_for_datagram(flow, receive)
 
 
 def ask_in_fragments(flow: Flow, send: Send, receive: Receive) -> bytes:
-    """The same in two packets, of which the second has no ports."""
+    """Sends a datagram in two fragments, the second without ports. Returns the answer of the service."""
     for packet in udp_fragments(flow, b"? and more"):
         send(packet)
     return _wait_for_datagram(flow, receive)

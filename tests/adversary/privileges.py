@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attacker may: IDs, single capabilities, user namespaces of its own; and what the scene needs beforehand."""
+"""The privileges of the attacker: IDs, single capabilities, user namespaces. Also how a scene is prepared."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 4, 8
 
 SPARE_ROUTE = ("10.66.66.0/24", "dev", "lo", "src", "10.66.0.1")
-"""To addresses that belong to nobody: the kernel answers no packet for them."""
+"""A route to addresses that are not assigned, for which the kernel answers no packet."""
 
 
 def become_user(uid: int, gid: int, groups: Sequence[int] = (), capabilities: Iterable[int] = ()) -> None:
-    """The calling thread has these IDs, and of all capabilities these alone.
+    """Gives the calling thread these IDs and only these capabilities.
 
-    Its /proc files are its own, as they are after the execve(2) that usually comes in between (proc(5)).
+    The process becomes dumpable and so owns its /proc files, as after the execve(2) that usually follows (proc(5)).
     """
     _check(_libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "PR_SET_KEEPCAPS")
     become(uids=(uid,) * 3, gids=(gid,) * 3, groups=groups)
@@ -40,7 +40,7 @@ def become_user(uid: int, gid: int, groups: Sequence[int] = (), capabilities: It
 
 
 def _hold_only(mask: int) -> None:
-    """Permitted and effective; nothing is inheritable. A later exec takes them away (capabilities(7))."""
+    """Sets the permitted and effective capabilities. None is inheritable: an exec drops them (capabilities(7))."""
     header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
     low, high = mask & 0xFFFFFFFF, mask >> 32
     data = ctypes.create_string_buffer(struct.pack("=6I", low, low, 0, high, high, 0))
@@ -54,24 +54,24 @@ def _check(result: int, what: str) -> None:
 
 
 def prepare_network() -> None:
-    """Fast Open without a cookie (ip-sysctl.rst), and a route to addresses that nobody has."""
+    """Enables Fast Open without a cookie (ip-sysctl.rst), and adds a route to unassigned addresses."""
     with open("/proc/sys/net/ipv4/tcp_fastopen", "w", encoding="ascii") as switch:
         switch.write(str(0x1 | 0x2 | 0x4 | 0x200 | 0x400))
     command("ip", "route", "add", *SPARE_ROUTE)
 
 
-def command(*words: str) -> None:
-    """Runs a program; what it says in failing is raised as OSError."""
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+def command(*argv: str) -> None:
+    """Runs a program. Raises OSError with its output when it fails."""
+    done = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode != 0:
-        raise OSError(0, f"{' '.join(words)}: {done.stdout.strip()}")
+        raise OSError(0, f"{' '.join(argv)}: {done.stdout.strip()}")
 
 
 # --- children -------------------------------------------------------------------------------------------------------
 
 
 class Refused(GuardError):
-    """What the attacker tried came to nothing."""
+    """The attack failed."""
 
 
 def or_refused(fn: Callable[[], T]) -> T:
@@ -83,7 +83,7 @@ def or_refused(fn: Callable[[], T]) -> T:
 
 
 def in_child(fn: Callable[[], T]) -> T:
-    """What ``fn`` returns in a forked child; raises what ``fn`` raised."""
+    """What ``fn`` returns in a forked child. Raises Refused where it raised OSError."""
     return children.run_in_child(lambda: or_refused(fn))
 
 
@@ -91,7 +91,7 @@ def in_child(fn: Callable[[], T]) -> T:
 
 
 def enter_user_namespace(inner_uid: int, inner_gid: int) -> None:
-    """A user namespace as anybody may make one: one user and one group, which are the caller's own outside."""
+    """Enters a user namespace as anybody can make it: it maps one user and one group, which are the caller's own."""
     uid, gid = os.geteuid(), os.getegid()
     syscalls.unshare(syscalls.CLONE_NEWUSER)
     for name, text in (("setgroups", "deny"), ("uid_map", f"{inner_uid} {uid} 1"), ("gid_map", f"{inner_gid} {gid} 1")):
@@ -100,9 +100,9 @@ def enter_user_namespace(inner_uid: int, inner_gid: int) -> None:
 
 
 def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T]) -> T:
-    """What ``fn`` returns in a child with these maps of user and group IDs, written from outside as root.
+    """What ``fn`` returns in a child in a user namespace with these maps of IDs, which root writes.
 
-    newuidmap(1) does the same for somebody whom /etc/subuid gives the IDs.
+    newuidmap(1) can write such maps for a user to whom /etc/subuid assigns the IDs.
     """
     to_parent, to_child = os.pipe(), os.pipe()
 

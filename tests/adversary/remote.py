@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The service on another machine: a network namespace of its own at the other end of a cable."""
+"""The service on another machine: in another network namespace, connected by a veth pair."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.adversary.privileges import command
 from tests.adversary.scene import IPV4, PORT, Scene
 
 NEAR, FAR, NOBODY = "10.88.0.1", "10.88.0.2", "10.88.0.99"
-"""Our end, the other, and an address that the other one believes to be here."""
+"""The address of this end, of the other end, and one that the other end routes to this one."""
 CABLE = "cable"
 
 
 @contextmanager
 def remote_service(scene: Scene) -> Iterator[None]:
-    """The calling process has a network namespace whose only way out is a cable to the service."""
+    """Moves the calling process into a network namespace whose only link leads to the service."""
     ours, theirs = socket.socketpair()
 
     def far() -> None:
@@ -52,12 +52,12 @@ def remote_service(scene: Scene) -> Iterator[None]:
 
 
 def allow_low_ports() -> None:
-    """Anybody may bind port 80, as in Docker's containers (ip_unprivileged_port_start in ip-sysctl.rst)."""
+    """Lets every user bind port 80, as in Docker's containers (ip_unprivileged_port_start in ip-sysctl.rst)."""
     with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", "w", encoding="ascii") as switch:
         switch.write("0")
 
 
 def has_cables() -> None:
-    """Raises OSError where there are none."""
+    """Makes a veth pair. Raises OSError when the kernel has no veth."""
     netns.unshare_network([])
     command("ip", "link", "add", CABLE, "type", "veth", "peer", "name", f"{CABLE}-end")

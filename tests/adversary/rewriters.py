@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Somebody else's programs at the connect4 hook, in a handful of instructions."""
+"""Other people's BPF programs at the connect4 hook, written as instructions."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def _instruction(code: int, to: int = 0, source: int = 0, offset: int = 0, value
 
 
 def _word(address: str) -> int:
-    """As the hook's context has it: network byte order, read as a signed word of this machine."""
+    """An IPv4 address as an immediate value: network byte order, read as a signed 32-bit number of this machine."""
     number: int = struct.unpack("=i", socket.inet_aton(address))[0]
     return number
 
 
 def rewriting(address: str, into: str) -> bytes:
-    """A connect to ``address`` goes to the other one."""
+    """A program that sends a connect to ``address`` to another address."""
     return b"".join(
         (
             _instruction(_LOAD_WORD, 6, 1, _USER_IP4),
@@ -51,12 +51,12 @@ OVERRIDING = b"".join(
         _instruction(_EXIT),
     )
 )
-"""Makes the errno of the programs before it 0: bpf_set_retval(), since v5.18."""
+"""A program that overrides a denial by programs that ran before it: bpf_set_retval(), since v5.18."""
 
 
 @contextmanager
 def attached(cgroup: str, code: bytes) -> Iterator[None]:
-    """The program runs at connect4 of a cgroup, in the last place there."""
+    """Attaches the program to connect4 of a cgroup, as the last one."""
     program = bpf.prog_load(code, "somebody_else", bpf.AttachType.CGROUP_INET4_CONNECT)
     folder = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request to io_uring with everything that an attacker may put into it (io_uring_enter(2))."""
+"""One io_uring request with all fields that an attacker can set (io_uring_enter(2))."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import struct
 from tests.conformance import uring
 from tests.conformance.attempts import _Vector
 
-_REGISTER = 427  # io_uring_register(2), the same on every architecture but alpha
+_REGISTER = 427  # io_uring_register(2): the same number on every architecture but alpha
 _REGISTER_PERSONALITY = 9
 _OP_SENDMSG, _OP_CONNECT = 9, 16
 _MESSAGE_HEADER = struct.Struct("@QI4xQQQQi4x")  # struct msghdr (sendmsg(2))
@@ -23,7 +23,7 @@ class Ring(uring.Ring):
     ASYNC = uring.IOSQE_ASYNC
 
     def register_personality(self) -> int:
-        """The number under which the ring keeps the caller's credentials."""
+        """Registers the caller's credentials in the ring. Returns their ID."""
         return uring._call(_REGISTER, self._fd, _REGISTER_PERSONALITY, 0, 0)
 
     def take(self, fd: int, address: bytes, flags: int = 0, personality: int = 0) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an attack takes place: a network namespace with a metadata service, below a guard or below none.
+"""The scene of an attack: a network namespace with a metadata service, with or without a guard above it.
 
-A way of an attack runs in the test's process and sends functions into the scene: as root to prepare something, as the
-attacker to attack.
+A way of an attack runs in the process of the test. It runs functions in the scene: as root to prepare, as the attacker
+to attack.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MAPPED = f"::ffff:{IPV4}"
 NAT64, NAT64_LISTED = "64:ff9b::a9fe:a9fe", "64:ff9b:1::a9fe:a9fe"
 OPEN4, OPEN6 = "10.66.0.1", "fd66::1"
 DENY_LISTED = "169.254.42.42"
-"""Of a lock that lets everyone through but the attacker's user and the denied group."""
+"""The address of a lock that denies only the attacker's user and DENIED_GROUP."""
 ATTACKERS_OWN = "169.254.43.43"
-"""Of a lock that lets the attacker through and nobody else."""
+"""The address of a lock that allows only the attacker."""
 PORT = 80
 ADDRESSES = (IPV4, IPV6, LINK_LOCAL, NAT64, NAT64_LISTED, OPEN4, OPEN6, DENY_LISTED, ATTACKERS_OWN)
 
@@ -45,14 +45,14 @@ ALLOWED_GROUP, DENIED_GROUP, OTHER_GROUP = 61_301, 61_302, 61_303
 
 _LONGEST_S = 300.0
 WAIT_S = 3.0
-"""How long an attacker waits for an answer. Nothing is far away: it comes at once, or never."""
+"""Timeout of the attacker. The service is on this machine, so an answer comes at once or never."""
 
 
 # --- policies -------------------------------------------------------------------------------------------------------
 
 
 def policy(*users: int, locked: Sequence[str] = (IPV4, IPV6, LINK_LOCAL, NAT64_LISTED)) -> Policy:
-    """The service is locked for all but these users and one group; two more addresses have lists of their own."""
+    """Locks the service for all but these users and ALLOWED_GROUP. Two more addresses have their own lists."""
     web = normal_ports([(PORT, PORT)])
     endpoints = tuple(Endpoint(ipaddress.ip_network(address), tcp=web, udp=web) for address in locked)
     denied = Identities(frozenset({ATTACKER}), frozenset({DENIED_GROUP}))
@@ -71,14 +71,14 @@ def policy(*users: int, locked: Sequence[str] = (IPV4, IPV6, LINK_LOCAL, NAT64_L
 USUAL = policy(0, ALLOWED)
 ATTACKER_TOO = policy(0, ALLOWED, ATTACKER)
 ELSEWHERE = policy(ALLOWED, locked=("169.254.170.2",))
-"""Locks an address that is not here: the service is open to everyone."""
+"""Locks an address that is not in the scene, so the service is open to everyone."""
 
 
 # --- the scene ------------------------------------------------------------------------------------------------------
 
 
 class Scene:
-    """One namespace with its service. ``folder`` can be read by everyone; the cgroup is the sandbox's."""
+    """A sandbox with the service. Everyone can read ``folder``."""
 
     def __init__(self, sandbox: Sandbox, apply: Callable[[Policy], object] | None, folder: Path, secret: bytes) -> None:
         self.sandbox = sandbox
@@ -88,24 +88,24 @@ class Scene:
 
     @property
     def guard_cgroup(self) -> str:
-        """The path of the cgroup that a guard is attached to: the one above the sandbox's."""
+        """The path of the cgroup that the guard is attached to: the parent of the sandbox's."""
         return os.path.dirname(self.sandbox.cgroup)
 
     def inside(self, fn: Callable[[], T]) -> T:
-        """What ``fn`` returns as root in the namespace and the cgroup. Raises Refused where it raised OSError."""
+        """What ``fn`` returns as root in the sandbox. Raises Refused where it raised OSError."""
         return self.sandbox.call(lambda: or_refused(fn), timeout_s=_LONGEST_S)
 
     def attacker(self, fn: Callable[[], T], *capabilities: int) -> T:
-        """The same as the attacker, who has these capabilities and no other."""
+        """What ``fn`` returns in the sandbox as the attacker, who has only these capabilities."""
         return self.inside(lambda: _attack(fn, capabilities))
 
     def serve(self, sockets: Sequence[socket.socket]) -> None:
-        """Is the same service, on these sockets, until the process is killed."""
+        """Answers like the service on these sockets, until the process is killed."""
         service.answer_forever(sockets, self._secret)
 
     @contextmanager
     def another_service(self, address: str) -> Iterator[int]:
-        """The same service once more, in the network namespace of the calling process, as long as the block lasts."""
+        """A second service in the network namespace of the calling process, until the block ends."""
         sockets = service.listen((address,), (PORT,))
         with alongside(lambda: self.serve(sockets)) as pid:
             for one in sockets:
@@ -115,7 +115,7 @@ class Scene:
     def across_a_change(
         self, first: Policy, then: Policy, attack: Callable[[Callable[[], None]], bytes], user: int = ATTACKER
     ) -> bytes:
-        """What ``attack`` gets as the user; the function that it is given returns when the policy has changed."""
+        """What ``attack`` gets as the user. It is called with a function that changes the policy and then returns."""
         ours, theirs = socket.socketpair()
         self._change_to(first)
         changer = children.fork(lambda: self._change_on_demand(ours, theirs, then))
@@ -160,7 +160,7 @@ def by_attacker(fn: Callable[[], T], *capabilities: int) -> T:
 
 @contextmanager
 def alongside(fn: Callable[[], object]) -> Iterator[int]:
-    """The process ID of a child of the calling process that runs ``fn`` and is ended with the block."""
+    """Runs ``fn`` in a child of the calling process until the block ends. Yields its process ID."""
     pid = children.fork(fn)
     try:
         yield pid
@@ -169,12 +169,12 @@ def alongside(fn: Callable[[], object]) -> Iterator[int]:
 
 
 def as_attacker(fn: Callable[[], bytes], *capabilities: int) -> Run:
-    """A way that is nothing but a function of the attacker's."""
+    """A way that runs one function as the attacker."""
     return lambda scene: scene.attacker(fn, *capabilities)
 
 
 def as_root(fn: Callable[[], bytes]) -> Run:
-    """A way whose function prepares something as root, then becomes the attacker by itself."""
+    """A way that runs one function as root, which itself becomes the attacker."""
     return lambda scene: scene.inside(fn)
 
 
@@ -182,7 +182,7 @@ def as_root(fn: Callable[[], bytes]) -> Run:
 
 
 class Stage:
-    """Makes scenes below one guard, or below none; ``secret`` is what their services give away."""
+    """Makes scenes under one guard, or under none. ``secret`` is the answer of their services."""
 
     def __init__(self, guard: Guard, enforcer: Enforcer, secret: bytes) -> None:
         self.guard = guard
@@ -190,16 +190,16 @@ class Stage:
         self._secret = secret
 
     def apply(self, sandbox: Sandbox, wanted: Policy) -> None:
-        """Puts a policy in force as this stage has it."""
+        """Applies a policy, as a strict one if the guard of this stage is strict."""
         self._enforcer.apply(sandbox, wanted._replace(strict=True) if self.guard is Guard.STRICT else wanted)
 
     def reasons(self) -> set[Reason] | None:
-        """Why connects and packets were judged as they were since a policy was put in force here."""
+        """The reasons of verdicts since the last call or apply()."""
         return self._enforcer.reasons()
 
     @contextmanager
     def scene(self) -> Iterator[Scene]:
-        """A fresh namespace and cgroup with the service in it."""
+        """A new network namespace and cgroup with the service."""
         sandbox = self._enforcer.sandbox()
         sandbox.addresses = ADDRESSES
         guarded = self.guard is not Guard.NONE

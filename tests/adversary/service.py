@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A metadata service: whoever asks gets the secret, over TCP as often as it asks, over UDP one datagram for one."""
+"""A metadata service that answers every request with the secret, over TCP, UDP and UDP-Lite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IPPROTO_UDPLITE = 136
 
 
 def listen(addresses: Sequence[str], ports: Sequence[int]) -> list[socket.socket]:
-    """Sockets that listen, in the namespace of the caller; that of UDP-Lite only where there is such a thing."""
+    """Listening sockets in the network namespace of the caller, those for UDP-Lite only where the kernel has it."""
     sockets = []
     for address in addresses:
         for port in ports:
@@ -41,7 +41,7 @@ def _listening(address: str, port: int, kind: int, protocol: int = 0) -> socket.
 
 
 def answer_forever(sockets: Sequence[socket.socket], secret: bytes) -> None:
-    """Serves until the process is killed."""
+    """Answers until the process is killed."""
     selector = selectors.DefaultSelector()
     for one in sockets:
         one.setblocking(False)
@@ -50,7 +50,7 @@ def answer_forever(sockets: Sequence[socket.socket], secret: bytes) -> None:
     while True:
         for key, _ in selector.select():
             one, role = key.data
-            # The peer is gone, or a filter keeps the answer back: that must not end the service.
+            # The service goes on when the peer is gone or a filter drops the answer.
             with contextlib.suppress(OSError):
                 _serve(selector, one, role, secret)
 
@@ -68,7 +68,7 @@ def _serve(selector: selectors.BaseSelector, one: socket.socket, role: str, secr
 
 
 def _answer(selector: selectors.BaseSelector, one: socket.socket, secret: bytes) -> None:
-    """One request is whatever came at once."""
+    """Answers one request: whatever one recv(2) returns."""
     try:
         if one.recv(65536):
             one.send(secret + b"\n")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connects without end, of callers who may and callers who may not, while everything changes: told by counting.
+"""Constant connects by allowed and denied callers while everything changes. The wrong verdicts are counted.
 
-``python3 -m tests.adversary.storm 1000000`` runs a million and says what came of them; it needs root.
+``python3 -m tests.adversary.storm 1000000`` makes a million connects and prints the counts. It needs root.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from tests.kernel.guards import BOTH, FAST, IPV4, IPV6, MAPPED, NEW_POLICY, OLD_
 
 _GROUP = 62_001
 _COUNTS = struct.Struct("=QQQQQ")
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER 0: no TIME_WAIT, so ports never run out
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER 0: close without TIME_WAIT, which would use up the ports
 _SLICE = 64
 """Connects that a forked child makes before it exits."""
 _FLIPS_TO_AN_UPDATE = 10
-_NICE = 10  # of the workers: on few processors the changes would come last
+_NICE = 10  # of the workers: without it the changes would starve on few processors
 _BACKLOG = 4096  # net.core.somaxconn
-_STANDS_STILL_S = 120.0
+_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of connects: of those who may not, of those who may."""
+    """Numbers of connects: the first two are of denied callers, the next two of allowed ones."""
 
     denied: int = 0
     slipped_through: int = 0
     connected: int = 0
     failed: int = 0
     error: int = 0
-    """The errno of one of those that failed or slipped through: 0 for none, and for a connect that was made."""
+    """The errno of one connect that failed or slipped through; 0 if there is none, or if it connected."""
 
     @property
     def connects(self) -> int:
-        """All of them."""
+        """The number of all connects."""
         return self.denied + self.slipped_through + self.connected + self.failed
 
     def __add__(self, other: Tally) -> Tally:
@@ -63,7 +63,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a storm came to."""
+    """The result of a storm."""
 
     tally: Tally
     kinds: dict[str, Tally]
@@ -72,17 +72,17 @@ class Outcome:
 
 
 class _Counter:
-    """Four numbers in memory that a worker writes and its parent reads."""
+    """A tally in shared memory, which a worker writes and its parent reads."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
 
     def add(self, more: Tally) -> None:
-        """Only one process at a time writes here."""
+        """Adds to the tally. Only one process at a time may call this."""
         self._memory[: _COUNTS.size] = _COUNTS.pack(*_numbers(self.tally() + more))
 
     def tally(self) -> Tally:
-        """So far."""
+        """The current tally."""
         return Tally(*_COUNTS.unpack(self._memory[: _COUNTS.size]))
 
 
@@ -101,7 +101,7 @@ def _connect(address: str, allowed: bool) -> Tally:
             one.connect((address, PORT))
         except PermissionError as refusal:
             return Tally(failed=1, error=refusal.errno or 0) if allowed else Tally(denied=1)
-        except OSError as error:  # not refused is got through
+        except OSError as error:  # any error but a denial: the connect got past the guard
             number = error.errno or 0
             return Tally(failed=1, error=number) if allowed else Tally(slipped_through=1, error=number)
     return Tally(connected=1) if allowed else Tally(slipped_through=1)
@@ -115,7 +115,7 @@ def _listen(address: str) -> socket.socket:
 
 
 def _accept_forever(listening: socket.socket) -> None:
-    """Nothing but that: where a queue is full, a connect waits a second for its next try."""
+    """Does nothing else, because with a full queue a connect waits a second for its next try."""
     while True:
         listening.accept()[0].close()
 
@@ -124,7 +124,7 @@ def _accept_forever(listening: socket.socket) -> None:
 
 
 def _steady(uid: int, address: str) -> Callable[[_Counter], None]:
-    """One process that connects again and again."""
+    """One process that keeps connecting."""
 
     def work(counter: _Counter) -> None:
         _become(uid)
@@ -135,7 +135,7 @@ def _steady(uid: int, address: str) -> Callable[[_Counter], None]:
 
 
 def _forking(uid: int, address: str) -> Callable[[_Counter], None]:
-    """Processes that connect a few times and exit, one after the other."""
+    """One process after another, each of which connects a few times and exits."""
 
     def some(counter: _Counter) -> None:
         _become(uid)
@@ -152,7 +152,7 @@ def _forking(uid: int, address: str) -> Callable[[_Counter], None]:
 
 
 def _changing(counter: _Counter) -> None:
-    """Two threads that become one and the other user between any two connects; a third one that stays denied."""
+    """Two threads that change their user between connects, and a third thread that stays a denied user."""
     lock = threading.Lock()
 
     def count(more: Tally) -> None:
@@ -193,7 +193,7 @@ WORKERS: dict[str, Callable[[_Counter], None]] = {
 
 
 def storm(connects: int, *, flips: int = 0, strict: bool = False) -> Outcome:
-    """At least so many connects, with at least so many changes of policy or of program meanwhile."""
+    """Makes at least so many connects, during at least so many changes of the policy or the programs."""
     versions = [(*FAST, ("IG_ANOTHER_VERSION", number)) for number in (1, 2)]
     policies = [policy._replace(strict=True) if strict else policy for policy in (OLD_POLICY, NEW_POLICY)]
     with Sandbox((IPV4, IPV6)) as sandbox:
@@ -202,12 +202,12 @@ def storm(connects: int, *, flips: int = 0, strict: bool = False) -> Outcome:
         backends = [EbpfBackend(sandbox.cgroup, defines) for defines in versions]
         try:
             backends[0].apply(policies[0])
-            return _rage(sandbox, backends, policies, connects, flips)
+            return _run_storm(sandbox, backends, policies, connects, flips)
         finally:
             backends[0].remove()
 
 
-def _rage(
+def _run_storm(
     sandbox: Sandbox, backends: list[EbpfBackend], policies: list[Policy], connects: int, at_least: int
 ) -> Outcome:
     counters = {name: _Counter() for name in WORKERS}
@@ -237,28 +237,28 @@ def _total(counters: dict[str, _Counter]) -> Tally:
 
 
 def _until(reached: Callable[[], bool], counters: dict[str, _Counter], pids: dict[str, int]) -> None:
-    """Returns when it is so. Fails when a worker has ended, or nothing moves any more."""
+    """Returns when the condition holds. Fails when a worker has ended, or after a timeout."""
     watched = {name: os.pidfd_open(pid) for name, pid in pids.items()}
     try:
-        deadline = time.monotonic() + _STANDS_STILL_S
+        deadline = time.monotonic() + _TIMEOUT_S
         while not reached():
             ended = select.select(list(watched.values()), [], [], 0.001)[0]
             if ended:
                 raise AssertionError(f"a worker ended: {[name for name, fd in watched.items() if fd in ended]}")
             if time.monotonic() > deadline:
-                raise AssertionError(f"the storm stands still at {_total(counters)}")
+                raise AssertionError(f"the storm made no progress at {_total(counters)}")
     finally:
         for fd in watched.values():
             os.close(fd)
 
 
-def main(words: list[str]) -> int:
-    """The command line. Exit status 1 when one connect of all was judged wrongly."""
-    if not words or not words[0].isdigit():
+def main(arguments: list[str]) -> int:
+    """The command line. Returns 1 when any connect got the wrong verdict."""
+    if not arguments or not arguments[0].isdigit():
         sys.stderr.write("usage: python3 -m tests.adversary.storm CONNECTS [--strict]\n")
         return 2
     begun = time.monotonic()
-    outcome = storm(int(words[0]), strict="--strict" in words)
+    outcome = storm(int(arguments[0]), strict="--strict" in arguments)
     for name, tally in outcome.kinds.items():
         sys.stdout.write(f"{name}: {tally.connects} connects, {tally}\n")
     sys.stdout.write(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the attacker asks the service for its secret, once it has a socket."""
+"""How the attacker connects to the service and asks for its secret."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ REQUEST = b"GET /latest/meta-data/iam/security-credentials/ HTTP/1.0\r\n\r\n"
 
 
 def make_socket(address: str = IPV4, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
-    """A blocking socket of the address's family that gives up after a while."""
+    """A blocking socket of the address's family with a timeout."""
     one = socket.socket(family(address), kind, protocol)
-    patient(one)
+    set_timeouts(one)
     return one
 
 
-def patient(one: socket.socket) -> None:
-    """No call of a blocking socket takes longer than WAIT_S (SO_RCVTIMEO in socket(7))."""
+def set_timeouts(one: socket.socket) -> None:
+    """Sets a timeout of WAIT_S for each call of a blocking socket (SO_RCVTIMEO in socket(7))."""
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         one.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(WAIT_S), 0))
 
@@ -45,33 +45,33 @@ def answer(one: socket.socket) -> bytes:
 
 
 def fetch(address: str = IPV4, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> bytes:
-    """A plain connect and one question."""
+    """Connects and sends one request. Returns the answer."""
     with make_socket(address, kind, protocol) as one:
         one.connect(sockaddr(address, PORT))
         return ask(one)
 
 
 def fetch_named(host: str) -> bytes:
-    """What a program does that was given an address as text: getaddrinfo(3), then connect."""
+    """The answer to a program that gets the address as text: it calls getaddrinfo(3), then connects."""
     error: OSError | None = None
     for number, kind, protocol, _, target in socket.getaddrinfo(host, PORT, type=socket.SOCK_STREAM):
         with socket.socket(number, kind, protocol) as one:
-            patient(one)
+            set_timeouts(one)
             try:
                 one.connect(target)
                 return ask(one)
             except OSError as reason:
                 error = reason
-    raise error or OSError(errno.ENOENT, f"{host} is no address")
+    raise error or OSError(errno.ENOENT, f"{host} is not an address")
 
 
 def there(address: str = IPV4) -> tuple[Any, ...]:
-    """The service, for the socket module."""
+    """The address of the service for the socket module."""
     return sockaddr(address, PORT)
 
 
 def packed(address: str = IPV4, port: int = PORT) -> bytes:
-    """The service as a struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7))."""
+    """The address of the service as a struct sockaddr_in or sockaddr_in6 (ip(7), ipv6(7))."""
     parsed = ipaddress.ip_address(address)
     if parsed.version == 4:
         return struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + parsed.packed + bytes(8)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a strict guard must not break: whole conversations of an allowed user, to the last packet."""
+"""A strict guard does not break connections of an allowed user, up to their last packet."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.adversary.conftest import Stages
 from tests.adversary.model import Guard
 from tests.adversary.privileges import become_user
 from tests.adversary.scene import ALLOWED, ALLOWED_GID, IPV4, IPV6, PORT, USUAL
-from tests.adversary.talk import make_socket, patient, there
+from tests.adversary.talk import make_socket, set_timeouts, there
 
 Closing = Callable[[socket.socket, socket.socket], None]
 
 
 def _client_first(client: socket.socket, peer: socket.socket) -> None:
-    """The last packet of all is sent by no socket any more, but by what is left of one (TIME-WAIT, RFC 9293)."""
+    """The client closes first. The last packet then comes from a TIME-WAIT socket (RFC 9293)."""
     client.close()
     assert peer.recv(1) == b""
     peer.close()
@@ -34,7 +34,7 @@ def _server_first(client: socket.socket, peer: socket.socket) -> None:
 
 
 def _half_closed(client: socket.socket, peer: socket.socket) -> None:
-    """The request is over, the answer goes on."""
+    """The client ends its direction; the server still sends."""
     client.shutdown(socket.SHUT_WR)
     assert peer.recv(1) == b""
     peer.send(b"!" * 1000)
@@ -47,7 +47,7 @@ CLOSINGS: dict[str, Closing] = {"client": _client_first, "server": _server_first
 
 
 def _converse(address: str, closing: Closing) -> bool:
-    """In a network namespace made for it, both ends in one process, whose user is allowed when it connects."""
+    """Runs both ends of a connection in one process, as an allowed user, in a new network namespace."""
     netns.unshare_network([address])
     with make_socket(address) as listening, make_socket(address) as client:
         listening.bind(sockaddr(address, PORT))
@@ -55,7 +55,7 @@ def _converse(address: str, closing: Closing) -> bool:
         become_user(ALLOWED, ALLOWED_GID)
         client.connect(there(address))
         peer = listening.accept()[0]
-        patient(peer)
+        set_timeouts(peer)
         client.sendall(b"?")
         assert peer.recv(1) == b"?"
         closing(client, peer)
@@ -64,7 +64,7 @@ def _converse(address: str, closing: Closing) -> bool:
 
 @pytest.fixture(scope="module")
 def fresh(stages: Stages) -> Stages:
-    """What an attack leaves behind tries for minutes to send what it could not (FIN-WAIT-1), and would be counted."""
+    """New stages: sockets of earlier attacks (FIN-WAIT-1) retransmit for minutes, and would be counted."""
     stages.close()
     return stages
 
@@ -72,7 +72,7 @@ def fresh(stages: Stages) -> Stages:
 @pytest.mark.parametrize("address", [IPV4, IPV6])
 @pytest.mark.parametrize("closing", sorted(CLOSINGS))
 def test_a_conversation_ends_without_a_denial(fresh: Stages, closing: str, address: str) -> None:
-    """No packet of it is dropped: the hooks count why they let through, and what they drop."""
+    """No packet of the connection is dropped: the hooks count no reason but ALLOWED_USER."""
     stage = fresh.enter(Guard.STRICT)
     scene = fresh.scene
     stage.apply(scene.sandbox, USUAL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every attack of the catalogue, in every one of its ways, without a guard, with one, and with a strict one."""
+"""Every way of every attack of the catalogue, without a guard, with a guard, and with a strict guard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.adversary.model import Attack, Guard
 from tests.adversary.privileges import Refused
 
 RUNS = [(guard, attack, way) for guard in Guard for attack in CATALOGUE for at, way in attack.runs() if at is guard]
-"""By guard, so that each is put up once."""
+"""Sorted by guard, so that each guard is started once."""
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ RUNS = [(guard, attack, way) for guard in Guard for attack in CATALOGUE for at, 
     [pytest.param(guard, attack, name, id=f"{guard.value}-{attack.id}-{name}") for guard, attack, name in RUNS],
 )
 def test_attack(guard: Guard, attack: Attack, name: str, stages: Stages) -> None:
-    """The attacker has the service's secret afterwards, or has it not, as the catalogue says."""
+    """The attacker gets the service's secret if the catalogue says so, and else does not."""
     stage = stages.enter(guard)
     way = attack.ways[name]
     missing = [reason for reason in map(stages.lacks, way.needs) if reason is not None]

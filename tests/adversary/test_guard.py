@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard itself: what root can do to it, and nobody else; and what somebody prepared for it before it came."""
+"""Attacks on the guard itself: only root can take it apart, and names prepared before its start do no harm."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WITHIN_S = 10.0
 
 @contextmanager
 def _scene() -> Iterator[Scene]:
-    """A cgroup with the service in a cgroup below it; nothing guards them yet."""
+    """A scene with the service in a child cgroup. There is no guard yet."""
     with Sandbox() as above, Sandbox(ADDRESSES, below=above.cgroup) as sandbox, tempfile.TemporaryDirectory() as folder:
         sandbox.serve_with(
             lambda: service.listen(ADDRESSES, (PORT,)), lambda sockets: service.answer_forever(sockets, _SECRET)
@@ -67,18 +67,18 @@ def _got(scene: Scene) -> bytes:
 
 @pytest.mark.parametrize("name", sorted(TAKE_APART))
 def test_root_can_take_it_apart(scene: Scene, name: str) -> None:
-    """Each act of the row "take-apart" opens the lock when root does it: else its failure would prove nothing."""
+    """Each act of the row "take-apart" opens the lock when root does it. Otherwise its failure would prove nothing."""
     _backend(scene).apply(USUAL)
     assert _got(scene) == b""
     of = target(scene.guard_cgroup)
     scene.inside(lambda: TAKE_APART[name](of))
     deadline = time.monotonic() + _WITHIN_S
-    while _got(scene) != _SECRET:  # a link whose last pin goes is detached by a work queue
+    while _got(scene) != _SECRET:  # a work queue detaches a link after its last pin is removed
         assert time.monotonic() < deadline, f"{name} left the lock as it was"
         select.select([], [], [], 0.01)
 
 
-# --- what lies ready ------------------------------------------------------------------------------------------------
+# --- prepared names -------------------------------------------------------------------------------------------------
 
 
 def _link(path: str, victim: str) -> None:
@@ -113,8 +113,8 @@ NAMES: dict[str, Callable[[Folder], str]] = {
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 @pytest.mark.parametrize("kind", sorted(PREPARED))
-def test_what_somebody_laid_ready_is_not_used(scene: Scene, kind: str, name: str) -> None:
-    """A bpffs that was mounted without a mode is 01777: anybody may make names in it before the guard does."""
+def test_a_prepared_name_is_not_used(scene: Scene, kind: str, name: str) -> None:
+    """In a bpffs that everyone can write to (01777), a name that a user made before the start is not used."""
     path = NAMES[name](folder_of(scene.guard_cgroup))
     victim = scene.folder / "victim"
     victim.mkdir()
@@ -137,7 +137,7 @@ def test_what_somebody_laid_ready_is_not_used(scene: Scene, kind: str, name: str
 
 @contextmanager
 def _open_to_all(bpffs: str) -> Iterator[None]:
-    """As it is where somebody mounted it without a mode."""
+    """Sets the mode 01777, which bpffs has when it is mounted without a mode."""
     before = stat.S_IMODE(os.stat(bpffs).st_mode)
     os.chmod(bpffs, 0o1777)
     try:
@@ -147,7 +147,7 @@ def _open_to_all(bpffs: str) -> Iterator[None]:
 
 
 def _prepare(path: str, act: Callable[[], object]) -> None:
-    """The attacker makes a name; another test at the same time may close the folder in between."""
+    """Makes a name as the attacker. Tries again when another test has reset the mode of the folder in between."""
 
     def as_attacker() -> bool:
         become(groups=(), gids=(ATTACKER_GID,) * 3, uids=(ATTACKER,) * 3)
@@ -164,8 +164,8 @@ def _prepare(path: str, act: Callable[[], object]) -> None:
     pytest.fail(f"the attacker could not make {path}")
 
 
-def test_somebody_who_makes_the_names_again_and_again_keeps_nobody_from_starting(scene: Scene) -> None:
-    """Faster than they can be removed."""
+def test_start_works_while_a_user_keeps_making_its_names(scene: Scene) -> None:
+    """start works although a user makes names of pins faster than they can be removed."""
     folder, backend = folder_of(scene.guard_cgroup), _backend(scene)
     paths = [one(folder) for one in NAMES.values()]
 
@@ -200,7 +200,7 @@ def test_the_pins_are_roots_alone(scene: Scene) -> None:
 
 
 def test_the_lock_files_are_roots_alone(as_root: None) -> None:
-    """Who could open one could hold it, and keep every command waiting."""
+    """Only root can open lock files. Another user could hold the lock and block every command."""
     with lockfile.exclusive("adversary", 1):
         assert stat.S_IMODE(os.lstat(lockfile.FOLDER).st_mode) & 0o022 == 0
         assert _modes(lockfile.FOLDER)["adversary.lock"] == 0o600
@@ -222,7 +222,7 @@ def test_a_link_in_place_of_a_lock_file_is_not_followed(as_root: None, tmp_path:
 
 
 def test_the_configuration_is_written_beside_and_renamed(tmp_path: Path) -> None:
-    """A link in its place is replaced, not written through, and nobody but the owner may write the new file."""
+    """A symbolic link in place of the configuration is replaced, not followed. Only the owner can write the file."""
     victim = tmp_path / "victim"
     save_config(Config(USUAL), str(victim))
     before = victim.read_text(encoding="utf-8")
@@ -236,7 +236,7 @@ def test_the_configuration_is_written_beside_and_renamed(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("act", ["rename", "remove", "open", "list"])
 def test_nobody_else_reaches_the_pins(scene: Scene, act: str) -> None:
-    """Not by their names either."""
+    """Another user can't rename, remove, open or list the pins."""
     _backend(scene).apply(USUAL)
     pins = folder_of(scene.guard_cgroup).path
     acts: dict[str, Callable[[], object]] = {
