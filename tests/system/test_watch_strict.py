@@ -45,7 +45,7 @@ def test_an_unapproved_packet_is_an_event_without_a_process() -> None:
         "uid": 0,
         "user": "root",
         "count": 1,
-        "would_allow": "open the connection as an allowed user: only its own connect approves a socket",
+        "would_allow": "connect as an allowed user: under --strict nothing else approves a socket",
         **dict.fromkeys(("pid", "gid", "groups", "comm", "exe", "cmdline", "unit", "container", "cgroup")),
     }
     assert {key: event[key] for key in expected} == expected

@@ -20,11 +20,11 @@ _ADVICE: dict[Reason, str] = {
     Reason.DENIED_GROUP: "take {user} out of the denied group, or the group off the deny list",
     Reason.CONTAINER: 'set containers = "allow" (--containers allow), which judges processes in containers by ID',
     Reason.USER_NAMESPACE: "put {user} on an allowlist: the default does not let user namespaces through",
-    Reason.TOO_MANY_GROUPS: "allow {user} by user ID instead of by group, or list at most 128 groups",
+    Reason.TOO_MANY_GROUPS: "allow {user} by user ID instead of by group, or list at most 128 groups in the lock",
     Reason.UNSPECIFIED_DESTINATION: "connect to the address itself, not to 0.0.0.0",
     Reason.NO_SETTINGS: "run imds-guard start, which repairs the policy",
     Reason.UNREADABLE: "run imds-guard status to see what is wrong, and imds-guard start to repair it",
-    Reason.UNAPPROVED_SOCKET: "open the connection as an allowed user: only its own connect approves a socket",
+    Reason.UNAPPROVED_SOCKET: "connect as an allowed user: under --strict nothing else approves a socket",
 }
 """Reason -> advice. NOT_LISTED is in _allow(), which names groups. Nothing lets a kernel thread through."""
 
