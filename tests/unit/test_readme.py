@@ -201,6 +201,15 @@ def test_every_status_that_the_alerts_explain_is_one_that_status_prints() -> Non
     assert len(quoted) > 8
 
 
+def test_the_page_has_every_reason_of_a_denial() -> None:
+    from imds_guard.policy.decide import Reason
+
+    described = [
+        name for row in rows_of("docs/operations.md", "reasons") for name in re.findall(r"`([a-z-]+)`", row[0])
+    ]
+    assert sorted(described) == sorted(reason.label for reason in Reason if not reason.permits)
+
+
 def test_the_page_has_every_metric() -> None:
     described = {name for row in rows_of("docs/operations.md", "metrics") for name in re.findall(r"`(\w+)`", row[0])}
     source = (ROOT / "src" / "imds_guard" / "commands" / "metrics.py").read_text(encoding="utf-8")
