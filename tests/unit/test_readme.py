@@ -162,17 +162,20 @@ def rows_of(page: str, table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()[2:]]
 
 
+def named_in(page: str, table: str) -> list[str]:
+    """What stands in backticks in the first column of a table."""
+    return [text for row in rows_of(page, table) for text in re.findall(r"`([^`]+)`", row[0])]
+
+
 def test_the_page_has_every_method_of_a_backend() -> None:
     from imds_guard.backends import Backend
 
     methods = [name for name, member in vars(Backend).items() if callable(member) and not name.startswith("_")]
-    assert [row[0].strip("`") for row in rows_of("docs/architecture.md", "backend")] == methods
+    assert named_in("docs/architecture.md", "backend") == methods
 
 
 def test_the_page_has_every_part_of_the_program() -> None:
-    rows = rows_of("docs/architecture.md", "program")
-    listed = {name for row in rows for name in re.findall(r"`([^`]+)`", row[0])}
-    assert listed == {path.name for path in (ROOT / "bpf").glob("*.h")}
+    assert set(named_in("docs/architecture.md", "program")) == {path.name for path in (ROOT / "bpf").glob("*.h")}
 
 
 def test_the_code_names_the_kernel_source_that_the_page_says() -> None:
@@ -193,9 +196,7 @@ def source_text() -> str:
 
 
 def test_every_status_that_the_alerts_explain_is_one_that_status_prints() -> None:
-    quoted = [
-        text for row in rows_of("docs/operations.md", "status words") for text in re.findall(r"`([^`]+)`", row[0])
-    ]
+    quoted = named_in("docs/operations.md", "status words")
     source = source_text()
     assert [text for text in quoted if not all(part in source for part in text.split(": "))] == []
     assert len(quoted) > 8
@@ -204,18 +205,16 @@ def test_every_status_that_the_alerts_explain_is_one_that_status_prints() -> Non
 def test_the_page_has_every_reason_of_a_denial() -> None:
     from imds_guard.policy.decide import Reason
 
-    described = [
-        name for row in rows_of("docs/operations.md", "reasons") for name in re.findall(r"`([a-z-]+)`", row[0])
-    ]
-    assert sorted(described) == sorted(reason.label for reason in Reason if not reason.permits)
+    assert sorted(named_in("docs/operations.md", "reasons")) == sorted(
+        reason.label for reason in Reason if not reason.permits
+    )
 
 
 def test_the_page_has_every_metric() -> None:
-    described = {name for row in rows_of("docs/operations.md", "metrics") for name in re.findall(r"`(\w+)`", row[0])}
     source = (ROOT / "src" / "imds_guard" / "commands" / "metrics.py").read_text(encoding="utf-8")
     made = re.findall(r'_(gauge|counter)\("(\w+)"', source)
     names = {f"imds_guard_{name}{'_total' if kind == 'counter' else ''}" for kind, name in made}
-    assert described == names
+    assert set(named_in("docs/operations.md", "metrics")) == names
 
 
 # --- form -----------------------------------------------------------------------------------------------------------
