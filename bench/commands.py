@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the commands take and how much memory, in a cgroup of the benchmark's own.
+"""Measures the time and memory of commands, in a cgroup of its own.
 
 Run as root from the top of the tree: /usr/bin/python3 -m bench.commands.
 """
@@ -26,14 +26,14 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Budget:
-    """What a command may take: seconds, and MiB at the peak."""
+    """The maximum for a command: seconds, and peak memory in MiB."""
 
     seconds: float
     mebibytes: float = 200
 
 
 def _run(arguments: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak MiB of one run of imds-guard."""
+    """Seconds and peak memory in MiB of one run of imds-guard."""
     code = f"import sys; sys.path.insert(0, {str(SOURCE)!r}); from imds_guard.cli import main; main()"
     begun = time.monotonic()
     pid = os.fork()
@@ -47,7 +47,7 @@ def _run(arguments: Sequence[str]) -> tuple[float, float]:
 
 
 def _line(name: str, runs: list[tuple[float, float]], budget: Budget) -> bool:
-    """Prints the median; True when it is within the budget."""
+    """Prints the median time and the maximum memory. Returns whether both are within the budget."""
     seconds, mebibytes = statistics.median(r[0] for r in runs), max(r[1] for r in runs)
     print(
         f"{name:34} {seconds:6.3f} s {mebibytes:5.0f} MiB   ({budget.seconds:g} s, {budget.mebibytes:g} MiB)",
@@ -57,7 +57,7 @@ def _line(name: str, runs: list[tuple[float, float]], budget: Budget) -> bool:
 
 
 def main() -> int:
-    """Prints a line a command; exits 1 when one is over its budget."""
+    """Prints one line per command. Returns 1 when one is above its budget."""
     if os.geteuid() != 0:
         print("bench: run this as root", file=sys.stderr)
         return 77
@@ -84,7 +84,7 @@ def main() -> int:
             within.append(_line("start, 100,000 users", [_run(["start", "--config", many.name, *here])], Budget(2)))
         finally:
             _run(["stop", *here])
-    print(f"largest child of all: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MiB")
+    print(f"peak memory of all commands: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MiB")
     return int(not all(within))
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connect costs in the hook, and a packet under strict, as a ratio to an empty program in the same run.
+"""Measures the cost of a connect in the hook, and of a packet under a strict policy, relative to an empty program.
 
-Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts runs and time of each
-program while BPF_ENABLE_STATS is on (bpf(2)); nothing is timed from outside. Rounds alternate between the empty program
-and the guard, and the median round counts, since a busy machine makes single rounds useless.
+Run as root from the top of the tree: /usr/bin/python3 -m bench.hook_cost. The kernel counts runs and run time of each
+program while BPF_ENABLE_STATS is on (bpf(2)). Rounds alternate between the empty program and the guard, and the median
+round counts, since single rounds are unreliable on a busy machine.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ ROUNDS, CONNECTS, WARM_UP = 9, 3000, 1000
 
 @dataclass(frozen=True)
 class Case:
-    """A caller and an address under a policy, and how many times an empty program it may cost at the most."""
+    """A caller and an address under a policy. ``maximum`` is the budget, in multiples of an empty program's cost."""
 
     name: str
     policy: Policy
     address: str
     uid: int
     groups: tuple[int, ...]
-    at_most: float
+    maximum: float
     hook: str = "connect4"
 
 
@@ -59,7 +59,7 @@ def _many(count: int) -> list[str]:
 
 
 def cases() -> list[Case]:
-    """Those that the budget names."""
+    """All cases, with their budgets."""
     many = range(10**6, 10**6 + 99_999)
     strict = _policy([LOCKED], [USER])._replace(strict=True)
     sixteen = (*range(62_100, 62_115), GROUP)
@@ -77,7 +77,7 @@ def cases() -> list[Case]:
 
 
 def _connects(address: str, uid: int, groups: tuple[int, ...]) -> Callable[[], None]:
-    """Connects that don't wait for an answer: the hook is what counts, and nobody listens."""
+    """A function that connects without waiting for an answer. Nobody listens; only the hook is measured."""
 
     def run() -> None:
         become(uids=(uid,) * 3, gids=(GID,) * 3, groups=groups)
@@ -92,15 +92,15 @@ def _connects(address: str, uid: int, groups: tuple[int, ...]) -> Callable[[], N
 
 
 def _packets(address: str, uid: int, groups: tuple[int, ...]) -> Callable[[], None]:
-    """Datagrams of one connected socket, to one that takes them and reads none."""
+    """A function that sends datagrams from a connected socket to one that never reads."""
 
     def run() -> None:
-        with socket.socket(type=socket.SOCK_DGRAM) as ear, socket.socket(type=socket.SOCK_DGRAM) as mouth:
-            ear.bind((address, 80))
+        with socket.socket(type=socket.SOCK_DGRAM) as receiver, socket.socket(type=socket.SOCK_DGRAM) as sender:
+            receiver.bind((address, 80))
             become(uids=(uid,) * 3, gids=(GID,) * 3, groups=groups)
-            mouth.connect((address, 80))
+            sender.connect((address, 80))
             for _ in range(WARM_UP + CONNECTS):
-                mouth.send(b"x")
+                sender.send(b"x")
 
     return run
 
@@ -116,7 +116,7 @@ def _count(prog_id: int) -> tuple[int, int]:
 
 
 def _cost(sandbox: Sandbox, prog_id: int, connects: Callable[[], None]) -> float:
-    """Nanoseconds a run."""
+    """Nanoseconds per run of the program."""
     before = _count(prog_id)
     sandbox.call(connects, timeout_s=120)
     after = _count(prog_id)
@@ -124,7 +124,7 @@ def _cost(sandbox: Sandbox, prog_id: int, connects: Callable[[], None]) -> float
 
 
 def measure(case: Case) -> tuple[float, float]:
-    """Median nanoseconds a run of the guard's program at a hook, and of an empty one at the same hook elsewhere."""
+    """Median nanoseconds per run of the guard's program at a hook, and of an empty program at the same hook."""
     with Sandbox((LOCKED, OPEN)) as guarded, Sandbox((LOCKED, OPEN)) as bare:
         backend = EbpfBackend(guarded.cgroup)
         backend.apply(case.policy)
@@ -142,7 +142,7 @@ def measure(case: Case) -> tuple[float, float]:
 
 
 def _attach_empty(sandbox: Sandbox, hook: str) -> tuple[int, int]:
-    """The ID of an attached program that does nothing, and its link's fd."""
+    """Attaches a program that does nothing. Returns its ID and the descriptor of its link."""
     kind = abi.HOOKS[hook].attach_type
     nothing = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)  # r0 = 1; exit
     program = bpf.prog_load(nothing, "ig_bench_empty", kind)
@@ -154,7 +154,7 @@ def _attach_empty(sandbox: Sandbox, hook: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Prints a line a case; exits 1 when one is over its budget."""
+    """Prints one line per case. Returns 1 when one is above its budget."""
     if os.geteuid() != 0:
         print("bench: run this as root", file=sys.stderr)
         return 77
@@ -165,8 +165,8 @@ def main() -> int:
         for case in cases():
             guard, empty = measure(case)
             ratio = guard / empty
-            over = over or ratio > case.at_most
-            print(f"{case.name:40} {guard:5.0f} ns {empty:5.0f} ns {ratio:6.2f}  {case.at_most:g}", flush=True)
+            over = over or ratio > case.maximum
+            print(f"{case.name:40} {guard:5.0f} ns {empty:5.0f} ns {ratio:6.2f}  {case.maximum:g}", flush=True)
     finally:
         os.close(statistics_fd)
     return int(over)

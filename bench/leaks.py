@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts and stops the guard thousands of times, and counts what is left: nothing may grow.
+"""Starts and stops the guard thousands of times and counts what is left. No number may grow.
 
 Run as root from the top of the tree: /usr/bin/python3 -m bench.leaks [--times 10000] [--backend ebpf|iptables|both].
-eBPF works in a child cgroup, iptables in a network namespace of its own. The programs are compiled once.
+eBPF runs in a child cgroup, iptables in its own network namespace. The programs are compiled once.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_pol
 from imds_guard.policy.ports import ALL_PORTS
 
 FAST = (("IG_MAX_WALKED_GROUPS", 16), ("IG_MAX_SEARCHED_GROUPS", 2))
-"""Programs that the verifier is through with in a moment: thousands are loaded."""
+"""Small loop bounds, so that the verifier is fast: thousands of programs are loaded."""
 
 _MEMORY_V1 = "/sys/fs/cgroup/memory"
 _SETTLE_S = 10.0
 
 
 def _policy(number: int) -> Policy:
-    """Another list every time."""
+    """A policy that changes with the number."""
     where = tuple(
         Endpoint(ipaddress.ip_network(one), ALL_PORTS, ALL_PORTS) for one in ("169.254.169.254", "fd00:ec2::254")
     )
@@ -54,19 +54,19 @@ def _policy(number: int) -> Policy:
 
 
 def descriptors() -> int:
-    """Open file descriptors of this process."""
-    return len(os.listdir("/proc/self/fd")) - 1  # that of the listing
+    """Number of open file descriptors of this process."""
+    return len(os.listdir("/proc/self/fd")) - 1  # without the one of the listing
 
 
 def kernel_memory_kib() -> int:
-    """What the kernel has taken for itself, on the whole machine: other processes' needs are in it."""
+    """Memory of the kernel on the whole machine, including what it uses for other processes."""
     with open("/proc/meminfo", encoding="ascii") as lines:
         values = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
     return values["SUnreclaim"] + values["Percpu"] + values["VmallocUsed"]
 
 
 class Charged:
-    """A memory cgroup (v1) for this process: what the kernel takes on its account, maps and programs among it."""
+    """A memory cgroup (v1) for this process, which counts the kernel's memory for its maps and programs."""
 
     def __init__(self) -> None:
         self._home = _memory_cgroup()
@@ -76,14 +76,14 @@ class Charged:
             self._join(self._path)
 
     def kib(self) -> int:
-        """Kernel memory in KiB; -1 where there is no such cgroup."""
+        """Kernel memory in KiB; -1 without such a cgroup."""
         if not self._path:
             return -1
         with open(os.path.join(self._path, "memory.kmem.usage_in_bytes"), encoding="ascii") as file:
             return int(file.read()) // 1024
 
     def close(self) -> None:
-        """Back to where the process came from."""
+        """Moves the process back to its own cgroup."""
         if self._path:
             self._join(self._home)
             os.rmdir(self._path)
@@ -105,14 +105,14 @@ def _memory_cgroup() -> str:
 
 @dataclass
 class Seen:
-    """The IDs of all maps, programs and links that were ever made, which the kernel gives out only once."""
+    """The IDs of all maps, programs and links that were made. The kernel never reuses an ID."""
 
     maps: set[int] = field(default_factory=set)
     programs: set[int] = field(default_factory=set)
     links: set[int] = field(default_factory=set)
 
     def note(self, backend: EbpfBackend, cgroup: str) -> None:
-        """Notes what is there while the guard is on."""
+        """Adds the IDs of a running guard."""
         for hook in backend.state().hooks:
             for one in hook.attached:
                 self.programs.add(one.id)
@@ -123,7 +123,7 @@ class Seen:
                 self.links.add(link.id)
 
     def alive(self) -> dict[str, int]:
-        """How many still are. The kernel frees them some time after the last reference is gone."""
+        """How many still exist. The kernel frees them some time after the last reference is gone."""
         kinds = (
             ("maps", bpf.Command.MAP_GET_FD_BY_ID, self.maps),
             ("programs", bpf.Command.PROG_GET_FD_BY_ID, self.programs),
@@ -149,7 +149,7 @@ def _is_there(command: bpf.Command, identity: int) -> bool:
 
 @contextmanager
 def ebpf_rounds() -> Iterator[Callable[[int, bool], dict[str, int]]]:
-    """A function that starts and stops once and, when it is told to, counts."""
+    """Yields a function that starts and stops the eBPF guard once, and on request counts what is left."""
     with Sandbox() as sandbox:
         backend, seen, charged = EbpfBackend(sandbox.cgroup, FAST), Seen(), Charged()
 
@@ -161,9 +161,9 @@ def ebpf_rounds() -> Iterator[Callable[[int, bool], dict[str, int]]]:
             if not count:
                 return {}
             with open_cgroup(sandbox.cgroup) as opened:
-                word = str(opened.id)
-            pins = [name for name in os.listdir(bpffs.require_bpffs()) if word in name]
-            locks = [name for name in os.listdir(FOLDER) if word in name]
+                identity = str(opened.id)
+            pins = [name for name in os.listdir(bpffs.require_bpffs()) if identity in name]
+            locks = [name for name in os.listdir(FOLDER) if identity in name]
             counted = {**seen.alive(), "pins": len(pins), "lock files": len(locks), "descriptors": descriptors()}
             return {**counted, "charged KiB": charged.kib(), "kernel KiB": kernel_memory_kib()}
 
@@ -176,7 +176,10 @@ def ebpf_rounds() -> Iterator[Callable[[int, bool], dict[str, int]]]:
 
 @contextmanager
 def iptables_rounds() -> Iterator[Callable[[int, bool], dict[str, int]]]:
-    """The same with rules, in a namespace that this process is in by then."""
+    """Yields a function that starts and stops the iptables guard once, and on request counts what is left.
+
+    This process is in the sandbox until the block ends.
+    """
     with Sandbox() as sandbox, tempfile.TemporaryDirectory() as folder:
         backend, charged = IptablesBackend(state_folder=folder), Charged()
         sandbox.join()
@@ -204,7 +207,7 @@ BACKENDS = {"ebpf": ebpf_rounds, "iptables": iptables_rounds}
 
 
 def measure(name: str, milestones: list[int]) -> list[dict[str, int]]:
-    """What is left at each of the milestones, which are numbers of starts and stops."""
+    """The counts of what is left after each number of starts and stops in ``milestones``."""
     found = []
     with BACKENDS[name]() as once:
         for number in range(1, milestones[-1] + 1):
@@ -216,7 +219,7 @@ def measure(name: str, milestones: list[int]) -> list[dict[str, int]]:
 
 def main() -> None:
     """Prints a line for each milestone."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left of it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sandbox is removed
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=10_000)
     parser.add_argument("--backend", choices=[*BACKENDS, "both"], default="both")
@@ -228,8 +231,8 @@ def main() -> None:
             for number in range(1, chosen.times + 1):
                 counted = once(number, number in milestones)
                 if counted:
-                    words = ", ".join(f"{value} {what}" for what, value in counted.items())
-                    print(f"{name}: {number} starts and stops in {time.monotonic() - begun:.0f} s: {words}", flush=True)
+                    text = ", ".join(f"{value} {what}" for what, value in counted.items())
+                    print(f"{name}: {number} starts and stops in {time.monotonic() - begun:.0f} s: {text}", flush=True)
 
 
 if __name__ == "__main__":

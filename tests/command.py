@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""imds-guard as people run it: a process of its own, judged by how it ends, what it says and what the world is like."""
+"""Runs imds-guard as a process, as users do, and checks its exit status, its output and its effect."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from imds_guard.kernel.sandbox import Sandbox
 from tests.kernel.rules_in_a_sandbox import NO_GROUP, connect
 
 SOURCES = str(Path(imds_guard.__file__).resolve().parents[1])
-"""Where the tests have imds_guard from, installed or not: the command is run from there, too."""
+"""The folder that the tests import imds_guard from. The command runs from there, too."""
 
-PATIENCE_S = 120
+TIMEOUT_S = 120
 
 ONE, TWO, STRANGER = 41_001, 41_002, 41_003
 """User IDs without an account."""
 STAFF = 51_001
 
 SERVICE, NEIGHBOUR, SERVICE_V6 = "192.0.2.1", "192.0.2.2", "2001:db8::1"
-"""Documentation addresses (RFC 5737, RFC 3849): nothing that is real can be locked or reached by mistake."""
+"""Documentation addresses (RFC 5737, RFC 3849), so that no real one is locked or reached by mistake."""
 MAPPED = f"::ffff:{SERVICE}"
 PORTS = (80, 443)
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a command ended, and what it said."""
+    """The exit status and output of a command."""
 
     status: int
     stdout: str
@@ -43,12 +43,12 @@ class Result:
 
     @property
     def values(self) -> Any:
-        """The JSON that it printed."""
+        """The JSON that the command printed."""
         return json.loads(self.stdout)
 
     @property
     def sentence(self) -> str:
-        """What it complained of, which must be one line without a trace of Python, and all that it said."""
+        """The error message, without the prefix. It must be the only output: one line on stderr, no traceback."""
         lines = self.stderr.splitlines()
         assert len(lines) == 1, self
         assert lines[0].startswith("imds-guard: "), self
@@ -58,32 +58,32 @@ class Result:
 
     @property
     def answer(self) -> str:
-        """What it printed; it must have ended well."""
+        """The standard output. The exit status must be 0."""
         assert self.status == 0, self
         assert "Traceback" not in self.stderr, self
         return self.stdout
 
 
 def argv(
-    words: Sequence[str],
+    arguments: Sequence[str],
     *,
     entry: str = "main",
     before: str = "",
     interpreter: Sequence[str] = ("-I",),
     path: Sequence[str] = (SOURCES,),
 ) -> tuple[str, ...]:
-    """The command line; ``before`` is Python that runs after the import of the command, and before the command."""
+    """The argv of a command. ``before`` is Python code to run after the import of the command and before it runs."""
     code = f"import sys; sys.path[:0] = {list(path)!r}\nfrom imds_guard.cli import {entry}\n{before}\n{entry}()"
-    return (sys.executable, *interpreter, "-c", code, *words)
+    return (sys.executable, *interpreter, "-c", code, *arguments)
 
 
 def run(argv: Sequence[str], environment: dict[str, str] | None = None) -> Result:
-    """Runs a program to its end."""
+    """Runs a program and waits for its end."""
     done = subprocess.run(
         argv,
         capture_output=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=TIMEOUT_S,
         stdin=subprocess.DEVNULL,
         env=None if environment is None else {**os.environ, **environment},
         encoding="utf-8",
@@ -92,46 +92,46 @@ def run(argv: Sequence[str], environment: dict[str, str] | None = None) -> Resul
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def imds_guard_command(*words: str) -> Result:
-    """``imds-guard`` with these words."""
-    return run(argv(words))
+def imds_guard_command(*arguments: str) -> Result:
+    """Runs ``imds-guard`` with these arguments."""
+    return run(argv(arguments))
 
 
 class Guard:
-    """The command for one cgroup, and callers in it."""
+    """Runs imds-guard for one sandbox, and callers in that sandbox."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
         self.backend = EbpfBackend(sandbox.cgroup)
 
-    def words(self, command: str, *words: str) -> tuple[str, ...]:
-        """The command and its words, with ``--cgroup``."""
-        return (command, "--cgroup", self.sandbox.cgroup, *words)
+    def arguments(self, command: str, *more: str) -> tuple[str, ...]:
+        """The arguments of a command, with ``--cgroup``."""
+        return (command, "--cgroup", self.sandbox.cgroup, *more)
 
-    def __call__(self, command: str, *words: str) -> Result:
+    def __call__(self, command: str, *more: str) -> Result:
         """Runs the command."""
-        return imds_guard_command(*self.words(command, *words))
+        return imds_guard_command(*self.arguments(command, *more))
 
-    def start(self, *words: str) -> Result:
-        """Locks the service for user ONE and group STAFF, or as the words say; it must end well."""
-        started = self("start", *(words or ("--user", str(ONE), "--group", str(STAFF), "--ip", SERVICE)))
+    def start(self, *more: str) -> Result:
+        """Starts with these arguments; default: lock the service for user ONE and group STAFF. Must succeed."""
+        started = self("start", *(more or ("--user", str(ONE), "--group", str(STAFF), "--ip", SERVICE)))
         assert started.status == 0, started
         return started
 
     def status(self) -> Any:
-        """What ``status --json`` prints."""
+        """The values that ``status --json`` prints."""
         return self("status", "--json").values
 
     def reach(
         self, uid: int, to: str = SERVICE, port: int = 80, *, gid: int = NO_GROUP, groups: Sequence[int] = ()
     ) -> str:
-        """``connected``, or the name of the errno that a fresh process of those ids gets."""
-        return self.sandbox.call(lambda: connect(uid, to, port, gid=gid, groups=groups), timeout_s=PATIENCE_S)
+        """``connected``, or the name of the errno that a new process with these IDs gets."""
+        return self.sandbox.call(lambda: connect(uid, to, port, gid=gid, groups=groups), timeout_s=TIMEOUT_S)
 
 
 @contextmanager
 def guard(*, addresses: Sequence[str] = (SERVICE, NEIGHBOUR, SERVICE_V6)) -> Iterator[Guard]:
-    """A sandbox that answers at the addresses, with no guard yet; there is none afterwards either."""
+    """A sandbox with listeners at the addresses and no guard. A guard that is started there is removed at the end."""
     with Sandbox(addresses) as sandbox:
         sandbox.serve(addresses, PORTS)
         one = Guard(sandbox)

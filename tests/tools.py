@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs that tests judge with, and that not every machine has."""
+"""Programs that tests use and that not every machine has."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import shutil
 import pytest
 
 EXPECTED = "tools" in os.environ.get("IMDS_GUARD_EXPECT", "").split(",")
-"""Whether all of them must be here, as in the gate (.ci/run), which installs them."""
+"""Whether all of them must be installed, as in the gate (.ci/run), which installs them."""
 
 
 def missing(reason: str) -> None:
-    """Skips the test for what is not here; where everything must be here, fails it."""
+    """Skips the test because something is missing. Fails it where everything must be installed."""
     assert not EXPECTED, f"{reason}, and IMDS_GUARD_EXPECT has tools"
     pytest.skip(reason)
 
 
 def need(*programs: str) -> None:
-    """missing() for the first of these programs that is not installed; /usr/sbin counts where PATH leaves it out."""
+    """Calls missing() for the first of these programs that is not installed. /usr/sbin and /sbin are searched, too."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     for program in programs:
         if shutil.which(program, path=path) is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``imds-guard watch`` as a process, and the lines that it prints."""
+"""Runs ``imds-guard watch`` as a process and reads its lines."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any, Callable
 
 from tests.command import Guard, argv
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 Line = dict[str, Any]
 
 
 class Watch:
-    """A running watch with ``--json`` or without."""
+    """A running watch, with or without ``--json``."""
 
     def __init__(self, process: subprocess.Popen[bytes], as_json: bool) -> None:
         self.process = process
@@ -31,7 +31,7 @@ class Watch:
         self.errors = b""
 
     def _take(self, deadline: float) -> bool:
-        """Reads more of what it prints; False at the end of it."""
+        """Reads more output. False at its end."""
         assert self.process.stdout is not None
         ready = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]
         assert ready, f"nothing more came after {self.seen}"
@@ -40,8 +40,8 @@ class Watch:
         self.seen += [json.loads(line) if self._as_json else {"line": line.decode()} for line in lines]
         return bool(more)
 
-    def until(self, test: Callable[[Line], bool], within_s: float = PATIENCE_S) -> Line:
-        """The first line that passes, once it is there."""
+    def until(self, test: Callable[[Line], bool], within_s: float = TIMEOUT_S) -> Line:
+        """Waits for the first line that passes the test, and returns it."""
         deadline = time.monotonic() + within_s
         while True:
             for line in self.seen:
@@ -50,40 +50,40 @@ class Watch:
             assert self._take(deadline), f"it ended, having printed {self.seen}"
 
     def event(self, *events: str, **fields: Any) -> Line:
-        """The first line about one of these events, with these values."""
+        """Waits for the first line about one of these events with these values."""
         return self.until(lambda line: line["event"] in events and all(line.get(k) == v for k, v in fields.items()))
 
     def counted(self, *events: str) -> int:
-        """The sum of what is counted in lines about these events."""
+        """The sum of the counts in lines about these events."""
         return sum(line["count"] for line in self.seen if line["event"] in events)
 
     def until_counted(self, goal: int, *events: str) -> None:
-        """Returns when so many were counted in lines about these events."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Waits until the sum of the counts in lines about these events reaches the goal."""
+        deadline = time.monotonic() + TIMEOUT_S
         while self.counted(*events) < goal:
             assert self._take(deadline), f"it ended, having printed {self.seen}"
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Its exit status after a signal; every line is in ``seen`` then."""
+        """Sends a signal. Returns the exit status, after all lines were read into ``seen``."""
         self.process.send_signal(number)
         return self.wait()
 
     def wait(self) -> int:
-        """Its exit status once it has ended by itself."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Waits for its end. Returns the exit status."""
+        deadline = time.monotonic() + TIMEOUT_S
         while self._take(deadline):
             pass
         assert self.process.stderr is not None
         self.errors += self.process.stderr.read()
-        return self.process.wait(PATIENCE_S)
+        return self.process.wait(TIMEOUT_S)
 
 
 @contextmanager
 def watch(
     guard: Guard, *words: str, as_json: bool = True, environment: dict[str, str] | None = None
 ) -> Iterator[Watch]:
-    """Runs it, and kills it at the end if it runs still."""
-    all_words = argv(guard.words("watch", *(["--json"] if as_json else []), *words))
+    """Starts a watch. Kills it at the end of the block if it still runs."""
+    all_words = argv(guard.arguments("watch", *(["--json"] if as_json else []), *words))
     with subprocess.Popen(
         all_words,
         stdout=subprocess.PIPE,

@@ -46,7 +46,7 @@ def inside(guard: Guard, place: Callable[[], object], fn: Callable[[], T]) -> T:
         place()
         return fn()
 
-    return guard.sandbox.call(go, timeout_s=command.PATIENCE_S)
+    return guard.sandbox.call(go, timeout_s=command.TIMEOUT_S)
 
 
 def run_inside(guard: Guard, place: Callable[[], object], *words: str) -> Result:
@@ -57,7 +57,7 @@ def run_inside(guard: Guard, place: Callable[[], object], *words: str) -> Result
 def in_pid_namespace(fn: Callable[[], T]) -> T:
     """Calls ``fn`` in the first process of a new PID namespace and returns its result."""
     syscalls.unshare(syscalls.CLONE_NEWPID)
-    return run_in_child(fn, timeout_s=command.PATIENCE_S)
+    return run_in_child(fn, timeout_s=command.TIMEOUT_S)
 
 
 def locked(guard: Guard) -> list[str]:
@@ -95,7 +95,7 @@ def place(request: pytest.FixtureRequest) -> Place:
 
 @pytest.mark.parametrize("backend", ["auto", "ebpf"])
 def test_start_is_refused_and_nothing_is_half_done(guard: Guard, place: Place, backend: str) -> None:
-    result = run_inside(guard, place.make, *guard.words("start", "--backend", backend, *LOCK))
+    result = run_inside(guard, place.make, *guard.arguments("start", "--backend", backend, *LOCK))
     assert result.status == place.status, result
     assert [word for word in place.words if word not in result.sentence] == []
     assert traces(guard.sandbox.cgroup) == NOTHING
@@ -103,7 +103,7 @@ def test_start_is_refused_and_nothing_is_half_done(guard: Guard, place: Place, b
 
 
 def test_check_reports_the_refusal_of_start(guard: Guard, place: Place) -> None:
-    result = run_inside(guard, place.make, *guard.words("check", "--json"))
+    result = run_inside(guard, place.make, *guard.arguments("check", "--json"))
     assert result.status == UNSUPPORTED  # check formats the reason in another way
     (backend,) = result.values["backends"]
     assert (backend["name"], backend["works"], result.values["taken"]) == ("ebpf", False, None)
@@ -117,28 +117,28 @@ def test_a_running_guard_is_intact_after_a_command_there(guard: Guard, name: str
     place = PLACES[name]
     guard.start(*LOCK)
     before = guard.status()["policy"]
-    status = run_inside(guard, place.make, *guard.words("status"))
+    status = run_inside(guard, place.make, *guard.arguments("status"))
     assert status.status in (0, 4), status
     for words in (("start", "--user", str(TWO), "--ip", SERVICE), ("allow", "--user", str(TWO))):
-        changed = run_inside(guard, place.make, *guard.words(*words))
+        changed = run_inside(guard, place.make, *guard.arguments(*words))
         assert guard("status").status == 0
         assert (guard.status()["policy"] != before) == (changed.status == 0), changed
         assert (guard.reach(TWO) == "connected") == (changed.status == 0), changed
         assert guard.reach(STRANGER) == "EPERM"
         guard.start(*LOCK)
-    stopped = run_inside(guard, place.make, *guard.words("stop"))
+    stopped = run_inside(guard, place.make, *guard.arguments("stop"))
     assert (guard("status").status, locked(guard)) == ((3, OPEN) if stopped.status == 0 else (0, SHUT)), stopped
 
 
 def test_a_guard_of_this_version_needs_no_btf(guard: Guard) -> None:
     guard.start(*LOCK)
-    changed = run_inside(guard, places.without_btf, *guard.words("start", "--user", str(TWO), "--ip", SERVICE))
+    changed = run_inside(guard, places.without_btf, *guard.arguments("start", "--user", str(TWO), "--ip", SERVICE))
     assert changed.status == 0, changed
     assert (guard.reach(ONE), guard.reach(TWO)) == ("EPERM", "connected")
 
 
 def test_a_run_folder_without_space_for_a_lock_file(guard: Guard) -> None:
-    result = run_inside(guard, places.with_read_only_run_folder, *guard.words("start", *LOCK))
+    result = run_inside(guard, places.with_read_only_run_folder, *guard.arguments("start", *LOCK))
     assert result.status == 1, result
     assert "EROFS" in result.sentence
     assert "/run/imds-guard" in result.sentence
@@ -150,14 +150,14 @@ def test_a_run_folder_without_space_for_a_lock_file(guard: Guard) -> None:
 
 def _start_with(guard: Guard, proc: Callable[[], None]) -> Result:
     proc()
-    return command.run(command.argv(guard.words("start", *LOCK)))
+    return command.run(command.argv(guard.arguments("start", *LOCK)))
 
 
 def test_in_a_pid_namespace(guard: Guard) -> None:
     """With a /proc of its own, as in a container, and with the host's."""
     for proc in (places.with_own_proc, places.own_mounts):
         start = functools.partial(_start_with, guard, proc)
-        result = guard.sandbox.call(functools.partial(in_pid_namespace, start), timeout_s=command.PATIENCE_S)
+        result = guard.sandbox.call(functools.partial(in_pid_namespace, start), timeout_s=command.TIMEOUT_S)
         assert result.status == UNSUPPORTED, result
         assert "looking at the PID namespace: this process is in a container" in result.sentence
         assert traces(guard.sandbox.cgroup) == NOTHING
@@ -184,7 +184,7 @@ def test_in_a_cgroup_namespace_the_root_is_another(guard: Guard) -> None:
         return command.run(command.argv(words))
 
     for words in (("start", "--backend", "ebpf", *LOCK), ("check", "--backend", "ebpf")):
-        result = guard.sandbox.call(functools.partial(in_place, words), timeout_s=command.PATIENCE_S)
+        result = guard.sandbox.call(functools.partial(in_place, words), timeout_s=command.TIMEOUT_S)
         assert result.status == UNSUPPORTED, result
         said = " ".join((result.stdout + result.stderr).split())
         assert "so this is a cgroup namespace, and processes outside it would stay unlocked" in said
@@ -199,7 +199,7 @@ def test_in_a_cgroup_namespace_a_subtree_can_be_named(guard: Guard) -> None:
         place = places.in_cgroup_namespace()
         return command.run(command.argv(("start", "--cgroup", place, *LOCK)))
 
-    started = guard.sandbox.call(start, timeout_s=command.PATIENCE_S)
+    started = guard.sandbox.call(start, timeout_s=command.TIMEOUT_S)
     assert started.status == 0, started
     assert locked(guard) == SHUT
     assert guard("status").status == 0
@@ -207,7 +207,7 @@ def test_in_a_cgroup_namespace_a_subtree_can_be_named(guard: Guard) -> None:
 
 def test_a_lock_outlives_the_mount_namespace_of_start(guard: Guard) -> None:
     """The machine's own bpffs is reachable there, as with PrivateTmp= of systemd."""
-    started = run_inside(guard, places.own_mounts, *guard.words("start", *LOCK))
+    started = run_inside(guard, places.own_mounts, *guard.arguments("start", *LOCK))
     assert started.status == 0, started
     assert traces(guard.sandbox.cgroup) == {"attached": 4, "pins": 1}
     assert locked(guard) == SHUT
@@ -218,7 +218,7 @@ def test_a_mount_over_the_bpffs_of_the_machine_is_not_used(guard: Guard, hide: C
     """Start refuses, or finds that of PID 1 behind it: a pin in a private one would end with the namespace."""
 
     def start() -> tuple[Result, list[str]]:
-        done = command.run(command.argv(guard.words("start", *LOCK)))
+        done = command.run(command.argv(guard.arguments("start", *LOCK)))
         return done, os.listdir(bpffs.USUAL_PATH)
 
     result, pins = inside(guard, hide, start)
@@ -252,7 +252,7 @@ def argv_without_site(words: Sequence[str], *folders: Path) -> tuple[str, ...]:
 
 def test_a_missing_bcc_is_named_with_its_packages(guard: Guard, few_modules: Path) -> None:
     for words in (("--backend", "ebpf"), ()):
-        result = command.run(argv_without_site(guard.words("start", *words, *LOCK), few_modules))
+        result = command.run(argv_without_site(guard.arguments("start", *words, *LOCK), few_modules))
         assert result.status == UNSUPPORTED, result
         assert "apt install python3-bpfcc, dnf install python3-bcc" in result.sentence
         assert traces(guard.sandbox.cgroup) == NOTHING
@@ -261,7 +261,7 @@ def test_a_missing_bcc_is_named_with_its_packages(guard: Guard, few_modules: Pat
 def test_a_running_guard_needs_no_bcc(guard: Guard, few_modules: Path) -> None:
     guard.start(*LOCK)
     for words in (("start", "--user", str(TWO), "--ip", SERVICE), ("allow", "--user", str(STRANGER)), ("status",)):
-        assert command.run(argv_without_site(guard.words(*words), few_modules)).status == 0
+        assert command.run(argv_without_site(guard.arguments(*words), few_modules)).status == 0
     assert [guard.reach(uid) for uid in (ONE, TWO, STRANGER)] == ["EPERM", "connected", "connected"]
 
 
@@ -281,7 +281,7 @@ def test_a_bcc_that_does_not_work(guard: Guard, few_modules: Path, tmp_path_fact
     """The maps that were made before are removed. A running guard does not change."""
     folder = tmp_path_factory.mktemp("broken")
     (folder / "bcc.py").write_text(BROKEN[how])
-    result = command.run(argv_without_site(guard.words("start", *LOCK), folder, few_modules))
+    result = command.run(argv_without_site(guard.arguments("start", *LOCK), folder, few_modules))
     assert result.status == UNSUPPORTED, result
     assert "compiling the eBPF programs with bcc" in result.sentence
     assert traces(guard.sandbox.cgroup) == NOTHING

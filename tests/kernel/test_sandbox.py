@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making network namesp
 
 _PID = struct.Struct("=i")
 ADDRESSES = ("192.0.2.1", "192.0.2.2", "2001:db8::1", "fe80::a9fe:a9fe")
-PATIENCE_S = 10.0
+TIMEOUT_S = 10.0
 
 
 def _peer(address: str, *, device: bool = False) -> str:
@@ -195,7 +195,7 @@ def _ended(pidfds: list[int]) -> bool:
 
     Their cgroup may be empty a moment earlier: do_exit() calls cgroup_exit() before exit_notify().
     """
-    ready = [one for one in pidfds if select.select([one], [], [], PATIENCE_S)[0]]
+    ready = [one for one in pidfds if select.select([one], [], [], TIMEOUT_S)[0]]
     for one in pidfds:
         os.close(one)
     return ready == pidfds

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import command
-from tests.command import ONE, PATIENCE_S, STRANGER, TWO, Guard, Result
+from tests.command import ONE, STRANGER, TIMEOUT_S, TWO, Guard, Result
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
 
@@ -146,7 +146,7 @@ def test_boot_refuses_options_that_say_who_or_where(guard: Guard) -> None:
 
 def _with_iptables(guard: Guard, *words: str) -> Result:
     argv = (sys.executable, "-I", str(NO_BPF), *command.argv(words))
-    return guard.sandbox.call(lambda: command.run(argv), timeout_s=PATIENCE_S)
+    return guard.sandbox.call(lambda: command.run(argv), timeout_s=TIMEOUT_S)
 
 
 def test_without_ebpf_both_locks_use_iptables(guard: Guard, tmp_path: Path) -> None:

@@ -105,13 +105,13 @@ def test_after_start_no_process_of_ours_stays(guard: Guard) -> None:
             os.waitpid(-1, os.WNOHANG)
         return done
 
-    assert run_in_child(start_and_wait, timeout_s=command.PATIENCE_S).status == 0
+    assert run_in_child(start_and_wait, timeout_s=command.TIMEOUT_S).status == 0
     assert guard.reach(STRANGER) == "EPERM"
 
 
 def test_a_start_after_a_killed_start_is_whole(guard: Guard) -> None:
     """The first is killed when its first pin is there. tests/kernel/test_kill.py kills it at each step."""
-    deadline = time.monotonic() + command.PATIENCE_S
+    deadline = time.monotonic() + command.TIMEOUT_S
     while not killed_half_way(guard):  # start was quicker than we
         assert time.monotonic() < deadline
         assert guard("stop").status == 0
@@ -123,7 +123,7 @@ def test_a_start_after_a_killed_start_is_whole(guard: Guard) -> None:
 
 def killed_half_way(guard: Guard) -> bool:
     """Starts, and kills the command when there is a pin; false when the policy came into force before that."""
-    with subprocess.Popen(command.argv(guard.words("start", "--user", str(ONE), "--ip", SERVICE))) as process:
+    with subprocess.Popen(command.argv(guard.arguments("start", "--user", str(ONE), "--ip", SERVICE))) as process:
         while not traces(guard.sandbox.cgroup)["pins"]:
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
@@ -158,9 +158,9 @@ def imported_by(words: Sequence[str], folder: Path) -> set[str]:
 def test_a_change_of_policy_imports_no_compiler(guard: Guard, tmp_path: Path) -> None:
     """Importing bcc costs more than the change. The first start needs it, which shows that the test would see it."""
     change = ("--user", str(TWO), "--ip", SERVICE)
-    assert "bcc" in imported_by(guard.words("start", "--user", str(ONE), "--ip", SERVICE), tmp_path)
+    assert "bcc" in imported_by(guard.arguments("start", "--user", str(ONE), "--ip", SERVICE), tmp_path)
     for words in (("start", *change), ("revoke", *change), ("allow", *change), ("status",), ("stop",)):
-        assert "bcc" not in imported_by(guard.words(*words), tmp_path)
+        assert "bcc" not in imported_by(guard.arguments(*words), tmp_path)
 
 
 def test_the_same_start_again_changes_nothing(guard: Guard) -> None:
@@ -173,10 +173,10 @@ def test_the_same_start_again_changes_nothing(guard: Guard) -> None:
 def test_two_starts_at_the_same_time(guard: Guard) -> None:
     """They run one after the other; the later one's policy is in force, whole."""
     running = [
-        subprocess.Popen(command.argv(guard.words("start", "--user", str(user), "--ip", SERVICE)))
+        subprocess.Popen(command.argv(guard.arguments("start", "--user", str(user), "--ip", SERVICE)))
         for user in (ONE, TWO)
     ]
-    assert [process.wait(command.PATIENCE_S) for process in running] == [0, 0]
+    assert [process.wait(command.TIMEOUT_S) for process in running] == [0, 0]
     assert guard("status").status == 0
     (only,) = allowed_users(guard)
     assert only in [("default", [ONE]), ("default", [TWO])]
@@ -403,8 +403,8 @@ def test_changes_at_the_same_time_are_all_made(guard: Guard) -> None:
     """Each command reads the policy and writes it: none may overwrite what another has just added."""
     guard.start()
     users = [42_001 + n for n in range(6)]
-    running = [subprocess.Popen(command.argv(guard.words("allow", "--user", str(user)))) for user in users]
-    assert [process.wait(command.PATIENCE_S) for process in running] == [0] * len(users)
+    running = [subprocess.Popen(command.argv(guard.arguments("allow", "--user", str(user)))) for user in users]
+    assert [process.wait(command.TIMEOUT_S) for process in running] == [0] * len(users)
     ((_, allowed),) = allowed_users(guard)
     assert allowed == [ONE, *users]
 

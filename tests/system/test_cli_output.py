@@ -90,7 +90,7 @@ def test_a_reader_may_stop_reading() -> None:
     os.close(reader)
     try:
         done = subprocess.run(
-            command.argv(("endpoints",)), stdout=writer, stderr=subprocess.PIPE, timeout=command.PATIENCE_S, check=False
+            command.argv(("endpoints",)), stdout=writer, stderr=subprocess.PIPE, timeout=command.TIMEOUT_S, check=False
         )
     finally:
         os.close(writer)
@@ -195,8 +195,8 @@ def test_a_terminal_without_unicode(guard: Guard, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f'[lock."Zürich"]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n', encoding="utf-8")
     plain = {"LC_ALL": "C", "PYTHONIOENCODING": "", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    started = command.run(command.argv(guard.words("start", "--config", str(file)), interpreter=("-s",)), plain)
+    started = command.run(command.argv(guard.arguments("start", "--config", str(file)), interpreter=("-s",)), plain)
     assert started.status == 0, started
-    shown = command.run(command.argv(guard.words("status"), interpreter=("-s",)), plain)
+    shown = command.run(command.argv(guard.arguments("status"), interpreter=("-s",)), plain)
     assert shown.status == 0, shown
     assert "lock Z" in shown.stdout

@@ -10,7 +10,7 @@ from typing import Callable
 import pytest
 
 from tests import command
-from tests.command import NEIGHBOUR, ONE, PATIENCE_S, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
+from tests.command import NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TIMEOUT_S, TWO, Guard, Result
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
 
@@ -25,7 +25,7 @@ def guard() -> Iterator[Guard]:
 
 def _inside(guard: Guard, *words: str, entry: str = "main") -> Result:
     """Runs the command on iptables, in the sandbox's network namespace."""
-    return guard.sandbox.call(lambda: command.run(command.argv(words, entry=entry)), timeout_s=PATIENCE_S)
+    return guard.sandbox.call(lambda: command.run(command.argv(words, entry=entry)), timeout_s=TIMEOUT_S)
 
 
 @pytest.fixture(params=["ebpf", "iptables"])
@@ -119,7 +119,7 @@ def test_every_command_works_on_iptables(guard: Guard) -> None:
 def test_after_another_tool_flushes_the_status_is_degraded_and_start_repairs(guard: Guard) -> None:
     words = ("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
     _inside(guard, *words)
-    flushed = guard.sandbox.call(lambda: command.run(("iptables", "-F")), timeout_s=PATIENCE_S)
+    flushed = guard.sandbox.call(lambda: command.run(("iptables", "-F")), timeout_s=TIMEOUT_S)
     assert flushed.status == 0
     degraded = _inside(guard, "status")
     assert degraded.status == 1
@@ -145,12 +145,12 @@ def test_forwarded_packets_are_dropped_too(guard: Guard) -> None:
     guard.sandbox.call(route)
     started = _inside(guard, "start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
     assert started.status == 0, started
-    listed = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=PATIENCE_S).stdout
+    listed = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=TIMEOUT_S).stdout
     forward = [line for line in listed.splitlines() if line.startswith("-A FORWARD")]
     assert len(forward) == 1, listed
     assert _inside(guard, "status").status == 0
     assert _inside(guard, "stop").status == 0
-    after = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=PATIENCE_S).stdout
+    after = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=TIMEOUT_S).stdout
     assert "FORWARD -" not in after.replace(":FORWARD -", "")
     assert "imds" not in after.lower()
 

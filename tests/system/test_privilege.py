@@ -76,7 +76,7 @@ def run_with(guard: Guard, name: str, held: Sequence[int]) -> Result:
         places.without_capabilities(*(number for number in EVERY_CAPABILITY if number not in held))
         return command.run(argv(guard, name))
 
-    return run_in_child(inside, timeout_s=command.PATIENCE_S)
+    return run_in_child(inside, timeout_s=command.TIMEOUT_S)
 
 
 @pytest.fixture
@@ -239,13 +239,13 @@ def test_modes_do_not_depend_on_the_umask(guard: Guard, tmp_path: Path, umask: i
         places.with_own_run_folder()
         os.umask(umask)
         for words in (("start", *LOCK), ("allow", "--user", str(TWO), *SAVE, str(config))):
-            done = command.run(command.argv(guard.words(*words)))
+            done = command.run(command.argv(guard.arguments(*words)))
             assert done.status == 0, done
         locks = [os.path.join(lockfile.FOLDER, name) for name in os.listdir(lockfile.FOLDER)]
         pins = pin_folder(guard)
         return {path: mode(path) for path in (lockfile.FOLDER, *locks, pins, str(config))}
 
-    found = run_in_child(inside, timeout_s=command.PATIENCE_S)
+    found = run_in_child(inside, timeout_s=command.TIMEOUT_S)
     assert found.pop(str(config)) == "644 0:0"
     assert found.pop(lockfile.FOLDER) == "700 0:0"
     assert found.pop(pin_folder(guard)) == "700 0:0"
@@ -257,10 +257,10 @@ def test_the_run_folder_gets_its_mode_back(guard: Guard) -> None:
     def inside() -> str:
         places.with_own_run_folder()
         os.chmod(lockfile.FOLDER, 0o777)
-        assert command.run(command.argv(guard.words("start", *LOCK))).status == 0
+        assert command.run(command.argv(guard.arguments("start", *LOCK))).status == 0
         return mode(lockfile.FOLDER)
 
-    assert run_in_child(inside, timeout_s=command.PATIENCE_S) == "700 0:0"
+    assert run_in_child(inside, timeout_s=command.TIMEOUT_S) == "700 0:0"
 
 
 Planted = Callable[[str], object]
@@ -290,9 +290,9 @@ def test_a_link_or_a_strange_file_in_place_of_a_lock_file_is_refused(untouched: 
     def inside() -> Result:
         places.with_own_run_folder()
         plant(os.path.join(lockfile.FOLDER, name))
-        return command.run(command.argv(untouched.words("start", *LOCK)))
+        return command.run(command.argv(untouched.arguments("start", *LOCK)))
 
-    done = run_in_child(inside, timeout_s=command.PATIENCE_S)
+    done = run_in_child(inside, timeout_s=command.TIMEOUT_S)
     assert (done.status, word in done.sentence, name in done.sentence) == (1, True, True), done
     after = os.stat("/etc/passwd")
     assert (after.st_mtime_ns, after.st_mode, after.st_uid) == (before.st_mtime_ns, before.st_mode, before.st_uid)

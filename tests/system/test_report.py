@@ -27,10 +27,10 @@ from tests import command
 from tests.command import (
     NEIGHBOUR,
     ONE,
-    PATIENCE_S,
     SERVICE,
     SERVICE_V6,
     STRANGER,
+    TIMEOUT_S,
     TWO,
     Guard,
     argv,
@@ -166,17 +166,17 @@ def on_a_terminal(guard: Guard, environment: dict[str, str]) -> tuple[str, int]:
     subprocess.run(["stty", "cols", "80", "rows", "25"], stdin=theirs, check=True)
     base = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
     with subprocess.Popen(
-        argv(guard.words("report")), stdout=theirs, stderr=theirs, stdin=theirs, env={**base, **environment}
+        argv(guard.arguments("report")), stdout=theirs, stderr=theirs, stdin=theirs, env={**base, **environment}
     ) as process:
         os.close(theirs)
         text = b""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while select.select([ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
             try:
                 text += os.read(ours, 1 << 16)
             except OSError:  # EIO: the other end is closed
                 break
-        status = process.wait(PATIENCE_S)
+        status = process.wait(TIMEOUT_S)
     os.close(ours)
     return text.decode().replace("\r\n", "\n"), status
 
@@ -253,7 +253,7 @@ def test_metrics_of_audit_mode(guard: Guard) -> None:
 def test_metrics_of_a_guard_without_one_of_its_hooks(guard: Guard) -> None:
     start(guard)
     os.unlink(os.path.join(folder_of(guard.sandbox.cgroup).path, "link_connect4"))
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while of(samples(guard("metrics").answer), "degraded") == 0:
         assert time.monotonic() < deadline
     assert of(samples(guard("metrics").answer), "hook_attached", hook="connect4") == 0
@@ -296,7 +296,7 @@ def test_a_textfile_that_cannot_be_written_is_an_error_and_leaves_no_file(guard:
 
 def test_without_prometheus_client_the_error_names_the_package(guard: Guard) -> None:
     code = "import sys; sys.modules['prometheus_client'] = None"
-    done = command.run(argv(guard.words("metrics"), before=code))
+    done = command.run(argv(guard.arguments("metrics"), before=code))
     assert done.status == 69
     assert "install python3-prometheus-client" in done.sentence
 
@@ -317,7 +317,7 @@ def under_iptables() -> dict[str, command.Result]:
         return {"start": started, **{name: imds_guard_command(name, *more) for name, more in options.items()}}
 
     with Sandbox((SERVICE,)) as sandbox:
-        found = sandbox.call(inside, timeout_s=4 * PATIENCE_S)
+        found = sandbox.call(inside, timeout_s=4 * TIMEOUT_S)
     assert found["start"].status == 0, found["start"]
     return found
 

@@ -25,7 +25,7 @@ from vagrant.matrix.process import run
 TREE = Path(__file__).resolve().parents[2]
 FOLDER = TREE / "vagrant"
 ROWS = [row.name for row in table.load().rows]
-PATIENCE_S = 300
+TIMEOUT_S = 300
 
 Ran = subprocess.CompletedProcess
 
@@ -50,7 +50,7 @@ def vagrant(tmp_path: Path) -> Callable[..., Ran[str]]:
             env={**os.environ, **state},
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
 

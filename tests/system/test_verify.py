@@ -16,7 +16,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.pins import link_pin
 from imds_guard.kernel import bpf
 from tests import command
-from tests.command import ONE, PATIENCE_S, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard, Result
+from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TIMEOUT_S, TWO, Guard, Result
 from tests.kernel.guards import Storm, folder_of
 from tests.system.test_boot import NO_BPF
 
@@ -248,7 +248,7 @@ def test_verify_in_json(guard: Guard) -> None:
 
 def inside(guard: Guard, *argv: str) -> Result:
     """Runs a program in the sandbox's network namespace."""
-    return guard.sandbox.call(lambda: command.run(argv), timeout_s=PATIENCE_S)
+    return guard.sandbox.call(lambda: command.run(argv), timeout_s=TIMEOUT_S)
 
 
 def on_iptables(guard: Guard, *words: str) -> Result:

@@ -19,7 +19,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.kernel import bpf, lockfile
 from imds_guard.kernel.credentials import become
 from tests import command
-from tests.command import NEIGHBOUR, ONE, PATIENCE_S, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO, Guard
+from tests.command import NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TIMEOUT_S, TWO, Guard
 from tests.kernel.guards import folder_of
 from tests.watched import Watch, watch
 
@@ -56,7 +56,7 @@ def connect_often(guard: Guard, times: int, ports: int = 1) -> None:
             for number in range(times):
                 assert one.connect_ex((SERVICE, 1 + number % ports)) == 1  # EPERM
 
-    guard.sandbox.call(run, timeout_s=PATIENCE_S)
+    guard.sandbox.call(run, timeout_s=TIMEOUT_S)
 
 
 def socket_of(guard: Guard) -> Path:
@@ -360,7 +360,7 @@ def test_a_new_guard_reports_allowed_connects_too(guard: Guard) -> None:
 def test_it_notifies_the_service_manager(guard: Guard, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(PATIENCE_S)
+        manager.settimeout(TIMEOUT_S)
         with watch(guard, environment={"NOTIFY_SOCKET": str(tmp_path / "notify")}) as one:
             assert manager.recv(4096).split(b"\n")[0] == b"READY=1"
             assert one.end() == 0
@@ -373,7 +373,7 @@ def test_it_ends_when_its_reader_is_gone(guard: Guard) -> None:
         one.event("began")
         assert one.process.stdout is not None
         one.process.stdout.close()
-        assert one.process.wait(PATIENCE_S) == 0
+        assert one.process.wait(TIMEOUT_S) == 0
 
 
 def test_once_prints_the_records_in_the_ring_buffer_and_ends(guard: Guard) -> None:
