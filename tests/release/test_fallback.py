@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import command, tools
-from tests.command import ONE, PATIENCE_S, SERVICE, SERVICE_V6, STRANGER, TWO, Guard, Result
+from tests.command import ONE, SERVICE, SERVICE_V6, STRANGER, TIMEOUT_S, TWO, Guard, Result
 from tests.release.releases import Pair, Tree
 
 _LOCK = ("--backend", "iptables", "--ip", SERVICE, "--ip", SERVICE_V6)
@@ -27,7 +27,7 @@ def guard() -> Iterator[Guard]:
 
 def _inside(guard: Guard, tree: Tree, *arguments: str) -> Result:
     """A command of a tree in the namespace, which must succeed."""
-    result = guard.sandbox.call(lambda: tree(*arguments), timeout_s=PATIENCE_S)
+    result = guard.sandbox.call(lambda: tree(*arguments), timeout_s=TIMEOUT_S)
     assert result.status == 0, result
     return result
 
