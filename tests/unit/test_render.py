@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records of a generation say what the policy says, and the policy can be read back from them.
+"""The records of a generation mean what the policy says, and the policy can be read back from them.
 
-The records are looked up as the kernel does it: the longest prefix, the range with the port, the list by its number.
+The tests look records up as the kernel does: the longest prefix, the range with the port, the list by its number.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GENERATIONS = st.sampled_from(abi.GENERATIONS)
 
 
 def rendered(policy: Policy, generation: int = 1) -> Image:
-    """The image of a policy; one with more ranges than fit is not an example."""
+    """The image of a policy. A policy with too many ranges is no example."""
     try:
         return render(policy, generation)
     except Unsupported:
@@ -58,26 +58,26 @@ def one_lock(*endpoints: Endpoint, allow: Identities = NOBODY, deny: Identities 
     return make_policy([Lock("a", endpoints, allow, deny)])
 
 
-# --- looking a record up --------------------------------------------------------------------------------------------
+# --- how the kernel looks up a record ---------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The range that a look-up ends at: its list, and its lock's name unless it is of no lock."""
+    """The result of a look-up: the list of the range, and the name of its lock. Some ranges have no lock."""
 
     lock: str | None
     list: int
 
 
 def look_up(image: Image, destination: Destination) -> Found | None:
-    """What the trie has for a destination, as LPM_TRIE has it: of all keys that match, the longest."""
+    """The range for a destination in the value of the longest key that matches, as in an LPM_TRIE."""
     wanted = struct.pack("=B3x", image.generation) + abi.address_bytes(destination.address)
     matching = [
         (struct.unpack_from("=I", key)[0], value)
         for key, value in image.items[Map.ENDPOINTS]
         if first_bits(key[4:], struct.unpack_from("=I", key)[0]) == first_bits(wanted, struct.unpack_from("=I", key)[0])
     ]
-    ranges = ranges_of(max(matching)[1]) if matching else []
+    ranges = abi.endpoint_ranges(max(matching)[1]) if matching else []
     bit = abi.TCP if destination.protocol is Protocol.TCP else abi.UDP
     hits = [r for r in ranges if r[0] <= destination.port <= r[1] and r[4] & bit]
     assert len(hits) <= 1, "the ranges of one protocol overlap"
@@ -87,13 +87,8 @@ def look_up(image: Image, destination: Destination) -> Found | None:
     return Found(None if number == abi.NO_LIST else lock_names(image)[lock], number)
 
 
-def first_bits(octets: bytes, bits: int) -> int:
-    return int.from_bytes(octets, "big") >> (len(octets) * 8 - bits)
-
-
-def ranges_of(value: bytes) -> list[tuple[int, ...]]:
-    count = struct.unpack_from("=I", value)[0]
-    return [abi.RANGE.unpack_from(value, abi.ENDPOINT_HEAD.size + n * abi.RANGE.size) for n in range(count)]
+def first_bits(data: bytes, bits: int) -> int:
+    return int.from_bytes(data, "big") >> (len(data) * 8 - bits)
 
 
 def lock_names(image: Image) -> dict[int, str]:
@@ -109,25 +104,23 @@ def members_of(image: Image, number: int, kind: int, verdict: int) -> frozenset[
 
 
 def list_record(image: Image, number: int) -> tuple[int, ...]:
-    wanted = (image.generation - 1) * abi.LISTS + number
-    records = {struct.unpack("=I", key)[0]: abi.LIST.unpack(value) for key, value in image.items[Map.LISTS]}
-    return records[wanted]
+    return abi.LIST.unpack(dict(image.items[Map.LISTS])[abi.list_key(image.generation, number)])
 
 
-def bit_is_set(look: bytes, base: int, bit: int) -> bool:
-    return bool(struct.unpack_from("=I", look, base + (bit >> 5) * 4)[0] >> (bit & 31) & 1)
+def bit_is_set(bitmap: bytes, base: int, bit: int) -> bool:
+    return bool(struct.unpack_from("=I", bitmap, base + (bit >> 5) * 4)[0] >> (bit & 31) & 1)
 
 
-def may_be_locked(image: Image, octets: bytes) -> bool:
-    """The address bitmap at 16 bytes: the bit of the host, or that of the address's first 16 bits."""
-    [(_, look)] = image.items[Map.ADDRESS_BITMAP]
-    is_v4 = octets[:12] == bytes(10) + b"\xff\xff"
-    network = int.from_bytes(octets[12:14] if is_v4 else octets[:2], "big")
+def may_be_locked(image: Image, packed: bytes) -> bool:
+    """The address bitmap for an address in 16 bytes: the bit of the host, or that of the address's first 16 bits."""
+    [(_, bitmap)] = image.items[Map.ADDRESS_BITMAP]
+    is_v4 = packed[:12] == bytes(10) + b"\xff\xff"
+    network = int.from_bytes(packed[12:14] if is_v4 else packed[:2], "big")
     base = abi.HOST_BYTES if is_v4 else abi.HOST_BYTES + abi.NETWORK_BYTES
-    return bit_is_set(look, 0, abi.host_bit(octets)) or bit_is_set(look, base, network)
+    return bit_is_set(bitmap, 0, abi.host_bit(packed)) or bit_is_set(bitmap, base, network)
 
 
-# --- there and back -------------------------------------------------------------------------------------------------
+# --- written and read back --------------------------------------------------------------------------------------------
 
 
 @patient
@@ -148,9 +141,9 @@ def test_settings_are_read_back_with_their_digest(policy: Policy, generation: in
 @given(policy=policies(), generation=GENERATIONS)
 def test_every_record_names_its_generation(policy: Policy, generation: int) -> None:
     items = rendered(policy, generation).items
-    at = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0}
-    assert {key[at[number]] for number in at for key, _ in items[number]} <= {generation}
-    assert [struct.unpack("=I", key)[0] for key, _ in items[Map.ADDRESS_BITMAP]] == [generation]
+    found = {key[at] for number, at in abi.GENERATION_AT.items() for key, _ in items.get(number, ())}
+    assert found <= {generation}
+    assert [key for key, _ in items[Map.ADDRESS_BITMAP]] == [struct.pack("=I", generation)]
     lists = [struct.unpack("=I", key)[0] for key, _ in items[Map.LISTS]]
     assert lists == [(generation - 1) * abi.LISTS + n for n in range(len(lists))]
 
@@ -173,7 +166,7 @@ def test_digests_of_different_policies_differ(one: Policy, other: Policy) -> Non
 
 @patient
 @given(policy=policies(), data=st.data())
-def test_the_digest_does_not_hang_on_the_order_and_does_on_every_octet(policy: Policy, data: st.DataObject) -> None:
+def test_the_digest_depends_on_every_byte_and_not_on_the_order(policy: Policy, data: st.DataObject) -> None:
     image = rendered(policy)
     turned = Image(1, {number: tuple(reversed(items)) for number, items in image.items.items()})
     assert turned.digest() == image.digest()
@@ -200,7 +193,7 @@ def test_a_lock_without_its_list_or_endpoint_is_a_contradiction(number: Map) -> 
         parse(broken, settings_of(policy))
 
 
-# --- what a look-up finds -------------------------------------------------------------------------------------------
+# --- what a look-up finds ---------------------------------------------------------------------------------------------
 
 NESTED = make_policy(
     [
@@ -251,7 +244,7 @@ def test_what_the_trie_does_not_have_is_what_the_policy_does_not_lock(
         ("10.1.2.3", 443, Protocol.TCP, "wide"),
         ("10.1.2.3", 80, Protocol.UDP, "wide"),
         ("10.1.2.4", 80, Protocol.TCP, "wide"),
-        ("192.0.2.1", 80, Protocol.TCP, None),  # ::/0 locks IPv6, though IPv4 lies in the same trie
+        ("192.0.2.1", 80, Protocol.TCP, None),  # ::/0 locks IPv6 only, though IPv4 is in the same trie
         ("fd00:ec2::254", 80, Protocol.TCP, "everything"),
         ("fd00:ec2::254", 80, Protocol.UDP, None),
     ],
@@ -272,12 +265,12 @@ def test_0000_is_denied_by_the_trie_where_its_interface_is_unknown_and_the_port_
     destination = Destination(ipaddress.ip_address("0.0.0.0"), port, protocol)
     found = look_up(rendered(policy), destination)
     assert found in (None, Found(None, abi.NO_LIST))
-    # Whoever asks, the reason is this one or none: one caller stands for all.
+    # The reason is the same for every caller, so that one is enough.
     reason = decide(policy, Caller(fsuid=1001, fsgid=2002), destination, Source(by_device=True)).reason
     assert reason is (Reason.NOT_LOCKED if found is None else Reason.UNSPECIFIED_DESTINATION)
 
 
-# --- the address bitmap ---------------------------------------------------------------------------------------------
+# --- the address bitmap -----------------------------------------------------------------------------------------------
 
 
 @patient
@@ -294,13 +287,13 @@ def test_the_address_bitmap_never_says_no_for_a_locked_address(policy: Policy, d
 @given(address=addresses())
 def test_the_address_bitmap_says_no_for_nearly_every_other_address(address: ipaddress.IPv4Address) -> None:
     image = render(one_lock(single("169.254.169.254"), single("fd00:ec2::254")), 1)
-    octets = abi.address_bytes(unmapped(address))
+    packed = abi.address_bytes(unmapped(address))
     bits = {abi.host_bit(abi.address_bytes(ipaddress.ip_address(a))) for a in ("169.254.169.254", "fd00:ec2::254")}
     bits.add(abi.host_bit(abi.address_bytes(ipaddress.ip_address("0.0.0.0"))))
-    assert may_be_locked(image, octets) == (abi.host_bit(octets) in bits)
+    assert may_be_locked(image, packed) == (abi.host_bit(packed) in bits)
 
 
-# --- lists ----------------------------------------------------------------------------------------------------------
+# --- lists ------------------------------------------------------------------------------------------------------------
 
 
 @patient
@@ -310,14 +303,14 @@ def test_the_address_bitmap_says_no_for_nearly_every_other_address(address: ipad
 )
 @example(allowed=frozenset(range(128)), denied=frozenset())
 @example(allowed=frozenset(range(127)), denied=frozenset({127, 128}))
-def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
+def test_a_list_has_a_bit_for_each_group_and_short_lists_are_searched(
     allowed: frozenset[int], denied: frozenset[int]
 ) -> None:
     groups = {"allow": Identities(groups=allowed), "deny": Identities(groups=denied)}
     image = render(one_lock(single("192.0.2.1"), **groups), 1)
-    flags, zero, *words = list_record(image, 0)
+    flags, zero, *bitmap = list_record(image, 0)
     assert zero == 0
-    assert {n * 32 + b for n, word in enumerate(words) for b in range(32) if word >> b & 1} == {
+    assert {n * 32 + b for n, word in enumerate(bitmap) for b in range(32) if word >> b & 1} == {
         gid % 512 for gid in allowed | denied
     }
     assert bool(flags & abi.LIST_VALID)
@@ -328,7 +321,7 @@ def test_a_list_has_a_filter_bit_for_each_group_and_is_searched_up_to_the_bound(
 
 
 def searched(image: Image) -> tuple[list[int], list[int], int]:
-    """The denied and the allowed groups of the record for callers with many; of a list that has none, nothing."""
+    """The denied and the allowed groups in the record that is searched, and LIST_SMALL when there should be one."""
     records = [abi.GROUPS.unpack(value) for _, value in image.items[Map.GROUPS]]
     if not records:
         listed = [members_of(image, 0, abi.GROUP, verdict) for verdict in (abi.DENY, abi.ALLOW)]
@@ -352,7 +345,7 @@ def test_a_user_and_a_group_with_the_same_number_are_two_members() -> None:
     assert members_of(image, 0, abi.GROUP, abi.ALLOW) == frozenset()
 
 
-# --- limits ---------------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
 def many(count: int) -> Iterable[ipaddress.IPv4Network]:
@@ -377,7 +370,7 @@ def with_members(count: int) -> Policy:
 
 
 def with_endpoints(count: int) -> Policy:
-    """0.0.0.0 takes one place more, for connects that lead we can't tell where."""
+    """0.0.0.0 takes one entry more, for connects with an unknown destination."""
     return one_lock(*(Endpoint(network, ALL_PORTS) for network in many(count - 1)))
 
 
@@ -386,34 +379,34 @@ def with_ranges(count: int) -> Policy:
 
 
 def inheriting_ranges(count: int) -> Policy:
-    """Two at the address itself, the others from the prefix around it."""
+    """Two ranges of the address itself, the others of the prefix around it."""
     around = tuple((10 + 2 * n, 10 + 2 * n) for n in range(count - 2))
     return one_lock(single("192.0.2.1", ((1, 1), (3, 3))), single("192.0.2.0/24", around))
 
 
 @pytest.mark.parametrize(
-    ("make", "most", "words"),
+    ("make", "maximum", "message"),
     [
-        (with_locks, 16384, "it has 16385 locks, and 16384 is the most"),
-        (with_lists, 4096, "it has 4097 different allowlists, and 4096 is the most"),
-        (with_members, 131072, "it has 131073 users and groups, and 131072 is the most"),
-        (with_endpoints, 32768, "it has 32769 endpoints, and 32768 is the most"),
-        (with_ranges, 24, "192.0.2.1/32 has 25 ranges of ports, .* and 24 is the most"),
+        (with_locks, 16384, "it has 16385 locks, and the maximum is 16384"),
+        (with_lists, 4096, "it has 4097 different allowlists, and the maximum is 4096"),
+        (with_members, 131072, "it has 131073 users and groups, and the maximum is 131072"),
+        (with_endpoints, 32768, "it has 32769 endpoints, and the maximum is 32768"),
+        (with_ranges, 24, "192.0.2.1/32 has 25 ranges of ports, .* and the maximum is 24"),
         (inheriting_ranges, 24, "192.0.2.1/32 has 25 ranges of ports, those of the prefixes around it included"),
     ],
 )
 def test_a_policy_that_does_not_fit_is_refused_and_the_largest_is_not(
-    make: Callable[[int], Policy], most: int, words: str
+    make: Callable[[int], Policy], maximum: int, message: str
 ) -> None:
-    assert len(render(make(most), 1).items) == len(RENDERED_MAPS)
-    with pytest.raises(Unsupported, match=words):
-        render(make(most + 1), 1)
+    assert len(render(make(maximum), 1).items) == len(RENDERED_MAPS)
+    with pytest.raises(Unsupported, match=message):
+        render(make(maximum + 1), 1)
 
 
 RENDERED_MAPS = (Map.ADDRESS_BITMAP, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
 
 
-def test_mode_and_containers_stand_in_the_settings_and_in_no_other_record() -> None:
+def test_mode_and_containers_are_in_the_settings_and_in_no_other_record() -> None:
     audited = make_policy([Lock("a", (single("192.0.2.1"),))], Mode.AUDIT, Verdict.ALLOW)
     assert render(audited, 1).items == render(one_lock(single("192.0.2.1")), 1).items
     assert abi.SETTINGS.unpack(settings_of(audited).pack(bytes(16), 1))[:4] == (1, abi.MODE_AUDIT, 1, abi.ABI)

@@ -36,7 +36,7 @@ class Description(NamedTuple):
 
 
 class Backend(Protocol):
-    """Holds a whole policy in the kernel, or refuses with the reason."""
+    """Enforces a whole policy in the kernel, or refuses with the reason."""
 
     name: str
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend holds a policy on this machine, and which ones hold one now."""
+"""Which backends can enforce a policy on this machine, and which ones enforce one now."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NAMES = ("ebpf", "iptables")
 
 
 class BackendCheck(NamedTuple):
-    """Whether a backend can hold a policy here: ``refusal`` is None when it can."""
+    """Whether a backend can enforce a policy here. ``refusal`` is None when it can."""
 
     backend: Backend
     refusal: GuardError | None
 
 
 def make(name: str, cgroup: str | None = None, resolve_groups: bool = False) -> Backend:
-    """The backend of that name. Imported here: a command needs one of them, seldom both."""
+    """The backend of that name. It is imported here because most commands need one backend only."""
     if name == "ebpf":
         from imds_guard.backends.ebpf import EbpfBackend  # noqa: PLC0415
 
@@ -36,14 +36,14 @@ def make(name: str, cgroup: str | None = None, resolve_groups: bool = False) -> 
 
 
 def candidates(wanted: str, cgroup: str | None) -> Sequence[str]:
-    """The backends that may serve: the one named, or all that fit."""
+    """The backends to try: the one that was asked for, or all that work for ``cgroup``."""
     if wanted != AUTO:
         return (wanted,)
     return ("ebpf",) if cgroup is not None else NAMES
 
 
 def examine(policy: Policy | None, names: Sequence[str], cgroup: str | None, resolve: bool) -> list[BackendCheck]:
-    """Asks each backend whether it can hold the policy."""
+    """Asks each backend whether it can enforce the policy."""
     checks: list[BackendCheck] = []
     for name in names:
         backend = make(name, cgroup, resolve)
@@ -56,7 +56,7 @@ def examine(policy: Policy | None, names: Sequence[str], cgroup: str | None, res
 
 
 def refused(checks: Sequence[BackendCheck]) -> GuardError:
-    """One error for backends that all refused: not permitted when that is what stands in the way of each."""
+    """One error for backends that all refused. NotPermitted only when each of them lacks a permission."""
     reasons = "; ".join(f"{check.backend.name}: {check.refusal}" for check in checks)
     if all(isinstance(check.refusal, NotPermitted) for check in checks):
         return NotPermitted(reasons)
@@ -64,7 +64,7 @@ def refused(checks: Sequence[BackendCheck]) -> GuardError:
 
 
 def running(cgroup: str | None) -> dict[str, Backend]:
-    """The backends that enforce something now, by name; one that can't be asked here holds nothing."""
+    """The backends that enforce something now, by name. One that is Unsupported here enforces nothing."""
     found: dict[str, Backend] = {}
     for name in candidates(AUTO, cgroup):
         backend = make(name, cgroup)

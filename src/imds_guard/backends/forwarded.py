@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Forwarded packets: rules at the head of FORWARD that keep them from the locked endpoints, beside either backend.
+"""Forwarded packets: rules at the head of FORWARD keep them from the locked endpoints, with either backend.
 
 A machine that routes (an appliance without source/destination check, a host of containers or virtual machines) knows no
 owner of such packets. So none of them may pass to a locked port, whoever the policy allows.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from imds_guard.kernel import bpf
@@ -169,6 +170,17 @@ def version_in_name(hook: str, name: str) -> str | None:
     """The version in the name of one of our programs; None for a program that is not ours."""
     prefix = HOOKS[hook].prefix + "_"
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
+
+
+def endpoint_value(ranges: Sequence[bytes]) -> bytes:
+    """The value in Map.ENDPOINTS: its head, then packed RANGE records."""
+    return (ENDPOINT_HEAD.pack(len(ranges)) + b"".join(ranges)).ljust(ENDPOINT_BYTES, b"\0")
+
+
+def endpoint_ranges(value: bytes) -> list[tuple[int, ...]]:
+    """The RANGE records in a value of Map.ENDPOINTS, unpacked."""
+    count = min(ENDPOINT_HEAD.unpack_from(value)[0], RANGES)
+    return [RANGE.unpack_from(value, ENDPOINT_HEAD.size + number * RANGE.size) for number in range(count)]
 
 
 def list_key(generation: int, number: int) -> bytes:

@@ -109,7 +109,7 @@ def _renew_hooks(target: Target, maps: MapStore, needed: tuple[str, ...], keep_v
     return [*done, "repaired the hooks"]
 
 
-# --- maps of another version ----------------------------------------------------------------------------------------
+# --- maps of another version ------------------------------------------------------------------------------------------
 
 
 class _Before(NamedTuple):
@@ -169,7 +169,7 @@ def _unchanged(maps: MapReader, pinned: Iterable[Map]) -> list[Map]:
     ]
 
 
-# --- helpers --------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _is_pinned(pins: str, number: Map) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of pins of one guard while a command changes it, and what a killed command leaves beside it.
+"""The folder of pins of one guard: the steps of a change, and how to finish what a killed command left.
 
 ``NAME`` is the guard itself. ``NAME~new`` is one being built, or, after an exchange of the two, the one before.
 ``NAME~old`` is one being removed. bpffs refuses names with a dot (bpf_lookup() in kernel/bpf/inode.c).
@@ -18,8 +18,8 @@ from imds_guard.backends.ebpf.pins import PinLocation, is_roots_folder
 from imds_guard.errors import trying
 from imds_guard.kernel import syscalls
 
-_FOREIGN = "~stranger~"
-"""What stands under a guard's name and is no guard is renamed to this and a random number."""
+_FOREIGN = "~foreign~"
+"""Something at a guard's path that is no guard is renamed to this and a random number."""
 
 
 class Folder:

@@ -187,10 +187,10 @@ def _attach(hook: Hook, program_fd: int, cgroup: Cgroup, folder: str, pins: str)
 
 def _pin(link_fd: int, path: str) -> None:
     """Pins under another name and renames. At a path that has a pin (of a link that lost its cgroup) a pin fails."""
-    beside = path + "~"
-    _unlink(beside)
-    bpf.pin(link_fd, beside)
-    os.rename(beside, path)
+    temporary = path + "~"
+    _unlink(temporary)
+    bpf.pin(link_fd, temporary)
+    os.rename(temporary, path)
 
 
 def _unlink(path: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy that the records of one generation stand for: the way back from render(). Pure."""
+"""The policy in the records of one generation: the way back from render(). Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from imds_guard.policy.ports import NO_PORTS, Ports
 
 
 def parse(image: Image, settings: Settings) -> Policy:
-    """The policy that the records make the hooks enforce. Raises GuardError when they contradict each other."""
+    """The policy that the hooks enforce with these records. Raises GuardError when records contradict each other."""
     lists = _parse_lists(image)
     endpoints = _parse_endpoints(image)
     locks = []
@@ -60,13 +60,10 @@ def _parse_endpoints(image: Image) -> dict[int, list[Endpoint]]:
     """The endpoints of each lock: the ranges that are not inherited."""
     found: dict[int, list[Endpoint]] = {}
     for key, value in image.items[Map.ENDPOINTS]:
-        bits, _, octets = abi.ENDPOINT_KEY.unpack(key)
-        network = _network(octets, bits - abi.ENDPOINT_KEY_FIXED_BITS)
+        bits, _, packed = abi.ENDPOINT_KEY.unpack(key)
+        network = _network(packed, bits - abi.ENDPOINT_KEY_FIXED_BITS)
         ports: dict[tuple[int, int], Ports] = {}
-        for n in range(min(abi.ENDPOINT_HEAD.unpack_from(value)[0], abi.RANGES)):
-            low, high, lock, _, protocols, flags = abi.RANGE.unpack_from(
-                value, abi.ENDPOINT_HEAD.size + n * abi.RANGE.size
-            )
+        for low, high, lock, _, protocols, flags in abi.endpoint_ranges(value):
             for protocol in (abi.TCP, abi.UDP):
                 if protocols & protocol and not flags & abi.INHERITED:
                     ports[lock, protocol] = (*ports.get((lock, protocol), NO_PORTS), (low, high))
@@ -77,8 +74,9 @@ def _parse_endpoints(image: Image) -> dict[int, list[Endpoint]]:
     return found
 
 
-def _network(octets: bytes, bits: int) -> Network:
-    address = ipaddress.IPv6Address(octets)
+def _network(packed: bytes, bits: int) -> Network:
+    """The network of an address in 16 bytes. An IPv4 network is one of IPv4-mapped addresses there."""
+    address = ipaddress.IPv6Address(packed)
     if bits >= 96 and address.ipv4_mapped is not None:
         return ipaddress.IPv4Network((int(address.ipv4_mapped), bits - 96))
-    return ipaddress.IPv6Network((octets, bits))
+    return ipaddress.IPv6Network((packed, bits))

@@ -130,7 +130,7 @@ class MapReader:
     # --- records ----------------------------------------------------------------------------------------------------
 
     def _lookup(self, number: Map, key: bytes, copies: int = 1) -> bytes:
-        """The value of a key; zeros when there is none. A per-CPU map has a copy for each possible CPU."""
+        """The value of a key, or zeros when there is none. A per-CPU map has a copy for each possible CPU."""
         size = self._shapes[number].value_size * copies
         return bpf.map_lookup(self._fds[number], key, size) or bytes(size)
 
@@ -232,11 +232,11 @@ def all_pinned(pins: str) -> bool:
     return names >= {number.pin_name for number in Map}
 
 
-# --- fields of records ----------------------------------------------------------------------------------------------
+# --- fields of records ------------------------------------------------------------------------------------------------
 
 
 def address_of(packed: bytes) -> Address:
-    """The address in 16 bytes; an IPv4-mapped one as the IPv4 address that it stands for."""
+    """The address in 16 bytes. An IPv4-mapped address becomes an IPv4 address."""
     return unmapped(ipaddress.IPv6Address(packed))
 
 

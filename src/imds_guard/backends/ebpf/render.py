@@ -16,7 +16,7 @@ from imds_guard.policy.ports import minus_ports, normal_ports
 
 
 class Range(NamedTuple):
-    """struct ig_port_range, its protocols as bits."""
+    """struct ig_port_range. ``protocols`` are bits."""
 
     low: int
     high: int
@@ -58,7 +58,7 @@ def _list_key(lock: Lock) -> ListKey:
 
 
 def _number_lists(policy: Policy) -> dict[ListKey, int]:
-    """Locks with the same lists share one."""
+    """A number for each different pair of lists: locks with the same lists share them."""
     numbers: dict[ListKey, int] = {}
     for lock in policy.locks:
         numbers.setdefault(_list_key(lock), len(numbers))
@@ -67,23 +67,23 @@ def _number_lists(policy: Policy) -> dict[ListKey, int]:
 
 def _check_sizes(policy: Policy, lists: Mapping[ListKey, int], endpoints: Mapping[Network, list[Range]]) -> None:
     members = sum(len(a.users | d.users) + len(a.groups | d.groups) for a, d, _ in lists)
-    for what, count, most in (
+    for what, count, maximum in (
         ("locks", len(policy.locks), abi.LOCKS // 2),
         ("different allowlists", len(lists), abi.LISTS),
         ("users and groups", members, abi.MEMBERS // 2),
         ("endpoints", len(endpoints), abi.ENDPOINTS // 2),
     ):
-        if count > most:
-            raise Unsupported(f"loading the policy into eBPF maps: it has {count} {what}, and {most} is the most")
+        if count > maximum:
+            raise Unsupported(f"loading the policy into eBPF maps: it has {count} {what}, and the maximum is {maximum}")
     for network, ranges in endpoints.items():
         if len(ranges) > abi.RANGES:
             raise Unsupported(
                 f"loading the policy into eBPF maps: {network} has {len(ranges)} ranges of ports, those of the "
-                f"prefixes around it included, and {abi.RANGES} is the most"
+                f"prefixes around it included, and the maximum is {abi.RANGES}"
             )
 
 
-# --- endpoints ------------------------------------------------------------------------------------------------------
+# --- endpoints --------------------------------------------------------------------------------------------------------
 
 _UNSPECIFIED = ipaddress.IPv4Network("0.0.0.0/32")
 _MAPPED_SPACE = ipaddress.IPv4Network("0.0.0.0/0")
@@ -91,11 +91,11 @@ _MAPPED_MIDDLE = ipaddress.IPv6Address("::ffff:0:0")
 
 
 def _endpoint_entries(policy: Policy) -> dict[Network, list[Range]]:
-    """The ranges of each prefix, with what it inherits, and the entries that rendering adds."""
+    """The ranges of each prefix, inherited ones included, and entries that no endpoint of the policy has."""
     own = _own_ranges(policy)
     entries = _inherit(own)
     if _MAPPED_SPACE not in entries and any(n.version == 6 and _MAPPED_MIDDLE in n for n in entries):
-        entries[_MAPPED_SPACE] = []  # ::/0 locks IPv6; IPv4 lies in ::ffff:0:0/96 of the same trie
+        entries[_MAPPED_SPACE] = []  # ::/0 must not lock IPv4, which is ::ffff:0:0/96 of the same trie
     anywhere = _locked_anywhere(own)
     if anywhere:
         entries[_UNSPECIFIED] = anywhere
@@ -113,18 +113,18 @@ def _own_ranges(policy: Policy) -> dict[Network, list[Range]]:
 
 
 def _inherit(own: Mapping[Network, list[Range]]) -> dict[Network, list[Range]]:
-    """Shorter prefixes first: each takes over the ranges of the next shorter prefix around it, less its own ports."""
+    """Adds to each prefix the ranges of the next shorter prefix around it, without the ports of its own ranges."""
     entries: dict[Network, list[Range]] = {}
     lengths = {version: sorted({n.prefixlen for n in own if n.version == version}, reverse=True) for version in (4, 6)}
     for network in sorted(own, key=lambda n: n.prefixlen):
         around = _next_shorter(network, entries, lengths[network.version])
-        taken = [] if around is None else _remainder(entries[around], own[network])
-        entries[network] = _merge_protocols(own[network] + taken)
+        inherited = [] if around is None else _inherited(entries[around], own[network])
+        entries[network] = _merge_protocols(own[network] + inherited)
     return entries
 
 
 def _next_shorter(network: Network, entries: Mapping[Network, list[Range]], lengths: Iterable[int]) -> Network | None:
-    """``lengths`` are those of all prefixes, the longest first."""
+    """The longest prefix around a network. ``lengths`` are those of all prefixes, the longest first."""
     for length in lengths:
         if length < network.prefixlen:
             candidate = network.supernet(new_prefix=length)
@@ -133,8 +133,8 @@ def _next_shorter(network: Network, entries: Mapping[Network, list[Range]], leng
     return None
 
 
-def _remainder(ranges: Iterable[Range], own: Iterable[Range]) -> list[Range]:
-    """``ranges`` as inherited ones, without the ports that ``own`` has for the same protocol."""
+def _inherited(ranges: Iterable[Range], own: Iterable[Range]) -> list[Range]:
+    """``ranges`` marked as inherited, without the ports that ``own`` has for the same protocol."""
     rest = []
     for one in ranges:
         for protocol in (abi.TCP, abi.UDP):
@@ -148,7 +148,7 @@ def _remainder(ranges: Iterable[Range], own: Iterable[Range]) -> list[Range]:
 
 
 def _merge_protocols(ranges: Iterable[Range]) -> list[Range]:
-    """TCP and UDP ranges that are otherwise the same become one."""
+    """One range in place of a TCP and a UDP range that are otherwise the same."""
     protocols: dict[tuple[int, int, int, bool], int] = {}
     for one in ranges:
         key = (one.low, one.high, one.lock, one.inherited)
@@ -156,17 +156,17 @@ def _merge_protocols(ranges: Iterable[Range]) -> list[Range]:
     return [Range(*key, bits) for key, bits in sorted(protocols.items())]
 
 
-_NOWHERE = -1
+_NO_LOCK = -1
 
 
 def _locked_anywhere(own: Mapping[Network, list[Range]]) -> list[Range]:
-    """What is locked on any IPv4 address: a connect to 0.0.0.0 that leads we can't tell where is denied these."""
+    """The ports that are locked on some IPv4 address: denied to a connect to 0.0.0.0 whose destination is unknown."""
     ranges = []
     for protocol in (abi.TCP, abi.UDP):
         ports = normal_ports(
             (r.low, r.high) for n, rs in own.items() if n.version == 4 for r in rs if r.protocols & protocol
         )
-        ranges += [Range(low, high, _NOWHERE, True, protocol) for low, high in ports]
+        ranges += [Range(low, high, _NO_LOCK, True, protocol) for low, high in ports]
     return _merge_protocols(ranges)
 
 
@@ -178,31 +178,32 @@ def _endpoint_key(generation: int, network: Network) -> bytes:
 
 
 def _endpoint_value(ranges: list[Range], list_of_lock: list[int]) -> bytes:
-    packed = b"".join(
-        abi.RANGE.pack(r.low, r.high, 0, abi.NO_LIST, r.protocols, abi.INHERITED)
-        if r.lock == _NOWHERE
-        else abi.RANGE.pack(r.low, r.high, r.lock, list_of_lock[r.lock], r.protocols, abi.INHERITED * r.inherited)
-        for r in ranges
+    return abi.endpoint_value(
+        [
+            abi.RANGE.pack(r.low, r.high, 0, abi.NO_LIST, r.protocols, abi.INHERITED)
+            if r.lock == _NO_LOCK
+            else abi.RANGE.pack(r.low, r.high, r.lock, list_of_lock[r.lock], r.protocols, abi.INHERITED * r.inherited)
+            for r in ranges
+        ]
     )
-    return (abi.ENDPOINT_HEAD.pack(len(ranges)) + packed).ljust(abi.ENDPOINT_BYTES, b"\0")
 
 
 def _address_bitmap(entries: Mapping[Network, list[Range]]) -> bytes:
-    look = bytearray(abi.ADDRESS_BITMAP_BYTES)
+    bitmap = bytearray(abi.ADDRESS_BITMAP_BYTES)
     for network, ranges in entries.items():
         if not ranges:
             continue
         if network.prefixlen == network.max_prefixlen:
-            abi.set_bit(look, 0, abi.host_bit(abi.address_bytes(network.network_address)))
+            abi.set_bit(bitmap, 0, abi.host_bit(abi.address_bytes(network.network_address)))
             continue
         base = abi.HOST_BYTES + (abi.NETWORK_BYTES if network.version == 6 else 0)
         first = int(network.network_address) >> (network.max_prefixlen - 16)
         for bit in range(first, first + (1 << max(0, 16 - network.prefixlen))):
-            abi.set_bit(look, base, bit)
-    return bytes(look)
+            abi.set_bit(bitmap, base, bit)
+    return bytes(bitmap)
 
 
-# --- lists ----------------------------------------------------------------------------------------------------------
+# --- lists ------------------------------------------------------------------------------------------------------------
 
 
 def _list_record(key: ListKey) -> bytes:
@@ -211,10 +212,10 @@ def _list_record(key: ListKey) -> bytes:
     flags |= abi.LIST_GROUPS * bool(allow.groups or deny.groups) | abi.LIST_DENY_GROUPS * bool(deny.groups)
     flags |= abi.LIST_USERS * bool(allow.users or deny.users)
     flags |= abi.LIST_SMALL * (len(allow.groups | deny.groups) <= abi.MAX_SEARCHED_GROUPS)
-    words = [0] * abi.GID_BITMAP_WORDS
+    bitmap = [0] * abi.GID_BITMAP_WORDS
     for gid in allow.groups | deny.groups:
-        words[gid >> 5 & abi.GID_BITMAP_WORDS - 1] |= 1 << (gid & 31)
-    return abi.LIST.pack(flags, 0, *words)
+        bitmap[gid >> 5 & abi.GID_BITMAP_WORDS - 1] |= 1 << (gid & 31)
+    return abi.LIST.pack(flags, 0, *bitmap)
 
 
 def _members(generation: int, number: int, key: ListKey) -> list[tuple[bytes, bytes]]:
@@ -228,7 +229,7 @@ def _members(generation: int, number: int, key: ListKey) -> list[tuple[bytes, by
 
 
 def _groups(generation: int, number: int, key: ListKey) -> list[tuple[bytes, bytes]]:
-    """The listed groups in order, denied ones first, for lists that are short enough to be searched."""
+    """The listed groups in order, denied ones first. Only for lists that are short enough to be searched."""
     allow, deny, _ = key
     ordered = sorted(deny.groups) + sorted(allow.groups - deny.groups)
     if not ordered or len(ordered) > abi.MAX_SEARCHED_GROUPS:

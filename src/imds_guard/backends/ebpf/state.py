@@ -60,7 +60,7 @@ def _any_of_ours(found: Iterable[Hook]) -> bool:
     return any(program.version is not None for hook in found for program in hook.attached)
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def is_active(cgroup: Cgroup, location: PinLocation) -> bool:
@@ -141,7 +141,7 @@ def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
     return render(policy, snapshot.image.generation).digest() == snapshot.image.digest()
 
 
-# --- faults ---------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
 def _faults_of_hooks(found: Sequence[Hook], map_ids: list[int], needed: tuple[str, ...]) -> Iterator[str]:

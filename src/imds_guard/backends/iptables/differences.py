@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where iptables decides otherwise than decide() and eBPF. The user is told, and rows of the tests show it."""
+"""Where iptables decides otherwise than decide() and eBPF. Commands report it, and rows of the tests show it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy that the rules of both IP versions stand for.
+"""The policy in the rules of both IP versions.
 
 The names of locks and the setting for containers come from comments. Who may connect where comes from the rules alone.
 Rules that are not ours are ignored here. They are noticed because render() makes other rules of the result.
@@ -158,7 +158,7 @@ def _default(rule: Rule) -> Verdict:
     return Verdict.ALLOW if rule.target == RETURN else Verdict.DENY
 
 
-# --- both IP versions -----------------------------------------------------------------------------------------------
+# --- both IP versions -------------------------------------------------------------------------------------------------
 
 
 def combine(families: Iterable[FamilyPolicy]) -> ResolvedPolicy | None:

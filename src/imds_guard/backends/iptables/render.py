@@ -134,7 +134,7 @@ def denial(mode: Mode, version: int) -> list[Rule]:
     return [Rule(REJECT, protocol="tcp", reject_with="tcp-reset"), Rule(REJECT, reject_with=unreachable)]
 
 
-# --- one lock -------------------------------------------------------------------------------------------------------
+# --- one lock ---------------------------------------------------------------------------------------------------------
 
 
 def _render_lock(chains: Chains, resolved: ResolvedPolicy, number: int) -> None:

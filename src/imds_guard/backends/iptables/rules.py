@@ -95,7 +95,7 @@ def _range_text(range_: Range, separator: str) -> str:
     return str(low) if low == high else f"{low}{separator}{high}"
 
 
-# --- from iptables-save ---------------------------------------------------------------------------------------------
+# --- from iptables-save -----------------------------------------------------------------------------------------------
 
 
 def parse_rule(text: str) -> Rule:

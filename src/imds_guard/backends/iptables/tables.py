@@ -50,7 +50,7 @@ Table = Mapping[str, tuple[str, ...]]
 """Chain -> its rules as iptables-save prints them, after ``-A CHAIN``."""
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 _cache: dict[tuple[int, str, int], Table] | None = None
@@ -129,7 +129,7 @@ def _jumps(table: Table, anchor: Anchor) -> int:
     return table.get(anchor.builtin, ()).count(anchor.jump)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def rule_texts(chains: Mapping[str, Sequence[Rule]]) -> Table:
@@ -208,9 +208,9 @@ def _command(program: Program, verb: str) -> str:
 def _rejected_rule(text: str, completed: Completed) -> str:
     """The rule that iptables-restore names by its line."""
     lines = text.splitlines()
-    for word in completed.stderr.replace(":", " ").split():
-        if word.isdigit() and 1 < int(word) < len(lines):
-            return f" at {lines[int(word) - 1]!r}"
+    for field in completed.stderr.replace(":", " ").split():
+        if field.isdigit() and 1 < int(field) < len(lines):
+            return f" at {lines[int(field) - 1]!r}"
     return ""
 
 
