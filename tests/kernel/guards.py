@@ -51,7 +51,7 @@ FAST = (("IG_MAX_WALKED_GROUPS", 16), ("IG_MAX_SEARCHED_GROUPS", 2))
 
 @contextmanager
 def guarded_sandbox(defines: Defines = ()) -> Iterator[tuple[Sandbox, EbpfBackend]]:
-    """A namespace with the fake service, and a backend for its cgroup that is removed at the end."""
+    """A namespace with the fake service, and a backend for its cgroup. The guard is removed at the end."""
     with Sandbox((IPV4, IPV6)) as sandbox:
         sandbox.serve((IPV4, IPV6), (PORT,))
         backend = EbpfBackend(sandbox.cgroup, defines)
@@ -90,12 +90,12 @@ def _fork_and_try(user: int) -> list[str]:
             os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        words = pipe.read()
+        outcomes = pipe.read()
     os.waitpid(pid, 0)
-    return words.split(",")
+    return outcomes.split(",")
 
 
-# --- a caller that connects all the time ----------------------------------------------------------------------------
+# --- a caller that connects all the time ------------------------------------------------------------------------------
 
 
 class Storm:
@@ -148,7 +148,7 @@ class Storm:
             os.sched_yield()
 
 
-# --- what is in the kernel ------------------------------------------------------------------------------------------
+# --- what is in the kernel --------------------------------------------------------------------------------------------
 
 
 def traces(cgroup: str) -> dict[str, int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A namespace with a fake metadata service, iptables of one kind in it, and callers that try to connect."""
+"""A namespace with a fake metadata service and iptables of one kind, and callers that try to connect."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def one_legacy_at_a_time(kind: str) -> Iterator[None]:
 
 
 class Machine:
-    """A sandbox with iptables of one kind. Every method works inside of it."""
+    """A sandbox with iptables of one kind. Every method works inside it."""
 
     def __init__(self, sandbox: Sandbox, kind: str, state_folder: str) -> None:
         self.sandbox = sandbox
@@ -65,36 +65,36 @@ class Machine:
         )
 
     def call(self, fn: Callable[[], T]) -> T:
-        """What ``fn`` returns inside."""
+        """The result of ``fn`` inside."""
         return self.sandbox.call(fn, timeout_s=120)
 
     def apply(self, policy: Policy) -> tuple[str, ...]:
-        """Applies a policy; returns what was done."""
+        """Applies a policy and returns Change.done."""
         return self.call(lambda: self.backend().apply(policy)).done
 
     def faults(self) -> list[str]:
-        """What the backend says is wrong."""
+        """The faults that the backend reports."""
         return self.call(lambda: self.backend().faults())
 
     def rules(self, version: int) -> str:
-        """What iptables-save shows, without comments, counters and the chains of tables that are empty."""
+        """The chains and rules that iptables-save shows for table filter."""
         command = self.commands[0 if version == 4 else 1]
         saved = self.call(lambda: run([f"{command}-save", "-t", "filter"]))
         assert saved.status == 0, saved.complaint
         return "\n".join(line for line in saved.stdout.splitlines() if line and line[0] in ":-")
 
-    def iptables(self, *words: str, version: int = 4) -> None:
-        """Somebody else's command."""
+    def iptables(self, *arguments: str, version: int = 4) -> None:
+        """Runs iptables as somebody else would."""
         command = self.commands[0 if version == 4 else 1]
-        done = self.call(lambda: run([command, "-w", *words]))
+        done = self.call(lambda: run([command, "-w", *arguments]))
         assert done.status == 0, done.complaint
 
     def reach(self, uid: int, to: str = V4, port: int = 80, *, gid: int = NO_GROUP, groups: Sequence[int] = ()) -> str:
-        """``connected``, or the name of the errno that a fresh process of those ids gets over TCP."""
+        """``connected``, or the name of the errno that a new process with these IDs gets over TCP."""
         return self.call(lambda: connect(uid, to, port, gid=gid, groups=groups))
 
     def send(self, uid: int, to: str = V4, port: int = 80) -> str:
-        """The same for one datagram."""
+        """The outcome of sending one datagram: ``connected``, or the name of the errno."""
 
         def send() -> str:
             become((uid,) * 3, (NO_GROUP,) * 3, ())
@@ -105,7 +105,7 @@ class Machine:
 
 
 def connect(uid: int, to: str, port: int, *, gid: int = NO_GROUP, groups: Sequence[int] = ()) -> str:
-    """Takes the ids and connects."""
+    """Takes the IDs and connects over TCP. Returns ``connected``, or the name of the errno."""
     become((uid,) * 3, (gid,) * 3, groups)
     with socket.socket(family(to), socket.SOCK_STREAM) as one:
         one.settimeout(10)

@@ -42,7 +42,7 @@ def _program_ids(backend: EbpfBackend) -> tuple[int, ...]:
 
 
 def test_life_of_a_guard(guarded: Guarded) -> None:
-    """Nothing, one policy, another, nothing again; the kernel says the same as we do at each point."""
+    """No policy, one, another, none again. At each point connects fare as the backend says."""
     sandbox, backend = guarded
     assert backend.read() is None
     assert guards.passing(sandbox) == {OLD, NEW, BOTH, STRANGER}
@@ -91,7 +91,7 @@ def test_a_change_of_policy_imports_no_bcc(guarded: Guarded) -> None:
 
 
 def test_another_version_of_the_program_replaces_ours(guarded: Guarded) -> None:
-    """LINK_UPDATE keeps the links, the maps and the policy."""
+    """LINK_UPDATE replaces the programs. The links, the maps and the policy stay."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     before = backend.state()
@@ -105,7 +105,7 @@ def test_another_version_of_the_program_replaces_ours(guarded: Guarded) -> None:
 
 
 def test_an_allow_keeps_the_version_that_runs(guarded: Guarded) -> None:
-    """Only start upgrades the program; a change of policy must not wait for a compiler."""
+    """Only start upgrades the programs. A change of policy must not wait for a compiler."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     EbpfBackend(sandbox.cgroup, defines=(("IG_ANOTHER_VERSION", 1),)).change(NEW_POLICY)
@@ -153,7 +153,7 @@ def test_counters_live_through_a_replacement_of_the_maps(guarded: Guarded) -> No
         assert maps.in_force() == (1, 2)
 
 
-# --- what status must see -------------------------------------------------------------------------------------------
+# --- what status must report ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hook", sorted(abi.HOOKS))
@@ -171,7 +171,7 @@ def test_a_missing_hook_is_a_fault_and_start_repairs_it(guarded: Guarded, hook: 
 
 
 def test_an_unlinked_pin_is_a_fault(guarded: Guarded) -> None:
-    """With its only pin gone the link is gone, and the hook with it."""
+    """Without its only pin the link is gone, and the program is detached."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     os.unlink(link_pin(guards.folder_of(sandbox.cgroup).path, "connect6"))
@@ -204,7 +204,7 @@ def _poke(sandbox: Sandbox, number: Map, key: bytes, value: bytes) -> None:
 
 
 def test_a_changed_map_is_a_fault_and_start_repairs_it(guarded: Guarded) -> None:
-    """Somebody with the right to do so adds a user behind our back."""
+    """Somebody with the privilege to do so adds a user to the map."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     generation = backend.state().generation
@@ -242,7 +242,7 @@ def test_the_buffer_of_a_query_has_room_for_what_the_kernel_writes(
 
 
 def test_a_generation_without_settings_denies(guarded: Guarded) -> None:
-    """And says so, and leaves other addresses alone."""
+    """Everyone is denied at the locked addresses, and faults() says so."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     generation = backend.state().generation
@@ -254,7 +254,7 @@ def test_a_generation_without_settings_denies(guarded: Guarded) -> None:
 
 
 def test_a_missing_map_pin_is_repaired(guarded: Guarded) -> None:
-    """The hooks go on enforcing; the next start builds new maps and moves the hooks to them."""
+    """The hooks go on enforcing. The next start makes new maps and moves the hooks to them."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     os.unlink(os.path.join(guards.folder_of(sandbox.cgroup).path, "members"))
@@ -267,7 +267,7 @@ def test_a_missing_map_pin_is_repaired(guarded: Guarded) -> None:
 
 
 def test_a_guard_without_pins_is_found_and_removed(guarded: Guarded) -> None:
-    """As a bpffs of a mount namespace leaves it that is gone, while somebody still holds the links."""
+    """This happens when the mount namespace of a bpffs is gone while somebody still holds the links."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     path = guards.folder_of(sandbox.cgroup).path
@@ -283,11 +283,11 @@ def test_a_guard_without_pins_is_found_and_removed(guarded: Guarded) -> None:
         os.close(fd)
 
 
-# --- size -----------------------------------------------------------------------------------------------------------
+# --- size -------------------------------------------------------------------------------------------------------------
 
 
 def test_one_hundred_thousand_users(guarded: Guarded) -> None:
-    """Read back as they were given; a change of one of them is a change of one of them."""
+    """They are read back as they were written, and another policy with most of them in it works, too."""
     sandbox, backend = guarded
     many = range(1_000_000, 1_100_000)
     backend.apply(guards.policy(OLD, *many))
@@ -298,7 +298,7 @@ def test_one_hundred_thousand_users(guarded: Guarded) -> None:
 
 
 def test_a_policy_that_does_not_fit_leaves_the_old_one(guarded: Guarded) -> None:
-    """The kernel's own refusal, at a map made too small for it: the old policy stays, whole."""
+    """The kernel refuses records, because a map was made too small for them: the old policy stays, whole."""
     sandbox, backend = guarded
     with guards.other_layout(Map.MEMBERS, max_entries=100):
         backend.apply(OLD_POLICY)
@@ -309,7 +309,7 @@ def test_a_policy_that_does_not_fit_leaves_the_old_one(guarded: Guarded) -> None
 
 
 def test_nothing_is_left_in_the_other_generation(guarded: Guarded) -> None:
-    """Whatever was changed before, the maps hold one generation."""
+    """After any number of changes the maps have the records of one generation."""
     sandbox, backend = guarded
     for wanted in (OLD_POLICY, NEW_POLICY, guards.policy(OLD, addresses=[IPV4]), OLD_POLICY):
         backend.apply(wanted)
@@ -320,8 +320,8 @@ def test_nothing_is_left_in_the_other_generation(guarded: Guarded) -> None:
     assert not any(left[Map.ADDRESS_BITMAP][0][1])
 
 
-def test_what_a_user_put_in_the_place_of_the_pins_is_not_followed(guarded: Guarded, tmp_path: Path) -> None:
-    """A bpffs without a mode lets everyone write: a link there must not lead root to remove somebody's files."""
+def test_a_symbolic_link_at_the_path_of_the_pins_is_not_followed(guarded: Guarded, tmp_path: Path) -> None:
+    """A bpffs without a mode lets everyone write. Root must not follow a symbolic link there and remove files."""
     sandbox, backend = guarded
     folder = guards.folder_of(sandbox.cgroup)
     (tmp_path / "precious").write_text("kept", encoding="utf-8")
@@ -336,8 +336,8 @@ def test_what_a_user_put_in_the_place_of_the_pins_is_not_followed(guarded: Guard
     assert guards.traces(sandbox.cgroup) == {"attached": 4, "pins": 1}
 
 
-def test_the_form_that_this_kernel_does_best_with_is_loaded() -> None:
-    """load_hooks() would take the plain form instead, and nobody would see why start takes longer."""
+def test_the_best_form_for_this_kernel_loads() -> None:
+    """Otherwise load_hooks() would load the plain form, and only a longer start would show it."""
     if os.geteuid() != 0:
         pytest.skip("loading programs needs root")
     privileges.lift_memory_lock_limit()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine that routes does not carry other people's packets to a locked address.
+"""A machine that routes does not forward packets to a locked address.
 
 Three namespaces: a client, a router with our rules, and a server that has the locked addresses.
 """
@@ -31,7 +31,7 @@ NOT_DNS = ((0, 52), (54, 65535))
 
 
 class Routed:
-    """The three namespaces; ``router`` has forwarding switched on."""
+    """The three namespaces. ``router`` has forwarding switched on."""
 
     def __init__(self, boxes: dict[str, Sandbox], kind: str, folder: str) -> None:
         self.boxes = boxes
@@ -39,23 +39,23 @@ class Routed:
         self._folder = folder
 
     def rules(self) -> Forwarded:
-        """The rules for forwarded packets; to be used in the router."""
+        """The rules for forwarded packets, for use in the router."""
         return Forwarded(KINDS[self.kind], state_folder=self._folder)
 
     def on_router(self, fn: Callable[[], T]) -> T:
         """What ``fn`` returns in the router."""
         return self.boxes["router"].call(fn, timeout_s=60)
 
-    def enforce(self, policy: Policy, word: str | None = None) -> Change:
+    def enforce(self, policy: Policy, option: str | None = None) -> Change:
         """Forwarded.enforce() in the router."""
-        return self.on_router(lambda: self.rules().enforce(policy, word))
+        return self.on_router(lambda: self.rules().enforce(policy, option))
 
     def faults(self, policy: Policy | None) -> list[str]:
         """Forwarded.faults() in the router."""
         return self.on_router(lambda: self.rules().faults(policy))
 
     def reach(self, to: str, port: int = 80, *, of: str = "client") -> str:
-        """What a root process of a machine gets."""
+        """The outcome of a connect by a root process of a machine."""
         return self.boxes[of].call(lambda: connect(0, to, port, gid=1))
 
 
@@ -116,7 +116,7 @@ def routed(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Routed]:
 
 
 def test_forwarded_packets_are_rejected(routed: Routed) -> None:
-    """Behind enforce() nobody's packets are carried to a locked port, and DNS at the same address lives."""
+    """After enforce() no packets are forwarded to a locked port. DNS at the same address works."""
     policy = policy_for([FOO], tcp=NOT_DNS)
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
     routed.enforce(policy)
@@ -125,14 +125,14 @@ def test_forwarded_packets_are_rejected(routed: Routed) -> None:
     assert routed.faults(policy) == []
 
 
-def test_the_routers_own_packets_are_not_its_business(routed: Routed) -> None:
-    """FORWARD is for packets of others: a process of the router itself is judged by the backend alone."""
+def test_the_routers_own_packets_are_left_alone(routed: Routed) -> None:
+    """The rules are in FORWARD: a process of the router itself is judged by the backend only."""
     routed.enforce(policy_for([FOO]))
     assert [routed.reach(to, of="router") for to in (V4, V6)] == ["connected"] * 2
 
 
 def test_remove_leaves_nothing(routed: Routed) -> None:
-    """remove() takes the rules of both families away, and is harmless when there are none."""
+    """remove() removes the rules of both IP versions, and is harmless when there are none."""
     policy = policy_for([FOO])
     routed.enforce(policy)
     routed.on_router(lambda: routed.rules().remove())
@@ -142,14 +142,14 @@ def test_remove_leaves_nothing(routed: Routed) -> None:
     assert routed.faults(None) == []
 
 
-def test_rules_left_without_a_policy_are_told(routed: Routed) -> None:
-    """When no policy is in force any more, rules in FORWARD are a fault."""
+def test_rules_without_a_policy_are_a_fault(routed: Routed) -> None:
+    """Rules in FORWARD are a fault when no policy is in force."""
     routed.enforce(policy_for([FOO]))
     assert len(routed.faults(None)) == 1
 
 
 def test_other_peoples_accept_does_not_win(routed: Routed) -> None:
-    """An ACCEPT in FORWARD that was there first carries nothing; one that is put before ours is told."""
+    """An ACCEPT in FORWARD that was there first forwards nothing. One that is inserted before ours later is a fault."""
     policy = policy_for([FOO])
     command = KINDS[routed.kind][0]
     routed.on_router(lambda: run([command, "-A", "FORWARD", "-d", V4, "-j", "ACCEPT"]))
@@ -162,7 +162,7 @@ def test_other_peoples_accept_does_not_win(routed: Routed) -> None:
     assert routed.faults(policy) == []
 
 
-def test_flush_is_seen(routed: Routed) -> None:
+def test_a_flush_is_a_fault(routed: Routed) -> None:
     """A flush of FORWARD by someone else is a fault, and change() repairs it."""
     policy = policy_for([FOO])
     routed.enforce(policy)
@@ -174,7 +174,7 @@ def test_flush_is_seen(routed: Routed) -> None:
 
 
 def test_leave_is_remembered(routed: Routed) -> None:
-    """With "leave" packets are carried, also behind a change of the policy, and that is no fault."""
+    """With "leave" packets are forwarded, also after a change of the policy, and that is no fault."""
     policy = policy_for([FOO])
     routed.enforce(policy, "leave")
     routed.on_router(lambda: routed.rules().change(policy_for([STRANGER])))
@@ -182,8 +182,8 @@ def test_leave_is_remembered(routed: Routed) -> None:
     assert routed.faults(policy) == []
 
 
-def test_audit_carries_everything(routed: Routed) -> None:
-    """In audit mode forwarded packets are carried."""
+def test_audit_forwards_everything(routed: Routed) -> None:
+    """In audit mode packets are forwarded."""
     policy = policy_for([FOO], mode=Mode.AUDIT)
     routed.enforce(policy, "drop")
     assert [routed.reach(to) for to in (V4, V6)] == ["connected"] * 2
@@ -191,7 +191,7 @@ def test_audit_carries_everything(routed: Routed) -> None:
 
 
 def test_containers_that_may_connect_are_not_undone(routed: Routed) -> None:
-    """With containers = "allow", "drop" is refused, and without a word nothing is dropped."""
+    """With containers = "allow", "drop" is refused, and without an option nothing is dropped."""
     policy = make_policy(policy_for([FOO]).locks, containers=Verdict.ALLOW)
 
     def refused() -> bool:
@@ -209,7 +209,7 @@ def test_containers_that_may_connect_are_not_undone(routed: Routed) -> None:
 
 
 def test_without_iptables_a_warning_and_a_fault(routed: Routed, tmp_path: Path) -> None:
-    """Where iptables is missing enforce() warns, faults() goes on saying so, and an explicit "drop" is refused."""
+    """Where iptables is missing enforce() warns and faults() reports it. An explicit "drop" is refused."""
     rules = Forwarded(("iptables-of-nobody", "ip6tables-of-nobody"), state_folder=str(tmp_path / "none"))
     policy = policy_for([FOO])
     change = routed.on_router(lambda: rules.enforce(policy, None))
@@ -227,7 +227,7 @@ def test_without_iptables_a_warning_and_a_fault(routed: Routed, tmp_path: Path) 
 
 
 def test_forwarding_is_on(routed: Routed) -> None:
-    """The router routes, the client does not, and a client is not asked to drop anything."""
+    """The router routes. The client does not, and enforce() does nothing there."""
     assert routed.on_router(forwarding_is_on) is True
     assert routed.boxes["client"].call(forwarding_is_on) is False
 

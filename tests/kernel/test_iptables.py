@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""iptables in namespaces of our own: what a well-known script gets wrong, other people's rules, and the truth."""
+"""iptables in namespaces of our own: mistakes of a well-known script, other people's rules, and faults()."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
         yield Machine(sandbox, kind, str(tmp_path))
 
 
-# --- what a well-known script gets wrong ----------------------------------------------------------------------------
+# --- what a well-known script gets wrong ------------------------------------------------------------------------------
 
 
 def test_allow_then_deny(machine: Machine) -> None:
-    """A user who was allowed and no longer is, is denied."""
+    """A user who was allowed before and no longer is, is denied."""
     machine.apply(policy_for([FOO, BAR]))
     assert machine.reach(FOO) == "connected"
     machine.apply(policy_for([BAR]))
@@ -67,7 +67,7 @@ def test_allow_then_deny(machine: Machine) -> None:
 
 
 def test_deny_then_allow(machine: Machine) -> None:
-    """A user who was denied and now is allowed, gets through."""
+    """A user who was denied before and now is allowed, gets through."""
     machine.apply(policy_for([BAR]))
     assert machine.reach(FOO) == REFUSED
     machine.apply(policy_for([BAR, FOO]))
@@ -75,7 +75,7 @@ def test_deny_then_allow(machine: Machine) -> None:
 
 
 def test_remove_clears_ipv6_too(machine: Machine) -> None:
-    """After remove() neither family has a rule or a chain of ours, and everybody connects."""
+    """After remove() neither IP version has a rule or a chain of ours, and everybody connects."""
     before = machine.rules(4), machine.rules(6)
     machine.apply(policy_for(range(42_000, 42_100, 3), [STAFF]))
     assert machine.reach(STRANGER, V6) == REFUSED
@@ -89,12 +89,12 @@ def test_remove_clears_ipv6_too(machine: Machine) -> None:
 
 
 def _without_builtin(*saved: str) -> list[str]:
-    """nft makes the empty built-in chains when it first looks; they are the kernel's, not ours."""
+    """Without built-in chains: nft creates empty ones when a table is read first."""
     return [line for text in saved for line in text.splitlines() if " ACCEPT [" not in line]
 
 
 def test_earlier_accept_does_not_win(machine: Machine) -> None:
-    """An ACCEPT for the address that was there before us lets nobody through."""
+    """An ACCEPT for the address that was there before our rules lets nobody through."""
     machine.iptables("-A", "OUTPUT", "-d", V4, "-j", "ACCEPT")
     machine.iptables("-A", "OUTPUT", "-j", "ACCEPT", version=6)
     machine.apply(policy_for([FOO]))
@@ -102,7 +102,7 @@ def test_earlier_accept_does_not_win(machine: Machine) -> None:
     assert machine.reach(FOO) == "connected"
 
 
-# --- other people's rules -------------------------------------------------------------------------------------------
+# --- other people's rules ---------------------------------------------------------------------------------------------
 
 _OTHERS: tuple[tuple[str, ...], ...] = (
     ("-N", "ADMIN"),
@@ -115,10 +115,10 @@ _OTHERS: tuple[tuple[str, ...], ...] = (
 
 
 def test_other_peoples_rules_stay_as_they_are(machine: Machine) -> None:
-    """Rules, chains and their order are the same behind two starts, a change and a stop."""
+    """Rules, chains and their order are the same after two starts, a change and a stop."""
     for version in (4, 6):
-        for words in _OTHERS:
-            machine.iptables(*words, version=version)
+        for arguments in _OTHERS:
+            machine.iptables(*arguments, version=version)
     before = machine.rules(4), machine.rules(6)
     for policy in (policy_for([FOO]), policy_for([FOO]), policy_for(range(42_000, 42_100, 3), [STAFF])):
         machine.apply(policy)
@@ -133,7 +133,7 @@ def _not_ours(saved: str) -> list[str]:
 
 
 def test_twice_is_once(machine: Machine) -> None:
-    """The same policy again leaves the same rules, with one jump in the first place of OUTPUT."""
+    """The same policy again leaves the same rules. One jump is the first rule of OUTPUT."""
     machine.apply(policy_for([FOO], [STAFF]))
     once = machine.rules(4), machine.rules(6)
     machine.apply(policy_for([FOO], [STAFF]))
@@ -142,18 +142,18 @@ def test_twice_is_once(machine: Machine) -> None:
 
 
 def test_allowed_packets_meet_other_peoples_rules(machine: Machine) -> None:
-    """Who is allowed by us can still be stopped by a rule behind ours: we are not a firewall."""
+    """A later rule can still stop a user that we allow: we are not a firewall."""
     machine.iptables("-A", "OUTPUT", "-d", V4, "-p", "tcp", "--dport", "8080", "-j", "REJECT")
     machine.apply(policy_for([FOO]))
     assert machine.reach(FOO, V4, 80) == "connected"
     assert machine.reach(FOO, V4, 8080) == REFUSED
 
 
-# --- the truth ------------------------------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def test_foreign_flush_is_seen(machine: Machine) -> None:
-    """After someone's ``iptables -F`` and ``-X`` faults() says so for each stage, and apply() repairs all of it."""
+def test_a_foreign_flush_is_a_fault(machine: Machine) -> None:
+    """faults() reports each step of someone's ``iptables -F`` and ``-X``, and apply() repairs all of it."""
     policy = policy_for([FOO])
     machine.apply(policy)
     assert machine.faults() == []
@@ -172,8 +172,8 @@ def test_foreign_flush_is_seen(machine: Machine) -> None:
     assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
 
 
-def test_rule_before_ours_is_seen(machine: Machine) -> None:
-    """A rule that was put before ours is a fault; apply() puts ours first again and leaves the other one."""
+def test_a_rule_before_ours_is_a_fault(machine: Machine) -> None:
+    """A rule that was inserted before ours is a fault. apply() puts ours first again and leaves the other one."""
     machine.apply(policy_for([FOO]))
     machine.iptables("-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT")
     assert machine.reach(STRANGER) == "connected"
@@ -184,8 +184,8 @@ def test_rule_before_ours_is_seen(machine: Machine) -> None:
     assert f"-A OUTPUT -d {V4}/32 -j ACCEPT" in machine.rules(4)
 
 
-def test_a_rule_that_comes_between_the_look_and_the_change_does_not_stay_before_ours(machine: Machine) -> None:
-    """What a command remembers of the tables is not what it writes by."""
+def test_a_rule_that_comes_between_reading_and_writing_does_not_stay_before_ours(machine: Machine) -> None:
+    """A command reads a table again before it changes it, even within reading_once()."""
     machine.apply(policy_for([FOO]))
     before_ours = ["-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT"]
 
@@ -194,7 +194,7 @@ def test_a_rule_that_comes_between_the_look_and_the_change_does_not_stay_before_
         with tables.reading_once():
             assert backend.faults() == []
             assert run([KINDS[machine.kind][0], "-w", "10", *before_ours]).status == 0
-            assert backend.faults() == []  # as it was read
+            assert backend.faults() == []  # of the table as it was read before
             backend.apply(policy_for([FOO]))
             return backend.faults()
 
@@ -203,8 +203,8 @@ def test_a_rule_that_comes_between_the_look_and_the_change_does_not_stay_before_
     assert machine.reach(STRANGER) == REFUSED
 
 
-def test_what_a_command_remembers_ends_with_it(machine: Machine) -> None:
-    """And what it has changed itself, it reads again."""
+def test_cached_tables_are_forgotten_at_the_end_of_a_command(machine: Machine) -> None:
+    """And a table that the command has changed itself is read again."""
 
     def command() -> tuple[bool, bool, bool]:
         backend = machine.backend()
@@ -218,8 +218,8 @@ def test_what_a_command_remembers_ends_with_it(machine: Machine) -> None:
     assert machine.call(command) == (False, True, True)
 
 
-def test_what_is_changed_in_an_inner_block_is_read_anew_outside(machine: Machine) -> None:
-    """As status() in the middle of a repair."""
+def test_a_table_that_was_changed_in_an_inner_block_is_read_again_outside(machine: Machine) -> None:
+    """status() in the middle of a repair is such a block."""
 
     def command() -> tuple[bool, bool]:
         backend = machine.backend()
@@ -233,7 +233,7 @@ def test_what_is_changed_in_an_inner_block_is_read_anew_outside(machine: Machine
 
 
 def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
-    """Children of a command try rules in one."""
+    """Tables are cached by namespace: children of a command try rules in one of their own."""
     machine.apply(policy_for([FOO]))
     program = default_program(4, KINDS[machine.kind][0])
 
@@ -247,7 +247,7 @@ def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("-I", "IMDS-GUARD-L0", "1", "-j", "RETURN"),
         ("-I", "IMDS-GUARD-L0", "1", "-m", "owner", "--uid-owner", str(STRANGER), "-j", "RETURN"),
@@ -257,17 +257,17 @@ def test_another_namespace_has_tables_of_its_own(machine: Machine) -> None:
     ],
     ids=" ".join,
 )
-def test_edited_chain_is_seen(machine: Machine, words: tuple[str, ...]) -> None:
+def test_an_edited_chain_is_a_fault(machine: Machine, arguments: tuple[str, ...]) -> None:
     """A chain of ours that someone edited is a fault, and apply() repairs it."""
     machine.apply(policy_for([FOO, BAR]))
-    machine.iptables(*words)
+    machine.iptables(*arguments)
     assert machine.faults() != []
     machine.apply(policy_for([FOO, BAR]))
     assert machine.faults() == []
 
 
 def test_both_kinds_of_tables_are_known(machine: Machine) -> None:
-    """Rules of the other kind of iptables are read, and taken over when a policy is applied."""
+    """Rules of the other kind of iptables are read. apply() replaces them by rules of the default kind."""
     (kind,) = set(KINDS) - {machine.kind}
     other = Machine(machine.sandbox, kind, machine.state_folder)
     policy = policy_for([FOO], [STAFF])
@@ -283,7 +283,7 @@ def test_both_kinds_of_tables_are_known(machine: Machine) -> None:
 
 
 def test_audit_denies_nobody_and_counts(machine: Machine) -> None:
-    """In audit mode a stranger connects, and the rule that writes the log has met the packet."""
+    """In audit mode a user who is not listed connects, and the LOG rule has met the packet."""
     policy = policy_for([FOO], mode=Mode.AUDIT)
     machine.apply(policy)
     assert [machine.reach(FOO), machine.reach(STRANGER)] == ["connected"] * 2
@@ -294,7 +294,7 @@ def test_audit_denies_nobody_and_counts(machine: Machine) -> None:
 
 
 def test_udp_is_judged_on_every_packet(machine: Machine) -> None:
-    """A datagram to a locked port is refused to a stranger; other ports, and TCP there, are left alone."""
+    """A datagram to a locked port is refused to a user who is not listed. Other ports, and TCP, are left alone."""
     machine.apply(policy_for([FOO], tcp=(), udp=((80, 80),)))
     for to in (V4, V6):
         assert [machine.send(FOO, to), machine.send(STRANGER, to)] == ["connected", "EPERM"]
@@ -318,29 +318,29 @@ def test_udp_connect_sends_nothing(machine: Machine) -> None:
     assert machine.call(try_it) == (0, "EPERM")
 
 
-def test_locks_stand_side_by_side(machine: Machine) -> None:
+def test_other_addresses_are_left_alone(machine: Machine) -> None:
     """An address that is not locked is open to everyone."""
     machine.apply(policy_for([FOO], to=[V4]))
     assert [machine.reach(STRANGER, to) for to in (V4, V6, OTHER, "127.0.0.1")] == [REFUSED] + ["connected"] * 3
 
 
 def test_deny_list_of_many(machine: Machine) -> None:
-    """A deny list long enough for a tree stops whom it names and nobody else."""
+    """A deny list that is long enough for a tree stops its users and nobody else."""
     machine.apply(policy_for(deny=range(43_000, 43_100, 3), default=Verdict.ALLOW))
     assert [machine.reach(uid) for uid in (43_000, 43_099, 43_001, 42_999)] == [REFUSED] * 2 + ["connected"] * 2
 
 
-# --- groups ---------------------------------------------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------------------------------
 
 
 def test_probe_sees_supplementary_groups(machine: Machine) -> None:
-    """The owner match of this kernel sees supplementary groups, tried in both families."""
+    """The owner match of this kernel sees supplementary groups, with both IP versions."""
     programs = [default_program(version, command) for version, command in zip((4, 6), machine.commands)]
     assert probe(programs, audit=True) == ProbeResult(owner=True, supplementary=True)
 
 
 def test_groups_without_a_match_for_them_are_refused(machine: Machine) -> None:
-    """Where the kernel does not match supplementary groups, a policy with groups is refused and told the way out."""
+    """Where the kernel does not match supplementary groups, a policy with groups is refused, with advice."""
     backend = machine.backend()
     backend._probes[False] = ProbeResult(owner=True, supplementary=False, reason="tried, and it did not match")
     with pytest.raises(Unsupported, match=r"tried, and it did not match; --resolve-groups"):
@@ -351,7 +351,7 @@ def test_groups_without_a_match_for_them_are_refused(machine: Machine) -> None:
 
 
 def test_resolved_groups(machine: Machine) -> None:
-    """With resolve_groups the members of a group connect by their user ID, and notes() tells so."""
+    """With resolve_groups the members of a group connect by their user ID, and notes() says so."""
     # "games" of Debian's base-passwd, whose uid is 5 and gid 60, and "man", 6 and 12.
     policy = policy_for([FOO], [60])
     machine.call(lambda: machine.backend(resolve_groups=True).apply(policy))
@@ -364,11 +364,11 @@ def test_resolved_groups(machine: Machine) -> None:
     assert any("start again after each change of membership" in line for line in notes)
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_iptables_absent() -> None:
-    """Without the program: which package has it, and status 69."""
+    """Without iptables the error names its package, and the exit status is 69."""
     backend = IptablesBackend(("iptables-of-nobody", "ip6tables-of-nobody"))
     with pytest.raises(Unsupported, match="install the package iptables") as caught:
         backend.check(None)
@@ -376,8 +376,8 @@ def test_iptables_absent() -> None:
     assert backend.read() is None
 
 
-def test_a_file_is_asked_once_what_it_writes_and_another_one_again(tmp_path: Path) -> None:
-    """A command asks some ten times in its life; an upgrade, or update-alternatives, may come in between."""
+def test_each_file_is_asked_once_which_tables_it_writes(tmp_path: Path) -> None:
+    """A command asks some ten times. An upgrade or update-alternatives may change the file in between."""
     program, asked = tmp_path / "iptables", tmp_path / "asked"
 
     def put(said: str, status: int = 0) -> None:
@@ -402,7 +402,7 @@ def test_a_file_is_asked_once_what_it_writes_and_another_one_again(tmp_path: Pat
 
 
 def test_without_privilege(machine: Machine) -> None:
-    """Who is not root is told so, with status 77, and nothing changes."""
+    """Without root the error says so, and nothing changes."""
 
     def try_it() -> str:
         become((STRANGER,) * 3, (NO_GROUP,) * 3, ())
@@ -415,19 +415,19 @@ def test_without_privilege(machine: Machine) -> None:
     assert "root" in machine.call(try_it)
 
 
-def test_a_kernel_without_the_tables_is_told_from_a_failure() -> None:
-    """What iptables says where the kernel has no such tables means that nothing is in them."""
+def test_a_kernel_without_the_tables_is_no_failure() -> None:
+    """Where the kernel has no such tables, nothing is in them: NoTable."""
     program = Program(4, "iptables", "nf_tables")
-    for words in (
+    for text in (
         "iptables/1.8.9 Failed to initialize nft: Protocol not supported",
         "iptables-save v1.8.9 (legacy): can't initialize iptables table `filter': Table does not exist",
     ):
         with pytest.raises(NoTable, match="no such tables"):
-            tables._raise_for(program, "could not be read", Completed(1, "", words))
+            tables._raise_for(program, "could not be read", Completed(1, "", text))
 
 
-def test_a_foreign_reference_to_our_chain_is_told(machine: Machine) -> None:
-    """When someone's rule leads into our chain, remove() names it and takes nothing away half."""
+def test_a_foreign_reference_to_our_chain_is_named(machine: Machine) -> None:
+    """When someone's rule leads into our chain, remove() names the rule and removes nothing."""
     machine.apply(policy_for([FOO]))
     machine.iptables("-A", "OUTPUT", "-p", "tcp", "-j", "IMDS-GUARD")
     before = machine.rules(4)
@@ -444,6 +444,6 @@ def test_a_foreign_reference_to_our_chain_is_told(machine: Machine) -> None:
 
 
 def test_udp_lock_leaves_other_ports(machine: Machine) -> None:
-    """With every port of both protocols locked a neighbour address stays open."""
+    """With every port of both protocols locked, another address stays open."""
     machine.apply(policy_for([FOO], udp=ALL_PORTS))
     assert [machine.send(STRANGER, to) for to in (V4, V6, OTHER)] == ["EPERM", "EPERM", "connected"]

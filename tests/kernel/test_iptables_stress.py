@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""iptables when it is killed, kept waiting, loaded with users, and with connections that outlive their socket."""
+"""iptables when it is killed, when it must wait, with many users, and with connections that outlive their socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Callable
 
 import pytest
 
-from imds_guard.backends.iptables import IptablesBackend, tables
+from imds_guard.backends.iptables import IptablesBackend, programs, tables
 from imds_guard.backends.iptables.probe import ProbeResult
 from imds_guard.errors import GuardError
 from imds_guard.kernel.children import ChildFailed, fork
@@ -58,12 +58,12 @@ def machine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Machine]
         yield Machine(sandbox, kind, str(tmp_path))
 
 
-# --- the lock of others ---------------------------------------------------------------------------------------------
+# --- the xtables lock -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("machine", ["legacy"], indirect=True)
 def test_xtables_lock_held_by_another(machine: Machine) -> None:
-    """While another program holds the xtables lock, apply() waits as it was told, says so, and changes nothing."""
+    """While another program holds the xtables lock, apply() waits for lock_wait_s, says so, and changes nothing."""
     machine.apply(policy_for([FOO]))
     before = machine.rules(4), machine.rules(6)
 
@@ -81,21 +81,21 @@ def test_xtables_lock_held_by_another(machine: Machine) -> None:
     assert machine.faults() == []
 
 
-# --- what is sent and closed ----------------------------------------------------------------------------------------
+# --- data that is sent before a socket is closed ----------------------------------------------------------------------
 
-_MUCH = 200_000
+_BYTES = 200_000
 
 
 @pytest.mark.parametrize("to", [V4, V6])
 def test_what_an_allowed_user_sent_before_closing_arrives(machine: Machine, to: str) -> None:
-    """200 kB of a process that closes at once and ends: all of it arrives, though nobody owns its packets any more."""
+    """A process sends 200 kB, closes at once and ends. All bytes arrive, though the packets have no owner any more."""
     machine.apply(policy_for([FOO]))
-    assert machine.call(lambda: _receive_from_a_dead_process(to)) == _MUCH
+    assert machine.call(lambda: _receive_from_a_dead_process(to)) == _BYTES
 
 
 def test_a_rule_on_every_packet_would_cut_it(machine: Machine) -> None:
-    """The same transfer under rules that look at more than the SYN comes to less: the test above can fail."""
-    # The receiver's own packets go to the locked address too; it is root.
+    """Rules that check more than the SYN cut the same transfer: the test of allowed users can fail."""
+    # The receiver's own packets go to the locked address, too. It is root.
     for verdict in (
         ("-m", "owner", "--uid-owner", str(FOO), "-j", "ACCEPT"),
         ("-m", "owner", "--uid-owner", "0", "-j", "ACCEPT"),
@@ -107,9 +107,9 @@ def test_a_rule_on_every_packet_would_cut_it(machine: Machine) -> None:
 
 
 def _receive_from_a_dead_process(to: str, timeout_s: float = 20) -> int:
-    """Octets that arrive from a sender that is gone before the first of them is read."""
+    """The number of bytes that arrive from a sender that has ended before the first of them is read."""
     with socket.socket(family(to), socket.SOCK_STREAM) as listener:
-        # A small window: most of what is sent waits with the sender until it has gone.
+        # A small window: most of the data waits in the kernel until the sender has ended.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
         listener.bind(sockaddr(to, 0))
         listener.listen()
@@ -118,9 +118,9 @@ def _receive_from_a_dead_process(to: str, timeout_s: float = 20) -> int:
         def send() -> None:
             become((FOO,) * 3, (NO_GROUP,) * 3, ())
             with socket.socket(family(to), socket.SOCK_STREAM) as one:
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _MUCH)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _BYTES)
                 one.connect(sockaddr(to, port))
-                one.sendall(b"x" * _MUCH)
+                one.sendall(b"x" * _BYTES)
 
         sender = fork(send)
         peer = listener.accept()[0]
@@ -130,7 +130,7 @@ def _receive_from_a_dead_process(to: str, timeout_s: float = 20) -> int:
 
 
 def test_a_connection_that_was_open_goes_on(machine: Machine) -> None:
-    """Known difference "open": what was connected before is not cut; what connects afterwards is denied."""
+    """Known difference "open": a connection from before is not cut, and a later connect is denied."""
     machine.call(lambda: machine.backend().remove())
 
     def try_it() -> tuple[bytes, bool]:
@@ -147,7 +147,7 @@ def test_a_connection_that_was_open_goes_on(machine: Machine) -> None:
     assert machine.call(try_it) == (b"still here", True)
 
 
-def test_a_rewritten_address_is_the_one_that_is_judged(machine: Machine) -> None:
+def test_the_rewritten_address_is_judged(machine: Machine) -> None:
     """Known difference "rewritten": DNAT to a locked address is denied, and from a locked one to another is not."""
     for address in ("10.9.9.9", OTHER):
         target = V4 if address == "10.9.9.9" else "127.0.0.1"
@@ -158,13 +158,13 @@ def test_a_rewritten_address_is_the_one_that_is_judged(machine: Machine) -> None
     assert machine.reach(FOO, "10.9.9.9") == "connected"
 
 
-# --- what it costs --------------------------------------------------------------------------------------------------
+# --- cost -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_thousand_scattered_users_cost_at_most_three_times_one(
     machine: Machine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The median connect of an allowed user among 1,000 scattered ones takes at most 3 times what one alone takes."""
+    """The median connect of one of 1,000 scattered users takes at most 3 times as long as that of a single one."""
     many = range(60_001, 63_001, 3)
     best = {1: 1.0, len(many): 1.0}
     for _ in range(2):
@@ -183,7 +183,7 @@ def _median_connect_s(uid: int, times: int = 400) -> float:
     took: list[float] = []
     for _ in range(times):
         with socket.socket() as one:
-            # A reset in place of TIME_WAIT: the ports of one address are few.
+            # A reset in place of TIME_WAIT: otherwise the ports of the address would run out.
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
             began = time.perf_counter()
             one.connect((V4, 80))
@@ -191,7 +191,7 @@ def _median_connect_s(uid: int, times: int = 400) -> float:
     return statistics.median(took)
 
 
-# --- killed at any step ---------------------------------------------------------------------------------------------
+# --- killed at any step -----------------------------------------------------------------------------------------------
 
 
 def _killed_before(step: int, act: Callable[[], object]) -> Callable[[], bool]:
@@ -207,7 +207,7 @@ def _killed_before(step: int, act: Callable[[], object]) -> Callable[[], bool]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return run(argv, stdin, timeout_s=timeout_s)
 
-        vars(tables)["run"] = counting  # in this child alone
+        vars(programs)["run"] = vars(tables)["run"] = counting  # in this child only
         act()
         return True
 
@@ -215,7 +215,7 @@ def _killed_before(step: int, act: Callable[[], object]) -> Callable[[], bool]:
 
 
 def _probed(machine: Machine) -> IptablesBackend:
-    """A backend that knows already that owner rules work; programs that a probe starts are of no interest here."""
+    """A backend that need not probe: the programs that a probe starts are not counted here."""
     backend = machine.backend()
     backend._probes[False] = ProbeResult(owner=True, supplementary=True)
     return backend
@@ -231,7 +231,7 @@ def _survives(machine: Machine, step: int, act: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("old", [None, policy_for([FOO])], ids=["first", "change"])
 def test_killed_at_any_step_of_apply(machine: Machine, old: Policy | None) -> None:
-    """Whenever apply() is killed, each family holds old rules or new ones, faults() tells, and apply() repairs."""
+    """Whenever apply() is killed, each IP version has old or new rules, faults() reports it, and apply() repairs it."""
     new = policy_for([BAR], udp=((80, 80),))
     step = 0
     while True:
@@ -250,7 +250,7 @@ def test_killed_at_any_step_of_apply(machine: Machine, old: Policy | None) -> No
 
 
 def _check_state(machine: Machine, old: Policy | None, new: Policy, done: bool) -> None:
-    held = machine.call(lambda: machine.backend().read())
+    current = machine.call(lambda: machine.backend().read())
     if old is not None:
         assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
     for to in (V4, V6):
@@ -258,11 +258,11 @@ def _check_state(machine: Machine, old: Policy | None, new: Policy, done: bool) 
         possible = [["connected"] * 2 if old is None else ["connected", REFUSED], [REFUSED, "connected"]]
         assert outcomes in possible
         assert not done or outcomes == possible[1]
-    assert held in (old, new) or machine.faults() != []
+    assert current in (old, new) or machine.faults() != []
 
 
 def test_killed_at_any_step_of_remove(machine: Machine) -> None:
-    """Whenever remove() is killed, what is left is told by in_force() or faults(), and the next remove() ends it."""
+    """Whenever remove() is killed, in_force() reports what is left, and the next remove() removes it."""
     step = 0
     while True:
         step += 1

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of policy and of program under a storm of connects: who may not never gets through, who may always does.
+"""Changes of policy and of program under a storm of connects.
 
-Everything is told by counting. The widened hook idles between reading the generation and using it, so that a change
-falls into that gap all the time; a mutant that does not wait for the grace period must then be caught.
+A denied caller never gets through, an allowed one always does: outcomes are counted. The delayed hook waits between
+reading the generation and using it, so that changes fall into that gap all the time. A mutant that does not wait for
+the grace period must then be caught.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _change_often(backend: EbpfBackend, times: int) -> None:
 
 
 def _begin(sandbox: Sandbox) -> tuple[Storm, Storm]:
-    """A caller who may not under either policy, and one who may under both."""
+    """A caller that both policies deny, and one that both allow."""
     return Storm(sandbox, STRANGER), Storm(sandbox, BOTH, MAPPED)
 
 
@@ -51,7 +52,7 @@ def _expect_no_mistake(denied: Storm, allowed: Storm) -> None:
 
 
 def test_changes_of_policy(sandbox: Sandbox) -> None:
-    """200 flips."""
+    """200 flips of the generation."""
     backend = EbpfBackend(sandbox.cgroup)
     backend.apply(OLD_POLICY)
     denied, allowed = _begin(sandbox)
@@ -60,12 +61,12 @@ def test_changes_of_policy(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("processors", [2, 1])
-def test_changes_of_policy_with_a_widened_hook(
+def test_changes_of_policy_with_a_delayed_hook(
     sandbox: Sandbox, processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200 flips, each of which finds hooks that have read the old generation and not yet used it.
+    """200 flips while hooks have read the old generation and not yet used it.
 
-    With each of the two ways to wait for them; where there is one processor the first way does not wait.
+    There are two ways to wait for them. The first does not wait where there is one processor.
     """
     real = os.sysconf
     monkeypatch.setattr(os, "sysconf", lambda name: processors if name == "SC_NPROCESSORS_ONLN" else real(name))
@@ -77,7 +78,7 @@ def test_changes_of_policy_with_a_widened_hook(
 
 
 def test_a_change_without_the_grace_period_is_caught(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mutant: it deletes the old generation at once, and the denied caller gets through."""
+    """A mutant that deletes the old generation at once: the denied caller gets through."""
     backend = EbpfBackend(sandbox.cgroup, DELAYED)
     backend.apply(OLD_POLICY)
     denied, _ = _begin(sandbox)
@@ -90,7 +91,7 @@ def test_a_change_without_the_grace_period_is_caught(sandbox: Sandbox, monkeypat
 
 
 def test_updates_of_the_program(sandbox: Sandbox) -> None:
-    """20 times another version by LINK_UPDATE, the policy changed with it."""
+    """20 times another version by LINK_UPDATE, with another policy each time."""
     versions = [EbpfBackend(sandbox.cgroup, (("IG_ANOTHER_VERSION", n),)) for n in (1, 2)]
     versions[0].apply(OLD_POLICY)
     versions[1].apply(OLD_POLICY)
@@ -102,7 +103,7 @@ def test_updates_of_the_program(sandbox: Sandbox) -> None:
 
 
 def test_replacements_of_the_maps(sandbox: Sandbox) -> None:
-    """Ten times a missing pin, which makes start build new maps and move the hooks over."""
+    """Ten times a pin is missing: apply() makes new maps and moves the hooks over to them."""
     backend = EbpfBackend(sandbox.cgroup)
     backend.apply(OLD_POLICY)
     denied, allowed = _begin(sandbox)
@@ -112,8 +113,8 @@ def test_replacements_of_the_maps(sandbox: Sandbox) -> None:
     _expect_no_mistake(denied, allowed)
 
 
-def test_a_policy_that_stays_the_same_for_the_listed(sandbox: Sandbox) -> None:
-    """Each of the two on one list alone sees both answers, as the policies change."""
+def test_callers_on_one_list_alone_are_allowed_and_denied_in_turn(sandbox: Sandbox) -> None:
+    """Each of the two callers that one policy allows sees both answers as the policies change."""
     backend = EbpfBackend(sandbox.cgroup)
     backend.apply(OLD_POLICY)
     storms = [Storm(sandbox, OLD, IPV4), Storm(sandbox, NEW, IPV4)]
@@ -129,7 +130,7 @@ def test_a_policy_that_stays_the_same_for_the_listed(sandbox: Sandbox) -> None:
 
 
 def test_two_starts_at_once(sandbox: Sandbox) -> None:
-    """One after the other; the state is one of the two policies, whole."""
+    """They run one after the other. One of the two policies is in force, whole."""
     backend = EbpfBackend(sandbox.cgroup)
     backend.apply(OLD_POLICY)
     backend.remove()

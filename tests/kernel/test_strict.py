@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--strict: what no connect hook sees, the packets' hook holds back."""
+"""--strict: the egress hook drops packets of sockets that no connect hook has approved."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Guarded = tuple[Sandbox, EbpfBackend]
 GROUP = 62_100
 STRICT_OLD, STRICT_NEW = OLD_POLICY._replace(strict=True), NEW_POLICY._replace(strict=True)
 _ANSWER_WITHIN_S = 1.0
-"""Long enough for loopback, where an answer is there before send() returns; a test waits so long for a lost packet."""
+"""Long enough for loopback, where the answer is there before send() returns. A test waits so long for a lost packet."""
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def _echo_forever(sockets: list[socket.socket]) -> None:
 
 
 class Client:
-    """A child that holds one connection of one user, and says of each message whether it was answered."""
+    """A child that has one connection of one user. answered() sends a message over it."""
 
     def __init__(self, sandbox: Sandbox, user: int, make: Callable[[], socket.socket], groups: tuple[int, ...] = ()):
         ours, theirs = socket.socketpair()
@@ -134,7 +134,7 @@ def udp(address: str = IPV4) -> Callable[[], socket.socket]:
 
 
 def both_protocols(policy: Policy) -> Policy:
-    """The same over UDP, too."""
+    """The policy for TCP and UDP alike."""
     locks = [
         lock._replace(endpoints=tuple(one._replace(udp=one.tcp) for one in lock.endpoints)) for lock in policy.locks
     ]
@@ -146,7 +146,7 @@ ADDRESSES = pytest.mark.parametrize("address", [IPV4, IPV6])
 
 @ADDRESSES
 @pytest.mark.parametrize("make", [tcp, udp], ids=["tcp", "udp"])
-def test_who_is_let_through_is_answered(
+def test_an_allowed_client_is_answered(
     guarded: Guarded, address: str, make: Callable[[str], Callable[[], socket.socket]]
 ) -> None:
     sandbox, backend = guarded
@@ -188,7 +188,7 @@ def of_group(*groups: int, deny: Identities = NOBODY) -> Policy:
 
 
 def test_the_group_that_let_a_connection_through_is_the_one_that_counts(guarded: Guarded) -> None:
-    """It is neither the first nor the last of the caller's groups."""
+    """The allowed group is neither the first nor the last of the caller's groups."""
     sandbox, backend = guarded
     backend.apply(of_group(GROUP))
     client = Client(sandbox, STRANGER, tcp(), groups=(61_500, 61_501, GROUP, 62_500, 62_501, 62_502))
@@ -199,8 +199,8 @@ def test_the_group_that_let_a_connection_through_is_the_one_that_counts(guarded:
     assert not client.answered()
 
 
-def test_a_lock_that_denies_groups_wants_a_new_connect_after_a_change(guarded: Guarded) -> None:
-    """Whether the caller is in a denied group can't be told from its packets: on doubt, deny."""
+def test_a_lock_that_denies_groups_needs_a_new_connect_after_a_change(guarded: Guarded) -> None:
+    """Packets do not show whether their sender is in a denied group. On doubt, deny."""
     sandbox, backend = guarded
     backend.apply(of_group(GROUP))
     client = Client(sandbox, STRANGER, tcp(), groups=(GROUP, 63_001))
@@ -225,7 +225,7 @@ def test_default_allow_lasts_until_the_user_is_denied(guarded: Guarded) -> None:
     assert not client.answered()
 
 
-# --- an upgrade that replaces the maps ------------------------------------------------------------------------------
+# --- an upgrade that replaces the maps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [tcp, udp], ids=["tcp", "udp"])
@@ -246,7 +246,7 @@ def test_an_approved_connection_lives_through_a_replacement_of_the_maps(
 
 
 def test_an_approved_connection_loses_no_packet_while_maps_are_replaced(guarded: Guarded) -> None:
-    """Ten replacements under a client that sends datagram after datagram: a dropped one is an error of send()."""
+    """Ten replacements while a client sends datagram after datagram. A dropped one is an error of send()."""
     sandbox, backend = guarded
     backend.apply(both_protocols(STRICT_OLD))
     stream = Stream(sandbox, BOTH)
@@ -327,16 +327,16 @@ class Stream:
             os.sched_yield()
 
 
-# --- packets that no socket was approved for ------------------------------------------------------------------------
+# --- packets that no socket was approved for --------------------------------------------------------------------------
 
 
 def _raw_datagram() -> bytes:
-    """UDP with no checksum, which IPv4 allows; the kernel fills it in for IPv6 (RFC 3542, section 3.1)."""
+    """UDP without a checksum. IPv4 allows this, and for IPv6 the kernel fills it in (RFC 3542, section 3.1)."""
     return struct.pack("!4H", 4242, PORT, 8 + 1, 0) + b"x"
 
 
 def _send_raw(address: str) -> bool:
-    """Whether a datagram that a raw socket wrote is answered."""
+    """True when a datagram of a raw socket arrives."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with (
         socket.socket(family, socket.SOCK_DGRAM) as ear,
@@ -363,7 +363,7 @@ def test_raw_packets_are_dropped(guarded: Guarded, address: str) -> None:
 
 
 def _raw_reset(address: str, *, fragment: bool) -> bytes:
-    """A TCP header with RST behind the IP header that a raw socket has to write: whole, or as a first fragment."""
+    """An IP header, and a TCP header with RST: a whole packet, or a first fragment."""
     tcp = struct.pack("!2H2I2B3H", 4242, PORT, 1, 0, 5 << 4, 4, 0, 0, 0) + bytes(4)
     if ":" not in address:
         head = struct.pack("!2B3H2BH", 0x45, 0, 20 + len(tcp), 7, 0x2000 * fragment, 64, socket.IPPROTO_TCP, 0)
@@ -374,7 +374,7 @@ def _raw_reset(address: str, *, fragment: bool) -> bytes:
 
 
 def _goes_out(address: str, *, fragment: bool) -> bool:
-    """What the packets' hook drops fails in the sender (cgroup_bpf_run_filter_skb() in kernel/bpf/cgroup.c)."""
+    """False when the egress hook drops it: send() fails then (cgroup_bpf_run_filter_skb() in kernel/bpf/cgroup.c)."""
     with socket.socket(
         socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW
     ) as mouth:
@@ -389,7 +389,7 @@ def _goes_out(address: str, *, fragment: bool) -> bool:
 
 @ADDRESSES
 def test_a_reset_passes_and_its_first_fragment_does_not(guarded: Guarded, address: str) -> None:
-    """A later fragment may turn the flags into others."""
+    """A later fragment may overwrite the flags."""
     sandbox, backend = guarded
     backend.apply(both_protocols(OLD_POLICY))
     assert sandbox.call(lambda: _goes_out(address, fragment=True))
@@ -414,7 +414,7 @@ def test_fragments_of_an_approved_datagram_pass(guarded: Guarded, address: str) 
     assert sandbox.call(in_sandbox) == 9_000
 
 
-def test_audit_lets_it_through_and_counts(guarded: Guarded) -> None:
+def test_audit_lets_packets_through_and_counts_them(guarded: Guarded) -> None:
     sandbox, backend = guarded
     before = Client(sandbox, STRANGER, tcp())
     backend.apply(STRICT_OLD._replace(mode=Mode.AUDIT))
@@ -436,7 +436,7 @@ def test_other_addresses_are_left_alone(guarded: Guarded) -> None:
         assert Client(sandbox, STRANGER, tcp(address)).answered()
 
 
-def test_the_packets_hook_goes_with_strict(guarded: Guarded) -> None:
+def test_the_egress_hook_is_attached_under_strict_alone(guarded: Guarded) -> None:
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     assert guards.traces(sandbox.cgroup)["attached"] == 4
@@ -447,7 +447,7 @@ def test_the_packets_hook_goes_with_strict(guarded: Guarded) -> None:
     assert backend.faults() == []
 
 
-def test_a_packets_hook_that_is_gone_is_a_fault(guarded: Guarded) -> None:
+def test_a_detached_egress_hook_is_a_fault(guarded: Guarded) -> None:
     sandbox, backend = guarded
     backend.apply(STRICT_OLD)
     with open_cgroup(sandbox.cgroup) as cgroup:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of iptables stand for the policy that they were made from, and read back as it."""
+"""The rules of iptables enforce the policy that they were made from, and parse back to it."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def both(policy: Policy) -> dict[int, Chains]:
 
 @pytest.mark.parametrize("seed", range(1, 101))
 def test_reads_back(seed: int) -> None:
-    """What the rules of both families stand for is the policy, without members to resolve."""
+    """The rules of both IP versions parse back to the policy, without resolved members."""
     policy = make_block(seed, 0).policy
     assert read_back(both(policy)) == ResolvedPolicy(policy)
 
 
 @pytest.mark.parametrize("seed", range(1, 101))
-def test_judges_as_decide(seed: int) -> None:
-    """A packet that walks through the rules ends as decide() says, in audit mode with a line in the log."""
+def test_packets_fare_as_decide_says(seed: int) -> None:
+    """A packet that walks through the rules gets the verdict of decide(). In audit mode a denial is logged."""
     block = make_block(seed)
     families = both(block.policy)
     for attempt, decision in zip(block.attempts, block.decisions()):
@@ -72,7 +72,7 @@ def test_judges_as_decide(seed: int) -> None:
 
 @pytest.mark.parametrize("default", list(Verdict))
 def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
-    """A packet without an owner is on no list, and gains nothing by a default."""
+    """A packet without an owner is denied, whatever the default is."""
     lock = Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),), deny=Identities(frozenset({5})), default=default)
     chains = render(ResolvedPolicy(make_policy([lock])), 4)
     packet = Packet(IMDS.network_address, 80, Protocol.TCP, uid=None)
@@ -80,7 +80,7 @@ def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
 
 
 def test_a_thousand_scattered_users_cost_about_ten_rules() -> None:
-    """An allowed user among 1,000 without neighbours meets 13 rules on average and never more than 25."""
+    """A packet of one of 1,000 allowed users, no two of them adjacent, meets 13 rules on average and at most 25."""
     users = range(10_000, 13_000, 3)
     chains = render(ResolvedPolicy(policy_of(users)), 4)
     met = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid)).met for uid in users]
@@ -92,7 +92,7 @@ def test_a_thousand_scattered_users_cost_about_ten_rules() -> None:
 
 
 def test_chains_stay_within_what_nft_takes() -> None:
-    """20,000 ranges are nested less deep than NFT_JUMP_STACK_SIZE, 16, OUTPUT included."""
+    """The chains for 20,000 ranges, OUTPUT included, are at most NFT_JUMP_STACK_SIZE (16) levels deep."""
     users = range(0, 60_000, 3)
     chains = render(ResolvedPolicy(policy_of(users, deny=[1])), 4)
     depths = [walk(chains, Packet(IMDS.network_address, 80, Protocol.TCP, uid)).depth for uid in range(0, 60_000, 7)]
@@ -101,14 +101,14 @@ def test_chains_stay_within_what_nft_takes() -> None:
 
 
 def test_only_a_lone_syn_is_judged() -> None:
-    """No rule meets a later packet of a TCP connection: its socket may be closed, and then nobody owns it."""
+    """No rule meets a later packet of a TCP connection: its socket may be closed, and then the packet has no owner."""
     chains = render(ResolvedPolicy(policy_of([5])), 4)
     assert [rule.syn for rule in chains[HEAD]] == [True]
     assert "--tcp-flags FIN,SYN,RST,ACK SYN" in chains[HEAD][0].text()
 
 
 def test_audit_rejects_nothing() -> None:
-    """In audit mode no rule rejects, and the denial is a line in the kernel's log."""
+    """In audit mode no rule rejects, and a denial is a line in the kernel's log."""
     targets = {
         rule.target for rules in render(ResolvedPolicy(policy_of([5], mode=Mode.AUDIT)), 4).values() for rule in rules
     }
@@ -124,7 +124,7 @@ def test_family_without_endpoints_has_no_rules() -> None:
 
 
 def test_members_of_a_group_do_not_become_listed_users() -> None:
-    """Resolved members stand in the rules and read back as members."""
+    """Resolved members parse back as members, not as listed users."""
     lock = Lock("imds", (Endpoint(IMDS, tcp=ALL_PORTS),), Identities(frozenset({5}), frozenset({60})))
     held = ResolvedPolicy(make_policy([lock]), {("imds", "allow"): frozenset({5, 7, 8}), ("imds", "deny"): frozenset()})
     chains = render(held, 4)
@@ -140,14 +140,14 @@ def test_members_of_a_group_do_not_become_listed_users() -> None:
 
 @pytest.mark.parametrize("name", ["ec2", "a b", "ö\"'\\`$(x)", "%20", "-j ACCEPT", "ü" * 31])
 def test_lock_names_survive(name: str) -> None:
-    """A name goes through a comment unharmed, whatever is in it."""
+    """A name of any characters parses back from the comment unchanged."""
     policy = policy_of([5], name=name)
     assert read_back(both(policy)) == ResolvedPolicy(policy)
     assert len(lock_comment(name)) <= 255
     assert lock_comment(name).isascii()
 
 
-def test_digest_tells_policies_apart() -> None:
+def test_different_policies_have_different_digests() -> None:
     """Every part of a policy is in its digest."""
     base = policy_of([5])
     lock = base.locks[0]
@@ -164,7 +164,7 @@ def test_digest_tells_policies_apart() -> None:
     assert len({digest(policy) for policy in (base, *others)}) == len(others) + 1
 
 
-# --- edited rules ---------------------------------------------------------------------------------------------------
+# --- edited rules -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_digest_tells_policies_apart() -> None:
         ("IMDS-GUARD-DENY", "-j RETURN"),
     ],
 )
-def test_an_added_rule_is_seen(chain: str, line: str) -> None:
-    """Rules with one more at the head of a chain are not those that their policy makes."""
+def test_an_added_rule_is_noticed(chain: str, line: str) -> None:
+    """Rules with one more at the head of a chain differ from those that are rendered for their policy."""
     texts = dict(rule_texts(render(ResolvedPolicy(policy_of([5])), 4)))
     texts[chain] = (line, *texts[chain])
     chains, foreign = parse_chains(texts)
@@ -187,18 +187,18 @@ def test_an_added_rule_is_seen(chain: str, line: str) -> None:
     assert foreign or held is None or render(held, 4) != chains
 
 
-def test_every_missing_rule_is_seen() -> None:
-    """Whichever rule is taken out, the rest is not what its policy makes."""
+def test_every_missing_rule_is_noticed() -> None:
+    """Without any one of the rules, the others differ from those that are rendered for their policy."""
     whole = render(ResolvedPolicy(policy_of([5, 7], deny=range(20, 60, 2))), 4)
     for chain, rules in whole.items():
-        for place in range(len(rules)):
-            less = {**whole, chain: rules[:place] + rules[place + 1 :]}
+        for position in range(len(rules)):
+            less = {**whole, chain: rules[:position] + rules[position + 1 :]}
             held = combine([parse_family(less, 4)])
-            assert held is None or render(held, 4) != less, (chain, rules[place])
+            assert held is None or render(held, 4) != less, (chain, rules[position])
 
 
-def test_lists_that_differ_between_families_come_out_as_two_locks() -> None:
-    """Rules of a command that was ended between the families are told as they are."""
+def test_lists_that_differ_between_ip_versions_become_two_locks() -> None:
+    """A command that was killed between the IP versions leaves such rules. They are parsed as they are."""
     one, other = policy_of([5]), policy_of([6])
     held = combine([parse_family(render(ResolvedPolicy(one), 4), 4), parse_family(render(ResolvedPolicy(other), 6), 6)])
     assert held is not None
@@ -208,7 +208,7 @@ def test_lists_that_differ_between_families_come_out_as_two_locks() -> None:
         assert decision.allowed is allowed
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 _id_ranges = st.tuples(st.integers(0, 2**32 - 2), st.integers(0, 2**32 - 2)).map(lambda pair: (min(pair), max(pair)))
 
@@ -227,7 +227,7 @@ def test_rule_text_parses(
     goto: bool,
     comment: str,
 ) -> None:
-    """A rule's text is the rule."""
+    """A rule's text parses back to the rule."""
     rule = Rule("X", goto, uids=uids, gids=gids, supplementary=supplementary and gids is not None, comment=comment)
     assert parse_rule(rule.text()) == rule
 
@@ -236,15 +236,15 @@ def test_rule_text_parses(
     "text",
     ["-s 1.2.3.4/32 -j RETURN", "-m mark --mark 0x1 -j RETURN", "! -d 1.2.3.4/32 -j RETURN", "-i lo -j RETURN", '-j "'],
 )
-def test_what_we_never_write_is_foreign(text: str) -> None:
-    """A rule with a match of another kind is not taken for one of ours."""
+def test_a_rule_that_we_never_write_is_foreign(text: str) -> None:
+    """A rule with another kind of match is not taken for one of ours."""
     with pytest.raises(ForeignRule):
         parse_rule(text)
 
 
 @given(st.sets(st.integers(0, 300)))
 def test_ranges_are_the_ids(ids: set[int]) -> None:
-    """Merged ranges hold the same ids, in order, and none touches the next."""
+    """Merged ranges have the same IDs, in order, and no range touches the next."""
     ranges = id_ranges(ids)
     assert [number for low, high in ranges for number in range(low, high + 1)] == sorted(ids)
     assert all(one[1] + 1 < other[0] for one, other in zip(ranges, ranges[1:]))
@@ -267,7 +267,7 @@ COMMIT
 
 
 def test_restore_text_names_nothing_of_others() -> None:
-    """Only our chains are declared; OUTPUT gets our jump in its first place and is not declared."""
+    """Only our chains are declared. OUTPUT gets our jump as its first rule and is not declared."""
     chains = rule_texts(render(ResolvedPolicy(policy_of([5])), 4))
     lines = lines_of(restore_text(parse_save(OTHERS), ANCHOR, chains))
     assert lines[0] == "*filter"
@@ -277,22 +277,22 @@ def test_restore_text_names_nothing_of_others() -> None:
 
 
 def test_restore_text_moves_the_jump_only_when_it_must() -> None:
-    """A jump in the first place stays; one behind others', or a second one, is taken out first."""
+    """A jump that is the first rule stays. A later one, or a second one, is deleted before it is inserted first."""
     chains = rule_texts(render(ResolvedPolicy(policy_of([5])), 4))
     first = {"OUTPUT": ("-j IMDS-GUARD", "-j ADMIN"), **chains}
     assert is_first(first, ANCHOR)
     assert not [line for line in lines_of(restore_text(first, ANCHOR, chains)) if "OUTPUT" in line]
-    behind = {"OUTPUT": ("-j ADMIN", "-j IMDS-GUARD", "-j IMDS-GUARD"), **chains}
-    assert not is_first(behind, ANCHOR)
-    assert [line for line in lines_of(restore_text(behind, ANCHOR, chains)) if "OUTPUT" in line] == [
+    later = {"OUTPUT": ("-j ADMIN", "-j IMDS-GUARD", "-j IMDS-GUARD"), **chains}
+    assert not is_first(later, ANCHOR)
+    assert [line for line in lines_of(restore_text(later, ANCHOR, chains)) if "OUTPUT" in line] == [
         "-D OUTPUT -j IMDS-GUARD",
         "-D OUTPUT -j IMDS-GUARD",
         "-I OUTPUT 1 -j IMDS-GUARD",
     ]
 
 
-def test_restore_text_removes_what_is_stale() -> None:
-    """Chains that the new rules lack are flushed and deleted; without any rules all of ours go, and the jump."""
+def test_restore_text_removes_stale_chains() -> None:
+    """Chains that the new rules lack are flushed and deleted. Without any rules the jump and all our chains are."""
     old = rule_texts(render(ResolvedPolicy(policy_of(range(0, 60, 2))), 4))
     new = rule_texts(render(ResolvedPolicy(policy_of([5])), 4))
     stale = set(old) - set(new)

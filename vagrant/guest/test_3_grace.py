@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes of policy while a denied caller connects all the time.
 
-tests/kernel/test_races.py does the same with more changes. The widened hook idles between reading the generation and
+tests/kernel/test_races.py does the same with more changes. The delayed hook waits between reading the generation and
 using it, so that a change which does not wait lets the caller through. This needs a second processor, or a kernel that
 preempts a hook on the only one.
 """
