@@ -87,13 +87,16 @@ def _device(path: str) -> int | None:
 
 def _mount_for_pid1() -> None:
     """Mounts in a child process: this one could not come back from setns(2) without a descriptor of its own mounts."""
-    code = children.run_in_child(_mount_in_pid1s_namespace)
-    if code == 0:
-        return
-    text = f"mounting a BPF filesystem at {USUAL_PATH} in PID 1's mount namespace: {system_text(OSError(code, ''))}"
+    what = f"mounting a BPF filesystem at {USUAL_PATH} in PID 1's mount namespace"
+    advice = f"mount it by hand: mount -t bpf bpf {USUAL_PATH}"
+    try:
+        code = children.run_in_child(_mount_in_pid1s_namespace)
+    except children.ChildFailed as error:
+        raise GuardError(f"{what}: {str(error).strip().splitlines()[-1]}; {advice}") from error
     if code in (errno.EPERM, errno.EACCES):
-        raise NotPermitted(f"{text}; run this as root (CAP_SYS_ADMIN)")
-    raise GuardError(f"{text}; mount it by hand: mount -t bpf bpf {USUAL_PATH}")
+        raise NotPermitted(f"{what}: {system_text(OSError(code, ''))}; run this as root (CAP_SYS_ADMIN)")
+    if code != 0:
+        raise GuardError(f"{what}: {system_text(OSError(code, ''))}; {advice}")
 
 
 def _mount_in_pid1s_namespace() -> int:

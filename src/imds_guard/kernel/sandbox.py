@@ -81,7 +81,7 @@ class Sandbox:
         return children.run_in_child(inside, timeout_s=timeout_s)
 
     def spawn(self, fn: Callable[[], object]) -> int:
-        """Forks a child that runs ``fn`` in this cgroup and namespace; returns its process ID. Killed at exit."""
+        """Forks a child that runs ``fn`` in this cgroup and namespace; returns its process ID. The sandbox kills it."""
 
         def inside() -> None:
             self.join()
