@@ -79,13 +79,11 @@ class Watch:
 
 
 @contextmanager
-def watch(
-    guard: Guard, *words: str, as_json: bool = True, environment: dict[str, str] | None = None
-) -> Iterator[Watch]:
+def watch(guard: Guard, *more: str, as_json: bool = True, environment: dict[str, str] | None = None) -> Iterator[Watch]:
     """Starts a watch. Kills it at the end of the block if it still runs."""
-    all_words = argv(guard.arguments("watch", *(["--json"] if as_json else []), *words))
+    arguments = argv(guard.arguments("watch", *(["--json"] if as_json else []), *more))
     with subprocess.Popen(
-        all_words,
+        arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,

@@ -116,7 +116,7 @@ def _take_apart(act: Callable[[Target], None], *, in_namespace: bool) -> Run:
 # --- floods ---------------------------------------------------------------------------------------------------------
 
 _RECORDS = 8000
-"""More than the ring buffer of denials holds: IG_EVENTS_BYTES in bpf/imds_guard.h, some 100 octets each."""
+"""More than the ring buffer of denials holds: IG_EVENTS_BYTES in bpf/imds_guard.h, about 100 bytes each."""
 _USERS = 16_384 + 600
 """More than the rows of the report: IG_REPORT_ROWS."""
 

@@ -116,7 +116,7 @@ _by_default = imds(users=[ALICE], tcp=NOT_DNS)
 PORTS = [
     *row("the-locked-port", _port_80, who(STRANGER), go(port=80), Reason.NOT_LISTED),
     *row("another-port", _port_80, who(STRANGER), go(port=443), Reason.NOT_LOCKED),
-    *row("a-port-whose-octets-are-swapped", _port_80, who(STRANGER), go(port=20480), Reason.NOT_LOCKED),
+    *row("a-port-whose-bytes-are-swapped", _port_80, who(STRANGER), go(port=20480), Reason.NOT_LOCKED),
     *row("port-in-a-gap", _ranges, who(STRANGER), go(port=80), Reason.NOT_LOCKED),
     *row("port-in-another-gap", _ranges, who(STRANGER), go(port=443), Reason.NOT_LOCKED),
     *row("port-in-the-last-range", _ranges, who(STRANGER), go(port=8080), Reason.NOT_LISTED),

@@ -60,7 +60,7 @@ def test_mptcp_is_let_through_or_denied_at_once(case: Case, bench: Bench, lackin
     """An MPTCP connect never hangs under a strict policy.
 
     Where the hook sees the socket that sends the packets, it marks that socket. Where the hook sees the MPTCP socket
-    above it, nobody could tell its packets from others, so the connect gets EPERM.
+    above it, its packets could not be distinguished from others, so the connect gets EPERM.
     """
     skip_without(case, lacking)
     with bench.under(case.policy) as sandbox:

@@ -51,7 +51,7 @@ def listen() -> list[socket.socket]:
 
 
 def confirm_forever(sockets: list[socket.socket]) -> None:
-    """Accepts connections, and tells the sender of each token that its datagram arrived."""
+    """Accepts connections, and confirms each token to its sender."""
     confirmations = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def act(one: socket.socket) -> None:

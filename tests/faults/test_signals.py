@@ -45,10 +45,10 @@ class Stage:
     def start(self, policy: Policy) -> list[str]:
         """The arguments of the start command for a policy."""
         users = sorted(policy.locks[0].allow.users)
-        who = [word for user in users for word in ("--user", str(user))]
+        who = [argument for user in users for argument in ("--user", str(user))]
         return self.arguments("start", *who, "--ip", f"{IPV4}:80,tcp", "--ip", f"[{IPV6}]:80,tcp")
 
-    def run(self, words: list[str], fault: Fault) -> tuple[int, str, int]:
+    def run(self, arguments: list[str], fault: Fault) -> tuple[int, str, int]:
         """The exit status of a command in a child, its stderr, and the number of calls that it made."""
         errors, theirs = os.pipe()
         counts, count = os.pipe()
@@ -60,7 +60,7 @@ class Stage:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 with injector.planted(fault):
-                    main(words)
+                    main(arguments)
             finally:
                 os.write(count, str(len(fault.calls)).encode())
 
@@ -90,20 +90,20 @@ def stage() -> Iterator[Stage]:
 @pytest.mark.parametrize("command", ["start", "allow", "stop"])
 def test_a_signal_in_front_of_a_call(stage: Stage, command: str, which: signal.Signals) -> None:
     """The old or the new policy is in force as a whole. The command says so and exits with 128 + the signal number."""
-    words, new = {
+    arguments, new = {
         "start": (stage.start(NEW_POLICY), UNDER_NEW),
         "allow": (stage.arguments("allow", "--user", str(NEW)), UNDER_OLD | {NEW}),
         "stop": (stage.arguments("stop"), EVERYONE),
     }[command]
     again, under = stage.start(OLD_POLICY), UNDER_OLD
-    status, said, calls = stage.run(words, Fault())
+    status, said, calls = stage.run(arguments, Fault())
     assert (status, stage.callers.passing()) == (0, (new,) * 3), said
     assert calls > 40
     step = 1 if trials.FULL else max(1, calls // SAMPLES)
     for number in range(1, calls + 1, step):
         assert stage.run(again, Fault())[0] == 0
         assert stage.callers.passing() == (under,) * 3
-        status, said, _ = stage.run(words, Fault(first=number, instead=lambda: os.kill(os.getpid(), which)))
+        status, said, _ = stage.run(arguments, Fault(first=number, instead=lambda: os.kill(os.getpid(), which)))
         lines = [line for line in said.splitlines() if line and not line.startswith("warning: ")]
         assert (status, len(lines)) == (STATUS[which], 1), (number, said)
         assert lines[0].startswith(f"imds-guard: interrupted by {which.name}: "), lines
