@@ -52,7 +52,10 @@ _Static_assert(sizeof(struct ig_config) == 8, "ABI");
 
 enum ig_mode { IG_ENFORCE = 1, IG_AUDIT = 2 };
 
-/* ARRAY by generation. When it is not .valid, every connect to a locked endpoint is denied. */
+/*
+ * ARRAY by generation. When it is not .valid, every connect to a locked endpoint is denied. .valid, .abi and .serial
+ * keep their offsets in every layout: an upgrade reads them from the old maps. Record 0 is for user space alone.
+ */
 struct ig_settings {
 	__u32 valid;
 	__u32 mode; /* enum ig_mode */
@@ -61,7 +64,7 @@ struct ig_settings {
 	__u8 digest[16]; /* of all records of the generation; the hooks don't read it */
 	__u32 strict; /* approved sockets are marked, packets of others are dropped */
 	__u32 pad;
-	__u64 serial; /* never 0; each change of policy has another one, for the lifetime of the maps */
+	__u64 serial; /* never 0; each change of policy has another one, for the lifetime of the marks */
 };
 _Static_assert(sizeof(struct ig_settings) == 48, "ABI");
 

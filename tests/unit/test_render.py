@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.image import Image, parse_settings, settings_of
+from imds_guard.backends.ebpf.image import Image, Stamp, parse_settings, settings_of, stamp_of
 from imds_guard.backends.ebpf.parse import parse
 from imds_guard.backends.ebpf.render import render
 from imds_guard.errors import GuardError, Unsupported
@@ -183,6 +183,18 @@ def test_settings_that_are_not_understood_are_none(at: int) -> None:
     record = bytearray(settings_of(one_lock(single("192.0.2.1"))).pack(bytes(16), 1))
     struct.pack_into("=I", record, at, 0)
     assert parse_settings(bytes(record)) is None
+
+
+@pytest.mark.parametrize("size", [abi.SETTINGS.size, abi.SETTINGS.size + 16])
+def test_the_stamp_is_read_from_settings_of_any_layout(size: int) -> None:
+    """``valid`` at byte 0, ``abi`` at 12 and ``serial`` at 40 never move: an upgrade keeps marks by them."""
+    record = bytearray(size)
+    struct.pack_into("=I", record, 0, 1)
+    struct.pack_into("=I", record, 12, 9)
+    struct.pack_into("=Q", record, 40, 7)
+    assert stamp_of(bytes(record)) == Stamp(9, 7)
+    record[0] = 0
+    assert stamp_of(bytes(record)) == Stamp(0, 7)
 
 
 @pytest.mark.parametrize("number", [Map.LISTS, Map.ENDPOINTS])

@@ -32,6 +32,11 @@ connection that it has approved.
 """
 
 
+_MARKS_LOST = (
+    "connections that were approved before are dropped: their marks are missing, or of another version of imds-guard"
+)
+
+
 class Target(NamedTuple):
     """Where a change is made, and with which programs."""
 
@@ -112,12 +117,11 @@ def _renew_hooks(target: Target, maps: MapStore, needed: tuple[str, ...], keep_v
 # --- maps of another version ------------------------------------------------------------------------------------------
 
 
-class _Before(NamedTuple):
-    """The maps of the guard before: pins of those that are kept, the serial number of the change, and a warning."""
+class _Kept(NamedTuple):
+    """What new maps take over: the pins of the maps that are kept, and the serial number of the change."""
 
-    kept: dict[Map, str]
+    pins: dict[Map, str]
     serial: int
-    warnings: tuple[str, ...] = ()
 
 
 def _replace_maps(target: Target, policy: Policy) -> Change:
@@ -127,10 +131,10 @@ def _replace_maps(target: Target, policy: Policy) -> Change:
     needed = abi.needed_hooks(policy.strict)
     found = _inspect(cgroup, folder.path, needed)
     try:
-        before = _reserve(folder.path, policy)
+        kept = _keep(folder.path)
         pins = folder.begin()
-        with MapStore.create(pins, before.kept) as maps, hooks.programs_restored_on_failure(folder.path, found):
-            maps.change(policy, before.serial)
+        with MapStore.create(pins, kept.pins) as maps, hooks.programs_restored_on_failure(folder.path, found):
+            maps.change(policy, kept.serial)
             hooks.attach(cgroup, folder.path, maps.fds(), found, defines, pins)
             hooks.verify(cgroup, pins, maps.ids(), needed)
             folder.swap()
@@ -139,23 +143,21 @@ def _replace_maps(target: Target, policy: Policy) -> Change:
         raise
     folder.recover()
     done = f"replaced maps of another version; the programs are version {target.version} now"
-    return Change((done,), before.warnings)
+    lost = policy.strict and Map.MARKS not in kept.pins
+    return Change((done,), (_MARKS_LOST,) if lost else ())
 
 
-def _reserve(pins: str, policy: Policy) -> _Before:
-    """Marks name the change that made them. Marks that are kept must never name a change of the new maps, so its
-    serial number is one that no change of the old maps had, or gets if this replacement fails.
+def _keep(pins: str) -> _Kept:
+    """The maps to keep, and a serial number that no change of the old maps had, or gets if the replacement fails.
+
+    A mark has the serial number of the policy that approved its socket. It must not pass for a mark of another policy.
     """
     pinned = [number for number in (Map.CONFIG, Map.SETTINGS, *_MEANING_SINCE) if _is_pinned(pins, number)]
-    kept: dict[Map, str] = {}
-    serial = 1
-    if Map.CONFIG in pinned and Map.SETTINGS in pinned:
-        with MapStore.open(pins, pinned) as maps:
-            kept = {number: map_pin(pins, number) for number in _unchanged(maps, pinned)}
-            serial = maps.reserve_serial()
-    lost = policy.strict and Map.MARKS not in kept
-    warning = "connections that were approved before are dropped: their marks can't be read by this version"
-    return _Before(kept, serial, (warning,) if lost else ())
+    if Map.CONFIG not in pinned or Map.SETTINGS not in pinned:
+        return _Kept({}, 1)
+    with MapStore.open(pins, pinned) as maps:
+        unchanged = _unchanged(maps, pinned)
+        return _Kept({number: map_pin(pins, number) for number in unchanged}, maps.reserve_serial())
 
 
 def _unchanged(maps: MapReader, pinned: Iterable[Map]) -> list[Map]:

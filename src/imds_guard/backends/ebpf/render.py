@@ -31,6 +31,7 @@ def render(policy: Policy, generation: int) -> Image:
     endpoints = _endpoint_entries(policy)
     _check_sizes(policy, lists, endpoints)
     list_of_lock = [lists[_list_key(lock)] for lock in policy.locks]
+    names = [lock.name.encode() for lock in policy.locks]
     return Image(
         generation,
         {
@@ -43,11 +44,8 @@ def render(policy: Policy, generation: int) -> Image:
             Map.MEMBERS: tuple(item for key, number in lists.items() for item in _members(generation, number, key)),
             Map.GROUPS: tuple(item for key, number in lists.items() for item in _groups(generation, number, key)),
             Map.LOCKS: tuple(
-                (
-                    abi.SMALL_KEY.pack(generation, number),
-                    abi.LOCK.pack(list_of_lock[number], 0, lock.name.encode()),
-                )
-                for number, lock in enumerate(policy.locks)
+                (abi.SMALL_KEY.pack(generation, number), abi.LOCK.pack(list_of_lock[number], 0, name))
+                for number, name in enumerate(names)
             ),
         },
     )
