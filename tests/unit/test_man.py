@@ -11,7 +11,7 @@ import click
 import pytest
 
 from imds_guard import cli
-from imds_guard.cli.ip_lockdown import ip_lockdown
+from imds_guard.cli.lockdown import ip_lockdown
 from imds_guard.config import read as config_reader
 from imds_guard.config.read import parse_config
 from tests.tools import need

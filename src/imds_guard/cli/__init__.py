@@ -71,6 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def ip_lockdown(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``ip-lockdown`` command, which takes the place of the script of that name."""
-    from imds_guard.cli.ip_lockdown import ip_lockdown as command  # noqa: PLC0415 -- start-up time
+    from imds_guard.cli.lockdown import ip_lockdown as command  # noqa: PLC0415 -- start-up time
 
     _run(command, arguments, "ip-lockdown")
