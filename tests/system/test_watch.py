@@ -16,6 +16,7 @@ import pytest
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.pins import map_pin
 from imds_guard.kernel import bpf, lockfile
 from imds_guard.kernel.credentials import become
 from tests import command
@@ -343,6 +344,21 @@ def test_it_waits_for_a_guard_and_survives_stop_and_start(guard: Guard) -> None:
         guard.reach(TWO, SERVICE)
         one.event("denied", uid=TWO)
         assert one.end() == 0
+
+
+def test_losses_are_reported_once_when_maps_are_replaced(guard: Guard) -> None:
+    """The counters outlive the other maps. A missing pin makes start replace them."""
+    start(guard)
+    connect_often(guard, 20_000)
+    with watch(guard) as one:
+        lost = one.event("lost")["count"]
+        os.unlink(map_pin(folder_of(guard.sandbox.cgroup).path, Map.LOCKS))
+        start(guard)
+        one.event("ended")
+        guard.reach(TWO, SERVICE)
+        one.event("denied", uid=TWO)
+        assert one.end() == 0
+        assert one.counted("lost") == lost
 
 
 def test_a_new_guard_reports_allowed_connects_too(guard: Guard) -> None:

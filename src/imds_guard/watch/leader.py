@@ -136,7 +136,8 @@ class Leader:
         self._waits_for = ""
         self._output.emit_state("began")
         self._log_allowed()
-        self._lost = 0
+        if self.source.lost() < self._lost:  # a new guard counts from 0; a replacement of the maps keeps the counters
+            self._lost = 0
         self._emit_lost(before_this_watch=True)
 
     def _wait_for_guard(self, waits_for: str) -> None:
