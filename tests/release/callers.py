@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
 import selectors
 import socket
 import struct
@@ -28,6 +29,7 @@ _BACKLOG = 4096  # net.core.somaxconn
 
 _MAX_ROUNDS = 300_000
 _MAX_MESSAGES = 100_000
+_PAUSE_S = 0.001
 _ROUNDS = 20
 _STANDS_STILL_S = 60.0
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER 0: no TIME_WAIT, so the local ports never run out
@@ -70,26 +72,35 @@ _COUNTS = struct.Struct("=6Q")
 
 
 class _Shared:
-    """Numbers that a child writes and its parent reads."""
+    """Numbers that a child writes and its parent reads. The parent can wait for the next ones."""
 
     def __init__(self, layout: struct.Struct, rows: int) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._layout = layout
         self._rows = rows
+        self._written, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        os.close(self._written)
+        os.close(self._writer)
 
     def write(self, row: int, numbers: Sequence[int]) -> None:
         at = row * self._layout.size
         self._memory[at : at + self._layout.size] = self._layout.pack(*numbers)
+        with suppress(BlockingIOError):  # the pipe is full: it tells already that there is something new
+            os.write(self._writer, b"!")
+
+    def wait_until(self, reached: Callable[[], bool], describe: Callable[[], object]) -> None:
+        """Returns when ``reached()``, which is asked after each write."""
+        deadline = time.monotonic() + _STANDS_STILL_S
+        while not reached():
+            left = deadline - time.monotonic()
+            assert left > 0, f"nothing moves any more: {describe()}"
+            if select.select([self._written], [], [], left)[0]:
+                os.read(self._written, mmap.PAGESIZE)
 
     def read(self) -> list[tuple[int, ...]]:
         return [self._layout.unpack_from(self._memory, row * self._layout.size) for row in range(self._rows)]
-
-
-def _wait_until(reached: Callable[[], bool], describe: Callable[[], object]) -> None:
-    deadline = time.monotonic() + _STANDS_STILL_S
-    while not reached():
-        assert time.monotonic() < deadline, f"nothing moves any more: {describe()}"
-        time.sleep(0.002)
 
 
 # --- callers that connect again and again ---------------------------------------------------------------------------
@@ -113,7 +124,7 @@ class Caller:
     def settle(self) -> None:
         """Returns when it has begun and ended some more rounds."""
         goal = self._rounds() + 1 + _ROUNDS
-        _wait_until(lambda: self._rounds() >= goal, self.counts)
+        self._shared.wait_until(lambda: self._rounds() >= goal, self.counts)
 
     def _rounds(self) -> int:
         """How often every way was tried."""
@@ -196,13 +207,13 @@ class Talk:
     def expect_to_go_on(self) -> None:
         """Messages are answered from now on, and not one has been lost since the beginning."""
         goal = self._counts()[0] + _ROUNDS
-        _wait_until(lambda: self._counts()[0] >= goal or self._counts()[1] > 0, self._counts)
+        self._shared.wait_until(lambda: self._counts()[0] >= goal or self._counts()[1] > 0, self._counts)
         assert self._counts()[1] == 0, self._counts()
 
     def expect_no_answer(self) -> None:
         """No message is answered from now on."""
         answered, lost = self._counts()
-        _wait_until(lambda: self._counts()[1] > lost, self._counts)
+        self._shared.wait_until(lambda: self._counts()[1] > lost, self._counts)
         assert self._counts()[0] <= answered + 1, self._counts()  # one may have been under way
 
     def _counts(self) -> tuple[int, ...]:
@@ -221,7 +232,8 @@ class Talk:
                 else:
                     lost += 1
                 self._shared.write(0, (answered, lost))
-                time.sleep(0.001)
+                if select.select([one], [], [], _PAUSE_S)[0]:  # nothing was asked: no answer may come
+                    lost += 1
 
 
 def _answered(one: socket.socket) -> bool:
