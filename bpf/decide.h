@@ -11,7 +11,7 @@
 
 #define IG_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
 
-/* Deny lists, then allow lists, then the default. */
+/* Deny lists, then allowlists, then the default. */
 ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_list *list, struct ig_caller *caller)
 {
 	/* The verifier would know a constant 0: one more state to follow through the loops. */

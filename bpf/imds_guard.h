@@ -130,7 +130,7 @@ _Static_assert(sizeof(struct ig_endpoint) == 296, "ABI");
 #define IG_LIST_VALID 1
 #define IG_LIST_DEFAULT_ALLOW 2
 #define IG_LIST_GROUPS 4 /* some group is listed */
-#define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allow list are not let through early */
+#define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allowlist are not let through early */
 #define IG_LIST_SMALL 16 /* at most IG_MAX_SEARCHED_GROUPS groups: they are in IG_MAP_GROUPS, too */
 #define IG_LIST_USERS 32 /* some user is listed */
 #define IG_GID_BITMAP_WORDS 16
