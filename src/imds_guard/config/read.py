@@ -129,19 +129,19 @@ class _Reader:
         if not isinstance(tables, dict):
             top.fail("lock", "locks are tables with a name: write [lock.NAME]")
         if not tables:
-            top.fail("", "no lock is described: add [lock.NAME]")
+            top.fail(None, "no lock is described: add [lock.NAME]")
         found: list[Lock] = []
         for name, values in tables.items():
             table = Table(top.file, top.lines, ("lock", name), values)
             if not isinstance(values, dict):
-                table.fail("", f"lock.{name} must be a table: write [lock.{name}]")
+                table.fail(None, f"lock.{name} must be a table: write [lock.{name}]")
             found += self.lock(table)
         return found
 
     def lock(self, table: Table) -> tuple[Lock, ...]:
         """The lock of a table; two where the WireServer is one of its endpoints."""
         if table.name == EMERGENCY_LOCK:
-            table.fail("", f"{table.name!r} is reserved for the emergency lock; choose another name")
+            table.fail(None, f"{table.name!r} is reserved for the emergency lock; choose another name")
         table.check_keys(LOCK_KEYS)
         endpoints = self.endpoints(table)
         allow = self.identities(table, "users", "groups")
@@ -157,7 +157,7 @@ class _Reader:
         for name in table.strings("preset", single=True):
             found += table.convert("preset", name, self.preset)
         if not found:
-            table.fail("", f"lock {table.name!r} locks nothing: add endpoints or a preset")
+            table.fail(None, f"lock {table.name!r} locks nothing: add endpoints or a preset")
         return tuple(found)
 
     def preset(self, name: str) -> tuple[Endpoint, ...]:
@@ -220,8 +220,8 @@ def _policy(top: Table, locks: Sequence[Lock], mode: Mode, containers: Verdict) 
     except BadPolicy as error:
         # An error about two locks is shown at the later one.
         named = [lock.name for lock in locks if repr(lock.name) in str(error)]
-        last = max(named, key=lambda name: top.lines.find(("lock", name)) or 0, default="")
-        Table(top.file, top.lines, ("lock", last) if last else (), {}).fail("", str(error))
+        last = max(named, key=lambda name: top.lines.find(("lock", name)) or 0, default=None)
+        Table(top.file, top.lines, () if last is None else ("lock", last), {}).fail(None, str(error))
 
 
 def _default(table: Table, allow: Identities, deny: Identities) -> Verdict:
@@ -231,5 +231,5 @@ def _default(table: Table, allow: Identities, deny: Identities) -> Verdict:
     if nobody and (allow or default is Verdict.ALLOW):
         table.fail("nobody", f"lock {table.name!r} allows somebody, which contradicts nobody = true")
     if default is Verdict.DENY and not allow and not nobody:
-        table.fail("", f"lock {table.name!r} allows nobody: add users or groups, or nobody = true if that is meant")
+        table.fail(None, f"lock {table.name!r} allows nobody: add users or groups, or nobody = true if that is meant")
     return default

@@ -26,9 +26,9 @@ class Table:
         """The last part of the path; empty at the top of the file."""
         return self.path[-1] if self.path else ""
 
-    def fail(self, key: str, sentence: str, text: str = "") -> NoReturn:
-        """Raises BadPolicy with the line of ``text`` in the value of ``key``. An empty key is the table itself."""
-        line = self.lines.find((*self.path, key) if key else self.path, text)
+    def fail(self, key: str | None, sentence: str, text: str = "") -> NoReturn:
+        """Raises BadPolicy with the line of ``text`` in the value of ``key``. None is the table itself."""
+        line = self.lines.find(self.path if key is None else (*self.path, key), text)
         raise BadPolicy(f"{self.file}:{line}: {sentence}" if line else f"{self.file}: {sentence}")
 
     def check_keys(self, known: Sequence[str]) -> None:
