@@ -43,11 +43,11 @@ class BadPolicy(GuardError):
 
 
 def system_text(error: OSError) -> str:
-    """``EPERM (Operation not permitted)``: symbol and text of the errno of ``error``."""
+    """``EPERM (Operation not permitted)``: symbol of the errno of ``error``, and its text."""
     if error.errno is None:
         return str(error)
     symbol = _errno.errorcode.get(error.errno, str(error.errno))
-    return f"{symbol} ({os.strerror(error.errno)})"
+    return f"{symbol} ({error.strerror or os.strerror(error.errno)})"
 
 
 @contextmanager

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from types import SimpleNamespace
 
 import pytest
 
-from imds_guard.errors import system_text
+from imds_guard.backends.ebpf import hooks
+from imds_guard.errors import Unsupported, system_text
 from imds_guard.kernel import syscall_numbers
+from imds_guard.kernel.cgroup import Cgroup
 from imds_guard.kernel.syscall_numbers import ARCHITECTURES, syscall_number
 
 NAMES = (*syscall_numbers._NAMES, *syscall_numbers._EVERYWHERE)
@@ -61,10 +64,23 @@ def test_an_unknown_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         syscall_number("bpf")
 
 
+@pytest.mark.parametrize(("machine", "pointer_bytes"), [("armv7l", 4), ("x86_64", 4), ("sparc64", 8)])
+def test_without_a_number_ebpf_is_unsupported(
+    machine: str, pointer_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So iptables takes over there, as on a kernel without bpf(2). Any other error would end every command."""
+    on(machine, monkeypatch, pointer_bytes)
+    with pytest.raises(OSError, match="number of bpf") as caught:
+        syscall_number("bpf")
+    assert caught.value.errno == errno.ENOSYS
+    with pytest.raises(Unsupported, match=r"ENOSYS \((this Python is|the number of bpf)"):
+        hooks.inspect(Cgroup(0, 1, "/sys/fs/cgroup"), None)
+
+
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "i686", "armv7l"])
 def test_a_32_bit_python_is_refused_with_a_sentence(machine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A 64-bit kernel calls itself x86_64 or aarch64 there, too, but takes other numbers from a 32-bit process."""
     on(machine, monkeypatch, pointer_bytes=4)
     with pytest.raises(OSError, match="this Python is a 32-bit program") as caught:
         syscall_number("bpf")
-    assert system_text(caught.value).endswith("run imds-guard with a 64-bit Python")
+    assert system_text(caught.value).endswith("run imds-guard with a 64-bit Python)")

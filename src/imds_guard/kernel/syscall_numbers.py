@@ -7,6 +7,7 @@ arch/s390/kernel/syscalls/syscall.tbl, arch/powerpc/kernel/syscalls/syscall.tbl.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -29,15 +30,18 @@ def syscall_number(name: str) -> int:
     """The number of a system call on this machine, as a 64-bit process must give it.
 
     Raises OSError for a 32-bit Python, for which a 64-bit kernel has other numbers, and for an unknown architecture.
+    The errno is ENOSYS, as for a system call that the kernel lacks, so that iptables takes over from eBPF there.
     """
     machine = os.uname().machine
     if struct.calcsize("P") != 8:
         raise OSError(
+            errno.ENOSYS,
             f"this Python is a 32-bit program (on {machine}), and the number of {name}(2) is known for 64-bit programs "
-            "only; run imds-guard with a 64-bit Python"
+            "only; run imds-guard with a 64-bit Python",
         )
     if machine not in _BY_ARCHITECTURE:
         raise OSError(
-            f"the number of {name}(2) on {machine} is not known; imds-guard runs on {', '.join(ARCHITECTURES)}"
+            errno.ENOSYS,
+            f"the number of {name}(2) on {machine} is not known; imds-guard runs on {', '.join(ARCHITECTURES)}",
         )
     return {**_EVERYWHERE, **dict(zip(_NAMES, _BY_ARCHITECTURE[machine]))}[name]
