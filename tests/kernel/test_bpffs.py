@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The BPF filesystem of PID 1: how it is mounted where there is none."""
+"""The BPF filesystem of PID 1: how it is mounted where there is none, and who may write to it."""
 
 from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from imds_guard.errors import GuardError, NotPermitted
+from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.kernel import bpffs, syscalls
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="reads /proc/1/mountinfo: root only")
@@ -52,3 +53,18 @@ def test_an_unexpected_error_in_the_child_reaches_the_parent(monkeypatch: pytest
             os._exit(1)
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_bpffs_of_another_user_is_refused(tmp_path: Path) -> None:
+    """Its owner could remove the pins, whatever the mode says."""
+    tmp_path.chmod(0o700)
+    os.chown(tmp_path, 41_001, 0)
+    with pytest.raises(Unsupported, match=r"it belongs to user 41001, who could remove the lock; chown root "):
+        bpffs._refuse_other_writers(str(tmp_path))
+
+
+@pytest.mark.parametrize(("mode", "after"), [(0o1777, 0o1755), (0o775, 0o755), (0o702, 0o700), (0o700, 0o700)])
+def test_others_lose_the_right_to_write_to_the_bpffs(mode: int, after: int, tmp_path: Path) -> None:
+    tmp_path.chmod(mode)
+    bpffs._refuse_other_writers(str(tmp_path))
+    assert tmp_path.stat().st_mode & 0o7777 == after

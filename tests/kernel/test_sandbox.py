@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import struct
 import threading
+from contextlib import suppress
 
 import pytest
 
 from imds_guard.errors import Unsupported
 from imds_guard.kernel import netns, syscalls
-from imds_guard.kernel.children import ChildFailed, run_in_child
+from imds_guard.kernel.children import ChildFailed, end, fork, run_in_child
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.sandbox import Sandbox
@@ -162,6 +164,31 @@ def _read_pid(reader: int) -> int:
 def _write_pid_and_hang(writer: int) -> None:
     os.write(writer, _PID.pack(os.getpid()))
     select.select([], [], [])
+
+
+def test_a_child_dies_with_its_parent() -> None:
+    """Its parent ends by SIGKILL, so nobody could end the child."""
+    reader, writer = os.pipe()
+
+    def say_and_wait() -> None:
+        os.write(writer, _PID.pack(os.getpid()))
+        signal.pause()
+
+    def parent() -> None:
+        fork(say_and_wait)
+        signal.pause()
+
+    middle = fork(parent)
+    child = os.pidfd_open(*_PID.unpack(os.read(reader, _PID.size)))
+    try:
+        assert not select.select([child], [], [], 0)[0]
+        end(middle)
+        assert select.select([child], [], [], TIMEOUT_S)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(child, signal.SIGKILL)
+        for fd in (child, reader, writer):
+            os.close(fd)
 
 
 def test_a_child_that_ends_early_is_an_error_at_once() -> None:

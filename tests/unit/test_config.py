@@ -247,6 +247,7 @@ def test_a_small_file_is_read() -> None:
         (SMALL + "nobody = true\n", 6, "allows somebody, which contradicts nobody = true"),
         (SMALL.replace("users = [0]", 'nobody = true\ndefault = "allow"'), 5, "which contradicts nobody = true"),
         (SMALL + 'nobody = "no"\n', 6, "nobody = 'no' must be true or false"),
+        (SMALL + "nobody = 1\n", 6, "nobody = 1 must be true or false"),
         (SMALL + 'default = "reject"\n', 6, "default = 'reject' must be 'deny' or 'allow'"),
         (SMALL.replace("10.0.0.1:80", "10.0.0.256:80"), 4, "'10.0.0.256:80,tcp' is not an endpoint"),
         (SMALL.replace('["10', '[\n"10.0.0.2",\n"300.1.1.1",\n"10'), 6, "'300.1.1.1' is not an endpoint"),
@@ -312,15 +313,15 @@ def test_boot_uses_the_stored_id_and_warns_when_the_name_has_another_now() -> No
 
 
 def test_a_preset_with_the_wireserver_becomes_two_locks() -> None:
-    text = '[lock.cloud]\npreset = "default"\ngroups = [77]\ndeny_users = [0, 5]\n'
+    text = '[lock.cloud]\npreset = "default"\ngroups = [77]\ndeny_users = [0, 5]\ndeny_groups = [0, 6]\n'
     found = locks_of(parse_config(text, dmi_text=AZURE_DMI))
     assert set(found) == {"cloud", "wireserver"}
     assert found["cloud"].allow == Identities(groups=frozenset({77}))
-    assert found["cloud"].deny == Identities(frozenset({0, 5}))
+    assert found["cloud"].deny == Identities(frozenset({0, 5}), frozenset({0, 6}))
     wireserver = found["wireserver"]
     assert [host_network(WIRESERVER)] == [endpoint.network for endpoint in wireserver.endpoints]
     assert wireserver.allow == Identities(frozenset({0}), frozenset({77}))
-    assert wireserver.deny == Identities(frozenset({5}))
+    assert wireserver.deny == Identities(frozenset({5}), frozenset({6}))
     assert set(locks_of(parse_config(text, dmi_text=""))) == {"cloud"}
 
 

@@ -113,6 +113,12 @@ def test_no_second_has_more_lines_than_the_limit(pauses: list[float], reserved: 
         assert len([other for other in taken if at - 1.0 < other <= at]) <= LINES_PER_SECOND - reserved
 
 
+def test_a_line_counts_for_exactly_one_second() -> None:
+    rate = RateLimit()
+    assert all(rate.take(2.0) for _ in range(LINES_PER_SECOND))
+    assert [rate.take(now) for now in (2.0, 2.999, 3.0)] == [False, False, True]
+
+
 def test_reserved_lines_are_left_for_others() -> None:
     rate = RateLimit()
     assert sum(rate.take(0.0, 10) for _ in range(200)) == LINES_PER_SECOND - 10

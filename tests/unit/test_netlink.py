@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Netlink messages: headers, attributes and errors."""
+"""Netlink messages and attributes: several in one piece, with lengths that are no multiple of four."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ import struct
 import pytest
 
 from imds_guard.kernel import netlink
-from imds_guard.kernel.netlink import Message, attribute, attributes, check, messages, request
+from imds_guard.kernel.netlink import Message
 
 
-def test_a_request_is_a_header_and_its_body() -> None:
-    """struct nlmsghdr: length, type, flags, sequence number, port."""
-    assert request(20, netlink.DUMP, 7, b"body") == struct.pack("=IHHII", 20, 20, 0x301, 7, 0) + b"body"
+def message(kind: int, sequence: int, body: bytes, padding: bytes = b"") -> bytes:
+    """struct nlmsghdr and a body. The length in the header is without the padding."""
+    return struct.pack("=IHHII", 16 + len(body), kind, 0, sequence, 0) + body + padding
 
 
-def test_messages_are_split_at_multiples_of_four() -> None:
-    received = request(1, 0, 5, b"abcde") + bytes(3) + request(2, 0, 6, b"")
-    assert list(messages(memoryview(received))) == [Message(1, 5, memoryview(b"abcde")), Message(2, 6, memoryview(b""))]
+def test_messages_end_where_their_header_says() -> None:
+    """The body has no padding and nothing of the next message, which begins at a multiple of four."""
+    received = message(20, 7, b"first", b"\xaa" * 3) + message(21, 8, b"") + message(netlink.DONE, 9, b"last")
+    assert [(one.type, one.sequence, bytes(one.body)) for one in netlink.messages(memoryview(received))] == [
+        (20, 7, b"first"),
+        (21, 8, b""),
+        (netlink.DONE, 9, b"last"),
+    ]
 
 
-@pytest.mark.parametrize("received", [b"", bytes(15)])
-def test_less_than_a_header_is_no_message(received: bytes) -> None:
-    assert list(messages(memoryview(received))) == []
+def test_a_request_is_a_message() -> None:
+    (one,) = netlink.messages(memoryview(netlink.request(20, netlink.DUMP, 5, b"body")))
+    assert one == Message(20, 5, memoryview(b"body"))
+    assert struct.unpack_from("=IHH", netlink.request(20, netlink.DUMP, 5, b"body")) == (20, 20, 0x301)
 
 
-def test_attributes_are_padded_to_four_bytes() -> None:
-    packed = attribute(3, b"abcde") + attribute(4, b"")
-    assert len(packed) == 16
-    assert attributes(memoryview(packed)) == {3: b"abcde", 4: b""}
+def test_attributes_are_padded_and_read_without_padding() -> None:
+    text = netlink.attribute(1, b"lo\0") + netlink.attribute(2, b"") + netlink.attribute(3, b"12345")
+    assert len(text) == 8 + 4 + 12
+    found = {kind: bytes(value) for kind, value in netlink.attributes(memoryview(text)).items()}
+    assert found == {1: b"lo\0", 2: b"", 3: b"12345"}
 
 
-@pytest.mark.parametrize("body", [b"", struct.pack("=i", 0)])
-def test_an_errno_of_zero_is_success(body: bytes) -> None:
-    """The end of a dump may have no body."""
-    check(memoryview(body), "a request")
-
-
-def test_the_errno_of_an_error_is_raised() -> None:
-    with pytest.raises(PermissionError, match="Operation not permitted: 'a request'"):
-        check(memoryview(struct.pack("=i", -errno.EPERM)), "a request")
+def test_a_negative_errno_is_an_error_with_the_request() -> None:
+    netlink.check(memoryview(struct.pack("=i", 0)), "RTM_NEWADDR")
+    netlink.check(memoryview(b""), "RTM_NEWADDR")
+    with pytest.raises(PermissionError) as caught:
+        netlink.check(memoryview(struct.pack("=i", -errno.EPERM)), "RTM_NEWADDR")
+    assert (caught.value.errno, caught.value.filename) == (errno.EPERM, "RTM_NEWADDR")

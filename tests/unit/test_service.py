@@ -171,6 +171,22 @@ def test_the_group_root_may_write_a_program(program: str, which: str) -> None:
 
 
 @as_root
+def test_a_package_that_others_can_change_is_refused(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program is root's alone, but it runs modules that somebody else can change. No unit is written."""
+    package, folder = Path(program).parent / "package", tmp_path / "units"
+    package.mkdir(mode=0o755)
+    folder.mkdir()
+    os.chmod(package, 0o777)
+    monkeypatch.setattr(service, "_PACKAGE", str(package))
+    monkeypatch.setattr(service, "_check_configuration", lambda *_: [])
+    with pytest.raises(NotPermitted, match=f"{package} can be changed by others than root"):
+        service.install(service.ServiceOptions(), program, str(tmp_path / "config.toml"), str(folder))
+    assert list(folder.iterdir()) == []
+
+
+@as_root
 def test_a_link_into_a_hidden_folder_is_refused(program: str, tmp_path: Path) -> None:
     """Services do not see /home, /root and /tmp; the target of a link counts, too."""
     shutil.move(program, tmp_path / "imds-guard")
