@@ -23,6 +23,7 @@ from imds_guard.kernel import children, namespaces, syscalls
 from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
+from imds_guard.policy.model import Mode
 from imds_guard.present import connections as present_connections
 from tests.command import ONE, STRANGER
 from tests.kernel.clients import (
@@ -65,6 +66,13 @@ def test_find_denied_cuts_nothing(here: Stage) -> None:
     client = here.client(opening())
     assert pids(find_denied(locked(ONE), here.scope).still_open) == [client.pid]
     assert client.write() == ["sent"]
+
+
+@pytest.mark.parametrize(("mode", "why"), [(Mode.ENFORCE, None), (Mode.AUDIT, WhyOpen.AUDIT)])
+def test_find_denied_knows_that_audit_mode_cuts_nothing(here: Stage, mode: Mode, why: WhyOpen | None) -> None:
+    client = here.client(opening())
+    found = find_denied(locked(ONE, mode=mode), here.scope)
+    assert (pids(found.still_open), found.why_open) == ([client.pid], why)
 
 
 def test_sockets_of_another_cgroup_stay(here: Stage) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.backends.iptables import IptablesBackend, programs, tables
+from imds_guard.backends.iptables import IptablesBackend, our_chains, programs, tables
 from imds_guard.backends.iptables.probe import ProbeResult, probe
 from imds_guard.backends.iptables.programs import Program, default_program
 from imds_guard.backends.iptables.tables import NoTable
@@ -99,6 +99,28 @@ def test_earlier_accept_does_not_win(machine: Machine) -> None:
     machine.iptables("-A", "OUTPUT", "-j", "ACCEPT", version=6)
     machine.apply(policy_for([FOO]))
     assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
+    assert machine.reach(FOO) == "connected"
+
+
+def test_rules_that_the_kernel_does_not_show_are_not_in_force(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """iptables-restore reports success and loses a rule: apply() reads back, fails, and the old rules stay."""
+    machine.apply(policy_for([FOO]))
+    before = machine.rules(4), machine.rules(6)
+    lost: list[str] = []
+
+    def losing(program: Program, anchor: tables.Anchor, chains: tables.Table, lock_wait_s: int) -> bool:
+        if not lost:
+            name, rules = next((name, rules) for name, rules in chains.items() if name.endswith("-DENY"))
+            lost.append(rules[-1])
+            chains = {**chains, name: rules[:-1]}
+        return tables.replace(program, anchor, chains, lock_wait_s)
+
+    monkeypatch.setattr(our_chains, "replace", losing)
+    with pytest.raises(GuardError, match=r"took the rules, but iptables-save shows others; nothing was changed"):
+        machine.apply(policy_for([BAR]))
+    assert (machine.rules(4), machine.rules(6)) == before
     assert machine.reach(FOO) == "connected"
 
 

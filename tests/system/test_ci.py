@@ -1,50 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gate, .ci/run: tests and guests run at once, and a failure of either fails it."""
+""".ci/run: the gate fails when the tests fail, when a kernel in the background fails, and when a tool is missing.
+
+A copy of it runs beside a ``run`` and an apt-get that only end as they are told.
+"""
 
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-GATE = Path(__file__).resolve().parents[2] / ".ci" / "run"
+ROOT = Path(__file__).resolve().parents[2]
 
-RUN = """#!/bin/sh
-case "$*" in
-  "test --version" | "matrix --list") echo "installed for $1" ;;
-  test*) echo "tests run with $IMDS_GUARD_HYPOTHESIS, $IMDS_GUARD_EXPECT"; exit "$TESTS" ;;
-  matrix*) echo "guests boot: $*"; exit "$GUESTS" ;;
+FAKE_RUN = """#!/bin/sh
+case "$1 $2" in
+  "test --version") exit "${PREPARE_TESTS:-0}" ;;
+  "matrix --list") exit "${PREPARE_MATRIX:-0}" ;;
+  test*) echo "tests: $2 $IMDS_GUARD_EXPECT $IMDS_GUARD_HYPOTHESIS"; exit "${TESTS:-0}" ;;
+  matrix*) shift; echo "guests: $*"; exit "${GUESTS:-0}" ;;
+esac
+"""
+
+FAKE_APT = """#!/bin/sh
+case " $* " in
+  *" -s "*) [ -z "$MISSING" ] || echo "Inst shellcheck" ;;
+  *" update "*) exit "${UPDATE:-0}" ;;
+  *" install "*) exit "${INSTALL:-0}" ;;
 esac
 """
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """A copy of the gate in a tree with another ``run``, and with an apt-get that has nothing to install."""
-    if platform.machine() != "x86_64":
-        pytest.skip("the gate is for x86_64")
-    copy = tmp_path / ".ci" / "run"
-    copy.parent.mkdir()
-    shutil.copy(GATE, copy)
-    for name, text in (("run", RUN), ("apt-get", "#!/bin/sh\n")):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    return copy
+def ci(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs the copy on a machine that differs from a good one in these settings."""
+    machine = f"#!/bin/sh\necho {settings.pop('machine', 'x86_64')}\n"
+    files = {".ci/run": (ROOT / ".ci" / "run").read_text(encoding="utf-8"), "run": FAKE_RUN}
+    for name, content in {**files, "bin/apt-get": FAKE_APT, "bin/uname": machine}.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+        path.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("IMDS_GUARD_")}
+    environment.update(settings, PATH=f"{folder}/bin:{os.environ['PATH']}", MISSING=settings.get("MISSING", ""))
+    command = [str(folder / ".ci" / "run"), "chosen"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("tests", "guests", "status"), [(0, 0, 0), (1, 0, 1), (0, 3, 3), (1, 3, 1)])
-def test_a_failure_of_tests_or_guests_fails_the_gate(gate: Path, tests: int, guests: int, status: int) -> None:
-    """The output of the guests follows that of the tests, and the tests are the full ones, without skips."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("IMDS_GUARD_")}
-    path = f"{gate.parents[1]}:{os.environ['PATH']}"
-    environment = {**inherited, "PATH": path, "TESTS": str(tests), "GUESTS": str(guests)}
-    done = subprocess.run([str(gate)], env=environment, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({}, 0),
+        ({"MISSING": "1"}, 0),
+        ({"TESTS": "1"}, 1),
+        ({"TESTS": "5"}, 5),
+        ({"GUESTS": "3"}, 3),
+        ({"TESTS": "1", "GUESTS": "3"}, 1),
+    ],
+    ids=["good", "a tool that can be installed", "tests", "no tests", "guests", "both"],
+)
+def test_the_gate_fails_with_the_tests_and_with_the_guests(
+    settings: dict[str, str], status: int, tmp_path: Path
+) -> None:
+    """Both run to their end, with all tools and backends expected, and both outputs are printed."""
+    done = ci(tmp_path, **settings)
+    assert done.returncode == status
     assert done.stdout.splitlines() == [
-        "tests run with full, ebpf,iptables,tools",
-        "guests boot: matrix --jobs 1 5.10-debian-11 7.3-debian-13 lockdown",
+        "tests: chosen ebpf,iptables,tools full",
+        "guests: --jobs 1 5.10-debian-11 7.3-debian-13 lockdown",
     ]
-    assert done.returncode == status, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({"MISSING": "1", "INSTALL": "100"}, 69),
+        ({"MISSING": "1", "UPDATE": "100"}, 69),
+        ({"machine": "aarch64"}, 69),
+        ({"PREPARE_TESTS": "77"}, 77),
+        ({"PREPARE_MATRIX": "78"}, 78),
+    ],
+    ids=["a tool", "package lists", "another architecture", "the tests' environment", "the emulator"],
+)
+def test_what_is_missing_fails_the_gate_before_anything_runs(
+    settings: dict[str, str], status: int, tmp_path: Path
+) -> None:
+    done = ci(tmp_path, **settings)
+    assert (done.returncode, done.stdout) == (status, "")

@@ -62,6 +62,7 @@ def test_audit_first_then_enforce(guard: Guard) -> None:
         assert guard.reach(STRANGER, SERVICE) == "connected"
     assert guard.reach(TWO, SERVICE_V6) == "connected"
     found = guard("report", "--json").values
+    assert found["mode"] == "audit"
     assert [(row["uid"], row["count"], row["reason"]) for row in found["rows"]] == [
         (STRANGER, 3, "not-listed"),
         (TWO, 1, "not-listed"),

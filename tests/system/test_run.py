@@ -126,6 +126,16 @@ def test_the_matrix_installs_what_is_missing(machine: Path, words: list[str]) ->
 
 
 @as_root
+@pytest.mark.parametrize("status", [0, 100])
+def test_what_is_required_and_can_not_be_installed_ends_the_run(machine: Path, status: int) -> None:
+    """Also when the package manager reports success."""
+    (machine / "apt-get").write_text(f"#!/bin/sh\nexit {status}\n", encoding="utf-8")
+    done = on(machine, "matrix", "--list")
+    assert (done.returncode, done.stdout) == (69, "")
+    assert done.stderr.splitlines()[-1] == "run: still missing: pip: see the messages above"
+
+
+@as_root
 def test_an_installation_outlives_the_reader_of_its_output(machine: Path) -> None:
     """``./run matrix |& head -2``: a package manager that SIGPIPE ends leaves packages half configured."""
     (machine / "reader").touch()

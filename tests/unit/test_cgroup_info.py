@@ -37,6 +37,7 @@ USER = "/user.slice/user-1000.slice/user@1000.service"
         ("/machine.slice/systemd-nspawn@web.service/payload", "systemd-nspawn@web.service", "nspawn:web"),
         ("/lxc.payload.web/system.slice/cron.service", "cron.service", "lxc:web"),
         ("/lxc/web", None, "lxc:web"),
+        (f"/lxc.payload.web/docker/{HEX}", None, f"docker:{SHORT}"),
     ],
 )
 def test_unit_and_container_of_a_path(path: str, unit: str | None, container: str | None) -> None:

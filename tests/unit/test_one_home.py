@@ -36,7 +36,7 @@ CODE = {name: code_of(text) for name, text in SOURCES.items()}
 HOMES = {
     r"\bCDLL\b": "kernel/syscalls",
     r"\bget_errno\b": "kernel/syscalls",
-    r"\bos\.fork\b": "kernel/children",
+    r"\bos\.fork(pty)?\b|from os import .*\bfork": "kernel/children",
     r"'x86_64'": "kernel/syscall_numbers",
     str(0xEFFFFFFC): "kernel/namespaces",
     str(0xEFFFFFFD): "kernel/namespaces",

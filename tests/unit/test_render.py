@@ -20,7 +20,9 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.image import Image, Stamp, parse_settings, settings_of, stamp_of
 from imds_guard.backends.ebpf.parse import parse
+from imds_guard.backends.ebpf.reader import Snapshot
 from imds_guard.backends.ebpf.render import render
+from imds_guard.backends.ebpf.state import policy_of
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.policy.decide import Caller, Destination, Reason, Source, decide, find_lock
 from imds_guard.policy.model import (
@@ -422,3 +424,15 @@ def test_mode_and_containers_are_in_the_settings_and_in_no_other_record() -> Non
     audited = make_policy([Lock("a", (single("192.0.2.1"),))], Mode.AUDIT, Verdict.ALLOW)
     assert render(audited, 1).items == render(one_lock(single("192.0.2.1")), 1).items
     assert abi.SETTINGS.unpack(settings_of(audited).pack(bytes(16), 1))[:4] == (1, abi.MODE_AUDIT, 1, abi.ABI)
+
+
+def test_records_that_render_would_not_write_are_reported() -> None:
+    """Also with the digest of those records: whoever can write to the maps can compute it."""
+    policy = one_lock(single("192.0.2.1"), allow=Identities(frozenset({7})))
+    image = render(policy, 1)
+    assert policy_of(Snapshot(image, settings_of(policy), image.digest())) == (policy, [])
+    ((key, bitmap),) = image.items[Map.ADDRESS_BITMAP]
+    forged = Image(1, {**image.items, Map.ADDRESS_BITMAP: ((key, bytes(len(bitmap))),)})
+    found, faults = policy_of(Snapshot(forged, settings_of(policy), forged.digest()))
+    assert (found, len(faults)) == (policy, 1)
+    assert "someone else changed them" in faults[0]
