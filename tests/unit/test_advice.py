@@ -25,6 +25,12 @@ UID = 61_001
             "add root to one of the groups 70000, 70001, 70002, and 2 more, or imds-guard allow --user root",
         ),
         (Reason.DENIED_USER, UID, set(), "take user 61001 off the deny list"),
+        (
+            Reason.TOO_MANY_GROUPS,
+            UID,
+            {0},
+            "allow user 61001 by user ID (imds-guard allow --user 61001), or list at most 128 groups in the lock",
+        ),
         (Reason.KERNEL_THREAD, UID, set(), None),
     ],
 )

@@ -20,7 +20,8 @@ _ADVICE: dict[Reason, str] = {
     Reason.DENIED_GROUP: "take {user} out of the denied group, or the group off the deny list",
     Reason.CONTAINER: 'set containers = "allow" (--containers allow), which judges processes in containers by ID',
     Reason.USER_NAMESPACE: "put {user} on an allowlist: the default does not let user namespaces through",
-    Reason.TOO_MANY_GROUPS: "allow {user} by user ID instead of by group, or list at most 128 groups in the lock",
+    Reason.TOO_MANY_GROUPS: "allow {user} by user ID (imds-guard allow --user {name}), or list at most 128 groups in "
+    "the lock",
     Reason.UNSPECIFIED_DESTINATION: "connect to the address itself, not to 0.0.0.0",
     Reason.NO_SETTINGS: "run imds-guard start, which repairs the policy",
     Reason.UNREADABLE: "run imds-guard status to see what is wrong, and imds-guard start to repair it",
@@ -34,7 +35,7 @@ def would_allow(reason: Reason, uid: int, allowed_groups: Collection[int], names
     user = escaped(names.user(uid))
     if reason is Reason.NOT_LISTED:
         return _allow(user, allowed_groups, names)
-    return _ADVICE[reason].format(user=f"user {user}") if reason in _ADVICE else None
+    return _ADVICE[reason].format(user=f"user {user}", name=user) if reason in _ADVICE else None
 
 
 def _allow(user: str, allowed_groups: Collection[int], names: NameCache) -> str:
@@ -48,5 +49,5 @@ def _allow(user: str, allowed_groups: Collection[int], names: NameCache) -> str:
 
 def note(reason: Reason) -> str:
     """The advice for all callers that were denied for this reason."""
-    advice = _ADVICE.get(reason, "nothing lets such a caller through").format(user=_ANY_USER)
+    advice = _ADVICE.get(reason, "nothing lets such a caller through").format(user=_ANY_USER, name="NAME")
     return f"{reason.label}: {advice}"
