@@ -130,6 +130,15 @@ def test_a_running_guard_is_intact_after_a_command_there(guard: Guard, name: str
     assert (guard("status").status, locked(guard)) == ((3, OPEN) if stopped.status == 0 else (0, SHUT)), stopped
 
 
+def test_stop_needs_no_description_of_the_maps(guard: Guard) -> None:
+    """To open the lock and to detach the links the kernel need not say what a map or a program is."""
+    guard.start(*LOCK)
+    forbid = functools.partial(places.forbid_bpf, errno.EPERM, [bpf.Command.OBJ_GET_INFO_BY_FD])
+    stopped = run_inside(guard, forbid, *guard.arguments("stop"))
+    assert stopped.status == 0, stopped
+    assert (traces(guard.sandbox.cgroup), locked(guard)) == (NOTHING, OPEN)
+
+
 def test_a_guard_of_this_version_needs_no_btf(guard: Guard) -> None:
     guard.start(*LOCK)
     changed = run_inside(guard, places.without_btf, *guard.arguments("start", "--user", str(TWO), "--ip", SERVICE))

@@ -45,12 +45,13 @@ class MapReader:
 
     def __init__(self) -> None:
         self._fds: dict[Map, int] = {}
-        self._ids: dict[Map, int] = {}
-        self._shapes: dict[Map, bpf.MapShape] = {}
+        self._descriptions: dict[Map, tuple[int, bpf.MapShape]] = {}
 
-    def _add(self, number: Map, fd: int) -> None:
-        self._fds[number] = fd
-        self._ids[number], self._shapes[number] = bpf.describe_map(fd)
+    def _described(self, number: Map) -> tuple[int, bpf.MapShape]:
+        """A map's ID and shape, read when they are first needed: to open the lock, stop needs neither."""
+        if number not in self._descriptions:
+            self._descriptions[number] = bpf.describe_map(self._fds[number])
+        return self._descriptions[number]
 
     @classmethod
     def open(cls: type[_Self], pins: str, maps: Iterable[Map] = Map) -> _Self:
@@ -58,7 +59,7 @@ class MapReader:
         reader = cls()
         try:
             for number in maps:
-                reader._add(number, bpf.pinned(map_pin(pins, number)))
+                reader._fds[number] = bpf.pinned(map_pin(pins, number))
         except OSError:
             reader.close()
             raise
@@ -70,7 +71,7 @@ class MapReader:
         reader = cls()
         try:
             for number in READ_BY_WATCH:
-                reader._add(number, open_map(pins, number))
+                reader._fds[number] = open_map(pins, number)
         except (GuardError, OSError):
             reader.close()
             raise
@@ -90,11 +91,11 @@ class MapReader:
 
     def ids(self) -> list[int]:
         """The kernel's IDs of the maps."""
-        return list(self._ids.values())
+        return [self._described(number)[0] for number in self._fds]
 
     def misfits(self) -> list[Map]:
         """Maps whose type, sizes or flags are not those of this version."""
-        return [number for number, shape in self._shapes.items() if shape != abi.SHAPES[number]]
+        return [number for number in self._fds if self._described(number)[1] != abi.SHAPES[number]]
 
     def are_current(self) -> bool:
         """False when another version made the maps, or wrote the policy in force in another ABI."""
@@ -131,7 +132,7 @@ class MapReader:
 
     def _lookup(self, number: Map, key: bytes, copies: int = 1) -> bytes:
         """The value of a key, or zeros when there is none. A per-CPU map has a copy for each possible CPU."""
-        size = self._shapes[number].value_size * copies
+        size = self._described(number)[1].value_size * copies
         return bpf.map_lookup(self._fds[number], key, size) or bytes(size)
 
     def _items(self, number: Map, generation: int) -> Items:

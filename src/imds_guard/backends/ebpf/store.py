@@ -34,7 +34,7 @@ class MapStore(MapReader):
             for number, shape in abi.SHAPES.items():
                 with trying(f"making the eBPF map {number.pin_name}", "nothing was changed; free some memory"):
                     old = kept.get(number)
-                    store._add(number, _create(shape, f"ig_{number.pin_name}") if old is None else bpf.pinned(old))
+                    store._fds[number] = _create(shape, f"ig_{number.pin_name}") if old is None else bpf.pinned(old)
                     bpf.pin(store._fds[number], map_pin(folder, number))
         except GuardError:
             store.close()
@@ -80,7 +80,7 @@ class MapStore(MapReader):
     def reserve_serial(self) -> int:
         """A serial number that no change of these maps had, and none will get."""
         serial = self._last_serial() + 1
-        size = self._shapes[Map.SETTINGS].value_size
+        size = self._described(Map.SETTINGS)[1].value_size
         record = abi.SETTINGS.pack(0, 0, 0, 0, b"", 0, serial)
         bpf.map_update(self._fds[Map.SETTINGS], abi.ARRAY_KEY.pack(_RESERVED), record[:size].ljust(size, b"\0"))
         return serial
