@@ -125,17 +125,21 @@ def test_maps_of_another_layout_are_replaced(guarded: Guarded) -> None:
     assert guards.traces(sandbox.cgroup) == {"attached": 4, "pins": 1}
 
 
-def test_maps_that_another_abi_wrote_are_replaced(guarded: Guarded) -> None:
-    """Records of the same size may have another meaning."""
+@pytest.mark.parametrize("version", [1, abi.ABI + 1])
+def test_maps_that_another_abi_wrote_are_replaced(guarded: Guarded, version: int) -> None:
+    """Records of the same size may have another meaning, also those of the counters."""
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
+    guards.passing(sandbox, (STRANGER,))
+    assert backend.state().counters[Reason.NOT_LISTED][0]
     generation = backend.state().generation
     assert generation is not None
-    other = abi.SETTINGS.pack(1, abi.MODE_ENFORCE, 0, abi.ABI + 1, bytes(16), 0, 1)
+    other = abi.SETTINGS.pack(1, abi.MODE_ENFORCE, 0, version, bytes(16), 0, 1)
     _poke(sandbox, Map.SETTINGS, abi.ARRAY_KEY.pack(generation), other)
     assert any("another version" in fault for fault in backend.faults())
     backend.apply(NEW_POLICY)
     assert (backend.read(), backend.faults()) == (NEW_POLICY, [])
+    assert backend.state().counters[Reason.NOT_LISTED] == (0, 0)
     assert guards.passing(sandbox) == {NEW, BOTH}
 
 
