@@ -7,7 +7,7 @@ import errno
 import os
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_text
-from imds_guard.kernel import children, ownership, syscalls
+from imds_guard.kernel import ownership, syscalls
 from imds_guard.kernel.mounts import Mount, mounts, same_namespace_as_pid1, window_to_pid1
 
 USUAL_PATH = "/sys/fs/bpf"
@@ -87,6 +87,8 @@ def _device(path: str) -> int | None:
 
 def _mount_for_pid1() -> None:
     """Mounts in a child process: this one could not come back from setns(2) without a descriptor of its own mounts."""
+    from imds_guard.kernel import children  # noqa: PLC0415 -- start-up time: bpffs is mounted nearly everywhere
+
     what = f"mounting a BPF filesystem at {USUAL_PATH} in PID 1's mount namespace"
     advice = f"mount it by hand: mount -t bpf bpf {USUAL_PATH}"
     try:
