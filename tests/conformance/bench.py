@@ -93,21 +93,30 @@ class Bench:
 
     @contextmanager
     def under(self, policy: Policy) -> Iterator[Sandbox]:
-        """The sandbox with the policy in force, read back when it was applied. An exception in the block closes it."""
+        """The sandbox with the policy in force. An exception in the block closes it.
+
+        The policy is read back when it was applied. Without ``one_sandbox`` it is read back after the block, too, if the
+        backend writes to maps when it judges a connect.
+        """
         if not self._one_sandbox and self._applied and self._applied[1] != policy:
             self._shared.close()
         with self._shared.use() as sandbox:
             if self._applied != (sandbox, policy):
                 self._apply(sandbox, policy)
             yield sandbox
+            if self.enforcer.connects_write and not self._one_sandbox:
+                self._check_held(sandbox, policy)
 
     def _apply(self, sandbox: Sandbox, policy: Policy) -> None:
         self._applied = None
         apply_or_skip(self.enforcer, sandbox, policy, self.backend_name)
+        self._check_held(sandbox, policy)
+        self._applied = (sandbox, policy)
+
+    def _check_held(self, sandbox: Sandbox, policy: Policy) -> None:
         held = self.enforcer.held(sandbox)
         if held != (policy, []):
             raise AssertionError(f"{policy} was applied, but the kernel holds {held}")
-        self._applied = (sandbox, policy)
 
     def judged(self, sandbox: Sandbox, case: Case) -> str:
         """How the kernel judges the case: ``allowed``, ``denied``, or an outcome that is neither."""

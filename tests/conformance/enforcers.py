@@ -30,6 +30,9 @@ class Enforcer(Protocol):
     refusals: frozenset[str]
     """The errnos that a denied connect may get."""
 
+    connects_write: bool
+    """Whether judging a connect writes to maps beside those that hold the policy."""
+
     def __enter__(self) -> Enforcer: ...
 
     def __exit__(
@@ -56,6 +59,7 @@ class Ebpf:
     """The programs stay attached to a cgroup above all sandboxes. Only the policy changes, as in real use."""
 
     refusals = frozenset({"EPERM"})
+    connects_write = True
     defines: Defines = ()
 
     def __init__(self, folder: Path) -> None:
@@ -107,6 +111,7 @@ class Iptables:
     # TCP is rejected with a reset. The sender of a datagram that OUTPUT rejects gets EPERM (NF_DROP in nf_hook_slow(),
     # Linux net/netfilter/core.c).
     refusals = frozenset({"ECONNREFUSED", "EPERM"})
+    connects_write = False
 
     def __init__(self, folder: Path) -> None:
         self._backend = IptablesBackend(state_folder=str(folder))
