@@ -95,8 +95,8 @@ class Bench:
     def under(self, policy: Policy) -> Iterator[Sandbox]:
         """The sandbox with the policy in force. An exception in the block closes it.
 
-        The policy is read back when it was applied. Without ``one_sandbox`` it is read back after the block, too, if the
-        backend writes to maps when it judges a connect.
+        The policy is read back when it was applied. Without ``one_sandbox`` it is read back after the block, too, where
+        judging a connect writes to maps.
         """
         if not self._one_sandbox and self._applied and self._applied[1] != policy:
             self._shared.close()
