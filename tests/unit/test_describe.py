@@ -8,7 +8,7 @@ import time
 
 from imds_guard.watch.describe import program_for
 from imds_guard.watch.fold import Fold
-from imds_guard.watch.process_info import UNKNOWN, Program
+from imds_guard.watch.process_info import UNKNOWN, ProcessInfo
 from tests.unit.test_process_info import ended_process
 from tests.unit.test_record import RECORD
 
@@ -27,7 +27,7 @@ def test_an_ended_caller_keeps_the_program_of_its_earlier_event() -> None:
 
 def test_another_process_does_not_get_it() -> None:
     fold = new_fold()
-    fold.note = (1, Program("/bin/one"))
+    fold.note = (1, ProcessInfo("/bin/one"))
     assert program_for(RECORD._replace(tgid=ended_process()), fold) == UNKNOWN
 
 

@@ -11,13 +11,13 @@ import pytest
 from imds_guard.backends.ebpf.record import Record
 from imds_guard.watch.cgroup_info import CgroupInfo
 from imds_guard.watch.event import Values, as_json, as_line, record_values
-from imds_guard.watch.process_info import UNKNOWN, Program
+from imds_guard.watch.process_info import UNKNOWN, ProcessInfo
 from tests.unit.test_record import PACKET, RECORD, UID
 
 
 def values_of(record: Record = RECORD, **changed: Any) -> Values:
     cgroup = CgroupInfo("/system.slice/web.service", "web.service")
-    program = Program("/usr/bin/curl", "curl http://192.0.2.1")
+    program = ProcessInfo("/usr/bin/curl", "curl http://192.0.2.1")
     return {**record_values(record, "default", str(UID), cgroup, program), **changed}
 
 

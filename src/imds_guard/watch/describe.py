@@ -12,7 +12,7 @@ from imds_guard.watch.advice import would_allow
 from imds_guard.watch.cgroup_info import CgroupCache, CgroupInfo
 from imds_guard.watch.event import Values, record_values
 from imds_guard.watch.fold import Fold
-from imds_guard.watch.process_info import UNKNOWN, NameCache, Program, program_of
+from imds_guard.watch.process_info import UNKNOWN, NameCache, ProcessInfo, program_of
 from imds_guard.watch.timestamps import iso_time_of, wall_clock
 
 
@@ -43,7 +43,7 @@ class Describer:
         return values
 
 
-def program_for(record: Record, fold: Fold) -> Program:
+def program_for(record: Record, fold: Fold) -> ProcessInfo:
     """The program of the caller; if the process has ended, its program when the fold was last described."""
     if not record.tgid:
         return UNKNOWN
@@ -51,5 +51,5 @@ def program_for(record: Record, fold: Fold) -> Program:
     if program != UNKNOWN:
         fold.note = (record.tgid, program)
     elif isinstance(fold.note, tuple) and fold.note[0] == record.tgid:
-        return cast(Program, fold.note[1])
+        return cast(ProcessInfo, fold.note[1])
     return program

@@ -10,7 +10,7 @@ from typing import Any
 from imds_guard.backends.ebpf.record import Record
 from imds_guard.text import host_port, key_value
 from imds_guard.watch.cgroup_info import CgroupInfo
-from imds_guard.watch.process_info import Program, decoded, os_text
+from imds_guard.watch.process_info import ProcessInfo, decoded, os_text
 from imds_guard.watch.timestamps import iso_time_of
 
 Values = dict[str, Any]
@@ -21,7 +21,7 @@ Values = dict[str, Any]
 VERDICTS = ("denied", "audited", "allowed")
 
 
-def record_values(record: Record, lock: str | None, user: str, cgroup: CgroupInfo, program: Program) -> Values:
+def record_values(record: Record, lock: str | None, user: str, cgroup: CgroupInfo, program: ProcessInfo) -> Values:
     """A record with what is known of its caller. None for what is not known."""
     has_process = record.tgid != 0
     return {

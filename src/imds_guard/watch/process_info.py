@@ -26,17 +26,17 @@ _START_TIME_SLACK_S = 1.5
 # --- the program ----------------------------------------------------------------------------------------------------
 
 
-class Program(NamedTuple):
+class ProcessInfo(NamedTuple):
     """What a process runs now. None for what can't be read."""
 
     exe: str | None = None
     command_line: str | None = None
 
 
-UNKNOWN = Program()
+UNKNOWN = ProcessInfo()
 
 
-def program_of(pid: int, seen_at: float) -> Program:
+def program_of(pid: int, seen_at: float) -> ProcessInfo:
     """The program of a process; UNKNOWN when it has ended, or started after ``seen_at`` (seconds since the epoch)."""
     try:
         import psutil  # noqa: PLC0415 -- start-up time: nothing else needs it
@@ -46,7 +46,7 @@ def program_of(pid: int, seen_at: float) -> Program:
         process = psutil.Process(pid)
         if process.create_time() > seen_at + _START_TIME_SLACK_S:
             return UNKNOWN
-        return Program(_exe(process), _command_line(process))
+        return ProcessInfo(_exe(process), _command_line(process))
     except (psutil.Error, OSError):
         return UNKNOWN
 
