@@ -6,21 +6,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import os
 import select
 import socket
 import time
 from collections.abc import Iterator, Sequence
 from typing import Callable
 
+import pytest
+
 from imds_guard.connections.find import Scope
 from imds_guard.connections.values import Connection
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, listen, sockaddr
+from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, namespace_inode
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from tests.command import SERVICE, SERVICE_V6, STRANGER
 from tests.kernel.rules_in_a_sandbox import NO_GROUP
+
+NEEDS_THE_HOST = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root"),
+    pytest.mark.skipif(namespace_inode("pid") != INITIAL_PID_NAMESPACE, reason="in a container all callers are denied"),
+]
+"""Marks of tests that make sandboxes and judge the host's processes in them."""
 
 WITHIN_S = 20.0
 UNLOCKED = "192.0.2.9"

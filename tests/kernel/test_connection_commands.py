@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,18 +12,14 @@ from imds_guard.connections.cut import find_denied
 from imds_guard.present import connections as present_connections
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard
 from tests.kernel.clients import (
+    NEEDS_THE_HOST,
     Stage,
     locked,
     opening,
     stage,
 )
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root"),
-    pytest.mark.skipif(
-        os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container all callers are denied"
-    ),
-]
+pytestmark = NEEDS_THE_HOST
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from imds_guard.policy.model import Mode
 from imds_guard.present import connections as present_connections
 from tests.command import ONE, STRANGER
 from tests.kernel.clients import (
+    NEEDS_THE_HOST,
     WITHIN_S,
     Stage,
     locked,
@@ -37,12 +38,7 @@ from tests.kernel.clients import (
 )
 from tests.kernel.places import without_capabilities
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root"),
-    pytest.mark.skipif(
-        os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container all callers are denied"
-    ),
-]
+pytestmark = NEEDS_THE_HOST
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from imds_guard.policy.model import Endpoint, Lock, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TWO
 from tests.kernel.clients import (
+    NEEDS_THE_HOST,
     PORT,
     UNLOCKED,
     Open,
@@ -33,12 +34,7 @@ from tests.kernel.clients import (
     written,
 )
 
-pytestmark = [
-    pytest.mark.skipif(os.geteuid() != 0, reason="making network namespaces and cgroups needs root"),
-    pytest.mark.skipif(
-        os.stat("/proc/self/ns/pid").st_ino != 0xEFFFFFFC, reason="in a container all callers are denied"
-    ),
-]
+pytestmark = NEEDS_THE_HOST
 
 MPTCP = 262  # IPPROTO_MPTCP in include/uapi/linux/in.h
 MAX_CONNECTS = 4  # until one stays in SYN_SENT

@@ -13,7 +13,7 @@ from imds_guard.backends import Change, Description
 from imds_guard.backends.ebpf import abi, hooks, probe
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.pins import PinLocation
-from imds_guard.backends.ebpf.render import render
+from imds_guard.backends.ebpf.render import require_fits
 from imds_guard.backends.ebpf.state import State, is_active, read_state
 from imds_guard.errors import GuardError, NotPermitted, trying
 from imds_guard.kernel import bpffs, lockfile, privileges
@@ -50,13 +50,13 @@ class EbpfBackend:
         with self._cgroup() as cgroup, trying("asking what eBPF can do here", "nothing was changed, run it again"):
             self._require_hooks(cgroup, policy is not None and policy.strict)
         if policy is not None:
-            _require_fits(policy)
+            require_fits(policy)
 
     def apply(self, policy: Policy) -> Change:
         """Backend.apply()."""
         from imds_guard.backends.ebpf import changes  # noqa: PLC0415
 
-        _require_fits(policy)
+        require_fits(policy)  # before anything is touched
         with self._target("putting the policy in force") as target:
             done = ("cleaned up after a command that was killed",) if target.folder.recover() else ()
             if target.folder.exists():
@@ -67,7 +67,7 @@ class EbpfBackend:
         """Backend.change(): hooks that are whole stay, whatever their version. Raises GuardError without a guard."""
         from imds_guard.backends.ebpf import changes  # noqa: PLC0415
 
-        _require_fits(policy)
+        require_fits(policy)
         with self._target("changing the policy") as target:
             target.folder.recover()
             if not target.folder.exists():
@@ -169,11 +169,6 @@ class EbpfBackend:
         if not set(abi.needed_hooks(strict)) <= set(current):
             compiler.require_bcc()
             program.kernel_offsets()
-
-
-def _require_fits(policy: Policy) -> None:
-    """Raises Unsupported when the maps are too small for the policy. Comes before anything is touched."""
-    render(policy, 1)
 
 
 def _open_the_lock(folder: Folder) -> None:

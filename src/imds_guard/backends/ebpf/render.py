@@ -25,6 +25,11 @@ class Range(NamedTuple):
     protocols: int
 
 
+def require_fits(policy: Policy) -> None:
+    """Raises Unsupported when the maps are too small for the policy."""
+    _check_sizes(policy, _number_lists(policy), _endpoint_entries(policy))
+
+
 def render(policy: Policy, generation: int) -> Image:
     """The records that make the hooks enforce ``policy``. Raises Unsupported when they would not fit."""
     lists = _number_lists(policy)
