@@ -163,7 +163,7 @@ def traces(cgroup: str) -> dict[str, int]:
 def folder_of(cgroup: str) -> Folder:
     """The folder of pins of a cgroup's guard."""
     with open_cgroup(cgroup) as opened:
-        return Folder(bpffs.require_bpffs(), PinLocation(opened))
+        return Folder(bpffs.require_bpffs(), PinLocation(opened).name)
 
 
 @contextmanager

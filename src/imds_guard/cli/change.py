@@ -28,16 +28,20 @@ from imds_guard.policy.model import Endpoint, Identities, Policy
     metavar="UNIT",
     help="As this unit's ExecStop=: leave the lock alone unless systemd stops the unit for good.",
 )
+@click.option("--all", "everywhere", is_flag=True, help="Also open the locks of all cgroups.")
 @cgroup_option
-def stop(service: str | None, cgroup: str | None) -> None:
+def stop(service: str | None, everywhere: bool, cgroup: str | None) -> None:
     """Open the locks and remove everything of imds-guard from the kernel."""
     from imds_guard.commands.service import may_unlock, repairs_itself  # noqa: PLC0415
 
     require_root("stop")
+    if everywhere and (service is not None or cgroup is not None):
+        raise UsageError("--all is about every guard: neither --cgroup nor --service goes with it")
     if service is not None and not may_unlock(service):
         print_lines([f"the lock stays in force: {service} is restarted, or the machine goes down"])
         return
-    print_lines(guard.stop(cgroup) or ["imds-guard was not active: nothing to remove"])
+    done = guard.stop_all() if everywhere else guard.stop(cgroup)
+    print_lines(done or ["imds-guard was not active: nothing to remove"])
     if service is None and cgroup is None and repairs_itself():
         print_warnings(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 from imds_guard.backends import Backend, Change, choose
 from imds_guard.commands.look import active_policy, forwarded, reading_tables_once
 from imds_guard.commands.options import GuardOptions, Progress
-from imds_guard.errors import BadPolicy, Unsupported, UsageError
+from imds_guard.errors import BadPolicy, GuardError, Unsupported, UsageError
 from imds_guard.kernel import lockfile
 from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
 from imds_guard.text import count_of
@@ -85,6 +85,7 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
             change = change.then(_remove_others(running, name))
             if options.cgroup is None:
                 change = change.then(forwarded().enforce(policy, options.forwarded))
+            change = change.then(remove_orphans())
             why = tuple(f"{other.backend.name} can't be used: {other.refusal}" for other in refused)
             change = Change(warnings=why).then(change)
             return _outcome(checked.backend, policy, change, _cut_connections(checked.backend, policy, options))
@@ -105,6 +106,16 @@ def _remove_others(running: dict[str, Backend], name: str) -> Change:
         if other != name:
             change = change.then(backend.remove())
     return change
+
+
+def remove_orphans() -> Change:
+    """Removes the pins of guards whose cgroup is gone. They lock nothing, so a failure is a warning."""
+    from imds_guard.backends.ebpf import other_guards  # noqa: PLC0415 -- start-up time
+
+    try:
+        return other_guards.remove_orphans()
+    except GuardError as error:
+        return Change(warnings=(str(error),))
 
 
 def _cut_connections(backend: Backend, policy: Policy, options: GuardOptions) -> CutResult:
@@ -146,6 +157,15 @@ def stop(cgroup: str | None) -> list[str]:
     if not_asked is not None and not change.done:
         raise not_asked
     return list(change.done)
+
+
+def stop_all() -> list[str]:
+    """stop() for the machine's guard, and for the guard of every cgroup, also of one that is gone."""
+    from imds_guard.backends.ebpf import other_guards  # noqa: PLC0415 -- start-up time
+
+    done = stop(None)
+    with one_at_a_time(None):
+        return [*done, *other_guards.remove_all().done]
 
 
 # --- changes to the policy in force ---------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ def _status(cgroup: str | None) -> Status:
         faults.insert(0, EMERGENCY_FAULT)
     if cgroup is None:
         faults += _forwarding_faults(policy)
+    if cgroup is None or not active:
+        faults += _orphan_faults()
     return Status(name, policy, faults, first.ebpf if first is not None else None)
 
 
@@ -107,6 +109,16 @@ def _forwarding_faults(policy: Policy | None) -> list[str]:
         return forwarded().faults(policy)
     except Unsupported:
         return []
+
+
+def _orphan_faults() -> list[str]:
+    """Guards whose cgroup is gone.
+
+    Where a cgroup has a guard that is in force, others' are not its faults.
+    """
+    from imds_guard.backends.ebpf import other_guards  # noqa: PLC0415
+
+    return [orphan.fault for orphan in other_guards.orphans()]
 
 
 # --- check and explain ----------------------------------------------------------------------------------------------

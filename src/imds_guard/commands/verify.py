@@ -45,14 +45,25 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
         before = look.status(where.cgroup)
         if not _needs_repair(before, path):
             return VerifyResult(before, before, [], [])
+        found, repaired = _without_orphans(before, where.cgroup)
+        if not _needs_repair(found, path):
+            return VerifyResult(before, found, repaired, [])
         try:
-            done, warnings = _put_back(before, path, where, progress)
+            done, warnings = _put_back(found, path, where, progress)
         except GuardError as error:
-            return VerifyResult(before, look.status(where.cgroup), [], [], error)
+            return VerifyResult(before, look.status(where.cgroup), repaired, [], error)
         after = look.status(where.cgroup)
-    faults = before.faults or ["nothing was in force"]
-    repaired = [f"{fault}: {done}" for fault in faults if fault not in after.faults]
+    faults = found.faults or ["nothing was in force"]
+    repaired += [f"{fault}: {done}" for fault in faults if fault not in after.faults]
     return VerifyResult(before, after, repaired, warnings)
+
+
+def _without_orphans(before: Status, cgroup: str | None) -> tuple[Status, list[str]]:
+    """The state when the pins of guards whose cgroup is gone were removed, and a line for each of these faults."""
+    if not before.faults or not guard.remove_orphans().done:
+        return before, []
+    after = look.status(cgroup)
+    return after, [f"{fault}: the pins were removed" for fault in before.faults if fault not in after.faults]
 
 
 def _needs_repair(found: Status, path: str) -> bool:

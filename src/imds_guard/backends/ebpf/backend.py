@@ -79,7 +79,7 @@ class EbpfBackend:
         with self._target("opening the lock") as (cgroup, folder, _):
             found = folder.recover()
             if folder.exists():
-                _open_the_lock(folder)
+                open_the_lock(folder)
                 folder.remove()
                 found = True
             found = bool(hooks.detach_unpinned(cgroup, None)) or found
@@ -149,7 +149,7 @@ class EbpfBackend:
 
         with self._cgroup() as cgroup, _explained(doing):
             probe.require_host()
-            folder = Folder(bpffs.require_bpffs(), PinLocation(cgroup))
+            folder = Folder(bpffs.require_bpffs(), PinLocation(cgroup).name)
             with lockfile.exclusive(folder.name):
                 yield Target(cgroup, folder, self._defines)
 
@@ -171,7 +171,7 @@ class EbpfBackend:
             program.kernel_offsets()
 
 
-def _open_the_lock(folder: Folder) -> None:
+def open_the_lock(folder: Folder) -> None:
     """Sets generation 0, so that all hooks let everyone through at the same moment."""
     from imds_guard.backends.ebpf.store import MapStore  # noqa: PLC0415
 

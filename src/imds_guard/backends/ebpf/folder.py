@@ -14,7 +14,7 @@ import os
 from contextlib import suppress
 
 from imds_guard.backends.ebpf import hooks
-from imds_guard.backends.ebpf.pins import PinLocation, is_roots_folder
+from imds_guard.backends.ebpf.pins import is_roots_folder
 from imds_guard.errors import trying
 from imds_guard.kernel import syscalls
 
@@ -23,10 +23,13 @@ _FOREIGN = "~foreign~"
 
 
 class Folder:
-    """Paths, and the moves between them. At every moment a whole guard is at one of the paths."""
+    """Paths, and the moves between them. At every moment a whole guard is at one of the paths.
 
-    def __init__(self, bpffs: str, location: PinLocation) -> None:
-        self.name = location.name
+    ``name`` is PinLocation.name.
+    """
+
+    def __init__(self, bpffs: str, name: str) -> None:
+        self.name = name
         self.path = os.path.join(bpffs, self.name)
         self.building = self.path + "~new"
         self.leaving = self.path + "~old"

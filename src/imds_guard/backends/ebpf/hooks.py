@@ -115,6 +115,19 @@ def _open_link(hook: str, folder: str) -> int | None:
         return None
 
 
+def pinned_links(folder: str) -> list[bpf.LinkDescription]:
+    """The links that are pinned in a folder."""
+    found = []
+    for hook in abi.HOOKS:
+        fd = _open_link(hook, folder)
+        if fd is not None:
+            try:
+                found.append(bpf.describe_link(fd))
+            finally:
+                os.close(fd)
+    return found
+
+
 def attach(
     cgroup: Cgroup, folder: str, map_fds: Sequence[int], found: Sequence[Hook], defines: Defines, pins: str = ""
 ) -> None:

@@ -14,13 +14,16 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.kernel import bpffs, ownership
 from imds_guard.kernel.cgroup import Cgroup, open_cgroup
 
+CGROUP_GUARD = "imds-guard-"
+"""The name of the folder of pins of a cgroup's guard, before the ID of the cgroup."""
+
 
 class PinLocation:
     """Where the pins of one guard are, or would be: the guard of the whole machine, or that of a cgroup."""
 
     def __init__(self, cgroup: Cgroup) -> None:
         self.is_root = cgroup.is_root
-        self.name = "imds-guard" if cgroup.is_root else f"imds-guard-{cgroup.id}"
+        self.name = "imds-guard" if cgroup.is_root else f"{CGROUP_GUARD}{cgroup.id}"
         """The name of the folder of pins. The guard's lock files have it, too."""
 
     @classmethod
