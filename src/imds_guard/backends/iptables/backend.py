@@ -15,7 +15,7 @@ from imds_guard.backends.iptables.our_chains import COMMANDS, OurChains
 from imds_guard.backends.iptables.our_rules import ANCHOR, OurRules, read_rules
 from imds_guard.backends.iptables.parse import FamilyPolicy, combine
 from imds_guard.backends.iptables.programs import Program, default_program, titles
-from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, id_ranges, render
+from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, render, require_supported
 from imds_guard.backends.iptables.state_file import STATE_FOLDER, StateFile
 from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
@@ -23,10 +23,6 @@ from imds_guard.policy.model import Mode, Policy
 
 if TYPE_CHECKING:
     from imds_guard.backends.iptables.probe import ProbeResult
-
-MAX_RANGES = 20_000
-"""Ranges of IDs in all lists. iptables-restore takes seconds for so many, and its time grows faster than their number.
-"""
 
 
 class IptablesBackend:
@@ -68,12 +64,7 @@ class IptablesBackend:
             raise Unsupported(f"owner rules of iptables do not work here: {probed.reason}")
         if policy is None:
             return
-        if policy.strict:
-            raise Unsupported(
-                "iptables can't enforce a strict policy: it judges who opened a socket, and does not know if a connect "
-                "was let through; leave --strict (strict = true) out"
-            )
-        _check_size(policy)
+        require_supported(policy)
         grouped = sorted(lock.name for lock in policy.locks if lock.listed_groups)
         if grouped and not probed.supplementary and not self._resolves_groups():
             raise Unsupported(
@@ -231,16 +222,3 @@ def _has_ipv6() -> bool:
     except OSError:
         return False
     return True
-
-
-def _check_size(policy: Policy) -> None:
-    ranges = sum(
-        len(id_ranges(ids))
-        for lock in policy.locks
-        for ids in (lock.allow.users, lock.allow.groups, lock.deny.users, lock.deny.groups)
-    )
-    if ranges > MAX_RANGES:
-        raise Unsupported(
-            f"the lists of the policy have {ranges} ranges of IDs, and the maximum for iptables is {MAX_RANGES}: "
-            "list a group in place of its members"
-        )

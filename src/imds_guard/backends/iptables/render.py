@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
+from imds_guard.errors import Unsupported
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.ports import ALL_PORTS
 
@@ -33,6 +34,9 @@ FAN_OUT = 4
 
 nft counts a goto as a level and takes 16 (NFT_JUMP_STACK_SIZE, nft_chain_validate() in Linux
 net/netfilter/nf_tables_api.c); with OUTPUT and our own steps that leaves ten levels, a million ranges.
+"""
+MAX_RANGES = 20_000
+"""Ranges of IDs in all lists. iptables-restore takes seconds for so many, and its time grows faster than their number.
 """
 FLAT = 8
 """Up to so many ranges are in the lock's own chain, without a tree."""
@@ -50,6 +54,25 @@ class ResolvedPolicy(NamedTuple):
 
     policy: Policy
     members: Members | None = None
+
+
+def require_supported(policy: Policy) -> None:
+    """Raises Unsupported for a policy that no rules can enforce, on any machine."""
+    if policy.strict:
+        raise Unsupported(
+            "iptables can't enforce a strict policy: it judges who opened a socket, and does not know if a connect "
+            "was let through; leave --strict (strict = true) out"
+        )
+    ranges = sum(
+        len(id_ranges(ids))
+        for lock in policy.locks
+        for ids in (lock.allow.users, lock.allow.groups, lock.deny.users, lock.deny.groups)
+    )
+    if ranges > MAX_RANGES:
+        raise Unsupported(
+            f"the lists of the policy have {ranges} ranges of IDs, and the maximum for iptables is {MAX_RANGES}: "
+            "list a group in place of its members"
+        )
 
 
 def digest(policy: Policy) -> str:
