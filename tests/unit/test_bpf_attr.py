@@ -46,8 +46,8 @@ ENUMS: dict[type[enum.IntEnum], str] = {
     attr.AttachType: "BPF_",
     attr.LinkType: "BPF_LINK_TYPE_",
 }
-BITFIELDS = frozenset({"gpl_compatible"})
-"""C has no offset for these."""
+WITHOUT_PLACE = frozenset({"gpl_compatible", "_padding"})
+"""C has no offset for a bit-field, and no name for padding."""
 
 
 def agrees(*claims: str, folder: Path) -> None:
@@ -64,12 +64,25 @@ def places(struct: type[ctypes.Structure], c_type: str, prefix: str) -> list[str
     """That each field has its offset and its size."""
     claims = []
     for name, *_ in struct._fields_:
-        if name in BITFIELDS:
+        if name in WITHOUT_PLACE:
             continue
         field, place = getattr(struct, name), OTHER_PLACES.get((struct, name), name)
         claims.append(f"offsetof({c_type}, {prefix}{place}) == {field.offset}")
         claims.append(f"sizeof((({c_type} *)0)->{prefix}{place}) == {field.size}")
     return claims
+
+
+@pytest.mark.parametrize("struct", [*MEMBERS_OF_ATTR, *OTHER_STRUCTS], ids=lambda struct: str(struct.__name__))
+def test_the_layout_is_the_same_in_a_32_bit_python(struct: type[ctypes.Structure]) -> None:
+    """Linux aligns the 64-bit fields to 8 bytes for every program. 32-bit x86 aligns them to 4 where nobody pads."""
+    end = 0
+    for name, *_ in struct._fields_:
+        field = getattr(struct, name)
+        if name != "gpl_compatible":
+            assert field.offset == end, f"before {name} the compiler pads"
+            end = field.offset + field.size
+        else:
+            end = field.offset + 4
 
 
 def test_every_struct_is_compared() -> None:

@@ -3,7 +3,7 @@
 
 Each class below that is not an enum is a ctypes struct: a member of ``union bpf_attr``, or the kernel's description of
 an object. Members that nobody sets are zero, which the kernel takes as "not given". Buffers are given by their address,
-in a field of type c_uint64.
+in a field of type c_uint64. The kernel aligns these to 8 bytes and 32-bit x86 to 4: padding is explicit.
 """
 
 from __future__ import annotations
@@ -116,7 +116,13 @@ class MapCreate(ctypes.Structure):
 class Element(ctypes.Structure):
     """BPF_MAP_*_ELEM and BPF_MAP_GET_NEXT_KEY. ``value`` is ``next_key`` for the latter: the two share their place."""
 
-    _fields_ = [("map_fd", c_uint32), ("key", c_uint64), ("value", c_uint64), ("flags", c_uint64)]
+    _fields_ = [
+        ("map_fd", c_uint32),
+        ("_padding", c_uint32),
+        ("key", c_uint64),
+        ("value", c_uint64),
+        ("flags", c_uint64),
+    ]
 
 
 class Batch(ctypes.Structure):
@@ -294,6 +300,7 @@ class LinkInfo(ctypes.Structure):
         ("type", c_uint32),
         ("id", c_uint32),
         ("prog_id", c_uint32),
+        ("_padding", c_uint32),
         ("cgroup_id", c_uint64),
         ("attach_type", c_uint32),
     ]
