@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Callable
 
 from imds_guard.kernel.credentials import become
+from imds_guard.kernel.syscall_numbers import syscall_number
 from tests.adversary.model import Attack, Verdict, Way
 from tests.adversary.privileges import CAP_SYS_PTRACE, become_user
 from tests.adversary.rings import Ring
@@ -31,7 +32,6 @@ from tests.adversary.scene import (
 from tests.adversary.talk import ask, connected, make_socket, packed, set_timeouts, there
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_PIDFD_GETFD = 438  # pidfd_getfd(2): the same number on every architecture but alpha
 
 Prepare = Callable[[], socket.socket]
 
@@ -104,7 +104,9 @@ def _taken(prepare: Prepare, connect: bool) -> Callable[[], bytes]:
 
     def take(pid: int, number: int) -> bytes:
         process = os.pidfd_open(pid)
-        with socket.socket(fileno=_checked(_libc.syscall(_PIDFD_GETFD, process, number, 0), "pidfd_getfd")) as one:
+        with socket.socket(
+            fileno=_checked(_libc.syscall(syscall_number("pidfd_getfd"), process, number, 0), "pidfd_getfd")
+        ) as one:
             os.close(process)
             return _use(one, connect)
 

@@ -11,7 +11,6 @@ import struct
 from tests.conformance import uring
 from tests.conformance.attempts import _Vector
 
-_REGISTER = 427  # io_uring_register(2): the same number on every architecture but alpha
 _REGISTER_PERSONALITY = 9
 _OP_SENDMSG, _OP_CONNECT = 9, 16
 _MESSAGE_HEADER = struct.Struct("@QI4xQQQQi4x")  # struct msghdr (sendmsg(2))
@@ -24,7 +23,7 @@ class Ring(uring.Ring):
 
     def register_personality(self) -> int:
         """Registers the caller's credentials in the ring. Returns their ID."""
-        return uring._call(_REGISTER, self._fd, _REGISTER_PERSONALITY, 0, 0)
+        return uring.call("io_uring_register", self._fd, _REGISTER_PERSONALITY, 0, 0)
 
     def take(self, fd: int, address: bytes, flags: int = 0, personality: int = 0) -> None:
         """Connects. Raises OSError with the errno of the completion."""
@@ -57,7 +56,7 @@ class Ring(uring.Ring):
         struct.pack_into("=I", self._sq, self._sq_array, 0)
         struct.pack_into("=I", self._sq, self._sq_tail, 1)
         wake = uring._ENTER_SQ_WAKEUP if self._sqpoll else 0
-        uring._call(uring._SYS_ENTER, self._fd, 0 if self._sqpoll else 1, 0, wake, 0, 0)
+        uring.call("io_uring_enter", self._fd, 0 if self._sqpoll else 1, 0, wake, 0, 0)
         if not select.select([self._fd], [], [], 10.0)[0]:
             raise TimeoutError("the ring has no completion")
         result = self._completion()[1]

@@ -9,10 +9,11 @@ import os
 import select
 import struct
 
+from imds_guard.kernel.syscall_numbers import syscall_number
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
-# Source: include/uapi/linux/io_uring.h. The system calls have the same numbers on every architecture but alpha.
-_SYS_SETUP, _SYS_ENTER = 425, 426
+# Source: include/uapi/linux/io_uring.h
 _SETUP_SQPOLL = 1 << 1
 _ENTER_GETEVENTS, _ENTER_SQ_WAKEUP = 1 << 0, 1 << 1
 _OFF_SQ_RING, _OFF_CQ_RING, _OFF_SQES = 0, 0x8000000, 0x10000000
@@ -28,7 +29,7 @@ class Ring:
 
     def __init__(self, *, sqpoll: bool = False) -> None:
         params = ctypes.create_string_buffer(struct.pack("=III", 0, 0, _SETUP_SQPOLL if sqpoll else 0), _PARAMS_SIZE)
-        self._fd = _call(_SYS_SETUP, 1, ctypes.addressof(params))
+        self._fd = call("io_uring_setup", 1, ctypes.addressof(params))
         self._sqpoll = sqpoll
         sq = struct.unpack_from("=7I", params.raw, _SQ_OFFSETS)
         cq = struct.unpack_from("=7I", params.raw, _CQ_OFFSETS)
@@ -46,7 +47,7 @@ class Ring:
         )
         struct.pack_into("=I", self._sq, self._sq_array, 0)
         struct.pack_into("=I", self._sq, self._sq_tail, 1)
-        _call(_SYS_ENTER, self._fd, 0 if self._sqpoll else 1, 0, _ENTER_SQ_WAKEUP if self._sqpoll else 0, 0, 0)
+        call("io_uring_enter", self._fd, 0 if self._sqpoll else 1, 0, _ENTER_SQ_WAKEUP if self._sqpoll else 0, 0, 0)
         if not select.select([self._fd], [], [], timeout_s)[0]:
             raise TimeoutError("the ring has no completion")
         _, result = self._completion()
@@ -67,8 +68,11 @@ class Ring:
         os.close(self._fd)
 
 
-def _call(number: int, *arguments: int) -> int:
-    result = int(_libc.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments)))
+def call(name: str, *arguments: int) -> int:
+    """syscall(2). Raises OSError."""
+    result = int(
+        _libc.syscall(ctypes.c_long(syscall_number(name)), *(ctypes.c_long(argument) for argument in arguments))
+    )
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

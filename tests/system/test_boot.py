@@ -145,8 +145,8 @@ def test_boot_refuses_options_that_say_who_or_where(guard: Guard) -> None:
 
 
 def _with_iptables(guard: Guard, *words: str) -> Result:
-    argv = (sys.executable, "-I", str(NO_BPF), *command.argv(words))
-    return guard.sandbox.call(lambda: command.run(argv), timeout_s=TIMEOUT_S)
+    argv = (sys.executable, str(NO_BPF), *command.argv(words))
+    return guard.sandbox.call(lambda: command.run(argv, {"PYTHONPATH": command.SOURCES}), timeout_s=TIMEOUT_S)
 
 
 def test_without_ebpf_both_locks_use_iptables(guard: Guard, tmp_path: Path) -> None:

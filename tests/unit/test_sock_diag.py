@@ -26,6 +26,7 @@ from imds_guard.kernel.namespaces import Namespace, network_namespaces
 from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.kernel.socket_holders import holders_of
+from imds_guard.kernel.syscall_numbers import syscall_number
 from imds_guard.policy.model import Endpoint, Lock, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 
@@ -246,17 +247,14 @@ def holders_of_in_child(inode: int) -> tuple[int, ...]:
     return run_in_child(lambda: holders_of(frozenset([inode])).pids[inode])
 
 
-_SYS_EXIT = {"x86_64": 60, "aarch64": 93}
-"""exit(2) ends one thread. exit() of C and of Python ends all of them."""
-
-
 def _hang() -> None:
     os.read(os.pipe()[0], 1)
 
 
 def _first_thread_ends() -> None:
+    """exit(2) ends one thread. exit() of C and of Python ends all of them."""
     threading.Thread(target=_hang).start()
-    ctypes.CDLL(None).syscall(_SYS_EXIT[os.uname().machine], 0)
+    ctypes.CDLL(None).syscall(syscall_number("exit"), 0)
 
 
 @contextmanager

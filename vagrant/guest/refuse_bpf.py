@@ -8,11 +8,12 @@ import os
 import struct
 import sys
 
-# Numbers from include/uapi/linux/{prctl,seccomp,bpf_common,audit}.h and arch/x86/entry/syscalls/syscall_64.tbl.
+from imds_guard.kernel.syscall_numbers import syscall_number
+
+# Numbers from include/uapi/linux/{prctl,seccomp,bpf_common,audit}.h
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LOAD_WORD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
 ALLOW, REFUSE_WITH_EPERM = 0x7FFF0000, 0x00050001
-BPF_SYSCALL = {"x86_64": 321, "aarch64": 280}
 
 
 def _filter(number: int) -> bytes:
@@ -27,7 +28,7 @@ def _filter(number: int) -> bytes:
 
 def refuse_bpf() -> None:
     """Sets the filter for this process and its children. It can't be removed."""
-    code = ctypes.create_string_buffer(_filter(BPF_SYSCALL[os.uname().machine]))
+    code = ctypes.create_string_buffer(_filter(syscall_number("bpf")))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(code)))
     libc = ctypes.CDLL(None, use_errno=True)
     # Root needs no no_new_privs for a filter, and no_new_privs would change the behaviour of sudo and setuid programs.

@@ -167,6 +167,7 @@ class EbpfBackend:
         found = hooks.inspect(cgroup, PinLocation(cgroup).pins())
         current = [hook.name for hook in found if hook.ours and hook.ours.version == version]
         if not set(abi.needed_hooks(strict)) <= set(current):
+            probe.require_64_bit()
             compiler.require_bcc()
             program.kernel_offsets()
 

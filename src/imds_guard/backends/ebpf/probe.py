@@ -9,7 +9,7 @@ import struct
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.errors import NotPermitted, Unsupported, system_text
-from imds_guard.kernel import bpf, namespaces, privileges
+from imds_guard.kernel import bpf, namespaces, privileges, syscall_numbers
 
 _ELSEWHERE = "the iptables backend can serve instead"
 
@@ -30,6 +30,19 @@ def require_host() -> None:
         raise Unsupported(
             "looking at the PID namespace: this process is in a container, where every process of the host would count "
             "as one in a container; run it on the host, or in the host's PID namespace"
+        )
+
+
+def require_64_bit() -> None:
+    """Raises unless this Python is a 64-bit program: our programs read the memory of 64-bit kernels.
+
+    A guard that is in force can be read, changed and removed by a 32-bit Python, too.
+    """
+    if not syscall_numbers.is_64_bit():
+        machine = os.uname().machine
+        raise Unsupported(
+            f"looking whether eBPF programs can be compiled: this Python is a 32-bit program (on {machine}), "
+            f"and imds-guard compiles them in a 64-bit one only; run it with a 64-bit Python; {_ELSEWHERE}"
         )
 
 
