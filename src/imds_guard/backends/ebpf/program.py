@@ -57,8 +57,11 @@ def kernel_offsets() -> Defines:
     return tuple((f"IG_OFF_{struct}_{member}".upper(), offset) for (struct, member), offset in offsets.items())
 
 
-def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str, bytes]:
-    """The instructions of the functions of these hooks, with placeholders: function -> instructions."""
+def compile_hooks(names: Collection[str], defines: Defines = (), offsets: Defines | None = None) -> Mapping[str, bytes]:
+    """The instructions of the functions of these hooks, with placeholders: function -> instructions.
+
+    ``offsets`` are those of another kernel, for tests. By default the running kernel's are used.
+    """
     folder = source_folder()
     callbacks = set(abi.CALLBACKS.values()) if BPF_LOOP[0] in defines else set()
     return compiler.compile_functions(
@@ -66,7 +69,7 @@ def compile_hooks(names: Collection[str], defines: Defines = ()) -> Mapping[str,
         str(folder),
         str(folder / "include"),
         tuple(sorted({abi.HOOKS[name].function for name in names} | callbacks)),
-        kernel_offsets() + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
+        (kernel_offsets() if offsets is None else offsets) + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
     )
 
 
@@ -109,16 +112,23 @@ def _load_all(names: Sequence[str], code: Mapping[str, bytes], map_fds: Sequence
 
 def load_hook(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], version: str) -> int:
     """The fd of one hook's program, verified by the kernel, on the given maps (in the order of abi.Map)."""
-    shape = abi.HOOKS[hook]
     name = abi.program_name(hook, version)
-    callbacks = {number: (callback, code[callback]) for number, callback in abi.CALLBACKS.items() if callback in code}
-    whole = compiler.with_callbacks(name, code[shape.function], callbacks)
-    instructions = compiler.relocated(whole.instructions, {abi.HOOK_PLACEHOLDER: shape.number}, abi.MAP_BASE, map_fds)
+    whole = complete(hook, code, map_fds, name)
     with trying(f"loading the eBPF program {name}", "nothing was changed"):
-        fd, refusal = bpf.prog_load_explained(instructions, name, shape.attach_type, whole.functions)
+        fd, refusal = bpf.prog_load_explained(whole.instructions, name, abi.HOOKS[hook].attach_type, whole.functions)
     if fd < 0:
         raise Unsupported(
             f"loading the eBPF program {name}: the kernel's verifier refused it: {refusal}; nothing was changed, "
             "please report it with the kernel's version"
         )
     return fd
+
+
+def complete(hook: str, code: Mapping[str, bytes], map_fds: Sequence[int], name: str) -> compiler.Program:
+    """The program of one hook as the kernel gets it: with its callbacks, on the maps (in the order of abi.Map)."""
+    shape = abi.HOOKS[hook]
+    callbacks = {number: (callback, code[callback]) for number, callback in abi.CALLBACKS.items() if callback in code}
+    whole = compiler.with_callbacks(name, code[shape.function], callbacks)
+    return whole._replace(
+        instructions=compiler.relocated(whole.instructions, {abi.HOOK_PLACEHOLDER: shape.number}, abi.MAP_BASE, map_fds)
+    )

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The structs of tests/vm/c/machine.h that Python fills and reads. library.py compares their sizes."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
+
+
+class Trap(enum.IntFlag):
+    """enum trap: what a program must never do."""
+
+    OPCODE = 1 << 0
+    HELPER = 1 << 1
+    ARGUMENT = 1 << 2
+    LOAD = 1 << 3
+    STORE = 1 << 4
+    KERNEL_LOAD = 1 << 5
+    KERNEL_READ = 1 << 6
+    JUMP = 1 << 7
+    ENDLESS = 1 << 8
+    RETURN = 1 << 9
+    REFERENCE = 1 << 10
+    DEPTH = 1 << 11
+
+    @classmethod
+    def names(cls, bits: int) -> frozenset[str]:
+        """The names of the bits that are set, in lower case: ``{"store", "return"}``."""
+        return frozenset(one.name.lower() for one in cls if one & bits and one.name)
+
+
+class TaskC(ctypes.Structure):
+    """struct task_facts."""
+
+    _fields_ = [
+        *((name, c_uint64) for name in ("pid_tgid", "cgroup_id", "netns_cookie")),
+        *((name, c_uint32) for name in ("fsuid", "fsgid", "flags", "pid_level", "user_ns_level")),
+        ("groups", c_uint32),
+        ("claimed_groups", c_uint32),
+        ("comm", c_uint8 * 16),
+        ("pad", c_uint32),
+    ]
+
+
+class SocketC(ctypes.Structure):
+    """struct socket_facts."""
+
+    _fields_ = [
+        ("family", c_uint32),
+        ("state", c_uint32),
+        ("local", c_uint8 * 16),
+        ("remote", c_uint8 * 16),
+        ("local_port", c_uint16),
+        ("remote_port", c_uint16),
+        ("device", c_uint32),
+        ("full", c_uint32),
+        ("marked", c_uint32),
+        ("mark", c_uint8 * 64),
+    ]
+
+
+class AttemptC(ctypes.Structure):
+    """struct attempt."""
+
+    _fields_ = [
+        ("family", c_uint32),
+        ("protocol", c_uint32),
+        ("to", c_uint8 * 16),
+        ("port", c_uint32),
+        ("message_source", c_uint8 * 16),
+        ("is_ipv4", c_uint32),
+        ("is_message", c_uint32),
+        ("repeat", c_uint32),
+        ("socket", SocketC),
+    ]
+
+
+class PacketC(ctypes.Structure):
+    """struct packet."""
+
+    _fields_ = [
+        ("protocol", c_uint32),
+        ("ifindex", c_uint32),
+        ("uid", c_uint32),
+        ("socket", c_int32),
+        ("len", c_uint32),
+    ]
+
+
+CALLBACK = ctypes.CFUNCTYPE(None, c_uint32)
+
+
+class ControlsC(ctypes.Structure):
+    """struct controls."""
+
+    _fields_ = [
+        *((name, c_uint32) for name in ("fail_first", "fail_last", "fail_load", "callback_at")),
+        ("callback", CALLBACK),
+        ("time_ns", c_uint64),
+        ("step_limit", c_uint64),
+        ("ring_full", c_uint32),
+        ("keep_results", c_uint32),
+    ]
+
+
+COUNTS, EVENT_BYTES, ROW_BYTES, MARK_BYTES = 64, 128, 64, 64
+
+
+class OutcomeC(ctypes.Structure):
+    """struct outcome."""
+
+    _fields_ = [
+        ("returned", c_uint64),
+        *((name, c_uint32) for name in ("traps", "events", "rows", "marked")),
+        ("counts", c_uint8 * COUNTS),
+        ("event", c_uint8 * EVENT_BYTES),
+        ("row_key", c_uint8 * 8),
+        ("row", c_uint8 * ROW_BYTES),
+        ("mark", c_uint8 * MARK_BYTES),
+    ]
+
+
+class CallC(ctypes.Structure):
+    """struct call."""
+
+    _fields_ = [("helper", c_uint16), ("map", c_uint16), ("instruction", c_uint32)]
+
+
+LAYOUT_FIELDS = 11
+LayoutC = c_int32 * LAYOUT_FIELDS
+"""struct layout."""
+
+SIZES = (TaskC, SocketC, AttemptC, PacketC, ControlsC, OutcomeC, CallC, LayoutC)
+"""In the order of vm_sizes()."""
