@@ -118,7 +118,7 @@ def decide(policy: Policy, caller: Caller, destination: Destination, source: Sou
     """Whether ``caller`` may connect to ``destination``, and why."""
     address = resolve_unspecified(destination.address, source)
     if address is None:
-        if _is_locked_anywhere(policy, destination):
+        if is_locked_anywhere(policy, destination):
             return _decision(policy, Reason.UNSPECIFIED_DESTINATION, None)
         return Decision(True, Reason.NOT_LOCKED)
     lock = find_lock(policy, destination._replace(address=address))
@@ -160,7 +160,7 @@ def find_lock(policy: Policy, destination: Destination) -> Lock | None:
     return best
 
 
-def _is_locked_anywhere(policy: Policy, destination: Destination) -> bool:
+def is_locked_anywhere(policy: Policy, destination: Destination) -> bool:
     """True when some IPv4 endpoint locks this protocol and port, whatever its address."""
     return any(
         endpoint.network.version == 4 and has_port(endpoint.ports(destination.protocol), destination.port)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The specification of strict mode: ``decide_packet()`` says whether a packet may leave, and why.
+
+bpf/egress.h is compared with it. Nothing here touches the system.
+
+A connect is judged by who makes it; a packet by the socket that sends it. The connect hooks mark each socket that they
+let through with the reason. A packet to a locked endpoint leaves when the reason still holds. Few others leave: answers
+of a service on this machine to its approved clients, resets, and what the kernel says for a connection that is closed.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Union
+
+from imds_guard.policy.decide import Destination, find_lock, is_locked_anywhere
+from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict
+from imds_guard.policy.packet import RST, SYN, Fragment, Packet
+
+# --- the question ---------------------------------------------------------------------------------------------------
+
+
+class MarkKind(enum.IntEnum):
+    """Why a socket's last connect or sendmsg was let through. The numbers are ABI (bpf/imds_guard.h)."""
+
+    USER = 1
+    GROUP = 2
+    DEFAULT = 3
+    AUDIT = 4
+    """It would have been denied, but the mode was audit."""
+    OPEN = 5
+    """A TCP connect to a locked address, to a port that is not locked."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the connect hooks left on a socket."""
+
+    kind: MarkKind
+    serial: int = 0
+    """The number of the policy of that moment. Each change of policy has another one."""
+    lock: str | None = None
+    """The lock whose lists let it through. Only read where the serial is that of the policy."""
+    fsuid: int = 0
+    gid: int = 0
+    """The allowed group, for GROUP."""
+    containers_unchecked: bool = False
+    """Containers were allowed then, so nobody asked whether the caller was in one."""
+
+
+class State(enum.IntEnum):
+    """States of a TCP socket that count here. Source: include/net/tcp_states.h in Linux."""
+
+    ESTABLISHED = 1
+    SYN_SENT = 2
+    TIME_WAIT = 6
+    LISTEN = 10
+    NEW_SYN_RECV = 12
+
+
+@dataclass(frozen=True)
+class Socket:
+    """A socket of this machine, or what the kernel keeps in place of one.
+
+    A connection in TIME_WAIT, and one that a listener has not accepted yet (NEW_SYN_RECV), are no whole sockets: they
+    have no mark. Source: sk_fullsock() in Linux include/net/sock.h.
+    """
+
+    state: State = State.ESTABLISHED
+    mark: Mark | None = None
+
+    @property
+    def approval(self) -> Mark | None:
+        """The mark, where the kernel can have one."""
+        return None if self.state in (State.TIME_WAIT, State.NEW_SYN_RECV) else self.mark
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The sockets of this machine that a packet has to do with.
+
+    ``sending`` is the socket that it belongs to. Raw sockets have no mark; an answer of the kernel's own belongs to a
+    socket of the kernel, or to none. The other two are what the kernel's TCP tables have for the packet's addresses
+    and ports, as for one that arrives: at the end where it comes from, and at the end where it goes.
+    """
+
+    sending: Socket | None = None
+    at_source: Socket | None = None
+    at_destination: Socket | None = None
+    by_loopback: bool = False
+    """It leaves by the loopback interface. So do all packets to an address of this machine."""
+
+
+# --- the answer -----------------------------------------------------------------------------------------------------
+
+
+class PacketReason(enum.Enum):
+    """Why a packet may leave or may not. Checked in this order; the first that applies decides."""
+
+    NOT_IP = "it has no IP address"
+    LATER_FRAGMENT = "a later fragment: without the first one nobody can put it together"
+    OTHER_PROTOCOL = "neither TCP nor UDP"
+    NOT_LOCKED = "not locked"
+    NOT_STRICT = "the policy is not strict"
+    APPROVED_SOCKET = "the reason that let the socket through still holds"
+    REPLY = "a service of this machine answers an approved client"
+    RESET = "a reset: it ends a connection"
+    CLOSED = "it belongs to a closed connection, which the kernel keeps for a while"
+    UNAPPROVED_SOCKET = "no hook has approved the socket, or its right has ended since"
+
+
+@dataclass(frozen=True)
+class PacketDecision:
+    """The outcome for one packet. Only UNAPPROVED_SOCKET is counted and reported."""
+
+    allowed: bool
+    reason: PacketReason
+    lock: str | None = None
+    """None also where nobody can say which lock it is: the packet is unreadable, or goes to 0.0.0.0."""
+
+
+# --- the decision ---------------------------------------------------------------------------------------------------
+
+
+def decide_packet(policy: Policy, serial: int, packet: Packet | None, ends: Ends) -> PacketDecision:
+    """Whether a packet may leave under the policy with this serial number, and why."""
+    if packet is None:
+        return PacketDecision(True, PacketReason.NOT_IP)
+    if packet.fragment is Fragment.LATER:
+        return PacketDecision(True, PacketReason.LATER_FRAGMENT)
+    if packet.readable and packet.protocol is None:
+        return PacketDecision(True, PacketReason.OTHER_PROTOCOL)
+    target = _target_of(policy, packet)
+    if target is Unlocked.PORT:
+        return PacketDecision(True, PacketReason.NOT_LOCKED)
+    lock = target.name if isinstance(target, Lock) else None
+    reason = _reason(policy, serial, packet, ends, target) if policy.strict else PacketReason.NOT_STRICT
+    dropped = reason is PacketReason.UNAPPROVED_SOCKET and policy.mode is Mode.ENFORCE
+    return PacketDecision(not dropped, reason, lock)
+
+
+class Unlocked(enum.Enum):
+    """In place of a lock."""
+
+    PORT = "nothing is locked there"
+    UNKNOWN = "something is locked there; nobody can say what"
+
+
+Target = Union[Lock, Unlocked]
+
+
+def _target_of(policy: Policy, packet: Packet) -> Target:
+    """The lock that the packet is for."""
+    if packet.readable and packet.protocol is not None:
+        return _target(policy, packet.destination, packet.destination_port, packet.protocol)
+    return Unlocked.UNKNOWN if _has_locked_port(policy, packet.destination) else Unlocked.PORT
+
+
+def _target(policy: Policy, address: Address, port: int, protocol: Protocol) -> Target:
+    """The lock of an address as it is in a packet: there 0.0.0.0 leads nowhere, so nobody knows where it should go."""
+    destination = Destination(address, port, protocol)
+    if address.version == 4 and int(address) == 0:
+        return Unlocked.UNKNOWN if is_locked_anywhere(policy, destination) else Unlocked.PORT
+    return find_lock(policy, destination) or Unlocked.PORT
+
+
+def _has_locked_port(policy: Policy, address: Address) -> bool:
+    """An unreadable packet counts as one for every port of its address. For 0.0.0.0, of every IPv4 address."""
+    anywhere = address.version == 4 and int(address) == 0
+    endpoints = [endpoint for lock in policy.locks for endpoint in lock.endpoints]
+    return any(one.network.version == 4 if anywhere else one.covers(address) for one in endpoints)
+
+
+def _reason(policy: Policy, serial: int, packet: Packet, ends: Ends, target: Target) -> PacketReason:
+    """The reason for a packet to a locked endpoint under a strict policy."""
+    if ends.sending is not None and _approves(policy, serial, target, ends.sending.approval):
+        return PacketReason.APPROVED_SOCKET
+    if packet.tcp_flags and ends.by_loopback and _is_for_approved(policy, serial, packet, ends.at_destination):
+        return PacketReason.REPLY
+    # The kernel sends what follows in one piece. In a fragment the flags may be overwritten (RFC 1858, section 3).
+    if packet.fragment is Fragment.FIRST:
+        return PacketReason.UNAPPROVED_SOCKET
+    if packet.tcp_flags & RST:
+        return PacketReason.RESET
+    if packet.tcp_flags and not packet.tcp_flags & SYN:
+        states = [end.state for end in (ends.at_source, ends.at_destination) if end is not None]
+        if State.TIME_WAIT in states:
+            return PacketReason.CLOSED
+    return PacketReason.UNAPPROVED_SOCKET
+
+
+def _is_for_approved(policy: Policy, serial: int, packet: Packet, client: Socket | None) -> bool:
+    """Whether the receiver is a client that was approved for the service that the packet comes from.
+
+    A listening socket is not a client, whatever it was approved for before.
+    """
+    if client is None or client.state is State.LISTEN:
+        return False
+    service = _target(policy, packet.source, packet.source_port, Protocol.TCP)
+    if service is Unlocked.PORT:
+        # Everybody may connect to it. The mark shows that the socket is the client: it made the connect.
+        return client.approval is not None
+    return _approves(policy, serial, service, client.approval)
+
+
+def _approves(policy: Policy, serial: int, target: Target, mark: Mark | None) -> bool:
+    """Whether the reason of a mark lets packets to a lock through now."""
+    if mark is None or not isinstance(target, Lock):
+        return False
+    if mark.kind is MarkKind.OPEN:
+        return False
+    if mark.kind is MarkKind.AUDIT:
+        return policy.mode is Mode.AUDIT
+    if mark.serial == serial and _lists_of(policy, mark.lock) == _lists(target):
+        return True
+    return _is_still_allowed(policy, target, mark)
+
+
+def _is_still_allowed(policy: Policy, lock: Lock, mark: Mark) -> bool:
+    """Whether another policy, or another lock, lets through what the mark says of the caller.
+
+    A mark does not have the caller's groups, so a lock that denies groups can't be asked.
+    """
+    if lock.deny.groups or mark.fsuid in lock.deny.users:
+        return False
+    if mark.containers_unchecked and policy.containers is Verdict.DENY:
+        return False
+    if mark.kind is MarkKind.USER:
+        return mark.fsuid in lock.allow.users
+    if mark.kind is MarkKind.GROUP:
+        return mark.gid in lock.allow.groups
+    return lock.default is Verdict.ALLOW
+
+
+def _lists(lock: Lock) -> tuple[object, ...]:
+    return lock.allow, lock.deny, lock.default
+
+
+def _lists_of(policy: Policy, name: str | None) -> tuple[object, ...] | None:
+    return next((_lists(lock) for lock in policy.locks if lock.name == name), None)
