@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
-/* Strict mode: a packet to a locked endpoint must come from a marked socket. Runs for every packet that leaves. */
+/*
+ * Strict mode: a packet to a locked endpoint must come from a marked socket. Runs for every packet that leaves.
+ * policy/decide_packet.py: decide_packet() is its specification.
+ */
 #ifndef IMDS_GUARD_EGRESS_H
 #define IMDS_GUARD_EGRESS_H
 
@@ -22,6 +25,7 @@
 #define IG_LOOPBACK_IFINDEX 1 /* LOOPBACK_IFINDEX, include/net/flow.h */
 #define IG_TUPLE4_SIZE 12 /* sizes of struct bpf_sock_tuple: the verifier demands a constant */
 #define IG_TUPLE6_SIZE 36
+#define IG_OPEN_PORT 0x10000 /* in place of a list: the port is not locked */
 
 /* Extension headers of IPv6 that another header can follow (RFC 8200, section 4; RFC 4302). */
 #define IG_NEXT_HOP_BY_HOP 0
@@ -53,6 +57,15 @@ ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packe
 		return;
 	}
 	ig_set_ipv4(&packet->from, from);
+	/*
+	 * A receiver discards these (RFC 1122, section 3.2.1.1): nothing in them can be relied on. Raw sockets send
+	 * short headers. Since Linux 915fab69823a ("ipv4: raw: reject IP_HDRINCL packets with ihl < 5") (in v7.1) they
+	 * do not.
+	 */
+	if (head[0] >> 4 != 4 || (head[0] & 15) < 5) {
+		packet->unparsable = true;
+		return;
+	}
 	packet->transport_offset = (head[0] & 15) * 4;
 	packet->later_fragment = (head[6] & 0x1f) || head[7];
 	packet->first_fragment = head[6] & 0x20;
@@ -62,12 +75,14 @@ ig_inline void ig_find_transport4(struct __sk_buff *skb, struct ig_packet *packe
 ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packet)
 {
 	__u32 at = 40, i;
-	__u8 next, head[4]; /* next header, length; of a fragment the offset */
+	__u8 next, first[7]; /* RFC 8200, section 3 */
+	__u8 head[4]; /* next header, length; of a fragment the offset */
 
 	packet->unparsable = true;
-	if (ig_skb_load_bytes(skb, 6, &next, sizeof(next)) ||
-	    ig_skb_load_bytes(skb, 8, &packet->from, sizeof(packet->from)))
+	if (ig_skb_load_bytes(skb, 0, first, sizeof(first)) ||
+	    ig_skb_load_bytes(skb, 8, &packet->from, sizeof(packet->from)) || first[0] >> 4 != 6)
 		return;
+	next = first[6];
 #pragma clang loop unroll(full)
 	for (i = 0; i < IG_EXTENSIONS; i++) {
 		if (next != IG_NEXT_HOP_BY_HOP && next != IG_NEXT_ROUTING && next != IG_NEXT_FRAGMENT &&
@@ -77,7 +92,11 @@ ig_inline void ig_find_transport6(struct __sk_buff *skb, struct ig_packet *packe
 			packet->request.protocol = ig_protocol_of(next);
 			return;
 		}
-		if (ig_skb_load_bytes(skb, at, head, sizeof(head)))
+		/*
+		 * Where a receiver does not obey RFC 5722, a later fragment overwrites all of the first one but its
+		 * first 8 bytes: not the ports when they are there, but those behind another header.
+		 */
+		if (packet->first_fragment || ig_skb_load_bytes(skb, at, head, sizeof(head)))
 			return;
 		if (next == IG_NEXT_FRAGMENT) {
 			packet->later_fragment = head[2] || (head[3] & 0xf8);
@@ -105,7 +124,10 @@ ig_inline __u8 ig_tcp_flags(struct __sk_buff *skb, const struct ig_packet *packe
 	return flags;
 }
 
-/* No stack sends unparsable packets: they are treated as if they were for every port of the address. */
+/*
+ * No stack sends unparsable packets: they are treated as if they were for every port of the address. Nobody can say for
+ * which lock, so no mark approves them.
+ */
 ig_inline bool ig_find_packet_range(__u32 generation, const struct ig_packet *packet, struct ig_port_range *found)
 {
 	const struct ig_endpoint *endpoint;
@@ -113,25 +135,27 @@ ig_inline bool ig_find_packet_range(__u32 generation, const struct ig_packet *pa
 	if (!packet->unparsable)
 		return ig_find_range(generation, &packet->request, found);
 	endpoint = ig_find_endpoint(generation, &packet->request.to);
-	if (!endpoint)
-		return false;
-	*found = endpoint->ranges[0];
-	return true;
+	found->lock = IG_NO_LOCK;
+	found->list = IG_NO_LIST;
+	return endpoint;
 }
 
 /* --- what may pass without an approved socket ------------------------------------------------------------------- */
 
-/* Whether the mark of a socket approves a list; in audit mode the audited connects, too, which were counted then. */
+/*
+ * Whether the mark of a socket approves a list; in audit mode the audited connects, too, which were counted then. Anybody
+ * may connect to a port that is not locked: there a mark only shows that the socket has made a connect.
+ */
 ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
 {
 	const struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
 
-	if (!mark)
+	if (!mark || list == IG_NO_LIST)
 		return false;
+	if (list == IG_OPEN_PORT)
+		return mark->kind;
 	if (mark->kind == IG_MARK_AUDIT)
 		return settings->mode == IG_AUDIT;
-	if (mark->kind == IG_MARK_OPEN)
-		return list == IG_NO_LIST;
 	return ig_mark_holds(generation, settings, list, mark);
 }
 
@@ -164,7 +188,7 @@ ig_inline bool ig_is_reply_to_approved(struct __sk_buff *skb, __u32 generation, 
 	struct ig_request asked = { .to = packet->from, .port = ig_be16(packet->ports[0]), .protocol = IG_TCP };
 	struct bpf_sock_tuple tuple = {};
 	struct ig_port_range range;
-	__u32 list = IG_NO_LIST;
+	__u32 list = IG_OPEN_PORT;
 	struct bpf_sock *sk;
 	bool passes;
 
