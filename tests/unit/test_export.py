@@ -83,6 +83,13 @@ def test_unknown_format() -> None:
         export(PLAIN, "ufw")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_backslash_at_the_end_of_a_name_is_not_the_end_of_a_line(form: str) -> None:
+    """PF would read the rule in the next line as part of the comment."""
+    policy = make_policy([lock("169.254.169.254", name="ends\\", users=[0])])
+    assert [line for line in export(policy, form).text.splitlines() if line.endswith("\\")] == []
+
+
 # --- loadable -------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from imds_guard.errors import Unsupported
 from imds_guard.export.exported import Exported, note_containers, note_default_allow, note_primary_groups
-from imds_guard.export.rules import by_specificity, format_ids, format_ports
+from imds_guard.export.rules import by_specificity, format_ids, format_ports, heading
 from imds_guard.policy.model import Endpoint, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.ports import ALL_PORTS
 
@@ -28,7 +28,7 @@ def pf(policy: Policy) -> Exported:
     for _, lock, endpoint in by_specificity(policy):
         for protocol in Protocol:
             if endpoint.ports(protocol):
-                lines += [f"# {lock.name}", *_pf_lock(lock, _pf_match(endpoint, protocol), policy.mode)]
+                lines += [heading(lock), *_pf_lock(lock, _pf_match(endpoint, protocol), policy.mode)]
     exported.text = "\n".join([*lines, ""])
     return exported
 
@@ -80,7 +80,7 @@ def ipfw(policy: Policy) -> Exported:
         ]
     lines.append(f"add {FIRST_RULE + 1} skipto {LAST_RULE} ip from any to any")
     for number, lock in enumerate(policy.locks):
-        lines += [f"# {lock.name}", *(f"add {FIRST_LOCK + number} {rule}" for rule in _ipfw_lock(lock, policy.mode))]
+        lines += [heading(lock), *(f"add {FIRST_LOCK + number} {rule}" for rule in _ipfw_lock(lock, policy.mode))]
     exported.text = "\n".join([*lines, f"add {LAST_RULE} count ip from any to any", ""])
     return exported
 

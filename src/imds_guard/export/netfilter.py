@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, render
 from imds_guard.export.exported import Exported, note_containers, note_primary_groups, note_user_namespaces
-from imds_guard.export.rules import by_specificity, format_ids, format_ports
+from imds_guard.export.rules import by_specificity, format_ids, format_ports, heading
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict
 
 
@@ -76,7 +76,7 @@ def _denial(mode: Mode) -> list[str]:
 
 
 def _lock(lock: Lock) -> list[str]:
-    rules = [f"# {lock.name}"]
+    rules = [heading(lock)]
     rules += [f"{match} goto deny" for match in _matches(lock.deny)]
     rules += [f"{match} return" for match in _matches(lock.allow)]
     if lock.default is Verdict.ALLOW:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a rule that the formats share: the order of endpoints, and ranges of IDs and ports as text."""
+"""The parts that the formats share: the order of endpoints, the comment of a lock, ranges of IDs and ports as text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterable
 from imds_guard.backends.iptables.render import id_ranges
 from imds_guard.policy.model import Endpoint, Lock, Policy
 from imds_guard.policy.ports import ALL_PORTS, Ports
+
+
+def heading(lock: Lock) -> str:
+    """The comment above the rules of a lock. It never ends with a backslash, as a name may.
+
+    PF would join such a comment with the next line, a rule: lgetc() in OpenBSD sbin/pfctl/parse.y.
+    """
+    return f"# lock {lock.name!r}"
 
 
 def by_specificity(policy: Policy) -> list[tuple[int, Lock, Endpoint]]:

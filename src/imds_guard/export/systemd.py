@@ -7,6 +7,7 @@ IPAddressDeny= denies the whole unit: it knows neither users nor ports. Source: 
 from __future__ import annotations
 
 from imds_guard.export.exported import Exported
+from imds_guard.export.rules import heading
 from imds_guard.policy.model import Lock, Mode, Policy, Verdict
 
 
@@ -34,5 +35,5 @@ def systemd(policy: Policy) -> Exported:
 def _lock(lock: Lock, exported: Exported) -> list[str]:
     if lock.default is Verdict.ALLOW:
         exported.weakenings.append(f"lock {lock.name!r} allows by default, which systemd can't do: it is left out")
-        return [f"# {lock.name}: left out"]
-    return [f"# {lock.name}", *(f"IPAddressDeny={endpoint.network}" for endpoint in lock.endpoints)]
+        return [f"{heading(lock)}: left out"]
+    return [heading(lock), *(f"IPAddressDeny={endpoint.network}" for endpoint in lock.endpoints)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from imds_guard.export.exported import Exported, note_containers
-from imds_guard.export.rules import format_ports
+from imds_guard.export.rules import format_ports, heading
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.ports import ALL_PORTS
@@ -56,7 +56,7 @@ def _lock(number: int, lock: Lock, mode: Mode, exported: Exported) -> list[str]:
             f"lock {lock.name!r} denies IDs without a name on this machine: {_some_ids(denied[1])}"
         )
     variable = f"$principals{number}"
-    lines = [f"# {lock.name}"]
+    lines = [heading(lock)]
     if lock.default is Verdict.ALLOW:
         lines.append(f"{variable} = 'O:LSD:' + (Get-Aces 'A' {_array(denied[0])})")
         return lines + ([] if not denied[0] else _rules(lock, mode, variable))
