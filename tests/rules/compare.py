@@ -7,26 +7,28 @@ Rules see less than the hooks, and each difference is written down here once: se
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from random import Random
 from typing import Callable, NamedTuple
 
-from imds_guard.backends.iptables.render import HEAD, Members, ResolvedPolicy, render
+from imds_guard.backends import forwarded
+from imds_guard.backends.iptables.render import HEAD, Chains, Members, ResolvedPolicy, render
 from imds_guard.backends.iptables.tables import Anchor, restore_text, rule_texts
-from imds_guard.policy.decide import UNBOUND, Caller, Decision, Destination, decide, resolve_unspecified
+from imds_guard.policy.decide import UNBOUND, Caller, Decision, Destination, decide, find_lock, resolve_unspecified
 from imds_guard.policy.model import Address, Identities, Lock, Mode, Policy, Protocol
 from tests import generate
+from tests.rules.edits import Edit, unchanged
 from tests.rules.iptables import Filter
+from tests.rules.nft import Ruleset
 from tests.rules.packets import SYN, TCP_FLAGS, Outcome, Owner, Packet
 
 OUTPUT = Anchor("OUTPUT", HEAD)
+FORWARD = forwarded.ANCHOR
 
 DENIAL_PREFIX = "imds-guard would deny: "
 OTHERS_PREFIX = "others: "
 OTHERS = f'-j LOG --log-prefix "{OTHERS_PREFIX}"'
 """Somebody else's rule behind ours. Every packet that we let through must still meet it."""
-
-Edit = Callable[[str], str]
-"""Plants a fault in the text that iptables-restore or nft gets."""
 
 
 class Attempt(NamedTuple):
@@ -86,12 +88,12 @@ def decision(policy: Policy, one: Attempt) -> Decision:
     return decide(policy, as_opener(policy, one.caller), one.destination)
 
 
-def expected(policy: Policy, one: Attempt, denied: bool) -> Outcome:
-    """What rules must do with the packet. It says nothing of how many rules they are."""
-    if not one.begins or not denied:
-        return Outcome("ACCEPT", "", (OTHERS_PREFIX,))
+def expected(policy: Policy, one: Attempt, denied: bool, others: tuple[str, ...] = (OTHERS_PREFIX,)) -> Outcome:
+    """What rules must do with a packet. ``others``: what a packet that they let through writes to the log."""
+    if not denied:
+        return Outcome("ACCEPT", "", others)
     if policy.mode is Mode.AUDIT:
-        return Outcome("ACCEPT", "", (DENIAL_PREFIX, OTHERS_PREFIX))
+        return Outcome("ACCEPT", "", (DENIAL_PREFIX, *others))
     return Outcome("REJECT", rejection(one))
 
 
@@ -118,12 +120,21 @@ def new_filters() -> dict[int, Filter]:
     return filters
 
 
-def apply(filters: Mapping[int, Filter], resolved: ResolvedPolicy, edit: Edit | None = None) -> None:
+def apply(filters: Mapping[int, Filter], resolved: ResolvedPolicy, edit: Edit = unchanged) -> None:
     """Puts a policy in force as the backend does: by the text for iptables-restore that makes the change."""
+    _replace(filters, OUTPUT, lambda version: render(resolved, version), edit)
+
+
+def apply_forwarded(filters: Mapping[int, Filter], policy: Policy, edit: Edit = unchanged) -> None:
+    """Puts the rules for forwarded packets in force."""
+    _replace(filters, FORWARD, lambda version: forwarded.render(policy, version), edit)
+
+
+def _replace(filters: Mapping[int, Filter], anchor: Anchor, chains: Callable[[int], Chains], edit: Edit) -> None:
     for version, one in filters.items():
-        text = restore_text(one.texts(), OUTPUT, rule_texts(render(resolved, version)))
+        text = restore_text(one.texts(), anchor, rule_texts(chains(version)))
         if text:
-            one.restore(edit(text) if edit else text)
+            one.restore(edit(text))
 
 
 def members(random: Random, policy: Policy) -> Members | None:
@@ -162,8 +173,35 @@ def by_iptables(filters: Mapping[int, Filter], resolved: ResolvedPolicy, attempt
     wrong = []
     for one in attempts:
         seen = one if resolved.members is None else one._replace(caller=one.caller._replace(groups=frozenset()))
-        wanted = expected(policy, one, not decision(policy, seen).reason.permits)
+        wanted = expected(policy, one, one.begins and not decision(policy, seen).reason.permits)
         outcome = filters[one.address.version].judge("OUTPUT", one.packet())
-        if not same(outcome, wanted):
-            wrong.append(f"{outcome} in place of {wanted}: {one} under {resolved}")
+        wrong += _complaint(one, resolved, outcome, wanted)
     return wrong
+
+
+def by_forward(filters: Mapping[int, Filter], policy: Policy, attempts: Iterable[Attempt]) -> list[str]:
+    """The packets that the rules in FORWARD judge otherwise than they should: none may pass to a locked endpoint."""
+    wrong = []
+    for one in attempts:
+        locked = not one.other_protocol and find_lock(policy, one.destination._replace(address=one.address)) is not None
+        packet = replace(one.packet(), owner=None)
+        outcome = filters[one.address.version].judge("FORWARD", packet)
+        wrong += _complaint(one, policy, outcome, expected(policy, one, locked))
+    return wrong
+
+
+# --- nft ------------------------------------------------------------------------------------------------------------
+
+
+def by_nft(rules: Ruleset, policy: Policy, attempts: Iterable[Attempt]) -> list[str]:
+    """The attempts that exported nft rules judge otherwise than ``decide()`` without supplementary groups."""
+    wrong = []
+    for one in attempts:
+        seen = one._replace(caller=one.caller._replace(groups=frozenset()))
+        wanted = expected(policy, one, one.begins and not decision(policy, seen).reason.permits, others=())
+        wrong += _complaint(one, policy, rules.judge("output", one.packet()), wanted)
+    return wrong
+
+
+def _complaint(one: Attempt, under: Policy | ResolvedPolicy, outcome: Outcome, wanted: Outcome) -> list[str]:
+    return [] if same(outcome, wanted) else [f"{outcome} in place of {wanted}: {one} under {under}"]

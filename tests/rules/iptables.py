@@ -3,7 +3,7 @@
 
 It shares no code with the backend. It is written from iptables(8), iptables-restore(8), iptables-extensions(8), and,
 where those are silent, from ipt_do_table() and owner_mt() in Linux. What it does not know is an error: a match that is
-skipped would make rules seem to do more than they do. test_interpreters.py compares it with a kernel.
+skipped would make rules seem to do more than they do. tests/kernel/test_rule_interpreters.py compares it with a kernel.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class _Parser:
             self._target_option(option)
 
     def _destination(self, text: str) -> None:
-        network: Network = ipaddress.ip_network(text)
+        network: Network = ipaddress.ip_network(text, strict=False)  # iptables masks it
         if network.version != self._version:
             raise self._unknown("the address is of the other IP version")
         self.rule.tests.append(lambda packet: packet.destination in network)
