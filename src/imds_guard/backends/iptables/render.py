@@ -30,7 +30,7 @@ FORMAT = "imds-guard/1"
 """The comment in IMDS-GUARD begins with this. Another layout of the rules gets another number."""
 
 FAN_OUT = 4
-"""Ranges in a leaf, and children of a node. With 1,000 ranges there are five levels, and a packet meets about 11 rules.
+"""Ranges in a leaf, and children of a node. With 1,000 ranges there are five levels, and a packet meets about 12 rules.
 
 nft counts a goto as a level and takes 16 (NFT_JUMP_STACK_SIZE, nft_chain_validate() in Linux
 net/netfilter/nf_tables_api.c); with OUTPUT and our own steps that leaves ten levels, a million ranges.
