@@ -74,7 +74,7 @@ def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
 
 
 def test_a_thousand_scattered_users_cost_few_rules() -> None:
-    """A packet of one of 1,000 allowed users, no two of them adjacent, meets 16 rules on average and at most 23."""
+    """A packet of one of 1,000 scattered users meets 16 rules on average and at most 23; one of a stranger at most 25."""
     users = range(10_000, 13_000, 3)
     table = table_of(render(ResolvedPolicy(policy_of(users)), 4))
     met = [connect(table, Owner(uid, 1)).met for uid in users]
@@ -82,7 +82,7 @@ def test_a_thousand_scattered_users_cost_few_rules() -> None:
     assert max(met) <= 23
     strangers = [connect(table, Owner(uid + 1, 1)) for uid in users]
     assert {one.verdict for one in strangers} == {REJECT}
-    assert max(one.met for one in strangers) <= 23
+    assert max(one.met for one in strangers) <= 25
 
 
 def test_chains_stay_within_what_nft_takes() -> None:
