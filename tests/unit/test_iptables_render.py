@@ -74,7 +74,7 @@ def test_socket_of_the_kernel_is_denied(default: Verdict) -> None:
 
 
 def test_a_thousand_scattered_users_cost_few_rules() -> None:
-    """A packet of one of 1,000 scattered users meets 16 rules on average and at most 23; one of a stranger at most 25."""
+    """A packet of one of 1,000 scattered users meets 16 rules on average, at most 23; a stranger's at most 25."""
     users = range(10_000, 13_000, 3)
     table = table_of(render(ResolvedPolicy(policy_of(users)), 4))
     met = [connect(table, Owner(uid, 1)).met for uid in users]
