@@ -297,7 +297,7 @@ def test_removal_opens_the_lock_and_keeps_configuration_and_what_is_switched_on(
     assert after(stage, "prerm remove", "postrm remove") == [
         *("imds-guard-watch.service", "imds-guard.service", "config.toml"),
     ]
-    assert asked(stage) == ["stop"]
+    assert asked(stage) == ["stop --all"]
 
 
 @needs_root
@@ -361,7 +361,7 @@ def listed(package: Path) -> set[str]:
 def test_the_rpm_has_what_the_deb_has(rpm: Path, deb: Path) -> None:
     def bare(name: str) -> str:
         for pattern, place in (
-            (r"/usr/lib/python3[^/]*/(site|dist)-packages/", "module/"),
+            (r"/usr/lib/python3/dist-packages/|/usr/share/imds-guard/", "module/"),
             (r"/usr/share/zsh/(vendor-completions|site-functions)/", "zsh/"),
             (r"\.gz$", ""),
         ):
