@@ -10,12 +10,15 @@ import re
 
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_text
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE, namespace_inode
+from imds_guard.kernel.processes import stat_of, status_of
 from imds_guard.kernel.run import run
 from imds_guard.policy.decide import Caller
 from imds_guard.policy.model import MAX_ID
 
 PF_KTHREAD = 0x00200000
 """Source: include/linux/sched.h in Linux."""
+_STAT_FLAGS = 9 - 3
+"""Field 9 in proc_pid_stat(5); stat_of() begins with field 3."""
 
 
 class NoSuchProcess(GuardError):
@@ -129,10 +132,9 @@ def caller_of_user(name_or_id: str | int) -> Caller:
 
 def caller_of_pid(pid: int) -> Caller:
     """The credentials with which a running process would connect now. Raises NoSuchProcess, NotPermitted."""
-    folder = f"/proc/{pid}"
     try:
-        status = _status_fields(_read(f"{folder}/status"))
-        flags = _stat_flags(_read(f"{folder}/stat"))
+        status = status_of(pid)
+        flags = int(stat_of(pid)[_STAT_FLAGS])
         pid_ns = namespace_inode("pid", pid)
         user_ns = namespace_inode("user", pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -143,35 +145,15 @@ def caller_of_pid(pid: int) -> Caller:
             "of the process, or CAP_SYS_PTRACE (ptrace(2))"
         ) from error
     return Caller(
-        fsuid=_filesystem_id(status["Uid"]),
-        fsgid=_filesystem_id(status["Gid"]),
-        groups=_groups(status["Groups"]),
+        fsuid=_filesystem_id(status[b"Uid"]),
+        fsgid=_filesystem_id(status[b"Gid"]),
+        groups=frozenset(int(gid) for gid in status[b"Groups"].split()),
         pid_namespace_is_initial=pid_ns == INITIAL_PID_NAMESPACE,
         user_namespace_is_initial=user_ns == INITIAL_USER_NAMESPACE,
         kernel_thread=bool(flags & PF_KTHREAD),
     )
 
 
-def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read()
-
-
-def _status_fields(text: str) -> dict[str, str]:
-    lines = (line.partition(":") for line in text.splitlines())
-    return {name: value.strip() for name, _, value in lines}
-
-
-def _filesystem_id(value: str) -> int:
+def _filesystem_id(value: bytes) -> int:
     """The last of real, effective, saved and filesystem ID (proc_pid_status(5))."""
     return int(value.split()[3])
-
-
-def _groups(value: str) -> frozenset[int]:
-    return frozenset(int(gid) for gid in value.split())
-
-
-def _stat_flags(text: str) -> int:
-    """Field 9 of /proc/PID/stat. Field 2, the name, may contain blanks and parentheses (proc_pid_stat(5))."""
-    after_name: list[str] = text[text.rindex(")") + 1 :].split()
-    return int(after_name[6])

@@ -22,11 +22,10 @@ from imds_guard.connections.values import Connection, CutResult, Holder, WhyOpen
 from imds_guard.errors import BadPolicy, NotPermitted, system_text
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel.namespaces import Namespace, namespace_inode
-from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.socket_holders import Holders, holders_of
+from imds_guard.kernel.untrusted import name_of
 from imds_guard.policy.decide import Caller, Destination, decide
 from imds_guard.policy.model import MAX_ID, Mode, Policy
-from imds_guard.text import escaped
 
 MAX_SEARCHES = 5
 """When this many searches in a row find connections, new ones are opened all the time."""
@@ -92,6 +91,8 @@ def _search(policy: Policy, scope: Scope) -> _Search:
     holders = holders_of(frozenset(one.socket.inode for one in found.sockets))
     if holders.hidden:
         found.errors.append(f"the sockets of {hidden_processes(holders.hidden)} were not seen")
+    if holders.not_read:
+        found.errors.append(f"not all sockets of {holders.not_read} processes were seen before the time was over")
     judge = _Judge(policy, holders)
     judged = [(one, judge.denied(one)) for one in found.sockets]
     denied = [_Denied(one, connection) for one, connection in judged if connection is not None]
@@ -139,7 +140,7 @@ class _Judge:
 
     def _holder(self, pid: int, caller: Caller) -> Holder:
         if pid not in self._named:
-            self._named[pid] = Holder(pid, escaped(process_name(pid)), self._user_name(caller.fsuid))
+            self._named[pid] = Holder(pid, name_of(pid), self._user_name(caller.fsuid))
         return self._named[pid]
 
     def _caller(self, pid: int) -> Caller | None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a function in a forked child and returns its result: for work that needs other namespaces or IDs.
 
-No other module forks.
+No other module forks. Work that an unprivileged process can make hang belongs to abandonable.py, which forks here, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import struct
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Callable, TypeVar
 
@@ -23,6 +25,7 @@ from imds_guard.kernel import syscalls
 T = TypeVar("T")
 
 _LENGTH = struct.Struct("=Q")
+_END_WITHIN_S = 5.0
 
 
 class ChildFailed(GuardError):
@@ -38,8 +41,8 @@ def run_in_child(fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb", buffering=0), os.fdopen(writer, "wb", buffering=0):
         pid = fork(
-            lambda: _send(writer, pickle.dumps((True, fn()))),
-            lambda error: _send(writer, pickle.dumps((False, _portable(error)))),
+            lambda: send(writer, pickle.dumps((True, fn()))),
+            lambda error: send(writer, pickle.dumps((False, portable(error)))),
         )
         try:
             message = _receive(reader, pid, time.monotonic() + timeout_s)
@@ -51,7 +54,7 @@ def run_in_child(fn: Callable[[], T], *, timeout_s: float = 20.0) -> T:
     return result  # type: ignore[no-any-return]
 
 
-def _portable(error: BaseException) -> GuardError:
+def portable(error: BaseException) -> GuardError:
     """A GuardError as it is, since it holds nothing but its text; any other error as text with its traceback."""
     return error if isinstance(error, GuardError) else ChildFailed(_text(error))
 
@@ -68,18 +71,99 @@ def fork(fn: Callable[[], object], failed: Callable[[BaseException], None] | Non
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    return _fork(fn, failed or _write_to_stderr)
+
+
+def _fork(fn: Callable[[], object], failed: Callable[[BaseException], None]) -> int:
     pid = os.fork()
     if pid == 0:
-        with _Top(failed or _write_to_stderr):
+        with _Top(failed):
+            _abandoned.clear()  # they are the parent's
             syscalls.die_with_parent()
             fn()
     return pid
 
 
 def end(pid: int) -> None:
-    """Kills and reaps a child. It may have ended already: its process ID is not reused before it is reaped."""
+    """Kills and reaps a child. It may have ended already: its process ID is not reused before it is reaped.
+
+    One that hangs in the kernel is abandoned.
+    """
+    abandon(pid, _END_WITHIN_S)
+
+
+# --- children that may hang in the kernel ---------------------------------------------------------------------------
+
+_is_detached = False
+_abandoned: list[int] = []
+"""Children that were killed and had not ended. A zombie keeps its process ID until it is reaped."""
+
+
+def fork_detached(fn: Callable[[], object], keep: Sequence[int]) -> int:
+    """Forks a child that runs ``fn`` and holds nothing of its parent but the descriptors ``keep`` (and its memory).
+
+    In state D it outlives its parent. A lock, a pin or the terminal that it held would then be held for good.
+    """
+
+    def detached() -> None:
+        _detach(frozenset(keep))
+        fn()
+
+    return _fork(detached, lambda error: None)
+
+
+def require_detached() -> None:
+    """Raises ChildFailed unless this process is a child of fork_detached(): what may hang is done there alone."""
+    if not _is_detached:
+        raise ChildFailed("something that may hang was called outside a child that can be abandoned")
+
+
+def _detach(keep: frozenset[int]) -> None:
+    """Its parent decides what a signal from the terminal means. Standard input, output and errors become /dev/null."""
+    global _is_detached  # noqa: PLW0603
+    _is_detached = True
+    signal.set_wakeup_fd(-1)
+    for number, action in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
+        signal.signal(number, action)
+    os.chdir("/")
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            with suppress(OSError):  # the one that listed them is closed
+                os.close(int(name))
+    with suppress(OSError):  # nothing writes there, but a file must not get these numbers
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(fd)
+
+
+def abandon(pid: int, within_s: float = 0.1) -> None:
+    """Kills a child, and reaps it if it ends within ``within_s``; otherwise a later call does, or init.
+
+    Nobody can wait for a process in state D, and SIGKILL does not end it.
+    """
     os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    child = os.pidfd_open(pid)
+    try:
+        poll = select.poll()
+        poll.register(child, select.POLLIN)
+        poll.poll(within_s * 1000)
+    finally:
+        os.close(child)
+    _abandoned.append(pid)
+    abandoned()
+
+
+def abandoned() -> int:
+    """How many killed children have not ended. Reaps those that have."""
+    _abandoned[:] = [pid for pid in _abandoned if not _reaped(pid)]
+    return len(_abandoned)
+
+
+def _reaped(pid: int) -> bool:
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] != 0
+    except ChildProcessError:
+        return True  # SIGCHLD is ignored
 
 
 class _Top:
@@ -105,7 +189,8 @@ def _write_to_stderr(error: BaseException) -> None:
     os.write(2, _text(error).encode())
 
 
-def _send(fd: int, message: bytes) -> None:
+def send(fd: int, message: bytes) -> None:
+    """Writes a message behind its length."""
     rest = memoryview(_LENGTH.pack(len(message)) + message)
     while rest:
         rest = rest[os.write(fd, rest) :]

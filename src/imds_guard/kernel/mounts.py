@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from imds_guard.kernel.processes import stat_of
+
 
 class Mount(NamedTuple):
     """A line of mountinfo. ``device`` is st_dev; ``root`` is the directory of the filesystem that is mounted."""
@@ -53,9 +55,7 @@ def _ancestors() -> Iterator[str]:
     pid = os.getppid()
     while pid > 1:
         yield str(pid)
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            text = file.read()
-        pid = int(text[text.rindex(")") + 1 :].split()[1])
+        pid = int(stat_of(pid)[1])
 
 
 def _first_id(pid: str) -> str:

@@ -35,6 +35,8 @@ class RingBuffer:
             self._size = bpf.describe_map(fd)[1].max_entries
             self._consumer_page = mmap.mmap(fd, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
             self._rest = mmap.mmap(fd, page + 2 * self._size, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+            for pages in (self._consumer_page, self._rest):
+                pages.madvise(mmap.MADV_DONTFORK)  # a child that hangs in the kernel would keep the map alive
         except OSError:
             os.close(fd)
             raise

@@ -3,48 +3,62 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from imds_guard.kernel import processes
+from imds_guard.kernel import processes, untrusted
+from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
+from imds_guard.kernel.processes import Process
+
+LIMITS = Limits(total_s=5.0)
+"""2,600 processes take 0.35 s."""
 
 
 class Holders(NamedTuple):
-    """For the inode of each socket the processes with a descriptor of it; how many processes could not be read."""
+    """For the inode of each socket the processes with a descriptor of it."""
 
     pids: dict[int, tuple[int, ...]]
     hidden: int
+    """How many processes this one may not inspect."""
+    not_read: int
+    """How many processes were not read, or not all of their descriptors: they have too many, or time was over."""
 
 
-def holders_of(inodes: frozenset[int]) -> Holders:
+class _Read(NamedTuple):
+    inodes: frozenset[int] = frozenset()
+    hidden: bool = False
+    all_read: bool = True
+
+
+def holders_of(inodes: frozenset[int], limits: Limits = LIMITS) -> Holders:
     """Reads the descriptors of every process; those of other users' processes need CAP_SYS_PTRACE.
 
     No holder is found for a socket that is in flight (SCM_RIGHTS in unix(7)), that is registered with an io_uring, or
     that is open in a thread which does not share the descriptors of its process.
     """
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, set[int]] = {}
-    hidden = 0
-    for pid in processes.process_ids() if wanted else ():
-        try:
-            for link in _descriptors(pid):
-                if link in wanted:
-                    found.setdefault(wanted[link], set()).add(pid)
-        except PermissionError:
-            hidden += processes.is_alive(pid)
-        except OSError:
-            continue  # it has ended
-    return Holders({inode: tuple(sorted(pids)) for inode, pids in found.items()}, hidden)
+    hidden = not_read = 0
+    everyone = processes.by_user() if inodes else []
+
+    def work(one: Process) -> _Read:
+        return _read(one, inodes)
+
+    with Worker(work) as worker:
+        for process, read in worker.ask_each(everyone, limits, lambda one: one.uid):
+            if isinstance(read, Unanswered):
+                not_read += 1
+                continue
+            hidden += read.hidden
+            not_read += not read.all_read
+            for inode in read.inodes:
+                found.setdefault(inode, set()).add(process.pid)
+    return Holders({inode: tuple(sorted(pids)) for inode, pids in found.items()}, hidden, not_read)
 
 
-def _descriptors(pid: int) -> Iterator[str]:
-    folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _read(process: Process, wanted: frozenset[int]) -> _Read:
     try:
-        for name in os.listdir(folder):
-            try:
-                yield os.readlink(name, dir_fd=folder)
-            except FileNotFoundError:
-                continue  # closed meanwhile
-    finally:
-        os.close(folder)
+        sockets = untrusted.sockets_of(process.pid, wanted)
+    except PermissionError:
+        return _Read(hidden=processes.is_alive(process.pid))
+    except OSError:
+        return _Read()  # it has ended
+    return _Read(sockets.inodes, all_read=sockets.all_read)

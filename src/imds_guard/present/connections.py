@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from imds_guard.connections.values import WhyOpen
-from imds_guard.kernel.processes import process_name
+from imds_guard.kernel.untrusted import name_of
 from imds_guard.present.wrap import MAX_SHOWN
-from imds_guard.text import and_more, count_of, escaped, host_port, some_of
+from imds_guard.text import and_more, count_of, host_port, some_of
 
 if TYPE_CHECKING:
     from imds_guard.connections.values import Connection, CutResult
@@ -97,7 +97,7 @@ def connections_values(result: CutResult) -> dict[str, Any]:
 
 
 def _namespace_values(one: Namespace) -> dict[str, Any]:
-    name = None if one.pid is None else escaped(process_name(one.pid))
+    name = None if one.pid is None else name_of(one.pid)
     return {"inode": one.inode, "path": one.path, "pid": one.pid, "process": name}
 
 
