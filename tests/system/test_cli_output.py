@@ -37,7 +37,7 @@ def guard() -> Iterator[Guard]:
 def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     """Scripts read these keys: one that is removed or renamed breaks them."""
     started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
-    assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out", "connections"}
+    assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out", "not_inspected", "connections"}
     status = guard("status", "--json").values
     assert set(status) == {"state", "backend", "emergency", "faults", "policy", "ebpf"}
     assert set(status["ebpf"]) == {
@@ -54,7 +54,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert set(explained) == {"allowed", "reason", "lock", "matched", "caller", "destination"}
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
-    assert set(checked) == {"backends", "taken", "shut_out", "connections"}
+    assert set(checked) == {"backends", "taken", "shut_out", "not_inspected", "connections"}
     assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
     guard("stop")
     assert guard.status() | {"ebpf": None} == {

@@ -15,6 +15,7 @@ from imds_guard.commands import boot, guard, look, verify
 from imds_guard.commands.guard import Outcome
 from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
+from imds_guard.commands.preflight import Preflight
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.policy.emergency import emergency_policy
 from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
@@ -53,7 +54,7 @@ class Start:
         self.asked.append(options)
         if options.backend in self._failing:
             raise self._failing[options.backend]
-        return Outcome("iptables", policy, ["done"], [], [])
+        return Outcome("iptables", policy, ["done"], [], Preflight())
 
 
 def ignore(_: str) -> None:

@@ -7,13 +7,13 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from imds_guard.commands import preflight
-from imds_guard.commands.preflight import CLIENTS, Client, ShutOut, installed_shut_out, shut_out
+from imds_guard.commands.preflight import CLIENTS, Client, Preflight, ShutOut, installed_shut_out, shut_out
 from imds_guard.config.options import policy_from_options
 from imds_guard.policy.builtin import PRESETS
 from imds_guard.policy.model import Mode, Verdict
@@ -27,8 +27,8 @@ pytestmark = [needs_root, needs_host]
 STRANGER, STRANGERS = 45_001, 45_002
 
 
-def by_pid(found: Sequence[ShutOut]) -> dict[int, ShutOut]:
-    return {one.pid: one for one in found if one.pid is not None}
+def by_pid(found: Preflight) -> dict[int, ShutOut]:
+    return {one.pid: one for one in found.shut_out if one.pid is not None}
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def test_a_process_that_has_ended_is_left_out(folder: Path) -> None:
     with subprocess.Popen([program(folder, "kubelet")], stdin=subprocess.DEVNULL) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert process.pid not in by_pid(shut_out(policy_from_options(nobody=True)))
-    assert preflight._judge(policy_from_options(nobody=True), CLIENTS[0], process.pid) is None
+    assert process.pid not in by_pid(shut_out(policy_from_options(nobody=True)))
 
 
 def test_an_installed_client_is_judged_by_the_account_it_runs_as(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
 from imds_guard.commands.guard import Outcome
 from imds_guard.commands.look import CheckResult, Status
-from imds_guard.commands.preflight import ShutOut
+from imds_guard.commands.preflight import Preflight, ShutOut
 from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import Caller, Decision, Destination, Reason, decide
 from imds_guard.policy.endpoint_syntax import parse_endpoint
@@ -116,25 +116,25 @@ def test_a_policy_as_values() -> None:
 
 def test_an_outcome() -> None:
     policy = make_policy([lock(FOO, "192.0.2.1", "192.0.2.2")])
-    lines = outcome_text.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG], [], []))
+    lines = outcome_text.outcome_lines(Outcome("ebpf", policy, ["did this " + LONG], [], Preflight()))
     assert "imds-guard is active (ebpf): 2 endpoints locked" in lines
     assert fits(lines)
-    one = outcome_text.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT), [], [], []))
+    one = outcome_text.outcome_lines(Outcome("iptables", make_policy([lock()], Mode.AUDIT), [], [], Preflight()))
     assert one[0] == "imds-guard is active in audit mode, which denies nobody (iptables): 1 endpoint locked"
 
 
 def test_warnings_of_an_outcome() -> None:
     """The backend's warnings, locks that let nobody through, and clients that are shut out."""
     policy = make_policy([lock(Identities())])
-    shut_out = [ShutOut(7, "waagent", "root", "is why"), ShutOut(None, "cloud-init", "root", "is why, too")]
-    assert outcome_text.outcome_warnings(Outcome("ebpf", policy, [], ["first"], shut_out)) == [
+    shut_out = (ShutOut(7, "waagent", "root", "is why"), ShutOut(None, "cloud-init", "root", "is why, too"))
+    assert outcome_text.outcome_warnings(Outcome("ebpf", policy, [], ["first"], Preflight(shut_out))) == [
         "first",
         "lock web lets nobody through, root included",
         "waagent (pid 7, user root) is shut out: it is why",
         "cloud-init is shut out: it is why, too",
     ]
     lenient = make_policy([lock(Identities(), deny=FOO, default=Verdict.ALLOW)])
-    assert outcome_text.outcome_warnings(Outcome("ebpf", lenient, [], [], [])) == []
+    assert outcome_text.outcome_warnings(Outcome("ebpf", lenient, [], [], Preflight())) == []
 
 
 # --- status ---------------------------------------------------------------------------------------------------------
@@ -273,13 +273,13 @@ def test_an_explanation_as_values() -> None:
 
 def test_the_answer_of_check() -> None:
     refused = BackendCheck(EbpfBackend(), Unsupported("a reason " + LONG))
-    none = CheckResult([refused], [ShutOut(7, "waagent", "root", "is " + LONG)])
+    none = CheckResult([refused], Preflight((ShutOut(7, "waagent", "root", "is " + LONG),)))
     lines = answers.check_lines(none)
     assert lines[0].startswith("ebpf: a reason that goes on")
     assert "start would take: nothing, it would fail" in lines
     assert fits(lines)
     assert answers.check_values(none)["taken"] is None
-    good = CheckResult([BackendCheck(EbpfBackend(), None)], [])
+    good = CheckResult([BackendCheck(EbpfBackend(), None)], Preflight())
     assert answers.check_lines(good) == ["ebpf: works here", "start would take: ebpf"]
 
 

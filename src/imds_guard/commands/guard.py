@@ -18,7 +18,7 @@ from imds_guard.text import count_of
 
 # The rest is imported where it is used: start-up time, few commands need any of it.
 if TYPE_CHECKING:
-    from imds_guard.commands.preflight import ShutOut
+    from imds_guard.commands.preflight import Preflight
     from imds_guard.connections.values import CutResult
 
 
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     policy: Policy
     done: list[str]
     warnings: list[str]
-    shut_out: list[ShutOut]
+    shut_out: Preflight
     existing: CutResult | None = None
     """Connections that are older than the policy; None where nobody lost a right."""
 
@@ -190,7 +190,9 @@ def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
     backend, policy = active_policy(options.cgroup)
     wanted = edit(policy)
     if wanted == policy:
-        return Outcome(backend.name, policy, ["the policy says so already"], [], [])
+        from imds_guard.commands.preflight import Preflight  # noqa: PLC0415
+
+        return Outcome(backend.name, policy, ["the policy says so already"], [], Preflight())
     done = backend.change(wanted)
     if options.cgroup is None:
         done = done.then(forwarded().change(wanted))

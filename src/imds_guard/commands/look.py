@@ -18,7 +18,7 @@ from imds_guard.policy.ports import has_port
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
     from imds_guard.backends.forwarded import Forwarded
-    from imds_guard.commands.preflight import ShutOut
+    from imds_guard.commands.preflight import Preflight
     from imds_guard.connections.values import CutResult
 
 
@@ -128,7 +128,8 @@ class CheckResult(NamedTuple):
     """Each backend's answer in the order of preference, and what start would cause."""
 
     backends: list[choose.BackendCheck]
-    shut_out: list[ShutOut]
+    shut_out: Preflight
+    """Empty without a policy."""
     existing: CutResult | None = None
     """Connections that start would cut; None without a policy."""
 
@@ -142,10 +143,10 @@ def check(policy: Policy | None, options: GuardOptions) -> CheckResult:
     """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
     names = choose.candidates(options.backend, options.cgroup)
     backends = choose.examine(policy, names, options.cgroup, options.resolve_groups)
-    if policy is None:
-        return CheckResult(backends, [])
     from imds_guard.commands import preflight  # noqa: PLC0415
 
+    if policy is None:
+        return CheckResult(backends, preflight.Preflight())
     return CheckResult(backends, preflight.shut_out(policy), _existing(policy, options))
 
 

@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The known metadata clients that a policy would deny."""
+"""The known metadata clients that a policy would deny.
+
+A process may call itself as it likes, and as many as they like may do so. So each user's processes are looked at by a
+child that can be abandoned, those of root first, and those of one kind are counted.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
-from imds_guard.kernel.processes import process_ids
+from imds_guard.kernel import untrusted
+from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
+from imds_guard.kernel.processes import Process, by_user
+from imds_guard.kernel.untrusted import Description
 from imds_guard.policy.builtin import BUILT_IN, DefaultOn
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.model import Policy
 from imds_guard.text import host_port
 
-if TYPE_CHECKING:
-    import psutil
-
 _HTTP_PORT = 80
 
-_INTERPRETER = re.compile(r"python[0-9.]*|(?:ba|da)?sh")
+_INTERPRETER = re.compile(rb"python[0-9.]*|(?:ba|da)?sh")
+LIMITS = Limits(total_s=5.0)
+"""2,600 processes take 0.3 s."""
+MAX_KINDS = 20
+"""Of processes that are listed; the rest is counted."""
 
 
 class Client(NamedTuple):
@@ -106,22 +114,59 @@ class ShutOut(NamedTuple):
 
     pid: int | None
     name: str
+    """Safe to print."""
     user: str
     why: str
+    processes: int = 1
+    """How many processes of this user are denied as the same client. ``pid`` is the first, ``name`` its name."""
 
 
-def shut_out(policy: Policy) -> list[ShutOut]:
-    """Running metadata clients that ``policy`` would deny, by process ID. Their open connections are not considered.
+class Preflight(NamedTuple):
+    """The running clients that a policy would deny, and which processes were not looked at."""
 
-    Processes that end meanwhile are left out, and processes that the caller may not inspect. Root may inspect all.
+    shut_out: tuple[ShutOut, ...] = ()
+    more: int = 0
+    """Processes beyond MAX_KINDS."""
+    hung: tuple[int, ...] = ()
+    """Processes that did not show their command line in time; at most LIMITS.hung."""
+    not_asked: int = 0
+    """Processes that were left out, because of those that hung or because the total time was over."""
+
+
+def shut_out(policy: Policy, limits: Limits = LIMITS) -> Preflight:
+    """Running metadata clients that ``policy`` would deny. Their open connections are not considered.
+
+    Processes that end meanwhile are left out, and processes that the caller may not inspect. Root may inspect all. A
+    process whose command line hangs is judged by its name alone.
     """
-    found = []
-    for process in _processes():
-        client = _client_of(process)
-        denied = None if client is None else _judge(policy, client, process.pid)
-        if denied is not None:
-            found.append(denied)
-    return sorted(found, key=lambda one: one.pid or 0)
+    found: dict[tuple[str, str, str], ShutOut] = {}
+    more = not_asked = 0
+    hung: list[int] = []
+
+    def work(question: _Question) -> _Denied | None:
+        return _examine(policy, question)
+
+    with Worker(work) as worker:
+        everyone = [_Question(process) for process in by_user()]
+        for question, answer in worker.ask_each(everyone, limits, lambda one: one.process.uid):
+            denied = answer
+            if denied is Unanswered.HUNG:
+                hung.append(question.process.pid)
+                denied = worker.ask(question._replace(command_line=False), limits.share_s)
+            not_asked += answer is Unanswered.NOT_ASKED
+            if isinstance(denied, _Denied):
+                more += not _count(found, denied)
+    return Preflight(tuple(found.values()), more, tuple(hung), not_asked)
+
+
+def _count(found: dict[tuple[str, str, str], ShutOut], one: _Denied) -> bool:
+    """False where it would be one kind too many."""
+    key = (one.client, one.shut_out.user, one.shut_out.why)
+    known = found.get(key)
+    if known is None and len(found) >= MAX_KINDS:
+        return False
+    found[key] = one.shut_out if known is None else known._replace(processes=known.processes + 1)
+    return True
 
 
 def installed_shut_out(policy: Policy) -> list[ShutOut]:
@@ -141,17 +186,17 @@ def installed_shut_out(policy: Policy) -> list[ShutOut]:
     return found
 
 
-def _judge(policy: Policy, client: Client, pid: int) -> ShutOut | None:
+def _judge(policy: Policy, client: Client, described: Description, pid: int) -> ShutOut | None:
     """The client's process if the policy denies it an address that it needs."""
     try:
         caller = caller_of_pid(pid)
-        denied = _first_denied(policy, caller, _destinations(client))
-        if denied is None:
-            return None
-        why = _why(*denied, f"is a metadata client ({client.name}) and needs {{}}")
-        return ShutOut(pid, _name(pid), user_name(caller.fsuid), why)
     except (NoSuchProcess, NotPermitted):
         return None
+    denied = _first_denied(policy, caller, _destinations(client))
+    if denied is None:
+        return None
+    why = _why(*denied, f"is a metadata client ({client.name}) and needs {{}}")
+    return ShutOut(pid, described.program, user_name(caller.fsuid), why)
 
 
 def _first_denied(
@@ -181,56 +226,47 @@ def _destinations(client: Client) -> tuple[Destination, ...]:
 # --- what runs now --------------------------------------------------------------------------------------------------
 
 
-def _processes() -> Iterator[psutil.Process]:
-    """Processes whose name or command line has a known name in it. _client_of() decides which of them are clients.
-
-    psutil is imported only if there are any.
-    """
-    known = [os.fsencode(name) for client in CLIENTS for name in (*client.programs, *client.paths)]
-    for pid in process_ids():
-        text = _name_and_command_line(pid)
-        if any(name in text for name in known):
-            import psutil  # noqa: PLC0415 -- start-up time: psutil takes half as long as all other imports
-
-            with suppress(psutil.NoSuchProcess):
-                yield psutil.Process(pid)
+class _Question(NamedTuple):
+    process: Process
+    command_line: bool = True
 
 
-def _name_and_command_line(pid: int) -> bytes:
-    """Empty when the process has ended."""
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as comm, open(f"/proc/{pid}/cmdline", "rb") as command_line:
-            return comm.read() + command_line.read()
-    except OSError:
-        return b""
+class _Denied(NamedTuple):
+    client: str
+    shut_out: ShutOut
 
 
-def _client_of(process: psutil.Process) -> Client | None:
-    """The known client with the name of this process, or with the program or script that the process runs."""
-    import psutil  # noqa: PLC0415
-
-    try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None  # a zombie keeps its name, but makes no connections
-        program = _program(process.cmdline())
-        names = {process.name(), os.path.basename(program)}
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+def _examine(policy: Policy, question: _Question) -> _Denied | None:
+    """Runs in the child. A zombie keeps its name, but makes no connections."""
+    pid = question.process.pid
+    described = untrusted.describe(pid, command_line=question.command_line)
+    client = None if described is None or described.is_zombie else _client_of(described, question.command_line)
+    if described is None or client is None:
         return None
-    return next((client for client in CLIENTS if names & set(client.programs) or program in client.paths), None)
+    denied = _judge(policy, client, described, pid)
+    return None if denied is None else _Denied(client.name, denied)
 
 
-def _program(command_line: Sequence[str]) -> str:
+def _client_of(described: Description, command_line: bool) -> Client | None:
+    """The known client with the name of this process, or with the program or script that the process runs.
+
+    The kernel cuts names off after 15 bytes. Without a command line that is all there is to know.
+    """
+    program = _program(described.command_line)
+    known = _known(command_line)
+    return next((known[one] for one in (described.name, os.path.basename(program), program) if one in known), None)
+
+
+@cache
+def _known(whole_names: bool) -> dict[bytes, Client]:
+    """The client of each name of a program, and of each path of one."""
+    names = {os.fsencode(name)[: None if whole_names else 15]: client for client in CLIENTS for name in client.programs}
+    return {**names, **{os.fsencode(path): client for client in CLIENTS for path in client.paths}}
+
+
+def _program(command_line: Sequence[bytes]) -> bytes:
     """The program of a command line; the script if that is an interpreter: ``python3 -u /usr/sbin/waagent``."""
     arguments = list(command_line)
     if arguments and _INTERPRETER.fullmatch(os.path.basename(arguments[0])):
-        arguments = [argument for argument in arguments[1:] if not argument.startswith("-")]
-    return arguments[0] if arguments else ""
-
-
-def _name(pid: int) -> str:
-    import psutil  # noqa: PLC0415
-
-    try:
-        return psutil.Process(pid).name()
-    except psutil.NoSuchProcess:
-        raise NoSuchProcess(f"there is no process {pid}") from None
+        arguments = [argument for argument in arguments[1:] if not argument.startswith(b"-")]
+    return arguments[0] if arguments else b""

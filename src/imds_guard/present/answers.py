@@ -11,7 +11,7 @@ from imds_guard.policy.builtin import BUILT_IN, BuiltIn, default_entries
 from imds_guard.policy.decide import Caller, Decision, Destination
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.present.connections import connections_values, would_cut_lines
-from imds_guard.present.outcome import shut_out_lines, shut_out_values
+from imds_guard.present.outcome import not_inspected_values, shut_out_lines, shut_out_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
 from imds_guard.text import and_more, host_port
 
@@ -48,6 +48,7 @@ def check_values(found: CheckResult) -> dict[str, Any]:
         ],
         "taken": found.chosen,
         "shut_out": shut_out_values(found.shut_out),
+        "not_inspected": not_inspected_values(found.shut_out),
         "connections": None if found.existing is None else connections_values(found.existing),
     }
 

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from imds_guard.policy.model import Mode
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
 from imds_guard.present.policy import lock_lines, policy_values
-from imds_guard.present.wrap import wrapped
-from imds_guard.text import count_of
+from imds_guard.present.wrap import MAX_SHOWN, wrapped
+from imds_guard.text import count_of, some_of
 
 if TYPE_CHECKING:
     from imds_guard.commands.guard import Outcome
-    from imds_guard.commands.preflight import ShutOut
+    from imds_guard.commands.preflight import Preflight, ShutOut
 
 
 def outcome_lines(outcome: Outcome) -> list[str]:
@@ -48,20 +47,48 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
         "done": outcome.done,
         "warnings": outcome.warnings,
         "shut_out": shut_out_values(outcome.shut_out),
+        "not_inspected": not_inspected_values(outcome.shut_out),
         "connections": None if outcome.existing is None else connections_values(outcome.existing),
     }
 
 
-def shut_out_lines(shut_out: Sequence[ShutOut]) -> list[str]:
-    """A sentence for each process or installed client that the policy shuts out."""
+def shut_out_lines(found: Preflight) -> list[str]:
+    """A sentence for each client that the policy shuts out, and for the processes that were not looked at."""
+    lines = [f"{one.name}{_who(one)} is shut out: it {one.why}" for one in found.shut_out]
+    if found.more:
+        lines.append(f"{count_of(found.more, 'more metadata client')} would be shut out")
+    if found.hung:
+        pids = some_of([str(pid) for pid in found.hung], MAX_SHOWN)
+        lines.append(
+            f"the command line of {_processes(len(found.hung))} could not be read in time (pid {pids}): judged by the "
+            "name alone"
+        )
+    if found.not_asked:
+        lines.append(
+            f"{_processes(found.not_asked)} not looked at, since time was over: metadata clients may be among them"
+        )
+    return lines
+
+
+def _who(one: ShutOut) -> str:
+    if one.pid is None:
+        return ""
+    more = f" and {one.processes - 1} more" if one.processes > 1 else ""
+    return f" (pid {one.pid}{more}, user {one.user})"
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"
+
+
+def shut_out_values(found: Preflight) -> list[dict[str, Any]]:
+    """The processes that are shut out, as plain values for JSON: those of one client and user are one entry."""
     return [
-        f"{one.name} (pid {one.pid}, user {one.user}) is shut out: it {one.why}"
-        if one.pid is not None
-        else f"{one.name} is shut out: it {one.why}"
-        for one in shut_out
+        {"pid": one.pid, "name": one.name, "user": one.user, "why": one.why, "processes": one.processes}
+        for one in found.shut_out
     ]
 
 
-def shut_out_values(shut_out: Sequence[ShutOut]) -> list[dict[str, Any]]:
-    """The processes and clients that are shut out, as plain values for JSON."""
-    return [{"pid": one.pid, "name": one.name, "user": one.user, "why": one.why} for one in shut_out]
+def not_inspected_values(found: Preflight) -> dict[str, Any]:
+    """What preflight left out, as plain values for JSON."""
+    return {"more_shut_out": found.more, "hung": list(found.hung), "processes": found.not_asked}
