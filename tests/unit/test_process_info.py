@@ -7,7 +7,19 @@ import os
 import sys
 import time
 
-from imds_guard.watch.process_info import UNKNOWN, NameCache, decoded, os_text, program_of
+from imds_guard.watch.process_info import UNKNOWN, NameCache, ProcessInfo, Programs, decoded, os_text
+
+
+def now_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def program_of(pid: int, seen_ns: int) -> ProcessInfo:
+    programs = Programs()
+    try:
+        return programs.of(pid, seen_ns)
+    finally:
+        programs.close()
 
 
 def ended_process() -> int:
@@ -20,18 +32,18 @@ def ended_process() -> int:
 
 
 def test_a_running_process_has_its_program() -> None:
-    program = program_of(os.getpid(), time.time())
+    program = program_of(os.getpid(), now_ns())
     assert program.exe == os.path.realpath(sys.executable)
     assert program.command_line is not None
 
 
 def test_a_process_that_started_later_is_not_the_caller() -> None:
     """Its ID was used again."""
-    assert program_of(os.getpid(), time.time() - 10**6) == UNKNOWN
+    assert program_of(os.getpid(), 0) == UNKNOWN
 
 
 def test_an_ended_process_is_unknown() -> None:
-    assert program_of(ended_process(), time.time()) == UNKNOWN
+    assert program_of(ended_process(), now_ns()) == UNKNOWN
 
 
 def test_bytes_that_are_not_utf_8_are_shown_as_escapes() -> None:

@@ -15,6 +15,7 @@ import imds_guard
 from imds_guard.commands import service
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
+from imds_guard.watch.process_info import MAX_ABANDONED
 from tests.tools import need
 from tests.tree import every_command
 
@@ -278,3 +279,10 @@ def test_a_missing_socket_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     with pytest.raises(GuardError, match=r"sending 'READY=1' to the service manager at .*: ENOENT"):
         notify.ready()
+
+
+def test_the_watch_has_bounds_of_its_own() -> None:
+    """Above the children that it may leave behind (MAX_ABANDONED), with one that works and itself."""
+    name = "imds-guard-watch.service"
+    assert (of(name, "Service", "MemoryMax"), of(name, "Service", "TasksMax")) == (["256M"], ["32"])
+    assert MAX_ABANDONED + 2 <= 32

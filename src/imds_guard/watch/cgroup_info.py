@@ -91,10 +91,10 @@ class CgroupCache:
         """The path of the cgroup that process ``pid`` is in now, if that is the cgroup with this ID.
 
         It may be another one: the process has moved, or it has ended and a new process has its ID. A cgroup's ID is the
-        inode of its directory (kernfs_node in Linux).
+        inode of its directory (kernfs_node in Linux). A path with ``..`` leads out of our cgroup namespace.
         """
         path = _cgroup2_path(pid)
-        if path is None:
+        if path is None or ".." in path.split("/"):
             return None
         try:
             found = os.stat(path.lstrip("/") or ".", dir_fd=self._root.fd)

@@ -12,28 +12,31 @@ from imds_guard.watch.advice import would_allow
 from imds_guard.watch.cgroup_info import CgroupCache, CgroupInfo
 from imds_guard.watch.event import Values, record_values
 from imds_guard.watch.fold import Fold
-from imds_guard.watch.process_info import UNKNOWN, NameCache, ProcessInfo, program_of
-from imds_guard.watch.timestamps import iso_time_of, wall_clock
+from imds_guard.watch.process_info import UNKNOWN, NameCache, ProcessInfo, Programs
+from imds_guard.watch.timestamps import iso_time_of
 
 
 class Describer:
-    """Keeps caches and an open directory. Close it."""
+    """Keeps caches, an open directory and a child. Close it."""
 
     def __init__(self) -> None:
         self._root = open_cgroup()
         self._cgroups = CgroupCache(self._root)
         self._names = NameCache()
+        self._programs = Programs()
 
     def close(self) -> None:
-        """Closes the directory."""
+        """Closes the directory, and ends the child that looks up programs."""
         self._root.close()
+        self._programs.close()
 
     def describe(self, fold: Fold, source: RecordSource | None) -> Values:
         """The event for a fold; without lock and groups when there is no ``source`` to read them from."""
         record = decode(fold.last)
         lock = source.lock_name(record) if source is not None else None
         cgroup = self._cgroups.look_up(record.cgroup_id, record.tgid) if record.tgid else CgroupInfo()
-        values = record_values(record, lock, self._names.user(record.fsuid), cgroup, program_for(record, fold))
+        program = program_for(record, fold, self._programs)
+        values = record_values(record, lock, self._names.user(record.fsuid), cgroup, program)
         values.update(count=fold.count, processes=len(fold.processes) if record.tgid else None)
         if fold.count > 1:
             values["since"] = iso_time_of(decode(fold.first).time_ns)
@@ -43,11 +46,11 @@ class Describer:
         return values
 
 
-def program_for(record: Record, fold: Fold) -> ProcessInfo:
+def program_for(record: Record, fold: Fold, programs: Programs) -> ProcessInfo:
     """The program of the caller; if the process has ended, its program when the fold was last described."""
     if not record.tgid:
         return UNKNOWN
-    program = program_of(record.tgid, wall_clock(record.time_ns))
+    program = programs.of(record.tgid, record.time_ns)
     if program != UNKNOWN:
         fold.note = (record.tgid, program)
     elif isinstance(fold.note, tuple) and fold.note[0] == record.tgid:

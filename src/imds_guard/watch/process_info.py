@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from imds_guard.identity import group_name, user_name
-
-if TYPE_CHECKING:
-    import psutil
+from imds_guard.kernel import children, untrusted
+from imds_guard.kernel.abandonable import Unanswered, Worker
+from imds_guard.kernel.untrusted import Description
 
 MAX_COMMAND_LINE = 512
 _MAX_CACHED = 1024
 _CACHED_FOR_S = 60.0
-_START_TIME_SLACK_S = 1.5
-"""psutil computes a start time from a boot time in whole seconds, so a process may seem to start after it connected."""
 
 
 # --- the program ----------------------------------------------------------------------------------------------------
@@ -35,34 +33,64 @@ class ProcessInfo(NamedTuple):
 
 UNKNOWN = ProcessInfo()
 
+SHARE_S = 0.2
+"""How long one look-up may hang."""
+MAX_HUNG = 5
+"""Within PENANCE_S. So look-ups that hang take at most SHARE_S * MAX_HUNG, a sixtieth, of the time of a watch."""
+PENANCE_S = 60.0
+MAX_ABANDONED = 8
+"""Children that hang in the kernel. The watch's unit has a TasksMax above it."""
 
-def program_of(pid: int, seen_at: float) -> ProcessInfo:
-    """The program of a process; UNKNOWN when it has ended, or started after ``seen_at`` (seconds since the epoch)."""
-    try:
-        import psutil  # noqa: PLC0415 -- start-up time: nothing else needs it
-    except ImportError:
-        return UNKNOWN
-    try:
-        process = psutil.Process(pid)
-        if process.create_time() > seen_at + _START_TIME_SLACK_S:
+
+class Programs:
+    """Looks up the programs of processes, one at a time, by a child that can be abandoned. Close it.
+
+    After a command line that hung none of that user is read for PENANCE_S; after MAX_HUNG of them, only those of root
+    are, which nobody without privilege can make hang. exe does not hang.
+    """
+
+    def __init__(self) -> None:
+        self._worker = Worker(_describe)
+        self._hung: dict[int, float] = {}
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._worker.close()
+
+    def of(self, pid: int, seen_ns: int) -> ProcessInfo:
+        """The program of a process; UNKNOWN when it has ended, or started after ``seen_ns`` of CLOCK_BOOTTIME."""
+        try:
+            uid = os.stat(f"/proc/{pid}").st_uid
+        except OSError:
             return UNKNOWN
-        return ProcessInfo(_exe(process), _command_line(process))
-    except (psutil.Error, OSError):
-        return UNKNOWN
+        described = self._described(pid, uid)
+        if described is None or isinstance(described, Unanswered) or described.started_ns > seen_ns:
+            return UNKNOWN
+        return ProcessInfo(os.fsdecode(described.exe) or None, _command_line(described))
+
+    def _described(self, pid: int, uid: int) -> Description | Unanswered | None:
+        if uid != 0 and children.abandoned() >= MAX_ABANDONED:
+            return None
+        if self._may_read_command_line(uid):
+            described = self._worker.ask((pid, True), SHARE_S)
+            if described is not Unanswered.HUNG:
+                return described
+            self._hung[uid] = time.monotonic()
+        return self._worker.ask((pid, False), SHARE_S)
+
+    def _may_read_command_line(self, uid: int) -> bool:
+        now = time.monotonic()
+        self._hung = {one: since for one, since in self._hung.items() if now - since < PENANCE_S}
+        return uid not in self._hung and (uid == 0 or len(self._hung) < MAX_HUNG)
 
 
-def _exe(process: psutil.Process) -> str | None:
-    """None where the kernel does not let us read it (ptrace(2))."""
-    import psutil  # noqa: PLC0415
-
-    try:
-        return process.exe() or None
-    except psutil.AccessDenied:
-        return None
+def _describe(question: tuple[int, bool]) -> Description | None:
+    pid, command_line = question
+    return untrusted.describe(pid, command_line=command_line)
 
 
-def _command_line(process: psutil.Process) -> str | None:
-    text = " ".join(process.cmdline())
+def _command_line(described: Description) -> str | None:
+    text = os.fsdecode(b" ".join(described.command_line))
     if len(text) > MAX_COMMAND_LINE:
         text = text[:MAX_COMMAND_LINE] + "..."
     return text or None
