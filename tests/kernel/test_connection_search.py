@@ -140,7 +140,7 @@ def test_a_namespace_without_a_process_is_found_where_it_is_mounted(tmp_path: An
         source = f"/proc/{child}/ns/net".encode()
         assert libc.mount(source, str(place).encode(), None, ctypes.c_ulong(4096), None) == 0  # MS_BIND
         children.end(child)
-        found = {one.inode: one for one in namespaces.network_namespaces()[0]}
+        found = {one.inode: one for one in namespaces.network_namespaces().found}
         assert (found[inode].path, found[inode].pid) == (str(place), None)
         done = find_denied(locked(), Scope("/sys/fs/cgroup/none"))
         return inode in [one.inode for one in done.searched]

@@ -69,7 +69,7 @@ def test_a_denied_connection_is_cut_and_reported(here: Stage, name: str) -> None
     assert one.local[0] == one.remote[0]
     assert (one.protocol.value, one.why) == (name[:3], "not-listed in lock 'web'")
     assert (done.still_open, done.why_open) == ((), None)
-    assert bool(done.errors) == bool(namespaces.network_namespaces()[1])
+    assert bool(done.errors) == bool(namespaces.network_namespaces().hidden)
     assert cut_denied(locked(ONE), here.scope).cut == ()
 
 

@@ -44,6 +44,9 @@ HOMES = {
     r"'=IHHII'": "kernel/netlink",
     r"\bstat\.S_IW": "kernel/ownership",
     r"st_uid [!=]= 0": "kernel/ownership",
+    r"SOCK_DESTROY": "kernel/sock_diag",
+    r"/proc/\{[^}]*\}/stat\b": "kernel/processes",
+    r"/proc/\{[^}]*\}/status\b": "kernel/processes",
 }
 """What stands for it in the code -> the module."""
 
@@ -51,6 +54,41 @@ HOMES = {
 @pytest.mark.parametrize("sign", HOMES)
 def test_it_is_in_one_module(sign: str) -> None:
     assert [name for name, code in CODE.items() if re.search(sign, code)] == [HOMES[sign]]
+
+
+SAID_BY_A_PROCESS = (
+    *("cmdline", "environ", "comm", "exe", "cwd", "root", "fd", "fdinfo", "task", "auxv", "mem", "pagemap"),
+    *("maps", "map_files", "smaps", "smaps_rollup", "numa_maps"),
+)
+"""Files of /proc/PID that can hang their reader, or whose contents or number the process chooses."""
+
+
+def reads_what_processes_say(code: str) -> bool:
+    """By a path below /proc/PID, this process's own left out, or by a name in a directory that is opened there."""
+    names = "|".join(SAID_BY_A_PROCESS)
+    by_path = re.search(rf"/proc/\{{(?!os\.getpid\(\))[^}}]*\}}/({names})\b", code)
+    by_name = "/proc/{" in code and re.search(rf"'({names})'", code)
+    return bool(by_path or by_name)
+
+
+def test_one_module_reads_what_processes_say_of_themselves() -> None:
+    """kernel/bpffs goes through the root of PID 1, or of a process that has started this one."""
+    assert {name for name, code in CODE.items() if reads_what_processes_say(code)} == {
+        "kernel/untrusted",
+        "kernel/bpffs",
+    }
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(f'/proc/{pid}/cmdline')",
+        "os.readlink(f'/proc/{one.pid}/fd/{number}')",
+        "folder = os.open(f'/proc/{pid}', 0); os.readlink('exe', dir_fd=folder)",
+    ],
+)
+def test_reading_what_processes_say_is_recognised(code: str) -> None:
+    assert reads_what_processes_say(code)
 
 
 def test_only_the_wrappers_and_bpf_know_c_types() -> None:

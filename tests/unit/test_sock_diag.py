@@ -23,10 +23,10 @@ from imds_guard.kernel import netns, processes
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.namespaces import Namespace, network_namespaces
-from imds_guard.kernel.processes import process_name
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.kernel.syscall_numbers import syscall_number
+from imds_guard.kernel.untrusted import name_of
 from imds_guard.policy.model import Endpoint, Lock, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 
@@ -280,7 +280,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 @needs_root
-@pytest.mark.parametrize("hides", [lambda: network_namespaces()[1], lambda: holders_of(frozenset([1])).hidden])
+@pytest.mark.parametrize("hides", [lambda: network_namespaces().hidden, lambda: holders_of(frozenset([1])).hidden])
 def test_a_zombie_is_not_counted_as_hidden(hides: Callable[[], int]) -> None:
     """A zombie holds no sockets. A process of which only the first thread has ended may hold some."""
     with _processes(lambda: None, _hang, _first_thread_ends) as (ended, lives, lives_on):
@@ -303,14 +303,14 @@ def test_without_inodes_no_process_is_read() -> None:
 
 
 def test_the_name_of_a_process_is_empty_once_it_is_gone() -> None:
-    assert process_name(os.getpid())
-    assert process_name(2**22 + 1) == ""  # beyond PID_MAX_LIMIT in include/linux/threads.h
+    assert name_of(os.getpid())
+    assert name_of(2**22 + 1) == ""  # beyond PID_MAX_LIMIT in include/linux/threads.h
 
 
 @needs_root
 def test_the_own_namespace_comes_first_and_once() -> None:
     def work() -> None:
-        found, _ = network_namespaces()
+        found = network_namespaces().found
         own = os.stat("/proc/thread-self/ns/net").st_ino
         assert found[0] == Namespace(own, "/proc/thread-self/ns/net", os.getpid())
         assert len({one.inode for one in found}) == len(found)

@@ -15,7 +15,7 @@ from imds_guard.kernel.namespaces import OWN_PATH, Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.policy.decide import Destination
 from imds_guard.policy.model import Address, Policy, Protocol, unmapped
-from imds_guard.text import some_of
+from imds_guard.text import count_of, some_of
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _MAPPED = bytes(10) + b"\xff\xff"  # ::ffff:0:0/96
@@ -60,9 +60,14 @@ def find_sockets(policy: Policy, scope: Scope) -> FoundSockets:
     Sockets without a file are left out: nobody can use them.
     """
     found = FoundSockets()
-    namespaces, hidden = network_namespaces()
+    namespaces, hidden, more = network_namespaces()
     if not scope.every_namespace:
-        namespaces, hidden = namespaces[:1], 0
+        namespaces, hidden, more = namespaces[:1], 0, 0
+    if more:
+        found.errors.append(
+            f"{count_of(more, 'network namespace')} beyond the first {len(namespaces)} were not searched; those of "
+            "root come first, then one of each other user in turn"
+        )
     if hidden:
         found.errors.append(f"the network namespace of {hidden_processes(hidden)} was not found")
     wanted, cgroups = _locked_addresses(policy), _cgroup_ids(scope.cgroup)
