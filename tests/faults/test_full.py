@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import resource
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def test_no_inode_left_in_run(guarded: tuple[Sandbox, EbpfBackend]) -> None:
     sandbox, backend = guarded
     os.makedirs(lockfile.FOLDER, mode=0o700, exist_ok=True)
     for command in (lambda: backend.apply(NEW_POLICY), backend.remove):
-        said = _refusal(command, lambda: _full(lockfile.FOLDER, "nr_inodes=2,size=4k,mode=700"))
+        said = _refusal(command, lambda: _full(lockfile.FOLDER, f"nr_inodes=2,size={mmap.PAGESIZE},mode=700"))
         assert "ENOSPC" in said
         assert lockfile.FOLDER in said
         assert (backend.read(), guards.passing(sandbox)) == (OLD_POLICY, UNDER_OLD)
@@ -111,7 +112,7 @@ def test_no_byte_left_in_run(tmp_path: Path) -> None:
         def inside() -> tuple[object, str, object]:
             backend = IptablesBackend(state_folder=str(tmp_path))
             backend.apply(OLD_POLICY)
-            _full(str(tmp_path), "size=8k,mode=700")
+            _full(str(tmp_path), f"size={2 * mmap.PAGESIZE},mode=700")
             said = _refusal(lambda: backend.apply(NEW_POLICY))
             return backend.read(), said, sorted(os.listdir(tmp_path))
 
@@ -126,8 +127,8 @@ def test_no_space_to_save(tmp_path: Path) -> None:
 
     def inside() -> tuple[object, str, object]:
         places.own_mounts()
-        _full(str(tmp_path), "size=16k,nr_inodes=5")
-        os.truncate(tmp_path / "filler", 8192)
+        _full(str(tmp_path), f"size={4 * mmap.PAGESIZE},nr_inodes=5")
+        os.truncate(tmp_path / "filler", 2 * mmap.PAGESIZE)
         save_config(Config(OLD_POLICY), str(file))
         _fill(str(tmp_path / "filler"))
         many = guards.policy(*range(70_000, 71_000))

@@ -104,7 +104,7 @@ class Storm:
     _COUNTS = struct.Struct("=QQQ")  # connected, denied, other
 
     def __init__(self, sandbox: Sandbox, user: int, address: str = IPV4) -> None:
-        self._memory = mmap.mmap(-1, 4096)
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._begun, theirs = os.pipe()
         memory = self._memory
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -12,6 +13,8 @@ from typing import Any
 
 from imds_guard.watch.event import as_json
 from imds_guard.watch.line_queue import MAX_LINES, LineQueue
+
+F_SETPIPE_SZ = 1031  # include/uapi/linux/fcntl.h; fcntl.F_SETPIPE_SZ is new in Python 3.10
 
 
 class Reader:
@@ -50,6 +53,7 @@ def test_lines_are_written_in_order() -> None:
 def test_a_slow_reader_blocks_nobody_and_gets_the_number_of_missed_events() -> None:
     """Each line is an event with a count of 2. Together they do not fit into the pipe and the queue."""
     with pipe() as (reader, queue):
+        fcntl.fcntl(queue.fd, F_SETPIPE_SZ, 65536)  # the default is 16 pages, which may be of 64 KiB
         put = 10 * MAX_LINES
         for _ in range(put):
             queue.put({"event": "denied", "count": 2})
