@@ -144,13 +144,15 @@ def caller_of_pid(pid: int) -> Caller:
             f"reading the namespaces of process {pid}: {system_text(error)}; this needs root with every capability "
             "of the process, or CAP_SYS_PTRACE (ptrace(2))"
         ) from error
+    groups = [int(gid) for gid in status[b"Groups"].split()]
     return Caller(
         fsuid=_filesystem_id(status[b"Uid"]),
         fsgid=_filesystem_id(status[b"Gid"]),
-        groups=frozenset(int(gid) for gid in status[b"Groups"].split()),
+        groups=frozenset(groups),
         pid_namespace_is_initial=pid_ns == INITIAL_PID_NAMESPACE,
         user_namespace_is_initial=user_ns == INITIAL_USER_NAMESPACE,
         kernel_thread=bool(flags & PF_KTHREAD),
+        repeated_groups=len(groups) - len(set(groups)),
     )
 
 

@@ -125,6 +125,14 @@ GROUPS = [
         "1025-groups-129-denied", imds(deny_groups=(*_MANY_LISTED, STAFF), default=ALLOW), who(BOB, CREW, _MANY_HELD),
         go(), Reason.TOO_MANY_GROUPS,
     ),
+    *row(
+        "1025-times-one-group-129-listed", imds(groups=(*_MANY_LISTED, CREW)), who(BOB, OTHERS, [CREW] * 1025), go(),
+        Reason.TOO_MANY_GROUPS,
+    ),
+    *row(
+        "1024-times-one-group-129-listed", imds(groups=(*_MANY_LISTED, CREW)), who(BOB, OTHERS, [CREW] * 1024), go(),
+        Reason.ALLOWED_GROUP,
+    ),
 ]  # fmt: skip
 
 DENY_LISTS = [

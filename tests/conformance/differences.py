@@ -28,6 +28,7 @@ KNOWN: dict[str, tuple[tuple[str, str], ...]] = {
         ("userns-slips-past-no-deny-list/*", _CONTAINERS),
         ("1025-groups-129-listed/*", _GROUPS),
         ("1025-groups-129-denied/*", _GROUPS),
+        ("1025-times-one-group-129-listed/*", _GROUPS),
         ("unspecified-on-a-device-listed/*", _EXACT),
         ("unspecified-unbound-udp-connect/ipv4", _EXACT),
         ("unspecified-unbound-udp-connect/mapped", _EXACT),

@@ -101,6 +101,7 @@ def model_caller(case: Case) -> Caller:
         pid_namespace_is_initial=who.setting is not Setting.PID_NAMESPACE,
         user_namespace_is_initial=not inside_user_namespace,
         kernel_thread=who.setting is Setting.KERNEL_THREAD,
+        repeated_groups=len(who.groups) - len(set(who.groups)),
     )
 
 

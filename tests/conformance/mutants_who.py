@@ -173,6 +173,12 @@ def too_many_groups_whatever_is_listed(case: Case) -> Decision:
 
 
 @mutant
+def repeated_groups_counted_once(case: Case) -> Decision:
+    """A group that the caller has many times counts as one: the kernel's list is taken for a set."""
+    return judge(case, caller=model_caller(case)._replace(repeated_groups=0))
+
+
+@mutant
 def too_many_groups_before_the_user(case: Case) -> Decision:
     """A caller with too many groups to search is denied, although its user is listed."""
     decision = judge(case)

@@ -174,7 +174,7 @@ def test_the_filesystem_ids_count_not_the_effective_ones() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
 
     def prepare() -> None:
-        os.setgroups([7001, 7003, 7002])
+        os.setgroups([7001, 7003, 7002, 7003, 7003])
         os.setresgid(6001, 6002, 6003)
         os.setresuid(5001, 5002, 0)
         os.seteuid(0)
@@ -184,6 +184,7 @@ def test_the_filesystem_ids_count_not_the_effective_ones() -> None:
     with child(prepare) as pid:
         caller = caller_of_pid(pid)
     assert (5009, 6009, frozenset({7001, 7002, 7003})) == (caller.fsuid, caller.fsgid, caller.groups)
+    assert caller.repeated_groups == 2  # the kernel's list has five
 
 
 @needs_root

@@ -66,7 +66,15 @@ class Task(NamedTuple):
     def caller(self) -> Caller:
         """The caller as decide() takes it."""
         thread = bool(self.flags & PF_KTHREAD)
-        return Caller(self.fsuid, self.fsgid, self.groups_value, self.pid_level == 0, self.user_ns_level == 0, thread)
+        return Caller(
+            self.fsuid,
+            self.fsgid,
+            self.groups_value,
+            self.pid_level == 0,
+            self.user_ns_level == 0,
+            thread,
+            repeated_groups=self.ngroups - len(self.groups_value),
+        )
 
     @property
     def groups_value(self) -> frozenset[int]:

@@ -62,6 +62,8 @@ class Caller(NamedTuple):
     pid_namespace_is_initial: bool = True
     user_namespace_is_initial: bool = True
     kernel_thread: bool = False
+    repeated_groups: int = 0
+    """How many entries of the kernel's list of groups repeat another one: setgroups(2) keeps them."""
 
     @property
     def in_container(self) -> bool:
@@ -191,14 +193,17 @@ def _reason(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[s
 def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason | tuple[int] | None:
     """A group of the caller that is among ``wanted``, in a tuple; None when there is none; or TOO_MANY_GROUPS.
 
-    TOO_MANY_GROUPS means that a backend can't search them all. The primary group need not be a supplementary one too:
+    TOO_MANY_GROUPS means that a backend can't search them all; repeated ones count. The primary group need not be a supplementary one too:
     in_group_p() in Linux kernel/groups.c looks at both.
     """
     if caller.fsgid in wanted:
         return (caller.fsgid,)
     if not wanted:
         return None
-    if len(caller.groups) > MAX_WALKED_GROUPS and len(lock.listed_groups) > MAX_SEARCHED_GROUPS:
+    if (
+        len(caller.groups) + caller.repeated_groups > MAX_WALKED_GROUPS
+        and len(lock.listed_groups) > MAX_SEARCHED_GROUPS
+    ):
         return Reason.TOO_MANY_GROUPS
     found = wanted & caller.groups
     return (min(found),) if found else None
