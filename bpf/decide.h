@@ -85,13 +85,14 @@ ig_inline __u32 ig_judge_caller(__u32 generation, const struct ig_settings *sett
 	const char *task = ig_get_current_task();
 	__u32 reason;
 
-	if (number == IG_NO_LIST)
-		return IG_UNSPECIFIED_DESTINATION;
-	if (!list || !(list->flags & IG_LIST_VALID))
-		return IG_UNREADABLE;
+	/* First of all, because the record of every denial names the caller. */
 	if (ig_read(&caller->cred, task + IG_OFF_TASK_STRUCT_CRED) || !caller->cred ||
 	    ig_read(&caller->fsuid, caller->cred + IG_OFF_CRED_FSUID) ||
 	    ig_read(&caller->fsgid, caller->cred + IG_OFF_CRED_FSGID))
+		return IG_UNREADABLE;
+	if (number == IG_NO_LIST)
+		return IG_UNSPECIFIED_DESTINATION;
+	if (!list || !(list->flags & IG_LIST_VALID))
 		return IG_UNREADABLE;
 	reason = ig_judge_container(settings, task, caller->cred);
 	return reason ? reason : ig_judge_lists(generation, number, list, caller);

@@ -106,7 +106,7 @@ enum ig_protocol { IG_TCP = 1, IG_UDP = 2 };
 struct ig_port_range {
 	__u16 low; /* inclusive, host byte order */
 	__u16 high;
-	__u16 lock;
+	__u16 lock; /* IG_NO_LOCK where .list is IG_NO_LIST */
 	__u16 list;
 	__u8 protocols; /* bits of enum ig_protocol */
 	__u8 flags;

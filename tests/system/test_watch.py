@@ -126,6 +126,25 @@ def test_a_denial_before_the_watch_is_printed_once(guard: Guard) -> None:
         assert again.event("denied")["uid"] == TWO
 
 
+def test_a_datagram_to_an_unknown_destination_names_its_caller_and_no_lock(guard: Guard) -> None:
+    """Where 0.0.0.0 leads is not known, so no lock is named. Who sent it is known."""
+    guard.start("--user", str(ONE), "--ip", f"{SERVICE}:80,any")
+
+    def send() -> tuple[int, str]:
+        become(uids=(STRANGER,) * 3, gids=(GID,) * 3, groups=(7, 8))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one, pytest.raises(PermissionError):
+            one.sendto(b"x", ("0.0.0.0", 80))
+        return os.getpid(), Path("/proc/self/comm").read_text().strip()
+
+    pid, comm = guard.sandbox.call(send, timeout_s=TIMEOUT_S)
+    with watch(guard) as one:
+        event = one.event("denied")
+    (row,) = guard("report", "--json").values["rows"]
+    expected = {"reason": "unspecified-destination", "lock": None, "uid": STRANGER, "comm": comm, "address": "0.0.0.0"}
+    assert [{key: found[key] for key in expected} for found in (event, row)] == [expected, expected]
+    assert (event["pid"], event["gid"], event["groups"]) == (pid, GID, 2)
+
+
 def test_a_denial_in_audit_mode_is_an_audited_event(guard: Guard) -> None:
     start(guard, "--mode", "audit")
     with watch(guard) as one:

@@ -183,7 +183,7 @@ def _endpoint_key(generation: int, network: Network) -> bytes:
 def _endpoint_value(ranges: list[Range], list_of_lock: list[int]) -> bytes:
     return abi.endpoint_value(
         [
-            abi.RANGE.pack(r.low, r.high, 0, abi.NO_LIST, r.protocols, abi.INHERITED)
+            abi.RANGE.pack(r.low, r.high, abi.NO_LOCK, abi.NO_LIST, r.protocols, abi.INHERITED)
             if r.lock == _NO_LOCK
             else abi.RANGE.pack(r.low, r.high, r.lock, list_of_lock[r.lock], r.protocols, abi.INHERITED * r.inherited)
             for r in ranges
