@@ -137,7 +137,8 @@ ig_inline bool ig_find_packet_range(__u32 generation, const struct ig_packet *pa
 	endpoint = ig_find_endpoint(generation, &packet->request.to);
 	found->lock = IG_NO_LOCK;
 	found->list = IG_NO_LIST;
-	return endpoint;
+	/* An endpoint without ranges locks nothing: it keeps a shorter prefix from this part of it. */
+	return endpoint && endpoint->ranges_len;
 }
 
 /* --- what may pass without an approved socket ------------------------------------------------------------------- */

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import mmap
 import os
 import socket
@@ -470,6 +471,29 @@ def test_other_addresses_are_left_alone(guarded: Guarded) -> None:
     backend.apply(make_policy([Lock("default", (endpoint,), Identities(frozenset({OLD})))], strict=True))
     for address in (IPV4, IPV6):
         assert Client(sandbox, STRANGER, tcp(address)).answered()
+
+
+def _send_bare_header(address: str) -> str:
+    """Whether an IPv4 header with nothing behind it gets out."""
+    subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)
+    head = struct.pack("!2B3H2BH", 0x45, 0, 20, 1, 0, 64, socket.IPPROTO_TCP, 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as mouth:
+        try:
+            mouth.sendto(head + bytes(4) + socket.inet_aton(address), (address, 0))
+        except PermissionError:
+            return "dropped"
+        return "sent"
+
+
+def test_an_unparsable_packet_to_an_address_that_only_an_empty_entry_covers_passes(guarded: Guarded) -> None:
+    """With ::/0 the trie has an entry for all of IPv4 that locks nothing. No range of it must be taken for one."""
+    sandbox, backend = guarded
+    prefixes = {"six": "::/0", "four": "192.0.2.128/25"}  # 192.0.2.7 has the same bit in the bitmap
+    web = ((PORT, PORT),)
+    locks = [Lock(name, (Endpoint(ipaddress.ip_network(prefix), tcp=web),)) for name, prefix in prefixes.items()]
+    backend.apply(make_policy(locks, strict=True))
+    assert sandbox.call(lambda: _send_bare_header("192.0.2.129")) == "dropped"
+    assert sandbox.call(lambda: _send_bare_header("192.0.2.7")) == "sent"
 
 
 def test_the_egress_hook_is_attached_under_strict_alone(guarded: Guarded) -> None:

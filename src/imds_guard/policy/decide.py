@@ -193,8 +193,8 @@ def _reason(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[s
 def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason | tuple[int] | None:
     """A group of the caller that is among ``wanted``, in a tuple; None when there is none; or TOO_MANY_GROUPS.
 
-    TOO_MANY_GROUPS means that a backend can't search them all; repeated ones count. The primary group need not be a supplementary one too:
-    in_group_p() in Linux kernel/groups.c looks at both.
+    TOO_MANY_GROUPS means that a backend can't search them all; repeated ones count. The primary group need not be a
+    supplementary one too: in_group_p() in Linux kernel/groups.c looks at both.
     """
     if caller.fsgid in wanted:
         return (caller.fsgid,)
