@@ -16,6 +16,19 @@ settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("IMDS_GUARD_HYPOTHESIS") or ("full" if os.environ.get("CI") else "quick"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/vm. They are here because pytest asks only the first conftest.py."""
+    parser.addoption(
+        "--vm-cases", type=int, default=300_000, metavar="N", help="runs of the hooks in test_decisions.py"
+    )
+    parser.addoption("--vm-seed", type=_seed, metavar="SEED[:FIRST]", help="the seed of these, and the first scene")
+
+
+def _seed(text: str) -> tuple[int, int]:
+    seed, _, first = text.partition(":")
+    return int(seed), int(first or 0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_stays_on_the_machine() -> Iterator[None]:
     """At the end no cgroup of a sandbox of this run is left: a test that leaves one leaves its guard, too."""

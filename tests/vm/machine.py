@@ -125,8 +125,12 @@ class Machine:
         self.map_update(Map.WATCH, abi.ARRAY_KEY.pack(0), abi.WATCH.pack(log_allowed))
         return image
 
+    def fill_generation(self, policy: Policy, generation: int, serial: int) -> None:
+        """Writes a generation that is not put in force."""
+        self.fill(policy, render(policy, generation), serial)
+
     def fill(self, policy: Policy, image: Image, serial: int) -> None:
-        """Writes a generation and its settings, and puts nothing in force."""
+        """Writes the records of a generation, and its settings."""
         for number, items in image.items.items():
             for key, value in items:
                 self.map_update(number, key, value)

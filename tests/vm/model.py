@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a connect or sendmsg must leave behind, from decide() and the meaning of the records in bpf/imds_guard.h."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import struct
+from typing import NamedTuple
+
+from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.image import Image
+from imds_guard.policy.decide import Decision, Reason, decide, resolve_unspecified
+from imds_guard.policy.model import Address, Mode, Policy, Protocol, Verdict
+from tests.vm.structs import COUNTS, EVENT_BYTES, MARK_BYTES, ROW_BYTES, OutcomeC
+from tests.vm.values import IPPROTO_MPTCP, Attempt, Outcome, Task, outcome_of
+
+_OUTCOME = struct.Struct(f"=Q4I{COUNTS}s{EVENT_BYTES}s8s{ROW_BYTES}s{MARK_BYTES}s")
+assert _OUTCOME.size == ctypes.sizeof(OutcomeC)
+_GID_AT = _OUTCOME.size - MARK_BYTES + 12
+"""Where the group of the mark is in a struct outcome."""
+
+_COUNTED = {
+    (reason, audited, times): bytes(2 * reason + audited) + bytes([times])
+    for reason in range(abi.REASONS)
+    for audited in (False, True)
+    for times in (1, 2)
+}
+_PROTOCOLS = {Protocol.TCP: abi.TCP, Protocol.UDP: abi.UDP}
+_MARKS = {
+    Reason.ALLOWED_USER: abi.MARK_USER,
+    Reason.ALLOWED_GROUP: abi.MARK_GROUP,
+    Reason.DEFAULT_ALLOW: abi.MARK_DEFAULT,
+}
+_NOTHING = b""
+
+
+class Expected(NamedTuple):
+    """A struct outcome, and the groups that may be in its mark: any that allows the caller will do."""
+
+    raw: bytes
+    reason: Reason
+    mark_groups: frozenset[int] = frozenset()
+
+    @property
+    def outcome(self) -> Outcome:
+        """The same with names."""
+        return outcome_of(OutcomeC.from_buffer_copy(self.raw))
+
+    def accepts(self, raw: bytes) -> bool:
+        """Whether a struct outcome is as expected."""
+        return raw == self.raw or (bool(self.mark_groups) and raw == self.with_group_of(raw))
+
+    def with_group_of(self, raw: bytes) -> bytes:
+        """The expected outcome with the group that another one has in its mark, if it may have that."""
+        gid = raw[_GID_AT : _GID_AT + 4]
+        if int.from_bytes(gid, "little") not in self.mark_groups:
+            return self.raw
+        return self.raw[:_GID_AT] + gid + self.raw[_GID_AT + 4 :]
+
+
+class Model:
+    """One policy as it is in the maps. The image tells which number a lock and its lists have."""
+
+    def __init__(self, policy: Policy, image: Image, serial: int, log_allowed: bool, time_ns: int) -> None:
+        self.policy, self.serial, self.log_allowed, self.time_ns = policy, serial, log_allowed, time_ns
+        self.generation = image.generation
+        self._locks: dict[str | None, tuple[int, int]] = {None: (abi.NO_LOCK, abi.NO_LIST)}
+        for key, value in image.items[Map.LOCKS]:
+            number, name = abi.SMALL_KEY.unpack(key)[1], abi.LOCK.unpack(value)[2].rstrip(b"\0").decode()
+            self._locks[name] = number, abi.LOCK.unpack(value)[0]
+        self._groups = {lock.name: lock.allow.groups for lock in policy.locks}
+        ((_, self._bitmap),) = image.items[Map.ADDRESS_BITMAP]
+
+    def expected(self, task: Task, attempt: Attempt) -> Expected:
+        """What ``attempt`` by ``task`` leaves behind. Before it the counters and the report are empty."""
+        destination = attempt.destination
+        if attempt.has_no_address or destination is None:
+            return self._passes(attempt)
+        decision = decide(self.policy, task.caller, destination, attempt.source_value)
+        if decision.reason is Reason.NOT_LOCKED:
+            return self._passes(attempt, self._sets_open_mark(attempt))
+        return self._decided(task, attempt, decision)
+
+    # --- what is not locked -------------------------------------------------------------------------------------------
+
+    def _passes(self, attempt: Attempt, open_mark: bool = False) -> Expected:
+        mark = attempt.mark
+        if open_mark:  # the rest of the mark stays as it is
+            before = abi.MARK.unpack(mark or bytes(abi.MARK.size))
+            mark = abi.MARK.pack(*before[:4], abi.MARK_OPEN, before[5])
+        return _expected(Reason.NOT_LOCKED, 1, marked=mark)
+
+    def _sets_open_mark(self, attempt: Attempt) -> bool:
+        """Under strict, for TCP to an address that the first look does not exclude."""
+        tcp = attempt.protocol_value is Protocol.TCP
+        return self.policy.strict and tcp and self.may_be_locked(ipaddress.ip_address(attempt.to))
+
+    def may_be_locked(self, address: Address) -> bool:
+        """ig_may_be_locked() in bpf/address.h: an address whose bits are clear is looked at no further."""
+        whole = abi.address_bytes(address)
+        if not any(whole[:10]) and whole[10:12] in (b"\0\0", b"\xff\xff") and not any(whole[12:]):
+            return True
+        ipv4 = whole[:12] == bytes(10) + b"\xff\xff"
+        first = int.from_bytes(whole[12:14] if ipv4 else whole[:2], "big")
+        networks = abi.HOST_BYTES + (0 if ipv4 else abi.NETWORK_BYTES)
+        return self._bit(0, abi.host_bit(whole)) or self._bit(networks, first)
+
+    def _bit(self, base: int, bit: int) -> bool:
+        word = struct.unpack_from("=I", self._bitmap, base + (bit >> 5) * 4)[0]
+        return bool(word >> (bit & 31) & 1)
+
+    # --- what is locked -----------------------------------------------------------------------------------------------
+
+    def _decided(self, task: Task, attempt: Attempt, decision: Decision) -> Expected:
+        reason = decision.reason
+        if self.policy.strict and attempt.protocol == IPPROTO_MPTCP and reason.permits:
+            reason = Reason.UNAPPROVED_SOCKET  # its packets would come from other sockets, without the mark
+        audited = not reason.permits and self.policy.mode is Mode.AUDIT
+        denied = not reason.permits and not audited
+        lock, numbered_list = self._locks[decision.lock]
+        event = row_key = row = _NOTHING
+        if not reason.permits or self.log_allowed:
+            event = self._event(task, attempt, lock, reason, audited)
+        if not reason.permits:
+            row_key = abi.REPORT_KEY.pack(self.generation, reason, lock, task.fsuid)
+            row = self._row(task, attempt)
+        marked, groups = attempt.mark, frozenset[int]()
+        if self.policy.strict and not denied and attempt.protocol != IPPROTO_MPTCP:
+            groups = self._groups_of(task, decision) if reason is Reason.ALLOWED_GROUP else frozenset()
+            marked = self._mark(task, reason, numbered_list)
+        counts = _COUNTED[reason, audited, attempt.repeat]
+        return _expected(reason, int(not denied), attempt.repeat, counts, event, row_key, row, marked, groups)
+
+    def _groups_of(self, task: Task, decision: Decision) -> frozenset[int]:
+        assert decision.lock is not None
+        return self._groups[decision.lock] & (task.groups_value | {task.fsgid})
+
+    def _mark(self, task: Task, reason: Reason, numbered_list: int) -> bytes:
+        kind = _MARKS.get(reason, abi.MARK_AUDIT)
+        unchecked = self.policy.containers is Verdict.ALLOW
+        return abi.MARK.pack(self.serial, task.fsuid, 0, numbered_list, kind, unchecked)
+
+    def _event(self, task: Task, attempt: Attempt, lock: int, reason: Reason, audited: bool) -> bytes:
+        allowed = abi.VERDICT_ALLOWED if reason.permits else abi.VERDICT_DENIED
+        return abi.EVENT.pack(
+            self.time_ns + attempt.repeat - 1,
+            task.cgroup_id,
+            task.netns_cookie,
+            task.pid,
+            task.tgid,
+            task.fsuid,
+            task.fsgid,
+            task.ngroups,
+            attempt.port,
+            lock,
+            _judged(attempt),
+            task.comm,
+            self.generation,
+            abi.HOOKS[attempt.hook].number,
+            reason,
+            abi.VERDICT_AUDITED if audited else allowed,
+            _protocol_of(attempt),
+        )
+
+    def _row(self, task: Task, attempt: Attempt) -> bytes:
+        first, last = self.time_ns, self.time_ns + attempt.repeat - 1
+        judged, protocol = _judged(attempt), _protocol_of(attempt)
+        return abi.REPORT.pack(attempt.repeat, first, last, judged, attempt.port, protocol, task.comm)
+
+
+def _judged(attempt: Attempt) -> bytes:
+    """The address as it was judged: 0.0.0.0 and :: are resolved, where a hook can know where they lead."""
+    address = resolve_unspecified(ipaddress.ip_address(attempt.to), attempt.source_value)
+    return abi.address_bytes(ipaddress.IPv4Address(0) if address is None else address)
+
+
+def _protocol_of(attempt: Attempt) -> int:
+    protocol = attempt.protocol_value
+    assert protocol is not None
+    return _PROTOCOLS[protocol]
+
+
+def _expected(
+    reason: Reason,
+    returned: int,
+    repeat: int = 1,
+    counts: bytes = _NOTHING,
+    event: bytes = _NOTHING,
+    row_key: bytes = _NOTHING,
+    row: bytes = _NOTHING,
+    marked: bytes | None = None,
+    groups: frozenset[int] = frozenset(),
+) -> Expected:
+    events = repeat if event else 0
+    has_mark = marked is not None
+    # A socket without a mark has storage of zeros, which nobody reads.
+    raw = _OUTCOME.pack(returned, 0, events, bool(row), has_mark, counts, event, row_key, row, marked or _NOTHING)
+    return Expected(raw, reason, groups)
