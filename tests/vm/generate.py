@@ -11,7 +11,7 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.render import require_fits
 from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, Caller
-from imds_guard.policy.model import MAX_ID, Address, Policy, Protocol
+from imds_guard.policy.model import MAX_ID, Address, Identities, Policy, Protocol
 from tests import generate
 from tests.vm.programs import ADDRESS_HOOKS
 from tests.vm.values import (
@@ -45,11 +45,22 @@ def policy(r: Random, strict: bool | None = None) -> Policy:
     """A policy that the maps can hold."""
     while True:
         made = generate.policy(r, strict=strict)
+        if chance(r, 0.15):
+            made = _with_many_groups(r, made)
         try:
             require_fits(made)
         except Unsupported:
             continue
         return made
+
+
+def _with_many_groups(r: Random, policy: Policy) -> Policy:
+    """One lock lists about as many groups as are looked for among those of a caller with very many."""
+    number, count = r.randrange(len(policy.locks)), r.choice((127, 128, 129, 130, 200))
+    lock = policy.locks[number]
+    some = frozenset(range(70_000, 70_000 + count - len(lock.listed_groups)))
+    more = lock._replace(allow=Identities(lock.allow.users, lock.allow.groups | some))
+    return policy._replace(locks=(*policy.locks[:number], more, *policy.locks[number + 1 :]))
 
 
 # --- who ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that are planted in copies of the hooks and of Python modules. Each must turn a test of this folder red."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from unittest.mock import patch
+
+from imds_guard.backends.ebpf import program
+from tests.vm.programs import compiled
+
+
+class Fault(NamedTuple):
+    """One edit of one file. ``file`` is in bpf/, or the name of a module."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+
+    def edited(self, text: str) -> str:
+        """The text with the fault. It must be possible to plant it in exactly one place."""
+        assert text.count(self.before) == 1, f"{self.name}: {self.file} has it {text.count(self.before)} times"
+        return text.replace(self.before, self.after)
+
+
+_RENDER, _DECIDE = "imds_guard.backends.ebpf.render", "imds_guard.policy.decide"
+
+FAULTS = (
+    # Three that releases had.
+    Fault(
+        "an-unspecified-destination-before-the-credentials", "decide.h",
+        "\tif (ig_read(&caller->cred,",
+        "\tif (number == IG_NO_LIST)\n\t\treturn IG_UNSPECIFIED_DESTINATION;\n\tif (ig_read(&caller->cred,",
+    ),
+    Fault("an-unspecified-destination-names-the-first-lock", _RENDER, "r.high, abi.NO_LOCK,", "r.high, 0,"),
+    Fault("an-entry-without-ranges-locks", "egress.h", "return endpoint && endpoint->ranges_len;", "return endpoint;"),
+    Fault(
+        "repeated-groups-count-once", _DECIDE,
+        "len(caller.groups) + caller.repeated_groups > MAX", "len(caller.groups) > MAX",
+    ),
+    # Where a connect goes.
+    Fault("the-port-in-the-other-byte-order", "request.h", "ig_be16((__u16)ctx->user_port)", "(__u16)ctx->user_port"),
+    Fault("the-last-port-of-a-range-is-open", "endpoint.h", "port <= range->high", "port < range->high"),
+    Fault("udp-is-locked-as-tcp-is", "endpoint.h", "(range->protocols & request->protocol)", "range->protocols"),
+    Fault("the-unspecified-ipv6-address-leads-nowhere", "request.h", "to->word[3] = ig_be32(1);", ";"),
+    Fault("sendmsg-judges-the-sockets-own-address", "request.h", "from = ctx->msg_src_ip4;", "from = sk->src_ip4;"),
+    Fault("a-longer-prefix-opens-the-ports-around-it", _RENDER, "own[network] + inherited", "own[network]"),
+    Fault("a-prefix-covers-one-bit-of-the-bitmap", _RENDER, "1 << max(0, 16 - network.prefixlen)", "1"),
+    # Who connects.
+    Fault("only-the-primary-group", "decide.h", "group |= ig_judge_supplementary", "ig_judge_supplementary"),
+    Fault("on-both-lists-is-allowed", "decide.h", "if (user & IG_DENY)", "if (user == IG_DENY)"),
+    Fault("a-pid-namespace-is-no-container", "decide.h", "return user && pid ?", "return user ?"),
+    Fault("the-rest-of-a-division-is-not-read", "groups.h", "if (i < len % IG_GIDS", "if (i + 1 < len % IG_GIDS"),
+    Fault("a-search-that-ends-early", "groups.h", "step < 17", "step < 10"),
+    # What is reported.
+    Fault("a-row-that-does-not-count", "notify.h", "__sync_fetch_and_add(&row->count, 1);", ""),
+    Fault("a-mark-has-the-primary-group", "mark.h", "if (!list || caller->searched)", "if (list || caller->searched)"),
+    Fault("a-mark-of-another-list", "mark.h", "mark->list = list;", "mark->list = 0;"),
+)  # fmt: skip
+
+
+@contextmanager
+def planted(fault: Fault, folder: Path) -> Iterator[None]:
+    """In this block the hooks, or the module's users in tests/vm, have the fault. ``folder`` is for a copy of bpf/."""
+    if not fault.file.endswith(".h"):
+        with _in_module(fault):
+            yield
+        return
+    copy = folder / "bpf"
+    shutil.copytree(program.source_folder(), copy)
+    path = copy / fault.file
+    path.write_text(fault.edited(path.read_text(encoding="utf-8")), encoding="utf-8")
+    compiled.cache_clear()
+    try:
+        with patch.object(program, "source_folder", lambda: copy):
+            yield
+    finally:
+        compiled.cache_clear()
+
+
+@contextmanager
+def _in_module(fault: Fault) -> Iterator[None]:
+    module = importlib.import_module(fault.file)
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text(encoding="utf-8")
+    copy = ModuleType(module.__name__)
+    copy.__dict__.update({name: value for name, value in vars(module).items() if not name.startswith("__")})
+    exec(compile(fault.edited(text), f"{fault.file} with a fault", "exec"), copy.__dict__)
+    # Only functions have the fault: a value of another class, of the same name, would be equal to none of ours.
+    copy.__dict__.update({name: value for name, value in vars(module).items() if isinstance(value, type)})
+    function = fault.file.rpartition(".")[2]  # render.render, decide.decide
+    user = {"render": "tests.vm.machine", "decide": "tests.vm.model"}[function]
+    with patch.object(importlib.import_module(user), function, getattr(copy, function)):
+        yield

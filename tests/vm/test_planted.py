@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every planted fault is found: by the comparison with the model, or by the test that is named for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.vm.conftest import need_compiled_hooks
+from tests.vm.decisions import differences, scene_of
+from tests.vm.machine import Machine
+from tests.vm.planted import FAULTS, Fault, planted
+from tests.vm.test_corners import empty_entry_passes
+from tests.vm.test_decisions import FIXED_SEED
+
+_SCENES = 33
+"""As many as test_decisions.py tries with its fixed seed."""
+
+_OTHER_TESTS = {"an-entry-without-ranges-locks": empty_entry_passes}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_is_found(fault: Fault, tmp_path: Path) -> None:
+    need_compiled_hooks()
+    with planted(fault, tmp_path), Machine(forms=["plain"]) as machine:
+        test = _OTHER_TESTS.get(fault.name)
+        if test is not None:
+            assert not test(machine)
+        else:
+            assert any(_differs(number, machine) for number in range(_SCENES))
+
+
+@pytest.mark.parametrize("file", ["decide.h", "imds_guard.backends.ebpf.render", "imds_guard.policy.decide"])
+def test_a_copy_without_a_fault_passes(file: str, tmp_path: Path) -> None:
+    need_compiled_hooks()
+    nothing = Fault("nothing", file, "SPDX-License-Identifier", "SPDX-License-Identifier")
+    with planted(nothing, tmp_path), Machine(forms=["plain"]) as machine:
+        assert not any(_differs(number, machine) for number in range(3))
+
+
+def _differs(number: int, machine: Machine) -> bool:
+    return next(differences(scene_of(FIXED_SEED, number), machine), None) is not None
