@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from imds_guard.commands.service import UNITS
 from imds_guard.config.read import parse_config
-from tests.tools import need
+from tests.tools import missing, need
 from tests.tree import every_command
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -21,6 +25,7 @@ FILES = sorted(path for path in EXAMPLES.rglob("*") if path.is_file())
 CLOUD_INIT = EXAMPLES / "cloud-init" / "user-data.yaml"
 DAEMON_SET = EXAMPLES / "kubernetes" / "daemonset.yaml"
 PACKER = EXAMPLES / "packer" / "imds-guard.pkr.hcl"
+TERRAFORM = EXAMPLES / "terraform" / "main.tf"
 ANSIBLE = EXAMPLES / "ansible"
 
 
@@ -71,6 +76,51 @@ def test_terraform_would_write_it_the_same() -> None:
 def test_the_daemon_set_is_what_kubernetes_takes() -> None:
     not_of_the_gate("kubeconform")
     passes("kubeconform", "-strict", str(DAEMON_SET))
+
+
+# --- HCL, by a parser from PyPI: weaker than packer and terraform, which know what each builder takes -----------------
+
+
+def hcl(path: Path) -> dict[str, Any]:
+    """The blocks of a file. Strings keep their quotes, other expressions are in ${}."""
+    if importlib.util.find_spec("hcl2") is None:
+        missing("python-hcl2 is not installed")
+    parsed: dict[str, Any] = importlib.import_module("hcl2").loads(path.read_text(encoding="utf-8"))
+    return parsed
+
+
+def names(blocks: list[dict[str, Any]]) -> set[str]:
+    return {name.strip('"') for block in blocks for name in block if not name.startswith("__")}
+
+
+@pytest.mark.parametrize("path", [PACKER, TERRAFORM], ids=lambda path: path.name)
+def test_hcl_is_hcl_and_uses_what_it_declares(path: Path) -> None:
+    blocks = hcl(path)
+    used = re.findall(r"\b(var|local)\.([a-z_]+)", json.dumps({**blocks, "__comments__": []}))
+    assert {name for kind, name in used if kind == "var"} == names(blocks["variable"])
+    assert {name for kind, name in used if kind == "local"} == names(blocks.get("locals", []))
+
+
+def test_packer_builds_from_the_source_of_the_template() -> None:
+    blocks = hcl(PACKER)
+    declared = {
+        f"source.{builder}.{name}".replace('"', "")
+        for block in blocks["source"]
+        for builder, named in block.items()
+        for name in named
+    }
+    assert {source.strip('"') for build in blocks["build"] for source in build["sources"]} == declared
+
+
+def test_packer_has_an_instance_and_an_image_for_each_architecture() -> None:
+    """t4g is Graviton (arm64), t3 is x86_64. Debian names its images by its own words for them."""
+    text = PACKER.read_text(encoding="utf-8")
+    blocks = hcl(PACKER)
+    (types,) = (block["instance_types"] for block in blocks["locals"])
+    assert {key: value.strip('"') for key, value in types.items()} == {"amd64": "t3.small", "arm64": "t4g.small"}
+    assert blocks["variable"][0]['"architecture"']["default"].strip('"') in types
+    assert 'name = "debian-12-${var.architecture}-*"' in text
+    assert "instance_type = local.instance_types[var.architecture]" in text
 
 
 # --- without any tool -----------------------------------------------------------------------------------------------
