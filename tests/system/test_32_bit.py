@@ -18,9 +18,10 @@ from imds_guard.backends.ebpf.program import source_folder
 from tests import command
 from tests.command import ONE, SERVICE, STAFF, STRANGER, TIMEOUT_S, TWO, Guard, Result
 from tests.tools import missing, need
+from vagrant.matrix import table
 
 _PACKAGES = "python3-minimal,python3,libpython3-stdlib,python3-click,python3-psutil,iptables"
-_SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main"
+_IMPATIENT = ("--aptopt=Acquire::http::Timeout 20", "--aptopt=Acquire::Retries 2")
 _PYTHON = "/usr/bin/python3"
 
 _INSIDE = """
@@ -44,9 +45,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip("Debian for i386 runs on x86_64 alone")
     need("mmdebstrap")
     folder = tmp_path_factory.mktemp("i386") / "root"
-    options = ("--quiet", "--variant=extract", "--architectures=i386", f"--include={_PACKAGES}")
+    archive = table.load().archive
+    source = f"deb [signed-by={archive.keyring}] {archive.mirror} bookworm main"
+    options = ("--quiet", "--variant=extract", "--architectures=i386", f"--include={_PACKAGES}", *_IMPATIENT)
     made = subprocess.run(
-        ["mmdebstrap", *options, "bookworm", str(folder), _SOURCE], capture_output=True, text=True, check=False
+        ["mmdebstrap", *options, "bookworm", str(folder), source], capture_output=True, text=True, check=False
     )
     if made.returncode != 0:
         missing(f"no Debian for i386 could be made: {made.stderr.strip().splitlines()[-1]}")
