@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 
-from vagrant.matrix import suite, support, table
+from vagrant.matrix import archive, guest, initramfs, suite, support, table
+from vagrant.matrix.architecture import ARCHITECTURES, Architecture, native
 from vagrant.matrix.errors import MatrixError
-from vagrant.matrix.kernel import choose
+from vagrant.matrix.kernel import KernelFiles, choose
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,13 +45,14 @@ def test_every_row_says_why(matrix: table.Matrix) -> None:
 
 def test_every_kernel_and_userland_is_used(matrix: table.Matrix) -> None:
     """Nobody would notice that one without a row is broken."""
-    assert {row.kernel.series for row in matrix.rows} == set(matrix.kernels)
+    assert {row.kernel for row in matrix.rows} == set(matrix.kernels.values())
     assert {row.userland.name for row in matrix.rows} == set(matrix.userlands)
 
 
 def test_the_matrix_reaches_from_the_oldest_to_the_newest(matrix: table.Matrix) -> None:
     """These combinations have rows."""
     assert {"5.10", "6.1", "6.12", "6.18"} < set(matrix.kernels)
+    assert {row.kernel.architecture.name for row in matrix.rows} == set(ARCHITECTURES)
     assert {userland.python for userland in matrix.userlands.values()} == {"3.9", "3.11", "3.13"}
     assert {word for row in matrix.rows for word in row.setup} == table.SETUPS
     cmdlines = {row.cmdline for row in matrix.rows}
@@ -77,9 +80,10 @@ def test_a_skip_has_a_reason_that_says_why(matrix: table.Matrix) -> None:
 
 
 def test_all_rows_together_run_the_whole_table(matrix: table.Matrix) -> None:
-    """There are as many shares as rows with a backend, and each row has another one."""
-    for backend in table.BACKENDS:
-        words = [share.split() for share in suite.shares(matrix.rows).values()]
+    """On each architecture there are as many shares as rows with a backend, and each row has another one."""
+    for architecture, backend in itertools.product(ARCHITECTURES, table.BACKENDS):
+        shares = suite.shares(matrix.rows)
+        words = [shares[row.name].split() for row in matrix.rows if row.kernel.architecture.name == architecture]
         taken = [word.partition("=")[2].split("/") for one in words for word in one if word.startswith(backend)]
         assert sorted(int(place) for place, _ in taken) == list(range(len(taken)))
         assert {int(of) for _, of in taken} == {len(taken)}
@@ -115,6 +119,10 @@ def same_name_twice(document: Document) -> None:
     document["row"].append(copy.deepcopy(document["row"][0]))
 
 
+def unknown_architecture(document: Document) -> None:
+    document["kernel"]["6.1"]["flavour"] = "cloud-s390x"
+
+
 def no_why(document: Document) -> None:
     del document["row"][0]["why"]
 
@@ -131,6 +139,7 @@ def skip_on_unknown_kernel(document: Document) -> None:
         (unknown_setup, "setup has without-everything"),
         (unknown_kernel, "kernel = '2.6'"),
         (unknown_userland, "userland = 'debian-1'"),
+        (unknown_architecture, "kernel 6.1: flavour cloud-s390x names none of amd64, arm64"),
         (same_name_twice, "there are two rows 5.10-debian-12"),
         (no_why, "'why'"),
         (skip_on_unknown_kernel, "kernels has 2.6"),
@@ -171,14 +180,111 @@ def test_a_wrong_file_is_refused(document: Document, spoil: Callable[[Document],
                 "linux-base-7.2.1+deb13-cloud-amd64",
             ],
         ),
+        # A kernel of 16 KiB pages has the architecture in the middle of its name.
+        (
+            [
+                "linux-image-6.12.8+deb13-arm64-16k",
+                "linux-image-6.12.9+deb13-arm64",
+                "linux-image-6.12.9+deb13-cloud-arm64",
+            ],
+            "6.12",
+            "6.12.8+deb13-arm64-16k",
+            ["linux-image-6.12.8+deb13-arm64-16k"],
+        ),
     ],
 )
 def test_the_newest_package_of_a_series(names: list[str], series: str, release: str, packages: list[str]) -> None:
     """Versions are compared as numbers, and the series by its first two numbers."""
-    assert choose(names, series, "cloud-amd64") == (release, packages)
+    flavour = "arm64-16k" if "arm64" in release else "cloud-amd64"
+    assert choose(names, series, flavour) == (release, packages)
 
 
 def test_a_series_that_the_archive_lacks() -> None:
     """The message names it, and no other series is used."""
     with pytest.raises(MatrixError, match=r"no kernel 6\.1 "):
         choose(["linux-image-6.12.1-9-cloud-amd64"], "6.1", "cloud-amd64")
+
+
+# --- architectures --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flavour", "name", "uname"),
+    [
+        ("cloud-amd64", "amd64", "x86_64"),
+        ("cloud-arm64", "arm64", "aarch64"),
+        ("arm64-16k", "arm64", "aarch64"),
+        ("amd64", "amd64", "x86_64"),
+    ],
+)
+def test_a_flavour_names_the_architecture(flavour: str, name: str, uname: str) -> None:
+    found = table.Kernel("6.1", "bookworm", flavour).architecture
+    assert (found.name, found.uname) == (name, uname)
+
+
+def test_packages_are_of_the_architecture_of_the_kernel(matrix: table.Matrix) -> None:
+    """Each suite has security updates, unless its name excludes them."""
+    for suite_name, ends in (
+        ("bookworm", ["bookworm main", "bookworm-security main"]),
+        ("trixie-backports", ["trixie main", "trixie-security main", "trixie-backports main"]),
+        ("bullseye-without-security", ["bullseye main"]),
+    ):
+        lines = archive.sources(matrix.archive, suite_name, "arm64")
+        assert [" ".join(line.split()[-2:]) for line in lines] == ends
+        assert [line for line in lines if not line.startswith("deb [arch=arm64 ")] == []
+
+
+def files_of(architecture: Architecture) -> KernelFiles:
+    """A kernel that is not there."""
+    return KernelFiles("6.1", Path("vmlinuz"), Path("initrd"), Path("modules.img"), architecture)
+
+
+def test_only_a_guest_of_this_machines_architecture_uses_kvm(
+    matrix: table.Matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--accel kvm, or a KVM that was found to work, is for the others not even tried."""
+    monkeypatch.setattr("vagrant.matrix.kernel.fetch", lambda _, kernel: files_of(kernel.architecture))
+    monkeypatch.setattr("vagrant.matrix.userland.fetch", lambda *_: Path("root.img"))
+    for row in matrix.rows:
+        wanted = "kvm" if row.kernel.architecture == native() else "tcg"
+        assert suite.machine(matrix.archive, row, "kvm").accel == wanted, row.name
+
+
+def test_the_job_writes_to_the_second_serial_line(matrix: table.Matrix) -> None:
+    """The kernel writes to the first one. On arm64 the second one is the first 16550A, ttyS0."""
+    for architecture, console, output in (("amd64", "ttyS0", "ttyS1"), ("arm64", "ttyAMA0", "ttyS0")):
+        arguments = guest.Guest(files_of(ARCHITECTURES[architecture]), Path("root.img")).kernel_arguments.split()
+        assert {f"console={console}", f"imds.output={output}"} < set(arguments)
+
+
+DEPMOD = {
+    "modules.dep": "kernel/fs/ext4.ko: kernel/fs/jbd2.ko\nkernel/fs/jbd2.ko:\nkernel/fs/overlay.ko:\n"
+    "kernel/crypto/crc32c_generic.ko:\nkernel/crypto/crc32c-intel.ko: kernel/crypto/simd.ko\nkernel/crypto/simd.ko:\n",
+    "modules.builtin": "kernel/drivers/virtio-pci.ko\nkernel/drivers/virtio_blk.ko\n",
+    "modules.alias": "# Aliases\nalias usb:v*p* with blanks usb\nalias crypto-crc32c crc32c_intel\n"
+    "alias crypto-crc32c crc32c_generic\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("softdep", "order"),
+    [
+        ("", ["jbd2", "ext4", "overlay"]),
+        ("softdep ext4 pre: crypto-crc32c\n", ["crc32c_generic", "jbd2", "ext4", "overlay"]),
+        ("softdep ext4 pre: crc32c-intel post: overlay\n", ["simd", "crc32c-intel", "jbd2", "ext4", "overlay"]),
+        ("softdep ext4 pre: no-such-thing\nsoftdep nfs pre: crypto-crc32c\n", ["jbd2", "ext4", "overlay"]),
+    ],
+    ids=["none", "by an alias", "by name", "of another module"],
+)
+def test_a_module_is_loaded_after_what_it_asks_for(softdep: str, order: list[str], tmp_path: Path) -> None:
+    """Without crc32c, which ext4 asks for, it mounts nothing. The generic implementation is for every processor."""
+    for name, text in {**DEPMOD, "modules.softdep": f"# Soft dependencies\n{softdep}"}.items():
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert [path.stem for path in initramfs.load_order(tmp_path)] == order
+
+
+def test_a_kernel_without_a_driver_for_its_disk_is_an_error(tmp_path: Path) -> None:
+    for name, text in {**DEPMOD, "modules.builtin": "", "modules.softdep": ""}.items():
+        (tmp_path / name).write_text(text, encoding="ascii")
+    with pytest.raises(MatrixError, match="has no virtio_pci, neither as a module nor built in"):
+        initramfs.load_order(tmp_path)

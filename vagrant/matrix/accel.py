@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from vagrant.matrix import cache, guest, job, kernel, userland
+from vagrant.matrix.architecture import native
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.table import Matrix
 
@@ -16,7 +17,10 @@ TRIAL_S = 30.0
 
 
 def choose(matrix: Matrix, wanted: str) -> str:
-    """kvm or tcg. "auto" tries KVM once for each boot of this machine, with the guest of the first row."""
+    """kvm or tcg, for guests of this machine's architecture; all others are emulated.
+
+    "auto" tries KVM once for each boot of this machine, with the first row of that architecture.
+    """
     if wanted != "auto":
         return wanted
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -30,7 +34,7 @@ def choose(matrix: Matrix, wanted: str) -> str:
 
 
 def _boots(matrix: Matrix) -> bool:
-    row = matrix.rows[0]
+    row = next(row for row in matrix.rows if row.kernel.architecture == native())
     booted = guest.Guest(
         kernel.fetch(matrix.archive, row.kernel), userland.fetch(matrix.archive, row.userland), accel="kvm"
     )

@@ -15,6 +15,9 @@ from vagrant.matrix.table import Archive
 LISTS_LAST_S = 7 * 24 * 3600
 """Package lists are renewed after this time. Debian replaces the ABI of a kernel about once in two weeks."""
 
+WITHOUT_SECURITY = "-without-security"
+"""At the end of the name of a suite: only the release, where the archive lacks security updates that its lists name."""
+
 _CONFIG = """\
 Dir::State "{state}";
 Dir::State::status "{state}/status";
@@ -23,7 +26,8 @@ Dir::Etc::sourcelist "{state}/sources.list";
 Dir::Etc::sourceparts "/dev/null";
 Dir::Etc::preferencesparts "/dev/null";
 Dir::Etc::preferences "/dev/null";
-APT::Architecture "amd64";
+APT::Architecture "{architecture}";
+APT::Architectures "{architecture}";
 APT::Sandbox::User "";
 Acquire::Languages "none";
 Acquire::Retries "5";
@@ -31,24 +35,28 @@ Acquire::Check-Valid-Until "false";
 """
 
 
-def sources(archive: Archive, suite: str) -> list[str]:
+def sources(archive: Archive, suite: str, architecture: str) -> list[str]:
     """The sources.list lines for a suite: its release, the security updates of the release, and backports if named."""
     release = suite.split("-", maxsplit=1)[0]
-    signed = f"deb [arch=amd64 signed-by={archive.keyring}]"
+    signed = f"deb [arch={architecture} signed-by={archive.keyring}]"
     lines = [f"{signed} {archive.mirror} {release} main", f"{signed} {archive.security} {release}-security main"]
+    if suite.endswith(WITHOUT_SECURITY):
+        return lines[:1]
     if suite.endswith("-backports"):
         lines.append(f"{signed} {archive.mirror} {suite} main")
     return lines
 
 
 class Suite:
-    """One suite of the archive. Its package lists are at most a week old."""
+    """One suite of the archive for one architecture. Its package lists are at most a week old."""
 
-    def __init__(self, archive: Archive, name: str) -> None:
-        self._state = cache.root() / "apt" / f"{name}-{cache.digest({'sources': sources(archive, name)})}"
+    def __init__(self, archive: Archive, name: str, architecture: str) -> None:
+        lines = sources(archive, name, architecture)
+        self._architecture = architecture
+        self._state = cache.root() / "apt" / f"{name}-{cache.digest({'sources': lines})}"
         self._env = {"APT_CONFIG": str(self._state / "apt.conf")}
         with cache.locked(f"apt-{self._state.name}"):
-            self._prepare(sources(archive, name))
+            self._prepare(lines)
 
     def _prepare(self, lines: list[str]) -> None:
         stamp = self._state / "updated"
@@ -58,7 +66,8 @@ class Suite:
             (self._state / folder).mkdir(parents=True, exist_ok=True)
         (self._state / "status").touch()
         (self._state / "sources.list").write_text("\n".join(lines) + "\n", encoding="ascii")
-        (self._state / "apt.conf").write_text(_CONFIG.format(state=self._state), encoding="utf-8")
+        config = _CONFIG.format(state=self._state, architecture=self._architecture)
+        (self._state / "apt.conf").write_text(config, encoding="utf-8")
         run(["apt-get", "update", "--error-on=any"], env=self._env)
         stamp.touch()
 

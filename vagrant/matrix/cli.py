@@ -76,7 +76,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="guests at the same time (each needs a core and 0.8 GB; default: one for each core)",
     )  # fmt: skip
     parser.add_argument(
-        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="auto: KVM if a kernel boots under it"
+        "--accel",
+        choices=("auto", "tcg", "kvm"),
+        default="auto",
+        help="for guests of this machine's architecture; auto: KVM if a kernel boots under it (others are emulated)",
     )
     parser.add_argument("--record", action="store_true", help="record the results for the support table")
     parser.add_argument("--tree", type=Path, default=job.TREE, help="the tree to test, if not this one")
@@ -95,7 +98,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_exec(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("row", help="a row, or KERNEL+USERLAND, like 7.3+debian-11")
+    parser.add_argument("row", help="a row, or KERNEL+USERLAND, like 6.12-arm64+debian-12")
     parser.add_argument("--systemd", action="store_true", help="make systemd PID 1; /job/reboot reboots")
     parser.add_argument(
         "--add", type=Path, action="append", default=[], metavar="FILE", help="copy it into the guest, as /job/NAME"
@@ -161,7 +164,8 @@ def _list(matrix: Matrix, as_json: bool) -> int:
         json.dump([asdict(row) for row in matrix.rows], sys.stdout, default=sorted, indent=1)
         return 0
     for row in matrix.rows:
-        print(f"{row.name:18} Linux {row.kernel.series:5} {row.userland.name}  {row.expectation_text:22} {row.why}")
+        kernel = f"Linux {row.kernel.series:5} {row.kernel.architecture.name}"
+        print(f"{row.name:24} {kernel} {row.userland.name}  {row.expectation_text:22} {row.why}")
     return 0
 
 

@@ -21,9 +21,6 @@ from vagrant.matrix.process import dies_with_us, find
 RESULTS_MIB = 64
 STATE_MIB = 2048
 MAX_BOOTS = 5
-_EMULATED = "max,-erms,-fsrm,-la57"
-"""Without erms and fsrm kernel and C library copy words. QEMU before 10 emulates "rep movsb" one byte at a time:
-loading libbcc takes half as long again. Without la57 page tables have one level less."""
 _CONTROL = re.compile(r"\x1b[\[(][0-9;?]*[a-zA-Z]|[\r\x00-\x08\x0e-\x1f]")
 
 
@@ -40,6 +37,8 @@ class Guest:
     """systemd is PID 1, and files that the job writes survive a call of /job/reboot."""
 
     cpus: int = 1
+    cpu: str = ""
+    """The emulated processor, if not that of the architecture."""
 
     @property
     def kernel_arguments(self) -> str:
@@ -50,8 +49,10 @@ class Guest:
         # nohz=off highres=off: a periodic timer. Each timer that the kernel sets itself would wake up QEMU's thread.
         # norandmaps: with QEMU 7.2 and two guests at once processes run a seventh faster when each program is always at
         # the same address; with QEMU 10 it makes no difference.
+        # imds.output: run-job writes there.
+        lines = f"console={self.kernel.architecture.console} imds.output={self.kernel.architecture.output}"
         always = (
-            "console=ttyS0 panic=-1 oops=panic no_timer_check noautogroup nohz=off highres=off norandmaps "
+            f"{lines} panic=-1 oops=panic no_timer_check noautogroup nohz=off highres=off norandmaps "
             "random.trust_cpu=on net.ifnames=0"
         )
         return " ".join(filter(None, (always, "imds.state imds.init=systemd" if self.systemd else "", self.cmdline)))
@@ -102,14 +103,16 @@ def console_tail(folder: Path, lines: int = 25) -> str:
 
 
 def _argv(guest: Guest, job: Path, folder: Path, results: Path) -> list[str]:
-    accel = ["kvm", "-cpu", "host"] if guest.accel == "kvm" else ["tcg,thread=multi", "-cpu", _EMULATED]
+    architecture = guest.kernel.architecture
+    emulated = ["tcg,thread=multi", "-cpu", guest.cpu or architecture.cpu]
+    accel = ["kvm", "-cpu", "host"] if guest.accel == "kvm" else emulated
     state = ["-drive", f"file={folder / 'state.img'},if=virtio,format=raw,cache=unsafe"] if guest.systemd else []
     return [
-        find("qemu-system-x86_64"), "-accel", *accel, "-machine", "pc", "-smp", str(guest.cpus),
+        find(architecture.qemu), "-accel", *accel, "-machine", architecture.machine, "-smp", str(guest.cpus),
         "-m", str(guest.memory_mib), "-nodefaults", "-display", "none", "-nic", "none", "-no-reboot",
         "-device", "virtio-rng-pci",
         "-chardev", f"file,id=console,path={folder / 'console.log'},append=on", "-serial", "chardev:console",
-        "-chardev", f"file,id=output,path={folder / 'output.log'},append=on", "-serial", "chardev:output",
+        "-chardev", f"file,id=output,path={folder / 'output.log'},append=on", *architecture.second_line,
         "-kernel", str(guest.kernel.vmlinuz), "-initrd", str(guest.kernel.initrd), "-append", guest.kernel_arguments,
         "-drive", f"file={guest.userland},if=virtio,format=raw,readonly=on",
         "-drive", f"file={guest.kernel.modules},if=virtio,format=raw,readonly=on",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from vagrant.matrix.errors import MatrixError
@@ -25,22 +26,52 @@ def expand_modules(folder: Path) -> None:
 
 def load_order(folder: Path) -> list[Path]:
     """The files of NEEDED and of their dependencies, in an order for insmod."""
-    dependencies: dict[str, list[str]] = {}
-    for line in (folder / "modules.dep").read_text(encoding="ascii").splitlines():
-        path, _, needs = line.partition(":")
-        dependencies[path] = needs.split()
-    by_name = {Path(path).name[: -len(".ko")].replace("-", "_"): path for path in dependencies}
-    builtin = {
-        Path(line).stem.replace("-", "_") for line in (folder / "modules.builtin").read_text(encoding="ascii").split()
-    }
+    dependencies = {path: needs.split() for path, needs in _lines(folder / "modules.dep", ":")}
+    by_name = {_name(path): path for path in dependencies}
+    builtin = {_name(path) for path, _ in _lines(folder / "modules.builtin", " ")}
     ordered: list[str] = []
     for name in NEEDED:
         if name in by_name:
-            # modules.dep lists dependencies from the nearest to the deepest (modules.dep(5)).
-            ordered += [*reversed(dependencies[by_name[name]]), by_name[name]]
+            for first in _soft_dependencies(folder, name, by_name):
+                ordered += _after_dependencies(by_name[first], dependencies)
+            ordered += _after_dependencies(by_name[name], dependencies)
         elif name not in builtin:
             raise MatrixError(f"the kernel in {folder.name} has no {name}, neither as a module nor built in")
     return [folder / path for path in dict.fromkeys(ordered)]
+
+
+def _name(path: str) -> str:
+    return Path(path).name.partition(".")[0].replace("-", "_")
+
+
+def _lines(path: Path, separator: str) -> list[tuple[str, str]]:
+    """The lines of a file of depmod without comments, each split at the first separator."""
+    lines = path.read_text(encoding="ascii").splitlines()
+    split = (line.partition(separator) for line in lines if line and not line.startswith("#"))
+    return [(before, after.strip()) for before, _, after in split]
+
+
+def _after_dependencies(path: str, dependencies: Mapping[str, list[str]]) -> list[str]:
+    # modules.dep lists dependencies from the nearest to the deepest (modules.dep(5)).
+    return [*reversed(dependencies[path]), path]
+
+
+def _soft_dependencies(folder: Path, name: str, by_name: Mapping[str, str]) -> list[str]:
+    """The modules that a module asks modprobe to load before it (softdep in modprobe.d(5)).
+
+    ext4 asks for crypto-crc32c, without which it mounts nothing. Of several implementations the generic one works on
+    every processor.
+    """
+    aliases = [after.rpartition(" ") for word, after in _lines(folder / "modules.alias", " ") if word == "alias"]
+    found = []
+    for _, softdep in _lines(folder / "modules.softdep", " "):
+        of, *words = softdep.split()
+        wanted = words[words.index("pre:") + 1 :] if of == name and "pre:" in words else []
+        for word in wanted[: wanted.index("post:")] if "post:" in wanted else wanted:
+            modules = [module for alias, _, module in aliases if alias == word and module in by_name]
+            modules.sort(key=lambda module: not module.endswith("_generic"))
+            found += [module for module in (word.replace("-", "_"), *modules) if module in by_name][:1]
+    return found
 
 
 def write(target: Path, busybox: Path, modules: list[Path]) -> None:

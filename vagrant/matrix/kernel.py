@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vagrant.matrix import cache, initramfs
+from vagrant.matrix.architecture import Architecture
 from vagrant.matrix.archive import Suite
 from vagrant.matrix.disk import make_disk
 from vagrant.matrix.errors import MatrixError
@@ -30,6 +31,7 @@ class KernelFiles:
     vmlinuz: Path
     initrd: Path
     modules: Path
+    architecture: Architecture
 
 
 def choose(names: Iterable[str], series: str, flavour: str) -> tuple[str, list[str]]:
@@ -58,18 +60,22 @@ def choose(names: Iterable[str], series: str, flavour: str) -> tuple[str, list[s
 
 def fetch(archive: Archive, kernel: Kernel) -> KernelFiles:
     """Downloads and prepares the newest kernel of a series, unless it is in the cache."""
-    suite = Suite(archive, kernel.suite)
+    suite = Suite(archive, kernel.suite, kernel.architecture.name)
     release, packages = choose(suite.names("linux-"), kernel.series, kernel.flavour)
     recipe: dict[str, object] = {
         "packages": {name: suite.version(name) for name in packages},
         "version": RECIPE_VERSION,
         "init": hashlib.sha256(initramfs.INIT.read_bytes()).hexdigest(),
     }
-    folder = cache.entry("kernels", release, recipe, lambda draft: _build(draft, archive, suite, release, packages))
-    return KernelFiles(release, folder / "vmlinuz", folder / "initrd", folder / "modules.img")
+
+    def build(draft: Path) -> None:
+        _build(draft, suite, _busybox(archive, kernel.architecture), release, packages)
+
+    folder = cache.entry("kernels", release, recipe, build)
+    return KernelFiles(release, folder / "vmlinuz", folder / "initrd", folder / "modules.img", kernel.architecture)
 
 
-def _build(draft: Path, archive: Archive, suite: Suite, release: str, packages: list[str]) -> None:
+def _build(draft: Path, suite: Suite, busybox: Path, release: str, packages: list[str]) -> None:
     unpacked = draft / "unpacked"
     suite.unpack(packages, unpacked)
     modules = unpacked / "lib" / "modules" / release
@@ -82,7 +88,7 @@ def _build(draft: Path, archive: Archive, suite: Suite, release: str, packages: 
     modules = tree / "lib/modules" / release
     initramfs.expand_modules(modules)
     run(["depmod", "-b", str(tree), release])
-    initramfs.write(draft / "initrd", _busybox(archive), initramfs.load_order(modules))
+    initramfs.write(draft / "initrd", busybox, initramfs.load_order(modules))
     make_disk(tree / "lib/modules", draft / "modules.img")
     shutil.rmtree(tree)
     shutil.rmtree(unpacked)
@@ -95,8 +101,10 @@ def _image(unpacked: Path, modules: Path, release: str) -> Path:
     raise MatrixError(f"the packages of {release} have no kernel image at any of the usual paths")
 
 
-def _busybox(archive: Archive) -> Path:
-    suite = Suite(archive, BUSYBOX_SUITE)
+def _busybox(archive: Archive, architecture: Architecture) -> Path:
+    suite = Suite(archive, BUSYBOX_SUITE, architecture.name)
     recipe = {"version": suite.version("busybox-static")}
-    folder = cache.entry("busybox", "busybox", recipe, lambda draft: suite.unpack(["busybox-static"], draft))
+    folder = cache.entry(
+        "busybox", f"busybox-{architecture.name}", recipe, lambda draft: suite.unpack(["busybox-static"], draft)
+    )
     return folder / "bin/busybox"

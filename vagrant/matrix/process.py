@@ -13,6 +13,7 @@ from vagrant.matrix.errors import MatrixError
 
 PACKAGES: dict[str, str] = {
     "qemu-system-x86_64": "qemu-system-x86",
+    "qemu-system-aarch64": "qemu-system-arm",
     "mmdebstrap": "mmdebstrap",
     "mke2fs": "e2fsprogs",
     "debugfs": "e2fsprogs",

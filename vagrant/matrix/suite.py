@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from vagrant.matrix import guest, installed, job, kernel, userland, verdict, wheel
+from vagrant.matrix.architecture import ARCHITECTURES, POINTER_AUTHENTICATION, native
 from vagrant.matrix.table import BACKENDS, USUAL, Archive, Row
 from vagrant.matrix.verdict import Verdict
 
@@ -40,14 +42,15 @@ _ALL = " ".join(f"{backend}=0/1" for backend in sorted(BACKENDS))
 
 
 def shares(rows: Sequence[Row], every: int | None = None) -> dict[str, str]:
-    """Row -> its share of the table: one of ``every`` policies. The default is the number of rows with that backend.
+    """Row -> its share of the table: one of ``every`` policies.
 
-    By default all rows together run the whole table on each backend. The share of a row does not depend on which other
-    rows are run.
+    The default is the number of rows with that backend and that architecture: the rows of an architecture together run
+    the whole table on each backend. The share of a row does not depend on which other rows are run.
     """
     found: dict[str, list[str]] = {row.name: [] for row in rows}
-    for backend in sorted(BACKENDS):
-        having = [row for row in rows if backend in row.expect and USUAL in row.tests]
+    for architecture, backend in itertools.product(ARCHITECTURES.values(), sorted(BACKENDS)):
+        ours = [row for row in rows if row.kernel.architecture == architecture]
+        having = [row for row in ours if backend in row.expect and USUAL in row.tests]
         of = every or len(having)
         for position, row in enumerate(having):
             found[row.name].append(f"{backend}={position % of}/{of}")
@@ -57,9 +60,11 @@ def shares(rows: Sequence[Row], every: int | None = None) -> dict[str, str]:
 def machine(archive: Archive, row: Row, accel: str = "tcg") -> guest.Guest:
     """The guest of a row, from the cache or made now. Only this needs the network."""
     arguments = [row.cmdline, *([LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
+    architecture = row.kernel.architecture
     return guest.Guest(
-        kernel.fetch(archive, row.kernel), userland.fetch(archive, row.userland),
-        " ".join(filter(None, arguments)), row.memory_mib, accel, row.systemd, row.cpus,
+        kernel.fetch(archive, row.kernel), userland.fetch(archive, row.userland, architecture),
+        " ".join(filter(None, arguments)), row.memory_mib, accel if architecture == native() else "tcg", row.systemd,
+        row.cpus, POINTER_AUTHENTICATION if "pac-bti" in row.setup else "",
     )  # fmt: skip
 
 
@@ -72,7 +77,9 @@ def run(plan: Plan, row: Row, progress: Callable[[str], None]) -> Verdict:
     booted = machine(plan.archive, row, plan.accel)
     tarball = folder / "job.tar"
     tools = wheel.test_tools(row.userland.tools, row.userland.python)
-    pack(plan, row, tarball, installed.fetch(booted.userland, plan.wheel, tools))
+    # Wheel and tools are pure Python: what the native userland installs is right for every architecture.
+    installer = userland.fetch(plan.archive, row.userland)
+    pack(plan, row, tarball, installed.fetch(installer, plan.wheel, tools))
     progress(f"booting {booted.kernel.release}")
     counter = _Counter(progress)
     outcome = guest.boot(booted, tarball, folder, row.deadline_s, counter.take)

@@ -22,8 +22,8 @@ RECORD = Path(__file__).resolve().parent.parent / "results.json"
 _TREE = RECORD.parent.parent
 DOCUMENTS = (_TREE / "docs" / "platforms.md", _TREE / "README.md")
 """The files that hold a generated table."""
-_TITLES = ("kernel", "userland", "Python", "bcc", "eBPF", "iptables", "what is special", "result")
-_KERNEL_TITLES = ("kernel", "eBPF", "iptables", "tried with")
+_TITLES = ("kernel", "architecture", "userland", "Python", "bcc", "eBPF", "iptables", "what is special", "result")
+_KERNEL_TITLES = ("kernel", "architectures", "eBPF", "iptables", "tried with")
 
 
 def meaning(row: Row) -> str:
@@ -90,11 +90,12 @@ def table(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
 def table_of_kernels(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of kernels in Markdown, without the markers."""
     lines = [_line(_KERNEL_TITLES), _line(["---"] * len(_KERNEL_TITLES))]
-    for series in matrix.kernels:
+    for series in dict.fromkeys(kernel.series for kernel in matrix.kernels.values()):
         rows = [row for row in matrix.rows if row.kernel.series == series]
+        architectures = sorted({row.kernel.architecture.name for row in rows})
         userlands = sorted({row.userland.name.replace("debian-", "Debian ") for row in rows})
         backends = (_backend_on(rows, known, backend) for backend in sorted(BACKENDS))
-        lines.append(_line([f"Linux {series}", *backends, ", ".join(userlands)]))
+        lines.append(_line([f"Linux {series}", ", ".join(architectures), *backends, ", ".join(userlands)]))
     return "\n".join(lines) + "\n"
 
 
@@ -119,8 +120,8 @@ def _cells(row: Row, known: Mapping[str, Any]) -> list[str]:
     named = sorted(row.setup) if USUAL in row.tests else [row.name]
     special = ", ".join([*named, *([f"`{row.cmdline}`"] if row.cmdline else [])])
     return [
-        str(known.get("release") or row.kernel.series).replace("-cloud-amd64", ""),
-        row.userland.name.replace("debian-", "Debian "), row.userland.python,
+        str(known.get("release") or row.kernel.series).replace(f"-{row.kernel.flavour}", ""),
+        row.kernel.architecture.name, row.userland.name.replace("debian-", "Debian "), row.userland.python,
         "none" if "without-bcc" in row.setup else row.userland.bcc,
         *(_backend(row, known, backend) for backend in sorted(BACKENDS)),
         special, _result(row, known),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vagrant.matrix.architecture import ARCHITECTURES, Architecture
 from vagrant.matrix.errors import MatrixError
 
 PATH = Path(__file__).resolve().parent.parent / "kernels.toml"
@@ -16,8 +17,8 @@ BACKENDS = frozenset({"ebpf", "iptables"})
 EXPECTATIONS = BACKENDS | {"groups"}
 SETUPS = frozenset(
     {
-        "iptables-legacy", "legacy-cgroups", "private-mounts", "refuse-bpf", "systemd", "without-bcc",
-        "without-iptables",
+        "16k-pages", "iptables-legacy", "legacy-cgroups", "pac-bti", "private-mounts", "refuse-bpf", "systemd",
+        "without-bcc", "without-iptables",
     }
 )  # fmt: skip
 
@@ -36,11 +37,17 @@ class Archive:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel series by its first two numbers; the newest package of that series in ``suite`` is used."""
+    """A kernel: the newest package of a series (the first two numbers) and a flavour in ``suite``."""
 
     series: str
     suite: str
     flavour: str = "cloud-amd64"
+    """Debian's name for a build of the kernel, which contains the architecture."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture in the name of the flavour."""
+        return next(ARCHITECTURES[word] for word in self.flavour.split("-") if word in ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -107,9 +114,9 @@ class Matrix:
         for row in self.rows:
             if row.name == name:
                 return row
-        series, _, userland = name.partition("+")
-        if series in self.kernels and userland in self.userlands:
-            return Row(name, self.kernels[series], self.userlands[userland], frozenset(), "named on the command line")
+        kernel, _, userland = name.partition("+")
+        if kernel in self.kernels and userland in self.userlands:
+            return Row(name, self.kernels[kernel], self.userlands[userland], frozenset(), "named on the command line")
         raise MatrixError(f"there is no row {name!r} in {PATH.name}; there are: {', '.join(r.name for r in self.rows)}")
 
 
@@ -131,9 +138,7 @@ def parse(document: Mapping[str, Any]) -> Matrix:
     _only(document, {"archive", "common", "kernel", "userland", "skip", "row"}, "the file")
     common = document["common"]
     _only(common, {"packages", "tools"}, "common")
-    kernels = {
-        name: _make(Kernel, {"series": name, **body}, f"kernel {name}") for name, body in document["kernel"].items()
-    }
+    kernels = {name: _kernel(name, body) for name, body in document["kernel"].items()}
     userlands = {name: _userland(name, body, common) for name, body in document["userland"].items()}
     skips = tuple(_skip(body, kernels) for body in document.get("skip", ()))
     rows = tuple(_row({**body, "skips": skips}, kernels, userlands) for body in document["row"])
@@ -142,6 +147,13 @@ def parse(document: Mapping[str, Any]) -> Matrix:
         if names.count(name) > 1:
             raise MatrixError(f"there are two rows {name}")
     return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
+
+
+def _kernel(name: str, body: Mapping[str, Any]) -> Kernel:
+    made = _make(Kernel, {"series": name, **body}, f"kernel {name}")
+    if not set(made.flavour.split("-")) & set(ARCHITECTURES):
+        raise MatrixError(f"kernel {name}: flavour {made.flavour} names none of {', '.join(ARCHITECTURES)}")
+    return made
 
 
 def _userland(name: str, body: Mapping[str, Any], common: Mapping[str, Any]) -> Userland:

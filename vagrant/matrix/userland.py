@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes a read-only disk image of a userland, for all kernels: packages of the distribution, and nothing of ours."""
+"""Makes a read-only disk image of a userland, for all kernels: packages of the distribution, and nothing of ours.
+
+No program of another architecture is run here. So its userland is the native one of the same release, with the files
+of the packages replaced by those of the other architecture. What the scripts of the packages have made stays: accounts,
+alternatives, compiled Python.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from pathlib import Path
 
 from vagrant.matrix import archive as debian
 from vagrant.matrix import cache
+from vagrant.matrix.architecture import Architecture, native
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.process import find, run
 from vagrant.matrix.table import Archive, Userland
@@ -21,43 +27,58 @@ RECIPE_VERSION = 1
 SPARE_MIB = 64
 
 
-def fetch(archive: Archive, userland: Userland) -> Path:
-    """The image of a userland, which is built unless it is in the cache."""
-    recipe: dict[str, object] = {
-        "version": RECIPE_VERSION,
-        "sources": debian.sources(archive, userland.suite),
-        "packages": userland.packages,
-    }
-    folder = cache.entry("userlands", userland.name, recipe, lambda draft: _build(draft, archive, userland))
-    return folder / "root.img"
+def fetch(archive: Archive, userland: Userland, architecture: Architecture | None = None) -> Path:
+    """The image of a userland (default: native), which is built unless it is in the cache."""
+    architecture = architecture or native()
+    sources = debian.sources(archive, userland.suite, architecture.name)
+    recipe: dict[str, object] = {"version": RECIPE_VERSION, "sources": sources, "packages": userland.packages}
+    name, native_image = userland.name, None
+    if architecture != native():
+        name, native_image = f"{userland.name}-{architecture.name}", fetch(archive, userland, native())
+        recipe["native"] = native_image.parent.name
+
+    def build(draft: Path) -> None:
+        with scratch_of_owners(draft) as scratch:
+            run(_bootstrap(userland, sources, architecture, scratch / "root.tar"), deadline_s=3600)
+            if native_image is not None:
+                run(as_owner(["sh", "-ec", _WITHOUT_PACKAGES, "sh", find("debugfs"), str(scratch), str(native_image)]))
+            # Root of a user namespace may not make devices (mknod(2)). Guests mount a devtmpfs over them.
+            left_out = [] if os.geteuid() == 0 else ["--exclude=./dev/*"]
+            made = str(draft / "root.img")
+            run(as_owner(["sh", "-ec", _TO_DISK, "sh", str(scratch), made, str(SPARE_MIB), *left_out]))
+
+    return cache.entry("userlands", name, recipe, build) / "root.img"
 
 
-def _build(draft: Path, archive: Archive, userland: Userland) -> None:
-    with scratch_of_owners(draft) as scratch:
-        run(_bootstrap(archive, userland, scratch / "root.tar"), deadline_s=3600)
-        # Root of a user namespace may not make devices (mknod(2)). Guests mount a devtmpfs over them.
-        left_out = [] if os.geteuid() == 0 else ["--exclude=./dev/*"]
-        run(as_owner(["sh", "-ec", _TO_DISK, "sh", str(scratch), str(draft / "root.img"), str(SPARE_MIB), *left_out]))
-
-
+# The lists of dpkg have folders, too, which rm refuses to remove. A script of libc-bin has made ld.so.cache.
+_WITHOUT_PACKAGES = r"""
+mkdir "$2/root"
+cd "$2/root"
+"$1" -R "rdump / ." "$3" 2>/dev/null
+cat var/lib/dpkg/info/*.list | sed 's|^/||' | xargs -d '\n' rm -f 2>/dev/null || :
+rm etc/ld.so.cache
+"""
+# --keep-directory-symlink: /bin is a link to usr/bin, and a folder in packages of Debian 12.
 _TO_DISK = """
 cd "$1"
 image=$2 spare=$3
 shift 3
-mkdir root
-tar -xf root.tar -C root --numeric-owner --xattrs --xattrs-include='*' "$@"
+mkdir -p root
+tar -xf root.tar -C root --keep-directory-symlink --numeric-owner --xattrs --xattrs-include='*' "$@"
 size=$(du -sm --apparent-size root | cut -f1)
 mke2fs -q -t ext2 -b 4096 -m 0 -d root "$image" $((size * 5 / 4 + spare))M
 """
 
 
-def _bootstrap(archive: Archive, userland: Userland, tarball: Path) -> list[str]:
+def _bootstrap(userland: Userland, sources: Sequence[str], architecture: Architecture, tarball: Path) -> list[str]:
+    # The variant "extract" runs no script, and has no package that is not named.
+    variant, packages = ("minbase", []) if architecture == native() else ("extract", ["?essential"])
     argv = [
-        "mmdebstrap", "--quiet", "--variant=minbase", "--architectures=amd64",
-        f"--include={','.join(userland.packages)}",
+        "mmdebstrap", "--quiet", f"--variant={variant}", f"--architectures={architecture.name}",
+        *(f"--include={included}" for included in [*packages, ",".join(userland.packages)]),
         '--aptopt=Acquire::Check-Valid-Until "false"', '--aptopt=Acquire::Retries "5"',
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
-        userland.suite, str(tarball), *debian.sources(archive, userland.suite),
+        userland.suite, str(tarball), *sources,
     ]  # fmt: skip
     # As root mmdebstrap would mount in the mount namespace of the host, so it gets a namespace of its own.
     return ["unshare", "--mount", *argv] if os.geteuid() == 0 else [*argv, "--mode=unshare"]

@@ -24,7 +24,7 @@ _FIELDS = (
 
 
 def dmi_text(folder: str = DMI_FOLDER) -> str:
-    """The DMI fields that name a vendor or a product, one per line; empty without DMI (containers, some ARM)."""
+    """The DMI fields that name a vendor or a product, one per line; empty without DMI (arm64 without UEFI)."""
     found: list[str] = []
     for field in _FIELDS:
         try:
