@@ -42,9 +42,11 @@ VAGRANT, SHADOW = 1000, 42
 
 def fetch(matrix: Matrix, row: Row) -> Path:
     """The box of a row, which is built unless it is in the cache. From now on the Vagrantfile uses it."""
+    if not machines.has_box(row):
+        raise MatrixError(f"boxes are for {machines.ARCHITECTURE} alone: use ./run matrix {row.name}")
     files = kernel.fetch(matrix.archive, row.kernel)
     packages = tuple(sorted({*row.userland.packages, *PACKAGES}))
-    root = userland.fetch(matrix.archive, replace(row.userland, packages=packages))
+    root = userland.fetch(matrix.archive, replace(row.userland, packages=packages), row.kernel.architecture)
     recipe: dict[str, object] = {
         "kernel": files.initrd.parent.name,
         "userland": root.parent.name,

@@ -15,6 +15,9 @@ from vagrant.matrix import cache, suite, table
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.table import Matrix, Row
 
+ARCHITECTURE = "amd64"
+"""Boxes boot by the BIOS, which arm64 has not, and Vagrant starts no guest of another architecture than its host's."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -42,6 +45,11 @@ def machine(matrix: Matrix, row: Row) -> Machine:
         row.name, row.why, row.userland.name, row.kernel.series, cmdline(row), _sources(matrix, row),
         row.userland.packages, row.memory_mib, row.cpus, has_suite(row), box, box_name,
     )  # fmt: skip
+
+
+def has_box(row: Row) -> bool:
+    """False for the rows of other architectures, which are no Vagrant machines."""
+    return row.kernel.architecture.name == ARCHITECTURE
 
 
 def cmdline(row: Row) -> str:
@@ -75,7 +83,10 @@ def main() -> int:
     except MatrixError as error:
         sys.stderr.write(f"machines: {error}\n")
         return 3
-    json.dump([asdict(machine(matrix, row)) for row in matrix.rows], sys.stdout, indent=1)
+    json.dump([asdict(machine(matrix, row)) for row in matrix.rows if has_box(row)], sys.stdout, indent=1)
+    left_out = ", ".join(row.name for row in matrix.rows if not has_box(row))
+    if left_out:
+        sys.stderr.write(f"Vagrantfile: left out, because boxes are for {ARCHITECTURE} alone: {left_out}\n")
     return 0
 
 
