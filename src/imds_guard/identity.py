@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import re
+from contextlib import suppress
 
-from imds_guard.errors import BadPolicy, GuardError, NotPermitted, system_text
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, system_text
+from imds_guard.kernel import accounts
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE, namespace_inode
 from imds_guard.kernel.processes import stat_of, status_of
 from imds_guard.kernel.run import run
@@ -34,12 +34,12 @@ def user_id(name_or_id: str | int) -> int:
     if number is not None:
         return number
     name = str(name_or_id)
-    try:
-        return pwd.getpwnam(name).pw_uid
-    except (KeyError, ValueError):
+    user = accounts.user_by_name(name)
+    if user is None:
         raise BadPolicy(
-            f"there is no user {name!r}: make it (useradd --system {_plain(name, 'NAME')}), or give a user ID"
-        ) from None
+            f"there is no user {name!r}{_where()}: make it (useradd --system {_plain(name, 'NAME')}), or give a user ID"
+        )
+    return user.uid
 
 
 def group_id(name_or_id: str | int) -> int:
@@ -48,48 +48,51 @@ def group_id(name_or_id: str | int) -> int:
     if number is not None:
         return number
     name = str(name_or_id)
-    try:
-        return grp.getgrnam(name).gr_gid
-    except (KeyError, ValueError):
+    group = accounts.group_by_name(name)
+    if group is None:
         raise BadPolicy(
-            f"there is no group {name!r}: add --create-group, or make it (groupadd --system {_plain(name, 'NAME')}), "
-            "or give a group ID"
-        ) from None
+            f"there is no group {name!r}{_where()}: add --create-group, or make it (groupadd --system "
+            f"{_plain(name, 'NAME')}), or give a group ID"
+        )
+    return group.gid
+
+
+def _where() -> str:
+    """Where names were looked for, unless the name service was asked."""
+    root = accounts.other_root()
+    return "" if root is None else f" in the passwd and group files below {root} ({accounts.VARIABLE})"
 
 
 def is_missing_group(name_or_id: str) -> bool:
     """True for the name of a group that does not exist; a number is never missing."""
     if _number(name_or_id, "group") is not None:
         return False
-    try:
-        grp.getgrnam(name_or_id)
-    except (KeyError, ValueError):
-        return True
-    return False
+    return accounts.group_by_name(name_or_id) is None
 
 
 def user_name(uid: int) -> str:
-    """The name of a user ID, or the number where it has no account."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+    """The name of a user ID, or the number where it has no account, or names can't be read."""
+    with suppress(GuardError):
+        user = accounts.user_by_id(uid)
+        return user.name if user is not None else str(uid)
+    return str(uid)
 
 
 def group_name(gid: int) -> str:
-    """The name of a group ID, or the number where it has no entry."""
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)
+    """The name of a group ID, or the number where it has no entry, or names can't be read."""
+    with suppress(GuardError):
+        group = accounts.group_by_id(gid)
+        return group.name if group is not None else str(gid)
+    return str(gid)
 
 
 def create_group(name: str) -> int:
     """The ID of the group ``name``, which is created as a system group if it does not exist. Raises GuardError."""
-    try:
-        return grp.getgrnam(name).gr_gid
-    except (KeyError, ValueError):
-        pass
+    group = accounts.group_by_name(name)
+    if group is not None:
+        return group.gid
+    if accounts.other_root() is not None:
+        raise Unsupported(f"creating the group {name!r}: there is none{_where()}; create it there, or give a group ID")
     if os.geteuid() != 0:
         raise NotPermitted(f"only root can create the group {name!r}: run this with sudo")
     done = run(["groupadd", "--system", "--", name])
@@ -122,12 +125,11 @@ def _plain(name: str, otherwise: str) -> str:
 def caller_of_user(name_or_id: str | int) -> Caller:
     """The credentials of a new login of a user: the primary group and every group of the group database."""
     uid = user_id(name_or_id)
-    try:
-        entry = pwd.getpwuid(uid) if _number(name_or_id, "user") is not None else pwd.getpwnam(str(name_or_id))
-    except KeyError:
-        raise BadPolicy(f"no account has the user ID {uid}, so its groups are not known: name a process") from None
-    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
-    return Caller(entry.pw_uid, entry.pw_gid, frozenset(groups))
+    by_id = _number(name_or_id, "user") is not None
+    user = accounts.user_by_id(uid) if by_id else accounts.user_by_name(str(name_or_id))
+    if user is None:
+        raise BadPolicy(f"no account has the user ID {uid}, so its groups are not known: name a process")
+    return Caller(user.uid, user.gid, frozenset(accounts.groups_of(user)))
 
 
 def caller_of_pid(pid: int) -> Caller:

@@ -16,8 +16,8 @@ import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend, abi
 from imds_guard.errors import Unsupported
-from imds_guard.kernel import bpf, bpffs, syscalls
-from imds_guard.kernel.cgroup import open_cgroup
+from imds_guard.kernel import bpf, bpffs, privileges, syscalls
+from imds_guard.kernel.cgroup import ROOT_INODE, open_cgroup
 from imds_guard.kernel.children import run_in_child
 from tests import command
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, Result
@@ -182,11 +182,22 @@ def test_the_root_is_found_where_no_cgroup2_is_mounted(guard: Guard) -> None:
     assert inside(guard, places.without_cgroup2, root_of_cgroups) == (True, 1)
 
 
-def test_in_a_cgroup_namespace_the_root_is_another(guard: Guard) -> None:
+def test_in_a_cgroup_namespace_the_root_is_that_of_pid_1(guard: Guard) -> None:
+    """As in a privileged container with the host's process IDs: its own mount shows its own cgroup alone."""
+
+    def in_place() -> tuple[int, tuple[bool, int]]:
+        return os.stat(places.in_cgroup_namespace()).st_ino == ROOT_INODE, root_of_cgroups()
+
+    assert guard.sandbox.call(in_place, timeout_s=command.TIMEOUT_S) == (False, (True, ROOT_INODE))
+
+
+def test_in_a_cgroup_namespace_without_a_way_to_pid_1(guard: Guard) -> None:
     """Without --cgroup it is refused, because processes outside would stay unlocked."""
 
     def in_place(words: Sequence[str]) -> Result:
         places.in_cgroup_namespace()
+        # /proc/PID/root is for processes with all capabilities of PID, or with CAP_SYS_PTRACE (ptrace(2)).
+        places.without_capabilities(privileges.CAP_SYS_PTRACE, privileges.CAP_NET_RAW)
         with pytest.raises(Unsupported, match="so this is a cgroup namespace"):
             open_cgroup()
         places.forbid_attaching()

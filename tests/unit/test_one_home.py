@@ -72,10 +72,11 @@ def reads_what_processes_say(code: str) -> bool:
 
 
 def test_one_module_reads_what_processes_say_of_themselves() -> None:
-    """kernel/bpffs goes through the root of PID 1, or of a process that has started this one."""
+    """kernel/bpffs and kernel/cgroup go through the root of PID 1, or of a process that has started this one."""
     assert {name for name, code in CODE.items() if reads_what_processes_say(code)} == {
         "kernel/untrusted",
         "kernel/bpffs",
+        "kernel/cgroup",
     }
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_text
 from imds_guard.kernel import syscalls
-from imds_guard.kernel.mounts import mounts
+from imds_guard.kernel.mounts import Mount, mounts, window_to_pid1
 
 ROOT_INODE = 1
 """The root of a cgroup2 hierarchy has this inode, the root of a cgroup namespace has not (kernfs_create_root())."""
@@ -41,7 +41,7 @@ def open_cgroup(path: str | None = None) -> Cgroup:
     """The cgroup2 directory at ``path``; without a path the root of the hierarchy, which is mounted if need be."""
     if path is not None:
         return _open_given(path)
-    root = _open_mounted_root() or _open_new_mount()
+    root = _open_mounted_root() or _open_root_of_pid1() or _open_new_mount()
     if not root.is_root:
         inode = root.id
         root.close()
@@ -79,14 +79,26 @@ def _is_cgroup2(fd: int) -> bool:
 
 
 def _open_mounted_root() -> Cgroup | None:
-    for mount in mounts("cgroup2"):
+    return _first_root(mounts("cgroup2"), "")
+
+
+def _open_root_of_pid1() -> Cgroup | None:
+    """In a cgroup namespace of its own a process sees no root at its own mounts. PID 1 is in the first namespace."""
+    found = mounts("cgroup2", "1")
+    window = window_to_pid1() if found else None
+    return None if window is None else _first_root(found, f"/proc/{window}/root")
+
+
+def _first_root(found: list[Mount], prefix: str) -> Cgroup | None:
+    """The root of the hierarchy at one of these mounts, if there is one. ``prefix`` stands before their paths."""
+    for mount in found:
         try:
-            fd = os.open(mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = os.open(prefix + mount.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue  # hidden under another mount
-        found = os.fstat(fd)
-        if found.st_dev == mount.device and found.st_ino == ROOT_INODE:
-            return Cgroup(fd, found.st_ino, mount.path)
+        status = os.fstat(fd)
+        if status.st_dev == mount.device and status.st_ino == ROOT_INODE:
+            return Cgroup(fd, status.st_ino, prefix + mount.path)
         os.close(fd)
     return None
 

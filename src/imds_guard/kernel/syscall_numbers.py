@@ -30,7 +30,7 @@ _BY_INTERFACE = {
 }
 _EVERYWHERE = {
     **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-    **{"fsopen": 430, "fsconfig": 431, "fsmount": 432, "pidfd_getfd": 438},
+    **{"fsopen": 430, "fsconfig": 431, "fsmount": 432, "openat2": 437, "pidfd_getfd": 438},
 }
 """Since v5.1 a new system call has the same number on every architecture but alpha."""
 

@@ -29,6 +29,8 @@ CLONE_NEWNET = 0x40000000
 _FSCONFIG_CMD_CREATE = 6
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_RESOLVE_IN_ROOT = 0x10
+"""Source: include/uapi/linux/openat2.h."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -88,6 +90,12 @@ def exchange(one: str, other: str) -> None:
     """Swaps two paths in one step (renameat2(2) with RENAME_EXCHANGE)."""
     paths = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other))
     _checked(_libc.renameat2(*paths, ctypes.c_uint(_RENAME_EXCHANGE)), one)
+
+
+def open_in_root(root: int, path: str, flags: int) -> int:
+    """The fd of a path that is looked up as if the directory ``root`` were / (openat2(2) with RESOLVE_IN_ROOT)."""
+    how = struct.pack("=QQQ", flags, 0, _RESOLVE_IN_ROOT)
+    return _by_number("openat2", root, os.fsencode(path), how, len(how))
 
 
 def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:

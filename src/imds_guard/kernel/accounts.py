@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accounts and groups: of the name service, or of the files below IMDS_GUARD_NAMES_ROOT.
+
+In a container with a root of its own, the name service knows the accounts of the container. The node image sets the
+variable to /proc/1/root, so that names are those of the node (passwd(5), group(5)).
+"""
+
+from __future__ import annotations
+
+import functools
+import grp
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from imds_guard.errors import GuardError, NotPermitted, system_text
+from imds_guard.kernel import ownership, syscalls
+
+VARIABLE = "IMDS_GUARD_NAMES_ROOT"
+FOLDERS = ("etc", "usr/lib", "usr/share/baselayout")
+"""Where passwd and group are looked for. The first entry counts, as with ``passwd: files altfiles``.
+
+/usr/lib is the default of nss-altfiles, which ostree systems use; /usr/share/baselayout is Flatcar's.
+"""
+MAX_BYTES = 16 * 1024 * 1024
+"""The largest file that is read: some 200,000 accounts."""
+_MAX_ID = 0xFFFFFFFE
+
+
+class User(NamedTuple):
+    """An account, and its primary group."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+class Group(NamedTuple):
+    """A group, and the names of its members."""
+
+    name: str
+    gid: int
+    members: tuple[str, ...]
+
+
+def other_root() -> str | None:
+    """The root whose files are read in place of the name service; None where the name service is asked."""
+    return os.environ.get(VARIABLE) or None
+
+
+def user_by_name(name: str) -> User | None:
+    """The account of that name. Raises GuardError where files can't be used."""
+    root = other_root()
+    if root is not None:
+        return _users_by_name(root).get(name)
+    try:
+        return _user(pwd.getpwnam(name))
+    except (KeyError, ValueError):
+        return None
+
+
+def user_by_id(uid: int) -> User | None:
+    """The first account with that ID. Raises GuardError where files can't be used."""
+    root = other_root()
+    if root is not None:
+        return _users_by_id(root).get(uid)
+    try:
+        return _user(pwd.getpwuid(uid))
+    except KeyError:
+        return None
+
+
+def every_user() -> list[User]:
+    """All accounts that can be listed. Raises GuardError where files can't be used."""
+    root = other_root()
+    return list(_users(root)) if root is not None else [_user(entry) for entry in pwd.getpwall()]
+
+
+def group_by_name(name: str) -> Group | None:
+    """The group of that name. Raises GuardError where files can't be used."""
+    root = other_root()
+    if root is not None:
+        return _groups_by_name(root).get(name)
+    try:
+        return _group(grp.getgrnam(name))
+    except (KeyError, ValueError):
+        return None
+
+
+def group_by_id(gid: int) -> Group | None:
+    """The first group with that ID. Raises GuardError where files can't be used."""
+    root = other_root()
+    if root is not None:
+        return _groups_by_id(root).get(gid)
+    try:
+        return _group(grp.getgrgid(gid))
+    except KeyError:
+        return None
+
+
+def groups_of(user: User) -> list[int]:
+    """The primary group, and every group that lists the user. Raises GuardError where files can't be used."""
+    root = other_root()
+    if root is None:
+        return os.getgrouplist(user.name, user.gid)
+    return [user.gid, *(group.gid for group in _groups(root) if user.name in group.members)]
+
+
+def _user(entry: pwd.struct_passwd) -> User:
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
+
+
+def _group(entry: grp.struct_group) -> Group:
+    return Group(entry.gr_name, entry.gr_gid, tuple(entry.gr_mem))
+
+
+# --- the files of another root: each is read once in the life of a process ------------------------------------------
+
+
+@functools.cache
+def _users(root: str) -> tuple[User, ...]:
+    found = []
+    for name, fields in _entries(root, "passwd", 4):
+        uid, gid = _id(fields[2]), _id(fields[3])
+        if uid is not None and gid is not None:
+            found.append(User(name, uid, gid))
+    return tuple(found)
+
+
+@functools.cache
+def _groups(root: str) -> tuple[Group, ...]:
+    found = []
+    for name, fields in _entries(root, "group", 4):
+        gid = _id(fields[2])
+        if gid is not None:
+            found.append(Group(name, gid, tuple(filter(None, fields[3].split(",")))))
+    return tuple(found)
+
+
+@functools.cache
+def _users_by_name(root: str) -> dict[str, User]:
+    return {user.name: user for user in reversed(_users(root))}
+
+
+@functools.cache
+def _users_by_id(root: str) -> dict[int, User]:
+    return {user.uid: user for user in reversed(_users(root))}
+
+
+@functools.cache
+def _groups_by_name(root: str) -> dict[str, Group]:
+    return {group.name: group for group in reversed(_groups(root))}
+
+
+@functools.cache
+def _groups_by_id(root: str) -> dict[int, Group]:
+    return {group.gid: group for group in reversed(_groups(root))}
+
+
+def _entries(root: str, file: str, wanted: int) -> Iterator[tuple[str, list[str]]]:
+    """The name and the fields of each line. The C library, too, skips lines that are no entries (nss_files)."""
+    for folder in FOLDERS:
+        for line in _read(root, f"{folder}/{file}").decode("utf-8", "surrogateescape").split("\n"):
+            fields = line.split(":")
+            if len(fields) >= wanted and fields[0] and fields[0][0] not in "#+-":
+                yield fields[0], fields
+
+
+def _id(text: str) -> int | None:
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else _MAX_ID + 1
+    return number if number <= _MAX_ID else None
+
+
+def _read(root: str, path: str) -> bytes:
+    """Empty where there is no such file. Symbolic links are followed as a process of that root would follow them."""
+    what = f"reading {os.path.join(root, path)} for the names of users and groups ({VARIABLE})"
+    try:
+        with open(_opened(root, path), "rb") as file:
+            _check(os.fstat(file.fileno()), what)
+            content = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except PermissionError as error:
+        raise NotPermitted(f"{what}: {system_text(error)}; run the container privileged, with hostPID") from error
+    except OSError as error:
+        raise GuardError(f"{what}: {system_text(error)}; give IDs in place of names") from error
+    if len(content) > MAX_BYTES:
+        raise GuardError(f"{what}: it has more than {MAX_BYTES // 1024 // 1024} MiB; give IDs in place of names")
+    return content
+
+
+def _opened(root: str, path: str) -> int:
+    top = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # O_NONBLOCK: a FIFO must not make this wait.
+        return syscalls.open_in_root(top, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    finally:
+        os.close(top)
+
+
+def _check(found: os.stat_result, what: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise GuardError(f"{what}: it is not a regular file; give IDs in place of names")
+    if not ownership.only_root_can_write(found, root_group=True):
+        raise GuardError(f"{what}: others than root may write it; take that right from them, or give IDs")
