@@ -19,7 +19,11 @@ settings.load_profile(os.environ.get("IMDS_GUARD_HYPOTHESIS") or ("full" if os.e
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/vm. They are here because pytest asks only the first conftest.py."""
     parser.addoption(
-        "--vm-cases", type=int, default=300_000, metavar="N", help="runs of the hooks in test_decisions.py"
+        "--vm-cases",
+        type=int,
+        default=300_000,
+        metavar="N",
+        help="runs in test_decisions.py, packets in test_egress.py: a third",
     )
     parser.addoption("--vm-seed", type=_seed, metavar="SEED[:FIRST]", help="the seed of these, and the first scene")
 

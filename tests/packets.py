@@ -65,9 +65,12 @@ def extension(number: int, length: int = 0, first: bytes = b"") -> Extension:
     return Extension(number, length, first.ljust(size - 2, b"\0")[: size - 2])
 
 
-def fragment_header(offset: int, *, more: bool, reserved: int = 0) -> Extension:
-    """RFC 8200, section 4.5; the offset in units of 8 bytes. The second byte is reserved: it is no length."""
-    return Extension(FRAGMENT, reserved, struct.pack("!HI", offset << 3 | more, 7))
+def fragment_header(offset: int, *, more: bool, reserved: int = 0, bits: int = 0) -> Extension:
+    """RFC 8200, section 4.5; the offset in units of 8 bytes.
+
+    ``reserved`` is the second byte, which is no length; ``bits`` are those between the offset and the M flag.
+    """
+    return Extension(FRAGMENT, reserved, struct.pack("!HI", offset << 3 | bits | more, 7))
 
 
 class Ipv6(NamedTuple):

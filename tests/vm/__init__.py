@@ -31,7 +31,7 @@ runs or more in a second.
 undoes all changes of maps, those of the program too, so many runs can begin in one state.
 
 **Packets:** ``machine.set_sockets([Socket(...)])``, then ``machine.packet(form, Packet(data, socket=0))``. Look-ups
-compare the whole tuple with local and remote address and port.
+compare the whole tuple with local and remote address and port. ``machine.packets()`` runs many in C (egress.py).
 
 **Instructions:** ``machine.instructions(form, hook)``, ``machine.coverage(form, hook)``, and ``with
 machine.patched(form, hooks, at, instruction):`` for mutants.

@@ -18,7 +18,7 @@ from imds_guard.backends.ebpf.render import render
 from imds_guard.policy.model import Policy
 from tests.vm.library import buffer, library, words
 from tests.vm.programs import FORMS, HOOKS, compiled, reads_directly
-from tests.vm.structs import CALLBACK, AttemptC, CallC, ControlsC, LayoutC, OutcomeC
+from tests.vm.structs import CALLBACK, AttemptC, CallC, ControlsC, LayoutC, OutcomeC, PacketCaseC
 from tests.vm.values import Attempt, Call, Outcome, Packet, Socket, Task, outcome_of
 
 TASK, CRED, GROUP_INFO, USER_NS, PID = range(5)
@@ -215,6 +215,14 @@ class Machine:
         slot = self._slots[form, abi.EGRESS]
         self._library.vm_packet(self._m, slot, ctypes.byref(packet.to_c()), packet.data, 0, ctypes.byref(raw))
         return self._outcome(raw)
+
+    def packets(self, form: str, cases: bytes, data: bytes, controls: Controls = NOTHING) -> bytes:
+        """Many packets, in C: a struct outcome for each struct packet_case. ``data``: the bytes of all packets."""
+        self._apply(controls)
+        count = len(cases) // ctypes.sizeof(PacketCaseC)
+        outcomes = buffer(ctypes.sizeof(OutcomeC) * count)
+        self._library.vm_packets(self._m, self._slots[form, abi.EGRESS], cases, count, data, outcomes)
+        return bytes(outcomes)
 
     def cross(self, form: str, attempts: Sequence[Attempt], tasks: int, controls: Controls = NOTHING) -> bytes:
         """Each attempt with each of the first tasks, in C: a struct outcome each, at [attempt * tasks + task]."""

@@ -16,9 +16,10 @@ from imds_guard.policy.model import Address, Mode, Policy, Protocol, Verdict
 from tests.vm.structs import COUNTS, EVENT_BYTES, MARK_BYTES, ROW_BYTES, OutcomeC
 from tests.vm.values import IPPROTO_MPTCP, Attempt, Outcome, Task, outcome_of
 
-_OUTCOME = struct.Struct(f"=Q4I{COUNTS}s{EVENT_BYTES}s8s{ROW_BYTES}s{MARK_BYTES}s")
-assert _OUTCOME.size == ctypes.sizeof(OutcomeC)
-_GID_AT = _OUTCOME.size - MARK_BYTES + 12
+OUTCOME = struct.Struct(f"=Q4I{COUNTS}s{EVENT_BYTES}s8s{ROW_BYTES}s{MARK_BYTES}s")
+"""struct outcome."""
+assert OUTCOME.size == ctypes.sizeof(OutcomeC)
+_GID_AT = OUTCOME.size - MARK_BYTES + 12
 """Where the group of the mark is in a struct outcome."""
 
 _COUNTED = {
@@ -196,5 +197,5 @@ def _expected(
     events = repeat if event else 0
     has_mark = marked is not None
     # A socket without a mark has storage of zeros, which nobody reads.
-    raw = _OUTCOME.pack(returned, 0, events, bool(row), has_mark, counts, event, row_key, row, marked or _NOTHING)
+    raw = OUTCOME.pack(returned, 0, events, bool(row), has_mark, counts, event, row_key, row, marked or _NOTHING)
     return Expected(raw, reason, groups)

@@ -88,6 +88,20 @@ class PacketC(ctypes.Structure):
     ]
 
 
+CASE_SOCKETS = 4
+
+
+class PacketCaseC(ctypes.Structure):
+    """struct packet_case."""
+
+    _fields_ = [
+        ("packet", PacketC),
+        ("bytes_at", c_uint32),
+        ("sockets_len", c_uint32),
+        ("sockets", SocketC * CASE_SOCKETS),
+    ]
+
+
 CALLBACK = ctypes.CFUNCTYPE(None, c_uint32)
 
 
@@ -131,5 +145,5 @@ LAYOUT_FIELDS = 11
 LayoutC = c_int32 * LAYOUT_FIELDS
 """struct layout."""
 
-SIZES = (TaskC, SocketC, AttemptC, PacketC, ControlsC, OutcomeC, CallC, LayoutC)
+SIZES = (TaskC, SocketC, AttemptC, PacketC, ControlsC, OutcomeC, CallC, LayoutC, PacketCaseC)
 """In the order of vm_sizes()."""

@@ -17,6 +17,8 @@ void vm_controls(struct machine *m, const struct controls *controls);
 void vm_attempt(struct machine *m, u32 slot, const struct attempt *attempt, u32 task, struct outcome *outcome);
 void vm_packet(struct machine *m, u32 slot, const struct packet *packet, const u8 *bytes, u32 task,
 	       struct outcome *outcome);
+void vm_packets(struct machine *m, u32 slot, const struct packet_case *cases, u32 len, const u8 *bytes,
+		struct outcome *outcomes);
 void vm_cross(struct machine *m, const u32 *slots, const struct attempt *attempts, u32 attempts_len, u32 tasks,
 	      struct outcome *outcomes);
 u32 vm_trace(struct machine *m, struct call *calls, u32 room);

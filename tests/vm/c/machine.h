@@ -160,6 +160,15 @@ struct packet {
 	u32 len;
 };
 
+/* structs.py: PacketCaseC. A packet and the sockets around it. */
+#define CASE_SOCKETS 4
+struct packet_case {
+	struct packet packet;
+	u32 bytes_at; /* in the bytes of all packets */
+	u32 sockets_len;
+	struct socket_facts sockets[CASE_SOCKETS];
+};
+
 /* structs.py: ControlsC. Calls of helpers and plain loads of kernel memory are counted from 1. */
 struct controls {
 	u32 fail_first, fail_last; /* these calls fail, if they can */

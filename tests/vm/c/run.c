@@ -167,6 +167,20 @@ void vm_packet(struct machine *m, u32 slot, const struct packet *packet, const u
 	read_results(m, outcome);
 }
 
+/* Each packet with its own sockets. */
+void vm_packets(struct machine *m, u32 slot, const struct packet_case *cases, u32 len, const u8 *bytes,
+		struct outcome *outcomes)
+{
+	u32 n, s;
+
+	for (n = 0; n < len; n++) {
+		vm_sockets_reset(m);
+		for (s = 0; s < cases[n].sockets_len; s++)
+			vm_socket(m, s, &cases[n].sockets[s]);
+		vm_packet(m, slot, &cases[n].packet, bytes + cases[n].bytes_at, 0, &outcomes[n]);
+	}
+}
+
 /* Each attempt with each of the first tasks; at attempt a and task t the outcome is [a * tasks + t]. */
 void vm_cross(struct machine *m, const u32 *slots, const struct attempt *attempts, u32 attempts_len, u32 tasks,
 	      struct outcome *outcomes)
@@ -226,7 +240,7 @@ void vm_sizes(u32 *sizes)
 {
 	const u32 all[] = { sizeof(struct task_facts), sizeof(struct socket_facts), sizeof(struct attempt),
 			    sizeof(struct packet),     sizeof(struct controls),	    sizeof(struct outcome),
-			    sizeof(struct call),       sizeof(struct layout) };
+			    sizeof(struct call),       sizeof(struct layout),	    sizeof(struct packet_case) };
 
 	memcpy(sizes, all, sizeof(all));
 }
