@@ -6,16 +6,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import ipaddress
 import os
 import select
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imds_guard.connections import find
 from imds_guard.connections.cut import MAX_SEARCHES, cut_denied, find_denied
 from imds_guard.connections.find import Scope
 from imds_guard.connections.values import CutResult, WhyOpen
@@ -23,9 +26,11 @@ from imds_guard.kernel import children, namespaces, syscalls
 from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
-from imds_guard.policy.model import Mode
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, make_policy
+from imds_guard.policy.ports import ALL_PORTS
 from imds_guard.present import connections as present_connections
-from tests.command import ONE, STRANGER
+from tests.command import ONE, SERVICE, STRANGER
+from tests.hostile import serve_nothing
 from tests.kernel.clients import (
     NEEDS_THE_HOST,
     WITHIN_S,
@@ -36,7 +41,7 @@ from tests.kernel.clients import (
     stage,
     wait_until,
 )
-from tests.kernel.places import without_capabilities
+from tests.kernel.places import own_mounts, without_capabilities
 
 pytestmark = NEEDS_THE_HOST
 
@@ -97,6 +102,81 @@ def _join(cgroup: str) -> None:
 def _is_empty(cgroup: str) -> bool:
     with open(f"{cgroup}/cgroup.procs", encoding="ascii") as file:
         return not file.read()
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_so_many_sockets_of_a_namespace_are_judged_and_the_rest_counted(here: Stage) -> None:
+    """Anybody can make any number of them. They are not even kept in the child that lists them."""
+    several = [here.client(opening()) for _ in range(4)]
+
+    def work() -> tuple[int, list[str]]:
+        vars(find)["MAX_SOCKETS"] = 3  # in this child alone
+        done = find_denied(locked(), here.scope)
+        return len(done.still_open), list(done.errors)
+
+    found, errors = children.run_in_child(work)
+    assert (found, len(several)) == (3, 4)
+    assert [text for text in errors if text.startswith("1 more socket to locked addresses: at most 3 of a namespace")]
+
+
+def test_so_many_sockets_of_all_namespaces_are_judged(here: Stage) -> None:
+    several = [here.client(opening()) for _ in range(3)]
+
+    def work() -> tuple[int, list[str]]:
+        vars(find)["MAX_ALL_SOCKETS"] = 2  # in this child alone
+        done = find_denied(locked(), here.scope)
+        return len(done.still_open), list(done.errors)
+
+    found, errors = children.run_in_child(work)
+    assert (found, len(several)) == (2, 3)
+    assert [text for text in errors if text.startswith("1 more socket to locked addresses: at most")]
+
+
+def test_connections_to_high_ports_that_others_made_do_not_count(here: Stage) -> None:
+    """A busy server has more of them than sockets that are judged."""
+
+    def work() -> tuple[int, list[str]]:
+        vars(find)["MAX_SOCKETS"] = 1  # in this child alone
+        with socket.create_server((SERVICE, 2000)) as server:
+            pairs = []
+            for _ in range(3):
+                client = socket.create_connection((SERVICE, 2000), WITHIN_S)
+                pairs += [client, server.accept()[0]]
+            scope = Scope(here.scope.cgroup, every_namespace=False)
+            every_port = Endpoint(ipaddress.ip_network(SERVICE), ALL_PORTS)
+            everything = make_policy([Lock("all", (every_port,), Identities())])
+            done = find.find_sockets(everything, scope)
+            for one in pairs:
+                one.close()
+        return len(done.sockets), [text for text in done.errors if "more socket" in text]
+
+    found, errors = here.sandbox.call(work)
+    assert (found, errors[0][:14]) == (1, "2 more sockets")
+
+
+def test_a_namespace_that_hangs_is_named_and_the_others_are_searched(here: Stage, tmp_path: Path) -> None:
+    """A path on a FUSE filesystem whose server does not answer. The child that opens it can't even be killed."""
+    client = here.client(opening())
+
+    def work() -> tuple[list[int], list[str], float]:
+        own_mounts()
+        server = serve_nothing(tmp_path)
+        found, hidden, more = namespaces.network_namespaces()
+        hangs = namespaces.Namespace(1, str(tmp_path / "file"), None)
+        vars(find)["network_namespaces"] = lambda: namespaces.Namespaces([found[0], hangs, *found[1:]], hidden, more)
+        vars(find)["LIMITS"] = find.LIMITS._replace(share_s=0.3)
+        before = time.monotonic()
+        done = find_denied(locked(), here.scope)
+        took = time.monotonic() - before
+        children.end(server)
+        return pids(done.still_open), list(done.errors), took
+
+    found, errors, took = children.run_in_child(work)
+    assert found == [client.pid]
+    assert [text for text in errors if text.startswith(f"entering {tmp_path}/file: no answer within")]
+    assert took < 5
 
 
 # --- where it searches ----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 from imds_guard.commands import preflight
 from imds_guard.commands.preflight import shut_out
 from imds_guard.config.options import policy_from_options
-from imds_guard.kernel import children, namespaces, untrusted
+from imds_guard.kernel import children, namespaces, processes, socket_holders, untrusted
 from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, namespace_inode
@@ -191,8 +191,8 @@ def test_a_command_line_is_as_long_as_the_process_likes(endless: int) -> None:
 
 
 def test_preflight_reads_little_of_a_long_command_line(endless: int) -> None:
+    assert endless not in shut_out(NOBODY).hung
     assert largest_rss(lambda: shut_out(NOBODY)) < 30 << 20
-    assert seconds(lambda: shut_out(NOBODY)) < 3.0
 
 
 def test_watch_reads_little_of_a_long_command_line(endless: int) -> None:
@@ -253,6 +253,23 @@ def test_a_process_with_too_many_descriptors_is_said() -> None:
     assert run_in_child(search) == (True, 1)
 
 
+@pytest.mark.parametrize(("bound", "most"), [("MAX_HOLDERS", 2), ("MAX_ALL_HOLDERS", 3)])
+def test_so_many_holders_of_a_socket_are_kept(bound: str, most: int) -> None:
+    """Of each user, and in all. Each process that a user forks holds all sockets of its parent."""
+
+    def search() -> tuple[int, bool]:
+        with socket.socket() as one:
+            vars(socket_holders)[bound] = most  # in this child alone
+            forked = [children.fork(lambda: os.read(os.pipe()[0], 1)) for _ in range(5)]
+            inode = os.fstat(one.fileno()).st_ino
+            found = holders_of(frozenset([inode]))
+            for pid in forked:
+                children.end(pid)
+        return len(found.pids[inode]), found.not_read >= 3
+
+    assert run_in_child(search) == (most, bound == "MAX_ALL_HOLDERS")
+
+
 def test_a_search_for_holders_ends_in_time() -> None:
     found = holders_of(frozenset([1]), Limits(total_s=0.0))
     assert found.not_read >= len(os.listdir("/proc")) // 4
@@ -261,28 +278,31 @@ def test_a_search_for_holders_ends_in_time() -> None:
 def test_so_many_network_namespaces_are_found_and_the_rest_counted() -> None:
     """Root's come first, then one of each owner in turn: a user with many hides nobody's."""
 
-    def search() -> tuple[bool, bool, bool, int]:
-        everyone = {one.inode for one in namespaces.network_namespaces().found}
+    def search() -> tuple[bool, bool, int, int]:
         with ExitStack() as running:
             crowd = [running.enter_context(own_network(USER)) for _ in range(4)]
-            other, roots = running.enter_context(own_network(USER + 1)), running.enter_context(own_network(0))
-            vars(namespaces)["MAX_NAMESPACES"] = len(everyone) + 3  # in this child alone
+            other = running.enter_context(own_network(USER + 1))
+            roots = [running.enter_context(own_network(0)) for _ in range(2)]
+            ours = [*crowd, other, *roots]
+            vars(processes)["process_ids"] = lambda: ours  # in this child alone: other tests make namespaces, too
+            vars(namespaces)["_mounted"] = lambda: iter(())
+            vars(namespaces)["MAX_NAMESPACES"] = 5
             found = namespaces.network_namespaces()
-            inodes = {one.inode for one in found.found}
-            return roots in inodes, other in inodes, len(inodes & set(crowd)) == 1, found.more
+            pids = {one.pid for one in found.found}
+            return set(roots) <= pids, other in pids, len(pids & set(crowd)), found.more
 
-    assert run_in_child(search) == (True, True, True, 3)
+    assert run_in_child(search) == (True, True, 1, 3)
 
 
 @contextmanager
 def own_network(uid: int) -> Iterator[int]:
-    """The inode of a network namespace that a user made, with a process in it."""
+    """A process in a network namespace that its user made."""
     namespaces_of = "--net" if uid == 0 else "--user --net"
     argv = ["unshare", *namespaces_of.split(), "sh", "-c", "echo; exec cat"]
     with subprocess.Popen(argv, stdin=-1, stdout=-1, user=uid) as process:
         assert process.stdout is not None
         process.stdout.readline()
         try:
-            yield namespace_inode("net", process.pid)
+            yield process.pid
         finally:
             process.kill()

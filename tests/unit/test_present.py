@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 import pytest
@@ -13,14 +14,16 @@ from imds_guard.backends.ebpf.hooks import Attached, Hook
 from imds_guard.commands.guard import Outcome
 from imds_guard.commands.look import CheckResult, Status
 from imds_guard.commands.preflight import Preflight, ShutOut
+from imds_guard.connections.values import Connection, Holder
 from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import Caller, Decision, Destination, Reason, decide
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import Identities, Lock, Mode, Policy, Verdict, make_policy
+from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
 from imds_guard.present import answers
 from imds_guard.present import outcome as outcome_text
 from imds_guard.present import policy as policy_text
 from imds_guard.present import status as status_text
+from imds_guard.present.connections import connection_text
 
 FOO = Identities(frozenset([41_001]))
 ROOT = Identities(frozenset([0]), frozenset([0]))
@@ -135,6 +138,19 @@ def test_warnings_of_an_outcome() -> None:
     ]
     lenient = make_policy([lock(Identities(), deny=FOO, default=Verdict.ALLOW)])
     assert outcome_text.outcome_warnings(Outcome("ebpf", lenient, [], [], Preflight())) == []
+
+
+# --- connections ----------------------------------------------------------------------------------------------------
+
+
+def test_some_of_many_holders_are_named() -> None:
+    ends = ((ipaddress.ip_address("192.0.2.1"), 40000), (ipaddress.ip_address("192.0.2.2"), 80))
+    holders = tuple(Holder(pid, "curl", "bob") for pid in range(1, 6))
+    one = Connection(Protocol.TCP, *ends, holders, "bob", 1, "why")
+    assert connection_text(one) == (
+        "curl (pid 1, user bob), curl (pid 2, user bob), curl (pid 3, user bob), and 2 more: "
+        "tcp 192.0.2.1:40000 -> 192.0.2.2:80"
+    )
 
 
 # --- status ---------------------------------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
 from imds_guard.errors import system_text
 from imds_guard.kernel import sock_diag
+from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
 from imds_guard.kernel.namespaces import OWN_PATH, Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
 from imds_guard.policy.decide import Destination
@@ -45,6 +47,19 @@ class FoundSocket(NamedTuple):
     destination: Destination
 
 
+LIMITS = Limits(share_s=3.0, total_s=10.0)
+"""1,024 namespaces take 4.2 s. Linux 5.10 holds sock_diag_table_mutex while it destroys a socket. So one SOCK_DESTROY
+that hangs, of whomever, hangs every other request of sock_diag.
+"""
+MAX_SOCKETS = 4096
+"""Of one namespace: the sockets that are judged. Anybody can make as many as they like in a namespace of their own."""
+MAX_ALL_SOCKETS = 16384
+"""Of all namespaces. Each takes 2 KB in this process."""
+
+MAX_LISTENING = 65536
+"""Of one namespace: the listening sockets that are known."""
+
+
 class FoundSockets:
     """The sockets, the namespaces that were searched, and what could not be searched and why."""
 
@@ -52,12 +67,53 @@ class FoundSockets:
         self.sockets: list[FoundSocket] = []
         self.searched: list[Namespace] = []
         self.errors: list[str] = []
+        self._more = 0
+        self._refused: dict[str, list[str]] = {}
+
+    def add(self, namespace: Namespace, answer: _Answer | Unanswered) -> None:
+        """Adds what was found in a namespace."""
+        if isinstance(answer, Unanswered):
+            self._refused.setdefault(_UNANSWERED[answer], []).append(namespace.path)
+        elif answer.refused is not None:
+            self._refused.setdefault(f"{answer.refused}, it takes CAP_SYS_ADMIN", []).append(namespace.path)
+        elif not answer.gone:
+            space = max(0, MAX_ALL_SOCKETS - len(self.sockets))
+            self.sockets += answer.sockets[:space]
+            self._more += answer.more + len(answer.sockets[space:])
+            self.errors += [text for text in answer.errors if text not in self.errors]
+            self.searched.append(namespace)
+
+    def finish(self) -> None:
+        """Adds the errors that are about several namespaces."""
+        self.errors += [f"entering {some_of(paths, _MAX_SHOWN)}: {text}" for text, paths in self._refused.items()]
+        if self._more:
+            self.errors.append(
+                f"{count_of(self._more, 'more socket')} to locked addresses: at most {MAX_SOCKETS} of a namespace and "
+                f"{MAX_ALL_SOCKETS} of all are looked at"
+            )
+
+
+_UNANSWERED = {
+    Unanswered.HUNG: f"no answer within {LIMITS.share_s:g} s",
+    Unanswered.NOT_ASKED: "not tried, since others did not answer or time was over",
+}
+
+
+class _Answer(NamedTuple):
+    """Of one namespace."""
+
+    sockets: list[FoundSocket] = []
+    more: int = 0
+    errors: tuple[str, ...] = ()
+    refused: str | None = None
+    gone: bool = False
+    """Its last process has ended."""
 
 
 def find_sockets(policy: Policy, scope: Scope) -> FoundSockets:
     """Every socket of the scope that is connected to an address that some lock covers, whatever the port.
 
-    Sockets without a file are left out: nobody can use them.
+    Sockets without a file are left out: nobody can use them. A child searches, since others can make it hang.
     """
     found = FoundSockets()
     namespaces, hidden, more = network_namespaces()
@@ -71,18 +127,14 @@ def find_sockets(policy: Policy, scope: Scope) -> FoundSockets:
     if hidden:
         found.errors.append(f"the network namespace of {hidden_processes(hidden)} was not found")
     wanted, cgroups = _locked_addresses(policy), _cgroup_ids(scope.cgroup)
-    refused: dict[str, list[str]] = {}
-    for namespace in namespaces:
-        try:
-            found.sockets += _in_namespace(namespace, wanted, cgroups, found.errors)
-            found.searched.append(namespace)
-        except FileNotFoundError:
-            continue  # its last process has ended
-        except OSError as error:
-            refused.setdefault(system_text(error), []).append(namespace.path)
-    found.errors += [
-        f"entering {some_of(paths, _MAX_SHOWN)}: {text}, it takes CAP_SYS_ADMIN" for text, paths in refused.items()
-    ]
+
+    def work(namespace: Namespace) -> _Answer:
+        return _search(namespace, wanted, cgroups)
+
+    with Worker(work) as worker:
+        for namespace, answer in worker.ask_each(namespaces, LIMITS):
+            found.add(namespace, answer)
+    found.finish()
     return found
 
 
@@ -102,46 +154,69 @@ def open_sock_diag(namespace: Namespace) -> SockDiag:
         os.close(fd)
 
 
+def _search(namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[int] | None) -> _Answer:
+    try:
+        with open_sock_diag(namespace) as diag:
+            return _in_namespace(diag, namespace, wanted, cgroups)
+    except FileNotFoundError:
+        return _Answer(gone=True)
+    except OSError as error:
+        return _Answer(refused=system_text(error))
+
+
 def _in_namespace(
-    namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[int] | None, errors: list[str]
-) -> list[FoundSocket]:
-    """The sockets of one namespace. Raises OSError."""
+    diag: SockDiag, namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[int] | None
+) -> _Answer:
+    """The sockets of one namespace; those beyond MAX_SOCKETS are counted. Raises OSError."""
     found: list[FoundSocket] = []
-    with open_sock_diag(namespace) as diag:
-        for protocol, number, states in _PROTOCOLS:
-            try:
-                sockets = _sockets(diag, number, states, wanted)
-            except FileNotFoundError:
-                text = f"{protocol.value.upper()} sockets: this kernel can't list them (CONFIG_INET_DIAG)"
-                errors += [] if text in errors else [text]
-                continue
-            usable = [one for one in sockets if one.inode and (cgroups is None or one.cgroup_id in cgroups)]
-            found += [
-                FoundSocket(one, namespace, Destination(address_of(one.remote), one.remote_port, protocol))
-                for one in (_outgoing(diag, usable) if protocol is Protocol.TCP else usable)
-            ]
-    return found
+    more, errors = 0, []
+    for protocol, number, states in _PROTOCOLS:
+        try:
+            for one in _outgoing(diag, number, states, wanted):
+                if not one.inode or (cgroups is not None and one.cgroup_id not in cgroups):
+                    continue
+                more += len(found) >= MAX_SOCKETS
+                if len(found) < MAX_SOCKETS:
+                    remote = Destination(address_of(one.remote), one.remote_port, protocol)
+                    found.append(FoundSocket(one, namespace, remote))
+        except FileNotFoundError:
+            errors.append(f"{protocol.value.upper()} sockets: this kernel can't list them (CONFIG_INET_DIAG)")
+    return _Answer(found, more, tuple(errors))
 
 
 def _sockets(
     diag: SockDiag, number: int, states: tuple[int, ...], wanted: sock_diag.Wanted | None = None
-) -> list[Socket]:
-    return [one for family in _FAMILIES for one in diag.sockets(family, number, states, wanted)]
+) -> Iterator[Socket]:
+    for family in _FAMILIES:
+        yield from diag.each_socket(family, number, states, wanted)
 
 
-def _outgoing(diag: SockDiag, sockets: list[Socket]) -> list[Socket]:
+def _outgoing(diag: SockDiag, number: int, states: tuple[int, ...], wanted: sock_diag.Wanted) -> Iterator[Socket]:
     """Without the connections that seem to be incoming: no service has the remote port, and ours is listened at.
 
-    The kernel does not record which end has connected.
+    The kernel does not record which end has connected. The sockets are listed twice rather than kept: there may be any
+    number of them.
     """
-    if all(one.remote_port < _PRIVILEGED_PORTS for one in sockets):
-        return sockets
-    listening = _listening(diag)
-    return [one for one in sockets if one.remote_port < _PRIVILEGED_PORTS or not _is_accepted(one, listening)]
+    with_high_port = False
+    for one in _sockets(diag, number, states, wanted):
+        if number != socket.IPPROTO_TCP or one.remote_port < _PRIVILEGED_PORTS:
+            yield one
+        else:
+            with_high_port = True
+    if with_high_port:
+        listening = _listening(diag)
+        for one in _sockets(diag, number, states, wanted):
+            if one.remote_port >= _PRIVILEGED_PORTS and not _is_accepted(one, listening):
+                yield one
 
 
 def _listening(diag: SockDiag) -> set[tuple[Address, int]]:
-    return {(address_of(one.local), one.local_port) for one in _sockets(diag, socket.IPPROTO_TCP, (LISTEN,))}
+    """At most MAX_LISTENING of them. A connection to another one is taken for an outgoing one."""
+    found: set[tuple[Address, int]] = set()
+    for one in _sockets(diag, socket.IPPROTO_TCP, (LISTEN,)):
+        if len(found) < MAX_LISTENING:
+            found.add((address_of(one.local), one.local_port))
+    return found
 
 
 def _is_accepted(one: Socket, listening: set[tuple[Address, int]]) -> bool:

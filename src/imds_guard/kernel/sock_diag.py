@@ -78,7 +78,13 @@ class SockDiag:
     def sockets(
         self, family: int, protocol: int, states: tuple[int, ...], wanted: Wanted | None = None
     ) -> list[Socket]:
-        """The sockets of one address family and protocol (IPPROTO_TCP, IPPROTO_UDP) in these states.
+        """All that each_socket() gives."""
+        return list(self.each_socket(family, protocol, states, wanted))
+
+    def each_socket(
+        self, family: int, protocol: int, states: tuple[int, ...], wanted: Wanted | None = None
+    ) -> Iterator[Socket]:
+        """The sockets of one address family and protocol (IPPROTO_TCP, IPPROTO_UDP) in these states. Take them all.
 
         ``wanted`` is called with the packed remote address and the remote port of each, and selects. The subflows of
         MPTCP are listed as TCP. Raises OSError: ENOENT where the kernel has no module for the protocol.
@@ -86,11 +92,9 @@ class SockDiag:
         mask = sum(1 << state for state in states)
         body = _REQUEST.pack(family, protocol, 0, mask, _ANY_SOCKET)
         size = 4 if family == socket.AF_INET else 16
-        return [
-            _parse(protocol, answer.body)
-            for answer in self._ask(_SOCK_DIAG_BY_FAMILY, netlink.DUMP, body)
-            if answer.type == _SOCK_DIAG_BY_FAMILY and (wanted is None or wanted(*_remote(answer.body, size)))
-        ]
+        for answer in self._ask(_SOCK_DIAG_BY_FAMILY, netlink.DUMP, body):
+            if answer.type == _SOCK_DIAG_BY_FAMILY and (wanted is None or wanted(*_remote(answer.body, size))):
+                yield _parse(protocol, answer.body)
 
     def destroy(self, one: Socket) -> bool:
         """Ends a connection: its holders get ECONNABORTED, its peer a reset. False when it was gone already.

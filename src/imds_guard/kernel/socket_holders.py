@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from imds_guard.kernel import processes, untrusted
@@ -11,16 +12,21 @@ from imds_guard.kernel.processes import Process
 
 LIMITS = Limits(total_s=5.0)
 """2,600 processes take 0.35 s."""
+MAX_HOLDERS = 16
+"""Of one socket and one user. A thousand forks may hold a thousand sockets."""
+MAX_ALL_HOLDERS = 100_000
+"""Of all sockets."""
 
 
 class Holders(NamedTuple):
-    """For the inode of each socket the processes with a descriptor of it."""
+    """Who holds each socket."""
 
     pids: dict[int, tuple[int, ...]]
+    """For the inode of each socket the processes with a descriptor of it, at most MAX_HOLDERS of each user."""
     hidden: int
     """How many processes this one may not inspect."""
     not_read: int
-    """How many processes were not read, or not all of their descriptors: they have too many, or time was over."""
+    """How many processes were not read, or not all of their descriptors: there are too many, or time was over."""
 
 
 class _Read(NamedTuple):
@@ -35,8 +41,9 @@ def holders_of(inodes: frozenset[int], limits: Limits = LIMITS) -> Holders:
     No holder is found for a socket that is in flight (SCM_RIGHTS in unix(7)), that is registered with an io_uring, or
     that is open in a thread which does not share the descriptors of its process.
     """
-    found: dict[int, set[int]] = {}
-    hidden = not_read = 0
+    found: dict[int, list[int]] = {}
+    held: Counter[tuple[int, int]] = Counter()
+    hidden = not_read = known = 0
     everyone = processes.by_user() if inodes else []
 
     def work(one: Process) -> _Read:
@@ -48,9 +55,13 @@ def holders_of(inodes: frozenset[int], limits: Limits = LIMITS) -> Holders:
                 not_read += 1
                 continue
             hidden += read.hidden
-            not_read += not read.all_read
-            for inode in read.inodes:
-                found.setdefault(inode, set()).add(process.pid)
+            full = known >= MAX_ALL_HOLDERS
+            not_read += not read.all_read or (full and bool(read.inodes))
+            for inode in () if full else read.inodes:
+                if held[inode, process.uid] < MAX_HOLDERS:
+                    held[inode, process.uid] += 1
+                    known += 1
+                    found.setdefault(inode, []).append(process.pid)
     return Holders({inode: tuple(sorted(pids)) for inode, pids in found.items()}, hidden, not_read)
 
 

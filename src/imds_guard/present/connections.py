@@ -27,6 +27,10 @@ _ADVICE = {
 _ADVICE_STRICT = "but their packets are dropped (--strict)"
 
 
+_MAX_HOLDERS = 3
+"""Of one connection, in the text."""
+
+
 def connection_lines(result: CutResult) -> list[str]:
     """What was cut, or would have been, and where it was searched for."""
     where = f"searched {_namespaces(result.searched)}"
@@ -60,7 +64,8 @@ def _errors(result: CutResult) -> list[str]:
 
 def connection_text(one: Connection) -> str:
     """``curl (pid 4711, user www-data): tcp 10.0.0.5:40000 -> 169.254.169.254:80``."""
-    held = ", ".join(f"{holder.name or '?'} (pid {holder.pid}, user {holder.user})" for holder in one.holders)
+    holders = [f"{holder.name or '?'} (pid {holder.pid}, user {holder.user})" for holder in one.holders]
+    held = some_of(holders, _MAX_HOLDERS)
     who = held or f"no process that could be found (made by user {one.user})"
     return f"{who}: {one.protocol.value} {host_port(*one.local)} -> {host_port(*one.remote)}"
 
