@@ -166,7 +166,7 @@ def test_a_namespace_that_hangs_is_named_and_the_others_are_searched(here: Stage
         found, hidden, more = namespaces.network_namespaces()
         hangs = namespaces.Namespace(1, str(tmp_path / "file"), None)
         vars(find)["network_namespaces"] = lambda: namespaces.Namespaces([found[0], hangs, *found[1:]], hidden, more)
-        vars(find)["LIMITS"] = find.LIMITS._replace(share_s=0.3)
+        vars(find)["LIMITS"] = find.LIMITS._replace(share_s=1.0)
         before = time.monotonic()
         done = find_denied(locked(), here.scope)
         took = time.monotonic() - before

@@ -27,7 +27,7 @@ from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, namespace_inode
 from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.present.outcome import shut_out_lines
 from imds_guard.watch import process_info
-from imds_guard.watch.process_info import MAX_COMMAND_LINE, ProcessInfo, Programs
+from imds_guard.watch.process_info import MAX_COMMAND_LINE, SHARE_S, ProcessInfo, Programs
 from tests.hostile import USER, crowd, held_command_line, hostile, serve_nothing
 from tests.kernel.clients import wait_until
 from tests.kernel.places import own_mounts
@@ -38,7 +38,7 @@ pytestmark = [
 ]
 
 NOBODY = policy_from_options(nobody=True)
-QUICK = Limits(share_s=0.2, total_s=5.0)
+QUICK = Limits(share_s=0.5, total_s=30.0)
 PYTHON_WITHOUT_COMMAND_LINE = ProcessInfo(os.path.realpath("/usr/bin/python3"), None)
 NOW_NS = 1 << 62
 """Later than the start of any process."""
@@ -80,13 +80,13 @@ def _peak() -> int:
 def test_the_command_line_of_a_held_process_hangs_its_reader(folder: Path) -> None:
     """What the other tests defend against: without a child the reader would wait until the user lets it go."""
     with held_command_line(folder) as pid, Worker(untrusted.describe) as worker:
-        assert worker.ask(pid, 0.2) is Unanswered.HUNG
+        assert worker.ask(pid, 0.5) is Unanswered.HUNG
         assert worker.ask(os.getpid(), 5.0) not in (None, Unanswered.HUNG)
 
 
 def test_preflight_goes_on_and_names_the_process(folder: Path) -> None:
     with held_command_line(folder) as pid:
-        assert seconds(lambda: shut_out(NOBODY, QUICK)) < 2.0
+        assert seconds(lambda: shut_out(NOBODY, QUICK)) < 5.0
         assert shut_out(NOBODY, QUICK).hung == (pid,)
 
 
@@ -116,9 +116,9 @@ def test_watch_does_without_the_command_line(folder: Path) -> None:
     """And asks no second time, so that its other lines are not late."""
     programs = Programs()
     with held_command_line(folder) as pid:
-        assert seconds(lambda: programs.of(pid, NOW_NS)) < 2.0
+        assert seconds(lambda: programs.of(pid, NOW_NS)) < 5.0
         assert programs.of(pid, NOW_NS) == PYTHON_WITHOUT_COMMAND_LINE
-        assert seconds(lambda: programs.of(pid, NOW_NS)) < 0.1
+        assert seconds(lambda: programs.of(pid, NOW_NS)) < SHARE_S
         assert programs.of(os.getpid(), NOW_NS).command_line is not None
     programs.close()
 
@@ -152,7 +152,7 @@ def test_a_user_is_looked_up_again_after_the_penance(folder: Path, monkeypatch: 
 def test_a_child_that_can_not_be_killed_is_left_behind(folder: Path) -> None:
     """It waits in state D for a FUSE server that has its request and does not answer. It ends when the server does."""
 
-    def abandon_one() -> tuple[object, int, str, bool, int]:
+    def abandon_one() -> tuple[object, int, str, bool, bool]:
         own_mounts()
         server = serve_nothing(folder)
         with Worker(_open) as worker:
@@ -164,9 +164,9 @@ def test_a_child_that_can_not_be_killed_is_left_behind(folder: Path) -> None:
             goes_on = worker.ask("/", 5.0) == "opened"
         children.end(server)
         wait_until(lambda: children.abandoned() == 0)
-        return answer, left, state, goes_on, round(took)
+        return answer, left, state, goes_on, took < 5
 
-    assert run_in_child(abandon_one) == (Unanswered.HUNG, 1, "D", True, 0)
+    assert run_in_child(abandon_one) == (Unanswered.HUNG, 1, "D", True, True)
 
 
 def _open(path: str) -> str:

@@ -15,7 +15,7 @@ from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
 from imds_guard.kernel.children import ChildFailed
 
 HUNG, NOT_ASKED = Unanswered.HUNG, Unanswered.NOT_ASKED
-QUICK = Limits(share_s=0.2, total_s=30.0)
+QUICK = Limits(share_s=0.5, total_s=60.0)
 
 
 def double_or_hang(number: int) -> int:
@@ -42,7 +42,7 @@ def test_the_next_questions_of_one_that_hangs_are_answered() -> None:
 def test_a_question_that_hangs_costs_its_share() -> None:
     before = time.monotonic()
     answers(1, -1, 2)
-    assert 0.2 <= time.monotonic() - before < 5
+    assert 0.5 <= time.monotonic() - before < 10
 
 
 def test_a_child_answers_one_question_after_another() -> None:
@@ -53,7 +53,7 @@ def test_a_child_answers_one_question_after_another() -> None:
 
 
 def test_after_so_many_that_hang_the_rest_is_not_asked() -> None:
-    assert answers(-1, -2, 3, limits=Limits(0.1, 30.0, hung=2)) == {-1: HUNG, -2: HUNG, 3: NOT_ASKED}
+    assert answers(-1, -2, 3, limits=Limits(0.1, 60.0, hung=2)) == {-1: HUNG, -2: HUNG, 3: NOT_ASKED}
 
 
 def test_after_two_that_hang_the_rest_of_their_owner_is_not_asked() -> None:
@@ -61,7 +61,11 @@ def test_after_two_that_hang_the_rest_of_their_owner_is_not_asked() -> None:
 
 
 def test_after_the_total_time_the_rest_is_not_asked() -> None:
-    assert answers(-1, 2, limits=Limits(share_s=60.0, total_s=0.2)) == {-1: HUNG, 2: NOT_ASKED}
+    assert answers(-1, 2, limits=Limits(share_s=60.0, total_s=3.0)) == {-1: HUNG, 2: NOT_ASKED}
+
+
+def test_no_time_is_no_question() -> None:
+    assert answers(1, 2, limits=Limits(total_s=0.0)) == {1: NOT_ASKED, 2: NOT_ASKED}
 
 
 def test_no_more_children_are_left_than_may_hang() -> None:

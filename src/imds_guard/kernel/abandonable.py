@@ -37,6 +37,8 @@ MAX_ANSWER = 4 << 20
 _BATCH = 64
 """Questions that are sent together: the child works while its parent looks at an answer."""
 _HUNG_PER_OWNER = 2
+_FORK_WITHIN_S = 5.0
+"""The time to fork a child does not count for the question; a busy machine may need a second."""
 _LENGTH = struct.Struct("=Q")
 
 
@@ -81,7 +83,7 @@ class Worker(Generic[Q, A]):
 
     def ask(self, question: Q, within_s: float) -> A | Unanswered:
         """The answer to one question. Raises as ask_each()."""
-        ((_, answer),) = self.ask_each([question], Limits(within_s, within_s, 1))
+        ((_, answer),) = self.ask_each([question], Limits(within_s, within_s + _FORK_WITHIN_S, 1))
         return answer
 
     def ask_each(
@@ -98,7 +100,7 @@ class Worker(Generic[Q, A]):
         try:
             while remaining:
                 for question in _take(remaining, _BATCH):
-                    if budget.allows(question) and self._has_child():
+                    if budget.allows(question) and self._has_child(budget):
                         batch.append(question)
                     else:
                         yield question, Unanswered.NOT_ASKED
@@ -116,14 +118,16 @@ class Worker(Generic[Q, A]):
             if batch:  # the caller has stopped listening, and answers are on their way
                 self.close()
 
-    def _has_child(self) -> bool:
-        """False where none can be forked (EAGAIN, ENOMEM)."""
+    def _has_child(self, budget: _Budget[Q]) -> bool:
+        """False where none can be forked (EAGAIN, ENOMEM), or none is ready when the total time ends."""
         if self._child is None:
             try:
                 self._child = _Child(self._work)
             except OSError:
                 return False
-        return True
+            if self._child.receive(budget.ends) is None:
+                self.close()
+        return self._child is not None
 
     def _send(self, batch: deque[Q], budget: _Budget[Q]) -> None:
         if batch and self._child is not None:
@@ -150,18 +154,18 @@ class _Budget(Generic[Q]):
 
     def __init__(self, limits: Limits, owner: Callable[[Q], Hashable] | None) -> None:
         self._limits = limits
-        self._ends = time.monotonic() + limits.total_s
+        self.ends = time.monotonic() + limits.total_s
         self._owner = owner
         self._hung: Counter[Hashable] = Counter()
         self._all_hung = 0
 
     def allows(self, question: Q) -> bool:
-        if time.monotonic() >= self._ends or self._all_hung >= self._limits.hung:
+        if time.monotonic() >= self.ends or self._all_hung >= self._limits.hung:
             return False
         return self._owner is None or self._hung[self._owner(question)] < _HUNG_PER_OWNER
 
     def share_ends(self) -> float:
-        return min(time.monotonic() + self._limits.share_s, self._ends)
+        return min(time.monotonic() + self._limits.share_s, self.ends)
 
     def hung(self, question: Q) -> None:
         self._all_hung += 1
@@ -232,7 +236,8 @@ def _is_ready(fd: int, event: int, deadline: float) -> bool:
 
 
 def _answer(work: Callable[[Q], A], questions: int, answers: int) -> None:
-    """Answers until the parent closes its pipe."""
+    """Says that it is ready, and answers until the parent closes its pipe."""
+    children.send(answers, b"")
     with os.fdopen(questions, "rb", closefd=False) as reader:
         while header := reader.read(_LENGTH.size):
             for question in pickle.loads(reader.read(*_LENGTH.unpack(header))):  # noqa: S301 - written by our parent

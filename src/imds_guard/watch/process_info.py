@@ -33,10 +33,10 @@ class ProcessInfo(NamedTuple):
 
 UNKNOWN = ProcessInfo()
 
-SHARE_S = 0.2
-"""How long one look-up may hang."""
+SHARE_S = 0.5
+"""How long one look-up may hang. Most take 0.15 ms."""
 MAX_HUNG = 5
-"""Within PENANCE_S. So look-ups that hang take at most SHARE_S * MAX_HUNG, a sixtieth, of the time of a watch."""
+"""Within PENANCE_S. So look-ups that hang take at most 2.5 s of each minute of a watch."""
 PENANCE_S = 60.0
 MAX_ABANDONED = 8
 """Children that hang in the kernel. The watch's unit has a TasksMax above it."""
