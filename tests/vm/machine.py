@@ -233,12 +233,12 @@ class Machine:
         self._library.vm_cross(self._m, slots, given, len(attempts), tasks, outcomes)
         return bytes(outcomes)
 
-    def raw(self, instructions: bytes, r1: int = 0, r2: int = 0) -> tuple[int, int]:
+    def raw(self, instructions: bytes, step_limit: int = 0) -> tuple[int, int]:
         """Runs instructions that are no hook: r0, and the bits of structs.Trap."""
-        self._apply(NOTHING)
+        self._apply(Controls(step_limit=step_limit))
         self._library.vm_program(self._m, _RAW_SLOT, instructions, len(instructions) // 8, False)
         traps = c_uint32()
-        result = self._library.vm_raw(self._m, _RAW_SLOT, r1, r2, ctypes.byref(traps))
+        result = self._library.vm_raw(self._m, _RAW_SLOT, 0, 0, ctypes.byref(traps))
         return int(result), traps.value
 
     def _apply(self, controls: Controls) -> None:
