@@ -187,6 +187,10 @@ def test_a_revoked_connection_is_cut_off_and_the_others_are_not(guarded: Guarded
     assert kept.answered()
 
 
+def of_user(user: int, endpoints: list[Endpoint]) -> Policy:
+    return make_policy([Lock("default", tuple(endpoints), Identities(frozenset({user})))], strict=True)
+
+
 def of_group(*groups: int, deny: Identities = NOBODY) -> Policy:
     endpoint = OLD_POLICY.locks[0].endpoints
     return make_policy([Lock("default", endpoint, Identities(groups=frozenset(groups)), deny)], strict=True)
@@ -228,6 +232,22 @@ def test_default_allow_lasts_until_the_user_is_denied(guarded: Guarded) -> None:
     assert client.answered()
     backend.change(denying(OLD, STRANGER))
     assert not client.answered()
+
+
+@ADDRESSES
+def test_a_service_of_this_machine_answers_from_a_port_that_is_open_now(guarded: Guarded, address: str) -> None:
+    """The client's own port is locked, since it has the service's address: the answers are packets to a locked port."""
+    sandbox, backend = guarded
+
+    def locking(*ports: tuple[int, int]) -> Policy:
+        networks = [endpoint.network for endpoint in OLD_POLICY.locks[0].endpoints]
+        return of_user(OLD, [Endpoint(network, ports) for network in networks])
+
+    backend.apply(locking((PORT, PORT), (1024, 65535)))
+    client = Client(sandbox, OLD, tcp(address))
+    assert client.answered()
+    backend.change(locking((1024, 65535)))
+    assert client.answered()
 
 
 # --- an upgrade that replaces the maps --------------------------------------------------------------------------------
