@@ -41,7 +41,7 @@ def test_the_hooks_do_what_the_model_says(machine: Machine, which: str, pytestco
             again = f"pytest tests/vm/test_decisions.py --vm-seed {seed}:{number} --vm-cases 1"
             pytest.fail(f"to repeat: {again}\n{shrunk(found, machine)}", pytrace=False)
         runs += runs_of(scene, machine)
-        if runs >= cases / 2:
+        if runs >= (cases if given else cases // 2):
             break
     if which == "fixed" and cases >= 300_000:
         assert set(met) == set(Reason) - _ONLY_FAULTS
