@@ -18,7 +18,14 @@ import pytest
 from imds_guard.backends.ebpf import abi
 from imds_guard.policy.decide_packet import PacketReason
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
-from imds_guard.policy.packet import AUTHENTICATION, DESTINATION_OPTIONS, HOP_BY_HOP, ROUTING
+from imds_guard.policy.packet import (
+    AUTHENTICATION,
+    DESTINATION_OPTIONS,
+    EXTENSION_HEADERS,
+    HOP_BY_HOP,
+    MAX_EXTENSION_HEADERS,
+    ROUTING,
+)
 from imds_guard.policy.ports import ALL_PORTS, Ports
 from tests import packets
 from tests.packet_rows import FROM4, FROM6, IPV4, IPV6, TO4, TO6, ipv4, ipv6
@@ -143,6 +150,16 @@ def test_long_chains_cut_at_every_length(machine: Machine, protocol: int) -> Non
     for length in range(10):
         data = ipv6(*[extension(DESTINATION_OPTIONS)] * length, protocol=protocol, payload=packets.udp(1, 80))
         require_same(machine, ALL_OF_IT, cut(data, ETH_P_IPV6))
+
+
+def test_every_protocol_behind_a_chain_of_each_length(machine: Machine) -> None:
+    made = [
+        plain(ipv6(*[extension(DESTINATION_OPTIONS)] * length, protocol=protocol, payload=ruler(64)), ETH_P_IPV6)
+        for length in range(10)
+        for protocol in range(256)
+    ]
+    met = require_same(machine, ALL_OF_IT, made)
+    assert met[PacketReason.OTHER_PROTOCOL] >= (MAX_EXTENSION_HEADERS + 1) * (256 - len(EXTENSION_HEADERS) - 2)
 
 
 def ruler(length: int) -> bytes:
