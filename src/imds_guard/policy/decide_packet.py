@@ -80,9 +80,11 @@ class Socket:
 class Ends:
     """The sockets of this machine that a packet has to do with.
 
-    ``sending`` is the socket that it belongs to. Raw sockets have no mark; an answer of the kernel's own belongs to a
-    socket of the kernel, or to none. The other two are what the kernel's TCP tables have for the packet's addresses
-    and ports, as for one that arrives: at the end where it comes from, and at the end where it goes.
+    ``sending`` is the socket that it belongs to. Raw sockets have no mark. The kernel's own answers belong to a socket
+    of the kernel; a SYN-ACK to the listener. The hook runs for no packet without a whole socket, and is written for
+    such a packet all the same: BPF_CGROUP_RUN_PROG_INET_EGRESS() in Linux include/linux/bpf-cgroup.h. The other two
+    are what the kernel's TCP tables have for the packet's addresses and ports, as for one that arrives: at the end
+    where it comes from, and at the end where it goes.
     """
 
     sending: Socket | None = None
