@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import imds_guard
-from imds_guard.commands import service
+from imds_guard.commands import own_files, service
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
 from imds_guard.watch.process_info import MAX_ABANDONED
@@ -180,9 +180,9 @@ def test_a_package_that_others_can_change_is_refused(
     package.mkdir(mode=0o755)
     folder.mkdir()
     os.chmod(package, 0o777)
-    monkeypatch.setattr(service, "_PACKAGE", str(package))
+    monkeypatch.setattr(own_files, "PACKAGE", str(package))
     monkeypatch.setattr(service, "_check_configuration", lambda *_: [])
-    with pytest.raises(NotPermitted, match=f"{package} can be changed by others than root"):
+    with pytest.raises(NotPermitted, match=rf"{package} \(.*mode 0777\) can be changed by others than root"):
         service.install(service.ServiceOptions(), program, str(tmp_path / "config.toml"), str(folder))
     assert list(folder.iterdir()) == []
 

@@ -1,9 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replaces a file in one step."""
+"""Reads regular files alone, and replaces a file in one step."""
 
 from __future__ import annotations
 
 import os
+import stat
+
+MAX_BYTES = 16 * 1024 * 1024
+"""The largest file that is read. A configuration of 100,000 users has 2 MiB."""
+
+
+def read_regular(path: str, maximum: int = MAX_BYTES) -> bytes:
+    """The content of a regular file, or of the one that a symbolic link leads to. Raises OSError, also for other kinds.
+
+    A FIFO or a device could make the reader wait, and a device could do something when it is opened.
+    """
+    _require_regular(os.stat(path))
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        _require_regular(os.fstat(file.fileno()))
+        content = file.read(maximum + 1)
+    if len(content) > maximum:
+        raise OSError(f"it has more than {maximum // 1024 // 1024} MiB")
+    return content
+
+
+def _require_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is not a regular file")
 
 
 def replace(path: str, content: bytes) -> None:

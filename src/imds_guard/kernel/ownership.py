@@ -3,8 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
+
+_MAX_LINKS = 40
+"""The kernel follows no more (path_resolution(7))."""
+_ACL = "system.posix_acl_access"
+"""The extended attribute of an access control list (acl(5)). Its mask is what the mode shows as the group's bits."""
 
 _WRITE_BITS_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -27,3 +35,72 @@ def only_root_can_write(found: os.stat_result, *, root_group: bool = False) -> b
     group_counts_as_root = root_group and found.st_gid == 0
     others = stat.S_IWOTH if group_counts_as_root else _WRITE_BITS_OF_OTHERS
     return is_owned_by_root(found) and not found.st_mode & others
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def others_can_change(path: str, *, lasting: bool = False) -> str | None:
+    """Says where others than root can change what ``path`` leads to; None where only root can. Raises OSError.
+
+    All folders and symbolic links on the way count: whoever can write to a folder can put another file in its place. In
+    a sticky folder that is root's others can't replace what is root's. With ``lasting`` such a folder counts, too,
+    since it may be emptied, and then anybody can take the name. A read-only mount is changed by nobody.
+    """
+    return next((_described(step) for step in _steps(path) if _is_open_to_others(step, lasting)), None)
+
+
+def _steps(path: str) -> Iterator[str]:
+    """Every folder, symbolic link and file that the look-up of ``path`` goes through (path_resolution(7))."""
+    done, links = "/", 0
+    remaining = _parts(os.path.join(os.getcwd(), path))
+    yield done
+    while remaining:
+        name = remaining.pop()
+        if name == "..":
+            done = os.path.dirname(done)
+            continue
+        done = os.path.join(done, name)
+        yield done
+        if os.path.islink(done):
+            links += 1
+            if links > _MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            target = os.readlink(done)
+            done = "/" if os.path.isabs(target) else os.path.dirname(done)
+            remaining += _parts(target)
+
+
+def _parts(path: str) -> list[str]:
+    """The names in a path, the last one first."""
+    return [name for name in reversed(path.split("/")) if name not in ("", ".")]
+
+
+def _is_open_to_others(step: str, lasting: bool) -> bool:
+    found, folder = os.lstat(step), os.stat(os.path.dirname(step))
+    if os.statvfs(os.path.dirname(step) if stat.S_ISLNK(found.st_mode) else step).f_flag & os.ST_RDONLY:
+        return False
+    if _is_sticky(folder) and not is_owned_by_root(found):
+        return True  # its owner can replace it
+    if stat.S_ISLNK(found.st_mode):
+        return False  # nobody can write to a link; who can replace it is a matter of its folder
+    if only_root_can_write(found, root_group=not _has_acl(step)):
+        return False
+    return lasting or not (stat.S_ISDIR(found.st_mode) and is_owned_by_root(found) and _is_sticky(found))
+
+
+def _is_sticky(found: os.stat_result) -> bool:
+    return bool(found.st_mode & stat.S_ISVTX)
+
+
+def _has_acl(path: str) -> bool:
+    with suppress(OSError):  # a filesystem without extended attributes
+        return _ACL in os.listxattr(path)
+    return False
+
+
+def _described(path: str) -> str:
+    found = os.lstat(path)
+    mode = f"{stat.S_IMODE(found.st_mode):04o}"
+    acl = " and an access control list" if _has_acl(path) else ""
+    return f"{path} (owner {found.st_uid}, group {found.st_gid}, mode {mode}{acl})"
