@@ -63,6 +63,11 @@ def _where() -> str:
     return "" if root is None else f" in the passwd and group files below {root} ({accounts.VARIABLE})"
 
 
+def number_of(name_or_id: str | int, kind: str) -> int | None:
+    """The ID that a number or digits mean; None for a name. ``kind`` is user or group. Raises BadPolicy."""
+    return _number(name_or_id, kind)
+
+
 def is_missing_group(name_or_id: str) -> bool:
     """True for the name of a group that does not exist; a number is never missing."""
     if _number(name_or_id, "group") is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,11 +31,13 @@ endpoints = ["{IPV4}"]
 users = [{ONE}]
 """
 UNUSABLE = {
-    "unknown user": GOOD.replace(str(ONE), '"nobody-of-that-name"'),
+    "no ID": GOOD.replace(str(ONE), "4294967295"),
     "unknown key": "colour = 1\n" + GOOD,
     "no TOML": "[lock.default\n",
     "nothing locked": "",
     "the name of the emergency lock": GOOD.replace("default", "emergency"),
+    "500 brackets": f"x = {'[' * 500}{']' * 500}\n{GOOD}",
+    "a null byte in a path": f'cgroup = "/sys\\u0000"\n{GOOD}',
 }
 
 
@@ -44,14 +47,14 @@ def guard() -> Iterator[Guard]:
         yield one
 
 
-def boot(guard: Guard, folder: Path, text: str | None) -> Result:
-    """``start --boot`` with this configuration; with None there is no file."""
+def boot(guard: Guard, folder: Path, text: str | None, before: str = "") -> Result:
+    """``start --boot`` with this configuration; with None there is no file. ``before`` is Python that runs first."""
     path = folder / "config.toml"
     if text is None:
         path.unlink(missing_ok=True)
     else:
         path.write_text(text, encoding="utf-8")
-    return guard("start", "--boot", "--config", str(path))
+    return command.run(command.argv(guard.arguments("start", "--boot", "--config", str(path)), before=before))
 
 
 def who(guard: Guard, to: str = IPV4) -> list[int]:
@@ -72,13 +75,114 @@ def test_boot_locks_what_the_configuration_says(guard: Guard, tmp_path: Path) ->
     assert who(guard) == [TWO]
 
 
-def test_boot_uses_the_saved_id_of_a_name(guard: Guard, tmp_path: Path) -> None:
-    """It warns that the name now belongs to another ID."""
+def test_boot_uses_the_saved_id_of_a_name_and_fails_visibly_when_it_is_another_one_now(
+    guard: Guard, tmp_path: Path
+) -> None:
+    """A reload refuses such a file: what is in force stays."""
     name = pwd.getpwuid(1).pw_name
-    done = boot(guard, tmp_path, GOOD.replace(str(ONE), f'{{ name = "{name}", id = {TWO} }}'))
-    assert done.status == 0, done
-    assert f"warning: users: '{name}' was {TWO} when it was saved and is 1 now; the saved ID is used" in done.stderr
+    moved = GOOD.replace(str(ONE), f'{{ name = "{name}", id = {TWO} }}')
+    done = boot(guard, tmp_path, moved)
+    assert done.status == 78, done
+    sentence = f"users: '{name}' was {TWO} when it was saved and is 1 now: correct the name or the id"
+    assert done.stderr.rstrip().endswith(f"{sentence}; the saved IDs are in force")
     assert who(guard) == [TWO]
+    assert boot(guard, tmp_path, GOOD).status == 0
+    done = boot(guard, tmp_path, moved)
+    assert (done.status, done.stdout) == (78, "")
+    assert done.stderr.rstrip().endswith(f"{sentence}; what was in force stays so")
+    assert who(guard) == [ONE]
+
+
+def test_an_unknown_name_lets_nobody_in_and_blocks_nothing(guard: Guard, tmp_path: Path) -> None:
+    done = boot(guard, tmp_path, GOOD.replace(str(ONE), f'{ONE}, "nobody-of-that-name"'))
+    assert done.status == 0, done
+    assert "warning: users: there is no user 'nobody-of-that-name', so this entry is left out" in done.stderr
+    assert (who(guard), status_line(guard)) == ([ONE], "imds-guard: active (ebpf)")
+
+
+HANGING_NAMES = """
+import signal
+from imds_guard.config import names
+names._id_or_none = lambda name: signal.pause()
+names.ask.__defaults__ = (0.5,)
+"""
+"""A name service that never answers, and half a second of patience."""
+
+
+@pytest.mark.parametrize(("key", "allowed"), [("users", [ONE]), ("deny_groups", [])])
+def test_a_name_service_that_hangs_does_not_delay_the_lock(
+    guard: Guard, tmp_path: Path, key: str, allowed: list[int]
+) -> None:
+    """On an allow list the name lets nobody in; on a deny list nobody gets in, since anybody may be in that group."""
+    named = f'"name-of-{key}"'
+    text = GOOD.replace(f"[{ONE}]", f"[{ONE}, {named}]") if key == "users" else f"{GOOD}{key} = [{named}]\n"
+    done = boot(guard, tmp_path, text, before=HANGING_NAMES)
+    assert done.status == 0, done
+    assert f"warning: {key}: the name service gave no ID for 'name-of-{key}' yet" in done.stderr
+    assert who(guard) == allowed
+    reload = boot(guard, tmp_path, text, before=HANGING_NAMES)
+    assert (reload.status, reload.stdout) == (78, "")
+    assert f"the name service gave no ID for 'name-of-{key}'" in reload.stderr
+    assert reload.stderr.rstrip().endswith("what was in force stays so")
+    assert who(guard) == allowed
+
+
+KILLED = "import os\nfrom imds_guard.config import boot_file\nboot_file.config_of = lambda *_: os.kill(os.getpid(), {})"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_boot_that_is_ended_while_it_reads_the_configuration_leaves_the_emergency_lock(
+    guard: Guard, tmp_path: Path, number: int, status: int
+) -> None:
+    done = boot(guard, tmp_path, 'on_error = "open"\n' + GOOD, before=KILLED.format(int(number)))
+    assert done.status == status
+    assert (who(guard), status_line(guard)) == ([0], "imds-guard: degraded: emergency lock (ebpf)")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "gibibyte"])
+def test_a_configuration_that_is_no_file_of_text_leads_to_the_emergency_lock(
+    guard: Guard, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "config.toml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 30)
+    done = guard("start", "--boot", "--config", str(path))
+    assert done.status == 78
+    assert "could not be read: it " in done.stderr
+    assert (who(guard), status_line(guard)) == ([0], "imds-guard: degraded: emergency lock (ebpf)")
+
+
+@pytest.mark.parametrize("which", ["file", "folder"])
+def test_a_configuration_that_others_can_change_is_not_used(guard: Guard, tmp_path: Path, which: str) -> None:
+    """Not even its on_error: whoever can write it must not open the lock. Other commands warn of it."""
+    path = tmp_path / "config.toml"
+    path.write_text('on_error = "open"\n' + GOOD, encoding="utf-8")
+    os.chown(path if which == "file" else tmp_path, ONE, ONE)
+    done = guard("start", "--boot", "--config", str(path))
+    assert done.status == 78
+    assert "can be changed by others than root, who could open the lock; chown it to root" in done.stderr
+    assert (who(guard), status_line(guard)) == ([0], "imds-guard: degraded: emergency lock (ebpf)")
+    for words in (("check",), ("start",)):
+        other = guard(*words, "--config", str(path))
+        assert other.status == 0
+        assert f"warning: at boot {path} would not be used: " in other.stderr
+    assert who(guard) == [ONE]
+
+
+def test_a_program_that_others_can_change_puts_the_emergency_lock_on(guard: Guard, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir(mode=0o777)
+    package.chmod(0o777)
+    before = f"from imds_guard.commands import own_files; own_files.PACKAGE = {str(package)!r}"
+    done = boot(guard, tmp_path, 'on_error = "open"\n' + GOOD, before=before)
+    assert done.status == 77
+    assert f"starting at boot: {package} (owner 0, group 0, mode 0777) can be changed by others" in done.stderr
+    assert who(guard) == [0]
 
 
 @pytest.mark.parametrize("text", UNUSABLE.values(), ids=UNUSABLE.keys())
@@ -107,7 +211,7 @@ def test_without_a_configuration_the_emergency_lock_is_put_on(guard: Guard, tmp_
 
 def test_on_error_open_locks_nothing(guard: Guard, tmp_path: Path) -> None:
     """It must stand in a file that is valid TOML. The exit status is 78 as well."""
-    done = boot(guard, tmp_path, 'on_error = "open"\n' + UNUSABLE["unknown user"])
+    done = boot(guard, tmp_path, 'on_error = "open"\n' + UNUSABLE["no ID"])
     assert (done.status, done.stdout) == (78, "")
     assert done.stderr.rstrip().endswith('nothing is locked, since the configuration says on_error = "open"')
     assert (guard("status").status, who(guard)) == (3, [0, ONE, TWO, STRANGER])
@@ -120,7 +224,7 @@ def test_an_unusable_configuration_leaves_what_is_in_force(guard: Guard, tmp_pat
     """A reload after a mistake in the file takes no lock away and lets nobody in."""
     boot(guard, tmp_path, GOOD if start == "a usable one" else UNUSABLE["no TOML"])
     before = who(guard)
-    done = boot(guard, tmp_path, UNUSABLE["unknown user"])
+    done = boot(guard, tmp_path, UNUSABLE["no ID"])
     assert (done.status, done.stdout) == (78, "")
     assert done.stderr.rstrip().endswith("what was in force stays so")
     assert who(guard) == before == ([ONE] if start == "a usable one" else [0])
@@ -128,14 +232,14 @@ def test_an_unusable_configuration_leaves_what_is_in_force(guard: Guard, tmp_pat
 
 def test_the_emergency_lock_can_be_changed_but_not_saved(guard: Guard, tmp_path: Path) -> None:
     """A user can be let in until the configuration is right. The emergency lock never gets into the file."""
-    boot(guard, tmp_path, UNUSABLE["unknown user"])
+    boot(guard, tmp_path, UNUSABLE["no ID"])
     path = tmp_path / "config.toml"
     assert guard("allow", "--user", str(ONE)).status == 0
     assert (who(guard), status_line(guard)) == ([0, ONE], "imds-guard: degraded: emergency lock (ebpf)")
     refused = guard("allow", "--user", str(TWO), "--save", "--config", str(path))
     assert refused.status == 78
     assert "it is the emergency lock; correct the configuration instead" in refused.sentence
-    assert (who(guard), path.read_text(encoding="utf-8")) == ([0, ONE], UNUSABLE["unknown user"])
+    assert (who(guard), path.read_text(encoding="utf-8")) == ([0, ONE], UNUSABLE["no ID"])
 
 
 def test_boot_refuses_options_that_say_who_or_where(guard: Guard) -> None:
@@ -153,7 +257,7 @@ def test_without_ebpf_both_locks_use_iptables(guard: Guard, tmp_path: Path) -> N
     """As at any start that names no backend, iptables takes over."""
     path = tmp_path / "config.toml"
     words = ("start", "--boot", "--config", str(path))
-    path.write_text(UNUSABLE["unknown user"], encoding="utf-8")
+    path.write_text(UNUSABLE["no ID"], encoding="utf-8")
     assert _with_iptables(guard, *words).status == 78
     assert (who(guard), who(guard, IPV6)) == ([0], [0])
     emergency = _with_iptables(guard, "status")

@@ -115,7 +115,7 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "a word too many": (USAGE, ("stop", "now"), "(see imds-guard stop --help)"),
     "unknown command": (USAGE, ("restart",), "No such command 'restart'"),
     "no file": (BAD, ("start", "--config", "/nonexistent/config.toml"), "could not be read: ENOENT"),
-    "a folder for a file": (BAD, ("start", "--config", "/tmp"), "could not be read: EISDIR"),
+    "a folder for a file": (BAD, ("start", "--config", "/tmp"), "could not be read: it is not a regular file"),
     "an empty name of a file": (BAD, ("start", "--config", ""), "could not be read: ENOENT"),
     # allow, revoke, explain, export, check
     "allow nobody": (USAGE, ("allow",), "name a --group or a --user"),

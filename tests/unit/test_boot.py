@@ -4,21 +4,28 @@
 from __future__ import annotations
 
 import ipaddress
+import signal
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from imds_guard.backends import Backend, choose
+from imds_guard.backends.ebpf import other_guards
 from imds_guard.backends.forwarded import LEAVE, Forwarded
 from imds_guard.commands import boot, guard, look, verify
-from imds_guard.commands.guard import Outcome
+from imds_guard.commands.guard import Outcome, Steps
 from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.preflight import Preflight
-from imds_guard.errors import GuardError, Unsupported
+from imds_guard.config import boot_file
+from imds_guard.config.boot_file import BootFile
+from imds_guard.config.names import Answers, Name
+from imds_guard.config.read import Config, parse_config
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
 from imds_guard.policy.emergency import emergency_policy
-from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 
 POLICY = make_policy(
@@ -43,17 +50,29 @@ class Holder:
 
 
 class Start:
-    """Stands in for guard.start(): writes down what it is asked for, and fails for some backends."""
+    """Stands in for guard.start() and guard.stop(): writes down what it is asked for, and fails for some backends."""
 
-    def __init__(self, **failing: GuardError) -> None:
+    def __init__(self, **failing: BaseException) -> None:
         self.asked: list[GuardOptions] = []
+        self.policies: list[Policy | None] = []
+        """What was in force after each call; None after a stop."""
         self._failing = failing
 
+    @property
+    def steps(self) -> Steps:
+        """These calls, as the boot makes them."""
+        return Steps(self, self._stop)
+
+    def _stop(self, cgroup: str | None) -> list[str]:
+        self.policies.append(None)
+        return [f"stopped {cgroup}"]
+
     def __call__(self, policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
-        """Type Start of commands/boot.py."""
+        """Steps.start."""
         self.asked.append(options)
         if options.backend in self._failing:
             raise self._failing[options.backend]
+        self.policies.append(policy)
         return Outcome("iptables", policy, ["done"], [], Preflight())
 
 
@@ -69,7 +88,7 @@ def hold(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_backend_that_fails_makes_way_for_iptables() -> None:
     start = Start(auto=GuardError("the verifier said no"))
-    outcome = boot.put_in_force(POLICY, GuardOptions(), ignore, start)
+    outcome = boot.put_in_force(POLICY, GuardOptions(), ignore, start.steps)
     assert [one.backend for one in start.asked] == ["auto", "iptables"]
     assert outcome.warnings == ["ebpf failed: the verifier said no"]
 
@@ -86,7 +105,7 @@ def test_a_backend_that_fails_makes_way_for_iptables() -> None:
 def test_iptables_is_not_tried_where_it_was_not_meant(options: GuardOptions, error: GuardError) -> None:
     start = Start(**{options.backend: error})
     with pytest.raises(type(error), match=str(error)):
-        boot.put_in_force(POLICY, options, ignore, start)
+        boot.put_in_force(POLICY, options, ignore, start.steps)
     assert start.asked == [options]
 
 
@@ -104,10 +123,9 @@ def test_the_emergency_lock_of_the_machine_does_not_outlive_its_reason(
 ) -> None:
     """A policy for a cgroup does not take its place, so it is removed after that policy is in force."""
     hold(held, monkeypatch)
-    monkeypatch.setattr(guard, "stop", lambda cgroup: [f"stopped {cgroup}"])
     path = tmp_path / "config.toml"
     path.write_text((f'cgroup = "{cgroup}"\n' if cgroup else "") + CONFIG, encoding="utf-8")
-    result = boot.start(str(path), GuardOptions(), ignore, Start())
+    result = boot.start(BootFile(str(path)), GuardOptions(), ignore, Start().steps)
     assert result.outcome is not None
     assert result.outcome.done == ["done", *(["stopped None"] if removed else [])]
 
@@ -124,5 +142,273 @@ def test_a_repair_keeps_the_option_about_forwarded_packets(
     forwarded.state_file.write(option or "")
     monkeypatch.setattr(look, "forwarded", lambda: forwarded)
     before = Status("iptables", POLICY, ["a fault"])
-    verify._put_back(before, str(tmp_path / "config.toml"), GuardOptions(), ignore)
+    verify._put_back(before, BootFile(str(tmp_path / "config.toml")), GuardOptions(), ignore)
     assert [(one.backend, one.forwarded) for one in start.asked] == [("iptables", option)]
+
+
+# --- the order of boot ------------------------------------------------------------------------------------------------
+
+EMERGENCY, CONFIGURED = emergency_policy(""), parse_config(CONFIG).policy
+
+
+@pytest.fixture
+def nothing_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No guard is there, and the machine has no DMI."""
+    monkeypatch.setattr(choose, "running", lambda _: {})
+    monkeypatch.setattr(other_guards, "are_in_force", lambda: False)
+    monkeypatch.setattr(boot, "dmi_text", lambda: "")
+
+
+def file_of(folder: Path, text: str) -> BootFile:
+    """A configuration."""
+    path = folder / "config.toml"
+    path.write_text(text, encoding="utf-8")
+    return BootFile(str(path))
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_the_emergency_lock_is_on_before_the_configuration_is_read(tmp_path: Path) -> None:
+    """It cuts no connection: the configuration may allow it."""
+    start = Start()
+    result = boot.start(file_of(tmp_path, CONFIG), GuardOptions(), ignore, start.steps)
+    assert (start.policies, result.error) == ([EMERGENCY, CONFIGURED], None)
+    assert [one.keep_existing for one in start.asked] == [True, False]
+
+
+ANYTHING = (
+    GuardError("x"),
+    UsageError("x"),
+    OSError(5, "x"),
+    ValueError("x"),
+    UnicodeError("x"),
+    RecursionError("x"),
+    MemoryError(),
+    KeyError("x"),
+)
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("on_error", ["closed", "open"])
+def test_whatever_goes_wrong_ends_in_what_on_error_says(
+    error: Exception, on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Config:
+        raise error
+
+    start = Start()
+    monkeypatch.setattr(boot_file, "config_of", fail)
+    result = boot.start(file_of(tmp_path, f'on_error = "{on_error}"\n'), GuardOptions(), ignore, start.steps)
+    assert start.policies == [EMERGENCY, EMERGENCY if on_error == "closed" else None]
+    assert isinstance(result.error, GuardError)
+    assert not isinstance(result.error, UsageError)
+    assert (result.outcome is None) == (on_error == "open")
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("on_error", ["closed", "open"])
+def test_a_deadline_never_opens(on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the configuration says that an error opens: whoever can delay boot must not open the lock."""
+
+    def hang(*_: object) -> Config:
+        while True:
+            signal.pause()
+
+    start = Start()
+    monkeypatch.setattr(boot_file, "config_of", hang)
+    monkeypatch.setattr(boot, "DEADLINE_S", 0.05)
+    result = boot.start(file_of(tmp_path, f'on_error = "{on_error}"\n'), GuardOptions(), ignore, start.steps)
+    assert start.policies == [EMERGENCY, EMERGENCY]
+    assert "was given up; until that is corrected the built-in endpoints are locked" in str(result.error)
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize(
+    "error", [NotPermitted("x"), MemoryError(), OSError(1, "x")], ids=lambda one: type(one).__name__
+)
+def test_a_backend_that_can_not_be_used_makes_way_whatever_the_reason(error: Exception, tmp_path: Path) -> None:
+    start = Start(auto=error)
+    result = boot.start(file_of(tmp_path, CONFIG), GuardOptions(), ignore, start.steps)
+    assert (start.policies, result.error) == ([EMERGENCY, CONFIGURED], None)
+    assert [one.backend for one in start.asked] == ["auto", "iptables"] * 2
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_without_an_emergency_lock_the_backend_of_the_configuration_is_tried(tmp_path: Path) -> None:
+    start = Start(auto=Unsupported("no backend"))
+    result = boot.start(file_of(tmp_path, f'backend = "iptables"\n{CONFIG}'), GuardOptions(), ignore, start.steps)
+    assert (start.policies, result.error) == ([CONFIGURED], None)
+    assert result.outcome is not None
+    assert result.outcome.warnings == ["the emergency lock could not be put on first: no backend"]
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_when_nothing_can_be_locked_the_error_says_so(tmp_path: Path) -> None:
+    start = Start(auto=Unsupported("no backend"), iptables=Unsupported("no iptables"))
+    with pytest.raises(Unsupported, match="the emergency lock could not be put on either, nothing is locked"):
+        boot.start(file_of(tmp_path, CONFIG), GuardOptions(), ignore, start.steps)
+
+
+def test_a_policy_in_force_stays_where_the_configuration_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(POLICY, monkeypatch)
+    start = Start()
+    result = boot.start(file_of(tmp_path, "[lock.default]\n"), GuardOptions(), ignore, start.steps)
+    assert start.policies == []
+    assert str(result.error).endswith("what was in force stays so")
+
+
+def test_the_guard_of_a_cgroup_may_be_the_one_of_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload must not lock the whole machine for a moment, where only a cgroup is guarded."""
+    monkeypatch.setattr(choose, "running", lambda _: {})
+    monkeypatch.setattr(other_guards, "are_in_force", lambda: True)
+    start = Start()
+    boot.start(file_of(tmp_path, f'cgroup = "/sys/fs/cgroup/a"\n{CONFIG}'), GuardOptions(), ignore, start.steps)
+    assert start.policies == [CONFIGURED]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+ACCOUNT, GROUP, ABSENT = Name("user", "ldap-user"), Name("group", "ldap-group"), Name("user", "gone")
+
+NAMED = """
+[lock.web]
+endpoints = ["192.0.2.1"]
+users = [7, "ldap-user"]
+"""
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answers: Answers, asked: list[list[Name]] | None = None) -> None:
+    """A name service that knows these names, and does not answer for others."""
+
+    def ask(names: Iterable[Name]) -> Answers:
+        wanted = list(names)
+        if asked is not None:
+            asked.append(wanted)
+        return {name: answers[name] for name in wanted if name in answers}
+
+    monkeypatch.setattr(boot_file, "ask", ask)
+
+
+def allowed(policy: Policy | None) -> Identities:
+    """The allow list of the only lock."""
+    assert policy is not None
+    (lock,) = policy.locks
+    return lock.allow
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_no_name_service_stands_before_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First without the name, then with it."""
+    asked: list[list[Name]] = []
+    answering(monkeypatch, {ACCOUNT: 5000}, asked)
+    start = Start()
+    result = boot.start(file_of(tmp_path, NAMED), GuardOptions(), ignore, start.steps)
+    assert start.policies[0] == EMERGENCY
+    assert [allowed(policy).users for policy in start.policies[1:]] == [{7}, {7, 5000}]
+    assert [one.keep_existing for one in start.asked] == [True, True, False]
+    assert (asked, result.error) == ([[ACCOUNT]], None)
+    assert result.outcome is not None
+    assert result.outcome.warnings == []
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_a_name_without_an_answer_lets_nobody_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, {})
+    start = Start()
+    result = boot.start(file_of(tmp_path, NAMED), GuardOptions(), ignore, start.steps)
+    assert allowed(start.policies[-1]).users == {7}
+    assert (result.outcome is not None, result.error) == (True, None)
+    assert result.outcome is not None
+    (warning,) = result.outcome.warnings
+    assert warning == "users: the name service gave no ID for 'ldap-user' yet; until it does, this entry lets nobody in"
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_a_denied_name_without_an_answer_denies_everybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may be in the group. When the name service says that there is no such group, nobody is."""
+    text = '[lock.web]\nendpoints = ["192.0.2.1"]\nusers = [7]\ndeny_groups = [9, "ldap-group"]\n'
+    for answers, expected in (({}, set()), ({GROUP: None}, {7}), ({GROUP: 6000}, {7})):
+        answering(monkeypatch, answers)
+        start = Start()
+        boot.start(file_of(tmp_path, text), GuardOptions(), ignore, start.steps)
+        assert [allowed(policy).users for policy in start.policies[1:]] == [set(), expected]
+        last = start.policies[-1]
+        assert last is not None
+        assert last.locks[0].deny.groups == ({9, 6000} if answers.get(GROUP) else {9})
+        assert last.locks[0].default is Verdict.DENY
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_a_deny_list_alone_does_not_let_all_others_in_while_it_is_incomplete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = '[lock.web]\nendpoints = ["192.0.2.1"]\ndeny_groups = ["ldap-group"]\n'
+    answering(monkeypatch, {GROUP: 6000})
+    start = Start()
+    boot.start(file_of(tmp_path, text), GuardOptions(), ignore, start.steps)
+    defaults = [policy.locks[0].default for policy in start.policies[1:] if policy is not None]
+    assert defaults == [Verdict.DENY, Verdict.ALLOW]
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_a_deleted_account_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering(monkeypatch, {ABSENT: None, ACCOUNT: None})
+    text = NAMED.replace("7,", '7, { name = "gone", id = 8 },')
+    start = Start()
+    result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, start.steps)
+    assert allowed(start.policies[-1]).users == {7, 8}
+    assert result.error is None
+    assert result.outcome is not None
+    assert result.outcome.warnings == [
+        "users: 'gone' was 8 when it was saved and is not known now; the saved ID is used",
+        "users: there is no user 'ldap-user', so this entry is left out",
+    ]
+
+
+MOVED = '[lock.web]\nendpoints = ["192.0.2.1"]\nusers = [{ name = "ldap-user", id = 7 }]\n'
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_a_name_that_has_another_id_fails_the_boot_visibly_and_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, {ACCOUNT: 5000})
+    start = Start()
+    result = boot.start(file_of(tmp_path, MOVED), GuardOptions(), ignore, start.steps)
+    assert allowed(start.policies[-1]).users == {7}
+    assert result.outcome is not None
+    assert isinstance(result.error, BadPolicy)
+    assert "users: 'ldap-user' was 7 when it was saved and is 5000 now" in str(result.error)
+    assert str(result.error).endswith("the saved IDs are in force")
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "expected"),
+    [
+        (MOVED, {ACCOUNT: 5000}, "is 5000 now: correct the name or the id; what was in force stays so"),
+        (NAMED, {}, "the name service gave no ID for 'ldap-user' within 10 s"),
+    ],
+    ids=["another ID", "no answer"],
+)
+def test_a_reload_changes_nothing_until_every_name_is_known(
+    text: str, answers: Answers, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy in force is worth more than a part of the new one."""
+    hold(POLICY, monkeypatch)
+    answering(monkeypatch, answers)
+    start = Start()
+    result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, start.steps)
+    assert start.policies == []
+    assert expected in str(result.error)
+
+
+def test_a_reload_asks_first_and_then_changes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(POLICY, monkeypatch)
+    answering(monkeypatch, {ACCOUNT: 5000})
+    start = Start()
+    boot.start(file_of(tmp_path, NAMED), GuardOptions(), ignore, start.steps)
+    assert [allowed(policy).users for policy in start.policies] == [{7, 5000}]

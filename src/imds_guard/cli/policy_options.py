@@ -9,6 +9,7 @@ from typing import Any
 from imds_guard import CONFIG_PATH
 from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
+from imds_guard.config.boot_file import warnings_of_file
 from imds_guard.config.options import policy_from_options
 from imds_guard.config.read import load_config
 from imds_guard.errors import UsageError
@@ -74,4 +75,4 @@ class PolicyOptions:
             Verdict(self.containers) if self.containers else config.policy.containers,
             self.strict or config.policy.strict,
         )
-        return policy, with_config(options, config), list(config.warnings)
+        return policy, with_config(options, config), [*config.warnings, *warnings_of_file(path)]

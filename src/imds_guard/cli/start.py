@@ -24,6 +24,7 @@ from imds_guard.commands import boot as boot_command
 from imds_guard.commands import guard, look
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
+from imds_guard.config.boot_file import BootFile
 from imds_guard.errors import BadPolicy, Unsupported, UsageError
 
 
@@ -89,7 +90,7 @@ def start(
 
 def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:
     """Exits with the status of the configuration's error, also where the emergency lock is on now."""
-    result = boot_command.start(path, options, print_progress)
+    result = boot_command.start(BootFile(path), options, print_progress)
     if result.outcome is not None:
         print_outcome(result.outcome, as_json)
     if result.error is not None:
@@ -108,15 +109,16 @@ def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json
 
     wanted = PolicyOptions(given)
     require_root("check")
-    policy = None
+    policy, warnings = None, list[str]()
     options = GuardOptions(backend or "auto", cgroup, resolve_groups)
     if wanted.describe_policy or wanted.config is not None:
-        policy, options, _ = wanted.policy(options, create_groups=False)
+        policy, options, warnings = wanted.policy(options, create_groups=False)
     found = look.check(policy, options)
     if as_json:
         print_json(check_values(found))
     else:
         print_lines(check_lines(found))
+    print_warnings(warnings)
     sys.exit(0 if found.chosen else Unsupported.exit_status)
 
 

@@ -1,20 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``start --boot``: the configuration's policy, or the emergency lock where the configuration can't be used."""
+"""``start --boot``: the configuration's policy, or the emergency lock where the configuration can't be used.
+
+Where nothing is in force, the emergency lock is put on before the configuration is read, and its policy takes the
+lock's place by an ordinary change. So whatever happens in between, an error, a deadline, SIGKILL, or no memory, the
+built-in endpoints are locked.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import Callable, NamedTuple
+import sys
+from typing import NamedTuple
 
 from imds_guard.backends import choose
-from imds_guard.commands import guard
-from imds_guard.commands.guard import Outcome
+from imds_guard.backends.ebpf import other_guards
+from imds_guard.commands import own_files
+from imds_guard.commands.guard import TAKING_THE_LOCK, Outcome, Steps
 from imds_guard.commands.options import GuardOptions, Progress
-from imds_guard.config.read import Config, load_config, top_level_string
+from imds_guard.config.boot_file import BootFile
+from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
+from imds_guard.kernel.deadline import Deadline, within
 from imds_guard.kernel.dmi import dmi_text
 from imds_guard.policy.emergency import emergency_policy, is_emergency
 from imds_guard.policy.model import Policy
+
+DEADLINE_S = 120.0
+"""For the configuration and its policy. imds-guard.service has TimeoutStartSec=300, for this and the emergency lock."""
 
 
 class BootResult(NamedTuple):
@@ -23,27 +34,155 @@ class BootResult(NamedTuple):
     outcome: Outcome | None = None
     """What was put in force; None when nothing was changed."""
     error: GuardError | None = None
-    """Why the configuration's policy is not in force."""
+    """Why the configuration's policy is not in force, or what is wrong with it."""
 
 
-Start = Callable[[Policy, GuardOptions, Progress], Outcome]
-"""guard.start(), or guard.start_locked() for a caller that holds the commands' lock."""
-
-
-def start(path: str, options: GuardOptions, progress: Progress, begin: Start = guard.start) -> BootResult:
-    """Puts the policy of the configuration ``path`` in force, by its stored IDs. ``options`` win over the file.
+def start(file: BootFile, options: GuardOptions, progress: Progress, steps: Steps = TAKING_THE_LOCK) -> BootResult:
+    """Puts the policy of the configuration ``file`` in force. ``options`` win over the file.
 
     Raises GuardError when nothing could be locked that should be.
     """
+    return _Boot(file, options, progress, steps).run()
+
+
+class _Boot:
+    """One start --boot."""
+
+    def __init__(self, file: BootFile, options: GuardOptions, progress: Progress, steps: Steps) -> None:
+        self._file = file
+        self._options = options
+        self._progress = progress
+        self._steps = steps
+        self._emergency: Outcome | None = None
+        """The emergency lock, if this call put it on."""
+        self._not_locked: list[str] = []
+        """Why it could not, as a warning."""
+
+    def run(self) -> BootResult:
+        if not _something_in_force(self._options.cgroup):
+            self._lock_first()
+        try:
+            with within(DEADLINE_S):
+                return self._put_configuration_in_force()
+        except Deadline:
+            sentence = f"starting with {self._file.path} took more than {DEADLINE_S:.0f} s and was given up"
+            return self._without_the_policy(GuardError(sentence), may_open=False)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the machine is to be locked
+            return self._without_the_policy(_as_guard_error(error), may_open=True)
+
+    def _lock_first(self) -> None:
+        try:
+            self._emergency = self._emergency_lock(cut=False)
+        except Exception as error:  # noqa: BLE001 - the configuration may name a backend that works
+            self._not_locked.append(f"the emergency lock could not be put on first: {_as_guard_error(error)}")
+
+    def _emergency_lock(self, cut: bool) -> Outcome:
+        options = self._options if cut else self._options._replace(keep_existing=True)
+        return put_emergency_lock_on(options, self._progress, self._steps)
+
+    # --- the configuration ------------------------------------------------------------------------------------------
+
+    def _put_configuration_in_force(self) -> BootResult:
+        """No name service stands before the lock.
+
+        But a policy in force, other than the emergency lock, is worth more than a part of the new one: it stays until
+        all names have an ID.
+        """
+        _require_own_files()
+        config = self._file.load()
+        held = _policies_in_force(with_config(self._options, config).cgroup)
+        replaces = not all(map(_is_emergency, held))
+        if self._file.has_questions:
+            if not replaces:
+                self._start(config, cut=False)
+            self._file.ask()
+            config = self._file.load()
+        changed = self._file.changed_names()
+        if replaces:
+            self._file.require_answers()
+            if changed is not None:
+                raise changed
+        outcome = self._start(config, cut=True)
+        outcome.warnings.extend([*self._not_locked, *config.warnings])
+        outcome.done.extend(self._remove_machine_emergency(config))
+        return BootResult(outcome, None if changed is None else _extended(changed, "the saved IDs are in force"))
+
+    def _start(self, config: Config, cut: bool) -> Outcome:
+        options = with_config(self._options, config)
+        if not cut:
+            options = options._replace(keep_existing=True)
+        return put_in_force(config.policy, options, self._progress, self._steps)
+
+    def _remove_machine_emergency(self, config: Config) -> list[str]:
+        """A policy for a cgroup does not replace an emergency lock on the whole machine: that is removed here."""
+        if with_config(self._options, config).cgroup is None:
+            return []
+        lasts = any(map(_is_emergency, _policies_in_force(None)))
+        return self._steps.stop(None) if lasts else []
+
+    # --- without it -------------------------------------------------------------------------------------------------
+
+    def _without_the_policy(self, error: GuardError, may_open: bool) -> BootResult:
+        """A policy that is in force is worth more than the emergency lock, and stays."""
+        if self._emergency is None and _policies_in_force(self._options.cgroup or self._file.string("cgroup")):
+            return BootResult(error=_extended(error, "what was in force stays so"))
+        if may_open and self._file.string("on_error") == "open":
+            if self._emergency is not None:
+                self._steps.stop(self._options.cgroup)
+            sentence = 'nothing is locked, since the configuration says on_error = "open"'
+            return BootResult(error=_extended(error, sentence))
+        sentence = "until that is corrected the built-in endpoints are locked for everyone but root (emergency lock)"
+        return BootResult(self._emergency_lock_instead(error), _extended(error, sentence))
+
+    def _emergency_lock_instead(self, error: GuardError) -> Outcome:
+        """Once more where it is on already: now the connections that it denies are cut."""
+        try:
+            return self._emergency_lock(cut=True)
+        except GuardError as other:
+            if self._emergency is not None:
+                return self._emergency
+            raise type(other)(
+                f"{error}; the emergency lock could not be put on either, nothing is locked: {other}"
+            ) from error
+
+
+def _require_own_files() -> None:
+    """Raises NotPermitted where others than root can change what runs as root here."""
+    where = own_files.program_open_to_others(sys.argv[0]) or own_files.package_open_to_others()
+    if where is not None:
+        raise NotPermitted(
+            f"starting at boot: {where} can be changed by others than root, who would be root then; install imds-guard "
+            "in a folder that only root can write to"
+        )
+
+
+def _as_guard_error(error: Exception) -> GuardError:
+    """A usage error here is about the configuration file: the command line has only --boot."""
+    if isinstance(error, UsageError):
+        return BadPolicy(str(error))
+    if isinstance(error, GuardError):
+        return error
+    return GuardError(f"starting at boot failed ({type(error).__name__}: {error})")
+
+
+def _something_in_force(cgroup: str | None) -> bool:
+    """True also for the guard of some cgroup: it may be the configuration's, which was not read yet."""
     try:
-        config = _load(path)
-        where = with_config(options, config)
-        outcome = put_in_force(config.policy, where, progress, begin)
-    except GuardError as error:
-        return _without_the_policy(_of_the_file(error), path, options, progress, begin)
-    outcome.warnings.extend(config.warnings)
-    outcome.done.extend(_remove_machine_emergency(where.cgroup))
-    return BootResult(outcome)
+        return bool(_policies_in_force(cgroup)) or (cgroup is None and other_guards.are_in_force())
+    except GuardError:
+        return False
+
+
+def _policies_in_force(cgroup: str | None) -> list[Policy | None]:
+    """What is in force: None for a policy that can't be read. Empty also where the cgroup does not exist."""
+    try:
+        return [backend.read() for backend in choose.running(cgroup).values()]
+    except GuardError:
+        return []
+
+
+def _is_emergency(policy: Policy | None) -> bool:
+    return policy is not None and is_emergency(policy)
 
 
 def with_config(options: GuardOptions, config: Config) -> GuardOptions:
@@ -58,70 +197,33 @@ def with_config(options: GuardOptions, config: Config) -> GuardOptions:
     )
 
 
-def _load(path: str) -> Config:
-    if not os.path.exists(path):
-        raise BadPolicy(
-            f"there is no configuration {path}: write it, or save a policy with imds-guard start ... --save"
-        )
-    return load_config(path, use_stored_ids=True)
-
-
-def _of_the_file(error: GuardError) -> GuardError:
-    """A usage error here is about the configuration file: the command line has only --boot."""
-    return BadPolicy(str(error)) if isinstance(error, UsageError) else error
-
-
-def _without_the_policy(
-    error: GuardError, path: str, options: GuardOptions, progress: Progress, begin: Start
-) -> BootResult:
-    """A policy that is in force is worth more than the emergency lock, and stays."""
-    if _is_active(options.cgroup or top_level_string(path, "cgroup")):
-        return BootResult(error=_extended(error, "what was in force stays so"))
-    if top_level_string(path, "on_error") == "open":
-        return BootResult(error=_extended(error, 'nothing is locked, since the configuration says on_error = "open"'))
-    try:
-        outcome = put_emergency_lock_on(options, progress, begin)
-    except GuardError as other:
-        raise type(other)(
-            f"{error}; the emergency lock could not be put on either, nothing is locked: {other}"
-        ) from error
-    said = "until that is corrected the built-in endpoints are locked for everyone but root (emergency lock)"
-    return BootResult(outcome, _extended(error, said))
-
-
-def _is_active(cgroup: str | None) -> bool:
-    try:
-        return bool(choose.running(cgroup))
-    except GuardError:
-        return False  # there is no such cgroup, so nothing guards it
-
-
-def put_emergency_lock_on(options: GuardOptions, progress: Progress, begin: Start) -> Outcome:
+def put_emergency_lock_on(options: GuardOptions, progress: Progress, steps: Steps) -> Outcome:
     """Puts the emergency lock on, with whatever backend can."""
-    return put_in_force(emergency_policy(dmi_text()), options._replace(backend=choose.AUTO), progress, begin)
+    return put_in_force(emergency_policy(dmi_text()), options._replace(backend=choose.AUTO), progress, steps)
 
 
-def put_in_force(policy: Policy, options: GuardOptions, progress: Progress, begin: Start) -> Outcome:
-    """Starts ``policy``. At boot a backend that fails makes way for the next, as one that refuses does anywhere."""
+def put_in_force(policy: Policy, options: GuardOptions, progress: Progress, steps: Steps) -> Outcome:
+    """Starts ``policy``. At boot a backend that fails, for whatever reason, makes way for the next."""
     try:
-        return begin(policy, options, progress)
-    except (Unsupported, NotPermitted):
-        raise
-    except GuardError as error:
+        return steps.start(policy, options, progress)
+    except Unsupported:
+        raise  # every backend was asked
+    except Exception as error:
         if options.backend != choose.AUTO or options.cgroup is not None:
             raise
-        outcome = begin(policy, options._replace(backend="iptables"), progress)
-        outcome.warnings.append(f"ebpf failed: {error}")
-        return outcome
+        return _with_iptables(policy, options, progress, steps, _as_guard_error(error))
+
+
+def _with_iptables(
+    policy: Policy, options: GuardOptions, progress: Progress, steps: Steps, failure: GuardError
+) -> Outcome:
+    try:
+        outcome = steps.start(policy, options._replace(backend="iptables"), progress)
+    except GuardError as error:
+        raise type(failure)(f"{failure}; iptables: {error}") from error
+    outcome.warnings.append(f"ebpf failed: {failure}")
+    return outcome
 
 
 def _extended(error: GuardError, more: str) -> GuardError:
     return type(error)(f"{error}; {more}")
-
-
-def _remove_machine_emergency(cgroup: str | None) -> list[str]:
-    """A policy for a cgroup does not replace an emergency lock on the whole machine: that is removed here."""
-    if cgroup is None:
-        return []
-    held = [backend.read() for backend in choose.running(None).values()]
-    return guard.stop(None) if any(policy is not None and is_emergency(policy) for policy in held) else []

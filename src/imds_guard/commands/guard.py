@@ -145,18 +145,35 @@ def stop(cgroup: str | None) -> list[str]:
     Raises Unsupported when nothing was found and eBPF could not be asked: then something may still be in the kernel.
     """
     with one_at_a_time(cgroup):
-        change = Change()
-        not_asked: Unsupported | None = None
-        for name in choose.candidates(choose.AUTO, cgroup):
-            try:
-                change = change.then(choose.make(name, cgroup).remove())
-            except Unsupported as error:
-                not_asked = error if name == "ebpf" else not_asked
-        if cgroup is None:
-            change = change.then(forwarded().remove())
+        return stop_locked(cgroup)
+
+
+def stop_locked(cgroup: str | None) -> list[str]:
+    """Does the work of stop(). The caller holds one_at_a_time()."""
+    change = Change()
+    not_asked: Unsupported | None = None
+    for name in choose.candidates(choose.AUTO, cgroup):
+        try:
+            change = change.then(choose.make(name, cgroup).remove())
+        except Unsupported as error:
+            not_asked = error if name == "ebpf" else not_asked
+    if cgroup is None:
+        change = change.then(forwarded().remove())
     if not_asked is not None and not change.done:
         raise not_asked
     return list(change.done)
+
+
+class Steps(NamedTuple):
+    """start() and stop(), for a caller that has to do either."""
+
+    start: Callable[[Policy, GuardOptions, Progress], Outcome]
+    stop: Callable[[str | None], list[str]]
+
+
+TAKING_THE_LOCK = Steps(start, stop)
+HOLDING_THE_LOCK = Steps(start_locked, stop_locked)
+"""For a caller that holds one_at_a_time()."""
 
 
 def stop_all() -> list[str]:

@@ -7,22 +7,20 @@ import os
 from typing import NamedTuple
 
 from imds_guard import CONFIG_PATH
-from imds_guard.commands import look
+from imds_guard.commands import look, own_files
 from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.save import check_next_boot
+from imds_guard.config.boot_file import require_file_of_root
 from imds_guard.config.read import load_config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_text
-from imds_guard.kernel import files, ownership, systemd
+from imds_guard.kernel import files, systemd
 
 MAIN = "imds-guard.service"
 WATCH = "imds-guard-watch.service"
 VERIFY = "imds-guard-verify.timer"
 REQUIRED = "imds-guard-required.service"
 UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", REQUIRED)
-
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-"""The folder of the package imds_guard."""
 
 FOLDER = "/etc/systemd/system"
 PACKAGED_FOLDERS = ("/usr/lib/systemd/system", "/lib/systemd/system")
@@ -78,7 +76,7 @@ def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, fold
     """
     program = check_program(program)
     warnings = _check_configuration(options, path)
-    _check_only_root_can_change(_PACKAGE)
+    _require_root_alone(own_files.package_open_to_others(lasting=True))
     if options.require_lock and not _network_units():
         raise GuardError(
             f"making the network wait for the lock: no unit that {REQUIRED} knows brings the network up here "
@@ -105,22 +103,17 @@ def check_program(program: str) -> str:
                 f"installing the service: {one} is in a folder that services do not see; install imds-guard in /opt, "
                 "/usr/local or by its package"
             )
-        _check_only_root_can_change(one)
+    _require_root_alone(own_files.program_open_to_others(path, lasting=True))
     return path
 
 
-def _check_only_root_can_change(path: str) -> None:
-    """Whoever can write to ``path`` or a folder above it would be root at the next boot. Raises NotPermitted."""
-    while True:
-        found = os.stat(path)
-        if not ownership.only_root_can_write(found, root_group=True):
-            raise NotPermitted(
-                f"installing the service: {path} can be changed by others than root, who would be root at the next "
-                "boot; install imds-guard in a folder that only root can write to"
-            )
-        if path == "/":
-            return
-        path = os.path.dirname(path)
+def _require_root_alone(where: str | None) -> None:
+    """Whoever can change the program would be root at the next boot. Raises NotPermitted."""
+    if where is not None:
+        raise NotPermitted(
+            f"installing the service: {where} can be changed by others than root, who would be root at the next "
+            "boot; install imds-guard in a folder that only root can write to"
+        )
 
 
 def _check_configuration(options: ServiceOptions, path: str) -> list[str]:
@@ -130,6 +123,7 @@ def _check_configuration(options: ServiceOptions, path: str) -> list[str]:
             f"installing the service: there is no configuration {path} for it; save one first with imds-guard start "
             "... --save"
         )
+    require_file_of_root(path)
     config = load_config(path, use_stored_ids=True)
     check_next_boot(config.policy, options.without_root)
     warnings = list(config.warnings)
@@ -151,7 +145,7 @@ def _required_by() -> list[str]:
 
 
 def _text(name: str) -> str:
-    path = os.path.join(_PACKAGE, "data", "systemd", name)
+    path = os.path.join(own_files.PACKAGE, "data", "systemd", name)
     with open(path, encoding="utf-8") as file:
         return file.read()
 

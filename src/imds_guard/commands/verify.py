@@ -10,9 +10,10 @@ from imds_guard.backends import choose
 from imds_guard.commands import boot, guard, look
 from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
-from imds_guard.config.read import Config, load_config, top_level_string
+from imds_guard.config.boot_file import BootFile
+from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy, GuardError
-from imds_guard.policy.emergency import EMERGENCY_FAULT
+from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
 
 
 class VerifyResult(NamedTuple):
@@ -29,7 +30,7 @@ class VerifyResult(NamedTuple):
 
 def verify(path: str, options: GuardOptions) -> VerifyResult:
     """Reads the state and changes nothing. ``options`` win over the configuration ``path``."""
-    found = look.status(_with_config(path, options).cgroup)
+    found = look.status(_with_config(_usable(BootFile(path)), options).cgroup)
     return VerifyResult(found, found, [], [])
 
 
@@ -38,21 +39,34 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
 
     What is put back is the policy in force. Where that can't be read, or someone else changed it, it is the
     configuration's policy. Where the configuration can't be used, it is the emergency lock, since nobody can tell
-    which policy was meant. Where nothing is in force and there is a configuration, it starts as at boot.
+    which policy was meant. Where nothing is in force and there is a configuration, it starts as at boot. Names that
+    had no ID when the configuration's policy was put in force are asked for again.
     """
-    where = _with_config(path, options)
+    file = BootFile(path)
+    incomplete = _usable(file)
+    config = _with_answers(file, incomplete)  # before the lock is taken: it may take seconds
+    where = _with_config(config, options)
     with guard.one_at_a_time(where.cgroup):
-        before = look.status(where.cgroup)
-        if not _needs_repair(before, path):
-            return VerifyResult(before, before, [], [])
-        found, repaired = _without_orphans(before, where.cgroup)
-        if not _needs_repair(found, path):
-            return VerifyResult(before, found, repaired, [])
-        try:
-            done, warnings = _put_back(found, path, where, progress)
-        except GuardError as error:
-            return VerifyResult(before, look.status(where.cgroup), repaired, [], error)
-        after = look.status(where.cgroup)
+        result = _repair(file, where, progress)
+        if result.failure is not None:
+            return result
+        joined = _join_names(incomplete, config, where, progress)
+        after = look.status(where.cgroup) if joined else result.after
+    return result._replace(after=after, repaired=result.repaired + joined)
+
+
+def _repair(file: BootFile, where: GuardOptions, progress: Progress) -> VerifyResult:
+    before = look.status(where.cgroup)
+    if not _needs_repair(before, file.path):
+        return VerifyResult(before, before, [], [])
+    found, repaired = _without_orphans(before, where.cgroup)
+    if not _needs_repair(found, file.path):
+        return VerifyResult(before, found, repaired, [])
+    try:
+        done, warnings = _put_back(found, file, where, progress)
+    except GuardError as error:
+        return VerifyResult(before, look.status(where.cgroup), repaired, [], error)
+    after = look.status(where.cgroup)
     faults = found.faults or ["nothing was in force"]
     repaired += [f"{fault}: {done}" for fault in faults if fault not in after.faults]
     return VerifyResult(before, after, repaired, warnings)
@@ -74,47 +88,80 @@ Repair = tuple[str, list[str]]
 """What was done, as the end of a sentence, and warnings."""
 
 
-def _put_back(before: Status, path: str, options: GuardOptions, progress: Progress) -> Repair:
+def _put_back(before: Status, file: BootFile, options: GuardOptions, progress: Progress) -> Repair:
     if before.backend is None or before.emergency:
-        result = boot.start(path, options, progress, guard.start_locked)
-        if result.error is None:
-            return "the configuration's policy was put in force", []
+        result = boot.start(file, options, progress, guard.HOLDING_THE_LOCK)
+        if result.outcome is not None and not is_emergency(result.outcome.policy):
+            warnings = [] if result.error is None else [str(result.error)]
+            return "the configuration's policy was put in force", [*result.outcome.warnings, *warnings]
         if result.outcome is not None:
             return "the emergency lock was put on", [str(result.error)]
-        if before.backend is None or before.faults == [EMERGENCY_FAULT]:
+        if result.error is not None and (before.backend is None or before.faults == [EMERGENCY_FAULT]):
             raise result.error
     policy = choose.running(options.cgroup)[str(before.backend)].unaltered()
     if policy is not None:
-        asked = look.forwarded().option() if options.cgroup is None else None
-        same = options._replace(backend=str(before.backend), forwarded=asked)
-        outcome = guard.start_locked(policy, same, progress)
+        outcome = guard.start_locked(policy, _as_it_was(before, options), progress)
         return _with_details("the policy in force was put back", outcome.done_in_short), []
-    return _replace_unreadable(path, options, progress)
+    return _replace_unreadable(file, options, progress)
 
 
-def _replace_unreadable(path: str, options: GuardOptions, progress: Progress) -> Repair:
+def _as_it_was(before: Status, options: GuardOptions) -> GuardOptions:
+    """The options with which the policy in force was started."""
+    asked = look.forwarded().option() if options.cgroup is None else None
+    return options._replace(backend=str(before.backend), forwarded=asked)
+
+
+def _replace_unreadable(file: BootFile, options: GuardOptions, progress: Progress) -> Repair:
     """The policy in force can't be read, or someone else changed it: the configuration says what was meant."""
-    config = _usable(path)
+    config = _usable(file)
     if config is not None:
-        outcome = boot.put_in_force(config.policy, options, progress, guard.start_locked)
+        outcome = boot.put_in_force(config.policy, options, progress, guard.HOLDING_THE_LOCK)
         return _with_details("the configuration's policy took its place", outcome.done_in_short), list(config.warnings)
-    if top_level_string(path, "on_error") == "open":
-        raise BadPolicy(f'{path} can\'t be used, and says on_error = "open": what is left in force stays as it is')
-    boot.put_emergency_lock_on(options, progress, guard.start_locked)
-    return "the emergency lock took its place", [f"there is no usable configuration {path} that says what was meant"]
+    if file.string("on_error") == "open":
+        raise BadPolicy(f'{file.path} can\'t be used, and says on_error = "open": what is left in force stays as it is')
+    boot.put_emergency_lock_on(options, progress, guard.HOLDING_THE_LOCK)
+    return "the emergency lock took its place", [
+        f"there is no usable configuration {file.path} that says what was meant"
+    ]
 
 
 def _with_details(sentence: str, details: list[str]) -> str:
     return f"{sentence} ({'; '.join(details)})" if details else sentence
 
 
-def _with_config(path: str, options: GuardOptions) -> GuardOptions:
-    config = _usable(path)
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+def _usable(file: BootFile) -> Config | None:
+    """The configuration without the names that only the name service knows. None where it can't be used."""
+    try:
+        return file.load() if os.path.exists(file.path) else None
+    except GuardError:
+        return None
+
+
+def _with_answers(file: BootFile, config: Config | None) -> Config | None:
+    if config is None or not file.has_questions:
+        return config
+    file.ask()
+    return _usable(file)
+
+
+def _with_config(config: Config | None, options: GuardOptions) -> GuardOptions:
     return boot.with_config(options, config) if config is not None else options
 
 
-def _usable(path: str) -> Config | None:
-    try:
-        return load_config(path, use_stored_ids=True) if os.path.exists(path) else None
-    except GuardError:
-        return None
+def _join_names(
+    incomplete: Config | None, config: Config | None, options: GuardOptions, progress: Progress
+) -> list[str]:
+    """Puts the whole policy in force where it is in force without the names that have an ID only now. What was done.
+
+    Any other policy in force was changed by somebody, and stays.
+    """
+    if incomplete is None or config is None or incomplete.policy == config.policy:
+        return []
+    active = choose.running(options.cgroup)
+    if not any(backend.read() == incomplete.policy for backend in active.values()):
+        return []
+    boot.put_in_force(config.policy, options, progress, guard.HOLDING_THE_LOCK)
+    return ["names of the configuration had no ID: they have one now, and its policy was put in force"]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from imds_guard import CONFIG_PATH
+from imds_guard.config.names import GROUPS, USERS, Name, Names, PresentNames
 from imds_guard.config.table import Table
 from imds_guard.config.toml_lines import KeyLines, load_toml
-from imds_guard.errors import BadPolicy, GuardError, system_text
+from imds_guard.errors import BadPolicy, system_text
 from imds_guard.identity import group_id, user_id
+from imds_guard.kernel import files
 from imds_guard.kernel.dmi import dmi_text as read_dmi_text
 from imds_guard.policy.builtin import preset_endpoints
 from imds_guard.policy.emergency import EMERGENCY_LOCK
@@ -27,8 +29,6 @@ TOP_KEYS = (
     "lock",
 )
 LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
-
-IdOf = Callable[[Union[str, int]], int]
 
 
 class Config(NamedTuple):
@@ -44,7 +44,7 @@ class Config(NamedTuple):
     """``drop`` or ``leave`` packets that this machine forwards. None means drop, unless containers are allowed."""
     resolve_groups: bool = False
     warnings: tuple[str, ...] = ()
-    """Sentences about names that have another ID now than in the file. Not compared by ==."""
+    """Sentences about names that are not as the file says. Not compared by ==."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Config) and tuple(self[:-1]) == tuple(other[:-1])
@@ -56,6 +56,19 @@ class Config(NamedTuple):
         return hash(tuple(self[:-1]))
 
 
+class Source(NamedTuple):
+    """A text that is TOML, and may still be no usable configuration. ``name`` is the file's in errors."""
+
+    name: str
+    text: str
+    values: dict[str, Any]
+
+    def string(self, key: str) -> str | None:
+        """The string value of a key outside all tables; None when it has none."""
+        value = self.values.get(key)
+        return value if isinstance(value, str) else None
+
+
 def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False) -> Config:
     """parse_config() of the file ``path``. Raises BadPolicy: one sentence with the file and the line."""
     return parse_config(read_text(path), path, use_stored_ids)
@@ -64,31 +77,38 @@ def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False) -> Config
 def read_text(path: str) -> str:
     """The text of a configuration file, its line ends unchanged. Raises BadPolicy."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+        return files.read_regular(path).decode()
     except OSError as error:
         raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
     except UnicodeDecodeError as error:
         raise BadPolicy(f"{path}: this is not TOML: byte {error.start} is not UTF-8") from error
 
 
-def top_level_string(path: str, key: str) -> str | None:
-    """The string value of a key outside all tables; None when it has none. The rest of the file need only be TOML."""
+def parse_source(text: str, name: str) -> Source:
+    """Raises BadPolicy, with the line, where the text is no TOML."""
     try:
-        value = load_toml(read_text(path), path).get(key)
-    except GuardError:
-        return None
-    return value if isinstance(value, str) else None
+        return Source(name, text, load_toml(text, name))
+    except MemoryError:
+        raise BadPolicy(f"{name}: it takes more memory than there is") from None
 
 
 def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
     """The configuration in ``text``. Raises BadPolicy; ``name`` is the name of the file in errors.
 
-    A name that is stored with another ID than it has now is an error. With ``use_stored_ids`` (at boot) the stored ID
-    is used, with a warning. ``preset = "default"`` depends on ``dmi_text``; None reads it from the machine.
+    A name that is stored with another ID than it has now is an error. With ``use_stored_ids`` the stored ID is used,
+    with a warning. ``preset = "default"`` depends on ``dmi_text``; None reads it from the machine.
     """
-    values = load_toml(text, name)
-    return _Reader(use_stored_ids, dmi_text).config(Table(name, KeyLines(text), (), values))
+    return config_of(parse_source(text, name), PresentNames(use_stored_ids), dmi_text)
+
+
+def config_of(source: Source, names: Names, dmi_text: str | None = None) -> Config:
+    """The configuration in ``source``, with the IDs that ``names`` has. Raises BadPolicy."""
+    name = source.name
+    try:
+        return _Reader(names, dmi_text).config(Table(name, KeyLines(source.text), (), source.values))
+    except (ValueError, RecursionError, MemoryError) as error:
+        # Python's own limits: of the digits of a number that becomes text, of nested calls, of memory.
+        raise BadPolicy(f"{name}: it can't be used: {str(error) or type(error).__name__}") from None
 
 
 def locks_by_table(text: str) -> dict[str, tuple[Lock, ...]]:
@@ -96,7 +116,7 @@ def locks_by_table(text: str) -> dict[str, tuple[Lock, ...]]:
 
     A stored ID is used as it is.
     """
-    reader = _Reader(use_stored_ids=True, dmi_text=None)
+    reader = _Reader(PresentNames(use_stored_ids=True), dmi_text=None)
     lines = KeyLines(text)
     tables = load_toml(text, "config").get("lock", {})
     return {
@@ -106,12 +126,11 @@ def locks_by_table(text: str) -> dict[str, tuple[Lock, ...]]:
 
 
 class _Reader:
-    """Reads one file, and collects warnings."""
+    """Reads one file."""
 
-    def __init__(self, use_stored_ids: bool, dmi_text: str | None) -> None:
-        self.use_stored_ids = use_stored_ids
+    def __init__(self, names: Names, dmi_text: str | None) -> None:
+        self.names = names
         self.dmi_text = dmi_text
-        self.warnings: list[str] = []
 
     def config(self, top: Table) -> Config:
         top.check_keys(TOP_KEYS)
@@ -122,7 +141,9 @@ class _Reader:
         cgroup = _cgroup(top)
         policy = _policy(top, self.locks(top), mode, containers)
         forwarded = _forwarded(top, cgroup)
-        return Config(policy, on_error, backend, cgroup, forwarded, top.flag("resolve_groups"), tuple(self.warnings))
+        return Config(
+            policy, on_error, backend, cgroup, forwarded, top.flag("resolve_groups"), tuple(self.names.warnings)
+        )
 
     def locks(self, top: Table) -> list[Lock]:
         tables = top.values.get("lock", {})
@@ -144,9 +165,13 @@ class _Reader:
             table.fail(None, f"{table.name!r} is reserved for the emergency lock; choose another name")
         table.check_keys(LOCK_KEYS)
         endpoints = self.endpoints(table)
+        default = _default(table)
         allow = self.identities(table, "users", "groups")
+        missing = len(self.names.missing)
         deny = self.identities(table, "deny_users", "deny_groups")
-        lock = Lock(table.name, endpoints, allow, deny, _default(table, allow, deny))
+        if len(self.names.missing) > missing:  # anybody may be the one who is to be denied
+            allow, default = Identities(), Verdict.DENY
+        lock = Lock(table.name, endpoints, allow, deny, default)
         try:
             return split_off_wireserver(lock)
         except BadPolicy as error:
@@ -166,41 +191,32 @@ class _Reader:
         return preset_endpoints(name, self.dmi_text)
 
     def identities(self, table: Table, users: str, groups: str) -> Identities:
-        return Identities(
-            frozenset(self.identity(table, users, entry, user_id) for entry in table.entries(users)),
-            frozenset(self.identity(table, groups, entry, group_id) for entry in table.entries(groups)),
-        )
+        return Identities(self.ids(table, users, USERS), self.ids(table, groups, GROUPS))
 
-    def identity(self, table: Table, key: str, entry: Any, id_of: IdOf) -> int:
+    def ids(self, table: Table, key: str, kind: str) -> frozenset[int]:
+        """The IDs of a list, without the entries that are left out."""
+        found = (self.identity(table, key, kind, entry) for entry in table.entries(key))
+        return frozenset(number for number in found if number is not None)
+
+    def identity(self, table: Table, key: str, kind: str, entry: Any) -> int | None:
         if isinstance(entry, dict):
-            return self.stored_identity(table, key, entry, id_of)
+            return self.stored_identity(table, key, kind, entry)
         if isinstance(entry, bool) or not isinstance(entry, (str, int)):
             table.fail(key, f"{key} contains {entry!r}: write a name, a number or {{ name = ..., id = ... }}")
-        return table.convert(key, entry, id_of)
+        return table.convert(key, entry, lambda one: self.names.number(key, kind, one))
 
-    def stored_identity(self, table: Table, key: str, entry: dict[str, Any], id_of: IdOf) -> int:
-        """The ID of ``{ name = ..., id = ... }``. When the name has another ID now: BadPolicy, or a warning."""
+    def stored_identity(self, table: Table, key: str, kind: str, entry: dict[str, Any]) -> int:
+        """The ID of ``{ name = ..., id = ... }``."""
         name, number = entry.get("name"), entry.get("id")
         if set(entry) != {"name", "id"} or not isinstance(name, str) or type(number) is not int:
             table.fail(key, f"{key} contains {entry!r}: such an entry has a name (text) and an id (number) only")
-        stored = table.convert(key, number, id_of)
-        try:
-            current: int | None = id_of(name)
-        except BadPolicy:
-            current = None
-        if current == stored:
-            return stored
-        change = "is not known now" if current is None else f"is {current} now"
-        sentence = f"{key}: {name!r} was {stored} when it was saved and {change}"
-        if not self.use_stored_ids:
-            table.fail(key, f"{sentence}: correct the name or the id", name)
-        self.warnings.append(f"{sentence}; the saved ID is used")
-        return stored
+        stored = table.convert(key, number, user_id if kind == USERS else group_id)
+        return table.convert(key, name, lambda one: self.names.stored(key, Name(kind, one), stored))
 
 
 def _cgroup(top: Table) -> str | None:
     value = top.values.get("cgroup")
-    if value is not None and not (isinstance(value, str) and os.path.isabs(value)):
+    if value is not None and not (isinstance(value, str) and os.path.isabs(value) and value.isprintable()):
         top.fail("cgroup", f"cgroup = {value!r} must be an absolute path")
     return value
 
@@ -224,7 +240,9 @@ def _policy(top: Table, locks: Sequence[Lock], mode: Mode, containers: Verdict) 
         Table(top.file, top.lines, () if last is None else ("lock", last), {}).fail(None, str(error))
 
 
-def _default(table: Table, allow: Identities, deny: Identities) -> Verdict:
+def _default(table: Table) -> Verdict:
+    allow = bool(table.entries("users") or table.entries("groups"))
+    deny = bool(table.entries("deny_users") or table.entries("deny_groups"))
     nobody = table.flag("nobody")
     absent = "allow" if deny and not allow and not nobody else "deny"
     default = Verdict(table.choice("default", ("deny", "allow"), absent))

@@ -27,6 +27,8 @@ def load_toml(text: str, name: str) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise BadPolicy(_syntax_error(name, str(error))) from None
+    except RecursionError:
+        raise BadPolicy(f"{name}: this is nested too deeply for the TOML parser of Python") from None
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def _header_path(header: str) -> Path:
     """``[lock."a b"]`` as ("lock", "a b"); empty when the line only looks like a header."""
     try:
         value: Any = _parse(header)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ()
     found: list[str] = []
     while isinstance(value, (dict, list)) and value:

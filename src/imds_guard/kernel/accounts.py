@@ -72,6 +72,16 @@ def user_by_id(uid: int) -> User | None:
         return None
 
 
+def user_in_files(name: str) -> User | None:
+    """The account of that name in the files alone. Raises GuardError where they can't be used."""
+    return _users_by_name(other_root() or "/").get(name)
+
+
+def group_in_files(name: str) -> Group | None:
+    """The group of that name in the files alone. Raises GuardError where they can't be used."""
+    return _groups_by_name(other_root() or "/").get(name)
+
+
 def every_user() -> list[User]:
     """All accounts that can be listed. Raises GuardError where files can't be used."""
     root = other_root()

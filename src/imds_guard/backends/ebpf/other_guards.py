@@ -47,6 +47,12 @@ def orphans() -> list[Orphan]:
         return [Orphan(identity, folder.path) for identity, folder in _cgroup_guards() if _is_orphan(folder)]
 
 
+def are_in_force() -> bool:
+    """True when the guard of some cgroup is attached."""
+    with trying("looking for guards of cgroups", "run the command again"):
+        return any(folder.exists() and not _is_orphan(folder) for _, folder in _cgroup_guards())
+
+
 def remove_orphans() -> Change:
     """Removes the pins of guards whose cgroup is gone."""
     return _remove(only_orphans=True)
@@ -69,13 +75,19 @@ def _cgroup_guards() -> Iterator[tuple[int, Folder]]:
 
 
 def _is_orphan(folder: Folder) -> bool:
-    """True when there are links, and none of them is attached. A guard that is being built has no links at first."""
-    links = [
-        link
-        for path in (folder.path, folder.building, folder.leaving)
-        if is_roots_folder(path)
-        for link in hooks.pinned_links(path)
-    ]
+    """True when there are links, and none of them is attached. A guard that is being built has no links at first.
+
+    False where nobody can tell, because bpf(2) is refused.
+    """
+    try:
+        links = [
+            link
+            for path in (folder.path, folder.building, folder.leaving)
+            if is_roots_folder(path)
+            for link in hooks.pinned_links(path)
+        ]
+    except OSError:
+        return False
     return bool(links) and not any(link.cgroup_id for link in links)
 
 

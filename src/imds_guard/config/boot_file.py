@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration as boot reads it: a file that root alone can change, and without waiting for a name service."""
+
+from __future__ import annotations
+
+from imds_guard.config.names import ANSWERS_WITHIN_S, BootNames, Name, ask
+from imds_guard.config.read import Config, Source, config_of, parse_source, read_text
+from imds_guard.errors import BadPolicy, system_text
+from imds_guard.kernel import ownership
+from imds_guard.text import some_of
+
+_MAX_SHOWN = 3
+
+
+class BootFile:
+    """The file ``path``. It is read once."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._source: Source | None = None
+        self._answers: dict[Name, int | None] = {}
+        self._asked: set[Name] = set()
+        self._names = BootNames({})
+
+    def load(self) -> Config:
+        """The configuration, by the stored IDs, those of the files passwd(5) and group(5), and the answers so far.
+
+        Raises BadPolicy.
+        """
+        if self._source is None:
+            require_file_of_root(self.path)
+            self._source = parse_source(read_text(self.path), self.path)
+        self._names = BootNames(self._answers)
+        return config_of(self._source, self._names)
+
+    @property
+    def has_questions(self) -> bool:
+        """True when load() did not find some names, for which ask() has not asked yet."""
+        return bool(self._questions())
+
+    def ask(self) -> None:
+        """Asks the name service for what load() did not find, each name once."""
+        names = self._questions()
+        self._asked |= names
+        self._answers.update(ask(sorted(names)))
+
+    def _questions(self) -> set[Name]:
+        return {*self._names.missing, *self._names.unchecked} - self._asked
+
+    def require_answers(self) -> None:
+        """Raises BadPolicy where an entry has no ID since the name service did not answer."""
+        if self._names.missing:
+            raise BadPolicy(
+                f"{self.path}: the name service gave no ID for {_quoted(self._names.missing)} within "
+                f"{ANSWERS_WITHIN_S:.0f} s; try again, or save the IDs with imds-guard start --save"
+            )
+
+    def changed_names(self) -> BadPolicy | None:
+        """The error for stored IDs that are now another name's, or None."""
+        if not self._names.changed:
+            return None
+        return BadPolicy(f"{self.path}: {'; '.join(self._names.changed)}: correct the name or the id")
+
+    def string(self, key: str) -> str | None:
+        """The string value of a key outside all tables. None also where the file can't be read, or not be trusted."""
+        return None if self._source is None else self._source.string(key)
+
+
+def _quoted(names: list[Name]) -> str:
+    return some_of([repr(name.name) for name in names], _MAX_SHOWN)
+
+
+def require_file_of_root(path: str) -> None:
+    """Raises BadPolicy when there is no file, or when others than root can change it."""
+    try:
+        where = ownership.others_can_change(path)
+    except FileNotFoundError:
+        raise BadPolicy(
+            f"there is no configuration {path}: write it, or save a policy with imds-guard start ... --save"
+        ) from None
+    except OSError as error:
+        raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
+    if where is not None:
+        raise BadPolicy(f"the configuration {path} is not used: {open_to_others(where)}")
+
+
+def open_to_others(where: str) -> str:
+    """The end of a sentence about a configuration that others than root can change, at ``where``."""
+    return f"{where} can be changed by others than root, who could open the lock; chown it to root, and chmod go-w"
+
+
+def warnings_of_file(path: str) -> list[str]:
+    """A warning for a configuration that others than root can change. Empty for any other."""
+    try:
+        where = ownership.others_can_change(path)
+    except OSError:
+        return []
+    if where is None:
+        return []
+    return [f"at boot {path} would not be used: {open_to_others(where)}"]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the names of users and groups in a configuration become IDs.
+
+PresentNames asks the name service (nsswitch.conf(5)). At boot that may not answer for minutes, so BootNames reads files
+alone. ask() asks the name service in a child, with a deadline, for what the files don't have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from imds_guard import identity
+from imds_guard.errors import BadPolicy, GuardError
+from imds_guard.kernel import accounts
+from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
+
+USERS, GROUPS = "user", "group"
+
+ANSWERS_WITHIN_S = 10.0
+"""For all names together."""
+
+
+class Name(NamedTuple):
+    """The name of a user or of a group. ``kind`` is USERS or GROUPS."""
+
+    kind: str
+    name: str
+
+
+Answers = Mapping[Name, "int | None"]
+"""What the name service said: an ID, or None for a name that it does not know. A name without an answer is missing."""
+
+
+class Names:
+    """The interface, and what all have in common."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        """Sentences about names that are not as the file says."""
+        self.changed: list[str] = []
+        """Sentences about names that now have another ID than the stored one."""
+        self.missing: list[Name] = []
+        """Names whose entries are left out until the name service gives an ID, in the file's order."""
+        self.unchecked: list[Name] = []
+        """Names with a stored ID of which the name service has not said whether it is still theirs."""
+
+    def number(self, key: str, kind: str, entry: str | int) -> int | None:
+        """The ID of a name or a number in the list ``key``; None where the entry is left out. Raises BadPolicy."""
+        raise NotImplementedError
+
+    def stored(self, key: str, name: Name, stored: int) -> int:
+        """The ID to use for a name that is stored with its ID. Raises BadPolicy."""
+        raise NotImplementedError
+
+
+class PresentNames(Names):
+    """The IDs that names have now. ``use_stored_ids``: a name that has another one now is a warning, not an error."""
+
+    def __init__(self, use_stored_ids: bool = False) -> None:
+        super().__init__()
+        self._use_stored_ids = use_stored_ids
+
+    def number(self, key: str, kind: str, entry: str | int) -> int:
+        """Names.number(). An unknown name is an error."""
+        return _id_of(kind, entry)
+
+    def stored(self, key: str, name: Name, stored: int) -> int:
+        """Names.stored(). A name that is not known now is a warning: the account may have been deleted."""
+        current = _id_or_none(name)
+        if current is None:
+            self.warnings.append(_unknown(key, name, stored))
+        elif current != stored and self._use_stored_ids:
+            self.warnings.append(f"{_changed(key, name, stored, current)}; the saved ID is used")
+        elif current != stored:
+            raise BadPolicy(f"{_changed(key, name, stored, current)}: correct the name or the id")
+        return stored
+
+
+class BootNames(Names):
+    """The IDs of the files passwd(5) and group(5), then those that the name service gave. Asks it nothing itself.
+
+    An entry without an ID is left out: on an allow list it lets nobody in. Whoever makes the policy has to deny
+    everybody where an entry of a deny list is in ``missing``.
+    """
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__()
+        self._answers = answers
+
+    def number(self, key: str, kind: str, entry: str | int) -> int | None:
+        """Names.number()."""
+        number = identity.number_of(entry, kind)
+        if number is not None:
+            return number
+        name = Name(kind, str(entry))
+        if not self._is_known(name):
+            self.missing.append(name)
+            until = "the lock lets nobody in" if key.startswith("deny") else "this entry lets nobody in"
+            self.warnings.append(f"{key}: the name service gave no ID for {name.name!r} yet; until it does, {until}")
+            return None
+        found = self._id(name)
+        if found is None:
+            self.warnings.append(f"{key}: there is no {kind} {name.name!r}, so this entry is left out")
+        return found
+
+    def stored(self, key: str, name: Name, stored: int) -> int:
+        """Names.stored(): the stored ID, whatever the name has now."""
+        if not self._is_known(name):
+            self.unchecked.append(name)
+            return stored
+        current = self._id(name)
+        if current is None:
+            self.warnings.append(_unknown(key, name, stored))
+        elif current != stored:
+            self.changed.append(_changed(key, name, stored, current))
+        return stored
+
+    def _is_known(self, name: Name) -> bool:
+        """True when it is known which ID the name has, or that it has none."""
+        return name in self._answers or _in_files(name) is not None or accounts.other_root() is not None
+
+    def _id(self, name: Name) -> int | None:
+        found = _in_files(name)
+        return self._answers.get(name) if found is None else found
+
+
+def _changed(key: str, name: Name, stored: int, current: int) -> str:
+    return f"{key}: {name.name!r} was {stored} when it was saved and is {current} now"
+
+
+def _unknown(key: str, name: Name, stored: int) -> str:
+    return f"{key}: {name.name!r} was {stored} when it was saved and is not known now; the saved ID is used"
+
+
+def _id_of(kind: str, entry: str | int) -> int:
+    return identity.user_id(entry) if kind == USERS else identity.group_id(entry)
+
+
+def _id_or_none(name: Name) -> int | None:
+    try:
+        return _id_of(*name)
+    except BadPolicy:
+        return None
+
+
+def _in_files(name: Name) -> int | None:
+    """The ID in the file, if it can be read. The first entry of a name counts, as in the C library."""
+    try:
+        if name.kind == USERS:
+            user = accounts.user_in_files(name.name)
+            return None if user is None else user.uid
+        group = accounts.group_in_files(name.name)
+        return None if group is None else group.gid
+    except GuardError:
+        return None
+
+
+def ask(names: Iterable[Name], within_s: float = ANSWERS_WITHIN_S) -> dict[Name, int | None]:
+    """What the name service says, in ``within_s`` for all names. A name that it gives no answer for is left out.
+
+    It is asked in a child that is left to itself when it does not answer: a look-up may hang, and has no deadline.
+    """
+    wanted = list(dict.fromkeys(names))
+    answers: dict[Name, int | None] = {}
+    try:
+        with Worker(_id_or_none) as worker:
+            limits = Limits(share_s=within_s, total_s=within_s, hung=1)
+            for name, answer in worker.ask_each(wanted, limits):
+                if not isinstance(answer, Unanswered):
+                    answers[name] = answer
+    except GuardError:  # the look-up failed: there is no answer for the rest
+        pass
+    return answers
