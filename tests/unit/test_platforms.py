@@ -20,7 +20,7 @@ SOURCES = dict(re.findall(r"^\[([^]]+)\]: (\S+)$", TEXT, re.MULTILINE))
 def support() -> dict[str, list[dict[str, str]]]:
     """The rows of the support table by distribution."""
     found: dict[str, list[dict[str, str]]] = {}
-    for kernel, userland, python, bcc, *_ in rows_of(PAGE, "support-table"):
+    for kernel, _, userland, python, bcc, *_ in rows_of(PAGE, "support-table"):
         found.setdefault(userland, []).append({"kernel": kernel, "Python": python, "bcc": bcc})
     return found
 
