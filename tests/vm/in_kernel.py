@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +55,19 @@ def run_once(instructions: bytes) -> int:
         return int(attr.retval)
     finally:
         os.close(fd)
+
+
+def run_packet(program: int, packet: bytes, ethertype: int) -> int | None:
+    """What a program returns for a packet from its IP header on. None where the kernel does not take the packet.
+
+    The kernel's Ethernet header is not part of what the program sees: bpf_prog_test_run_skb() in net/bpf/test_run.c.
+    """
+    frame = ctypes.create_string_buffer(bytes(12) + ethertype.to_bytes(2, "big") + packet, 14 + len(packet))
+    attr = TestRun(prog_fd=program, data_size_in=len(frame), data_in=ctypes.addressof(frame))
+    try:
+        call(Command.PROG_TEST_RUN, attr)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    return int(attr.retval)
