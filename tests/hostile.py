@@ -43,6 +43,23 @@ def hostile(mode: str, *words: str, uid: int = USER, gid: int = GROUP) -> Iterat
             process.kill()
 
 
+def _need_fuse(folder: Path) -> None:
+    """Skips the test where the user can't mount FUSE in a user namespace."""
+    import pytest  # not at the top: another user's Python has none
+
+    device = folder / "fuse-probe"
+    try:
+        os.mknod(device, 0o20600, os.makedev(10, 229))
+        os.close(os.open(device, os.O_RDWR))
+    except OSError as error:
+        pytest.skip(f"this machine has no FUSE: {error}")
+    finally:
+        device.unlink(missing_ok=True)
+    done = subprocess.run(["unshare", "--user", "true"], user=USER, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"users can't make user namespaces here: {done.stderr.strip()}")
+
+
 @contextmanager
 def held_command_line(folder: Path, comm: str = "hostile", uid: int = USER, connect_to: str = "") -> Iterator[int]:
     """The ID of a process whose command line can't be read: whoever reads it waits for a FUSE server.
@@ -52,6 +69,7 @@ def held_command_line(folder: Path, comm: str = "hostile", uid: int = USER, conn
     """
     device, mount = folder / f"fuse-{uid}", folder / f"mount-{uid}"
     if not device.exists():
+        _need_fuse(folder)
         os.mknod(device, 0o20666, os.makedev(10, 229))
         device.chmod(0o666)
         mount.mkdir()
@@ -65,6 +83,7 @@ def serve_nothing(folder: Path) -> int:
 
     Returns the server's process ID. Its end ends every request.
     """
+    _need_fuse(folder)
     device = folder.with_name(f"{folder.name}-fuse")
     os.mknod(device, 0o20600, os.makedev(10, 229))
     fd = _mount_fuse(str(device), str(folder))

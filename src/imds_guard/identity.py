@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, system_text
 from imds_guard.kernel import accounts
@@ -14,6 +16,9 @@ from imds_guard.kernel.processes import stat_of, status_of
 from imds_guard.kernel.run import run
 from imds_guard.policy.decide import Caller
 from imds_guard.policy.model import MAX_ID
+
+if TYPE_CHECKING:
+    from imds_guard.kernel.abandonable import Limits
 
 PF_KTHREAD = 0x00200000
 """Source: include/linux/sched.h in Linux."""
@@ -161,6 +166,23 @@ def caller_of_pid(pid: int) -> Caller:
         kernel_thread=bool(flags & PF_KTHREAD),
         repeated_groups=len(groups) - len(set(groups)),
     )
+
+
+def callers_of_pids(pids: Iterable[int], limits: Limits) -> dict[int, Caller]:
+    """caller_of_pid() of each, by a child that can be abandoned; those that gave none in time are left out."""
+    from imds_guard.kernel.abandonable import Worker  # noqa: PLC0415 -- start-up time: few commands look at processes
+
+    with Worker(_caller_or_none) as worker:
+        answers = dict(worker.ask_each(pids, limits))
+    return {pid: answer for pid, answer in answers.items() if isinstance(answer, Caller)}
+
+
+def _caller_or_none(pid: int) -> Caller | None:
+    """None for a process that has ended or may not be inspected."""
+    try:
+        return caller_of_pid(pid)
+    except (NoSuchProcess, NotPermitted):
+        return None
 
 
 def _filesystem_id(value: bytes) -> int:

@@ -197,6 +197,30 @@ ATTACKS = (
         },
     ),
     Attack(
+        "hang-a-reader",
+        "A process whose command line can't be read: it holds the lock of its memory while it waits for a FUSE server",
+        Verdict.BLOCKED,
+        "What a process chose itself is read by a child with a deadline, which is left behind where it hangs. `start`, "
+        "`check` and `watch` go on without the command line.",
+        test="system/test_hostile.py",
+    ),
+    Attack(
+        "fill-a-reader",
+        "A command line of gigabytes; any number of processes, descriptors, sockets and network namespaces",
+        Verdict.BLOCKED,
+        "Everything that a process chose itself is read up to a size, a number and a time. What is beyond is counted, "
+        "and each user's come in turn or after root's.",
+        test="kernel/test_untrusted.py",
+    ),
+    Attack(
+        "deceive-a-reader",
+        "Terminal escapes in the name of a process; hundreds of processes that call themselves a metadata client",
+        Verdict.BLOCKED,
+        "What a process chose itself is escaped wherever it is printed. Processes of one client and user are one line "
+        "with a count.",
+        test="system/test_hostile.py",
+    ),
+    Attack(
         "races",
         "Constant connects while the policy changes, programs are replaced, processes fork and exit, threads change "
         "their IDs",

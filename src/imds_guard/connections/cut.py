@@ -15,14 +15,14 @@ from __future__ import annotations
 import errno
 from contextlib import suppress
 from functools import lru_cache
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from imds_guard.connections.find import FoundSocket, Scope, address_of, find_sockets, hidden_processes, open_sock_diag
 from imds_guard.connections.values import Connection, CutResult, Holder, WhyOpen
-from imds_guard.errors import BadPolicy, NotPermitted, system_text
-from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
+from imds_guard.errors import BadPolicy, system_text
+from imds_guard.identity import caller_of_user, callers_of_pids, user_name
 from imds_guard.kernel.namespaces import Namespace, namespace_inode
-from imds_guard.kernel.socket_holders import Holders, holders_of
+from imds_guard.kernel.socket_holders import LIMITS, Holders, holders_of
 from imds_guard.kernel.untrusted import name_of
 from imds_guard.policy.decide import Caller, Destination, decide
 from imds_guard.policy.model import MAX_ID, Mode, Policy
@@ -93,19 +93,20 @@ def _search(policy: Policy, scope: Scope) -> _Search:
         found.errors.append(f"the sockets of {hidden_processes(holders.hidden)} were not seen")
     if holders.not_read:
         found.errors.append(f"not all sockets of {holders.not_read} processes were seen before the time was over")
-    judge = _Judge(policy, holders)
+    callers = callers_of_pids({pid for pids in holders.pids.values() for pid in pids}, LIMITS)
+    judge = _Judge(policy, holders, callers)
     judged = [(one, judge.denied(one)) for one in found.sockets]
     denied = [_Denied(one, connection) for one, connection in judged if connection is not None]
     return _Search(tuple(found.searched), found.errors, denied)
 
 
 class _Judge:
-    """Decides about sockets. It reads each process and user once."""
+    """Decides about sockets. It reads each user once."""
 
-    def __init__(self, policy: Policy, holders: Holders) -> None:
+    def __init__(self, policy: Policy, holders: Holders, callers: dict[int, Caller]) -> None:
         self._policy = policy
         self._holders = holders
-        self._callers: dict[int, Caller | None] = {}
+        self._callers = callers
         self._creators: dict[int, Caller] = {}
         self._reasons: dict[tuple[Caller, Destination], str] = {}
         self._named: dict[int, Holder] = {}
@@ -115,7 +116,7 @@ class _Judge:
     def denied(self, one: FoundSocket) -> Connection | None:
         """The connection with the reason, if the policy denies it."""
         pids = self._holders.pids.get(one.socket.inode, ())
-        callers = {pid: caller for pid in pids for caller in [self._caller(pid)] if caller is not None}
+        callers = {pid: self._callers[pid] for pid in pids if pid in self._callers}
         judged = list(callers.values()) or [self._creator(one)]
         why = next((reason for reason in (self._reason(caller, one.destination) for caller in judged) if reason), "")
         if not why:
@@ -143,11 +144,6 @@ class _Judge:
             self._named[pid] = Holder(pid, name_of(pid), self._user_name(caller.fsuid))
         return self._named[pid]
 
-    def _caller(self, pid: int) -> Caller | None:
-        if pid not in self._callers:
-            self._callers[pid] = _or_none(lambda: caller_of_pid(pid))
-        return self._callers[pid]
-
     def _creator(self, one: FoundSocket) -> Caller:
         """The user who made the socket.
 
@@ -155,18 +151,18 @@ class _Judge:
         """
         uid = one.socket.uid
         if uid not in self._creators:
-            self._creators[uid] = _or_none(lambda: caller_of_user(uid)) or Caller(uid, _NO_GROUP)
+            self._creators[uid] = _with_account(uid)
         known = self._creators[uid]
         on_host = one.namespace.inode == self._host_namespace
         return Caller(known.fsuid, known.fsgid, known.groups, pid_namespace_is_initial=on_host)
 
 
-def _or_none(read: Callable[[], Caller]) -> Caller | None:
-    """None for a process that has ended or may not be inspected, and for a user without an account."""
+def _with_account(uid: int) -> Caller:
+    """The user with the groups of a new login; without groups where there is no account."""
     try:
-        return read()
-    except (NoSuchProcess, NotPermitted, BadPolicy):
-        return None
+        return caller_of_user(uid)
+    except BadPolicy:
+        return Caller(uid, _NO_GROUP)
 
 
 def _host_namespace() -> int | None:
