@@ -42,6 +42,11 @@ machine.patched(form, hooks, at, instruction):`` for mutants.
 | --- | --- |
 | machine.py, values.py | what tests use |
 | programs.py | the hooks in each form, by the loader's own functions |
+| model.py, decisions.py | what a connect must leave behind, and many connects compared with it |
+| generate.py, shrink.py, show.py | random cases; a case that fails made smaller, and in words |
+| reference.py, in_kernel.py | what the machine itself is compared with |
+| planted.py | faults that tests must find |
+| layouts.py, layouts.json | other kernels' structs |
 | structs.py, library.py | the boundary to C; the library is compiled once into a folder in the temporary directory |
 | c/interpreter.c | instructions |
 | c/memory.c | objects and their bounds |

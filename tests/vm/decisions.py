@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from imds_guard.policy.model import Policy
 from tests.vm.generate import attempt, chance, policy, task
 from tests.vm.machine import ANY_TIME_NS, Controls, Machine
 from tests.vm.model import Expected, Model
+from tests.vm.show import differing_fields, given, policy_text
 from tests.vm.structs import OutcomeC
 from tests.vm.values import Attempt, Outcome, Task, outcome_of
 
@@ -50,15 +51,9 @@ class Difference:
 
     def __str__(self) -> str:
         scene = self.scene
-        lines = [f"form {self.form}, {scene.attempts[0]}", f"by {scene.tasks[0]}", f"under {scene.policy}"]
-        lines.append(f"generation {scene.generation}, serial {scene.serial}, log_allowed {scene.log_allowed}")
-        for one in fields(Outcome):
-            wanted, got = getattr(self.expected, one.name), getattr(self.got, one.name)
-            if one.compare and wanted != got:
-                lines.append(f"  {one.name}: expected {wanted}, got {got}")
-        if self.expected.record != self.got.record:
-            lines.append(f"  record: expected {self.expected.record}, got {self.got.record}")
-        return "\n".join(lines)
+        lines = [f"in form {self.form}, {given(scene.attempts[0])}", f"by {given(scene.tasks[0])}, under"]
+        lines += [policy_text(scene.policy), f"log_allowed {scene.log_allowed}, generation {scene.generation}"]
+        return "\n".join([*lines, *differing_fields(self.expected, self.got)])
 
 
 def scene_of(seed: int, number: int) -> Scene:
