@@ -50,7 +50,7 @@ machine.patched(form, hooks, at, instruction):`` for mutants.
 | structs.py, library.py | the boundary to C; the library is compiled once into a folder in the temporary directory |
 | c/interpreter.c | instructions |
 | c/memory.c | objects and their bounds |
-| c/maps.c | maps: a kind of map is one row of KINDS |
+| c/maps.c, c/map_hash.c | maps: a kind of map is one row of KINDS |
 | c/helpers.c | helpers: each is a function and a row of HELPERS |
 | c/kernel.c | tasks, sockets, contexts |
 | c/journal.c | changes that are undone |

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import c_bool, c_char_p, c_int, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
@@ -87,7 +88,9 @@ def _built() -> Path:
         state.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"imds-guard-vm-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    assert folder.stat().st_uid == os.getuid(), f"{folder} belongs to another user"
+    found = folder.lstat()  # root loads what is in there
+    assert stat.S_ISDIR(found.st_mode), f"{folder} is not a folder"
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (os.getuid(), 0o700), f"others can write to {folder}"
     built = folder / f"{state.hexdigest()[:16]}.so"
     if not built.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
