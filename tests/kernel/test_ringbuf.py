@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from imds_guard.kernel import bpf
+from imds_guard.kernel.abandonable import Worker
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.ringbuf import RingBuffer
 from imds_guard.kernel.sandbox import Sandbox
@@ -92,6 +93,20 @@ def written(size: int = 12, end: int = SUBMIT) -> Iterator[Written]:
             ring.close()
             os.close(link)
             os.close(program)
+
+
+def test_a_forked_child_does_not_keep_the_buffer() -> None:
+    """One that hangs in the kernel would keep it for good. The parent still reads it."""
+
+    def mapped(_: int) -> bool:
+        with open("/proc/self/maps", encoding="utf-8") as file:
+            return "anon_inode:bpf-map" in file.read()
+
+    with written() as one, Worker(mapped) as worker:
+        assert worker.ask(1, 10.0) is False
+        assert mapped(1)
+        one.connect(5)
+        assert one.ports() == [5]
 
 
 def test_records_are_read_in_order_and_once() -> None:

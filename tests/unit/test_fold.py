@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imds_guard.watch import fold as fold_module
 from imds_guard.watch.fold import LINES_PER_SECOND, MAX_FOLDS, MAX_PROCESSES, WINDOW_S, Folding, RateLimit
 
 
@@ -81,6 +83,25 @@ def test_processes_of_a_fold_are_bounded() -> None:
         folding.add(number.to_bytes(4, "big"), 0.0)
     (fold,) = folding.take_new()
     assert (fold.count, len(fold.processes)) == (MAX_PROCESSES + 5, MAX_PROCESSES)
+
+
+def test_processes_of_all_folds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And there is space for new ones when the old ones have been emitted."""
+    monkeypatch.setattr(fold_module, "MAX_ALL_PROCESSES", 6)
+    folding = new_folding()
+
+    def counted(now: float) -> int:
+        for key in b"abc":
+            for process in b"12345":
+                folding.add(bytes([key, process, 0]), now)
+        return sum(len(fold.processes) for fold in folding.take_new())
+
+    assert counted(0.0) == 5 + 1 + 1  # a fold has at least one
+    assert len(folding.take_due(WINDOW_S)) == 3
+    assert counted(WINDOW_S) == 7
+    for fold in folding.take_due(2 * WINDOW_S):
+        folding.reopen(fold, 2 * WINDOW_S)
+    assert [len(folding.take_all()), counted(3 * WINDOW_S)] == [0, 7]
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from("abcd"), st.booleans()), max_size=60))

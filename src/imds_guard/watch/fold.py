@@ -15,6 +15,8 @@ WINDOW_S = 10.0
 MAX_FOLDS = 4096
 MAX_PROCESSES = 1000
 """Processes of a fold are counted up to this number."""
+MAX_ALL_PROCESSES = 100_000
+"""Of all folds: somebody with sub-IDs can have thousands of folds with a thousand processes each."""
 
 
 class Fold:
@@ -39,6 +41,8 @@ class Folding:
         self._open: dict[bytes, Fold] = {}  # ordered by the time when they are due
         self._new: dict[bytes, Fold] = {}
         self._dropped = 0
+        self._processes = 0
+        """Of all open folds, as far as they are counted."""
 
     def add(self, record: bytes, now: float) -> None:
         """Adds a record to its fold. It is only counted if it would need one fold more than MAX_FOLDS."""
@@ -50,6 +54,7 @@ class Folding:
             self._dropped += 1
         else:
             fold = Fold(key, record, now + WINDOW_S, {self._process(record)})
+            self._processes += 1
             self._open[key] = self._new[key] = fold
 
     def _join(self, fold: Fold, record: bytes) -> None:
@@ -57,8 +62,10 @@ class Folding:
             fold.first = record
         fold.last = record
         fold.count += 1
-        if len(fold.processes) < MAX_PROCESSES:
+        if len(fold.processes) < MAX_PROCESSES and self._processes < MAX_ALL_PROCESSES:
+            before = len(fold.processes)
             fold.processes.add(self._process(record))
+            self._processes += len(fold.processes) - before
 
     def take_dropped(self) -> int:
         """The number of records since the last call that no fold had space for."""
@@ -74,6 +81,8 @@ class Folding:
     def mark_emitted(self, fold: Fold) -> None:
         """Empties a fold whose records were emitted. Later ones are due at the end of its window."""
         fold.count = 0
+        if self._open.get(fold.key) is fold:
+            self._processes -= len(fold.processes)
         fold.processes.clear()
 
     def take_due(self, now: float) -> list[Fold]:
@@ -83,6 +92,7 @@ class Folding:
             if fold.due > now:
                 break
             del self._open[fold.key]
+            self._processes -= len(fold.processes)
             if fold.count:
                 found.append(fold)
         return found
@@ -97,6 +107,7 @@ class Folding:
         """Removes all folds, due or not, and returns those that hold records."""
         found = [fold for fold in self._open.values() if fold.count]
         self._open.clear()
+        self._processes = 0
         self._new.clear()
         return found
 
