@@ -27,7 +27,7 @@ from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, namespace_inode
 from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.present.outcome import shut_out_lines
 from imds_guard.watch import process_info
-from imds_guard.watch.process_info import MAX_COMMAND_LINE, SHARE_S, ProcessInfo, Programs
+from imds_guard.watch.process_info import MAX_COMMAND_LINE, SHARE_S, UNKNOWN, ProcessInfo, Programs
 from tests.hostile import USER, crowd, held_command_line, hostile, serve_nothing
 from tests.kernel.clients import wait_until
 from tests.kernel.places import own_mounts
@@ -132,6 +132,17 @@ def test_watch_waits_only_for_root_after_many_that_hang(folder: Path, monkeypatc
         assert programs.of(pid, NOW_NS) == PYTHON_WITHOUT_COMMAND_LINE
         assert programs.of(other.pid, NOW_NS) == ProcessInfo(cat, None)
         assert programs.of(os.getpid(), NOW_NS).command_line is not None
+        other.kill()
+    programs.close()
+
+
+def test_watch_leaves_only_so_many_children_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it looks only at processes of root, which can't be made to hang."""
+    monkeypatch.setattr(process_info, "MAX_ABANDONED", 0)
+    programs = Programs()
+    with subprocess.Popen(["/bin/cat"], stdin=-1, user=USER) as other:
+        assert programs.of(other.pid, NOW_NS) == UNKNOWN
+        assert programs.of(os.getpid(), NOW_NS) != UNKNOWN
         other.kill()
     programs.close()
 
