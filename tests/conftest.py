@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=300_000,
         metavar="N",
-        help="runs in test_decisions.py, packets in test_egress.py: a third",
+        help="runs in test_decisions.py; a third of it in test_egress.py and in test_changes.py",
     )
     parser.addoption("--vm-seed", type=_seed, metavar="SEED[:FIRST]", help="the seed of these, and the first scene")
 

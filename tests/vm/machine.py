@@ -202,11 +202,15 @@ class Machine:
 
     def attempt(self, form: str, attempt: Attempt, task: int = 0, controls: Controls = NOTHING) -> Outcome:
         """Runs the hook of a connect or sendmsg."""
+        return self._outcome(OutcomeC.from_buffer_copy(self.attempt_bytes(form, attempt, task, controls)))
+
+    def attempt_bytes(self, form: str, attempt: Attempt, task: int = 0, controls: Controls = NOTHING) -> bytes:
+        """The same, as the struct outcome that it is in C."""
         self._apply(controls)
         raw = OutcomeC()
         slot = self._slots[form, attempt.hook]
         self._library.vm_attempt(self._m, slot, ctypes.byref(attempt.to_c()), task, ctypes.byref(raw))
-        return self._outcome(raw)
+        return bytes(raw)
 
     def packet(self, form: str, packet: Packet, controls: Controls = NOTHING) -> Outcome:
         """Runs the egress hook, with the sockets of set_sockets()."""

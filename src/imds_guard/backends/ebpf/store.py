@@ -53,7 +53,7 @@ class MapStore(MapReader):
         ``serial`` is the number of the change. Without one it is the next of these maps.
         """
         old = self.generation()
-        new = 2 if old == 1 else 1
+        new = self._free_generation(old)
         # A command that was killed right after its flip did not wait. A hook may still read the generation before.
         with trying("waiting until no hook uses what the new policy will replace", "the policy before stays in force"):
             grace.wait_for_running_programs()
@@ -72,6 +72,16 @@ class MapStore(MapReader):
         if old:
             with trying("clearing the policy before from the eBPF maps", _NEXT_CLEARS):
                 self.empty(old)
+
+    def _free_generation(self, in_force: int) -> int:
+        """The generation for the next policy. When none is in force: not the one that has the last serial number.
+
+        A command that is killed after it has emptied that one would lose the number. Then the next policy would get a
+        number that was in force before, and marks from then would pass for its own.
+        """
+        if in_force:
+            return 3 - in_force
+        return min(abi.GENERATIONS, key=lambda generation: self.stamp(generation).serial)
 
     def _last_serial(self) -> int:
         """The highest serial number that was given to a change or reserved."""

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hooks must leave behind while a policy changes: the verdicts under each policy, and when they hold."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from imds_guard.backends.ebpf.abi import Map
+from tests.vm.map_calls import Steps
+from tests.vm.model import Expected
+from tests.vm.structs import OutcomeC
+from tests.vm.values import ETH_P_IP, ETH_P_IPV6, IPPROTO_TCP, Attempt, Outcome, Packet, Task
+
+_SIZE = ctypes.sizeof(OutcomeC)
+
+
+class Subjects(NamedTuple):
+    """Who tries what, and which packets sockets send, in every state of a change."""
+
+    tasks: tuple[Task, ...]
+    attempts: tuple[Attempt, ...]
+    packets: tuple[Packet, ...]
+
+
+class Verdicts:
+    """What each run leaves behind under one policy, or while nothing is in force."""
+
+    def __init__(self, expected: Sequence[Expected], packets: Sequence[Outcome], tasks: int, serial: int = 0) -> None:
+        self._expected, self._packets, self._tasks = expected, packets, tasks
+        self.serial = serial
+        self.whole = b"".join(one.raw for one in expected)
+        """All attempts by all tasks, as Machine.cross() returns them."""
+
+    def accepts_all(self, raw: bytes) -> bool:
+        """Whether Machine.cross() returned what it should."""
+        if raw == self.whole:
+            return True
+        pieces = (raw[at : at + _SIZE] for at in range(0, len(raw), _SIZE))
+        return all(one.accepts(piece) for one, piece in zip(self._expected, pieces))
+
+    def accepts(self, attempt: int, task: int, raw: bytes) -> bool:
+        """Whether one attempt by one task left behind what it should."""
+        return self._expected[attempt * self._tasks + task].accepts(raw)
+
+    def accepts_packet(self, number: int, outcome: Outcome) -> bool:
+        """Whether a packet fared as it should."""
+        return outcome == self._packets[number]
+
+
+class Timeline:
+    """Which verdicts hold from which operation on."""
+
+    def __init__(self, begin: Verdicts, *later: tuple[int, Verdicts]) -> None:
+        self._from = [(0, begin), *later]
+
+    def between(self, first: int, last: int) -> list[Verdicts]:
+        """The verdicts in force after ``first`` operations, after ``last``, and at some time between."""
+        ends = [start for start, _ in self._from[1:]] + [1 << 31]
+        return [one for (start, one), end in zip(self._from, ends) if start <= last and end > first]
+
+
+def flips(steps: Steps) -> list[int]:
+    """After how many operations another generation is in force, for each change of generation."""
+    return [number + 1 for number, one in enumerate(steps.operations) if one.number is Map.CONFIG]
+
+
+def tcp_packet(to: bytes, port: int, sender: bytes) -> Packet:
+    """A TCP packet with ACK set. Addresses are packed."""
+    ports = (40000).to_bytes(2, "big") + port.to_bytes(2, "big")
+    tcp = ports + bytes(8) + bytes((0x50, 0x10)) + bytes(6)
+    if len(to) == 4:
+        ip = bytes((0x45, 0, 0, 40)) + bytes(4) + bytes((64, IPPROTO_TCP, 0, 0)) + sender + to
+        return Packet(ip + tcp, ETH_P_IP)
+    return Packet(b"\x60\0\0\0\0\x14" + bytes((IPPROTO_TCP, 64)) + sender + to + tcp, ETH_P_IPV6)
