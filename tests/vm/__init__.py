@@ -47,8 +47,9 @@ machine.patched(form, hooks, at, instruction):`` for mutants.
 | reference.py, in_kernel.py | what the machine itself is compared with |
 | planted.py | faults that tests must find |
 | layouts.py, layouts.json | other kernels' structs |
-| map_calls.py | bpf(2) on the maps of a machine, so that the real store changes them; each operation is recorded |
-| changes.py, timeline.py | random changes of policy, and which verdicts may come out at each moment of one |
+| map_calls.py, command_calls.py | bpf(2) on the maps and hooks of machines: what commands do there is recorded |
+| moments.py, timeline.py | hooks at every moment of what was recorded, and what may come out there |
+| changes.py, commands.py | random changes of policy by the real store, and by whole commands |
 | structs.py, library.py | the boundary to C; the library is compiled once into a folder in the temporary directory |
 | c/interpreter.c | instructions |
 | c/memory.c | objects and their bounds |

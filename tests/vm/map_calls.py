@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 from unittest import mock
 
 from imds_guard.backends.ebpf.abi import Map
@@ -40,12 +40,23 @@ class Operation(NamedTuple):
             self.machine.map_delete(self.number, self.key)
 
 
-class Steps(NamedTuple):
-    """What a command did to the maps, in order."""
+class Step(Protocol):
+    """Something that a command did to the kernel."""
 
-    operations: tuple[Operation, ...]
+    def apply(self) -> None:
+        """Does it again."""
+
+
+class Steps(NamedTuple):
+    """What a command did, in order."""
+
+    operations: tuple[Step, ...]
     waits: tuple[int, ...]
     """How many of them were done when it waited for a grace period."""
+
+    def on(self, number: Map) -> list[Operation]:
+        """The changes of one map."""
+        return [one for one in self.operations if isinstance(one, Operation) and one.number is number]
 
 
 @dataclass
@@ -78,7 +89,7 @@ class MapCalls:
         self._pinned: dict[int, Any] = {}
         """By inode of the file that stands for the pin."""
         self._identities = itertools.count(1)
-        self._operations: list[Operation] = []
+        self._operations: list[Step] = []
         self._waits: list[int] = []
         self._commands: dict[int, tuple[type[Any], Callable[[Any], int]]] = {
             Command.MAP_CREATE: (MapCreate, self._create),
@@ -137,31 +148,31 @@ class MapCalls:
         if of.number is None:  # the array of maps of kernel/grace.py
             self._waits.append(len(self._operations))
         else:
-            self._do(of, _read(attr.key, of.shape.key_size), _read(attr.value, of.shape.value_size))
+            self._do(of, read(attr.key, of.shape.key_size), read(attr.value, of.shape.value_size))
         return 0
 
     def _lookup(self, attr: Element) -> int:
         of: MapObject = self._objects[attr.map_fd]
         assert of.number is not None
-        value = of.machine.map_lookup(of.number, _read(attr.key, of.shape.key_size))
+        value = of.machine.map_lookup(of.number, read(attr.key, of.shape.key_size))
         if value is None:
-            raise _error(errno.ENOENT)
+            raise error(errno.ENOENT)
         ctypes.memmove(attr.value, value, len(value))
         return 0
 
     def _delete(self, attr: Element) -> int:
         of: MapObject = self._objects[attr.map_fd]
-        self._do(of, _read(attr.key, of.shape.key_size), None)
+        self._do(of, read(attr.key, of.shape.key_size), None)
         return 0
 
     def _next_key(self, attr: Element) -> int:
         """The key after the given one; the first one for NULL, and for a key that is not there."""
         of: MapObject = self._objects[attr.map_fd]
         keys = [key for key, _ in of.items()]
-        given = _read(attr.key, of.shape.key_size) if attr.key else None
+        given = read(attr.key, of.shape.key_size) if attr.key else None
         at = keys.index(given) + 1 if given in keys else 0
         if at == len(keys):
-            raise _error(errno.ENOENT)
+            raise error(errno.ENOENT)
         ctypes.memmove(attr.value, keys[at], len(keys[at]))
         return 0
 
@@ -189,20 +200,20 @@ class MapCalls:
     def _lookup_batch(self, attr: Batch) -> int:
         of = self._batch_of(attr)
         items = of.items()
-        start = int.from_bytes(_read(attr.in_batch, 4), "little") if attr.in_batch else 0
+        start = int.from_bytes(read(attr.in_batch, 4), "little") if attr.in_batch else 0
         part = items[start : start + attr.count]
         for at, (key, value) in enumerate(part):
             ctypes.memmove(attr.keys + at * len(key), key, len(key))
             ctypes.memmove(attr.values + at * len(value), value, len(value))
         attr.count = len(part)
         if start + len(part) == len(items):
-            raise _error(errno.ENOENT)
+            raise error(errno.ENOENT)
         ctypes.memmove(attr.out_batch, (start + len(part)).to_bytes(4, "little"), 4)
         return 0
 
     def _batch_of(self, attr: Batch) -> MapObject:
         if not self.batches:
-            raise _error(errno.EINVAL)
+            raise error(errno.EINVAL)
         of: MapObject = self._objects[attr.map_fd]
         return of
 
@@ -235,14 +246,16 @@ class MapCalls:
         return self._fd(self._pinned[os.stat(path).st_ino])
 
 
-def _error(number: int) -> OSError:
+def error(number: int) -> OSError:
+    """What a system call fails with."""
     return OSError(number, os.strerror(number))
 
 
-def _read(at: int, size: int) -> bytes:
+def read(at: int, size: int) -> bytes:
+    """Memory that the caller passed the address of."""
     return ctypes.string_at(at, size)
 
 
 def _parts(at: int, count: int, size: int) -> list[bytes]:
-    whole = _read(at, count * size)
+    whole = read(at, count * size)
     return [whole[start : start + size] for start in range(0, len(whole), size)]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf.abi import Map
-from tests.vm.map_calls import Steps
+from tests.vm.map_calls import Operation, Steps
 from tests.vm.model import Expected
 from tests.vm.structs import OutcomeC
-from tests.vm.values import ETH_P_IP, ETH_P_IPV6, IPPROTO_TCP, Attempt, Outcome, Packet, Task
+from tests.vm.values import ETH_P_IP, ETH_P_IPV6, IPPROTO_TCP, Attempt, Outcome, Packet, Socket, Task
 
 _SIZE = ctypes.sizeof(OutcomeC)
 
@@ -21,7 +21,8 @@ class Subjects(NamedTuple):
 
     tasks: tuple[Task, ...]
     attempts: tuple[Attempt, ...]
-    packets: tuple[Packet, ...]
+    packets: tuple[tuple[Packet, Socket], ...]
+    """Each with the socket that sends it."""
 
 
 class Verdicts:
@@ -50,20 +51,26 @@ class Verdicts:
 
 
 class Timeline:
-    """Which verdicts hold from which operation on."""
+    """Which verdicts hold from which operation on. Those of the next period may hold earlier: ``overlap``."""
 
-    def __init__(self, begin: Verdicts, *later: tuple[int, Verdicts]) -> None:
+    def __init__(self, begin: Verdicts, *later: tuple[int, Verdicts], overlap: int = 0) -> None:
         self._from = [(0, begin), *later]
+        self._overlap = overlap
 
     def between(self, first: int, last: int) -> list[Verdicts]:
         """The verdicts in force after ``first`` operations, after ``last``, and at some time between."""
         ends = [start for start, _ in self._from[1:]] + [1 << 31]
-        return [one for (start, one), end in zip(self._from, ends) if start <= last and end > first]
+        return [one for (start, one), end in zip(self._from, ends) if start - self._overlap <= last and end > first]
 
 
-def flips(steps: Steps) -> list[int]:
-    """After how many operations another generation is in force, for each change of generation."""
-    return [number + 1 for number, one in enumerate(steps.operations) if one.number is Map.CONFIG]
+def flip_of(steps: Steps) -> int:
+    """After how many operations another generation is in force. There is one such operation in each change."""
+    (flip,) = (
+        number
+        for number, one in enumerate(steps.operations, 1)
+        if isinstance(one, Operation) and one.number is Map.CONFIG
+    )
+    return flip
 
 
 def tcp_packet(to: bytes, port: int, sender: bytes) -> Packet:
