@@ -93,7 +93,7 @@ def _group_info(r: Random, under: Policy, caller: Caller) -> tuple[int, ...]:
         some.append(min(MAX_ID, max(0, r.choice(listed) + r.choice(_SAME_BIT))))
     if some and chance(r, 0.15):
         some += [r.choice(some)] * r.choice((1, 3, 5))
-    if some and len(some) < 100 and chance(r, 0.2 if len(listed) > MAX_SEARCHED_GROUPS else 0.03):
+    if some and len(some) < 100 and chance(r, 0.2 if len(listed) > MAX_SEARCHED_GROUPS else 0.08):
         wanted = r.choice(_MANY) - len(some)
         some += [r.choice(some)] * wanted if chance(r, 0.5) else range(100_000, 100_000 + wanted)
     if chance(r, 0.001):
