@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from random import Random
 from typing import Callable
 
+from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.store import MapStore
-from imds_guard.errors import BadPolicy, UsageError
+from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.policy import edit
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Verdict, make_policy
 from tests.vm import generate
@@ -104,8 +105,9 @@ class Changer(Moments):
             self.replay("stop", stop, Timeline(started, (flip_of(stop), stopped)))
             started = stopped
         change, changed = self._record(second)
-        if r.random() < 0.5:
-            self._kill(change, started, changed, third)
+        then = r.choice((self._kill, self._kill, self._fail, None))
+        if then:
+            then(change, started, changed, third)
             return
         self.replay("change", change, Timeline(started, (flip_of(change), changed)))
         again, restarted = self._record(third)
@@ -123,6 +125,30 @@ class Changer(Moments):
         both = Steps(before + last.operations, tuple(waits))
         flips = [(flip, changed)] if flip <= killed else []
         self.replay("a kill, and a change", both, Timeline(started, *flips, (killed + flip_of(last), finished)))
+
+    def _fail(self, change: Steps, started: Verdicts, changed: Verdicts, third: Policy) -> None:
+        """An operation fails, and all after it in half of the cases. The command says so; then another one follows."""
+        at, forever = self.r.randrange(len(change.operations)), self.r.random() < 0.5
+        assert changed.policy is not None
+        wanted = changed.policy
+
+        def failing() -> None:
+            try:
+                self._store.change(wanted)
+            except GuardError:
+                return
+            raise AssertionError("an operation failed, and the command did not")
+
+        with self.undone():
+            self._calls.fails = lambda number: number == at or (forever and number > at)
+            failed = self._calls.record(failing)
+            self._calls.fails = lambda _: False
+        flipped = [(flip_of(failed), changed)] if failed.on(Map.CONFIG) else []
+        self.replay("a change that failed", failed, Timeline(started, *flipped))
+        if not flipped:
+            self.serials.discard(changed.serial)
+        last, finished = self._record(third)
+        self.replay("the next change", last, Timeline(changed if flipped else started, (flip_of(last), finished)))
 
     def _record(self, wanted: Policy | None, before: Sequence[Step] = ()) -> tuple[Steps, Verdicts]:
         """What a change does after the operations in ``before``, and the verdicts after it. All is undone."""

@@ -89,6 +89,9 @@ class MapCalls:
         self._pinned: dict[int, Any] = {}
         """By inode of the file that stands for the pin."""
         self._identities = itertools.count(1)
+        self.fails: Callable[[int], bool] = lambda _: False
+        """Whether a change of an element fails, by how many were tried before it in this record()."""
+        self._tried = 0
         self._operations: list[Step] = []
         self._waits: list[int] = []
         self._commands: dict[int, tuple[type[Any], Callable[[Any], int]]] = {
@@ -114,7 +117,7 @@ class MapCalls:
 
     def record(self, change: Callable[[], object]) -> Steps:
         """What ``change`` does to the maps."""
-        self._operations, self._waits = [], []
+        self._operations, self._waits, self._tried = [], [], 0
         with self.in_place():
             change()
         return Steps(tuple(self._operations), tuple(self._waits))
@@ -135,6 +138,9 @@ class MapCalls:
 
     def _do(self, of: MapObject, key: bytes, value: bytes | None) -> None:
         assert of.number is not None
+        self._tried += 1
+        if self.fails(self._tried - 1):
+            raise error(errno.ENOMEM)
         if value is None:
             of.machine.map_delete(of.number, key)
         else:

@@ -173,7 +173,9 @@ class Moments:
         self.serials.add(serial)
         model = Model(wanted, render(wanted, generation), serial, False, ANY_TIME_NS)
         tasks, attempts, _ = self._subjects
-        return Verdicts([model.expected(task, one) for one in attempts for task in tasks], packets, len(tasks), serial)
+        return Verdicts(
+            [model.expected(task, one) for one in attempts for task in tasks], packets, len(tasks), wanted, serial
+        )
 
     def replay(self, what: str, steps: Steps, timeline: Timeline) -> None:
         """The operations one by one, with hooks at rest after each, and hooks that begin there and end later."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.policy.model import Policy
 from tests.vm.map_calls import Operation, Steps
 from tests.vm.model import Expected
 from tests.vm.structs import OutcomeC
@@ -26,11 +27,18 @@ class Subjects(NamedTuple):
 
 
 class Verdicts:
-    """What each run leaves behind under one policy, or while nothing is in force."""
+    """What each run leaves behind under ``policy``; None: while nothing is in force."""
 
-    def __init__(self, expected: Sequence[Expected], packets: Sequence[Outcome], tasks: int, serial: int = 0) -> None:
+    def __init__(
+        self,
+        expected: Sequence[Expected],
+        packets: Sequence[Outcome],
+        tasks: int,
+        policy: Policy | None = None,
+        serial: int = 0,
+    ) -> None:
         self._expected, self._packets, self._tasks = expected, packets, tasks
-        self.serial = serial
+        self.policy, self.serial = policy, serial
         self.whole = b"".join(one.raw for one in expected)
         """All attempts by all tasks, as Machine.cross() returns them."""
 
