@@ -12,7 +12,9 @@ from random import Random
 
 import pytest
 
-from imds_guard.backends.iptables.render import ResolvedPolicy, require_supported
+from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
+from imds_guard.backends.iptables.render import ResolvedPolicy, render, require_supported
+from imds_guard.backends.iptables.tables import rule_texts
 from imds_guard.errors import Unsupported
 from imds_guard.export import export
 from imds_guard.policy.decide import Reason, decide
@@ -77,6 +79,29 @@ def test_iptables() -> None:
             wrong += repeats("test_iptables", seed, by_iptables(filters, resolved, packets(random, policy)))
     assert wrong == []
     assert refused > 0 or POLICIES < 50
+
+
+def test_iptables_rules_are_the_policy() -> None:
+    """What was written is read back as the policy, with the members of resolved groups, and nothing is left over."""
+    wrong: list[str] = []
+    for seed in seeds():
+        random = Random(seed)
+        policy, _ = supported(random)
+        resolved = ResolvedPolicy(policy, members(random, policy))
+        families = []
+        for version in (4, 6):
+            chains, foreign = parse_chains(rule_texts(render(resolved, version)))
+            assert foreign == []
+            families.append(parse_family(chains, version))
+        held = combine(families)
+        if held is None or held.policy != policy or _listed(held) != _listed(resolved):
+            wrong += repeats("test_iptables_rules_are_the_policy", seed, [f"{held} in place of {resolved}"])
+    assert wrong == []
+
+
+def _listed(resolved: ResolvedPolicy) -> dict[tuple[str, str], frozenset[int]]:
+    """The members that there are. A list without any need not be mentioned."""
+    return {key: found for key, found in (resolved.members or {}).items() if found}
 
 
 def test_forwarded() -> None:
