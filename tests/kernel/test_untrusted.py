@@ -22,7 +22,7 @@ from imds_guard.commands.preflight import shut_out
 from imds_guard.config.options import policy_from_options
 from imds_guard.kernel import children, namespaces, processes, socket_holders, untrusted
 from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
-from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.children import ChildFailed, run_in_child
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, namespace_inode
 from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.present.outcome import shut_out_lines
@@ -178,6 +178,23 @@ def test_a_child_that_can_not_be_killed_is_left_behind(folder: Path) -> None:
         return answer, left, state, goes_on, took < 5
 
     assert run_in_child(abandon_one) == (Unanswered.HUNG, 1, "D", True, True)
+
+
+def test_a_child_that_runs_a_function_is_not_waited_for_without_end(folder: Path) -> None:
+    """run_in_child(), too, gives up at its deadline, whatever its child waits for."""
+
+    def run_one() -> tuple[str, int, bool]:
+        vars(children)["_END_WITHIN_S"] = 0.3  # in this child alone
+        own_mounts()
+        server = serve_nothing(folder)
+        before = time.monotonic()
+        with pytest.raises(ChildFailed) as raised:
+            run_in_child(lambda: _open(str(folder / "file")), timeout_s=0.3)
+        took, left = time.monotonic() - before, children.abandoned()
+        children.end(server)
+        return str(raised.value), left, took < 5
+
+    assert run_in_child(run_one) == ("a child had no result before its deadline and was killed", 1, True)
 
 
 def _open(path: str) -> str:

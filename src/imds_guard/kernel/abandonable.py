@@ -61,7 +61,10 @@ class Limits(NamedTuple):
 
 
 class Worker(Generic[Q, A]):
-    """A child that answers questions with ``work``; it is forked when it is first needed. Close it."""
+    """A child that answers questions with ``work``; it is forked when it is first needed. Close it.
+
+    The child dies with the thread that has forked it.
+    """
 
     def __init__(self, work: Callable[[Q], A]) -> None:
         self._work = work
