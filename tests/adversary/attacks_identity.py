@@ -186,6 +186,23 @@ def _deny_listed_in_a_namespace() -> bytes:
     return fetch(DENY_LISTED)
 
 
+def _program_of_a_sub_id(scene: Scene) -> bytes:
+    """In a user namespace, makes a set-user-ID program that belongs to one of its sub-IDs; runs it outside of it."""
+    folder = scene.folder / "sub-id"
+    folder.mkdir(mode=0o755, exist_ok=True)
+    os.chown(folder, ATTACKER, ATTACKER_GID)
+    path = str(folder / "shell")
+
+    def make() -> None:
+        become(groups=(), gids=(0,) * 3, uids=(0,) * 3)
+        shutil.copyfile("/bin/bash", path)
+        os.chown(path, 1, 0)
+        os.chmod(path, 0o4755)
+
+    in_mapped_user_namespace([f"0 {ATTACKER} 1", f"1 {_SUBORDINATE} 65535"], make, [f"0 {ATTACKER_GID} 1"])
+    return scene.inside(lambda: run_bash(path, DENY_LISTED, ATTACKER, ATTACKER_GID, []))
+
+
 _USERNS = ("userns",)
 
 ATTACKS = (
@@ -241,6 +258,14 @@ ATTACKS = (
             "own-id": Way(as_attacker(_deny_listed_in_a_namespace), _USERNS),
             "range": Way(as_root(_subordinate((7,) * 3, (), DENY_LISTED)), _USERNS),
         },
+    ),
+    Attack(
+        "deny-list-sub-id",
+        "A user on a deny list, or a member of a denied group, with sub-IDs (`/etc/subuid`): a set-user-ID program "
+        "that belongs to one of these IDs, made in a user namespace and run outside of it",
+        Verdict.OPEN,
+        "It runs as a user whom no list names. `start` and `check` warn of such users. An allowlist stops them.",
+        {"set-user-id": Way(_program_of_a_sub_id, _USERNS)},
     ),
     Attack(
         "deny-list-group",

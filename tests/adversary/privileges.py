@@ -99,8 +99,10 @@ def enter_user_namespace(inner_uid: int, inner_gid: int) -> None:
             file.write(text)
 
 
-def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T]) -> T:
+def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T], group_maps: list[str] | None = None) -> T:
     """What ``fn`` returns in a child in a user namespace with these maps of IDs, which root writes.
+
+    Groups have the same maps unless ``group_maps`` is given.
 
     newuidmap(1) can write such maps for a user to whom /etc/subuid assigns the IDs.
     """
@@ -114,9 +116,9 @@ def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T]) -> T:
 
     def write_maps() -> None:
         pid = int(os.read(to_parent[0], 32))
-        for name in ("uid_map", "gid_map"):
+        for name, lines in (("uid_map", maps), ("gid_map", maps if group_maps is None else group_maps)):
             with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
-                file.write("\n".join(maps))
+                file.write("\n".join(lines))
         os.write(to_child[1], b".")
 
     writer = children.fork(write_maps)

@@ -24,6 +24,7 @@ from imds_guard.commands import boot as boot_command
 from imds_guard.commands import guard, look
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.sub_ids import sub_id_warnings
 from imds_guard.config.boot_file import BootFile
 from imds_guard.errors import BadPolicy, Unsupported, UsageError
 
@@ -84,7 +85,7 @@ def start(
         outcome = guard.start(policy, options, print_progress)
         saving.save(policy, options, path)
         outcome.done.append(f"saved the policy to {path}")
-    outcome.warnings.extend(warnings)
+    outcome.warnings.extend([*warnings, *sub_id_warnings(policy)])
     print_outcome(outcome, as_json)
 
 
@@ -113,6 +114,7 @@ def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json
     options = GuardOptions(backend or "auto", cgroup, resolve_groups)
     if wanted.describe_policy or wanted.config is not None:
         policy, options, warnings = wanted.policy(options, create_groups=False)
+        warnings = [*warnings, *sub_id_warnings(policy)]
     found = look.check(policy, options)
     if as_json:
         print_json(check_values(found))

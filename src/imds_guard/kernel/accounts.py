@@ -118,6 +118,18 @@ def groups_of(user: User) -> list[int]:
     return [user.gid, *(group.gid for group in _groups(root) if user.name in group.members)]
 
 
+def users_with_sub_ids() -> list[User]:
+    """The accounts in files that have sub-IDs (subuid(5), subgid(5)). Raises GuardError where files can't be used."""
+    root = other_root() or "/"
+    names = {name for file in ("subuid", "subgid") for name, _ in _entries(root, file, 3)}
+    return [user for user in _users(root) if user.name in names or str(user.uid) in names]
+
+
+def groups_in_files(user: User) -> list[int]:
+    """groups_of() by the files alone. Raises GuardError where they can't be used."""
+    return [user.gid, *(group.gid for group in _groups(other_root() or "/") if user.name in group.members)]
+
+
 def _user(entry: pwd.struct_passwd) -> User:
     return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
 
