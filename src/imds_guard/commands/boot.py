@@ -16,6 +16,7 @@ from imds_guard.backends.ebpf import other_guards
 from imds_guard.commands import own_files
 from imds_guard.commands.guard import TAKING_THE_LOCK, Outcome, Steps
 from imds_guard.commands.options import GuardOptions, Progress
+from imds_guard.commands.sub_ids import sub_id_warnings
 from imds_guard.config.boot_file import BootFile
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
@@ -59,9 +60,9 @@ class _Boot:
         """Why it could not, as a warning."""
 
     def run(self) -> BootResult:
-        if not _something_in_force(self._options.cgroup):
-            self._lock_first()
         try:
+            if not _something_in_force(self._options.cgroup):
+                self._lock_first()
             with within(DEADLINE_S):
                 return self._put_configuration_in_force()
         except Deadline:
@@ -103,7 +104,7 @@ class _Boot:
             if changed is not None:
                 raise changed
         outcome = self._start(config, cut=True)
-        outcome.warnings.extend([*self._not_locked, *config.warnings])
+        outcome.warnings.extend([*self._not_locked, *config.warnings, *sub_id_warnings(config.policy)])
         outcome.done.extend(self._remove_machine_emergency(config))
         return BootResult(outcome, None if changed is None else _extended(changed, "the saved IDs are in force"))
 

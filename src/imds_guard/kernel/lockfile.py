@@ -64,7 +64,7 @@ def _acquire(name: str, wait_s: float) -> int:
             _wait(fd, name, wait_s)
             if _is_at(fd, _path(name)):
                 return fd
-        except GuardError:
+        except BaseException:  # whatever it is: this process may go on, and would wait for itself
             os.close(fd)
             raise
         os.close(fd)
@@ -107,7 +107,7 @@ def _opened_file(path: str) -> int:
         if not stat.S_ISREG(found.st_mode) or not ownership.is_owned_by_root(found):
             raise OSError("it is not a regular file that root owns")
         os.fchmod(fd, 0o600)
-    except OSError:
+    except BaseException:
         os.close(fd)
         raise
     return fd
