@@ -14,8 +14,9 @@ from random import Random
 from typing import Callable
 
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.render import require_fits
 from imds_guard.backends.ebpf.store import MapStore
-from imds_guard.errors import BadPolicy, GuardError, UsageError
+from imds_guard.errors import BadPolicy, GuardError, Unsupported, UsageError
 from imds_guard.policy import edit
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Verdict, make_policy
 from tests.vm import generate
@@ -42,30 +43,35 @@ def policy(r: Random) -> Policy:
 
 def successor(r: Random, before: Policy) -> Policy:
     """The next policy: often the same with a small change, as by allow and revoke."""
+    try:
+        changed = _changed(r, before)
+        require_fits(changed)
+    except (UsageError, BadPolicy, Unsupported):  # revoke under a lock that allows by default, for example
+        return policy(r)
+    return changed
+
+
+def _changed(r: Random, before: Policy) -> Policy:
     who = Identities(frozenset({r.choice((0, 1, 1001))}), frozenset({r.choice((0, 33, 1001))}))
     lock = r.choice(before.locks)
     others = [one for one in before.locks if one is not lock]
     change = r.choice(("allow", "revoke", "default", "lists", "strict", "mode", "containers", "less", "other", "other"))
-    try:
-        if change in ("allow", "revoke"):
-            endpoint = lock.endpoints[0]
-            return (edit.allow if change == "allow" else edit.revoke)(before, who, endpoint)
-        if change == "default":
-            opposite = Verdict.ALLOW if lock.default is Verdict.DENY else Verdict.DENY
-            return _with(before, (*others, lock._replace(default=opposite)))
-        if change == "lists":
-            return _with(before, (*others, lock._replace(allow=lock.deny, deny=lock.allow)))
-        if change == "strict":
-            return before._replace(strict=not before.strict)
-        if change == "mode":
-            return before._replace(mode=Mode.AUDIT if before.mode is Mode.ENFORCE else Mode.ENFORCE)
-        if change == "containers":
-            opposite = Verdict.ALLOW if before.containers is Verdict.DENY else Verdict.DENY
-            return before._replace(containers=opposite)
-        if change == "less" and others:  # every number of a lock behind it changes
-            return _with(before, others)
-    except (UsageError, BadPolicy):
-        pass  # revoke under a lock that allows by default, for example
+    if change in ("allow", "revoke"):
+        return (edit.allow if change == "allow" else edit.revoke)(before, who, lock.endpoints[0])
+    if change == "default":
+        opposite = Verdict.ALLOW if lock.default is Verdict.DENY else Verdict.DENY
+        return _with(before, (*others, lock._replace(default=opposite)))
+    if change == "lists":
+        return _with(before, (*others, lock._replace(allow=lock.deny, deny=lock.allow)))
+    if change == "strict":
+        return before._replace(strict=not before.strict)
+    if change == "mode":
+        return before._replace(mode=Mode.AUDIT if before.mode is Mode.ENFORCE else Mode.ENFORCE)
+    if change == "containers":
+        opposite = Verdict.ALLOW if before.containers is Verdict.DENY else Verdict.DENY
+        return before._replace(containers=opposite)
+    if change == "less" and others:  # every number of a lock behind it changes
+        return _with(before, others)
     return policy(r)
 
 
