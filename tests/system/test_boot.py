@@ -127,6 +127,32 @@ def test_a_name_service_that_hangs_does_not_delay_the_lock(
     assert who(guard) == allowed
 
 
+ANSWERING_NAMES = f"from imds_guard.config import names\nnames._id_or_none = lambda name: {TWO}"
+
+
+def repair(guard: Guard, folder: Path, before: str) -> Result:
+    """``verify --repair`` with the configuration of boot()."""
+    words = guard.arguments("verify", "--repair", "--config", str(folder / "config.toml"))
+    return command.run(command.argv(words, before=before))
+
+
+def test_verify_asks_again_for_the_names_that_had_no_id(guard: Guard, tmp_path: Path) -> None:
+    """A policy that somebody has changed since then stays as it is."""
+    text = GOOD.replace(f"[{ONE}]", f'[{ONE}, "late"]')
+    boot(guard, tmp_path, text, before=HANGING_NAMES)
+    assert (repair(guard, tmp_path, HANGING_NAMES).status, who(guard)) == (0, [ONE])
+    done = repair(guard, tmp_path, ANSWERING_NAMES)
+    assert "repaired: names of the configuration had no ID: they have one now" in done.stdout
+    assert (done.status, who(guard)) == (0, [ONE, TWO])
+    assert repair(guard, tmp_path, ANSWERING_NAMES).stdout == "imds-guard: active (ebpf)\n"
+
+    assert guard("stop").status == 0
+    boot(guard, tmp_path, text, before=HANGING_NAMES)
+    assert guard("allow", "--user", str(STRANGER)).status == 0
+    assert repair(guard, tmp_path, ANSWERING_NAMES).status == 0
+    assert who(guard) == [ONE, STRANGER]
+
+
 KILLED = "import os\nfrom imds_guard.config import boot_file\nboot_file.config_of = lambda *_: os.kill(os.getpid(), {})"
 
 
