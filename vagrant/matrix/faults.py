@@ -107,6 +107,15 @@ FAULTS = (
         "6.18-debian-12", _WHO_EBPF, r"status|\['connected'|assert \[False",
     ),
     Fault(
+        "the ring buffer is mapped in pages of 4 KiB",
+        "src/imds_guard/kernel/ringbuf.py",
+        "page = mmap.PAGESIZE",
+        "page = 4096",
+        "6.12-arm64-16k-debian-13",
+        ("tests/kernel/test_ringbuf.py",),
+        r"Invalid argument",
+    ),
+    Fault(
         "the rule in FORWARD is forgotten",
         "src/imds_guard/backends/forwarded.py",
         "self._chains.replace(programs, lambda version: render(policy, version))",
