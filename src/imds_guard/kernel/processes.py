@@ -39,11 +39,15 @@ def is_alive(pid: int) -> bool:
 
     A process whose first thread has ended, while others run, is shown as a zombie, too. It has more than one thread.
     """
+    import psutil  # noqa: PLC0415 -- start-up time: only a process that may not be inspected is asked for
+
     try:
-        fields = status_of(pid)
-    except OSError:
+        process = psutil.Process(pid)
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) or process.num_threads() > 1
+    except psutil.NoSuchProcess:
         return False
-    return fields[b"State"].split()[0] not in (b"Z", b"X") or int(fields[b"Threads"]) > 1
+    except psutil.AccessDenied:  # hidepid= of the mount of /proc (proc(5))
+        return True
 
 
 def status_of(pid: int) -> dict[bytes, bytes]:
