@@ -15,7 +15,15 @@ from tests.clang import BPF, INCLUDES, clang
 from tests.tools import missing, need
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("run", ".ci/run", "packaging/build-deb", "packaging/build-rpm", "packaging/completions")
+SCRIPTS = (
+    "run",
+    ".ci/run",
+    "packaging/build-deb",
+    "packaging/build-image",
+    "packaging/build-rpm",
+    "packaging/completions",
+    "packaging/image/node",
+)
 
 HOOKS = "".join(path.read_text(encoding="utf-8") for path in BPF.glob("*.[ch]"))
 OFFSETS = sorted(set(re.findall(r"\bIG_OFF_\w+", HOOKS)))
@@ -45,7 +53,9 @@ def test_the_python_is_formatted() -> None:
 
 def test_the_types_are_right() -> None:
     # Folders that hold no Python yet are an error to mypy.
-    folders = [name for name in ("src", "tests", "bench", "vagrant") if any((ROOT / name).rglob("*.py"))]
+    folders = [
+        name for name in ("src", "tests", "bench", "vagrant", "packaging/image") if any((ROOT / name).rglob("*.py"))
+    ]
     python_tool("mypy", "--cache-dir=/dev/null", *folders)
 
 
