@@ -120,7 +120,8 @@ EDITED = re.compile(r"(\.(py|c|h|toml|yaml|yml|md|service|timer)|/run|/\.editorc
 def test_files_are_as_the_editor_writes_them() -> None:
     """.editorconfig: the last line ends, no line has a space at its end, and C is indented by tabs."""
     folders = [
-        ROOT / name for name in ("src", "tests", "bpf", "bench", "vagrant", "docs", "examples", "packaging", ".ci")
+        ROOT / name
+        for name in ("src", "tests", "bpf", "bench", "vagrant", "docs", "examples", "packaging", "deploy", ".ci")
     ]
     paths = [*ROOT.glob("*"), *ROOT.glob(".*"), *(path for folder in folders for path in folder.rglob("*"))]
     wrong = []
