@@ -23,7 +23,6 @@ from tests.tree import every_command
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FILES = sorted(path for path in EXAMPLES.rglob("*") if path.is_file())
 CLOUD_INIT = EXAMPLES / "cloud-init" / "user-data.yaml"
-DAEMON_SET = EXAMPLES / "kubernetes" / "daemonset.yaml"
 PACKER = EXAMPLES / "packer" / "imds-guard.pkr.hcl"
 TERRAFORM = EXAMPLES / "terraform" / "main.tf"
 ANSIBLE = EXAMPLES / "ansible"
@@ -71,11 +70,6 @@ def test_packer_takes_the_template() -> None:
 def test_terraform_would_write_it_the_same() -> None:
     not_of_the_gate("terraform")
     passes("terraform", "fmt", "-check", "-diff", str(EXAMPLES / "terraform"))
-
-
-def test_the_daemon_set_is_what_kubernetes_takes() -> None:
-    not_of_the_gate("kubeconform")
-    passes("kubeconform", "-strict", str(DAEMON_SET))
 
 
 # --- HCL, by a parser from PyPI: weaker than packer and terraform, which know what each builder takes -----------------
@@ -187,7 +181,7 @@ def test_a_configuration_is_one_and_lets_root(name: str, text: str) -> None:
 
 def test_configurations_are_found() -> None:
     assert [name for name, _ in configurations()] == [
-        *("config.toml", "user-data.yaml", "daemonset.yaml", "imds-guard.pkr.hcl"),
+        *("config.toml", "user-data.yaml", "imds-guard.pkr.hcl"),
     ]
 
 
