@@ -64,6 +64,7 @@ PACKAGES = {
     "bcc": "python3-bpfcc",
     "click": "python3-click",
     "prometheus_client": "python3-prometheus-client",
+    "psutil": "python3-psutil",
 }
 NOT_IN_THE_IMAGE = {"tomli": "Python 3.13 has tomllib", "tomlkit": "for saving: the configuration is a ConfigMap"}
 
