@@ -11,6 +11,7 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Callable
 
@@ -30,7 +31,7 @@ from imds_guard.kernel.bpf.attr import (
     Query,
 )
 from tests.vm.machine import Machine
-from tests.vm.map_calls import MapCalls, MapObject, Steps, error, read
+from tests.vm.map_calls import MapCalls, MapObject, Operation, Steps, error, read
 
 _HOOK_OF = {int(shape.attach_type): hook for hook, shape in abi.HOOKS.items()}
 
@@ -77,6 +78,10 @@ class LinkObject:
     hook: str
 
 
+class Killed(BaseException):
+    """The process is no more: every further system call raises it, too."""
+
+
 class CommandCalls(MapCalls):
     """The system calls of one machine with one guarded cgroup."""
 
@@ -86,6 +91,9 @@ class CommandCalls(MapCalls):
         self.hooks: dict[str, Machine | None] = dict.fromkeys(abi.HOOKS)
         """On which machine's maps each hook runs."""
         self.links: list[LinkObject] = []
+        self.kill_after: int | None = None
+        """After how many operations the process of a command is killed; with ``kill_after_flip``: after a flip."""
+        self.kill_after_flip = False
         self._cgroup = cgroup
         self._programs: dict[int, ProgramObject] = {}
         self._commands.update(
@@ -106,7 +114,9 @@ class CommandCalls(MapCalls):
         """MapCalls.record(). At the end, links that nothing pins are detached: nothing else holds them."""
 
         def whole() -> None:
-            change()
+            with suppress(Killed):
+                change()
+            self.kill_after = None
             pinned = [self._pinned.get(os.stat(os.path.join(at, name)).st_ino) for at, name in _files(self._bpffs)]
             for link in self.links:
                 if link.cgroup and not any(one is link for one in pinned):
@@ -114,6 +124,22 @@ class CommandCalls(MapCalls):
                     self._changed(link)
 
         return super().record(whole)
+
+    def _membarrier(self, command: int) -> None:
+        self._live()
+        super()._membarrier(command)
+
+    def _bpf(self, command: int, buffer: ctypes.Array[ctypes.c_char], size: int) -> tuple[int, int]:
+        self._live()
+        return super()._bpf(command, buffer, size)
+
+    def _live(self) -> None:
+        done = self._operations
+        if self.kill_after_flip:
+            flips = [at for at, one in enumerate(done) if isinstance(one, Operation) and one.number is Map.CONFIG]
+            done = done[flips[0] + 1 :] if flips else []
+        if self.kill_after is not None and len(done) >= self.kill_after and self._operations:
+            raise Killed
 
     def _load(self, attr: ProgLoad) -> int:
         code = read(attr.insns, 8 * attr.insn_cnt)

@@ -23,13 +23,13 @@ from tests.vm.command_calls import CommandCalls, HookChange
 from tests.vm.machine import Machine
 from tests.vm.map_calls import Steps
 from tests.vm.moments import Moments
-from tests.vm.timeline import Timeline, Verdicts, flip_of
+from tests.vm.timeline import EVER, Timeline, Verdicts, flip_of
 
 _CGROUP = 4711
 
 
 class Commands(Moments):
-    """start, change, replacement of the maps, and stop, with one guard. The second machine has the later maps."""
+    """start, change, replacement of the maps, and stop, with one guard. The machines have the maps of one each."""
 
     test = "tests/vm/test_commands.py"
 
@@ -52,28 +52,74 @@ class Commands(Moments):
         self._kernel.hooks.update(before)
 
     def commands(self, seed: str) -> None:
-        """start, a change, a change that replaces maps which are too small, and stop."""
+        """start, a change, a change that replaces maps which are too small, and stop. One of them may be killed."""
         r = self.r = Random(f"commands {seed}")
         first = policy(r)
         second, third = _other(r, first), policy(r)
-        self._kernel.machine = self.machines[0]
+        self._kernel.machine, later, _ = self.machines
+        self._kernel.links.clear()
         self.begin(seed, [first, second, third])
+        killed = r.choice((None, None, "change", "replacement", "stop"))
         install, started = self._record(lambda: changes.install(self._target, first), first)
         self.replay("start", install, Timeline(self.nothing, (flip_of(install), started)))
-        change, changed = self._change(second)
+        if killed == "change":
+            return self._kill(lambda: self._apply(second), second, started, third)
+        change, changed = self._record(lambda: self._apply(second), second)
         self.replay("change", change, Timeline(started, (flip_of(change), changed)))
-        self._kernel.machine = self.machines[1]
+        self._kernel.machine = later
+        if killed == "stop":
+            return self._kill(self._stop, None, changed, third)
         self._kernel.shrink(Map.MEMBERS)
+        if killed == "replacement":
+            return self._kill(lambda: self._apply(third), third, changed, first)
         marks = self._kernel.object_of("connect4", Map.MARKS)
-        larger, moved = self._change(third)
+        larger, moved = self._record(lambda: self._apply(third), third)
         assert self._kernel.object_of("connect4", Map.MARKS) is marks, "marks are kept, or every connection is cut"
-        self.replay("replacement", larger, _while_hooks_move(larger, changed, moved))
+        begin, end = _moves(larger)[0], _moves(larger)[-1]
+        self.replay("replacement", larger, Timeline.of([(0, end, changed), (begin, EVER, moved)]))
+        return self._end(moved)
+
+    def _end(self, before: Verdicts) -> None:
         stop, stopped = self._record(self._stop, None)
-        self.replay("stop", stop, Timeline(moved, (flip_of(stop), stopped)))
+        self.replay("stop", stop, Timeline(before, (flip_of(stop), stopped)))
         assert set(self._kernel.hooks.values()) == {None}
 
-    def _change(self, wanted: Policy) -> tuple[Steps, Verdicts]:
-        return self._record(lambda: changes.change_running(self._target, wanted, keep_version=False), wanted)
+    def _kill(self, command: Callable[[], object], wanted: Policy | None, before: Verdicts, then: Policy) -> None:
+        """A command is killed after some operation. The next one makes good what it left."""
+        marks = self._kernel.object_of("connect4", Map.MARKS)
+        with self.undone():
+            self._kernel.kill_after_flip = self.r.random() < 0.6
+            most = 7 if self._kernel.kill_after_flip else self.r.choice((5, 20, 60, 150))
+            self._kernel.kill_after = self.r.randint(1, most)
+            killed = self._kernel.record(command)
+            self._kernel.machine = self.machines[-1]
+            following = self._kernel.record(lambda: self._apply(then))
+            packets = self.packets(strict=then.strict)
+        left = self.nothing
+        if wanted is not None and killed.on(Map.CONFIG):
+            left = self.verdicts(wanted, killed, None)
+        if self._kernel.object_of("connect4", Map.MARKS) is not marks:
+            self.serials.clear()  # there are no marks from before
+        after = self.verdicts(then, following, packets)
+        done = len(killed.operations)
+        flip = done + flip_of(following)
+        last = max(flip, *(done + number for number in _moves(following)), 0)
+        waits = [wait for wait in killed.waits if wait < done] + [done + wait for wait in following.waits]
+        windows = [(0, last, before), (flip, EVER, after)]
+        if killed.on(Map.CONFIG):
+            windows.append((flip_of(killed), last, left))
+        steps = Steps(killed.operations + following.operations, tuple(waits))
+        self.replay("a kill, and a start", steps, Timeline.of(windows))
+        self._end(after)
+
+    def _apply(self, wanted: Policy) -> None:
+        """As EbpfBackend.apply() does."""
+        folder = self._target.folder
+        folder.recover()
+        if folder.exists():
+            changes.change_running(self._target, wanted, keep_version=False)
+        else:
+            changes.install(self._target, wanted)
 
     def _stop(self) -> None:
         backend.open_the_lock(self._target.folder)
@@ -98,10 +144,9 @@ def _needed(wanted: Policy | None) -> set[str]:
     return set() if wanted is None else set(abi.needed_hooks(wanted.strict))
 
 
-def _while_hooks_move(steps: Steps, before: Verdicts, after: Verdicts) -> Timeline:
-    """Hook after hook goes over to the new maps: until the last one did, a run is judged by either policy."""
-    moves = [number for number, one in enumerate(steps.operations, 1) if isinstance(one, HookChange)]
-    return Timeline(before, (moves[-1], after), overlap=moves[-1] - moves[0])
+def _moves(steps: Steps) -> list[int]:
+    """After how many operations a hook runs on other maps, or on none."""
+    return [number for number, one in enumerate(steps.operations, 1) if isinstance(one, HookChange)]
 
 
 @contextmanager

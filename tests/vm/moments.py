@@ -160,7 +160,7 @@ class Moments:
             return self.nothing.whole[at : at + _SIZE]
         return machine.attempt_bytes(form, attempt, task, controls)
 
-    def verdicts(self, wanted: Policy, steps: Steps, packets: Sequence[Outcome]) -> Verdicts:
+    def verdicts(self, wanted: Policy, steps: Steps, packets: Sequence[Outcome] | None) -> Verdicts:
         """What must come out under a policy, in the generation and with the serial number that the steps gave it."""
         (generation,) = (abi.CONFIG.unpack(one.value or b"")[0] for one in steps.on(Map.CONFIG))
         key = abi.ARRAY_KEY.pack(generation)

@@ -31,14 +31,14 @@ _WITHIN = 30
 
 @pytest.mark.parametrize("which", ["fixed", "fresh"])
 def test_commands(machine: Machine, which: str, pytestconfig: pytest.Config) -> None:
-    """start, a change, a change that replaces the maps, and stop."""
+    """start, a change, a change that replaces the maps, and stop; or one of them is killed, and start follows."""
     _need_root()
     given, cases = pytestconfig.getoption("vm_seed"), pytestconfig.getoption("vm_cases")
     if given and which == "fixed":
         pytest.skip("--vm-seed names the one seed to try")
     fresh = random.SystemRandom().getrandbits(32)
     seed, first = given or (FIXED_SEED if which == "fixed" else fresh, 0)
-    with Machine() as later, commands([machine, later]) as one:
+    with Machine() as later, Machine() as last, commands([machine, later, last]) as one:
         for number in itertools.count(first):
             one.commands(f"{seed}:{number}")
             if one.report.wrong:
@@ -101,7 +101,7 @@ def _patched(*changes: tuple[object, str, object]) -> ExitStack:
 @pytest.mark.parametrize("wrong", [_fills_maps_late, _detaches_egress_early])
 def test_commands_in_the_wrong_order_are_found(machine: Machine, wrong: Callable[[], ExitStack]) -> None:
     _need_root()
-    with wrong(), Machine() as later, commands([machine, later]) as one:
+    with wrong(), Machine() as later, Machine() as last, commands([machine, later, last]) as one:
         for number in range(_WITHIN):
             one.commands(f"{FIXED_SEED}:{number}")
             if one.report.wrong:

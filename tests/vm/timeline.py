@@ -32,7 +32,7 @@ class Verdicts:
     def __init__(
         self,
         expected: Sequence[Expected],
-        packets: Sequence[Outcome],
+        packets: Sequence[Outcome] | None,
         tasks: int,
         policy: Policy | None = None,
         serial: int = 0,
@@ -54,21 +54,34 @@ class Verdicts:
         return self._expected[attempt * self._tasks + task].accepts(raw)
 
     def accepts_packet(self, number: int, outcome: Outcome) -> bool:
-        """Whether a packet fared as it should."""
-        return outcome == self._packets[number]
+        """Whether a packet fared as it should. Without any outcomes nobody can say."""
+        return self._packets is None or outcome == self._packets[number]
+
+
+Window = tuple[int, int, Verdicts]
+"""From how many operations on, and up to how many, some verdicts may come out."""
+
+EVER = 1 << 31
 
 
 class Timeline:
-    """Which verdicts hold from which operation on. Those of the next period may hold earlier: ``overlap``."""
+    """Which verdicts may come out when: from one change to the next, or in windows that overlap."""
 
-    def __init__(self, begin: Verdicts, *later: tuple[int, Verdicts], overlap: int = 0) -> None:
-        self._from = [(0, begin), *later]
-        self._overlap = overlap
+    def __init__(self, begin: Verdicts, *later: tuple[int, Verdicts]) -> None:
+        starts = [0, *(start for start, _ in later), EVER]
+        verdicts = [begin, *(one for _, one in later)]
+        self.windows: list[Window] = list(zip(starts, starts[1:], verdicts))
+
+    @classmethod
+    def of(cls, windows: Sequence[Window]) -> Timeline:
+        """Windows that may overlap."""
+        made = cls(windows[0][2])
+        made.windows = list(windows)
+        return made
 
     def between(self, first: int, last: int) -> list[Verdicts]:
-        """The verdicts in force after ``first`` operations, after ``last``, and at some time between."""
-        ends = [start for start, _ in self._from[1:]] + [1 << 31]
-        return [one for (start, one), end in zip(self._from, ends) if start - self._overlap <= last and end > first]
+        """The verdicts that may come out of what began after ``first`` operations and ended after ``last``."""
+        return [one for start, end, one in self.windows if start <= last and end > first]
 
 
 def flip_of(steps: Steps) -> int:
