@@ -6,6 +6,7 @@ Numbers and layouts: include/uapi/linux/inet_diag.h and sock_diag.h, include/net
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -14,10 +15,11 @@ from types import TracebackType
 from typing import Callable, NamedTuple
 
 from imds_guard.kernel import netlink, netns
+from imds_guard.kernel.namespaces import OWN_PATH, Namespace
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY, _SOCK_DESTROY = 20, 21
-_INET_DIAG_CGROUP_ID = 21
+_INET_DIAG_INFO, _INET_DIAG_CGROUP_ID = 2, 21
 
 ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, LISTEN, CLOSING = 1, 2, 4, 5, 8, 9, 10, 11
 CONNECTED = (ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING)
@@ -60,6 +62,17 @@ class Socket(NamedTuple):
 Wanted = Callable[[bytes, int], bool]
 
 
+def open_sock_diag(namespace: Namespace) -> SockDiag:
+    """Raises OSError; FileNotFoundError when the process whose path leads to the namespace has ended."""
+    if namespace.path == OWN_PATH:
+        return SockDiag()  # our own namespace needs no privilege
+    fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return SockDiag(fd)
+    finally:
+        os.close(fd)
+
+
 class SockDiag:
     """A netlink socket for one network namespace: that of ``namespace_fd``, or the calling thread's."""
 
@@ -99,7 +112,9 @@ class SockDiag:
     def destroy(self, one: Socket) -> bool:
         """Ends a connection: its holders get ECONNABORTED, its peer a reset. False when it was gone already.
 
-        Needs CAP_NET_ADMIN. Raises OSError: EOPNOTSUPP where the kernel is built without CONFIG_INET_DIAG_DESTROY.
+        It waits for whoever has locked the socket, in state D, and an unprivileged process can lock one of its own
+        forever: tcp_abort() and lock_sock() in Linux. So sock_destroy.py calls it. Needs CAP_NET_ADMIN. Raises
+        OSError: EOPNOTSUPP where the kernel is built without CONFIG_INET_DIAG_DESTROY.
         """
         body = _REQUEST.pack(one.family, one.protocol, 0, 0, one.identity)
         try:
@@ -108,6 +123,19 @@ class SockDiag:
         except FileNotFoundError:
             return False
         return True
+
+    def tcp_info(self, one: Socket) -> bytes | None:
+        """struct tcp_info (include/uapi/linux/tcp.h) of a TCP socket; None when it is gone. Raises OSError.
+
+        Like destroy() it waits for whoever has locked the socket: tcp_get_info() in Linux.
+        """
+        body = _REQUEST.pack(one.family, one.protocol, 1 << _INET_DIAG_INFO - 1, 0, one.identity)
+        try:
+            answers = list(self._ask(_SOCK_DIAG_BY_FAMILY, netlink.ACK, body))
+        except FileNotFoundError:
+            return None
+        found = [netlink.attributes(answer.body[_MESSAGE.size :]).get(_INET_DIAG_INFO) for answer in answers]
+        return next((bytes(info) for info in found if info is not None), None)
 
     def _ask(self, kind: int, flags: int, body: bytes) -> Iterator[netlink.Message]:
         """The messages of an answer, up to its end. Raises OSError with the kernel's errno."""

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends sockets, in a child that can be abandoned: one thread for each, so that a socket that hangs delays no other.
+
+Up to Linux 6.8 one mutex serialises all requests of sock_diag. There, a socket that hangs delays those behind it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import select
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Callable, NamedTuple
+
+from imds_guard.kernel import children
+from imds_guard.kernel.namespaces import Namespace
+from imds_guard.kernel.sock_diag import Socket, open_sock_diag
+from imds_guard.kernel.tcp_birth import was_accepted
+
+MAX_THREADS = 512
+"""That hang. Each takes two descriptors and a few pages."""
+_STACK = 256 << 10
+_CHECK_S = 0.1
+_RESULT = struct.Struct("=III")
+
+
+class Ending(IntEnum):
+    """What became of a socket."""
+
+    CUT = 0
+    GONE = 1
+    """It was closed meanwhile."""
+    ACCEPTED = 2
+    """It stays: its peer has made the connection."""
+    NOT_CUT = 3
+    """It would have been cut, but nothing was to be cut."""
+    REFUSED = 4
+    """The kernel returned an error."""
+    HELD = 5
+    """No answer in time: a system call that does not end has locked the socket."""
+    NOT_TRIED = 6
+    """The time was over before its turn."""
+    NOT_WANTED = 7
+    """Another command has changed the policy meanwhile."""
+
+
+class Target(NamedTuple):
+    """A socket to end."""
+
+    namespace: Namespace
+    socket: Socket
+    unless_accepted: bool
+    """Leave it where its peer made the connection for certain."""
+
+
+class Ended(NamedTuple):
+    """``errno`` is that of REFUSED."""
+
+    ending: Ending
+    errno: int = 0
+
+
+def end_each(
+    targets: Sequence[Target], within_s: float, is_wanted: Callable[[], bool] = lambda: True, cut: bool = True
+) -> list[Ended]:
+    """Ends the sockets and says of each what became of it.
+
+    ``is_wanted`` is asked before each one is cut, in the child, and by this process while it waits. Without ``cut``
+    only those that have to be examined (``unless_accepted``) are, and none is cut.
+    """
+    results = [Ended(Ending.NOT_CUT)] * len(targets)
+    asked = [number for number, one in enumerate(targets) if cut or one.unless_accepted]
+    if not asked:
+        return results
+    for number in asked:
+        results[number] = Ended(Ending.NOT_TRIED)
+    reader, writer = os.pipe()
+    try:
+        work = _Work(targets, writer, is_wanted, cut)
+        pid = children.fork_detached(lambda: work.run(asked), keep=(writer,))
+    except OSError as error:
+        for number in asked:
+            results[number] = Ended(Ending.REFUSED, error.errno or 0)
+        os.close(reader)
+        return results
+    finally:
+        os.close(writer)
+    try:
+        _collect(reader, results, len(asked), time.monotonic() + within_s, is_wanted)
+    finally:
+        os.close(reader)
+        children.abandon(pid)
+    return results
+
+
+def _collect(reader: int, results: list[Ended], expected: int, deadline: float, is_wanted: Callable[[], bool]) -> None:
+    """Stops at the deadline, and when nothing is wanted any more: what has no answer then keeps its result."""
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    rest = b""
+    while expected and time.monotonic() < deadline:
+        if not poll.poll(min(_CHECK_S, max(0.0, deadline - time.monotonic())) * 1000):
+            if not is_wanted():
+                unanswered = (Ending.HELD, Ending.NOT_TRIED)
+                results[:] = [Ended(Ending.NOT_WANTED) if one.ending in unanswered else one for one in results]
+                return
+            continue
+        more = os.read(reader, 65536)
+        if not more:
+            return
+        rest += more
+        whole = len(rest) - len(rest) % _RESULT.size
+        for number, ending, code in _RESULT.iter_unpack(rest[:whole]):
+            results[number] = Ended(Ending(ending), code)
+            expected -= ending != Ending.HELD
+        rest = rest[whole:]
+
+
+class _Work:
+    """In the child: a thread for each socket."""
+
+    def __init__(self, targets: Sequence[Target], writer: int, is_wanted: Callable[[], bool], cut: bool) -> None:
+        self._targets = targets
+        self._writer = writer
+        self._is_wanted = is_wanted
+        self._cut = cut
+        self._places = threading.BoundedSemaphore(MAX_THREADS)
+
+    def run(self, numbers: Sequence[int]) -> None:
+        """Does not return before its parent kills the process."""
+        children.require_detached()
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        threading.stack_size(_STACK)
+        for number in numbers:
+            self._places.acquire()
+            try:
+                threading.Thread(target=self._end, args=(number,), daemon=True).start()
+            except RuntimeError:  # no more threads (pids.max)
+                self._places.release()
+                self._answer(number, Ended(Ending.REFUSED, errno.EAGAIN))
+        threading.Event().wait()
+
+    def _end(self, number: int) -> None:
+        self._answer(number, Ended(Ending.HELD))  # until there is another answer
+        try:
+            ended = self._ended(self._targets[number])
+        except FileNotFoundError:
+            ended = Ended(Ending.GONE)  # its namespace is gone
+        except OSError as error:
+            ended = Ended(Ending.REFUSED, error.errno or 0)
+        self._places.release()
+        self._answer(number, ended)
+
+    def _ended(self, one: Target) -> Ended:
+        with open_sock_diag(one.namespace) as diag:
+            if one.unless_accepted:
+                info = diag.tcp_info(one.socket)
+                if info is None:
+                    return Ended(Ending.GONE)
+                if was_accepted(info):
+                    return Ended(Ending.ACCEPTED)
+            if not self._cut:
+                return Ended(Ending.NOT_CUT)
+            if not self._is_wanted():
+                return Ended(Ending.NOT_WANTED)
+            return Ended(Ending.CUT if diag.destroy(one.socket) else Ending.GONE)
+
+    def _answer(self, number: int, ended: Ended) -> None:
+        """A write of so few bytes is whole (PIPE_BUF in pipe(7))."""
+        os.write(self._writer, _RESULT.pack(number, ended.ending, ended.errno))
