@@ -110,6 +110,18 @@ def crowd(folder: Path, number: int, name: str, argv0: str = "/usr/bin/cloud-ini
             os.killpg(shell.pid, signal.SIGKILL)
 
 
+@contextmanager
+def fuse_device(folder: Path) -> Iterator[tuple[str, str]]:
+    """A device and a directory, for any user who mounts FUSE in namespaces of their own."""
+    _need_fuse(folder)
+    device, mount = folder / "fuse", folder / "mount"
+    os.mknod(device, 0o20666, os.makedev(10, 229))
+    device.chmod(0o666)
+    mount.mkdir()
+    yield str(device), str(mount)
+    device.unlink()
+
+
 # --- in the other user's process ------------------------------------------------------------------------------------
 
 
@@ -138,8 +150,10 @@ def _attributes(inode: int) -> bytes:
 _LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _INIT, _OPENDIR, _INTERRUPT, _BATCH_FORGET = 1, 2, 3, 14, 15, 26, 27, 36, 42
 
 
-def _serve_fuse(fd: int, answered: Sequence[int] = ()) -> None:
+def _serve_fuse(fd: int, answered: Sequence[int] = (), left: Callable[[], object] = lambda: None) -> None:
     """Answers everything but READ: the first one with EIO, later ones never. With ``answered`` only these requests.
+
+    ``left`` is called at each READ that gets no answer.
 
     The first fault of a page waits without mmap_lock. When it has failed the kernel tries again, and this time it holds
     the lock (filemap_fault() in mm/filemap.c in Linux).
@@ -149,6 +163,8 @@ def _serve_fuse(fd: int, answered: Sequence[int] = ()) -> None:
         request = os.read(fd, 1 << 18)
         _, opcode, unique, inode = struct.unpack_from("=IIQQ", request)
         reads += opcode == _READ
+        if opcode == _READ and (reads > 1 or (answered and opcode not in answered)):
+            left()
         if opcode in (_FORGET, _INTERRUPT, _BATCH_FORGET) or reads > 1 or (answered and opcode not in answered):
             continue
         error, body = _fuse_answer(opcode, inode)
@@ -200,6 +216,31 @@ def _hold_own_lock(path: str) -> None:
     threading.Thread(target=lambda: os.write(writer, memoryview(pages)[:4096])).start()
     time.sleep(0.3)  # until the thread waits for its page
     _libc.mmap(None, ctypes.c_size_t(4096), 1, 0x22, -1, ctypes.c_long(0))  # a writer, which later readers wait behind
+
+
+def lock_socket(one: socket.socket, device: str, mount: str) -> int:
+    """Locks a TCP socket of the calling process for as long as a FUSE server lives. Returns the server's process ID.
+
+    A child sends from a page of a file that the server does not give. The kernel has locked the socket for the whole
+    of a send (tcp_sendmsg() in Linux).
+    """
+    _libc.prctl(4, 1, 0, 0, 0)  # PR_SET_DUMPABLE: it is not, after setuid(2), and can't write to /proc/self
+    _become_root_of_own_namespaces()
+    fd = _mount_fuse(device, mount)
+    reader, writer = os.pipe()
+    server = os.fork()
+    if server == 0:
+        _die_with_parent()
+        answered = (_INIT, _LOOKUP, _GETATTR, _OPEN, _OPENDIR)
+        _serve_fuse(fd, answered, left=lambda: os.write(writer, b"."))
+    os.close(fd)
+    if os.fork() == 0:
+        _die_with_parent()
+        pages = mmap.mmap(os.open(f"{mount}/file", os.O_RDONLY), 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ)
+        one.send(memoryview(pages)[:4096])
+        os._exit(0)
+    os.read(reader, 1)  # the page is asked for
+    return server
 
 
 def _wait_until_held(pid: int) -> None:

@@ -15,9 +15,10 @@ from imds_guard.backends import Backend, choose
 from imds_guard.backends.ebpf import other_guards
 from imds_guard.backends.forwarded import LEAVE, Forwarded
 from imds_guard.commands import boot, guard, look, verify
-from imds_guard.commands.guard import Outcome, Steps
+from imds_guard.commands.guard import Steps
 from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
+from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.preflight import Preflight
 from imds_guard.config import boot_file
 from imds_guard.config.boot_file import BootFile

@@ -11,8 +11,8 @@ import pytest
 from imds_guard.backends.choose import BackendCheck
 from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
-from imds_guard.commands.guard import Outcome
 from imds_guard.commands.look import CheckResult, Status
+from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.preflight import Preflight, ShutOut
 from imds_guard.connections.values import Connection, Holder
 from imds_guard.errors import Unsupported

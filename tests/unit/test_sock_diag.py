@@ -18,7 +18,7 @@ from typing import Callable
 
 import pytest
 
-from imds_guard.connections.find import _locked_addresses
+from imds_guard.connections.find import _locked_endpoints
 from imds_guard.kernel import netns, processes
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
@@ -27,8 +27,7 @@ from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag
 from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.kernel.syscall_numbers import syscall_number
 from imds_guard.kernel.untrusted import name_of
-from imds_guard.policy.model import Endpoint, Lock, make_policy
-from imds_guard.policy.ports import ALL_PORTS
+from imds_guard.policy.model import Endpoint, Lock, Protocol, make_policy
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
 
@@ -331,6 +330,9 @@ def addresses() -> Iterator[tuple[str, bool]]:
 @pytest.mark.parametrize(("address", "expected"), list(addresses()))
 def test_the_quick_test_agrees_with_the_locks(address: str, expected: bool) -> None:
     networks = ("10.1.0.0/16", "192.0.2.1", "2001:db8::/32")
-    endpoints = tuple(Endpoint(ipaddress.ip_network(network), ALL_PORTS) for network in networks)
-    wanted = _locked_addresses(make_policy([Lock("x", endpoints)]))
-    assert wanted(ipaddress.ip_address(address).packed, 80) == expected
+    endpoints = tuple(Endpoint(ipaddress.ip_network(network), ((80, 81),)) for network in networks)
+    policy = make_policy([Lock("x", endpoints)])
+    wanted, unwanted = (_locked_endpoints(policy, protocol) for protocol in (Protocol.TCP, Protocol.UDP))
+    packed = ipaddress.ip_address(address).packed
+    assert [wanted(packed, port) for port in (79, 80, 81, 82)] == [False, expected, expected, False]
+    assert not unwanted(packed, 80)

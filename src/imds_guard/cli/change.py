@@ -15,8 +15,9 @@ from imds_guard.cli.options import cgroup_option, change_options, keep_existing_
 from imds_guard.cli.output import print_lines, print_outcome, print_warnings
 from imds_guard.commands import guard
 from imds_guard.commands.capabilities import require_root
-from imds_guard.commands.guard import Accept, Outcome
+from imds_guard.commands.guard import Accept
 from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.outcome import Outcome
 from imds_guard.errors import UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Policy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from imds_guard.commands.guard import Outcome
+    from imds_guard.commands.outcome import Outcome
 
 _DEFAULT_COLUMNS = 80
 

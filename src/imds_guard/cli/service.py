@@ -58,7 +58,7 @@ def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) 
     Exit status, after a repair if there was one: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
     """
     from imds_guard.commands import verify as verify_command  # noqa: PLC0415
-    from imds_guard.present.status import verify_lines, verify_values  # noqa: PLC0415
+    from imds_guard.present.status import verify_lines, verify_values, verify_warnings  # noqa: PLC0415
 
     require_root("verify")
     path, options = CONFIG_PATH if config is None else config, GuardOptions(cgroup=cgroup)
@@ -72,7 +72,7 @@ def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) 
         print_json(verify_values(found))
     else:
         print_lines(verify_lines(found))
-        print_warnings(found.warnings)
+        print_warnings(verify_warnings(found))
     if found.failure is not None:
         fail(found.failure, exit_status(found.after))
     sys.exit(exit_status(found.after))

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from imds_guard.backends import choose
 from imds_guard.backends.ebpf import other_guards
-from imds_guard.commands import own_files
-from imds_guard.commands.guard import TAKING_THE_LOCK, Outcome, Steps
+from imds_guard.commands import guard, own_files
+from imds_guard.commands.guard import TAKING_THE_LOCK, Steps
 from imds_guard.commands.options import GuardOptions, Progress
+from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.sub_ids import sub_id_warnings
 from imds_guard.config.boot_file import BootFile
 from imds_guard.config.read import Config
@@ -41,9 +42,13 @@ class BootResult(NamedTuple):
 def start(file: BootFile, options: GuardOptions, progress: Progress, steps: Steps = TAKING_THE_LOCK) -> BootResult:
     """Puts the policy of the configuration ``file`` in force. ``options`` win over the file.
 
-    Raises GuardError when nothing could be locked that should be.
+    With HOLDING_THE_LOCK it leaves complete() to the caller. Raises GuardError when nothing could be locked that should
+    be.
     """
-    return _Boot(file, options, progress, steps).run()
+    result = _Boot(file, options, progress, steps).run()
+    if result.outcome is None or steps is not TAKING_THE_LOCK:
+        return result
+    return result._replace(outcome=guard.complete(result.outcome, progress))
 
 
 class _Boot:

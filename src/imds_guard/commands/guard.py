@@ -6,54 +6,48 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 from imds_guard.backends import Backend, Change, choose
+from imds_guard.commands import turn
 from imds_guard.commands.look import active_policy, forwarded, reading_tables_once
-from imds_guard.commands.options import GuardOptions, Progress
+from imds_guard.commands.options import GuardOptions, Progress, no_progress
+from imds_guard.commands.outcome import Outcome, Pending
 from imds_guard.errors import BadPolicy, GuardError, Unsupported, UsageError
 from imds_guard.kernel import lockfile
 from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
-from imds_guard.text import count_of
-
-# The rest is imported where it is used: start-up time, few commands need any of it.
-if TYPE_CHECKING:
-    from imds_guard.commands.preflight import Preflight
-    from imds_guard.connections.values import CutResult
-
-
-class Outcome(NamedTuple):
-    """The result of a command that changed the guard. ``done`` and ``warnings`` are sentences."""
-
-    backend: str
-    policy: Policy
-    done: list[str]
-    warnings: list[str]
-    shut_out: Preflight
-    existing: CutResult | None = None
-    """Connections that are older than the policy; None where nobody lost a right."""
-
-    @property
-    def done_in_short(self) -> list[str]:
-        """What was done; of the connections that were cut only the number."""
-        cut = len(self.existing.cut) if self.existing is not None else 0
-        return [*self.done, f"cut {count_of(cut, 'open connection')}"] if cut else list(self.done)
 
 
 @contextmanager
 def one_at_a_time(cgroup: str | None) -> Iterator[None]:
     """Holds the commands' lock: commands that change something wait for each other."""
-    name = machine_lock = "command"
-    if cgroup is not None:
-        # A cgroup that can't be used is an error of the backend.
-        with suppress(OSError):
-            name = f"command-{os.stat(cgroup).st_ino}"
+    name = _lock_name(cgroup)
     with lockfile.exclusive(name), reading_tables_once(cgroup):
         try:
             yield
         finally:
-            if name != machine_lock:
+            if name != _MACHINE_LOCK:
                 lockfile.forget(name)
+
+
+_MACHINE_LOCK = "command"
+
+
+def _lock_name(cgroup: str | None) -> str:
+    if cgroup is not None:
+        # A cgroup that can't be used is an error of the backend.
+        with suppress(OSError):
+            return f"{_MACHINE_LOCK}-{os.stat(cgroup).st_ino}"
+    return _MACHINE_LOCK
+
+
+def complete(outcome: Outcome, progress: Progress = no_progress) -> Outcome:
+    """Looks for open connections and metadata clients. Nobody holds one_at_a_time(): it takes up to 9 s."""
+    from imds_guard.commands import followup  # noqa: PLC0415 -- start-up time
+
+    if outcome.pending is not None and outcome.pending.look:
+        progress(f"imds-guard is active ({outcome.backend}); looking for open connections ...")
+    return followup.complete(outcome)
 
 
 # --- start and stop -------------------------------------------------------------------------------------------------
@@ -61,12 +55,17 @@ def one_at_a_time(cgroup: str | None) -> Iterator[None]:
 
 def start(policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
     """Puts ``policy`` in force with the first backend that can hold it, then removes any other backend's rules."""
+    return complete(start_alone(policy, options, progress), progress)
+
+
+def start_alone(policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
+    """start() without complete()."""
     with one_at_a_time(options.cgroup):
         return start_locked(policy, options, progress)
 
 
 def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
-    """Does the work of start(). The caller holds one_at_a_time()."""
+    """start_alone() for a caller that holds one_at_a_time(). It calls complete() when it has released that."""
     if options.cgroup is not None and options.forwarded is not None:
         raise UsageError("--forwarded is about the packets of the whole machine: it does not go with --cgroup")
     running = choose.running(options.cgroup)
@@ -88,7 +87,7 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
             change = change.then(remove_orphans())
             why = tuple(f"{other.backend.name} can't be used: {other.refusal}" for other in refused)
             change = Change(warnings=why).then(change)
-            return _outcome(checked.backend, policy, change, _cut_connections(checked.backend, policy, options))
+            return _outcome(checked.backend, policy, change, options, look=True)
         refused.append(checked)
     raise choose.refused(refused)
 
@@ -118,25 +117,30 @@ def remove_orphans() -> Change:
         return Change(warnings=(str(error),))
 
 
-def _cut_connections(backend: Backend, policy: Policy, options: GuardOptions) -> CutResult:
+def _outcome(backend: Backend, policy: Policy, change: Change, options: GuardOptions, *, look: bool) -> Outcome:
     """Called when the policy is in force: a connection that is cut can't be made again.
 
-    iptables judges one network namespace, eBPF all of them.
+    A command that has not to ``look`` for open connections does so all the same where the one before it has not ended.
     """
-    from imds_guard.connections.cut import cut_denied  # noqa: PLC0415
-    from imds_guard.connections.find import Scope  # noqa: PLC0415
-    from imds_guard.connections.values import WhyOpen  # noqa: PLC0415
-
-    scope = Scope(options.cgroup, every_namespace=backend.name == "ebpf")
-    keep = WhyOpen.KEPT if options.keep_existing else None
-    return cut_denied(policy, scope, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else keep)
-
-
-def _outcome(backend: Backend, policy: Policy, change: Change, existing: CutResult | None) -> Outcome:
-    from imds_guard.commands import preflight  # noqa: PLC0415
-
+    name = _lock_name(options.cgroup)
+    look = look or turn.last_duty(name) is turn.Duty.LOOK
+    duty = turn.Duty.KEEP if options.keep_existing else turn.Duty.LOOK if look else turn.last_duty(name)
+    pending = Pending(turn.take(name, duty), options.cgroup, look, options.keep_existing)
     warnings = [*change.warnings, *backend.notes(policy)]
-    return Outcome(backend.name, policy, list(change.done), warnings, preflight.shut_out(policy), existing)
+    return Outcome(backend.name, policy, list(change.done), warnings, pending=pending)
+
+
+def look_again(cgroup: str | None) -> Outcome | None:
+    """The policy in force, for complete() to look once more for open connections; it says nothing of clients.
+
+    None where these stay (--keep-existing). Raises GuardError where nothing is in force. The caller holds
+    one_at_a_time().
+    """
+    name = _lock_name(cgroup)
+    if turn.last_duty(name) is turn.Duty.KEEP:
+        return None
+    backend, policy = active_policy(cgroup)
+    return Outcome(backend.name, policy, [], [], pending=Pending(turn.last(name), cgroup, clients=False))
 
 
 def stop(cgroup: str | None) -> list[str]:
@@ -159,19 +163,20 @@ def stop_locked(cgroup: str | None) -> list[str]:
             not_asked = error if name == "ebpf" else not_asked
     if cgroup is None:
         change = change.then(forwarded().remove())
+    turn.forget(_lock_name(cgroup))
     if not_asked is not None and not change.done:
         raise not_asked
     return list(change.done)
 
 
 class Steps(NamedTuple):
-    """start() and stop(), for a caller that has to do either."""
+    """start_alone() and stop(), for a caller that has to do either. It calls complete() for the last start."""
 
     start: Callable[[Policy, GuardOptions, Progress], Outcome]
     stop: Callable[[str | None], list[str]]
 
 
-TAKING_THE_LOCK = Steps(start, stop)
+TAKING_THE_LOCK = Steps(start_alone, stop)
 HOLDING_THE_LOCK = Steps(start_locked, stop_locked)
 """For a caller that holds one_at_a_time()."""
 
@@ -200,20 +205,19 @@ def change(edit: Edit, options: GuardOptions, *, takes_away: bool) -> Outcome:
     With ``takes_away`` somebody loses a right: connections that rest on it are looked for.
     """
     with one_at_a_time(options.cgroup):
-        return _change(edit, options, takes_away)
+        outcome = _change(edit, options, takes_away)
+    return complete(outcome)
 
 
 def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
     backend, policy = active_policy(options.cgroup)
     wanted = edit(policy)
     if wanted == policy:
-        from imds_guard.commands.preflight import Preflight  # noqa: PLC0415
-
-        return Outcome(backend.name, policy, ["the policy says so already"], [], Preflight())
+        return Outcome(backend.name, policy, ["the policy says so already"], [])
     done = backend.change(wanted)
     if options.cgroup is None:
         done = done.then(forwarded().change(wanted))
-    return _outcome(backend, wanted, done, _cut_connections(backend, wanted, options) if takes_away else None)
+    return _outcome(backend, wanted, done, options, look=takes_away)
 
 
 def allow(who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept) -> Outcome:
@@ -265,6 +269,7 @@ def ip_lockdown(ip: str, users: list[int], options: GuardOptions, progress: Prog
             outcome = _change(lambda policy: lockdown(policy, ip, users), options, takes_away=True)
         else:
             outcome = start_locked(lockdown(None, ip, users), options, progress)
+    outcome = complete(outcome, progress)
     if outcome.policy.mode is Mode.AUDIT:
         outcome.warnings.append("the policy in force is in audit mode, which denies nobody")
     return outcome

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends import choose
 from imds_guard.commands import boot, guard, look
@@ -14,6 +14,9 @@ from imds_guard.config.boot_file import BootFile
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
+
+if TYPE_CHECKING:
+    from imds_guard.connections.values import CutResult
 
 
 class VerifyResult(NamedTuple):
@@ -26,6 +29,8 @@ class VerifyResult(NamedTuple):
     warnings: list[str]
     failure: GuardError | None = None
     """Why nothing could be done."""
+    existing: CutResult | None = None
+    """Connections that the policy does not allow; None where nobody looked for them."""
 
 
 def verify(path: str, options: GuardOptions) -> VerifyResult:
@@ -40,7 +45,8 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
     What is put back is the policy in force. Where that can't be read, or someone else changed it, it is the
     configuration's policy. Where the configuration can't be used, it is the emergency lock, since nobody can tell
     which policy was meant. Where nothing is in force and there is a configuration, it starts as at boot. Names that
-    had no ID when the configuration's policy was put in force are asked for again.
+    had no ID when the configuration's policy was put in force are asked for again. Open connections that the policy
+    does not allow are looked for again, too.
     """
     file = BootFile(path)
     incomplete = _usable(file)
@@ -52,7 +58,9 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
             return result
         joined = _join_names(incomplete, config, where, progress)
         after = look.status(where.cgroup) if joined else result.after
-    return result._replace(after=after, repaired=result.repaired + joined)
+        in_force = guard.look_again(where.cgroup) if after.backend is not None else None
+    existing = None if in_force is None else guard.complete(in_force, progress).existing
+    return result._replace(after=after, repaired=result.repaired + joined, existing=existing)
 
 
 def _repair(file: BootFile, where: GuardOptions, progress: Progress) -> VerifyResult:

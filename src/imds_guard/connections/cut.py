@@ -4,170 +4,183 @@
 The hooks judge a connect, and these connections are past it. So the search begins when the policy is in force. It is
 repeated until it finds nothing: a connect that the policy before has allowed may become a connection only now.
 
-A connection is denied if one of its holders is denied. A holder is any process that has a descriptor of the socket; it
-is judged as if it connected now. One denied holder is enough: it can read and write like all others. A socket without a
-holder is judged by the user who made it: it is being passed from one process to another, or belongs to an io_uring. A
-socket without a file is left alone: nobody can use it.
+Everything that is read and cut here belongs to others. So no lock is held, all of it has a deadline, and whatever can
+hang is done by children. What is left is named.
+
+judge.py says who is judged. A socket without a file is left alone: nobody can use it. A connection that its peer has
+made stays: tcp_birth.py says how that is known. Where nobody can tell it is cut.
 """
 
 from __future__ import annotations
 
 import errno
-from contextlib import suppress
-from functools import lru_cache
-from typing import NamedTuple
+import os
+import time
+from collections.abc import Sequence
+from typing import Callable, TypeVar
 
-from imds_guard.connections.find import FoundSocket, Scope, address_of, find_sockets, hidden_processes, open_sock_diag
-from imds_guard.connections.values import Connection, CutResult, Holder, WhyOpen
-from imds_guard.errors import BadPolicy, system_text
-from imds_guard.identity import caller_of_user, callers_of_pids, user_name
-from imds_guard.kernel.namespaces import Namespace, namespace_inode
-from imds_guard.kernel.socket_holders import LIMITS, Holders, holders_of
-from imds_guard.kernel.untrusted import name_of
-from imds_guard.policy.decide import Caller, Destination, decide
-from imds_guard.policy.model import MAX_ID, Mode, Policy
+from imds_guard.connections import find
+from imds_guard.connections.find import Scope, find_sockets, hidden_processes
+from imds_guard.connections.judge import Denied, judge
+from imds_guard.connections.values import Connection, CutResult, SweepEnd, WhyOpen
+from imds_guard.errors import system_text
+from imds_guard.kernel import socket_holders
+from imds_guard.kernel.abandonable import Limits
+from imds_guard.kernel.namespaces import Namespace
+from imds_guard.kernel.sock_destroy import Ended, Ending, Target, end_each
+from imds_guard.kernel.socket_holders import Holders, holders_of
+from imds_guard.policy.model import Mode, Policy
 
+T = TypeVar("T")
+
+SWEEP_S = 5.0
+"""For everything. 2,000 sockets of 2,600 processes take 1 s."""
+CUT_S = 2.0
+"""For one round of cuts. A socket is ended in microseconds, unless a system call has locked it."""
 MAX_SEARCHES = 5
 """When this many searches in a row find connections, new ones are opened all the time."""
-
-_NO_GROUP = MAX_ID + 1
 
 
 def find_denied(policy: Policy, scope: Scope) -> CutResult:
     """The connections that ``policy`` would not allow. None is cut."""
-    return _result(_search(policy, scope), {}, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else None)
+    sweep = Sweep(scope, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else None, cut=False)
+    sweep.look(policy)
+    return sweep.result()
 
 
 def cut_denied(policy: Policy, scope: Scope, keep: WhyOpen | None = None) -> CutResult:
     """Cuts the connections that ``policy`` does not allow; call it when the policy is in force. ``keep`` cuts none."""
-    cut: dict[bytes, Connection] = {}
-    for _ in range(MAX_SEARCHES):
-        found = _search(policy, scope)
-        if keep is not None or not found.denied:
-            return _result(found, cut, keep)
-        try:
-            _cut(found, cut)
-        except OSError as error:
-            after = _search(policy, scope)
-            if error.errno == errno.EOPNOTSUPP:
-                return _result(after, cut, WhyOpen.UNSUPPORTED)
-            after.errors.append(f"ending a connection: {system_text(error)}")
-            return _result(after, cut, WhyOpen.REFUSED)
-    return _result(_search(policy, scope), cut, WhyOpen.REOPENED)
+    sweep = Sweep(scope, keep, cut=keep is None)
+    sweep.look(policy)
+    return sweep.result()
 
 
-class _Denied(NamedTuple):
-    found: FoundSocket
-    connection: Connection
+class Sweep:
+    """A search that cuts what it finds. ``is_wanted`` becomes False when another command has changed the policy."""
 
+    def __init__(
+        self, scope: Scope, keep: WhyOpen | None, is_wanted: Callable[[], bool] = lambda: True, *, cut: bool = True
+    ) -> None:
+        self._scope = scope
+        self._keep = keep
+        self._is_wanted = is_wanted
+        self._cut = cut
+        self._done: dict[bytes, Connection] = {}
+        self._open: dict[bytes, Connection] = {}
+        self._why: dict[bytes, WhyOpen | None] = {}
+        """Why connections were left open when they were found. They are not tried again."""
+        self._closed: set[bytes] = set()
+        """They were cut or are gone, or their peers have made them."""
+        self._searched: tuple[Namespace, ...] | None = None
+        self._errors: dict[str, None] = {}
+        self._end = SweepEnd.COMPLETE
+        self._ends = 0.0
+        self._is_extra = False
+        self._whole = True
+        """Whether the last search had time for everything. Otherwise what it did not find may still be open."""
 
-class _Search(NamedTuple):
-    searched: tuple[Namespace, ...]
-    errors: list[str]
-    denied: list[_Denied]
+    def result(self) -> CutResult:
+        """Of all searches."""
+        found = (tuple(self._done.values()), tuple(self._open.values()))
+        return CutResult(self._searched or (), tuple(self._errors), *found, self._end)
 
+    def look(self, policy: Policy, within_s: float = SWEEP_S, *, extra: bool = False) -> None:
+        """Searches and cuts until a search finds nothing new, or the time is over.
 
-def _result(found: _Search, cut: dict[bytes, Connection], why_open: WhyOpen | None) -> CutResult:
-    still_open = tuple(one.connection for one in found.denied)
-    why = why_open if still_open else None
-    return CutResult(found.searched, tuple(found.errors), tuple(cut.values()), still_open, why)
-
-
-def _cut(search: _Search, cut: dict[bytes, Connection]) -> None:
-    """Ends the denied connections and adds them to ``cut``. Raises OSError."""
-    for namespace in {one.found.namespace for one in search.denied}:
-        with suppress(FileNotFoundError), open_sock_diag(namespace) as diag:  # its last process may have ended
-            for one in search.denied:
-                if one.found.namespace == namespace and diag.destroy(one.found.socket):
-                    cut[one.found.socket.identity] = one.connection
-
-
-# --- judging --------------------------------------------------------------------------------------------------------
-
-
-def _search(policy: Policy, scope: Scope) -> _Search:
-    """The connections of the scope that the policy denies."""
-    found = find_sockets(policy, scope)
-    holders = holders_of(frozenset(one.socket.inode for one in found.sockets))
-    if holders.hidden:
-        found.errors.append(f"the sockets of {hidden_processes(holders.hidden)} were not seen")
-    if holders.not_read:
-        found.errors.append(f"not all sockets of {holders.not_read} processes were seen before the time was over")
-    callers = callers_of_pids({pid for pids in holders.pids.values() for pid in pids}, LIMITS)
-    judge = _Judge(policy, holders, callers)
-    judged = [(one, judge.denied(one)) for one in found.sockets]
-    denied = [_Denied(one, connection) for one, connection in judged if connection is not None]
-    return _Search(tuple(found.searched), found.errors, denied)
-
-
-class _Judge:
-    """Decides about sockets. It reads each user once."""
-
-    def __init__(self, policy: Policy, holders: Holders, callers: dict[int, Caller]) -> None:
-        self._policy = policy
-        self._holders = holders
-        self._callers = callers
-        self._creators: dict[int, Caller] = {}
-        self._reasons: dict[tuple[Caller, Destination], str] = {}
-        self._named: dict[int, Holder] = {}
-        self._user_name = lru_cache(maxsize=None)(user_name)
-        self._host_namespace = _host_namespace()
-
-    def denied(self, one: FoundSocket) -> Connection | None:
-        """The connection with the reason, if the policy denies it."""
-        pids = self._holders.pids.get(one.socket.inode, ())
-        callers = {pid: self._callers[pid] for pid in pids if pid in self._callers}
-        judged = list(callers.values()) or [self._creator(one)]
-        why = next((reason for reason in (self._reason(caller, one.destination) for caller in judged) if reason), "")
-        if not why:
-            return None
-        return Connection(
-            one.destination.protocol,
-            (address_of(one.socket.local), one.socket.local_port),
-            (one.destination.address, one.destination.port),
-            tuple(self._holder(pid, caller) for pid, caller in callers.items()),
-            self._user_name(one.socket.uid),
-            one.namespace.inode,
-            why,
-        )
-
-    def _reason(self, caller: Caller, destination: Destination) -> str:
-        """Why the policy denies it, also in audit mode. "" where it is allowed."""
-        if (caller, destination) not in self._reasons:
-            decision = decide(self._policy, caller, destination)
-            reason = "" if decision.reason.permits else f"{decision.reason.label} in lock {decision.lock!r}"
-            self._reasons[(caller, destination)] = reason
-        return self._reasons[(caller, destination)]
-
-    def _holder(self, pid: int, caller: Caller) -> Holder:
-        if pid not in self._named:
-            self._named[pid] = Holder(pid, name_of(pid), self._user_name(caller.fsuid))
-        return self._named[pid]
-
-    def _creator(self, one: FoundSocket) -> Caller:
-        """The user who made the socket.
-
-        Outside the host's network namespace it can't be known whether a container made it: treat it as one.
+        An ``extra`` look says nothing of what it had no time for.
         """
-        uid = one.socket.uid
-        if uid not in self._creators:
-            self._creators[uid] = _with_account(uid)
-        known = self._creators[uid]
-        on_host = one.namespace.inode == self._host_namespace
-        return Caller(known.fsuid, known.fsgid, known.groups, pid_namespace_is_initial=on_host)
+        self._ends, self._is_extra = time.monotonic() + within_s, extra
+        for _ in range(MAX_SEARCHES):
+            if not self._is_wanted():
+                self._end = SweepEnd.INTERRUPTED
+            if self._end is SweepEnd.INTERRUPTED or not self._search_and_cut(policy):
+                return
+        self._settle(self._search(policy), {}, WhyOpen.REOPENED)
+
+    def _search_and_cut(self, policy: Policy) -> bool:
+        """False when there is nothing more to do."""
+        denied = self._search(policy)
+        fresh = [one for one in denied if self._is_fresh(one)]
+        targets = [Target(one.found.namespace, one.found.socket, one.found.seems_accepted) for one in fresh]
+        ended = end_each(targets, min(CUT_S, self._left_s()), self._is_wanted, self._cut)
+        endings = {one.found.socket.identity: what for one, what in zip(fresh, ended)}
+        self._settle(denied, endings, self._keep)
+        return any(what.ending in (Ending.CUT, Ending.GONE) for what in ended)
+
+    def _is_fresh(self, one: Denied) -> bool:
+        identity = one.found.socket.identity
+        return one.connection.why_open is None and identity not in self._why and identity not in self._closed
+
+    def _settle(self, denied: Sequence[Denied], endings: dict[bytes, Ended], otherwise: WhyOpen | None) -> None:
+        """Notes what became of each socket, and which ones are open after this search."""
+        if self._whole:
+            self._open = {}
+        for one in denied:
+            identity, connection = one.found.socket.identity, one.connection
+            ended = endings.get(identity, Ended(Ending.NOT_CUT))
+            if ended.ending is Ending.CUT:
+                self._done[identity] = connection
+            if ended.ending in (Ending.CUT, Ending.GONE, Ending.ACCEPTED):
+                self._closed.add(identity)
+                self._open.pop(identity, None)
+            if identity not in self._closed:
+                why = self._why.setdefault(identity, connection.why_open or self._why_open(ended) or otherwise)
+                self._open[identity] = connection._replace(why_open=why)
+
+    def _why_open(self, ended: Ended) -> WhyOpen | None:
+        if ended.ending is Ending.REFUSED and ended.errno != errno.EOPNOTSUPP:
+            self._errors[f"ending a connection: {system_text(OSError(ended.errno, os.strerror(ended.errno)))}"] = None
+        if ended.ending in (Ending.HELD, Ending.NOT_TRIED):
+            self._end = SweepEnd.DEADLINE
+        if ended.ending is Ending.NOT_WANTED:
+            self._end = SweepEnd.INTERRUPTED
+        if ended.ending is Ending.REFUSED and ended.errno == errno.EOPNOTSUPP:
+            return WhyOpen.UNSUPPORTED
+        return _WHY_OPEN.get(ended.ending)
+
+    # --- searching
+
+    def _search(self, policy: Policy) -> list[Denied]:
+        """The connections of the scope that the policy denies."""
+        self._whole = True
+        found = self._timed(0.6, find.LIMITS, lambda limits: find_sockets(policy, self._scope, limits))
+        inodes = frozenset(one.socket.inode for one in found.sockets)
+        holders = self._timed(0.6, socket_holders.LIMITS, lambda limits: holders_of(inodes, limits))
+        denied = self._timed(0.6, _JUDGING, lambda limits: judge(policy, found.sockets, holders, limits))
+        if self._searched is None:
+            self._searched = tuple(found.searched)
+        if not self._is_extra:
+            self._errors.update(dict.fromkeys([*found.errors, *_not_seen(holders)]))
+        return denied
+
+    def _timed(self, share: float, limits: Limits, stage: Callable[[Limits], T]) -> T:
+        """Runs a stage of a search, which gets this share of the time that is left."""
+        total_s = self._left_s() * share
+        until = time.monotonic() + total_s
+        result = stage(limits._replace(share_s=min(limits.share_s, total_s), total_s=total_s))
+        if time.monotonic() >= until:
+            self._whole = False
+            if not self._is_extra and self._end is SweepEnd.COMPLETE:
+                self._end = SweepEnd.DEADLINE
+        return result
+
+    def _left_s(self) -> float:
+        return max(0.0, self._ends - time.monotonic())
 
 
-def _with_account(uid: int) -> Caller:
-    """The user with the groups of a new login; without groups where there is no account."""
-    try:
-        return caller_of_user(uid)
-    except BadPolicy:
-        return Caller(uid, _NO_GROUP)
+_JUDGING = Limits(share_s=0.5)
+_WHY_OPEN = {
+    Ending.HELD: WhyOpen.HELD,
+    Ending.NOT_TRIED: WhyOpen.NO_TIME,
+    Ending.NOT_WANTED: WhyOpen.NO_TIME,
+    Ending.REFUSED: WhyOpen.REFUSED,
+}
 
 
-def _host_namespace() -> int | None:
-    """The inode of the network namespace of process 1. None where it may not be read."""
-    try:
-        return namespace_inode("net", 1)
-    except OSError:
-        return None
+def _not_seen(holders: Holders) -> list[str]:
+    errors = []
+    if holders.hidden:
+        errors.append(f"the sockets of {hidden_processes(holders.hidden)} were not seen")
+    if holders.not_read:
+        errors.append(f"not all sockets of {holders.not_read} processes were seen before the time was over")
+    return errors

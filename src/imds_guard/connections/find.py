@@ -13,10 +13,11 @@ from typing import NamedTuple
 from imds_guard.errors import system_text
 from imds_guard.kernel import sock_diag
 from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
-from imds_guard.kernel.namespaces import OWN_PATH, Namespace, network_namespaces
-from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket
+from imds_guard.kernel.namespaces import Namespace, network_namespaces
+from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket, open_sock_diag
 from imds_guard.policy.decide import Destination
 from imds_guard.policy.model import Address, Policy, Protocol, unmapped
+from imds_guard.policy.ports import NO_PORTS, Ports, has_port
 from imds_guard.text import count_of, some_of
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -45,6 +46,8 @@ class FoundSocket(NamedTuple):
     socket: Socket
     namespace: Namespace
     destination: Destination
+    seems_accepted: bool
+    """Its peer's port is no port of a service, and something listens at its own. A process can arrange that."""
 
 
 LIMITS = Limits(share_s=3.0, total_s=10.0)
@@ -93,6 +96,7 @@ class FoundSockets:
             )
 
 
+_Wanted = dict[Protocol, sock_diag.Wanted]
 _UNANSWERED = {
     Unanswered.HUNG: f"no answer within {LIMITS.share_s:g} s",
     Unanswered.NOT_ASKED: "not tried, since others did not answer or time was over",
@@ -110,8 +114,8 @@ class _Answer(NamedTuple):
     """Its last process has ended."""
 
 
-def find_sockets(policy: Policy, scope: Scope) -> FoundSockets:
-    """Every socket of the scope that is connected to an address that some lock covers, whatever the port.
+def find_sockets(policy: Policy, scope: Scope, limits: Limits = LIMITS) -> FoundSockets:
+    """Every socket of the scope that is connected to an address and port that some lock covers.
 
     Sockets without a file are left out: nobody can use them. A child searches, since others can make it hang.
     """
@@ -126,13 +130,14 @@ def find_sockets(policy: Policy, scope: Scope) -> FoundSockets:
         )
     if hidden:
         found.errors.append(f"the network namespace of {hidden_processes(hidden)} was not found")
-    wanted, cgroups = _locked_addresses(policy), _cgroup_ids(scope.cgroup)
+    wanted = {protocol: _locked_endpoints(policy, protocol) for protocol, _, _ in _PROTOCOLS}
+    cgroups = _cgroup_ids(scope.cgroup)
 
     def work(namespace: Namespace) -> _Answer:
         return _search(namespace, wanted, cgroups)
 
     with Worker(work) as worker:
-        for namespace, answer in worker.ask_each(namespaces, LIMITS):
+        for namespace, answer in worker.ask_each(namespaces, limits):
             found.add(namespace, answer)
     found.finish()
     return found
@@ -143,18 +148,7 @@ def hidden_processes(number: int) -> str:
     return f"{number} process{'' if number == 1 else 'es'} that this one may not inspect (CAP_SYS_PTRACE)"
 
 
-def open_sock_diag(namespace: Namespace) -> SockDiag:
-    """Raises OSError; FileNotFoundError when the process whose path leads to the namespace has ended."""
-    if namespace.path == OWN_PATH:
-        return SockDiag()  # our own namespace needs no privilege
-    fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return SockDiag(fd)
-    finally:
-        os.close(fd)
-
-
-def _search(namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[int] | None) -> _Answer:
+def _search(namespace: Namespace, wanted: _Wanted, cgroups: frozenset[int] | None) -> _Answer:
     try:
         with open_sock_diag(namespace) as diag:
             return _in_namespace(diag, namespace, wanted, cgroups)
@@ -164,21 +158,19 @@ def _search(namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[i
         return _Answer(refused=system_text(error))
 
 
-def _in_namespace(
-    diag: SockDiag, namespace: Namespace, wanted: sock_diag.Wanted, cgroups: frozenset[int] | None
-) -> _Answer:
+def _in_namespace(diag: SockDiag, namespace: Namespace, wanted: _Wanted, cgroups: frozenset[int] | None) -> _Answer:
     """The sockets of one namespace; those beyond MAX_SOCKETS are counted. Raises OSError."""
     found: list[FoundSocket] = []
     more, errors = 0, []
     for protocol, number, states in _PROTOCOLS:
         try:
-            for one in _outgoing(diag, number, states, wanted):
+            for one, seems_accepted in _outgoing_first(diag, number, states, wanted[protocol]):
                 if not one.inode or (cgroups is not None and one.cgroup_id not in cgroups):
                     continue
                 more += len(found) >= MAX_SOCKETS
                 if len(found) < MAX_SOCKETS:
                     remote = Destination(address_of(one.remote), one.remote_port, protocol)
-                    found.append(FoundSocket(one, namespace, remote))
+                    found.append(FoundSocket(one, namespace, remote, seems_accepted))
         except FileNotFoundError:
             errors.append(f"{protocol.value.upper()} sockets: this kernel can't list them (CONFIG_INET_DIAG)")
     return _Answer(found, more, tuple(errors))
@@ -191,23 +183,24 @@ def _sockets(
         yield from diag.each_socket(family, number, states, wanted)
 
 
-def _outgoing(diag: SockDiag, number: int, states: tuple[int, ...], wanted: sock_diag.Wanted) -> Iterator[Socket]:
-    """Without the connections that seem to be incoming: no service has the remote port, and ours is listened at.
+def _outgoing_first(
+    diag: SockDiag, number: int, states: tuple[int, ...], wanted: sock_diag.Wanted
+) -> Iterator[tuple[Socket, bool]]:
+    """The sockets, and whether they seem to be accepted ones: these come last, so that they don't crowd out others.
 
-    The kernel does not record which end has connected. The sockets are listed twice rather than kept: there may be any
-    number of them.
+    The sockets are listed again rather than kept: there may be any number of them.
     """
     with_high_port = False
     for one in _sockets(diag, number, states, wanted):
         if number != socket.IPPROTO_TCP or one.remote_port < _PRIVILEGED_PORTS:
-            yield one
+            yield one, False
         else:
             with_high_port = True
-    if with_high_port:
-        listening = _listening(diag)
+    listening = _listening(diag) if with_high_port else set()
+    for accepted in (False, True) if with_high_port else ():
         for one in _sockets(diag, number, states, wanted):
-            if one.remote_port >= _PRIVILEGED_PORTS and not _is_accepted(one, listening):
-                yield one
+            if one.remote_port >= _PRIVILEGED_PORTS and _is_listened_at(one, listening) is accepted:
+                yield one, accepted
 
 
 def _listening(diag: SockDiag) -> set[tuple[Address, int]]:
@@ -219,7 +212,7 @@ def _listening(diag: SockDiag) -> set[tuple[Address, int]]:
     return found
 
 
-def _is_accepted(one: Socket, listening: set[tuple[Address, int]]) -> bool:
+def _is_listened_at(one: Socket, listening: set[tuple[Address, int]]) -> bool:
     addresses = (address_of(one.local), *_UNSPECIFIED)
     return any((address, one.local_port) in listening for address in addresses)
 
@@ -240,20 +233,23 @@ def _cgroup_ids(path: str | None) -> frozenset[int] | None:
     return frozenset(found)
 
 
-def _locked_addresses(policy: Policy) -> sock_diag.Wanted:
-    """A quick test that is true for every address that some lock covers, whatever the port."""
-    networks: dict[tuple[int, int], set[int]] = {}
-    for lock in policy.locks:
-        for endpoint in lock.endpoints:
-            network = endpoint.network
-            host_bits = network.max_prefixlen - network.prefixlen
-            known = networks.setdefault((network.max_prefixlen // 8, host_bits), set())
-            known.add(int(network.network_address) >> host_bits)
+def _locked_endpoints(policy: Policy, protocol: Protocol) -> sock_diag.Wanted:
+    """A quick test that is true for every address and port that some lock covers."""
+    networks: dict[tuple[int, int], dict[int, Ports]] = {}
+    for endpoint in (one for lock in policy.locks for one in lock.endpoints):
+        network = endpoint.network
+        host_bits = network.max_prefixlen - network.prefixlen
+        known = networks.setdefault((network.max_prefixlen // 8, host_bits), {})
+        number = int(network.network_address) >> host_bits
+        known[number] = known.get(number, NO_PORTS) + endpoint.ports(protocol)
     by_size = tuple((*key, found) for key, found in networks.items())
 
-    def wanted(address: bytes, _port: int) -> bool:
+    def wanted(address: bytes, port: int) -> bool:
         packed = address[12:] if address.startswith(_MAPPED) else address
         number = int.from_bytes(packed, "big")
-        return any(size == len(packed) and number >> host_bits in found for size, host_bits, found in by_size)
+        return any(
+            size == len(packed) and has_port(found.get(number >> host_bits, NO_PORTS), port)
+            for size, host_bits, found in by_size
+        )
 
     return wanted

@@ -19,6 +19,26 @@ class Holder(NamedTuple):
     user: str
 
 
+class WhyOpen(Enum):
+    """Why a connection that the policy does not allow is still open. The values stand in the JSON."""
+
+    KEPT = "kept"
+    """--keep-existing asked for it."""
+    AUDIT = "audit"
+    UNSUPPORTED = "unable"
+    """The kernel is built without CONFIG_INET_DIAG_DESTROY."""
+    REFUSED = "refused"
+    """The kernel returned another error."""
+    HELD = "held"
+    """A system call that does not end has locked the socket."""
+    NO_PROCESS = "no-process"
+    """Root made it and no process holds it: it is probably the kernel's own, for a disk or a mount."""
+    NO_TIME = "no-time"
+    """The time was over, or another command has changed the policy."""
+    REOPENED = "come-back"
+    """Each search found new ones."""
+
+
 class Connection(NamedTuple):
     """A connection to a locked endpoint that the policy does not allow."""
 
@@ -32,20 +52,18 @@ class Connection(NamedTuple):
     """The inode of its network namespace."""
     why: str
     """The reason and the lock."""
+    why_open: WhyOpen | None = None
+    """None for one that was cut, and when nobody asked to cut any."""
 
 
-class WhyOpen(Enum):
-    """Why connections that the policy does not allow are still open. The values stand in the JSON."""
+class SweepEnd(Enum):
+    """How a search ended. The values stand in the JSON."""
 
-    KEPT = "kept"
-    """--keep-existing asked for it."""
-    AUDIT = "audit"
-    UNSUPPORTED = "unable"
-    """The kernel is built without CONFIG_INET_DIAG_DESTROY."""
-    REFUSED = "refused"
-    """The kernel returned another error."""
-    REOPENED = "come-back"
-    """Each search found new ones."""
+    COMPLETE = "complete"
+    DEADLINE = "deadline"
+    """The time was over before everything was searched and cut."""
+    INTERRUPTED = "interrupted"
+    """Another command has changed the policy meanwhile."""
 
 
 class CutResult(NamedTuple):
@@ -56,5 +74,9 @@ class CutResult(NamedTuple):
     """What could not be searched or cut, and why."""
     cut: tuple[Connection, ...] = ()
     still_open: tuple[Connection, ...] = ()
-    why_open: WhyOpen | None = None
-    """None when all were cut, and when nobody asked to cut any."""
+    end: SweepEnd = SweepEnd.COMPLETE
+
+    @property
+    def why_open(self) -> WhyOpen | None:
+        """Why the first one is open. None when all were cut, and when nobody asked to cut any."""
+        return self.still_open[0].why_open if self.still_open else None

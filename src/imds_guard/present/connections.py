@@ -20,6 +20,12 @@ _ADVICE = {
     WhyOpen.UNSUPPORTED: "since this kernel can't end connections (CONFIG_INET_DIAG_DESTROY): end the processes, or "
     "start with --strict",
     WhyOpen.REFUSED: "since the kernel did not end them: end the processes, or start with --strict",
+    WhyOpen.HELD: "since a system call that does not end has locked the socket: end the processes, or start with "
+    "--strict",
+    WhyOpen.NO_PROCESS: "and never cuts, since root made them and no process holds them (the kernel's own, for a disk "
+    "or a mount?): allow root, or start with --strict",
+    WhyOpen.NO_TIME: "since the time was over or another command changed the policy: imds-guard verify --repair looks "
+    "again, or start with --strict",
     WhyOpen.REOPENED: "since new ones were opened as fast as they were cut: look at the processes, or start with "
     "--strict",
 }
@@ -37,8 +43,8 @@ def connection_lines(result: CutResult) -> list[str]:
     if not result.cut and not result.still_open:
         return [f"no open connection had to be cut ({where})"]
     lines = _listed(f"cut {_count(result.cut)} ({where}):", result.cut)
-    if result.why_open is WhyOpen.AUDIT:
-        lines += _listed(f"would have cut {_count(result.still_open)} ({where}):", result.still_open)
+    audited = [one for one in result.still_open if one.why_open is WhyOpen.AUDIT]
+    lines += _listed(f"would have cut {_count(audited)} ({where}):", audited)
     return lines or [f"no open connection was cut ({where})"]
 
 
@@ -49,13 +55,15 @@ def would_cut_lines(result: CutResult) -> list[str]:
 
 
 def connection_warnings(result: CutResult, strict: bool) -> list[str]:
-    """What was left open, and what could not be searched."""
-    if result.why_open not in _ADVICE:
-        return _errors(result)
-    advice = _ADVICE_STRICT if strict else _ADVICE[result.why_open]
-    connections = some_of([connection_text(one) for one in result.still_open], MAX_SHOWN, "; ")
-    left = f"left {_count(result.still_open)} that the policy does not allow, {advice}: {connections}"
-    return [left, *_errors(result)]
+    """What was left open, by the reason, and what could not be searched."""
+    left = []
+    for why, advice in _ADVICE.items():
+        several = [one for one in result.still_open if one.why_open is why]
+        if several:
+            connections = some_of([connection_text(one) for one in several], MAX_SHOWN, "; ")
+            what = f"left {_count(several)} that the policy does not allow"
+            left.append(f"{what}, {_ADVICE_STRICT if strict else advice}: {connections}")
+    return [*left, *_errors(result)]
 
 
 def _errors(result: CutResult) -> list[str]:
@@ -98,6 +106,7 @@ def connections_values(result: CutResult) -> dict[str, Any]:
         "cut": [_values(one) for one in result.cut],
         "left": [_values(one) for one in result.still_open],
         "why_left": None if result.why_open is None else result.why_open.value,
+        "sweep": result.end.value,
     }
 
 
@@ -115,4 +124,5 @@ def _values(one: Connection) -> dict[str, Any]:
         "user": one.user,
         "network_namespace": one.namespace,
         "why": one.why,
+        "why_left": None if one.why_open is None else one.why_open.value,
     }

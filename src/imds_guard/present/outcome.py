@@ -12,7 +12,7 @@ from imds_guard.present.wrap import MAX_SHOWN, wrapped
 from imds_guard.text import count_of, some_of
 
 if TYPE_CHECKING:
-    from imds_guard.commands.guard import Outcome
+    from imds_guard.commands.outcome import Outcome
     from imds_guard.commands.preflight import Preflight, ShutOut
 
 
@@ -52,8 +52,10 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def shut_out_lines(found: Preflight) -> list[str]:
+def shut_out_lines(found: Preflight | None) -> list[str]:
     """A sentence for each client that the policy shuts out, and for the processes that were not looked at."""
+    if found is None:
+        return []
     lines = [f"{one.name}{_who(one)} is shut out: it {one.why}" for one in found.shut_out]
     if found.more:
         lines.append(f"{count_of(found.more, 'more metadata client')} would be shut out")
@@ -81,14 +83,16 @@ def _processes(number: int) -> str:
     return f"{number} process{'' if number == 1 else 'es'}"
 
 
-def shut_out_values(found: Preflight) -> list[dict[str, Any]]:
+def shut_out_values(found: Preflight | None) -> list[dict[str, Any]]:
     """The processes that are shut out, as plain values for JSON: those of one client and user are one entry."""
     return [
         {"pid": one.pid, "name": one.name, "user": one.user, "why": one.why, "processes": one.processes}
-        for one in found.shut_out
+        for one in (found.shut_out if found is not None else ())
     ]
 
 
-def not_inspected_values(found: Preflight) -> dict[str, Any]:
+def not_inspected_values(found: Preflight | None) -> dict[str, Any]:
     """What preflight left out, as plain values for JSON."""
+    if found is None:
+        return {"more_shut_out": 0, "hung": [], "processes": 0}
     return {"more_shut_out": found.more, "hung": list(found.hung), "processes": found.not_asked}

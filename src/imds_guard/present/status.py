@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Policy, Verdict
+from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
 from imds_guard.present.policy import lock_lines, policy_values
 from imds_guard.present.wrap import MAX_SHOWN, wrapped
 
@@ -117,8 +118,17 @@ def _ebpf_values(state: State) -> dict[str, Any]:
 def verify_lines(found: VerifyResult) -> list[str]:
     """A line for each repair and for each fault that is left; the last line is the state."""
     lines = [f"repaired: {line}" for line in found.repaired]
+    if found.existing is not None and found.existing.cut:
+        lines += connection_lines(found.existing)
     lines += [f"fault: {line}" for line in found.after.faults]
     return [*lines, state_line(found.after)]
+
+
+def verify_warnings(found: VerifyResult) -> list[str]:
+    """Warnings, and connections that were left open. What could not be searched was said by start."""
+    if found.existing is None or found.after.policy is None:
+        return list(found.warnings)
+    return [*found.warnings, *connection_warnings(found.existing._replace(errors=()), found.after.policy.strict)]
 
 
 def verify_values(found: VerifyResult) -> dict[str, Any]:
@@ -131,4 +141,5 @@ def verify_values(found: VerifyResult) -> dict[str, Any]:
         "repaired": found.repaired,
         "faults": found.after.faults,
         "notes": found.warnings,
+        "connections": None if found.existing is None else connections_values(found.existing),
     }

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows a change of the policy when the commands' lock is released: open connections, metadata clients.
+
+All of it reads what processes chose themselves. So nobody waits for it but the command itself, and it has a deadline:
+5 s for the connections, 3 s for the clients, 1 s for connections that were being made while the policy changed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from imds_guard.commands import preflight
+from imds_guard.connections.cut import SWEEP_S, Sweep
+from imds_guard.connections.find import Scope
+from imds_guard.connections.values import WhyOpen
+from imds_guard.policy.model import Mode
+
+if TYPE_CHECKING:
+    from imds_guard.commands.outcome import Outcome, Pending
+
+PREFLIGHT_S = 3.0
+EXTRA_S = 1.0
+
+
+def complete(outcome: Outcome) -> Outcome:
+    """Looks for open connections, if the change asks for it, and for clients that are shut out.
+
+    A connect that the policy before has allowed becomes a connection some time after the change: the hook is past, and
+    a port is still being looked for. So a second look follows behind the first one and the clients.
+    """
+    pending = outcome.pending
+    if pending is None:
+        return outcome
+    sweep = _sweep(outcome, pending) if pending.look else None
+    if sweep is not None:
+        sweep.look(outcome.policy, SWEEP_S)
+    limits = preflight.LIMITS._replace(total_s=PREFLIGHT_S)
+    shut_out = preflight.shut_out(outcome.policy, limits) if pending.clients else None
+    if sweep is None:
+        return outcome._replace(shut_out=shut_out, pending=None)
+    if pending.clients:
+        sweep.look(outcome.policy, EXTRA_S, extra=True)
+    pending.turn.finish()
+    return outcome._replace(existing=sweep.result(), shut_out=shut_out, pending=None)
+
+
+def _sweep(outcome: Outcome, pending: Pending) -> Sweep:
+    """iptables judges one network namespace, eBPF all of them."""
+    scope = Scope(pending.cgroup, every_namespace=outcome.backend == "ebpf")
+    why = WhyOpen.AUDIT if outcome.policy.mode is Mode.AUDIT else WhyOpen.KEPT if pending.keep else None
+    return Sweep(scope, why, pending.turn.is_last, cut=why is None)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the sockets that were found a policy denies.
+
+A connection is denied if one of its holders is denied. A holder is any process that has a descriptor of the socket; it
+is judged as if it connected now. One denied holder is enough: it can read and write like all others.
+
+The user who made the socket is judged, too, unless a holder runs as that user: the maker may have a copy that nobody
+sees, in the queue of a Unix socket or in an io_uring, and show a set-user-ID program as the only holder. Root as maker
+does not count beside a holder: services connect before they drop their privileges.
+
+A socket that root made and that no process holds is no process's to use: the kernel has such sockets for iSCSI and NFS.
+It is named and never cut, since a machine may have its disk behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from imds_guard.connections.find import FoundSocket, address_of
+from imds_guard.connections.values import Connection, Holder, WhyOpen
+from imds_guard.errors import BadPolicy
+from imds_guard.identity import caller_of_user, callers_of_pids, user_name
+from imds_guard.kernel.abandonable import Limits, Worker
+from imds_guard.kernel.namespaces import namespace_inode
+from imds_guard.kernel.socket_holders import Holders
+from imds_guard.kernel.untrusted import name_of
+from imds_guard.policy.decide import Caller, Destination, decide
+from imds_guard.policy.model import MAX_ID, Policy
+
+_NO_GROUP = MAX_ID + 1
+
+
+class Denied(NamedTuple):
+    """A socket that the policy denies. ``connection.why_open`` is NO_PROCESS for one that must not be cut."""
+
+    found: FoundSocket
+    connection: Connection
+
+
+def judge(policy: Policy, sockets: Sequence[FoundSocket], holders: Holders, limits: Limits) -> list[Denied]:
+    """The sockets that ``policy`` denies, with the reasons."""
+    known = _Known(callers_of_pids({pid for pids in holders.pids.values() for pid in pids}, limits))
+    with Worker(_of_user) as worker:
+        known.ask(worker, [(one.socket.uid, False) for one in sockets], limits)
+        found = [(one, _denied(policy, one, holders, known)) for one in sockets]
+        denied = [(one, verdict) for one, verdict in found if verdict is not None]
+        shown = [caller.fsuid for _, verdict in denied for caller in verdict.holders.values()]
+        known.ask(worker, [(uid, True) for uid in (*shown, *(one.socket.uid for one, _ in denied))], limits)
+    return [Denied(one, _described(one, verdict, known)) for one, verdict in denied]
+
+
+# --- users ----------------------------------------------------------------------------------------------------------
+
+_Question = tuple[int, bool]
+"""A user ID, and whether the name is asked for."""
+
+
+def _of_user(question: _Question) -> Caller | str:
+    """The user as after a login, or the name. In a child: the name service may not answer."""
+    uid, name_alone = question
+    if name_alone:
+        return user_name(uid)
+    try:
+        return caller_of_user(uid)
+    except BadPolicy:
+        return Caller(uid, _NO_GROUP)  # without an account
+
+
+class _Known:
+    """Processes and users. A user whose name or groups could not be read has none."""
+
+    def __init__(self, callers: dict[int, Caller]) -> None:
+        self.callers = callers
+        self._makers: dict[int, Caller] = {}
+        self._names: dict[int, str] = {}
+        self._host_namespace = _host_namespace()
+
+    def ask(self, worker: Worker[_Question, Caller | str], questions: Iterable[_Question], limits: Limits) -> None:
+        """Adds the answers."""
+        for (uid, _), answer in worker.ask_each(sorted(set(questions)), limits):
+            if isinstance(answer, Caller):
+                self._makers[uid] = answer
+            elif isinstance(answer, str):
+                self._names[uid] = answer
+
+    def maker(self, one: FoundSocket, callers: Collection[Caller]) -> Caller:
+        """Outside the host's network namespace and without a holder on the host it is treated as a container's."""
+        known = self._makers.get(one.socket.uid, Caller(one.socket.uid, _NO_GROUP))
+        on_host = self.is_on_host(one) or any(not caller.in_container for caller in callers)
+        return Caller(known.fsuid, known.fsgid, known.groups, pid_namespace_is_initial=on_host)
+
+    def is_on_host(self, one: FoundSocket) -> bool:
+        """Whether the socket is in the network namespace of process 1."""
+        return one.namespace.inode == self._host_namespace
+
+    def name(self, uid: int) -> str:
+        """The number where the name is not known."""
+        return self._names.get(uid, str(uid))
+
+
+def _host_namespace() -> int | None:
+    """The inode of the network namespace of process 1. None where it may not be read."""
+    try:
+        return namespace_inode("net", 1)
+    except OSError:
+        return None
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+class _Verdict(NamedTuple):
+    holders: dict[int, Caller]
+    why: str
+    keep: bool
+
+
+def _denied(policy: Policy, one: FoundSocket, holders: Holders, known: _Known) -> _Verdict | None:
+    """None where everybody who could use the socket is allowed."""
+    pids = holders.pids.get(one.socket.inode, ())
+    callers = {pid: known.callers[pid] for pid in pids if pid in known.callers}
+    is_shown = any(caller.fsuid == one.socket.uid for caller in callers.values()) or (callers and not one.socket.uid)
+    makers = [] if is_shown else [known.maker(one, callers.values())]
+    for caller in (*callers.values(), *makers):
+        why = _reason(policy, caller, one.destination)
+        if why:
+            return _Verdict(callers, why, not pids and one.socket.uid == 0 and known.is_on_host(one))
+    return None
+
+
+def _reason(policy: Policy, caller: Caller, destination: Destination) -> str:
+    """Why the policy denies it, also in audit mode. "" where it is allowed."""
+    decision = decide(policy, caller, destination)
+    return "" if decision.reason.permits else f"{decision.reason.label} in lock {decision.lock!r}"
+
+
+def _described(one: FoundSocket, verdict: _Verdict, known: _Known) -> Connection:
+    return Connection(
+        one.destination.protocol,
+        (address_of(one.socket.local), one.socket.local_port),
+        (one.destination.address, one.destination.port),
+        tuple(Holder(pid, name_of(pid), known.name(caller.fsuid)) for pid, caller in verdict.holders.items()),
+        known.name(one.socket.uid),
+        one.namespace.inode,
+        verdict.why,
+        WhyOpen.NO_PROCESS if verdict.keep else None,
+    )
