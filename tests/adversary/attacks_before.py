@@ -10,8 +10,10 @@ from imds_guard.policy.model import Policy
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.rings import Ring
 from tests.adversary.scene import ATTACKER_TOO, ELSEWHERE, IPV6, OPEN4, USUAL
-from tests.adversary.talk import ask, connected, make_socket, packed, there
+from tests.adversary.talk import REQUEST, answer, ask, connected, make_socket, packed, there
 from tests.conformance.attempts import TCP_FASTOPEN_CONNECT
+
+_UDP_CORK = 1  # include/uapi/linux/udp.h
 
 Pause = Callable[[], None]
 Prepare = Callable[[], socket.socket]
@@ -76,6 +78,32 @@ def _ring_from_before(pause: Pause) -> bytes:
             ring.close()
 
 
+def _corked() -> socket.socket:
+    """A datagram that was begun before (MSG_MORE in send(2)): its address is settled."""
+    one = make_socket(kind=socket.SOCK_DGRAM)
+    one.sendto(REQUEST, socket.MSG_MORE, there())
+    return one
+
+
+def _connected_corked() -> socket.socket:
+    one = _connected_udp()
+    one.send(REQUEST, socket.MSG_MORE)
+    return one
+
+
+def _sent_afterwards(prepare: Prepare) -> Run:
+    """The datagram leaves when the cork is taken off (UDP_CORK in udp(7)). No hook sees that."""
+
+    def attack(pause: Pause) -> bytes:
+        with prepare() as one:
+            pause()
+            for corked in (1, 0):
+                one.setsockopt(socket.IPPROTO_UDP, _UDP_CORK, corked)
+            return answer(one)
+
+    return lambda scene: scene.across_a_change(ELSEWHERE, USUAL, attack)
+
+
 _FROM_BEFORE = {
     "tcp": Way(_used_afterwards(connected, ELSEWHERE, USUAL)),
     "tcp-ipv6": Way(_used_afterwards(_connected_ipv6, ELSEWHERE, USUAL)),
@@ -100,6 +128,47 @@ ATTACKS = (
         Verdict.BLOCKED,
         "Both commands find such connections and cut them.",
         test="kernel/test_connections.py",
+    ),
+    Attack(
+        "connection-hidden",
+        "A connection from before whose maker hides: a set-user-ID program is the only holder, a copy is in the queue "
+        "of a Unix socket",
+        Verdict.BLOCKED,
+        "The user who made the socket is judged, too, where no holder runs as that user.",
+        test="kernel/test_connection_tricks.py",
+    ),
+    Attack(
+        "connection-disguised",
+        "A connection from before to a port above 1023, with a listener at its own port, as if its peer had made it",
+        Verdict.BLOCKED,
+        "The kernel's counters tell who has sent the SYN. Where they don't, the connection is cut.",
+        test="kernel/test_connection_tricks.py",
+    ),
+    Attack(
+        "connection-held",
+        "A connection from before whose socket is locked by a `send` that does not end (a FUSE server that does not "
+        "answer), so that the kernel can't cut it",
+        Verdict.STRICT,
+        "It is cut as soon as the kernel gets the lock of the socket, but other calls may have queued for that lock "
+        "before. The command ends in time and names the connection; all others are cut.",
+        test="kernel/test_held_connections.py",
+    ),
+    Attack(
+        "connection-in-progress",
+        "A connect that is past the hook and has no port yet while the policy changes, on a CPU that never gets to it",
+        Verdict.STRICT,
+        "Nobody can see such a socket. Two searches follow the change, and one each `verify --repair`: it is cut then.",
+        test="kernel/test_connection_search.py",
+    ),
+    Attack(
+        "datagram-corked",
+        "A UDP datagram that was begun before the lock (`MSG_MORE`, `UDP_CORK`) and leaves afterwards",
+        Verdict.STRICT,
+        "No hook sees it leave, and cutting the socket does not drop it.",
+        {
+            "unconnected": Way(_sent_afterwards(_corked)),
+            "connected": Way(_sent_afterwards(_connected_corked)),
+        },
     ),
     Attack(
         "connection-before",

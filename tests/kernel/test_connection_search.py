@@ -18,15 +18,20 @@ from typing import Any
 
 import pytest
 
+from imds_guard.commands import followup, preflight
+from imds_guard.commands.outcome import Outcome, Pending
+from imds_guard.commands.preflight import Preflight
+from imds_guard.commands.turn import Turn
 from imds_guard.connections import find
 from imds_guard.connections.cut import MAX_SEARCHES, cut_denied, find_denied
 from imds_guard.connections.find import Scope
 from imds_guard.connections.values import CutResult, WhyOpen
 from imds_guard.kernel import children, namespaces, syscalls
+from imds_guard.kernel.abandonable import Limits
 from imds_guard.kernel.privileges import CAP_NET_ADMIN, CAP_SYS_ADMIN
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.kernel.sock_diag import CONNECTED, SockDiag
-from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 from imds_guard.present import connections as present_connections
 from tests.command import ONE, SERVICE, STRANGER
@@ -34,6 +39,7 @@ from tests.hostile import serve_nothing
 from tests.kernel.clients import (
     NEEDS_THE_HOST,
     WITHIN_S,
+    Client,
     Stage,
     locked,
     opening,
@@ -183,6 +189,27 @@ def test_a_namespace_that_hangs_is_named_and_the_others_are_searched(here: Stage
     assert found == [client.pid]
     assert [text for text in errors if text.startswith(f"entering {tmp_path}/file: no answer within")]
     assert took < 5
+
+
+# --- when it searches -----------------------------------------------------------------------------------------------
+
+
+def test_a_connect_that_was_in_progress_is_cut_by_the_second_look(
+    here: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is past the hook, and sock_diag does not see it before it has a port. Here it appears between the looks."""
+    late: list[Client] = []
+
+    def shut_out(policy: Policy, limits: Limits) -> Preflight:
+        late.append(here.client(opening()))
+        return Preflight()
+
+    monkeypatch.setattr(preflight, "shut_out", shut_out)
+    pending = Pending(Turn(str(tmp_path / "none"), ""), here.scope.cgroup)
+    existing = followup.complete(Outcome("ebpf", locked(ONE), [], [], pending=pending)).existing
+    assert existing is not None
+    assert pids(existing.cut) == [late[0].pid]
+    assert late[0].write() == ["ECONNABORTED"]
 
 
 # --- where it searches ----------------------------------------------------------------------------------------------

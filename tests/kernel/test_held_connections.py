@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from imds_guard.commands import turn
 from imds_guard.connections.cut import CUT_S, cut_denied
 from imds_guard.connections.values import SweepEnd, WhyOpen
 from imds_guard.kernel import children
@@ -169,14 +170,21 @@ def test_other_commands_go_on_meanwhile_and_take_the_search_over(here: Stage, he
     assert (found["sweep"], [one["why_left"] for one in found["left"]]) == ("interrupted", ["no-time"])
 
 
-def test_verify_cuts_what_a_killed_start_left(here: Stage, guard: Guard, tmp_path: Path) -> None:
-    """It leaves alone what --keep-existing kept."""
+def test_verify_looks_again_but_leaves_alone_what_was_kept(here: Stage, guard: Guard, tmp_path: Path) -> None:
+    """Without the file beside the lock nobody knows that connections were to be kept."""
     verify = ("verify", "--repair", "--config", str(tmp_path / "none.toml"), "--json")
     client = here.client(opening())
     guard.start(*LOCK, "--keep-existing")
     assert (guard(*verify).values["connections"], client.write()) == (None, ["sent"])
-    guard.start(*LOCK)
+    turn.forget(f"command-{os.stat(here.sandbox.cgroup).st_ino}")
+    found = guard(*verify).values["connections"]
+    assert [process["pid"] for one in found["cut"] for process in one["processes"]] == [client.pid]
     assert client.write() == ["ECONNABORTED"]
-    later = here.client(opening(), uid=ONE)
-    guard("revoke", "--user", str(ONE), "--keep-existing")
-    assert (guard(*verify).values["connections"], later.write()) == (None, ["sent"])
+
+
+def test_what_a_killed_start_left_is_for_the_next_command(here: Stage, held: Held, guard: Guard) -> None:
+    """Also for one that takes no right away."""
+    with begun(guard) as process:
+        process.kill()
+    assert guard("allow", "--user", str(TWO), "--json").values["connections"]["sweep"] == "deadline"
+    assert guard("allow", "--user", str(TWO + 9), "--json").values["connections"] is None
