@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ends sockets, in a child that can be abandoned: one thread for each, so that a socket that hangs delays no other.
 
-Up to Linux 6.8 one mutex serialises all requests of sock_diag. There, a socket that hangs delays those behind it.
+Before v6.9 ("sock_diag: remove sock_diag_mutex") one mutex serialises all requests of sock_diag, of whomever. There, a
+socket that hangs keeps those behind it from being ended.
 """
 
 from __future__ import annotations
