@@ -95,7 +95,7 @@ ig_inline __u32 ig_walk_groups(__u32 generation, __u32 number, const struct ig_l
 	for (i = 0; i < IG_GIDS_PER_READ - 1; i++)
 		if (i < len % IG_GIDS_PER_READ)
 			ig_walk_one(&walk);
-	ig_repeat(len / IG_GIDS_PER_READ, IG_MAX_WALKED_GROUPS / IG_GIDS_PER_READ, ig_walk_four, &walk);
+	ig_repeat(len / IG_GIDS_PER_READ, IG_MAX_WALKED_GROUPS / IG_GIDS_PER_READ, ig_walk_four, &walk, &walk.failed);
 	*allowed_index = walk.allowed_index;
 	return walk.failed ? IG_READ_FAILED : walk.verdicts;
 }
@@ -165,7 +165,7 @@ ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid
 
 	if (!search.groups || search.groups->len > IG_MAX_SEARCHED_GROUPS)
 		return IG_READ_FAILED;
-	ig_repeat(search.groups->len, IG_MAX_SEARCHED_GROUPS, ig_search_one, &search);
+	ig_repeat(search.groups->len, IG_MAX_SEARCHED_GROUPS, ig_search_one, &search, &search.failed);
 	caller->searched = search.verdict;
 	caller->allowed_gid = search.found;
 	return search.failed ? IG_READ_FAILED : search.verdict;

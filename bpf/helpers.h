@@ -51,7 +51,8 @@ __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #define IG_THIS_HOOK() ((__u32)ig_pseudo(1, IG_HOOK_PLACEHOLDER)) /* becomes a value of enum ig_hook */
 
 /*
- * ig_repeat() calls callback(context) until it returns another value than 0, at most min(times, max) times. With
+ * ig_repeat() calls callback(context) until it returns another value than 0, at most min(times, max) times. *failed
+ * becomes non-zero when bpf_loop() refuses to call it: groups that nobody has looked at may be denied ones. With
  * bpf_loop() (v5.17) the verifier follows the callback once, and not once for each call. The callback is then a
  * function of its own, which the loader puts behind the program (kernel/compiler.py). It has one argument, since bcc
  * takes further ones for the arguments of a kprobe.
@@ -59,12 +60,13 @@ __u64 ig_pseudo(__u64 kind, __u64 number) asm("llvm.bpf.pseudo");
 #ifdef IG_BPF_LOOP
 static long (*ig_bpf_loop)(__u32 times, const void *callback, void *context, __u64 flags) = (void *)181;
 #define ig_callback int
-#define ig_repeat(times, max, callback, context) \
-	ig_bpf_loop(times, (const void *)ig_pseudo(4, IG_CALLBACK_##callback), context, 0) /* 4: BPF_PSEUDO_FUNC */
+#define ig_repeat(times, max, callback, context, failed) \
+	(*(failed) |= (__u64)ig_bpf_loop(times, (const void *)ig_pseudo(4, IG_CALLBACK_##callback), context, 0) >> 63)
+/* 4: BPF_PSEUDO_FUNC. The result is the number of calls, or -E2BIG or -EINVAL. */
 #else
 #define ig_callback ig_inline int
 /* Without the asm clang merges the two bounds into one that the verifier does not know. */
-#define ig_repeat(times, max, callback, context)             \
+#define ig_repeat(times, max, callback, context, failed)     \
 	for (__u32 ig_run = 0; ig_run < (max); ig_run++) {   \
 		__u32 ig_times = (times);                    \
                                                              \

@@ -16,7 +16,7 @@
  *    CAP_SETGID there, or by a set-user-ID program. Namespaces give no right: processes of containers are denied
  *    unless the policy allows them, and "default allow" is for the initial user namespace alone. Only root can write
  *    the maps of the policy. Each run reads one generation, so two policies never mix. What can't be read is a
- *    denial.
+ *    denial; tests/vm/test_failing_calls.py makes each call fail, and lists those where it is none.
  *
  * docs/security.md lists the attacks that were tried, and those that are not stopped.
  *
