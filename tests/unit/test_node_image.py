@@ -274,6 +274,8 @@ def test_the_long_running_words_end_on_sigterm_alone(
             assert _line(told.fileno()) == expected
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0
+        # To the end of the pipe: nothing that was started is left.
+        assert select.select([process.stderr], [], [], 30)[0]
         assert b"ending; what is locked stays locked" in process.stderr.read()
 
 
@@ -294,7 +296,7 @@ def _line(fd: int) -> str:
         ("NETWORK", "", "may not look at PID 1"),
     ],
 )
-@pytest.mark.parametrize("word", ["lock", "keep", "watch", "unlock"])
+@pytest.mark.parametrize("word", ["lock", "keep", "watch", "unlock", "idle"])
 def test_a_container_apart_from_the_node_is_refused(
     word: str, variable: str, namespace: str, advice: str, calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
