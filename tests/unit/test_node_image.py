@@ -353,7 +353,6 @@ def test_the_paths_are_those_of_the_source() -> None:
     assert pod.HOST_PATHS["bpffs"][0] == pod.MOUNTS["bpffs"] == bpffs.USUAL_PATH
 
 
-@pytest.mark.skipif(not CHART.exists(), reason="this tree has no chart")
 def test_the_chart_mounts_the_same() -> None:
     """Paths in the container, paths on the node, and only words that the entry point has."""
     template = (CHART / "templates/_pod.tpl").read_text(encoding="utf-8")
