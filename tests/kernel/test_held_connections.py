@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -141,6 +142,23 @@ def test_start_ends_and_says_what_it_could_not_cut(here: Stage, held: Held, guar
     found = done.values["connections"]
     assert (found["sweep"], [one["why_left"] for one in found["left"]]) == ("deadline", ["held"])
     assert [process["pid"] for one in found["cut"] for process in one["processes"]] == [other.pid]
+
+
+def test_the_terminal_says_at_once_that_the_lock_is_on_and_the_policy_is_saved(
+    here: Stage, held: Held, guard: Guard, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.toml"
+    guard.start("--user", str(STRANGER), "--user", str(ONE), "--ip", f"{SERVICE}:80")
+    ours, theirs = pty.openpty()
+    revoke = guard.arguments("revoke", "--user", str(STRANGER), "--save", "--without-root", "--config", str(path))
+    with subprocess.Popen(argv(revoke), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        said = b""
+        while b"imds-guard is active (ebpf); looking for open connections" not in said:
+            said += os.read(ours, 1024)
+        assert path.exists()
+        wait_until(lambda: hangs_below(process.pid))  # so it has not ended
+    os.close(ours)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])

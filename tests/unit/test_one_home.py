@@ -45,6 +45,7 @@ HOMES = {
     r"\bstat\.S_IW": "kernel/ownership",
     r"st_uid [!=]= 0": "kernel/ownership",
     r"SOCK_DESTROY": "kernel/sock_diag",
+    r"diag\.destroy\(|\.tcp_info\(": "kernel/sock_destroy",
     r"/proc/\{[^}]*\}/stat\b": "kernel/processes",
     r"/proc/\{[^}]*\}/status\b": "kernel/processes",
 }

@@ -12,7 +12,7 @@ import click
 from imds_guard import CONFIG_PATH, identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option
-from imds_guard.cli.output import print_lines, print_outcome, print_warnings
+from imds_guard.cli.output import print_lines, print_outcome, print_progress, print_warnings
 from imds_guard.commands import guard
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.guard import Accept
@@ -79,7 +79,7 @@ def _change(
         outcome.done.append(f"saved the policy to {path}")
     else:
         outcome.done.append("this holds until the next boot; --save keeps it")
-    print_outcome(outcome, as_json)
+    print_outcome(guard.complete(outcome, print_progress), as_json)
 
 
 @cli.command(short_help="Let a user or a group through, from now on.")

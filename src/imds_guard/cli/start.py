@@ -77,16 +77,16 @@ def start(
         return
     policy, options, warnings = wanted.policy(options, create_group)
     if not save:
-        outcome = guard.start(policy, options, print_progress)
+        outcome = guard.start_alone(policy, options, print_progress)
     else:
         from imds_guard.commands import save as saving  # noqa: PLC0415 -- start-up time
 
         saving.check_saving(policy, without_root, path)
-        outcome = guard.start(policy, options, print_progress)
+        outcome = guard.start_alone(policy, options, print_progress)
         saving.save(policy, options, path)
         outcome.done.append(f"saved the policy to {path}")
     outcome.warnings.extend([*warnings, *sub_id_warnings(policy)])
-    print_outcome(outcome, as_json)
+    print_outcome(guard.complete(outcome, print_progress), as_json)
 
 
 def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:

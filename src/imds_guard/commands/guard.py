@@ -11,7 +11,7 @@ from typing import Callable, NamedTuple
 from imds_guard.backends import Backend, Change, choose
 from imds_guard.commands import turn
 from imds_guard.commands.look import active_policy, forwarded, reading_tables_once
-from imds_guard.commands.options import GuardOptions, Progress, no_progress
+from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome, Pending
 from imds_guard.errors import BadPolicy, GuardError, Unsupported, UsageError
 from imds_guard.kernel import lockfile
@@ -41,7 +41,7 @@ def _lock_name(cgroup: str | None) -> str:
     return _MACHINE_LOCK
 
 
-def complete(outcome: Outcome, progress: Progress = no_progress) -> Outcome:
+def complete(outcome: Outcome, progress: Progress) -> Outcome:
     """Looks for open connections and metadata clients. Nobody holds one_at_a_time(): it takes up to 9 s."""
     from imds_guard.commands import followup  # noqa: PLC0415 -- start-up time
 
@@ -202,11 +202,10 @@ Accept = Callable[[Policy], None]
 def change(edit: Edit, options: GuardOptions, *, takes_away: bool) -> Outcome:
     """Puts the edited policy in force, with the backend that runs.
 
-    With ``takes_away`` somebody loses a right: connections that rest on it are looked for.
+    With ``takes_away`` somebody loses a right: the caller lets complete() look for connections that rest on it.
     """
     with one_at_a_time(options.cgroup):
-        outcome = _change(edit, options, takes_away)
-    return complete(outcome)
+        return _change(edit, options, takes_away)
 
 
 def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
@@ -221,7 +220,7 @@ def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
 
 
 def allow(who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept) -> Outcome:
-    """Adds ``who`` to the allowlist of the policy in force; with ``endpoint`` there alone."""
+    """Adds ``who`` to the allowlist of the policy in force; with ``endpoint`` there alone. Then call complete()."""
     from imds_guard.policy import edit  # noqa: PLC0415
 
     def edited(policy: Policy) -> Policy:
@@ -249,7 +248,7 @@ def _check_not_denied(policy: Policy, who: Identities) -> None:
 def revoke(
     who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept, keep_existing: bool = False
 ) -> Outcome:
-    """Takes ``who`` off the allowlist of the policy in force; with ``endpoint`` there alone."""
+    """Takes ``who`` off the allowlist of the policy in force; with ``endpoint`` there alone. Then call complete()."""
     from imds_guard.policy import edit  # noqa: PLC0415
 
     def edited(policy: Policy) -> Policy:

@@ -11,10 +11,6 @@ Progress = Callable[[str], None]
 """Takes a line about what is being done now, for someone who waits at a terminal."""
 
 
-def no_progress(_: str) -> None:
-    """For callers that nobody waits for."""
-
-
 class GuardOptions(NamedTuple):
     """Where and how to enforce a policy."""
 
