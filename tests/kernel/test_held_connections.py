@@ -25,6 +25,7 @@ from imds_guard.present.connections import connection_warnings
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, argv
 from tests.hostile import fuse_device, lock_socket
 from tests.kernel.clients import NEEDS_THE_HOST, Client, Stage, locked, opening, pids, stage, wait_until
+from tests.system.test_verify import unlink_hook
 
 pytestmark = NEEDS_THE_HOST
 
@@ -126,11 +127,11 @@ def begun(guard: Guard, *arguments: str) -> subprocess.Popen[str]:
 
 
 def hangs_below(pid: int) -> bool:
-    """Whether a thread of a child of a process is in state D."""
+    """Whether a thread of a child of a process waits for the lock of a socket."""
     for path in Path("/proc").glob("[0-9]*/task/*/stat"):
         with contextlib.suppress(OSError):
             state, parent = path.read_bytes().rsplit(b")", 1)[1].split()[:2]
-            if (state, int(parent)) == (b"D", pid):
+            if (state, int(parent)) == (b"D", pid) and "lock_sock" in path.with_name("wchan").read_text("ascii"):
                 return True
     return False
 
@@ -162,13 +163,13 @@ def test_the_terminal_says_at_once_that_the_lock_is_on_and_the_policy_is_saved(
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_within_a_second(held: Held, guard: Guard, signal_number: signal.Signals) -> None:
+def test_a_signal_ends_it_at_once(held: Held, guard: Guard, signal_number: signal.Signals) -> None:
     """It waits for a child in state D then. The lock stays on, and the next verify --repair looks again."""
     with begun(guard) as process:
         process.send_signal(signal_number)
         began = time.monotonic()
         _, said = process.communicate(timeout=20)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3  # 0.2 s where nobody else uses the CPU
         assert (process.returncode, len(said.strip().splitlines())) == (128 + signal_number, 1), said
     assert guard.status()["state"] == "active"
     held.let_go()
@@ -206,3 +207,12 @@ def test_what_a_killed_start_left_is_for_the_next_command(here: Stage, held: Hel
         process.kill()
     assert guard("allow", "--user", str(TWO), "--json").values["connections"]["sweep"] == "deadline"
     assert guard("allow", "--user", str(TWO + 9), "--json").values["connections"] is None
+
+
+def test_repair_keeps_what_was_kept(here: Stage, guard: Guard, tmp_path: Path) -> None:
+    """It puts the policy in force back as it was started."""
+    client = here.client(opening())
+    guard.start(*LOCK, "--keep-existing")
+    unlink_hook(guard)
+    done = guard("verify", "--repair", "--config", str(tmp_path / "none.toml"))
+    assert ("repaired: " in done.stdout, client.write()) == (True, ["sent"])

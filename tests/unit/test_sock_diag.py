@@ -18,7 +18,10 @@ from typing import Callable
 
 import pytest
 
-from imds_guard.connections.find import _locked_endpoints
+from imds_guard.connections.cut import _in_turns
+from imds_guard.connections.find import FoundSocket, _locked_endpoints
+from imds_guard.connections.judge import Denied
+from imds_guard.connections.values import Connection
 from imds_guard.kernel import netns, processes
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
@@ -27,6 +30,7 @@ from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag
 from imds_guard.kernel.socket_holders import holders_of
 from imds_guard.kernel.syscall_numbers import syscall_number
 from imds_guard.kernel.untrusted import name_of
+from imds_guard.policy.decide import Destination
 from imds_guard.policy.model import Endpoint, Lock, Protocol, make_policy
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making a network namespace needs root")
@@ -336,3 +340,15 @@ def test_the_quick_test_agrees_with_the_locks(address: str, expected: bool) -> N
     packed = ipaddress.ip_address(address).packed
     assert [wanted(packed, port) for port in (79, 80, 81, 82)] == [False, expected, expected, False]
     assert not unwanted(packed, 80)
+
+
+def test_sockets_are_ended_in_turns_of_their_makers() -> None:
+    """So that nobody's, however many hang, come before the first one of another user."""
+    here = Namespace(1, "", None)
+    where = Destination(ipaddress.ip_address("192.0.2.1"), 80)
+    several = []
+    for number, uid in enumerate((7, 7, 7, 3, 100_000)):
+        one = Socket(socket.AF_INET, socket.IPPROTO_TCP, ESTABLISHED, b"", 1, b"", 80, uid, number, None, b"")
+        connection = Connection(Protocol.TCP, (where.address, 1), (where.address, 80), (), "", 1, "")
+        several.append(Denied(FoundSocket(one, here, where, False), connection))
+    assert [one.found.socket.inode for one in _in_turns(several)] == [3, 0, 4, 1, 2]

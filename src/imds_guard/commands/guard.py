@@ -136,11 +136,16 @@ def look_again(cgroup: str | None) -> Outcome | None:
     None where these stay (--keep-existing). Raises GuardError where nothing is in force. The caller holds
     one_at_a_time().
     """
-    name = _lock_name(cgroup)
-    if turn.last_duty(name) is turn.Duty.KEEP:
+    if keeps_existing(cgroup):
         return None
     backend, policy = active_policy(cgroup)
-    return Outcome(backend.name, policy, [], [], pending=Pending(turn.last(name), cgroup, clients=False))
+    last = turn.last(_lock_name(cgroup))
+    return Outcome(backend.name, policy, [], [], pending=Pending(last, cgroup, clients=False))
+
+
+def keeps_existing(cgroup: str | None) -> bool:
+    """Whether the last change was to leave open connections alone (--keep-existing)."""
+    return turn.last_duty(_lock_name(cgroup)) is turn.Duty.KEEP
 
 
 def stop(cgroup: str | None) -> list[str]:

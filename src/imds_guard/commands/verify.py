@@ -116,7 +116,8 @@ def _put_back(before: Status, file: BootFile, options: GuardOptions, progress: P
 def _as_it_was(before: Status, options: GuardOptions) -> GuardOptions:
     """The options with which the policy in force was started."""
     asked = look.forwarded().option() if options.cgroup is None else None
-    return options._replace(backend=str(before.backend), forwarded=asked)
+    keep = guard.keeps_existing(options.cgroup)
+    return options._replace(backend=str(before.backend), forwarded=asked, keep_existing=keep)
 
 
 def _replace_unreadable(file: BootFile, options: GuardOptions, progress: Progress) -> Repair:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Callable, TypeVar
 
@@ -100,7 +101,7 @@ class Sweep:
     def _search_and_cut(self, policy: Policy) -> bool:
         """False when there is nothing more to do."""
         denied = self._search(policy)
-        fresh = [one for one in denied if self._is_fresh(one)]
+        fresh = _in_turns([one for one in denied if self._is_fresh(one)])
         targets = [Target(one.found.namespace, one.found.socket, one.found.seems_accepted) for one in fresh]
         ended = end_each(targets, min(CUT_S, self._left_s()), self._is_wanted, self._cut)
         endings = {one.found.socket.identity: what for one, what in zip(fresh, ended)}
@@ -166,6 +167,19 @@ class Sweep:
 
     def _left_s(self) -> float:
         return max(0.0, self._ends - time.monotonic())
+
+
+def _in_turns(several: list[Denied]) -> list[Denied]:
+    """The first socket of each maker, then the second one of each, and so on: nobody's sockets that hang delay others'.
+
+    The numbers of sub-IDs (subuid(5)) come after those of users.
+    """
+    seen: Counter[int] = Counter()
+    turns = []
+    for one in sorted(several, key=lambda one: one.found.socket.uid):
+        turns.append((seen[one.found.socket.uid], one))
+        seen[one.found.socket.uid] += 1
+    return [one for _, one in sorted(turns, key=lambda turn: turn[0])]
 
 
 _JUDGING = Limits(share_s=0.5)

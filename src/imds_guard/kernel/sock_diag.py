@@ -113,7 +113,7 @@ class SockDiag:
         """Ends a connection: its holders get ECONNABORTED, its peer a reset. False when it was gone already.
 
         It waits for whoever has locked the socket, in state D, and an unprivileged process can lock one of its own
-        forever: tcp_abort() and lock_sock() in Linux. So sock_destroy.py calls it. Needs CAP_NET_ADMIN. Raises
+        forever: tcp_abort() in net/ipv4/tcp.c, lock_sock(). So sock_destroy.py calls it. Needs CAP_NET_ADMIN. Raises
         OSError: EOPNOTSUPP where the kernel is built without CONFIG_INET_DIAG_DESTROY.
         """
         body = _REQUEST.pack(one.family, one.protocol, 0, 0, one.identity)
