@@ -126,3 +126,5 @@ def in_mapped_user_namespace(maps: list[str], fn: Callable[[], T], group_maps: l
         return in_child(inside)
     finally:
         children.end(writer)
+        for fd in (*to_parent, *to_child):
+            os.close(fd)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -121,6 +122,19 @@ def test_a_listener_that_can_not_bind_is_an_error() -> None:
 def test_a_large_result_is_complete() -> None:
     """It is larger than the buffer of a pipe."""
     assert run_in_child(lambda: b"x" * 3_000_000) == b"x" * 3_000_000
+
+
+def test_a_process_with_many_descriptors_gets_its_result() -> None:
+    """select(2) can't wait for a descriptor above 1023."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, limits[1]))
+    many = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert run_in_child(lambda: "result") == "result"
+    finally:
+        for fd in many:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_an_error_in_a_child_is_raised_as_text() -> None:

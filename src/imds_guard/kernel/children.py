@@ -208,9 +208,11 @@ def _receive(fd: int, pid: int, deadline: float) -> bytes:
 
 def _read_exactly(fd: int, child: int, size: int, deadline: float) -> bytes:
     """Reads ``size`` bytes. The pipe is read first: it still holds what the child wrote before it ended."""
-    chunks = b""
+    chunks, poll = b"", select.poll()  # select(2) can't wait for a descriptor above 1023
+    poll.register(fd, select.POLLIN)
+    poll.register(child, select.POLLIN)
     while len(chunks) < size:
-        ready = select.select([fd, child], [], [], max(0.0, deadline - time.monotonic()))[0]
+        ready = [one for one, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
         if fd in ready:
             chunks += os.read(fd, size - len(chunks))
         elif child in ready:
