@@ -35,7 +35,7 @@ static long (*ig_ringbuf_output)(const void *map, const void *record, __u64 size
  * ig_read(to, from) reads a member of a kernel struct; the result is not 0 when it can't be read. Where the verifier
  * knows the type of the current task (bpf_get_current_task_btf(), which 5.10 lacks) a plain load serves, at a seventh
  * of the helper's price. The task's own credentials are always readable. Pointers that may be NULL are tested by the
- * caller.
+ * caller. A load that faults gives 0: tests/vm/test_odd_states.py says what that means for each.
  */
 #ifdef IG_DIRECT_READS
 static const char *(*ig_get_current_task)(void) = (void *)158;

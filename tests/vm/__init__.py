@@ -44,6 +44,9 @@ machine.patched(form, hooks, at, instruction):`` for mutants.
 | programs.py | the hooks in each form, by the loader's own functions |
 | model.py, decisions.py | what a connect must leave behind, and many connects compared with it |
 | generate.py, shrink.py, show.py | random cases; a case that fails made smaller, and in words |
+| failing.py | calls that fail, on every path |
+| coverage.py, lines.py | what the tests execute, and the line of source of each instruction |
+| mutants.py, mutate.py, replay.py | one-instruction mutants, and the runs that must find them: minutes, not part of the tests |
 | reference.py, in_kernel.py | what the machine itself is compared with |
 | planted.py | faults that tests must find |
 | layouts.py, layouts.json | other kernels' structs |
@@ -58,6 +61,7 @@ machine.patched(form, hooks, at, instruction):`` for mutants.
 | c/kernel.c | tasks, sockets, contexts |
 | c/journal.c | changes that are undone |
 | c/run.c | one run, and many |
+| c/replay.c | runs that are repeated with another instruction |
 
 A new hook needs its context in kernel.c and a way to start it in run.c. A context that a hook may write to gets
 MAY_WRITE in vm_tasks_reset().

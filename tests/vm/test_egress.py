@@ -94,6 +94,21 @@ def plain(data: bytes, ethertype: int, sockets: Sequence[Socket] = NO_SOCKET, in
     return PacketCase(Packet(data, ethertype, interface, socket=0), tuple(sockets))
 
 
+def try_small_spaces(machine: Machine) -> None:
+    """The small spaces that take all paths which random packets take too seldom: for coverage.py and mutate.py."""
+    for policy in POLICIES:
+        test_every_row_cut_at_every_length(machine, policy)
+    test_a_reset_that_is_cut_at_every_length(machine)
+    test_every_chain_of_four_extension_headers(machine)
+    test_every_protocol_behind_a_chain_of_each_length(machine)
+    test_long_chains_cut_at_every_length(machine, packets.UDP)
+    for lists in LISTS:
+        test_every_mark_of_the_sending_socket(machine, lists)
+        test_every_mark_of_the_client(machine, lists)
+    for address, port in itertools.product((TO4.packed, TO6.packed), (SERVICE_PORT, OPEN_PORT)):
+        test_every_pair_of_sockets_at_the_two_ends(machine, address, port)
+
+
 # --- random packets ---------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +273,18 @@ LOCAL_SERVICE = strict(Lock("imds", endpoints(((80, 80), (1024, 65535)), ((80, 8
 def socket_at(address: bytes, port: int, remote_port: int, state: int, mark: bytes | None) -> Socket:
     full = state not in NOT_FULL
     return Socket(address, address, port, remote_port, state, mark if full else None, full=full)
+
+
+@pytest.mark.parametrize("lists", LISTS)
+def test_every_mark_of_the_client(machine: Machine, lists: str) -> None:
+    """A service of this machine answers: the client's mark must be good for the lock of the service."""
+    answer = Ipv4(TO4.packed, TO4.packed, packets.TCP).packet(packets.tcp(SERVICE_PORT, CLIENT_PORT))
+    client = socket_at(TO4.packed, CLIENT_PORT, SERVICE_PORT, ESTABLISHED, None)
+    made = [plain(answer, ETH_P_IP, [Socket(), client._replace(mark=mark)]) for mark in every_mark()]
+    for containers, mode in itertools.product(Verdict, Mode):
+        lock = Lock("imds", endpoints(((80, 80), (1024, 65535)), ()), *LISTS[lists])
+        met = require_same(machine, strict(lock, mode=mode, containers=containers), made)
+        assert {*met} == {PacketReason.REPLY, PacketReason.UNAPPROVED_SOCKET}
 
 
 @pytest.mark.parametrize("address", [TO4.packed, TO6.packed], ids=["ipv4", "ipv6"])

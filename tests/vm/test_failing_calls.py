@@ -107,17 +107,31 @@ def with_very_many_groups(deny: Identities) -> Scene:
     )
 
 
-@pytest.fixture(scope="module")
-def failures(machine: Machine) -> Failures:
+def with_some_groups(deny: Identities) -> Scene:
+    """Callers in few groups. The one that is allowed has each place among those that are read together."""
+    scene = with_very_many_groups(deny)
+    placed = [tuple(range(1, before + 1)) for before in range(6)]
+    tasks = [Task(1000, 1000, (*before, ALLOWED, *after)) for before in placed for after in ((), (ALLOWED + 2,))]
+    return scene._replace(tasks=(Task(1000, ALLOWED), Task(1000, 1000, (1, DENIED)), *tasks))
+
+
+def all_failures(machine: Machine, r: Random) -> Failures:
     """All failures, in all forms, on every path that some thousands of cases take."""
-    made = Failures(machine, Random(SEED))
+    made = Failures(machine, r)
     for number in range(SCENES):
         made.connects(scene_of(SEED, number), TASKS, ATTEMPTS)
     for deny in (NOBODY, Identities(groups=frozenset({DENIED}))):
         made.connects(with_very_many_groups(deny), 3, len(ADDRESS_HOOKS))
+        made.connects(with_some_groups(deny), 14, len(ADDRESS_HOOKS))
     for number in range(EGRESS_SCENES):
         made.packets(egress_scene(SEED, number), PACKETS)
     return made
+
+
+@pytest.fixture(scope="module")
+def failures(machine: Machine) -> Failures:
+    """For all tests of this file."""
+    return all_failures(machine, Random(SEED))
 
 
 def test_every_call_that_can_fail_has_failed(failures: Failures) -> None:

@@ -7,8 +7,9 @@ On doubt a locked endpoint is denied. Where a state is one that has a meaning, t
 from __future__ import annotations
 
 import ipaddress
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -18,9 +19,27 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.policy.decide import MAX_WALKED_GROUPS
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
+from tests import packets
+from tests.packets import Ipv4, Ipv6
+from tests.vm import decisions, egress
+from tests.vm.decisions import Scene
+from tests.vm.egress import EgressScene, egress_forms
 from tests.vm.machine import CRED, GROUP_INFO, NOTHING, PID, TASK, USER_NS, Controls, Machine
-from tests.vm.programs import FORMS, reads_directly
-from tests.vm.values import PF_KTHREAD, Attempt, Outcome, Task, packed
+from tests.vm.packets import PacketCase
+from tests.vm.programs import ADDRESS_HOOKS, FORMS, reads_directly
+from tests.vm.values import (
+    ESTABLISHED,
+    ETH_P_IPV6,
+    IPPROTO_TCP,
+    IPPROTO_UDP,
+    PF_KTHREAD,
+    Attempt,
+    Outcome,
+    Packet,
+    Socket,
+    Task,
+    packed,
+)
 
 ADDRESS = "169.254.169.254"
 CONNECT = Attempt("connect4", packed(ADDRESS), 80)
@@ -78,31 +97,29 @@ WALKED, SEARCHED = Task(5, 5, tuple(range(500, 1500))), Task(5, 5, tuple(range(5
 WILD = 0x0000_DEAD_BEEF_0000
 
 
+TASK_ROWS: dict[str, tuple[Field, int, Task, tuple[int, str]]] = {
+    "no-credentials": (TASK_CRED, 0, LISTED_USER, UNREADABLE),
+    "no-user-namespace": (CRED_USER_NS, 0, LISTED_USER, UNREADABLE),
+    "no-thread-pid": (THREAD_PID, 0, LISTED_USER, UNREADABLE),
+    "no-groups": (CRED_GROUP_INFO, 0, IN_A_GROUP, UNREADABLE),
+    "groups-elsewhere": (CRED_GROUP_INFO, WILD, IN_A_GROUP, UNREADABLE),
+    "user-minus-1": (FSUID, -1, LISTED_USER, (0, "not-listed")),
+    "group-minus-1": (FSGID, -1, LISTED_USER, (1, "allowed-user")),
+    "user-namespace-level-minus-1": (LEVEL, -1, LISTED_USER, (0, "container")),
+    "pid-level-minus-1": (PID_LEVEL, -1, LISTED_USER, (0, "container")),
+    "65537-groups": (NGROUPS, 65_537, WALKED, UNREADABLE),
+    "minus-1-groups": (NGROUPS, -1, WALKED, UNREADABLE),
+    "more-groups-than-there-are": (NGROUPS, 1_010, WALKED, UNREADABLE),
+    "more-groups-than-there-are-to-search": (NGROUPS, 65_536, SEARCHED, UNREADABLE),
+    "0-groups": (NGROUPS, 0, IN_A_GROUP, (0, "not-listed")),
+    "supplementary-group-minus-1": (FIRST_GID, -1, IN_A_GROUP, (0, "not-listed")),
+}
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("field", "value", "task", "expected"),
-    [
-        (TASK_CRED, 0, LISTED_USER, UNREADABLE),
-        (CRED_USER_NS, 0, LISTED_USER, UNREADABLE),
-        (THREAD_PID, 0, LISTED_USER, UNREADABLE),
-        (CRED_GROUP_INFO, 0, IN_A_GROUP, UNREADABLE),
-        (CRED_GROUP_INFO, WILD, IN_A_GROUP, UNREADABLE),
-        (FSUID, -1, LISTED_USER, (0, "not-listed")),
-        (FSGID, -1, LISTED_USER, (1, "allowed-user")),
-        (LEVEL, -1, LISTED_USER, (0, "container")),
-        (PID_LEVEL, -1, LISTED_USER, (0, "container")),
-        (NGROUPS, 65_537, WALKED, UNREADABLE),
-        (NGROUPS, -1, WALKED, UNREADABLE),
-        (NGROUPS, 1_010, WALKED, UNREADABLE),  # more than there are: what lies behind them can't be read
-        (NGROUPS, 65_536, SEARCHED, UNREADABLE),
-        (NGROUPS, 0, IN_A_GROUP, (0, "not-listed")),
-        (FIRST_GID, -1, IN_A_GROUP, (0, "not-listed")),
-    ],
-    ids=lambda one: f"{one.struct}.{one.member}" if isinstance(one, Field) else None,
-)
-def test_what_a_task_should_not_have(
-    machine: Machine, form: str, field: Field, value: int, task: Task, expected: tuple[int, str]
-) -> None:
+@pytest.mark.parametrize("row", TASK_ROWS)
+def test_what_a_task_should_not_have(machine: Machine, form: str, row: str) -> None:
+    field, value, task, expected = TASK_ROWS[row]
     machine.load(locked(), serial=SERIAL)
     machine.set_tasks([task])
     field.set(machine, value)
@@ -214,54 +231,110 @@ def searched(denied: int, length: int) -> Change:
     return put(Map.GROUPS, abi.SMALL_KEY.pack(1, 0), abi.GROUPS.pack(denied, length, *GROUPS, *bytes(28)))
 
 
+def without_groups_to_search(machine: Machine) -> None:
+    machine.map_delete(Map.GROUPS, abi.SMALL_KEY.pack(1, 0))
+
+
 ZERO_SETTINGS = put(Map.SETTINGS, abi.ARRAY_KEY.pack(1), bytes(abi.SETTINGS.size))
 IN_MANY_GROUPS = Task(5, 5, tuple(range(100, 100 + MAX_WALKED_GROUPS + 100)))
 
 
+_OTHER_RANGES, _ITS_RANGE = [a_range(1, 2)] * (abi.RANGES - 1), a_range(80, 80)
+RECORD_ROWS: dict[str, tuple[Change, Task, tuple[int, str | None]]] = {
+    "zero-settings": (ZERO_SETTINGS, LISTED_USER, DENIED_WITHOUT_SETTINGS),
+    "zero-list": (put(Map.LISTS, LIST_0, bytes(abi.LIST.size)), LISTED_USER, UNREADABLE),
+    "nothing-in-force": (in_force(0), STRANGER, PASSES),
+    "empty-generation": (in_force(2), STRANGER, PASSES),  # a policy without locks, as far as a hook can see
+    "generation-3": (in_force(3), STRANGER, PASSES),  # it has no bitmap, and the trie has nothing of it
+    "no-ranges": (ranges(0), STRANGER, PASSES),  # an endpoint that keeps a shorter prefix from its address
+    "countless-ranges": (ranges(2**32 - 1, *[a_range(0, 65535)] * abi.RANGES), STRANGER, (0, "not-listed")),
+    "the-last-range": (ranges(abi.RANGES, *_OTHER_RANGES, _ITS_RANGE), STRANGER, (0, "not-listed")),
+    "countless-other-ranges": (ranges(2**32 - 1, *_OTHER_RANGES, a_range(1, 2)), STRANGER, PASSES),
+    "list-5000": (ranges(1, a_range(0, 65535, lists=5000)), LISTED_USER, UNREADABLE),  # of generation 2: not valid
+    "list-8192": (ranges(1, a_range(0, 65535, lists=2 * abi.LISTS)), LISTED_USER, UNREADABLE),
+    "no-list": (ranges(1, a_range(0, 65535, lists=abi.NO_LIST)), LISTED_USER, (0, "unspecified-destination")),
+    "searched": (searched(0, 100), IN_MANY_GROUPS, (1, "allowed-group")),
+    "searched-denied": (searched(100, 100), IN_MANY_GROUPS, (0, "denied-group")),
+    "searched-none": (searched(0, 0), IN_MANY_GROUPS, (0, "not-listed")),
+    "searched-128": (searched(0, 128), SEARCHED, (0, "not-listed")),
+    "searched-129": (searched(0, 129), IN_MANY_GROUPS, UNREADABLE),
+    "nothing-to-search": (without_groups_to_search, IN_MANY_GROUPS, UNREADABLE),
+}
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", Mode)
-@pytest.mark.parametrize(
-    ("change", "task", "expected"),
-    [
-        (ZERO_SETTINGS, LISTED_USER, DENIED_WITHOUT_SETTINGS),
-        (put(Map.LISTS, LIST_0, bytes(abi.LIST.size)), LISTED_USER, UNREADABLE),
-        (in_force(0), STRANGER, PASSES),  # nothing is locked
-        (in_force(2), STRANGER, PASSES),  # a policy without locks, as far as a hook can see
-        (in_force(3), STRANGER, PASSES),  # its bitmap is not there, and the trie has nothing of it
-        (ranges(0), STRANGER, PASSES),  # an endpoint that keeps a shorter prefix from its address
-        (ranges(2**32 - 1, *[a_range(0, 65535)] * abi.RANGES), STRANGER, (0, "not-listed")),
-        (ranges(abi.RANGES, *[a_range(1, 2)] * (abi.RANGES - 1), a_range(80, 80)), STRANGER, (0, "not-listed")),
-        (ranges(2**32 - 1, *[a_range(1, 2)] * abi.RANGES), STRANGER, PASSES),
-        (ranges(1, a_range(0, 65535, lists=5000)), LISTED_USER, UNREADABLE),  # of the other generation: not valid
-        (ranges(1, a_range(0, 65535, lists=2 * abi.LISTS)), LISTED_USER, UNREADABLE),
-        (ranges(1, a_range(0, 65535, lists=abi.NO_LIST)), LISTED_USER, (0, "unspecified-destination")),
-        (searched(0, 100), IN_MANY_GROUPS, (1, "allowed-group")),
-        (searched(100, 100), IN_MANY_GROUPS, (0, "denied-group")),
-        (searched(0, 0), IN_MANY_GROUPS, (0, "not-listed")),
-        (searched(0, 129), IN_MANY_GROUPS, UNREADABLE),
-        (lambda machine: machine.map_delete(Map.GROUPS, abi.SMALL_KEY.pack(1, 0)), IN_MANY_GROUPS, UNREADABLE),
-    ],
-    ids=[
-        *("zero-settings", "zero-list", "nothing-in-force", "empty-generation", "generation-3", "no-ranges"),
-        *("countless-ranges", "the-last-range", "countless-other-ranges", "list-5000", "list-8192", "no-list"),
-        *("searched", "searched-denied", "searched-none", "searched-129", "no-groups-to-search"),
-    ],
-)  # fmt: skip
-def test_a_record_that_should_not_be(
-    machine: Machine, form: str, mode: Mode, change: Change, task: Task, expected: tuple[int, str | None]
-) -> None:
+@pytest.mark.parametrize("row", RECORD_ROWS)
+def test_a_record_that_should_not_be(machine: Machine, form: str, mode: Mode, row: str) -> None:
     """Under audit the reason is the same and the connect passes, except without settings: nobody knows the mode."""
+    change, task, expected = RECORD_ROWS[row]
     machine.load(locked(mode), serial=SERIAL)
     machine.set_tasks([task])
-    with machine.rollback():
-        change(machine)
-        outcome = machine.attempt(form, CONNECT)
-        beside = machine.attempt(form, BESIDE)
+    change(machine)
+    outcome = machine.attempt(form, CONNECT)
+    beside = machine.attempt(form, BESIDE)
     audited = mode is Mode.AUDIT and expected != DENIED_WITHOUT_SETTINGS
     assert verdict(outcome) == ((1, expected[1]) if audited else expected)
     assert (outcome.traps, verdict(beside), beside.traps) == (frozenset(), PASSES, frozenset())
     if not outcome.allowed:
         assert outcome.mark in (None, bytes(abi.MARK.size))
+
+
+# --- packets ----------------------------------------------------------------------------------------------------------
+
+_TO_SERVICE = Ipv4(packed("10.0.0.1"), packed(ADDRESS), packets.TCP)
+PACKET = Packet(_TO_SERVICE.packet(packets.tcp(40_000, 80, packets.ACK)), interface=1, socket=0)
+_ANSWER = Ipv4(packed(ADDRESS), packed(ADDRESS), packets.TCP).packet(packets.tcp(80, 40_000, packets.ACK))
+ANSWER, CLIENT = (
+    Packet(_ANSWER, interface=1, socket=0),
+    Socket(packed(ADDRESS), packed(ADDRESS), 40_000, 80, ESTABLISHED),
+)
+UNREADABLE_PACKET = Packet(_TO_SERVICE._replace(words=4).packet(packets.tcp(40_000, 80)), socket=0)
+APPROVED = abi.MARK.pack(SERIAL, USER, 0, 0, abi.MARK_USER, 0)
+UNAPPROVED = (0, "unapproved-socket")
+_Verdict = tuple[int, "str | None"]
+PACKET_ROWS: dict[str, tuple[Change, _Verdict, _Verdict, _Verdict]] = {
+    "zero-settings": (ZERO_SETTINGS, DENIED_WITHOUT_SETTINGS, DENIED_WITHOUT_SETTINGS, DENIED_WITHOUT_SETTINGS),
+    "zero-list": (put(Map.LISTS, LIST_0, bytes(abi.LIST.size)), UNAPPROVED, UNAPPROVED, UNAPPROVED),
+    "nothing-in-force": (in_force(0), PASSES, PASSES, PASSES),
+    "empty-generation": (in_force(2), PASSES, PASSES, PASSES),
+    "generation-3": (in_force(3), PASSES, PASSES, PASSES),
+    "no-ranges": (ranges(0), PASSES, PASSES, PASSES),
+    "countless-other-ranges": (ranges(2**32 - 1, *_OTHER_RANGES, a_range(1, 2)), PASSES, PASSES, UNAPPROVED),
+    "another-last-range": (ranges(abi.RANGES, *_OTHER_RANGES, a_range(40_000, 40_000)), PASSES, PASSES, UNAPPROVED),
+    "list-8192": (ranges(1, a_range(0, 65535, lists=2 * abi.LISTS)), UNAPPROVED, UNAPPROVED, UNAPPROVED),
+    "no-list": (ranges(1, a_range(0, 65535, lists=abi.NO_LIST)), UNAPPROVED, UNAPPROVED, UNAPPROVED),
+}
+"""A packet of an approved socket, of one without a mark, and an unreadable packet of an approved socket."""
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("row", PACKET_ROWS)
+def test_a_packet_under_a_record_that_should_not_be(machine: Machine, mode: Mode, row: str) -> None:
+    change, *expected = PACKET_ROWS[row]
+    machine.load(locked(mode), serial=SERIAL)
+    change(machine)
+    for mark, packet, wanted in zip((APPROVED, None, APPROVED), (PACKET, PACKET, UNREADABLE_PACKET), expected):
+        machine.set_sockets([Socket(mark=mark)])
+        audited = mode is Mode.AUDIT and wanted == UNAPPROVED
+        for form in egress_forms(machine):
+            outcome = machine.packet(form, packet)
+            assert (verdict(outcome), outcome.traps) == ((1, wanted[1]) if audited else wanted, frozenset())
+
+
+def try_odd_packets(machine: Machine) -> None:
+    """Each of these once, and once more with a row in the report."""
+    for row in PACKET_ROWS:
+        test_a_packet_under_a_record_that_should_not_be(machine, Mode.ENFORCE, row)
+    for row, mark in itertools.product(PACKET_ROWS, (APPROVED, None)):
+        machine.load(locked(), serial=SERIAL)
+        PACKET_ROWS[row][0](machine)
+        machine.set_sockets([Socket(), CLIENT._replace(mark=mark)])
+        assert not any(machine.packet(form, ANSWER).traps for form in egress_forms(machine))
+    machine.load(locked(), serial=SERIAL)
+    machine.set_sockets([Socket()])
+    for form, keep_results in itertools.product(egress_forms(machine), (False, True)):
+        assert not machine.packet(form, PACKET, Controls(keep_results=keep_results)).allowed
 
 
 # --- full maps --------------------------------------------------------------------------------------------------------
@@ -281,3 +354,76 @@ def test_a_full_report_and_a_full_ring_buffer_change_no_verdict(machine: Machine
     assert denied.counts == {"not-listed": (1, 0), "lost-events": (1, 0), "report-overflow": (1, 0)}
     assert (allowed.returned, allowed.counts) == (1, {"allowed-user": (1, 0)})
     assert machine.attempt(form, CONNECT, controls=NOTHING).counts == {"not-listed": (1, 0)}
+
+
+# --- for coverage.py and mutate.py ------------------------------------------------------------------------------------
+
+_IPV6 = "::ffff:" + ADDRESS
+_ODD_SOURCES = ("1::", "0:1::", "0:0:1::", "0:0:0:1::", "::1:0:0", "::2:0", "::ffff:0:0", "::")
+_TO = (bytes(16), packed(_IPV6))
+TRIED = (
+    CONNECT,
+    CONNECT._replace(repeat=2),
+    BESIDE,
+    *(Attempt(hook, packed(_IPV6 if hook.endswith("6") else ADDRESS), 80, IPPROTO_UDP) for hook in ADDRESS_HOOKS),
+    *(Attempt("sendmsg6", to, 80, IPPROTO_UDP, packed(_IPV6), packed(one)) for to in _TO for one in _ODD_SOURCES),
+    *(Attempt("connect6", to, 80, source=packed(one)) for to in _TO for one in _ODD_SOURCES),
+)
+"""What is tried in each odd state."""
+
+
+def odd_policy() -> Policy:
+    """Locks the odd addresses but the unspecified ones."""
+    endpoints = tuple(Endpoint(ipaddress.ip_network(one), ALL_PORTS, ALL_PORTS) for one in _ODD_SOURCES[:6])
+    return make_policy([Lock("odd", endpoints)], strict=True)
+
+
+def odd_addresses() -> Scene:
+    """From each odd address to each: those in which one word alone is not zero."""
+    attempts = [
+        Attempt(hook, packed(to), 80, protocol, packed(source), packed(source), device)
+        for hook, protocol in (("connect6", IPPROTO_TCP), ("sendmsg6", IPPROTO_UDP))
+        for to, source in itertools.product(_ODD_SOURCES, _ODD_SOURCES)
+        for device in (0, 1)
+    ]
+    return Scene(odd_policy(), 1, SERIAL, True, (STRANGER,), tuple(attempts))
+
+
+def odd_packets() -> EgressScene:
+    """The same, as packets."""
+    cases = [
+        PacketCase(
+            Packet(Ipv6(packed(source), packed(to), packets.TCP).packet(packets.tcp(40_000, 80)), ETH_P_IPV6, socket=0),
+            (Socket(),),
+        )
+        for to, source in itertools.product(_ODD_SOURCES, _ODD_SOURCES)
+    ]
+    return EgressScene(odd_policy(), 1, SERIAL, tuple(cases))
+
+
+def test_odd_addresses(machine: Machine) -> None:
+    assert next(decisions.differences(odd_addresses(), machine), None) is None
+    assert next(egress.differences(odd_packets(), machine), None) is None
+
+
+def every_odd_state(machine: Machine) -> Iterator[None]:
+    """Puts the machine into each of them, one after the other."""
+    machine.load(odd_policy())
+    machine.set_tasks([STRANGER])
+    yield
+    machine.load(_ANYWHERE, serial=SERIAL)
+    machine.set_tasks([STRANGER])
+    yield
+    CRED_USER_NS.set(machine, 0)
+    yield
+    for mode in Mode:
+        for field, value, task, _ in TASK_ROWS.values():
+            machine.load(locked(mode), serial=SERIAL)
+            machine.set_tasks([task])
+            field.set(machine, value)
+            yield
+        for change, task, _ in RECORD_ROWS.values():
+            machine.load(locked(mode), serial=SERIAL)
+            machine.set_tasks([task])
+            change(machine)
+            yield
