@@ -210,12 +210,12 @@ def run(machine: Machine, form: str, cases: Sequence[PacketCase]) -> bytes:
     data = b"".join(case.packet.data for case in cases)
     packed, at = [], 0
     for case in cases:
-        packed.append(_packed(case, at))
+        packed.append(packed_case(case, at))
         at += len(case.packet.data)
     return machine.packets(form, b"".join(packed), data, Controls(time_ns=ANY_TIME_NS))
 
 
-def _packed(case: PacketCase, at: int) -> bytes:
+def packed_case(case: PacketCase, at: int) -> bytes:
     """struct packet_case."""
     packet, sockets = case.packet, case.sockets
     number = -1 if packet.socket is None else packet.socket

@@ -34,6 +34,8 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "vm_packet": (None, (_MACHINE, _U32, c_void_p, c_char_p, _U32, c_void_p)),
     "vm_packets": (None, (_MACHINE, _U32, c_char_p, _U32, c_char_p, c_void_p)),
     "vm_cross": (None, (_MACHINE, c_void_p, c_void_p, _U32, _U32, c_void_p)),
+    "vm_replay_record": (None, (_MACHINE, c_void_p, _U32, c_char_p, c_void_p, c_void_p)),
+    "vm_replay_differs": (_U32, (_MACHINE, c_void_p, _U32, c_char_p, c_void_p, c_void_p, _U32, _U32, c_void_p)),
     "vm_trace": (_U32, (_MACHINE, c_void_p, _U32)),
     "vm_loads": (_U32, (_MACHINE,)),
     "vm_total_runs": (_U64, (_MACHINE,)),

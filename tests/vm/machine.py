@@ -18,7 +18,8 @@ from imds_guard.backends.ebpf.render import render
 from imds_guard.policy.model import Policy
 from tests.vm.library import buffer, library, words
 from tests.vm.programs import FORMS, HOOKS, compiled, reads_directly
-from tests.vm.structs import CALLBACK, AttemptC, CallC, ControlsC, LayoutC, OutcomeC, PacketCaseC
+from tests.vm.replay import Replays
+from tests.vm.structs import CALLBACK, AttemptC, CallC, ControlsC, LayoutC, OutcomeC, PacketCaseC, ReplayC
 from tests.vm.values import Attempt, Call, Outcome, Packet, Socket, Task, outcome_of
 
 TASK, CRED, GROUP_INFO, USER_NS, PID = range(5)
@@ -236,6 +237,15 @@ class Machine:
         outcomes = buffer(ctypes.sizeof(OutcomeC) * len(attempts) * tasks)
         self._library.vm_cross(self._m, slots, given, len(attempts), tasks, outcomes)
         return bytes(outcomes)
+
+    def replays(self, runs: Sequence[ReplayC], data: bytes = b"", step_limit: int = 0) -> Replays:
+        """These runs are recorded as they are now. Their slots are those of slot()."""
+        self._apply(Controls(step_limit=step_limit))
+        return Replays(self._library, self._m, runs, data)
+
+    def slot(self, form: str, hook: str) -> int:
+        """The number that a hook has in C."""
+        return self._slots[form, hook]
 
     def raw(self, instructions: bytes, step_limit: int = 0) -> tuple[int, int]:
         """Runs instructions that are no hook: r0, and the bits of structs.Trap."""

@@ -102,6 +102,20 @@ class PacketCaseC(ctypes.Structure):
     ]
 
 
+COVERED_WORDS = 96
+
+
+class ReplayC(ctypes.Structure):
+    """struct replay."""
+
+    _fields_ = [
+        *((name, c_uint32) for name in ("slot", "task", "fail_first", "fail_last", "fail_load", "ring_full")),
+        ("is_packet", c_uint32),
+        ("attempt", AttemptC),
+        ("packet", PacketCaseC),
+    ]
+
+
 CALLBACK = ctypes.CFUNCTYPE(None, c_uint32)
 
 
@@ -145,5 +159,5 @@ LAYOUT_FIELDS = 11
 LayoutC = c_int32 * LAYOUT_FIELDS
 """struct layout."""
 
-SIZES = (TaskC, SocketC, AttemptC, PacketC, ControlsC, OutcomeC, CallC, LayoutC, PacketCaseC)
+SIZES = (TaskC, SocketC, AttemptC, PacketC, ControlsC, OutcomeC, CallC, LayoutC, PacketCaseC, ReplayC)
 """In the order of vm_sizes()."""

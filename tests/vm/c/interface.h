@@ -28,6 +28,13 @@ u64 vm_total_steps(struct machine *m);
 u64 vm_raw(struct machine *m, u32 slot, u64 r1, u64 r2, u32 *traps);
 void vm_sizes(u32 *sizes);
 
+/* replay.c */
+void vm_replay_record(struct machine *m, const struct replay *runs, u32 len, const u8 *bytes, struct outcome *outcomes,
+		      u32 (*covered)[COVERED_WORDS]);
+u32 vm_replay_differs(struct machine *m, const struct replay *runs, u32 len, const u8 *bytes,
+		      const struct outcome *outcomes, const u32 (*covered)[COVERED_WORDS], u32 at, u32 from,
+		      struct outcome *got);
+
 /* maps.c */
 int vm_map_define(struct machine *m, u32 number, u32 type, u32 key_size, u32 value_size, u32 max_entries);
 void vm_map_limit(struct machine *m, u32 number, u32 max_entries);

@@ -169,6 +169,18 @@ struct packet_case {
 	struct socket_facts sockets[CASE_SOCKETS];
 };
 
+/* structs.py: ReplayC. A run that is repeated: an attempt or a packet, and what fails in it. */
+#define COVERED_WORDS 96
+struct replay {
+	u32 slot;
+	u32 task;
+	u32 fail_first, fail_last, fail_load; /* struct controls */
+	u32 ring_full;
+	u32 is_packet;
+	struct attempt attempt;
+	struct packet_case packet;
+};
+
 /* structs.py: ControlsC. Calls of helpers and plain loads of kernel memory are counted from 1. */
 struct controls {
 	u32 fail_first, fail_last; /* these calls fail, if they can */

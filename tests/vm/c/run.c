@@ -240,7 +240,8 @@ void vm_sizes(u32 *sizes)
 {
 	const u32 all[] = { sizeof(struct task_facts), sizeof(struct socket_facts), sizeof(struct attempt),
 			    sizeof(struct packet),     sizeof(struct controls),	    sizeof(struct outcome),
-			    sizeof(struct call),       sizeof(struct layout),	    sizeof(struct packet_case) };
+			    sizeof(struct call),       sizeof(struct layout),	    sizeof(struct packet_case),
+			    sizeof(struct replay) };
 
 	memcpy(sizes, all, sizeof(all));
 }
