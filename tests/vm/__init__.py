@@ -46,7 +46,7 @@ machine.patched(form, hooks, at, instruction):`` for mutants.
 | generate.py, shrink.py, show.py | random cases; a case that fails made smaller, and in words |
 | failing.py | calls that fail, on every path |
 | coverage.py, lines.py | what the tests execute, and the line of source of each instruction |
-| mutants.py, mutate.py, replay.py | one-instruction mutants, and the runs that must find them: minutes, not part of the tests |
+| mutants.py, mutate.py, replay.py | one-instruction mutants, and the runs that must find them: a command of its own |
 | reference.py, in_kernel.py | what the machine itself is compared with |
 | planted.py | faults that tests must find |
 | layouts.py, layouts.json | other kernels' structs |
