@@ -6,11 +6,13 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from imds_guard.kernel.mounts import window_to_pid1
 from imds_guard.kernel.ownership import mode_for_root_alone, only_root_can_write, others_can_change
 
 FILE, FOLDER = stat.S_IFREG, stat.S_IFDIR
@@ -176,3 +178,31 @@ def test_nobody_changes_what_is_on_a_read_only_mount(read_only: Path) -> None:
     assert changed_at(read_only) is None
     os.chown(read_only.parent.parent, BOB, 0)
     assert changed_at(read_only) == str(read_only.parent.parent)
+
+
+_IN_A_UNIT = """
+import sys
+from imds_guard.kernel.ownership import others_can_change
+print(others_can_change(sys.argv[1]))
+"""
+
+
+@as_root
+@pytest.mark.skipif(window_to_pid1() is None, reason="no process here may be asked for the mounts of PID 1")
+def test_a_mount_that_is_read_only_for_this_process_alone_counts(file: Path) -> None:
+    """As in our units: ProtectSystem=strict makes every mount read-only for the unit, and for nobody else."""
+    os.chown(file.parent, BOB, 0)
+    as_unit = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && ! touch "$1" && exec "$0" -c "$2" "$1/file"'
+    argv = ["unshare", "--mount", "sh", "-c", as_unit, sys.executable, str(file.parent), _IN_A_UNIT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.startswith(f"{file.parent} (owner {BOB}")
+
+
+@as_root
+def test_the_folder_of_the_process_may_be_gone(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert others_can_change(str(file)) is None

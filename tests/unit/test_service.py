@@ -188,6 +188,23 @@ def test_a_package_that_others_can_change_is_refused(
 
 
 @as_root
+@pytest.mark.parametrize("which", ["folder", "folder/module.py", "folder/link.py"])
+def test_every_file_of_the_package_counts(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where somebody copied it, and gave only the folder to root."""
+    package, elsewhere = tmp_path / "package", tmp_path / "elsewhere.py"
+    (package / "folder").mkdir(parents=True)
+    for path in (package / "folder" / "module.py", elsewhere):
+        path.write_text("", encoding="utf-8")
+    (package / "folder" / "link.py").symlink_to(elsewhere)
+    monkeypatch.setattr(own_files, "PACKAGE", str(package))
+    assert own_files.package_open_to_others() is None
+    os.chown(package / which, 41_001, 0)
+    assert str(own_files.package_open_to_others()).startswith(
+        f"{elsewhere if which.endswith('link.py') else package / which} (owner 41001"
+    )
+
+
+@as_root
 def test_a_link_into_a_hidden_folder_is_refused(program: str, tmp_path: Path) -> None:
     """Services do not see /home, /root and /tmp; the target of a link counts, too."""
     shutil.move(program, tmp_path / "imds-guard")

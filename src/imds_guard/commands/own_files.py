@@ -21,8 +21,16 @@ def program_open_to_others(program: str, *, lasting: bool = False) -> str | None
 
 
 def package_open_to_others(*, lasting: bool = False) -> str | None:
-    """Says where others than root can change the package (ownership.py). Raises OSError."""
-    return ownership.others_can_change(PACKAGE, lasting=lasting)
+    """Says where others than root can change the package, or a file in it (ownership.py). Raises OSError."""
+    found = (ownership.others_can_change(path, lasting=lasting) for path in (PACKAGE, *_below(PACKAGE)))
+    return next((where for where in found if where is not None), None)
+
+
+def _below(folder: str) -> Iterator[str]:
+    for entry in os.scandir(folder):
+        yield entry.path
+        if entry.is_dir(follow_symlinks=False):
+            yield from _below(entry.path)
 
 
 def _program(program: str) -> Iterator[str]:

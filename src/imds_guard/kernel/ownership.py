@@ -45,7 +45,8 @@ def others_can_change(path: str, *, lasting: bool = False) -> str | None:
 
     All folders and symbolic links on the way count: whoever can write to a folder can put another file in its place. In
     a sticky folder that is root's others can't replace what is root's. With ``lasting`` such a folder counts, too,
-    since it may be emptied, and then anybody can take the name. A read-only mount is changed by nobody.
+    since it may be emptied, and then anybody can take the name. A read-only mount is changed by nobody (but see
+    _is_read_only()).
     """
     return next((_described(step) for step in _steps(path) if _is_open_to_others(step, lasting)), None)
 
@@ -53,7 +54,7 @@ def others_can_change(path: str, *, lasting: bool = False) -> str | None:
 def _steps(path: str) -> Iterator[str]:
     """Every folder, symbolic link and file that the look-up of ``path`` goes through (path_resolution(7))."""
     done, links = "/", 0
-    remaining = _parts(os.path.join(os.getcwd(), path))
+    remaining = _parts(path if os.path.isabs(path) else os.path.join(os.getcwd(), path))
     yield done
     while remaining:
         name = remaining.pop()
@@ -78,7 +79,7 @@ def _parts(path: str) -> list[str]:
 
 def _is_open_to_others(step: str, lasting: bool) -> bool:
     found, folder = os.lstat(step), os.stat(os.path.dirname(step))
-    if os.statvfs(os.path.dirname(step) if stat.S_ISLNK(found.st_mode) else step).f_flag & os.ST_RDONLY:
+    if _is_read_only(os.path.dirname(step) if stat.S_ISLNK(found.st_mode) else step):
         return False
     if _is_sticky(folder) and not is_owned_by_root(found):
         return True  # its owner can replace it
@@ -87,6 +88,27 @@ def _is_open_to_others(step: str, lasting: bool) -> bool:
     if only_root_can_write(found, root_group=not _has_acl(step)):
         return False
     return lasting or not (stat.S_ISDIR(found.st_mode) and is_owned_by_root(found) and _is_sticky(found))
+
+
+def _is_read_only(path: str) -> bool:
+    """True for a file or folder on a read-only mount.
+
+    ProtectSystem=strict of our own units makes every mount read-only, for the unit alone (systemd.exec(5)). So where
+    PID 1 sees the same file, its mount has to be read-only there, too.
+    """
+    if not _mount_is_read_only(path):
+        return False
+    from imds_guard.kernel.mounts import window_to_pid1  # noqa: PLC0415 -- start-up time: few mounts are read-only
+
+    outside = f"/proc/{window_to_pid1()}/root{path}"
+    try:
+        return not os.path.samestat(os.lstat(path), os.lstat(outside)) or _mount_is_read_only(outside)
+    except OSError:
+        return True  # PID 1 has no such file, or may not be inspected: it is the machine's, and this a container
+
+
+def _mount_is_read_only(path: str) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
 def _is_sticky(found: os.stat_result) -> bool:
