@@ -11,6 +11,7 @@ import pytest
 from imds_guard.commands.sub_ids import sub_id_warnings
 from imds_guard.config.read import parse_config
 from imds_guard.kernel import accounts
+from imds_guard.kernel.deadline import within
 
 PASSWD = """root:x:0:0::/root:/bin/sh
 www:x:1001:2001::/:/bin/sh
@@ -76,3 +77,16 @@ def test_a_machine_without_sub_ids_has_no_warning(machine: Path) -> None:
     for name in ("subuid", "subgid"):
         (machine / "etc" / name).unlink()
     assert warnings("deny_users = [1002]") == []
+
+
+def test_a_machine_with_very_many_users_is_looked_at_in_time(machine: Path) -> None:
+    """useradd(8) gives each of them sub-IDs; each is in a group of its own, and all of them in one."""
+    names = [f"user{number}" for number in range(20_000)]
+    text = "".join(f"{name}:x:{number}:{number}::/:\n" for number, name in enumerate(names, 10_000))
+    (machine / "etc" / "passwd").write_text(text, encoding="utf-8")
+    (machine / "etc" / "subuid").write_text("".join(f"{name}:1:1\n" for name in names), encoding="utf-8")
+    groups = "".join(f"{name}:x:{number}:{name},a,b,c\n" for number, name in enumerate(names, 10_000))
+    (machine / "etc" / "group").write_text(f"{groups}all:x:9:{','.join(names)}\n", encoding="utf-8")
+    with within(20):
+        (warning,) = warnings("deny_groups = [9]")
+    assert "does not hold user0, user1, user10, and 19997 more" in warning

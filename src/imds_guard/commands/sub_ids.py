@@ -26,7 +26,8 @@ def sub_id_warnings(policy: Policy) -> list[str]:
 def _of(lock: Lock) -> list[str]:
     if lock.default is Verdict.DENY or not lock.deny:
         return []
-    users = [user.name for user in accounts.users_with_sub_ids() if _is_denied(lock, user)]
+    members = accounts.members_in_files(lock.deny.groups)  # once: there may be 100,000 users
+    users = [user.name for user in accounts.users_with_sub_ids() if _is_denied(lock, user, members)]
     if not users:
         return []
     return [
@@ -35,5 +36,5 @@ def _of(lock: Lock) -> list[str]:
     ]
 
 
-def _is_denied(lock: Lock, user: accounts.User) -> bool:
-    return user.uid in lock.deny.users or not lock.deny.groups.isdisjoint(accounts.groups_in_files(user))
+def _is_denied(lock: Lock, user: accounts.User, members: set[str]) -> bool:
+    return user.uid in lock.deny.users or user.gid in lock.deny.groups or user.name in members

@@ -12,7 +12,7 @@ import grp
 import os
 import pwd
 import stat
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 from imds_guard.errors import GuardError, NotPermitted, system_text
@@ -125,9 +125,9 @@ def users_with_sub_ids() -> list[User]:
     return [user for user in _users(root) if user.name in names or str(user.uid) in names]
 
 
-def groups_in_files(user: User) -> list[int]:
-    """groups_of() by the files alone. Raises GuardError where they can't be used."""
-    return [user.gid, *(group.gid for group in _groups(other_root() or "/") if user.name in group.members)]
+def members_in_files(gids: Container[int]) -> set[str]:
+    """The names that these groups list in the files alone. Raises GuardError where they can't be used."""
+    return {name for group in _groups(other_root() or "/") if group.gid in gids for name in group.members}
 
 
 def _user(entry: pwd.struct_passwd) -> User:
