@@ -63,10 +63,10 @@ def refused(checks: Sequence[BackendCheck]) -> GuardError:
     return Unsupported(f"no backend can hold the policy here, nothing was changed ({reasons})")
 
 
-def running(cgroup: str | None) -> dict[str, Backend]:
+def running(cgroup: str | None, wanted: str = AUTO) -> dict[str, Backend]:
     """The backends that enforce something now, by name. One that is Unsupported here enforces nothing."""
     found: dict[str, Backend] = {}
-    for name in candidates(AUTO, cgroup):
+    for name in candidates(wanted, cgroup):
         backend = make(name, cgroup)
         try:
             if backend.in_force():

@@ -81,7 +81,8 @@ class BootNames(Names):
     """The IDs of the files passwd(5) and group(5), then those that the name service gave. Asks it nothing itself.
 
     An entry without an ID is left out: on an allow list it lets nobody in. Whoever makes the policy has to deny
-    everybody where an entry of a deny list is in ``missing``.
+    everybody where an entry of a deny list is in ``missing``. That a name is unknown does not mean that nobody has it:
+    before the network is up, the C library says the same of every name of a directory.
     """
 
     def __init__(self, answers: Answers) -> None:
@@ -94,15 +95,23 @@ class BootNames(Names):
         if number is not None:
             return number
         name = Name(kind, str(entry))
-        if not self._is_known(name):
+        is_known = self._is_known(name)
+        found = self._id(name) if is_known else None
+        if found is not None:
+            return found
+        if key.startswith("deny"):
             self.missing.append(name)
-            until = "the lock lets nobody in" if key.startswith("deny") else "this entry lets nobody in"
-            self.warnings.append(f"{key}: the name service gave no ID for {name.name!r} yet; until it does, {until}")
-            return None
-        found = self._id(name)
-        if found is None:
+            said = "the name service gave no ID for {} yet" if not is_known else f"there is no {kind} {{}}"
+            until = "until it does" if not is_known else "until there is one, or the entry is gone"
+            self.warnings.append(f"{key}: {said.format(repr(name.name))}; {until}, the lock lets in root at most")
+        elif is_known:
             self.warnings.append(f"{key}: there is no {kind} {name.name!r}, so this entry is left out")
-        return found
+        else:
+            self.missing.append(name)
+            self.warnings.append(
+                f"{key}: the name service gave no ID for {name.name!r} yet; until it does, this entry lets nobody in"
+            )
+        return None
 
     def stored(self, key: str, name: Name, stored: int) -> int:
         """Names.stored(): the stored ID, whatever the name has now."""
@@ -169,6 +178,6 @@ def ask(names: Iterable[Name], within_s: float = ANSWERS_WITHIN_S) -> dict[Name,
             for name, answer in worker.ask_each(wanted, limits):
                 if not isinstance(answer, Unanswered):
                     answers[name] = answer
-    except GuardError:  # the look-up failed: there is no answer for the rest
+    except (GuardError, OSError):  # the look-up failed: there is no answer for the rest
         pass
     return answers

@@ -169,8 +169,8 @@ class _Reader:
         allow = self.identities(table, "users", "groups")
         missing = len(self.names.missing)
         deny = self.identities(table, "deny_users", "deny_groups")
-        if len(self.names.missing) > missing:  # anybody may be the one who is to be denied
-            allow, default = Identities(), Verdict.DENY
+        if len(self.names.missing) > missing:
+            allow, default = _root_at_most(allow, deny, default), Verdict.DENY
         lock = Lock(table.name, endpoints, allow, deny, default)
         try:
             return split_off_wireserver(lock)
@@ -238,6 +238,15 @@ def _policy(top: Table, locks: Sequence[Lock], mode: Mode, containers: Verdict) 
         named = [lock.name for lock in locks if repr(lock.name) in str(error)]
         last = max(named, key=lambda name: top.lines.find(("lock", name)) or 0, default=None)
         Table(top.file, top.lines, () if last is None else ("lock", last), {}).fail(None, str(error))
+
+
+def _root_at_most(allow: Identities, deny: Identities, default: Verdict) -> Identities:
+    """The allowlist while an entry of the deny list has no ID: anybody but root may be who is to be denied.
+
+    Root alone can let go of any group, and a machine may not come up without it (the WireServer of Azure).
+    """
+    stays = 0 in allow.users or (default is Verdict.ALLOW and 0 not in deny.users)
+    return Identities(frozenset({0} if stays else ()))
 
 
 def _default(table: Table) -> Verdict:
