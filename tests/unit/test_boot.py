@@ -26,6 +26,7 @@ from imds_guard.config.names import Answers, Name
 from imds_guard.config.read import Config, parse_config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
 from imds_guard.kernel import accounts
+from imds_guard.kernel.deadline import Deadline
 from imds_guard.policy.emergency import emergency_policy
 from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
@@ -134,6 +135,30 @@ def test_the_emergency_lock_of_the_machine_does_not_outlive_its_reason(
     result = boot.start(BootFile(str(path)), GuardOptions(), ignore, Start().steps)
     assert result.outcome is not None
     assert result.outcome.done == ["done", *(["stopped None"] if removed else [])]
+
+
+@pytest.mark.parametrize(
+    ("held", "cgroup", "after", "taken_off"),
+    [
+        (emergency_policy(""), "/sys/fs/cgroup/a", POLICY, True),
+        (POLICY, "/sys/fs/cgroup/a", POLICY, False),
+        (emergency_policy(""), "/sys/fs/cgroup/b", POLICY, False),
+        (emergency_policy(""), None, POLICY, False),
+        (emergency_policy(""), "/sys/fs/cgroup/a", None, False),
+        (emergency_policy(""), "/sys/fs/cgroup/a", emergency_policy(""), False),
+    ],
+    ids=["boot was ended", "another policy", "another cgroup", "no cgroup", "nothing in force", "the same there"],
+)
+def test_a_repair_ends_the_emergency_lock_beside_the_guard_of_a_cgroup(
+    held: Policy, cgroup: str | None, after: Policy | None, taken_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(held, monkeypatch)
+    monkeypatch.setattr(guard, "TAKING_THE_LOCK", Start().steps)
+    config = Config(POLICY, cgroup=cgroup)
+    status = Status(None if after is None else "ebpf", after, [])
+    done = verify._end_machine_emergency(config, status, GuardOptions(cgroup="/sys/fs/cgroup/a"))
+    sentence = "the machine had the emergency lock beside the guard of the cgroup: it was taken off (stopped None)"
+    assert done == ([sentence] if taken_off else [])
 
 
 @pytest.mark.parametrize("option", [LEAVE, None])
@@ -274,6 +299,142 @@ def test_the_guard_of_a_cgroup_may_be_the_one_of_the_configuration(
     start = Start()
     boot.start(file_of(tmp_path, f'cgroup = "/sys/fs/cgroup/a"\n{CONFIG}'), GuardOptions(), ignore, start.steps)
     assert start.policies == [CONFIGURED]
+
+
+# --- what is in force is never given up -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Calls whose last policy is in force afterwards."""
+    start = Start()
+
+    def running(cgroup: str | None, wanted: str = choose.AUTO) -> dict[str, Backend]:
+        policy = start.policies[-1] if start.policies else None
+        held = policy is not None and cgroup is None and wanted in (choose.AUTO, "ebpf")
+        return {"ebpf": cast(Backend, Holder(cast(Policy, policy)))} if held else {}
+
+    monkeypatch.setattr(choose, "running", running)
+    monkeypatch.setattr(other_guards, "are_in_force", lambda: False)
+    monkeypatch.setattr(boot, "dmi_text", lambda: "")
+    return start
+
+
+@pytest.mark.parametrize("on_error", ["closed", "open"])
+@pytest.mark.parametrize("error", [ValueError("x"), Deadline()], ids=["error", "deadline"])
+def test_what_goes_wrong_when_the_policy_is_in_force_does_not_replace_it(
+    error: BaseException, on_error: str, kernel: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The emergency lock has other endpoints, and lets root in: it is no substitute for the policy."""
+
+    def fail(_: Policy) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(boot, "sub_id_warnings", fail)
+    result = boot.start(file_of(tmp_path, f'on_error = "{on_error}"\n{CONFIG}'), GuardOptions(), ignore, kernel.steps)
+    assert kernel.policies == [EMERGENCY, CONFIGURED]
+    assert str(result.error).endswith("the policy that was put in force before that stays so")
+
+
+@pytest.mark.parametrize("cgroup", ["/sys/fs/cgroup/no-such-cgroup", "/sys\\u0000"])
+@pytest.mark.parametrize("on_error", ["closed", "open"])
+def test_a_reload_for_a_cgroup_that_does_not_exist_leaves_the_policy_of_the_machine(
+    cgroup: str, on_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(POLICY, monkeypatch)
+    start = Start(auto=GuardError("there is no such cgroup"))
+    text = f'on_error = "{on_error}"\ncgroup = "{cgroup}"\n{CONFIG}'
+    result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, start.steps)
+    assert start.policies == []
+    assert str(result.error).endswith("what was in force stays so")
+
+
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+def test_a_backend_that_can_not_be_asked_does_not_hide_the_policy_of_the_other_one(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def running(_: str | None, wanted: str = choose.AUTO) -> dict[str, Backend]:
+        if wanted != "ebpf":
+            raise error
+        return {"ebpf": cast(Backend, Holder(POLICY))}
+
+    monkeypatch.setattr(choose, "running", running)
+    start = Start()
+    result = boot.start(file_of(tmp_path, "[lock.default]\n"), GuardOptions(), ignore, start.steps)
+    assert (start.policies, str(result.error).endswith("what was in force stays so")) == ([], True)
+
+
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+def test_a_policy_that_can_not_be_read_is_in_force_all_the_same(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_: Holder) -> Policy:
+        raise error
+
+    hold(POLICY, monkeypatch)
+    monkeypatch.setattr(Holder, "read", read)
+    start = Start()
+    result = boot.start(file_of(tmp_path, "[lock.default]\n"), GuardOptions(), ignore, start.steps)
+    assert (start.policies, str(result.error).endswith("what was in force stays so")) == ([], True)
+
+
+@pytest.mark.parametrize("held", [POLICY, CONFIGURED], ids=["another policy", "this policy"])
+def test_ebpf_does_not_make_way_for_iptables_where_it_holds_a_policy(
+    held: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rules of iptables see one network namespace alone, and can't hold every policy."""
+    hold(held, monkeypatch, "ebpf")
+    start = Start(ebpf=GuardError("no memory"), auto=GuardError("no memory"))
+    result = boot.start(file_of(tmp_path, CONFIG), GuardOptions(), ignore, start.steps)
+    assert [one.backend for one in start.asked] == ["ebpf"]
+    assert str(result.error) == "no memory; what was in force stays so"
+
+
+def test_ebpf_does_not_make_way_when_it_failed_with_the_emergency_lock_in_force(kernel: Start) -> None:
+    """Something went wrong after the policy was put in force."""
+    kernel.policies.append(EMERGENCY)
+    failing = Start(auto=GuardError("the rules for forwarded packets failed"))
+    with pytest.raises(GuardError, match="forwarded"):
+        boot.put_in_force(EMERGENCY, GuardOptions(), ignore, failing.steps)
+    assert len(failing.asked) == 1
+
+
+# --- a second failure -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+def test_the_emergency_lock_stays_when_it_can_not_be_put_on_again(error: Exception, tmp_path: Path) -> None:
+    start = Start(ebpf=error)
+
+    def fail_later(policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
+        return start(policy, options._replace(backend="ebpf") if start.policies else options, progress)
+
+    result = boot.start(file_of(tmp_path, "[lock.x]\n"), GuardOptions(), ignore, Steps(fail_later, start.steps.stop))
+    assert start.policies == [EMERGENCY]
+    assert str(result.error).endswith("locked for everyone but root (emergency lock)")
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+def test_every_error_is_reported_when_nothing_can_be_locked(error: Exception, tmp_path: Path) -> None:
+    start = Start(auto=error, iptables=error)
+    with pytest.raises(GuardError, match="the emergency lock could not be put on either, nothing is locked"):
+        boot.start(file_of(tmp_path, CONFIG), GuardOptions(), ignore, start.steps)
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+def test_a_lock_that_can_not_be_taken_off_is_not_said_to_be_open(error: Exception, tmp_path: Path) -> None:
+    def stop(_: str | None) -> list[str]:
+        raise error
+
+    start = Start()
+    file = file_of(tmp_path, 'on_error = "open"\n[lock.x]\n')
+    result = boot.start(file, GuardOptions(), ignore, Steps(start, stop))
+    assert start.policies == [EMERGENCY]
+    assert "lock 'x' locks nothing" in str(result.error)
+    assert "the emergency lock could not be taken off" in str(result.error)
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

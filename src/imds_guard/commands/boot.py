@@ -9,6 +9,7 @@ built-in endpoints are locked.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import NamedTuple
 
 from imds_guard.backends import choose
@@ -120,33 +121,47 @@ class _Boot:
         return put_in_force(config.policy, options, self._progress, self._steps)
 
     def _remove_machine_emergency(self, config: Config) -> list[str]:
-        """A policy for a cgroup does not replace an emergency lock on the whole machine: that is removed here."""
-        if with_config(self._options, config).cgroup is None:
-            return []
-        lasts = any(map(_is_emergency, _policies_in_force(None)))
-        return self._steps.stop(None) if lasts else []
+        return remove_machine_emergency(with_config(self._options, config).cgroup, self._steps)
 
     # --- without it -------------------------------------------------------------------------------------------------
 
     def _without_the_policy(self, error: GuardError, may_open: bool) -> BootResult:
-        """A policy that is in force is worth more than the emergency lock, and stays."""
-        if self._emergency is None and _policies_in_force(self._options.cgroup or self._file.string("cgroup")):
+        """A policy that is in force is worth more than the emergency lock, and stays.
+
+        That may be the configuration's: something can go wrong, or take too long, after it was put in force.
+        """
+        held = self._held()
+        if self._emergency is None and held:
             return BootResult(error=_extended(error, "what was in force stays so"))
+        if any(map(_is_another, held)):
+            return BootResult(error=_extended(error, "the policy that was put in force before that stays so"))
         if may_open and self._file.string("on_error") == "open":
-            if self._emergency is not None:
-                self._steps.stop(self._options.cgroup)
-            sentence = 'nothing is locked, since the configuration says on_error = "open"'
-            return BootResult(error=_extended(error, sentence))
+            return self._opened(error)
         sentence = "until that is corrected the built-in endpoints are locked for everyone but root (emergency lock)"
         return BootResult(self._emergency_lock_instead(error), _extended(error, sentence))
+
+    def _held(self) -> list[Policy | None]:
+        """What is in force where the emergency lock would be put on, and where the configuration's policy would be."""
+        places = dict.fromkeys((self._options.cgroup, self._options.cgroup or self._file.string("cgroup")))
+        return [policy for cgroup in places for policy in _policies_in_force(cgroup)]
+
+    def _opened(self, error: GuardError) -> BootResult:
+        sentence = 'nothing is locked, since the configuration says on_error = "open"'
+        if self._emergency is not None:
+            try:
+                self._steps.stop(self._options.cgroup)
+            except Exception as other:  # noqa: BLE001 - the first error is the one to report
+                sentence = f"the emergency lock could not be taken off: {_as_guard_error(other)}"
+        return BootResult(error=_extended(error, sentence))
 
     def _emergency_lock_instead(self, error: GuardError) -> Outcome:
         """Once more where it is on already: now the connections that it denies are cut."""
         try:
             return self._emergency_lock(cut=True)
-        except GuardError as other:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, what is locked is to be reported
             if self._emergency is not None:
                 return self._emergency
+            other = _as_guard_error(failure)
             raise type(other)(
                 f"{error}; the emergency lock could not be put on either, nothing is locked: {other}"
             ) from error
@@ -175,20 +190,32 @@ def _something_in_force(cgroup: str | None) -> bool:
     """True also for the guard of some cgroup: it may be the configuration's, which was not read yet."""
     try:
         return bool(_policies_in_force(cgroup)) or (cgroup is None and other_guards.are_in_force())
-    except GuardError:
+    except Exception:  # noqa: BLE001 - then the emergency lock is put on
         return False
 
 
 def _policies_in_force(cgroup: str | None) -> list[Policy | None]:
     """What is in force: None for a policy that can't be read. Empty also where the cgroup does not exist."""
-    try:
-        return [backend.read() for backend in choose.running(cgroup).values()]
-    except GuardError:
-        return []
+    return [policy for name in choose.candidates(choose.AUTO, cgroup) for policy in _policies_of(cgroup, name)]
+
+
+def _policies_of(cgroup: str | None, backend: str) -> list[Policy | None]:
+    """Empty where the backend can't be asked: that must not hide what the other one holds."""
+    found: list[Policy | None] = []
+    with suppress(Exception):
+        for running in choose.running(cgroup, backend).values():
+            found = [None]  # in force, whatever it is
+            found = [running.read()]
+    return found
 
 
 def _is_emergency(policy: Policy | None) -> bool:
     return policy is not None and is_emergency(policy)
+
+
+def _is_another(policy: Policy | None) -> bool:
+    """True for a policy that can be read and is not the emergency lock."""
+    return policy is not None and not is_emergency(policy)
 
 
 def with_config(options: GuardOptions, config: Config) -> GuardOptions:
@@ -203,19 +230,30 @@ def with_config(options: GuardOptions, config: Config) -> GuardOptions:
     )
 
 
+def remove_machine_emergency(cgroup: str | None, steps: Steps) -> list[str]:
+    """A policy for a cgroup does not replace an emergency lock on the whole machine: that is removed here."""
+    lasts = cgroup is not None and any(map(_is_emergency, _policies_in_force(None)))
+    return steps.stop(None) if lasts else []
+
+
 def put_emergency_lock_on(options: GuardOptions, progress: Progress, steps: Steps) -> Outcome:
     """Puts the emergency lock on, with whatever backend can."""
     return put_in_force(emergency_policy(dmi_text()), options._replace(backend=choose.AUTO), progress, steps)
 
 
 def put_in_force(policy: Policy, options: GuardOptions, progress: Progress, steps: Steps) -> Outcome:
-    """Starts ``policy``. At boot a backend that fails, for whatever reason, makes way for the next."""
+    """Starts ``policy``. At boot a backend that fails, for whatever reason, makes way for the next.
+
+    But eBPF does not where it holds a policy, be it this one: iptables rules hold less.
+    """
+    if options.backend == choose.AUTO and options.cgroup is None and any(map(_is_another, _policies_of(None, "ebpf"))):
+        options = options._replace(backend="ebpf")
     try:
         return steps.start(policy, options, progress)
     except Unsupported:
         raise  # every backend was asked
     except Exception as error:
-        if options.backend != choose.AUTO or options.cgroup is not None:
+        if options.backend != choose.AUTO or options.cgroup is not None or policy in _policies_of(None, "ebpf"):
             raise
         return _with_iptables(policy, options, progress, steps, _as_guard_error(error))
 

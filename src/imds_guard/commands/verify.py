@@ -58,6 +58,7 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
             return result
         joined = _join_names(incomplete, config, where, progress)
         after = look.status(where.cgroup) if joined else result.after
+        joined += _end_machine_emergency(config, after, where)
         in_force = guard.look_again(where.cgroup) if after.backend is not None else None
     existing = None if in_force is None else guard.complete(in_force, progress).existing
     return result._replace(after=after, repaired=result.repaired + joined, existing=existing)
@@ -174,3 +175,16 @@ def _join_names(
         return []
     boot.put_in_force(config.policy, options, progress, guard.HOLDING_THE_LOCK)
     return ["names of the configuration had no ID: they have one now, and its policy was put in force"]
+
+
+def _end_machine_emergency(config: Config | None, after: Status, options: GuardOptions) -> list[str]:
+    """Takes the emergency lock off the machine where the configuration's cgroup is guarded. Returns what was done.
+
+    Boot does that, too, unless it was ended before.
+    """
+    is_meant = config is not None and config.cgroup is not None and config.cgroup == options.cgroup
+    if not is_meant or after.policy is None or after.emergency:
+        return []
+    done = boot.remove_machine_emergency(options.cgroup, guard.TAKING_THE_LOCK)
+    sentence = "the machine had the emergency lock beside the guard of the cgroup: it was taken off"
+    return [_with_details(sentence, done)] if done else []

@@ -92,6 +92,11 @@ def _is_orphan(folder: Folder) -> bool:
 
 
 def _remove(*, only_orphans: bool) -> Change:
+    with trying("removing guards of cgroups", "run the command again"):
+        return _removed(only_orphans)
+
+
+def _removed(only_orphans: bool) -> Change:
     change = Change()
     for identity, folder in _cgroup_guards():
         if only_orphans and not _is_orphan(folder):
