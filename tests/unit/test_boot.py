@@ -399,6 +399,26 @@ def test_ebpf_does_not_make_way_when_it_failed_with_the_emergency_lock_in_force(
     assert len(failing.asked) == 1
 
 
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("text", [CONFIG, "[lock.x]\n"], ids=["usable", "unusable"])
+@pytest.mark.parametrize("error", ANYTHING, ids=lambda one: type(one).__name__)
+def test_what_goes_wrong_with_open_connections_does_not_hide_what_boot_did(
+    error: Exception, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def complete(*_: object) -> Outcome:
+        raise error
+
+    steps = Start().steps
+    monkeypatch.setattr(boot, "TAKING_THE_LOCK", steps)
+    monkeypatch.setattr(guard, "complete", complete)
+    result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, steps)
+    assert result.outcome is not None
+    if text == CONFIG:
+        assert str(result.error).endswith("open connections were not all looked at; what was put in force stays so")
+    else:
+        assert "lock 'x' locks nothing" in str(result.error)
+
+
 # --- a second failure -------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vagrant.guest import world
@@ -43,6 +44,34 @@ def test_without_any_lock_the_network_does_not_start(backend: str) -> None:
     FILE.write_text(text.replace("broken\n", ""), encoding="utf-8")
     systemctl("start", NETWORK)
     assert_locked()
+
+
+@EBPF
+def test_a_configuration_that_others_can_change_is_refused_in_the_unit(backend: str) -> None:
+    """Its ProtectSystem=strict makes the file look as if nobody could change it."""
+    os.chown(FILE, STRANGER, 0)
+    assert exit_status_of("reload", UNIT) != 0
+    assert f"{FILE} (owner {STRANGER}, group 0, mode 0644) can be changed by others than root" in journal(UNIT)
+    assert_locked()
+    os.chown(FILE, 0, 0)
+    systemctl("reload", UNIT)
+    assert_locked()
+
+
+@EBPF
+def test_a_repair_ends_the_emergency_lock_whose_reason_is_gone(backend: str) -> None:
+    """As the timer does a minute after boot."""
+    assert "OnActiveSec=1min" in systemctl("cat", VERIFY)
+    systemctl("stop", UNIT)
+    text = FILE.read_text(encoding="utf-8")
+    FILE.write_text("broken\n", encoding="utf-8")
+    assert exit_status_of("start", UNIT) != 0
+    assert command("status").returncode == DEGRADED
+    FILE.write_text(text, encoding="utf-8")
+    systemctl("start", VERIFY.replace("timer", "service"))
+    assert command("status").returncode == ACTIVE
+    assert_locked()
+    systemctl("restart", UNIT)
 
 
 @EBPF

@@ -49,7 +49,13 @@ def start(file: BootFile, options: GuardOptions, progress: Progress, steps: Step
     result = _Boot(file, options, progress, steps).run()
     if result.outcome is None or steps is not TAKING_THE_LOCK:
         return result
-    return result._replace(outcome=guard.complete(result.outcome, progress))
+    try:
+        return result._replace(outcome=guard.complete(result.outcome, progress))
+    except Exception as error:  # noqa: BLE001 - the first error is the one to report, and something is locked
+        said = _extended(
+            _as_guard_error(error), "open connections were not all looked at; what was put in force stays so"
+        )
+        return result._replace(error=result.error or said)
 
 
 class _Boot:
