@@ -20,7 +20,7 @@ import pytest
 from imds_guard.commands import turn
 from imds_guard.connections.cut import CUT_S, cut_denied
 from imds_guard.connections.values import SweepEnd, WhyOpen
-from imds_guard.kernel import children
+from imds_guard.kernel import children, sock_destroy
 from imds_guard.present.connections import connection_warnings
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, argv
 from tests.hostile import fuse_device, lock_socket
@@ -101,6 +101,41 @@ def test_it_is_cut_when_it_is_let_go(here: Stage, held: Held) -> None:
     assert held.client.write() == ["ECONNABORTED"]
 
 
+def test_nobody_waits_twice_for_the_same_socket(here: Stage, held: Held) -> None:
+    """A timer looks for connections each five minutes: it would leave a process behind each time."""
+
+    def work() -> bool:
+        ends = []
+        for _ in range(3):
+            done = cut_denied(locked(ONE), here.scope)
+            ends.append((children.abandoned(), [one.why_open for one in done.still_open], done.end))
+        held.let_go()
+        wait_until(lambda: children.abandoned() == 0)
+        return ends == [(1, [WhyOpen.HELD], SweepEnd.DEADLINE)] * 3
+
+    assert children.run_in_child(work)
+    assert held.client.write() == ["ECONNABORTED"]
+
+
+def test_what_was_not_held_after_all_is_cut(here: Stage) -> None:
+    """A thread that was killed keeps no claim, also where another thread of its process still waits."""
+    client = here.client(opening())
+    assert pids(cut_denied(locked(ONE), here.scope).cut) == [client.pid]
+    again = here.client(opening())
+    assert pids(cut_denied(locked(ONE), here.scope).cut) == [again.pid]
+
+
+def test_who_holds_more_sockets_than_there_are_threads_keeps_none_from_being_cut(
+    here: Stage, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others of the same user, too: they are tried when the threads have hung for a moment."""
+    monkeypatch.setattr(sock_destroy, "MAX_THREADS", 1)
+    others = [here.client(opening()) for _ in range(8)]
+    done = cut_denied(locked(ONE), here.scope)
+    assert [one.write() for one in others] == [["ECONNABORTED"]] * 8
+    assert [one.why_open for one in done.still_open] == [WhyOpen.HELD]
+
+
 # --- commands -------------------------------------------------------------------------------------------------------
 
 
@@ -149,7 +184,7 @@ def test_the_terminal_says_at_once_that_the_lock_is_on_and_the_policy_is_saved(
     here: Stage, held: Held, guard: Guard, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.toml"
-    guard.start("--user", str(STRANGER), "--user", str(ONE), "--ip", f"{SERVICE}:80")
+    guard.start("--user", str(STRANGER), "--user", str(ONE), "--ip", f"{SERVICE}:80", "--keep-existing")
     ours, theirs = pty.openpty()
     revoke = guard.arguments("revoke", "--user", str(STRANGER), "--save", "--without-root", "--config", str(path))
     with subprocess.Popen(argv(revoke), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs) as process:
@@ -202,7 +237,7 @@ def test_verify_looks_again_but_leaves_alone_what_was_kept(here: Stage, guard: G
 
 
 def test_what_a_killed_start_left_is_for_the_next_command(here: Stage, held: Held, guard: Guard) -> None:
-    """Also for one that takes no right away."""
+    """Also for one that takes no right away. It does not wait for a socket that the killed one waits for."""
     with begun(guard) as process:
         process.kill()
     assert guard("allow", "--user", str(TWO), "--json").values["connections"]["sweep"] == "deadline"

@@ -83,7 +83,9 @@ class Sweep:
     def result(self) -> CutResult:
         """Of all searches."""
         found = (tuple(self._done.values()), tuple(self._open.values()))
-        return CutResult(self._searched or (), tuple(self._errors), *found, self._end)
+        is_short = self._end is SweepEnd.COMPLETE and any(one.why_open is WhyOpen.NO_TIME for one in found[1])
+        end = SweepEnd.DEADLINE if is_short else self._end
+        return CutResult(self._searched or (), tuple(self._errors), *found, end)
 
     def look(self, policy: Policy, within_s: float = SWEEP_S, *, extra: bool = False) -> None:
         """Searches and cuts until a search finds nothing new, or the time is over.
@@ -106,7 +108,7 @@ class Sweep:
         ended = end_each(targets, min(CUT_S, self._left_s()), self._is_wanted, self._cut)
         endings = {one.found.socket.identity: what for one, what in zip(fresh, ended)}
         self._settle(denied, endings, self._keep)
-        return any(what.ending in (Ending.CUT, Ending.GONE) for what in ended)
+        return any(what.ending in _GO_ON for what in ended) and self._left_s() > 0
 
     def _is_fresh(self, one: Denied) -> bool:
         identity = one.found.socket.identity
@@ -114,6 +116,7 @@ class Sweep:
 
     def _settle(self, denied: Sequence[Denied], endings: dict[bytes, Ended], otherwise: WhyOpen | None) -> None:
         """Notes what became of each socket, and which ones are open after this search."""
+        untried = {identity for identity, one in self._open.items() if one.why_open is WhyOpen.NO_TIME}
         if self._whole:
             self._open = {}
         for one in denied:
@@ -124,7 +127,9 @@ class Sweep:
             if ended.ending in (Ending.CUT, Ending.GONE, Ending.ACCEPTED):
                 self._closed.add(identity)
                 self._open.pop(identity, None)
-            if identity not in self._closed:
+            if ended.ending is Ending.NOT_TRIED or (ended.ending is Ending.NOT_CUT and identity in untried):
+                self._open[identity] = connection._replace(why_open=WhyOpen.NO_TIME)
+            elif identity not in self._closed:
                 why = self._why.setdefault(identity, connection.why_open or self._why_open(ended) or otherwise)
                 self._open[identity] = connection._replace(why_open=why)
 
@@ -183,6 +188,8 @@ def _in_turns(several: list[Denied]) -> list[Denied]:
 
 
 _JUDGING = Limits(share_s=0.5)
+_GO_ON = (Ending.CUT, Ending.GONE, Ending.NOT_TRIED)
+"""After these there may be more to do."""
 _WHY_OPEN = {
     Ending.HELD: WhyOpen.HELD,
     Ending.NOT_TRIED: WhyOpen.NO_TIME,

@@ -44,6 +44,11 @@ def attempt(name: str) -> int | None:
         os.close(fd)
 
 
+def opened(name: str) -> int:
+    """A descriptor of ``/run/imds-guard/NAME.lock``, for locks of another kind. Raises GuardError."""
+    return _open(name)
+
+
 def forget(name: str) -> None:
     """Removes the lock file. Call it while the lock is held; a process that waits for the lock then makes a new file.
 

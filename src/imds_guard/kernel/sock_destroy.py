@@ -3,6 +3,9 @@
 
 Before v6.9 ("sock_diag: remove sock_diag_mutex") one mutex serialises all requests of sock_diag, of whomever. There, a
 socket that hangs keeps those behind it from being ended.
+
+A thread that hangs stays until its socket is let go, and ends it then. Commands come again and again (a timer runs
+verify --repair), so no other thread waits for that socket: pending.py.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Callable, NamedTuple
 
-from imds_guard.kernel import children
+from imds_guard.kernel import children, pending
 from imds_guard.kernel.namespaces import Namespace
 from imds_guard.kernel.sock_diag import Socket, open_sock_diag
 from imds_guard.kernel.tcp_birth import was_accepted
@@ -27,6 +30,8 @@ MAX_THREADS = 512
 """That hang. Each takes two descriptors and a few pages."""
 _STACK = 256 << 10
 _CHECK_S = 0.1
+_STUCK_S = 0.3
+"""When as many threads as there may be hang for so long, the sockets behind them are left for the next call."""
 _RESULT = struct.Struct("=III")
 
 
@@ -43,7 +48,7 @@ class Ending(IntEnum):
     REFUSED = 4
     """The kernel returned an error."""
     HELD = 5
-    """No answer in time: a system call that does not end has locked the socket."""
+    """No answer in time, to this command or to one before: a system call that does not end has locked the socket."""
     NOT_TRIED = 6
     """The time was over before its turn."""
     NOT_WANTED = 7
@@ -60,10 +65,14 @@ class Target(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """``errno`` is that of REFUSED."""
+    """``errno`` is that of REFUSED. HELD with EALREADY: a thread of another command waits for the socket."""
 
     ending: Ending
     errno: int = 0
+
+
+_WAITING = Ended(Ending.HELD)
+_WAITED_FOR = Ended(Ending.HELD, errno.EALREADY)
 
 
 def end_each(
@@ -100,12 +109,18 @@ def end_each(
 
 
 def _collect(reader: int, results: list[Ended], expected: int, deadline: float, is_wanted: Callable[[], bool]) -> None:
-    """Stops at the deadline, and when nothing is wanted any more: what has no answer then keeps its result."""
+    """Stops at the deadline, and when nothing is wanted any more: what has no answer then keeps its result.
+
+    It stops earlier when all threads hang.
+    """
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     rest = b""
+    answered = time.monotonic()
     while expected and time.monotonic() < deadline:
         if not poll.poll(min(_CHECK_S, max(0.0, deadline - time.monotonic())) * 1000):
+            if results.count(_WAITING) >= MAX_THREADS and time.monotonic() - answered > _STUCK_S:
+                return
             if not is_wanted():
                 unanswered = (Ending.HELD, Ending.NOT_TRIED)
                 results[:] = [Ended(Ending.NOT_WANTED) if one.ending in unanswered else one for one in results]
@@ -114,11 +129,12 @@ def _collect(reader: int, results: list[Ended], expected: int, deadline: float, 
         more = os.read(reader, 65536)
         if not more:
             return
+        answered = time.monotonic()
         rest += more
         whole = len(rest) - len(rest) % _RESULT.size
         for number, ending, code in _RESULT.iter_unpack(rest[:whole]):
             results[number] = Ended(Ending(ending), code)
-            expected -= ending != Ending.HELD
+            expected -= results[number] != _WAITING
         rest = rest[whole:]
 
 
@@ -148,9 +164,11 @@ class _Work:
         threading.Event().wait()
 
     def _end(self, number: int) -> None:
-        self._answer(number, Ended(Ending.HELD))  # until there is another answer
+        self._answer(number, _WAITING)  # until there is another answer
+        one = self._targets[number]
         try:
-            ended = self._ended(self._targets[number])
+            with pending.claimed(b"%d %d " % (one.namespace.inode, self._cut) + one.socket.identity) as is_ours:
+                ended = self._ended(one) if is_ours else _WAITED_FOR
         except FileNotFoundError:
             ended = Ended(Ending.GONE)  # its namespace is gone
         except OSError as error:

@@ -21,6 +21,7 @@ MEMBARRIER_GLOBAL = 1
 MEMBARRIER_GLOBAL_EXPEDITED = 2
 
 # Source: include/uapi/linux/sched.h
+CLONE_FILES = 0x00000400
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
@@ -107,7 +108,7 @@ def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
 
 
 def unshare(flags: int) -> None:
-    """Gives the calling thread new namespaces of the kinds in ``flags`` (CLONE_NEW*; unshare(2))."""
+    """Gives the calling thread new namespaces (CLONE_NEW*) or descriptors (CLONE_FILES) of its own (unshare(2))."""
     _checked(_libc.unshare(ctypes.c_int(flags)), "unshare")
 
 
