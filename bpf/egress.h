@@ -143,21 +143,46 @@ ig_inline bool ig_find_packet_range(__u32 generation, const struct ig_packet *pa
 
 /* --- what may pass without an approved socket ------------------------------------------------------------------- */
 
+/* Whether a mark approves a list; in audit mode the audited connects, too, which were counted then. */
+ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list,
+			      const struct ig_mark *mark)
+{
+	if (mark->kind == IG_MARK_AUDIT)
+		return settings->mode == IG_AUDIT;
+	return ig_mark_holds(generation, settings, list, mark);
+}
+
+/* Whether the socket was approved for a list, by its last call or by an earlier one. */
+ig_inline bool ig_sender_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
+{
+	const struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
+	const struct ig_earlier *earlier;
+	__u32 i;
+
+	if (!mark || list == IG_NO_LIST)
+		return false;
+	if (ig_mark_passes(generation, settings, list, mark))
+		return true;
+	earlier = ig_sk_storage_get(IG_MAP(IG_MAP_EARLIER), sk, 0, 0);
+	if (!earlier)
+		return false;
+	for (i = 0; i < IG_EARLIER_MARKS; i++)
+		if (ig_mark_passes(generation, settings, list, &earlier->marks[i]))
+			return true;
+	return false;
+}
+
 /*
- * Whether the mark of a socket approves a list; in audit mode the audited connects, too, which were counted then. Anybody
- * may connect to a port that is not locked: there a mark only shows that the socket has made a connect.
+ * Whether the client of a service was approved for it. It is a TCP socket, so its last connect is its only connection.
+ * Anybody may connect to a port that is not locked: there a mark only shows that the socket has made a connect.
  */
-ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
+ig_inline bool ig_client_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
 {
 	const struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
 
 	if (!mark || list == IG_NO_LIST)
 		return false;
-	if (list == IG_OPEN_PORT)
-		return mark->kind;
-	if (mark->kind == IG_MARK_AUDIT)
-		return settings->mode == IG_AUDIT;
-	return ig_mark_holds(generation, settings, list, mark);
+	return list == IG_OPEN_PORT ? mark->kind : ig_mark_passes(generation, settings, list, mark);
 }
 
 /* The tuple by which the kernel finds a socket: as the receiver of the packet sees it, or reversed. */
@@ -208,7 +233,7 @@ ig_inline bool ig_is_reply_to_approved(struct __sk_buff *skb, __u32 generation, 
 	if (!sk)
 		return false;
 	/* A listening socket is not a client, whatever it was approved for before. */
-	passes = sk->state != BPF_TCP_LISTEN && ig_mark_passes(generation, settings, list, sk);
+	passes = sk->state != BPF_TCP_LISTEN && ig_client_passes(generation, settings, list, sk);
 	ig_sk_release(sk);
 	return passes;
 }
@@ -269,7 +294,7 @@ ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig
 			return 1;
 		sk = skb->sk;
 		sk = sk ? ig_sk_fullsock(sk) : 0;
-		if (sk && ig_mark_passes(generation, settings, range.list, sk))
+		if (sk && ig_sender_passes(generation, settings, range.list, sk))
 			return 1;
 		flags = ig_tcp_flags(skb, packet);
 		if (flags && ig_is_reply_to_approved(skb, generation, settings, packet, ipv4))

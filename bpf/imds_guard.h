@@ -13,7 +13,7 @@
 
 #include <linux/types.h>
 
-#define IG_ABI 2
+#define IG_ABI 3
 
 /* Placeholders in the instructions, which the loader replaces: kernel/compiler.py. */
 #define IG_MAP_BASE 0x494d4400 /* + enum ig_map: the map's file descriptor */
@@ -36,6 +36,8 @@ enum ig_map {
 	IG_MAP_REPORT,
 	IG_MAP_WATCH,
 	IG_MAP_MARKS,
+	IG_MAP_EARLIER,
+	IG_MAP_SHARES,
 	IG_MAPS
 };
 
@@ -216,7 +218,10 @@ enum ig_reason {
 	IG_REASONS
 };
 
-/* SK_STORAGE, strict mode: the reason that let the socket's last connect or sendmsg through. */
+/*
+ * SK_STORAGE, strict mode: the reason that let the socket's last connect or sendmsg through. The record outlives
+ * upgrades, so its size and its meaning stay.
+ */
 enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT, IG_MARK_OPEN };
 struct ig_mark {
 	__u64 serial; /* ig_settings.serial of that moment */
@@ -228,6 +233,16 @@ struct ig_mark {
 	__u8 pad[4];
 };
 _Static_assert(sizeof(struct ig_mark) == 24, "ABI");
+
+/*
+ * SK_STORAGE, strict mode, for sockets that were approved by more than one list: the marks of earlier calls, each at its
+ * list modulo IG_EARLIER_MARKS. A UDP socket can be connected to one lock and send to another one.
+ */
+#define IG_EARLIER_MARKS 8
+struct ig_earlier {
+	struct ig_mark marks[IG_EARLIER_MARKS];
+};
+_Static_assert(sizeof(struct ig_earlier) == 192, "ABI");
 
 /* --- counters, events and the report ---------------------------------------------------------------------------- */
 
@@ -275,15 +290,26 @@ struct ig_event {
 };
 _Static_assert(sizeof(struct ig_event) == 88, "ABI");
 
-/* HASH: who was denied, or would have been in audit mode, since the generation came into force. */
+/*
+ * HASH: who was denied, or would have been in audit mode, since the generation came into force. A process in a user
+ * namespace can take any ID that is mapped there (65,536 by default), so its denials are counted for the owner of that
+ * namespace.
+ */
+enum ig_who {
+	IG_WHO_USER = 1, /* .id is the fsuid */
+	IG_WHO_NAMESPACES, /* callers in user namespaces that .id owns */
+	IG_WHO_OTHERS, /* what is beyond the share that .id begins: see struct ig_share_key */
+};
 #define IG_REPORT_ROWS 16384
 struct ig_report_key {
 	__u8 generation;
 	__u8 reason;
-	__u16 lock;
-	__u32 fsuid;
+	__u16 lock; /* IG_NO_LOCK for IG_WHO_OTHERS */
+	__u8 who; /* enum ig_who */
+	__u8 pad[3];
+	__u32 id;
 };
-_Static_assert(sizeof(struct ig_report_key) == 8, "ABI");
+_Static_assert(sizeof(struct ig_report_key) == 12, "ABI");
 struct ig_report {
 	__u64 count;
 	__u64 first_ns; /* CLOCK_BOOTTIME */
@@ -295,6 +321,26 @@ struct ig_report {
 	char comm[IG_COMM];
 };
 _Static_assert(sizeof(struct ig_report) == 64, "ABI");
+
+/*
+ * HASH: the rows of the report that a share has. Each of the first IG_SHARE_IDS IDs has a share of its own: they are
+ * accounts. Above them each block of IG_SHARE_IDS IDs shares one: by default a user's sub-IDs are that many
+ * (subuid(5)), and any process of that user can take them, by set-user-ID programs even outside of user namespaces.
+ * What is beyond a share is counted in one row for each reason. So no user can fill the report.
+ */
+#define IG_SHARE_IDS 65536
+#define IG_ROWS_OF_ACCOUNT 256
+#define IG_ROWS_OF_BLOCK 512
+struct ig_share_key {
+	__u8 generation;
+	__u8 pad[3];
+	__u32 first; /* ID */
+};
+_Static_assert(sizeof(struct ig_share_key) == 8, "ABI");
+struct ig_share {
+	__u32 rows;
+};
+_Static_assert(sizeof(struct ig_share) == 4, "ABI");
 
 /* ARRAY, one record. It is not part of the policy, so it belongs to no generation. */
 struct ig_watch {

@@ -53,6 +53,20 @@ ig_inline bool ig_matched_group(__u32 generation, __u32 number, const struct ig_
 	return false;
 }
 
+/* The mark of the socket's last call, before another one takes its place. False when there is no memory for it. */
+ig_inline bool ig_keep_mark(struct bpf_sock *sk, const struct ig_mark *mark, __u64 serial, __u32 list)
+{
+	struct ig_earlier *earlier;
+
+	if (mark->kind == 0 || mark->kind > IG_MARK_AUDIT || (mark->serial == serial && mark->list == list))
+		return true;
+	earlier = ig_sk_storage_get(IG_MAP(IG_MAP_EARLIER), sk, 0, IG_STORAGE_CREATE);
+	if (!earlier)
+		return false;
+	earlier->marks[mark->list % IG_EARLIER_MARKS] = *mark;
+	return true;
+}
+
 /* False when the socket can't be marked: its packets would be dropped, so ig_judge_and_mark() denies the connect. */
 ig_inline bool ig_set_mark(struct bpf_sock *sk, const struct ig_settings *settings, const struct ig_caller *caller,
 			   __u32 generation, __u32 list, __u32 reason)
@@ -60,7 +74,8 @@ ig_inline bool ig_set_mark(struct bpf_sock *sk, const struct ig_settings *settin
 	struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, IG_STORAGE_CREATE);
 	__u32 gid = 0;
 
-	if (!mark || (reason == IG_ALLOWED_GROUP && !ig_matched_group(generation, list, caller, &gid)))
+	if (!mark || (reason == IG_ALLOWED_GROUP && !ig_matched_group(generation, list, caller, &gid)) ||
+	    !ig_keep_mark(sk, mark, settings->serial, list))
 		return false;
 	mark->serial = settings->serial;
 	mark->fsuid = caller->fsuid;

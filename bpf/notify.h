@@ -50,15 +50,63 @@ ig_inline void ig_describe_task(struct ig_event *event, const struct ig_caller *
 				     group_info + IG_OFF_GROUP_INFO_NGROUPS);
 }
 
-/* One row for each lock, user and reason. The first denial makes the row, with its address and command name. */
+/* In another user namespace than the initial one the caller chooses its ID: its owner is whom the row is about. */
+ig_inline void ig_find_who(struct ig_report_key *key, const struct ig_caller *caller)
+{
+	const char *namespace = 0;
+	__s32 level = 0;
+	__u32 owner;
+
+	key->who = IG_WHO_USER;
+	key->id = caller->fsuid;
+	if (!caller->cred || ig_probe_read_kernel(&namespace, sizeof(namespace), caller->cred + IG_OFF_CRED_USER_NS) ||
+	    !namespace || ig_probe_read_kernel(&level, sizeof(level), namespace + IG_OFF_USER_NAMESPACE_LEVEL) ||
+	    level == 0 || ig_probe_read_kernel(&owner, sizeof(owner), namespace + IG_OFF_USER_NAMESPACE_OWNER))
+		return;
+	key->who = IG_WHO_NAMESPACES;
+	key->id = owner;
+}
+
+/* The ID that the share of an ID begins with. */
+ig_inline __u32 ig_share_of(__u32 id)
+{
+	return id < IG_SHARE_IDS ? id : id & ~(IG_SHARE_IDS - 1);
+}
+
+/* True when the share of the key's ID has room for one more row, which is counted. CPUs may race for the last ones. */
+ig_inline bool ig_take_row(const struct ig_report_key *key)
+{
+	struct ig_share_key share = { .generation = key->generation, .first = ig_share_of(key->id) };
+	struct ig_share *taken = ig_map_lookup_elem(IG_MAP(IG_MAP_SHARES), &share);
+
+	if (!taken) {
+		struct ig_share none = {};
+
+		ig_map_update_elem(IG_MAP(IG_MAP_SHARES), &share, &none, BPF_NOEXIST);
+		taken = ig_map_lookup_elem(IG_MAP(IG_MAP_SHARES), &share);
+	}
+	if (!taken || taken->rows >= (key->id < IG_SHARE_IDS ? IG_ROWS_OF_ACCOUNT : IG_ROWS_OF_BLOCK))
+		return false;
+	__sync_fetch_and_add(&taken->rows, 1);
+	return true;
+}
+
+/* One row for each lock, caller and reason. The first denial makes the row, with its address and command name. */
 ig_inline void ig_update_report(const struct ig_decision *decision, const struct ig_event *event)
 {
 	struct ig_report_key key = { .generation = decision->generation,
 				     .reason = decision->reason,
-				     .lock = decision->lock,
-				     .fsuid = event->fsuid };
-	struct ig_report *row = ig_map_lookup_elem(IG_MAP(IG_MAP_REPORT), &key);
+				     .lock = decision->lock };
+	struct ig_report *row;
 
+	ig_find_who(&key, decision->caller);
+	row = ig_map_lookup_elem(IG_MAP(IG_MAP_REPORT), &key);
+	if (!row && !ig_take_row(&key)) {
+		key.who = IG_WHO_OTHERS;
+		key.id = ig_share_of(key.id);
+		key.lock = IG_NO_LOCK;
+		row = ig_map_lookup_elem(IG_MAP(IG_MAP_REPORT), &key);
+	}
 	if (!row) {
 		struct ig_report first = { .first_ns = event->time_ns, .address = event->address, .port = event->port };
 

@@ -190,7 +190,8 @@ ATTACKS = (
         "flood",
         "A flood of denials: more than the record buffer holds, from more users than the report has rows",
         Verdict.BLOCKED,
-        "Records get lost and the loss is counted. Decisions don't depend on them.",
+        "Records get lost and the loss is counted. Decisions don't depend on them. No user can fill the report: rows "
+        "of others stay in it (`tests/vm/test_report.py`).",
         {
             "records": Way(_drown_in_records),
             "users": Way(lambda scene: _drown(scene, _many_users)),

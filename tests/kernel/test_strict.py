@@ -250,6 +250,60 @@ def test_a_service_of_this_machine_answers_from_a_port_that_is_open_now(guarded:
     assert client.answered()
 
 
+# --- one socket, several locks ----------------------------------------------------------------------------------------
+
+OTHERS = tuple(f"169.254.169.{n}" for n in range(241, 244))
+FIRST_LOCK = {
+    "group": (Identities(groups=frozenset({GROUP})), NOBODY, Verdict.DENY),
+    "default": (NOBODY, Identities(frozenset({OLD})), Verdict.ALLOW),
+    "beside-denied-groups": (Identities(frozenset({STRANGER})), Identities(groups=frozenset({63_001})), Verdict.DENY),
+}
+
+
+def _several_locks(first: tuple[Identities, Identities, Verdict], *more: Lock) -> Policy:
+    udp = ((PORT, PORT),)
+    others = [
+        Lock(f"other-{n}", (Endpoint(ipaddress.ip_network(address), (), udp),), Identities(frozenset({STRANGER, n})))
+        for n, address in enumerate(OTHERS)
+    ]
+    here = Endpoint(ipaddress.ip_network(IPV4), (), udp)
+    return make_policy([*more, Lock("one", (here,), *first), *others], strict=True)
+
+
+def _sends_to_others() -> socket.socket:
+    """Connected to one lock; then it sends to the others, where another right lets it through."""
+    one = udp()()
+    for address in OTHERS:
+        one.sendto(b"x", (address, PORT))
+    return one
+
+
+@pytest.mark.parametrize("first", FIRST_LOCK)
+def test_a_socket_keeps_its_right_at_one_lock_when_it_sends_to_others(first: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("attaching programs needs root")
+    with Sandbox((IPV4, IPV6, *OTHERS)) as sandbox:
+        sandbox.serve_with(_listen, _echo_forever)
+        backend = EbpfBackend(sandbox.cgroup, guards.FAST)
+        try:
+            backend.apply(_several_locks(FIRST_LOCK[first]))
+            client = Client(sandbox, STRANGER, _sends_to_others, groups=(GROUP,))
+            assert (client.outcome, client.answered()) == ("connected", True)
+            if first != "beside-denied-groups":  # there each change demands a new connect
+                backend.change(_several_locks(FIRST_LOCK[first], of_user(OLD, [_ELSEWHERE]).locks[0]))
+                assert client.answered()
+            report = read_report(PinLocation.of(sandbox.cgroup))
+            assert report is not None
+            assert report.rows == ()
+            backend.change(_several_locks((Identities(frozenset({OLD})), NOBODY, Verdict.DENY)))
+            assert not client.answered()
+        finally:
+            backend.remove()
+
+
+_ELSEWHERE = Endpoint(ipaddress.ip_network("192.0.2.1"), ((80, 80),))
+"""Its lock comes first, and so the lists of the others get other numbers."""
+
 # --- an upgrade that replaces the maps --------------------------------------------------------------------------------
 
 

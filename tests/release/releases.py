@@ -32,6 +32,7 @@ class Release(NamedTuple):
 # fmt: off
 RELEASES = (
     Release("0.1.0", "ba54dad432bd684abb18e1c05ff89fcf2b9962a5", abi=2, change="the first release"),
+    Release("last-of-abi-2", "8abe781f29c9eda66b6030d479b13a47a27c4ab2", abi=2, change="none: the commit before ABI 3"),
 )
 # fmt: on
 

@@ -42,8 +42,10 @@ PACKED: dict[str, tuple[struct.Struct, str]] = {
         "time_ns cgroup_id netns_cookie pid tgid fsuid fsgid groups_len port lock address comm generation hook reason "
         "verdict protocol pad",
     ),
-    "ig_report_key": (abi.REPORT_KEY, "generation reason lock fsuid"),
+    "ig_report_key": (abi.REPORT_KEY, "generation reason lock who pad id"),
     "ig_report": (abi.REPORT, "count first_ns last_ns address port protocol pad comm"),
+    "ig_share_key": (abi.SHARE_KEY, "generation pad first"),
+    "ig_share": (abi.SHARE, "rows"),
     "ig_watch": (abi.WATCH, "log_allowed"),
     "ig_mark": (abi.MARK, "serial fsuid gid list kind container_unchecked pad"),
 }
@@ -54,6 +56,7 @@ ASSEMBLED: dict[str, tuple[int, dict[str, int]]] = {
         abi.ADDRESS_BITMAP_BYTES,
         {"hosts": 0, "networks4": abi.HOST_BYTES, "networks6": abi.HOST_BYTES + abi.NETWORK_BYTES},
     ),
+    "ig_earlier": (abi.EARLIER_MARKS * abi.MARK.size, {"marks": 0}),
     "ig_endpoint": (abi.ENDPOINT_BYTES, {"ranges_len": 0, "pad": 4, "ranges": abi.ENDPOINT_HEAD.size}),
 }
 
@@ -109,6 +112,13 @@ CONSTANTS: dict[str, int] = {
     "IG_NO_LOCK": abi.NO_LOCK,
     "IG_EVENTS_BYTES": abi.EVENTS_BYTES,
     "IG_REPORT_ROWS": abi.REPORT_ROWS,
+    "IG_WHO_USER": abi.WHO_USER,
+    "IG_WHO_NAMESPACES": abi.WHO_NAMESPACES,
+    "IG_WHO_OTHERS": abi.WHO_OTHERS,
+    "IG_SHARE_IDS": abi.SHARE_IDS,
+    "IG_ROWS_OF_ACCOUNT": abi.ROWS_OF_ACCOUNT,
+    "IG_ROWS_OF_BLOCK": abi.ROWS_OF_BLOCK,
+    "IG_EARLIER_MARKS": abi.EARLIER_MARKS,
     "IG_MARK_USER": abi.MARK_USER,
     "IG_MARK_GROUP": abi.MARK_GROUP,
     "IG_MARK_DEFAULT": abi.MARK_DEFAULT,
@@ -132,6 +142,8 @@ KEYS_AND_VALUES: dict[Map, tuple[str | int, str | int]] = {
     Map.REPORT: ("ig_report_key", "ig_report"),
     Map.WATCH: (4, "ig_watch"),
     Map.MARKS: (4, "ig_mark"),
+    Map.EARLIER: (4, "ig_earlier"),
+    Map.SHARES: ("ig_share_key", "ig_share"),
 }
 
 
@@ -227,7 +239,8 @@ def test_a_map_is_made_with_the_sizes_of_its_structs(number: Map) -> None:
 def test_the_pins_have_the_names_of_the_first_release() -> None:
     """An upgrade opens the maps of the version before by these names."""
     assert " ".join(number.pin_name for number in Map) == (
-        "config settings first_look endpoints lists members groups locks counters events report watch marks"
+        "config settings first_look endpoints lists members groups locks counters events report watch marks "
+        "earlier shares"
     )
 
 

@@ -7,7 +7,7 @@ import ipaddress
 
 import pytest
 
-from imds_guard.backends.ebpf.report import Report, Row
+from imds_guard.backends.ebpf.report import Report, Row, Who
 from imds_guard.commands.report import ReportResult, Suggestion
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Protocol
@@ -20,7 +20,7 @@ UID = 61_001
 
 def row(lock: str = "default", address: str = "192.0.2.1", comm: bytes = b"curl") -> Row:
     target = (ipaddress.ip_address(address), 80, Protocol.TCP)
-    return Row(lock, Reason.UNSPECIFIED_DESTINATION, UID, 1234, 0, 10**9, *target, comm)
+    return Row(lock, Reason.UNSPECIFIED_DESTINATION, Who.USER, UID, 1234, 0, 10**9, *target, comm)
 
 
 def lines_of(*rows: Row, mode: Mode = Mode.ENFORCE, overflow: int = 0, commands: int = 0) -> list[str]:

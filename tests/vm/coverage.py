@@ -8,13 +8,13 @@ from random import Random
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
-from tests.vm import decisions, egress, test_corners, test_egress, test_odd_states
+from tests.vm import decisions, egress, test_corners, test_egress, test_odd_states, test_report
 from tests.vm.machine import Coverage, Machine
 from tests.vm.mutants import decoded, is_condition
 from tests.vm.programs import ADDRESS_HOOKS
 from tests.vm.test_failing_calls import SEED, all_failures
 
-DECISIONS, PACKETS = 25, 6
+DECISIONS, PACKETS = 40, 40
 """Scenes."""
 
 
@@ -33,12 +33,14 @@ def run_everything(machine: Machine) -> None:
         assert next(decisions.differences(decisions.scene_of(SEED, number), machine), None) is None
     for number in range(PACKETS):
         assert next(egress.differences(egress.egress_scene(SEED, number), machine), None) is None
+    assert next(decisions.differences(test_odd_states.odd_addresses(), machine), None) is None
     test_egress.try_small_spaces(machine)
     test_corners.empty_entry_passes(machine)
     for _ in test_odd_states.every_odd_state(machine):
         for form in machine.forms:
             machine.cross(form, test_odd_states.TRIED, 1)
     test_odd_states.try_odd_packets(machine)
+    test_report.try_full_shares(machine)
 
 
 def coverage(machine: Machine, form: str, hook: str) -> Coverage:

@@ -59,14 +59,14 @@ class Difference:
 def scene_of(seed: int, number: int) -> Scene:
     """The scene with this number; the same seed gives the same scenes."""
     r = Random(f"{seed} {number}")
-    locked = policy(r)
+    locked, serial = policy(r), r.getrandbits(63) | 1
     return Scene(
         locked,
         generation=r.choice((1, 2)),
-        serial=r.getrandbits(63) | 1,
+        serial=serial,
         log_allowed=chance(r, 0.5),
         tasks=tuple(task(r, locked) for _ in range(TASKS)),
-        attempts=tuple(attempt(r, locked) for _ in range(ATTEMPTS)),
+        attempts=tuple(attempt(r, locked, serial) for _ in range(ATTEMPTS)),
         other=policy(r) if chance(r, 0.5) else None,
     )
 

@@ -32,14 +32,14 @@ from tests.vm.generate import chance
 from tests.vm.machine import ANY_TIME_NS, Controls, Machine
 from tests.vm.model import OUTCOME
 from tests.vm.packets import LOOPBACK, Maker, PacketCase
-from tests.vm.structs import CASE_SOCKETS, MARK_BYTES, OutcomeC, PacketC, PacketCaseC, SocketC
+from tests.vm.structs import CASE_SOCKETS, EARLIER_BYTES, MARK_BYTES, OutcomeC, PacketC, PacketCaseC, SocketC
 from tests.vm.values import Outcome, outcome_of, port_be
 
 CASES = 400
 """For each policy."""
 
 _PACKET, _NUMBERS = struct.Struct("=IIIiI"), struct.Struct("=II")
-_SOCKET = struct.Struct(f"=II16s16sHHIII{MARK_BYTES}s")
+_SOCKET = struct.Struct(f"=II16s16sHH4I{MARK_BYTES}s{EARLIER_BYTES}s")
 assert [one.size for one in (_PACKET, _SOCKET)] == list(map(ctypes.sizeof, (PacketC, SocketC)))
 _CASE_BYTES = ctypes.sizeof(PacketCaseC)
 assert _PACKET.size + _NUMBERS.size + CASE_SOCKETS * _SOCKET.size == _CASE_BYTES
@@ -73,9 +73,10 @@ class EgressModel:
 
     def expected(self, case: PacketCase, packet: Packet | None, decision: PacketDecision) -> bytes:
         """The struct outcome. Before it the counters and the report are empty."""
-        mark = case.sockets[0].mark
+        mark, earlier = case.sockets[0].mark, case.sockets[0].earlier
+        stored, as_before = (mark is not None, earlier is not None), (mark or b"", earlier or b"")
         if packet is None or decision.reason is not PacketReason.UNAPPROVED_SOCKET:
-            return OUTCOME.pack(1, 0, 0, 0, mark is not None, b"", b"", b"", b"", mark or b"")
+            return OUTCOME.pack(1, 0, 0, 0, *stored, b"", b"", b"", b"", *as_before)
         audited = self._policy.mode is Mode.AUDIT
         lock, where = self._numbers[decision.lock], abi.address_bytes(packet.destination)
         port, protocol, uid, now = packet.destination_port, _PROTOCOLS[packet.protocol], case.packet.uid, ANY_TIME_NS
@@ -85,11 +86,9 @@ class EgressModel:
         event = abi.EVENT.pack(
             *(now, 0, 0, 0, 0, uid, 0, 0, port, lock, where, b"", generation, hook, reason, verdict, protocol)
         )
-        key = abi.REPORT_KEY.pack(generation, reason, lock, uid)
+        key = abi.REPORT_KEY.pack(generation, reason, lock, abi.WHO_USER, uid)
         row = abi.REPORT.pack(1, now, now, where, port, protocol, b"")
-        return OUTCOME.pack(
-            int(decision.allowed), 0, 1, 1, mark is not None, _counted(audited), event, key, row, mark or b""
-        )
+        return OUTCOME.pack(int(decision.allowed), 0, 1, 1, *stored, _counted(audited), event, key, row, *as_before)
 
     # --- the sockets ------------------------------------------------------------------------------------------------
 
@@ -112,7 +111,9 @@ class EgressModel:
 
     def _socket(self, one: values.Socket) -> Socket:
         state = State(one.state) if one.state in _STATES else State.ESTABLISHED
-        return Socket(state, None if one.mark is None else self._mark(one.mark))
+        earlier = [self._mark(raw) for raw in _marks(one.earlier or b"")]
+        mark = None if one.mark is None else self._mark(one.mark)
+        return Socket(state, mark, tuple(known for known in earlier if known is not None))
 
     def _mark(self, raw: bytes) -> Mark | None:
         serial, fsuid, gid, lists, kind, unchecked = abi.MARK.unpack(raw)
@@ -120,6 +121,11 @@ class EgressModel:
             return None  # the socket could not be marked
         known = MarkKind(kind) if kind <= MarkKind.OPEN else MarkKind.OPEN  # of a later version: good for no lock
         return Mark(known, serial, self._lock_of_list.get(lists), fsuid, gid, bool(unchecked))
+
+
+def _marks(raw: bytes) -> list[bytes]:
+    """The places of a struct ig_earlier."""
+    return [raw[at : at + abi.MARK.size] for at in range(0, len(raw), abi.MARK.size)]
 
 
 def _found(
@@ -227,8 +233,9 @@ def packed_case(case: PacketCase, at: int) -> bytes:
 def _packed_socket(one: values.Socket) -> bytes:
     family = _AF_INET if len(one.local) == 4 else _AF_INET6
     ports = port_be(one.local_port), port_be(one.remote_port)
-    marked = one.mark is not None
-    return _SOCKET.pack(family, one.state, one.local, one.remote, *ports, one.device, one.full, marked, one.mark or b"")
+    stored = one.mark is not None, one.earlier is not None
+    kept = one.mark or b"", one.earlier or b""
+    return _SOCKET.pack(family, one.state, one.local, one.remote, *ports, one.device, one.full, *stored, *kept)
 
 
 def differences(

@@ -159,7 +159,7 @@ class _Case:
     def is_opened(self, outcome: Outcome) -> bool:
         """It was denied, and now it is let through, or under audit its socket is approved as if it were allowed."""
         if self.mode is Mode.AUDIT:
-            kind = outcome.mark[22] if outcome.mark and outcome.mark != self.mark else 0
+            kind = abi.MARK.unpack(outcome.mark)[4] if outcome.mark and outcome.mark != self.mark else 0
             audited = any(count[1] for count in self.base.counts.values())
             return audited and kind in (abi.MARK_USER, abi.MARK_GROUP, abi.MARK_DEFAULT)
         return not self.base.allowed and outcome.allowed

@@ -76,6 +76,7 @@ def task(r: Random, under: Policy) -> Task:
         _group_info(r, under, caller),
         pid_level=0 if caller.pid_namespace_is_initial else r.choice((1, 2, 32)),
         user_ns_level=0 if caller.user_namespace_is_initial else r.choice((1, 2, 33)),
+        user_ns_owner=r.choice((0, 1000, 165_536, r.getrandbits(32))),
         flags=flags | (PF_KTHREAD if caller.kernel_thread else 0),
         pid=r.getrandbits(22),
         tgid=r.getrandbits(22),
@@ -120,7 +121,7 @@ def colliding() -> tuple[Address, ...]:
 _KNOWN = ("169.254.169.254", "169.254.170.2", "10.1.2.3", "168.63.129.16", "100.100.100.200", "fd00:ec2::254", "::1")
 
 
-def attempt(r: Random, under: Policy) -> Attempt:
+def attempt(r: Random, under: Policy, serial: int = 0) -> Attempt:
     """A connect or sendmsg to an endpoint, to its neighbour, or nowhere near."""
     hook = r.choice((*ADDRESS_HOOKS, "connect4", "connect6"))
     wanted = generate.destination(r, under)
@@ -129,7 +130,7 @@ def attempt(r: Random, under: Policy) -> Attempt:
         _as_given_to(hook, wanted.address if chance(r, 0.95) else r.choice(colliding())),
         wanted.port,
         _protocol(r, hook, wanted.protocol),
-        mark=None if chance(r, 0.5) else r.randbytes(20) + bytes(4),
+        mark=None if chance(r, 0.5) else _mark(r, serial),
         repeat=r.choice((1, 1, 2)),
     )
     unspecified = chance(r, 0.17)
@@ -142,6 +143,14 @@ def attempt(r: Random, under: Policy) -> Attempt:
     if hook in MESSAGE_HOOKS and chance(r, 0.05):  # a control message on a connected socket
         made = made._replace(family=0, port=r.choice((0, made.port)))
     return made
+
+
+def _mark(r: Random, serial: int) -> bytes:
+    """What an earlier call has left on the socket: of any policy, of a kind that is known or not."""
+    kind = r.choice((0, 1, 2, 3, 4, 5, 6, 255))
+    number = r.choice((0, 1, 2, 8, r.getrandbits(16)))
+    serial = serial if chance(r, 0.4) else r.getrandbits(64)
+    return abi.MARK.pack(serial, r.getrandbits(32), r.getrandbits(32), number, kind, r.getrandbits(8))
 
 
 def _protocol(r: Random, hook: str, wanted: Protocol) -> int:

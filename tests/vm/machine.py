@@ -108,7 +108,8 @@ class Machine:
                 self._m, int(number), int(shape.type), shape.key_size, shape.value_size, shape.max_entries
             )
             assert done == 0, f"maps.c has no kind of map for {number.name}"
-        self._library.vm_roles(self._m, int(Map.COUNTERS), int(Map.REPORT), int(Map.MARKS))
+        roles = (Map.COUNTERS, Map.REPORT, Map.SHARES, Map.MARKS, Map.EARLIER)
+        self._library.vm_roles(self._m, *map(int, roles))
 
     def reset(self) -> None:
         """Empties all maps, and forgets all tasks and sockets."""

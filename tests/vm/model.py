@@ -13,13 +13,13 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.image import Image
 from imds_guard.policy.decide import Decision, Reason, decide, resolve_unspecified
 from imds_guard.policy.model import Address, Mode, Policy, Protocol, Verdict
-from tests.vm.structs import COUNTS, EVENT_BYTES, MARK_BYTES, ROW_BYTES, OutcomeC
+from tests.vm.structs import COUNTS, EARLIER_BYTES, EVENT_BYTES, MARK_BYTES, ROW_BYTES, ROW_KEY_BYTES, OutcomeC
 from tests.vm.values import IPPROTO_MPTCP, Attempt, Outcome, Task, outcome_of
 
-OUTCOME = struct.Struct(f"=Q4I{COUNTS}s{EVENT_BYTES}s8s{ROW_BYTES}s{MARK_BYTES}s")
+OUTCOME = struct.Struct(f"=Q5I4x{COUNTS}s{EVENT_BYTES}s{ROW_KEY_BYTES}s{ROW_BYTES}s{MARK_BYTES}s{EARLIER_BYTES}s4x")
 """struct outcome."""
 assert OUTCOME.size == ctypes.sizeof(OutcomeC)
-_GID_AT = OUTCOME.size - MARK_BYTES + 12
+_GID_AT = OUTCOME.size - 4 - EARLIER_BYTES - MARK_BYTES + 12
 """Where the group of the mark is in a struct outcome."""
 
 _COUNTED = {
@@ -125,14 +125,15 @@ class Model:
         if not reason.permits or self.log_allowed:
             event = self._event(task, attempt, lock, reason, audited)
         if not reason.permits:
-            row_key = abi.REPORT_KEY.pack(self.generation, reason, lock, task.fsuid)
+            row_key = abi.REPORT_KEY.pack(self.generation, reason, lock, *_who(task))
             row = self._row(task, attempt)
-        marked, groups = attempt.mark, frozenset[int]()
+        marked, earlier, groups = attempt.mark, _NOTHING, frozenset[int]()
         if self.policy.strict and not denied and attempt.protocol != IPPROTO_MPTCP:
             groups = self._groups_of(task, decision) if reason is Reason.ALLOWED_GROUP else frozenset()
             marked = self._mark(task, reason, numbered_list)
+            earlier = self._kept(attempt.mark, numbered_list)
         counts = _COUNTED[reason, audited, attempt.repeat]
-        return _expected(reason, int(not denied), attempt.repeat, counts, event, row_key, row, marked, groups)
+        return _expected(reason, int(not denied), attempt.repeat, counts, event, row_key, row, marked, groups, earlier)
 
     def _groups_of(self, task: Task, decision: Decision) -> frozenset[int]:
         assert decision.lock is not None
@@ -142,6 +143,15 @@ class Model:
         kind = _MARKS.get(reason, abi.MARK_AUDIT)
         unchecked = self.policy.containers is Verdict.ALLOW
         return abi.MARK.pack(self.serial, task.fsuid, 0, numbered_list, kind, unchecked)
+
+    def _kept(self, mark: bytes | None, numbered_list: int) -> bytes:
+        """struct ig_earlier after a call for this list: the mark before it, if another list or policy approved it."""
+        if mark is None:
+            return _NOTHING
+        serial, _, _, number, kind, _ = abi.MARK.unpack(mark)
+        if not abi.MARK_USER <= kind <= abi.MARK_AUDIT or (serial, number) == (self.serial, numbered_list):
+            return _NOTHING
+        return (bytes(number % abi.EARLIER_MARKS * abi.MARK.size) + mark).ljust(EARLIER_BYTES, b"\0")
 
     def _event(self, task: Task, attempt: Attempt, lock: int, reason: Reason, audited: bool) -> bytes:
         allowed = abi.VERDICT_ALLOWED if reason.permits else abi.VERDICT_DENIED
@@ -177,6 +187,11 @@ def _judged(attempt: Attempt) -> bytes:
     return abi.address_bytes(ipaddress.IPv4Address(0) if address is None else address)
 
 
+def _who(task: Task) -> tuple[int, int]:
+    """Whom the row of the report is about."""
+    return (abi.WHO_NAMESPACES, task.user_ns_owner) if task.user_ns_level else (abi.WHO_USER, task.fsuid)
+
+
 def _protocol_of(attempt: Attempt) -> int:
     protocol = attempt.protocol_value
     assert protocol is not None
@@ -193,9 +208,11 @@ def _expected(
     row: bytes = _NOTHING,
     marked: bytes | None = None,
     groups: frozenset[int] = frozenset(),
+    earlier: bytes = _NOTHING,
 ) -> Expected:
     events = repeat if event else 0
     has_mark = marked is not None
     # A socket without a mark has storage of zeros, which nobody reads.
-    raw = OUTCOME.pack(returned, 0, events, bool(row), has_mark, counts, event, row_key, row, marked or _NOTHING)
+    flags = bool(row), has_mark, bool(earlier)
+    raw = OUTCOME.pack(returned, 0, events, *flags, counts, event, row_key, row, marked or _NOTHING, earlier)
     return Expected(raw, reason, groups)

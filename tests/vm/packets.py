@@ -181,6 +181,11 @@ class MarkMaker:
             r.randrange(2),
         )
 
+    def earlier(self, r: Random) -> bytes:
+        """struct ig_earlier: some places are empty."""
+        made = [self.mark(r) if chance(r, 0.5) else None for _ in range(abi.EARLIER_MARKS)]
+        return b"".join(mark or bytes(abi.MARK.size) for mark in made)
+
 
 def _sockets(r: Random, source: End, destination: End, marks: MarkMaker) -> list[Socket]:
     nowhere = End(bytes(len(source.address)), 0)
@@ -198,7 +203,9 @@ def _sockets(r: Random, source: End, destination: End, marks: MarkMaker) -> list
 def _socket(r: Random, local: End, remote: End, state: int, marks: MarkMaker) -> Socket:
     full = state not in NOT_FULL
     mark = marks.mark(r) if full else None
-    return Socket(local.address, remote.address, local.port, remote.port, state, mark, full=full)
+    approved = mark is not None and abi.MARK.unpack(mark)[4] != 0
+    earlier = marks.earlier(r) if approved and chance(r, 0.4) else None
+    return Socket(local.address, remote.address, local.port, remote.port, state, mark, earlier, full=full)
 
 
 def _near(r: Random, one: Socket) -> Socket:

@@ -62,6 +62,10 @@ FAULTS = (
     # What is reported.
     Fault("a-row-that-does-not-count", "notify.h", "__sync_fetch_and_add(&row->count, 1);", ""),
     Fault("a-mark-has-the-primary-group", "mark.h", "if (!list || caller->searched)", "if (list || caller->searched)"),
+    Fault("a-user-namespace-hides-its-owner", "notify.h", "key->id = owner;", ""),
+    Fault("rows-of-others-are-of-one-lock", "notify.h", "key.lock = IG_NO_LOCK;", ""),
+    Fault("an-earlier-mark-is-lost", "mark.h", "earlier->marks[mark->list % IG_EARLIER_MARKS] = *mark;", ""),
+    Fault("an-earlier-mark-is-not-read", "egress.h", "&earlier->marks[i]", "&earlier->marks[0]"),
     Fault("a-mark-of-another-list", "mark.h", "mark->list = list;", "mark->list = 0;"),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Policy
 from tests.vm.values import Attempt, Outcome
 
-_ROW_KEY = ("generation", "reason", "lock", "fsuid")
+_ROW_KEY = ("generation", "reason", "lock", "who", "id")
 _ROW = ("count", "first_ns", "last_ns", "address", "port", "protocol", "comm")
 _MARK = ("serial", "fsuid", "gid", "list", "kind", "container_unchecked")
 _ABSENT = "nothing"

@@ -35,12 +35,14 @@ class TaskC(ctypes.Structure):
 
     _fields_ = [
         *((name, c_uint64) for name in ("pid_tgid", "cgroup_id", "netns_cookie")),
-        *((name, c_uint32) for name in ("fsuid", "fsgid", "flags", "pid_level", "user_ns_level")),
+        *((name, c_uint32) for name in ("fsuid", "fsgid", "flags", "pid_level", "user_ns_level", "user_ns_owner")),
         ("groups", c_uint32),
         ("claimed_groups", c_uint32),
         ("comm", c_uint8 * 16),
-        ("pad", c_uint32),
     ]
+
+
+MARK_BYTES, EARLIER_BYTES = 64, 192
 
 
 class SocketC(ctypes.Structure):
@@ -56,7 +58,9 @@ class SocketC(ctypes.Structure):
         ("device", c_uint32),
         ("full", c_uint32),
         ("marked", c_uint32),
-        ("mark", c_uint8 * 64),
+        ("marked_earlier", c_uint32),
+        ("mark", c_uint8 * MARK_BYTES),
+        ("earlier", c_uint8 * EARLIER_BYTES),
     ]
 
 
@@ -132,7 +136,7 @@ class ControlsC(ctypes.Structure):
     ]
 
 
-COUNTS, EVENT_BYTES, ROW_BYTES, MARK_BYTES = 64, 128, 64, 64
+COUNTS, EVENT_BYTES, ROW_KEY_BYTES, ROW_BYTES = 64, 128, 12, 64
 
 
 class OutcomeC(ctypes.Structure):
@@ -140,12 +144,14 @@ class OutcomeC(ctypes.Structure):
 
     _fields_ = [
         ("returned", c_uint64),
-        *((name, c_uint32) for name in ("traps", "events", "rows", "marked")),
+        *((name, c_uint32) for name in ("traps", "events", "rows", "marked", "marked_earlier", "pad")),
         ("counts", c_uint8 * COUNTS),
         ("event", c_uint8 * EVENT_BYTES),
-        ("row_key", c_uint8 * 8),
+        ("row_key", c_uint8 * ROW_KEY_BYTES),
         ("row", c_uint8 * ROW_BYTES),
         ("mark", c_uint8 * MARK_BYTES),
+        ("earlier", c_uint8 * EARLIER_BYTES),
+        ("pad_to_words", c_uint8 * 4),
     ]
 
 
@@ -155,7 +161,7 @@ class CallC(ctypes.Structure):
     _fields_ = [("helper", c_uint16), ("map", c_uint16), ("instruction", c_uint32)]
 
 
-LAYOUT_FIELDS = 11
+LAYOUT_FIELDS = 12
 LayoutC = c_int32 * LAYOUT_FIELDS
 """struct layout."""
 

@@ -255,6 +255,25 @@ def test_every_mark_of_the_sending_socket(machine: Machine, lists: str) -> None:
         assert {*met} == {PacketReason.APPROVED_SOCKET, PacketReason.UNAPPROVED_SOCKET}
 
 
+def every_earlier_mark_counts(machine: Machine) -> bool:
+    """A socket that another list has approved last, and this one before, at each place of its earlier marks."""
+    other = Lock("other", (Endpoint(ipaddress.ip_network("10.9.8.7"), ALL_PORTS),), Identities(frozenset({9})))
+    policy = strict(Lock("imds", endpoints(ALL_PORTS, ()), ALLOWED), other)
+    last, mark = abi.MARK.pack(SERIAL, 9, 0, 1, abi.MARK_USER, 0), abi.MARK.pack(SERIAL, 5, 0, 0, abi.MARK_USER, 0)
+    made = [
+        plain(TO_SERVICE, ETH_P_IP, [Socket(mark=last, earlier=(bytes(place * len(mark)) + mark).ljust(192, b"\0"))])
+        for place in range(abi.EARLIER_MARKS)
+    ]
+    reasons: Counter[PacketReason] = Counter()
+    same = next(differences(EgressScene(policy, 1, SERIAL, tuple(made)), machine, reasons), None) is None
+    assert {*reasons} == {PacketReason.APPROVED_SOCKET}
+    return same
+
+
+def test_every_earlier_mark_counts(machine: Machine) -> None:
+    assert every_earlier_mark_counts(machine)
+
+
 # --- packets without an approved socket -------------------------------------------------------------------------------
 
 STATES = (ESTABLISHED, SYN_SENT, TIME_WAIT, CLOSE, LISTEN, NEW_SYN_RECV)

@@ -15,14 +15,15 @@ import pytest
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.policy.decide import MAX_WALKED_GROUPS
-from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, make_policy
+from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
+from tests.vm import test_egress
 from tests.vm.decisions import Scene, scene_of
-from tests.vm.egress import egress_scene
+from tests.vm.egress import EgressScene, egress_scene
 from tests.vm.failing import Failures, Weak
 from tests.vm.machine import Machine
 from tests.vm.programs import ADDRESS_HOOKS, HOOKS
-from tests.vm.values import Attempt, Task, packed
+from tests.vm.values import ETH_P_IP, Attempt, Socket, Task, packed
 
 SEED = 17
 IPV4, IPV6 = "169.254.169.254", "fd00:ec2::254"
@@ -71,18 +72,18 @@ _SHUTS_AT_EGRESS: Reasons = {
 _ADDRESS_CALLS = {
     *(("map_lookup_elem", number) for number in (Map.CONFIG, Map.SETTINGS, Map.ADDRESS_BITMAP, Map.ENDPOINTS)),
     *(("map_lookup_elem", number) for number in (Map.LISTS, Map.MEMBERS, Map.GROUPS)),
-    *(("map_lookup_elem", number) for number in (Map.COUNTERS, Map.REPORT, Map.WATCH)),
-    ("map_update_elem", Map.REPORT),
+    *(("map_lookup_elem", number) for number in (Map.COUNTERS, Map.REPORT, Map.SHARES, Map.WATCH)),
+    *(("map_update_elem", number) for number in (Map.REPORT, Map.SHARES)),
     ("ringbuf_output", Map.EVENTS),
-    ("sk_storage_get", Map.MARKS),
+    *(("sk_storage_get", number) for number in (Map.MARKS, Map.EARLIER)),
     *((name, None) for name in ("get_current_comm", "loop", "probe_read_kernel")),
 }
 _EGRESS_CALLS = {
     *(("map_lookup_elem", number) for number in (Map.CONFIG, Map.SETTINGS, Map.ADDRESS_BITMAP, Map.ENDPOINTS)),
-    *(("map_lookup_elem", number) for number in (Map.LISTS, Map.MEMBERS, Map.COUNTERS, Map.REPORT)),
-    ("map_update_elem", Map.REPORT),
+    *(("map_lookup_elem", number) for number in (Map.LISTS, Map.MEMBERS, Map.COUNTERS, Map.REPORT, Map.SHARES)),
+    *(("map_update_elem", number) for number in (Map.REPORT, Map.SHARES)),
     ("ringbuf_output", Map.EVENTS),
-    ("sk_storage_get", Map.MARKS),
+    *(("sk_storage_get", number) for number in (Map.MARKS, Map.EARLIER)),
     *((name, None) for name in ("skb_load_bytes", "sk_fullsock", "sk_lookup_tcp", "skc_lookup_tcp")),
 }
 """Every call of a hook that can fail. One that is new belongs here, and where needed in a table above."""
@@ -115,6 +116,32 @@ def with_some_groups(deny: Identities) -> Scene:
     return scene._replace(tasks=(Task(1000, ALLOWED), Task(1000, 1000, (1, DENIED)), *tasks))
 
 
+def with_a_denied_user() -> Scene:
+    """A caller that only the deny list stops, and one whose socket another list has approved before."""
+    scene = with_very_many_groups(NOBODY)
+    (lock,) = scene.policy.locks
+    denying = lock._replace(allow=NOBODY, deny=Identities(frozenset({DENIED})), default=Verdict.ALLOW)
+    mark = abi.MARK.pack(SEED, 1000, 0, 1, abi.MARK_USER, 0)
+    return scene._replace(
+        policy=make_policy([denying], strict=True),
+        tasks=(Task(DENIED, 1), Task(ALLOWED, 1)),
+        attempts=tuple(one._replace(mark=mark) for one in scene.attempts),
+    )
+
+
+def packets_of_a_denied_user() -> EgressScene:
+    """The default let it through under an earlier policy."""
+    policy = test_egress.strict(
+        Lock("imds", test_egress.endpoints(ALL_PORTS, ()), NOBODY, Identities(frozenset({DENIED})), Verdict.ALLOW)
+    )
+    mark = abi.MARK.pack(SEED - 1, DENIED, 0, 0, abi.MARK_DEFAULT, 0)
+    earlier = mark * abi.EARLIER_MARKS
+    sockets = ((Socket(mark=mark),), (Socket(mark=mark, earlier=earlier),))
+    return EgressScene(
+        policy, 1, SEED, tuple(test_egress.plain(test_egress.TO_SERVICE, ETH_P_IP, one) for one in sockets)
+    )
+
+
 def all_failures(machine: Machine, r: Random) -> Failures:
     """All failures, in all forms, on every path that some thousands of cases take."""
     made = Failures(machine, r)
@@ -123,8 +150,10 @@ def all_failures(machine: Machine, r: Random) -> Failures:
     for deny in (NOBODY, Identities(groups=frozenset({DENIED}))):
         made.connects(with_very_many_groups(deny), 3, len(ADDRESS_HOOKS))
         made.connects(with_some_groups(deny), 14, len(ADDRESS_HOOKS))
+    made.connects(with_a_denied_user(), 2, len(ADDRESS_HOOKS))
     for number in range(EGRESS_SCENES):
         made.packets(egress_scene(SEED, number), PACKETS)
+    made.packets(packets_of_a_denied_user(), PACKETS)
     return made
 
 

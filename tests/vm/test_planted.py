@@ -13,11 +13,17 @@ from tests.vm.machine import Machine
 from tests.vm.planted import FAULTS, Fault, planted
 from tests.vm.test_corners import empty_entry_passes
 from tests.vm.test_decisions import FIXED_SEED
+from tests.vm.test_egress import every_earlier_mark_counts
+from tests.vm.test_report import rows_beyond_a_share_are_of_all_locks
 
 _SCENES = 100
 """Most faults show in one of the first three. Those about callers with very many groups are the rarest."""
 
-_OTHER_TESTS = {"an-entry-without-ranges-locks": empty_entry_passes}
+_OTHER_TESTS = {
+    "an-entry-without-ranges-locks": empty_entry_passes,
+    "rows-of-others-are-of-one-lock": rows_beyond_a_share_are_of_all_locks,
+    "an-earlier-mark-is-not-read": every_earlier_mark_counts,
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

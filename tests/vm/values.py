@@ -52,6 +52,7 @@ class Task(NamedTuple):
     """group_info.gid[]: sorted, as the kernel keeps it. The same group may be there more than once."""
     pid_level: int = 0
     user_ns_level: int = 0
+    user_ns_owner: int = 0
     flags: int = 0
     """task_struct.flags (PF_*)."""
     pid: int = 4243
@@ -97,6 +98,7 @@ class Task(NamedTuple):
             flags=self.flags,
             pid_level=self.pid_level,
             user_ns_level=self.user_ns_level,
+            user_ns_owner=self.user_ns_owner,
             groups=len(self.groups),
             claimed_groups=self.ngroups,
         )
@@ -117,6 +119,8 @@ class Socket(NamedTuple):
     state: int = CLOSE
     mark: bytes | None = None
     """struct ig_mark, where it has one."""
+    earlier: bytes | None = None
+    """struct ig_earlier, where it has one: the marks of earlier calls."""
     device: int = 0
     """SO_BINDTODEVICE."""
     full: bool = True
@@ -132,11 +136,14 @@ class Socket(NamedTuple):
             device=self.device,
             full=self.full,
             marked=self.mark is not None,
+            marked_earlier=self.earlier is not None,
         )
         facts.local[: len(self.local)] = self.local
         facts.remote[: len(self.remote)] = self.remote
         if self.mark is not None:
             facts.mark[: len(self.mark)] = self.mark
+        if self.earlier is not None:
+            facts.earlier[: len(self.earlier)] = self.earlier
         return facts
 
 
@@ -272,6 +279,8 @@ class Outcome:
     rows: int
     mark: bytes | None
     """The mark of the socket (of the first one, for a packet)."""
+    earlier: bytes | None = None
+    """Its marks of earlier calls: struct ig_earlier."""
     traps: frozenset[str] = frozenset()
     """What the program must never do and did: structs.Trap. A test fails for any that it does not expect."""
     calls: int = field(default=0, compare=False)
@@ -313,6 +322,7 @@ def outcome_of(raw: OutcomeC, calls: int = 0, loads: int = 0) -> Outcome:
         row=(bytes(raw.row_key), bytes(raw.row)) if raw.rows else None,
         rows=raw.rows,
         mark=bytes(raw.mark)[: abi.MARK.size] if raw.marked else None,
+        earlier=bytes(raw.earlier) if raw.marked_earlier else None,
         traps=Trap.names(raw.traps),
         calls=calls,
         loads=loads,

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf.pins import PinLocation
-from imds_guard.backends.ebpf.report import Report, Row, read_report
+from imds_guard.backends.ebpf.report import Report, Row, Who, read_report
 from imds_guard.commands.look import active_policy
 from imds_guard.config.read import Config
 from imds_guard.config.write import dump_config
@@ -36,7 +36,14 @@ class ReportResult(NamedTuple):
     report: Report
     suggestion: Suggestion
     notes: tuple[str, ...]
-    """Advice for the reasons that an allowlist does not change."""
+    """Advice for the reasons that an allowlist does not change, and for rows that are not about one user."""
+
+
+_ABOUT_ROWS = {
+    Who.USER_NAMESPACES: "user namespaces: a process in one has any of its IDs, so the row is about the user who made "
+    "it; the lines of watch have the ID of each caller",
+    Who.OTHERS: "more of: a user or a block of IDs has only so many rows; these are all other denials, of every lock",
+}
 
 
 def report(cgroup: str | None) -> ReportResult:
@@ -46,21 +53,22 @@ def report(cgroup: str | None) -> ReportResult:
     if found is None:
         raise GuardError("reading the report: imds-guard is not active; run imds-guard start first")
     _, policy = active_policy(cgroup)
-    notes = tuple(note(reason) for reason in sorted({row.reason for row in found.rows} - HELPED_BY_ALLOW))
-    return ReportResult(found, _suggest(policy, found.rows, cgroup), notes)
+    notes = [note(reason) for reason in sorted({row.reason for row in found.rows} - HELPED_BY_ALLOW)]
+    notes += [text for who, text in _ABOUT_ROWS.items() if any(row.who is who for row in found.rows)]
+    return ReportResult(found, _suggest(policy, found.rows, cgroup), tuple(notes))
 
 
 def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion:
     """Commands and a policy that let through every user in ``rows`` whom an allowlist helps."""
-    helped = [row for row in rows if row.reason in HELPED_BY_ALLOW and row.lock is not None]
+    helped = [row for row in rows if row.who is Who.USER and row.reason in HELPED_BY_ALLOW and row.lock is not None]
     if not helped:
         return Suggestion((), "")
     needs_endpoint = not _has_one_list(policy)
-    arguments = {row.fsuid: _user_argument(row.fsuid) for row in helped}
+    arguments = {row.uid: _user_argument(row.uid) for row in helped}
     counts: Counter[str] = Counter()
     for row in helped:
         endpoint = _endpoint_of(policy, row) if needs_endpoint else None
-        counts[_command(arguments[row.fsuid], endpoint, cgroup)] += row.count
+        counts[_command(arguments[row.uid], endpoint, cgroup)] += row.count
     config = Config(_with_users(policy, helped), cgroup=cgroup)
     return Suggestion(tuple(counts.most_common()), dump_config(config).partition("\n\n")[2])
 
@@ -68,7 +76,7 @@ def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Sugge
 def _with_users(policy: Policy, rows: list[Row]) -> Policy:
     users: dict[str, set[int]] = {}
     for row in rows:
-        users.setdefault(row.lock or "", set()).add(row.fsuid)
+        users.setdefault(row.lock or "", set()).add(row.uid)
     locks = [_lock_with_users(lock, users.get(lock.name, set())) for lock in policy.locks]
     return make_policy(locks, policy.mode, policy.containers, policy.strict)
 

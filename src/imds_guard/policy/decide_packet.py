@@ -69,11 +69,20 @@ class Socket:
 
     state: State = State.ESTABLISHED
     mark: Mark | None = None
+    """Of its last connect or sendmsg that was let through."""
+    earlier: tuple[Mark, ...] = ()
+    """Of calls before it, where they were let through by other lists: a UDP socket may be connected to one lock and
+    send to another one. The kernel keeps at least the last one of each of 8 lists."""
 
     @property
     def approval(self) -> Mark | None:
         """The mark, where the kernel can have one."""
         return None if self.state in (State.TIME_WAIT, State.NEW_SYN_RECV) else self.mark
+
+    @property
+    def approvals(self) -> tuple[Mark, ...]:
+        """All marks, where the kernel can have any."""
+        return () if self.approval is None else (self.approval, *self.earlier)
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,8 @@ def _has_locked_port(policy: Policy, address: Address) -> bool:
 
 def _reason(policy: Policy, serial: int, packet: Packet, ends: Ends, target: Target) -> PacketReason:
     """The reason for a packet to a locked endpoint under a strict policy."""
-    if ends.sending is not None and _approves(policy, serial, target, ends.sending.approval):
+    approvals = () if ends.sending is None else ends.sending.approvals
+    if any(_approves(policy, serial, target, mark) for mark in approvals):
         return PacketReason.APPROVED_SOCKET
     if packet.tcp_flags and ends.by_loopback and _is_for_approved(policy, serial, packet, ends.at_destination):
         return PacketReason.REPLY
@@ -195,7 +205,8 @@ def _reason(policy: Policy, serial: int, packet: Packet, ends: Ends, target: Tar
 def _is_for_approved(policy: Policy, serial: int, packet: Packet, client: Socket | None) -> bool:
     """Whether the receiver is a client that was approved for the service that the packet comes from.
 
-    A listening socket is not a client, whatever it was approved for before.
+    A listening socket is not a client, whatever it was approved for before. Only the last mark counts: a TCP socket has
+    one connection.
     """
     if client is None or client.state is State.LISTEN:
         return False

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from imds_guard.backends.ebpf.report import Who
 from imds_guard.policy.model import Mode
 from imds_guard.present.wrap import WIDTH, named
 from imds_guard.text import and_more, count_of, escaped, host_port
@@ -48,8 +49,10 @@ def report_values(result: ReportResult) -> dict[str, Any]:
 def _row_values(row: Row, names: NameCache) -> dict[str, Any]:
     return {
         "lock": row.lock,
-        "user": escaped(names.user(row.fsuid)),
-        "uid": row.fsuid,
+        "who": row.who.label,
+        "user": escaped(names.user(row.uid)) if row.uid == row.last_uid else None,
+        "uid": row.uid,
+        "last_uid": row.last_uid,
         "reason": row.reason.label,
         "count": row.count,
         "first": iso_time_of(row.first_ns),
@@ -124,15 +127,23 @@ Cell = tuple[str, str]
 
 
 def _cells(row: Row, names: NameCache) -> tuple[Cell, ...]:
-    who = named(row.fsuid, escaped(names.user(row.fsuid)))
+    where = "any lock" if row.who is Who.OTHERS else "no lock"
     protocol = "" if row.protocol is None else f" {row.protocol.value}"
     times = "once" if row.count == 1 else f"{row.count:,} times"
     return (
-        (who, row.lock or "no lock"),
+        (_who(row, names), row.lock or where),
         (row.reason.label, times),
         (f"{host_port(row.address, row.port)}{protocol}", escaped(decoded(row.comm))),
         (_seconds(row.first_ns), _seconds(row.last_ns)),
     )
+
+
+def _who(row: Row, names: NameCache) -> str:
+    if row.uid != row.last_uid:
+        return f"more of the IDs {row.uid} to {row.last_uid}"
+    user = named(row.uid, escaped(names.user(row.uid)))
+    before = {Who.USER: "", Who.USER_NAMESPACES: "user namespaces of ", Who.OTHERS: "more of "}
+    return before[row.who] + user
 
 
 def _seconds(boot_ns: int) -> str:

@@ -8,7 +8,7 @@
 /* run.c */
 struct machine *vm_open(u64 seed);
 void vm_close(struct machine *m);
-void vm_roles(struct machine *m, s32 counters, s32 report, s32 marks);
+void vm_roles(struct machine *m, s32 counters, s32 report, s32 shares, s32 marks, s32 earlier);
 void vm_program(struct machine *m, u32 slot, const struct bpf_insn *instructions, u32 len, bool direct);
 void vm_patch(struct machine *m, u32 slot, u32 at, const struct bpf_insn *instruction);
 void vm_coverage(struct machine *m, u32 slot, u32 *executed, u32 *taken);
@@ -58,7 +58,7 @@ void vm_task(struct machine *m, u32 n, const struct task_facts *facts, const u32
 void vm_task_poke(struct machine *m, u32 n, u32 object, u32 offset, const u8 *bytes, u32 len);
 void vm_socket(struct machine *m, u32 n, const struct socket_facts *facts);
 void vm_sockets_reset(struct machine *m);
-bool vm_mark(struct machine *m, u32 n, u8 *mark);
+bool vm_stored(struct machine *m, s32 map, u32 n, u8 *value);
 
 /* helpers.c */
 const char *vm_helper_name(u32 number);

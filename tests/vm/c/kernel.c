@@ -39,7 +39,7 @@ void vm_task(struct machine *m, u32 n, const struct task_facts *facts, const u32
 	object[OBJECT_CRED] = kernel_object(
 		m, last(last(at->cred_group_info, at->cred_user_ns), last(at->cred_fsuid, at->cred_fsgid)) + 8);
 	object[OBJECT_GROUP_INFO] = kernel_object(m, at->group_info_gid + 4 * (s32)facts->groups);
-	object[OBJECT_USER_NS] = kernel_object(m, at->user_ns_level + 4);
+	object[OBJECT_USER_NS] = kernel_object(m, last(at->user_ns_level, at->user_ns_owner) + 4);
 	object[OBJECT_PID] = kernel_object(m, at->pid_level + 4);
 
 	put(object[OBJECT_TASK], at->task_cred, &object[OBJECT_CRED], 8);
@@ -52,6 +52,7 @@ void vm_task(struct machine *m, u32 n, const struct task_facts *facts, const u32
 	put(object[OBJECT_GROUP_INFO], at->group_info_ngroups, &facts->claimed_groups, 4);
 	put(object[OBJECT_GROUP_INFO], at->group_info_gid, groups, 4 * facts->groups);
 	put(object[OBJECT_USER_NS], at->user_ns_level, &facts->user_ns_level, 4);
+	put(object[OBJECT_USER_NS], at->user_ns_owner, &facts->user_ns_owner, 4);
 	put(object[OBJECT_PID], at->pid_level, &facts->pid_level, 4);
 }
 
@@ -83,10 +84,19 @@ void vm_tasks_reset(struct machine *m)
 
 /* --- sockets --------------------------------------------------------------------------------------------------------- */
 
+static void set_storage(struct machine *m, s32 number, u32 n, bool stored, const u8 *value)
+{
+	struct map *map = number >= 0 ? &m->maps[number] : NULL;
+
+	if (!map)
+		return;
+	map->stored[n] = stored;
+	memcpy(map->storage[n], value, map->value_size);
+}
+
 void vm_socket(struct machine *m, u32 n, const struct socket_facts *facts)
 {
 	struct bpf_sock *view = m->sockets[n].view;
-	struct map *marks = m->roles.marks >= 0 ? &m->maps[m->roles.marks] : NULL;
 
 	m->sockets[n].facts = *facts;
 	if (m->sockets_len <= n)
@@ -97,10 +107,8 @@ void vm_socket(struct machine *m, u32 n, const struct socket_facts *facts)
 	view->state = facts->state;
 	view->src_ip4 = facts->local[0];
 	memcpy(view->src_ip6, facts->local, sizeof(view->src_ip6));
-	if (marks) {
-		marks->stored[n] = facts->marked;
-		memcpy(marks->storage[n], facts->mark, marks->value_size);
-	}
+	set_storage(m, m->roles.marks, n, facts->marked, facts->mark);
+	set_storage(m, m->roles.earlier, n, facts->marked_earlier, facts->earlier);
 }
 
 /* Forgets the sockets: nothing is found. */
@@ -109,13 +117,13 @@ void vm_sockets_reset(struct machine *m)
 	m->sockets_len = 0;
 }
 
-/* What is in the socket's storage; false when it has none. */
-bool vm_mark(struct machine *m, u32 n, u8 *mark)
+/* What is in the socket's storage of this map; false when it has none. */
+bool vm_stored(struct machine *m, s32 number, u32 n, u8 *value)
 {
-	const struct map *marks = &m->maps[m->roles.marks];
+	const struct map *map = &m->maps[number];
 
-	memcpy(mark, marks->storage[n], marks->value_size);
-	return marks->stored[n];
+	memcpy(value, map->storage[n], map->value_size);
+	return map->stored[n];
 }
 
 /* The number of a socket that a program has a pointer to, or -1. */

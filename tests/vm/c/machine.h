@@ -101,17 +101,16 @@ struct layout {
 	s32 task_cred, task_flags, task_thread_pid;
 	s32 cred_fsuid, cred_fsgid, cred_group_info, cred_user_ns;
 	s32 group_info_ngroups, group_info_gid;
-	s32 user_ns_level, pid_level;
+	s32 user_ns_level, user_ns_owner, pid_level;
 };
 
 /* structs.py: TaskC. */
 struct task_facts {
 	u64 pid_tgid, cgroup_id, netns_cookie;
-	u32 fsuid, fsgid, flags, pid_level, user_ns_level;
+	u32 fsuid, fsgid, flags, pid_level, user_ns_level, user_ns_owner;
 	u32 groups; /* how many gids there are */
 	u32 claimed_groups; /* what group_info.ngroups says */
 	u8 comm[16];
-	u32 pad;
 };
 
 enum task_object { OBJECT_TASK, OBJECT_CRED, OBJECT_GROUP_INFO, OBJECT_USER_NS, OBJECT_PID };
@@ -120,6 +119,9 @@ struct task {
 	struct task_facts facts;
 	u8 *objects[TASK_OBJECTS];
 };
+
+#define MARK_BYTES 64
+#define EARLIER_BYTES 192
 
 /* structs.py: SocketC. Addresses and ports in network byte order, IPv4 in word[0]. */
 struct socket_facts {
@@ -130,7 +132,9 @@ struct socket_facts {
 	u32 device;
 	u32 full; /* false for TIME_WAIT and request sockets: struct inet_timewait_sock has no storage */
 	u32 marked; /* it has storage, mark[] */
-	u8 mark[64];
+	u32 marked_earlier; /* and earlier[] */
+	u8 mark[MARK_BYTES];
+	u8 earlier[EARLIER_BYTES]; /* marks of earlier calls */
 };
 
 struct socket {
@@ -197,17 +201,18 @@ struct controls {
 #define EVENT_BYTES 128
 #define ROW_BYTES 64
 #define COUNTS 64
-#define MARK_BYTES 64
 struct outcome {
 	u64 returned;
 	u32 traps;
 	u32 events;
 	u32 rows; /* of the report */
 	u32 marked;
+	u32 marked_earlier, pad;
 	u8 counts[COUNTS]; /* enforced and audited of each counter, at most 255 */
 	u8 event[EVENT_BYTES]; /* the last one */
-	u8 row_key[8], row[ROW_BYTES]; /* of the report */
-	u8 mark[MARK_BYTES]; /* of socket 0 */
+	u8 row_key[12], row[ROW_BYTES]; /* of the report */
+	u8 mark[MARK_BYTES], earlier[EARLIER_BYTES]; /* of socket 0 */
+	u8 pad_to_words[4];
 };
 
 #define TRACE 8192
@@ -237,7 +242,7 @@ struct run {
 
 /* Which maps of the guard the outcome is read from; the machine itself knows none of them. */
 struct roles {
-	s32 counters, report, marks;
+	s32 counters, report, shares, marks, earlier;
 };
 
 /* Bytes as they were before a change that may be undone. */

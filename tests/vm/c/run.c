@@ -16,15 +16,15 @@ struct machine *vm_open(u64 seed)
 		abort();
 	m->junk = seed | 1;
 	m->controls.step_limit = STEP_LIMIT;
-	m->roles = (struct roles){ -1, -1, -1 };
+	m->roles = (struct roles){ -1, -1, -1, -1, -1 };
 	memory_open(&m->map_memory, MEMORY);
 	memory_open(&m->kernel_memory, MEMORY);
 	return m;
 }
 
-void vm_roles(struct machine *m, s32 counters, s32 report, s32 marks)
+void vm_roles(struct machine *m, s32 counters, s32 report, s32 shares, s32 marks, s32 earlier)
 {
-	m->roles = (struct roles){ counters, report, marks };
+	m->roles = (struct roles){ counters, report, shares, marks, earlier };
 }
 
 void vm_program(struct machine *m, u32 slot, const struct bpf_insn *instructions, u32 len, bool direct)
@@ -95,6 +95,8 @@ static void clear_results(struct machine *m)
 		map_clear(m, &m->maps[m->roles.counters]);
 	if (m->roles.report >= 0)
 		map_clear(m, &m->maps[m->roles.report]);
+	if (m->roles.shares >= 0)
+		map_clear(m, &m->maps[m->roles.shares]);
 }
 
 static void read_counts(const struct map *counters, u8 *counts)
@@ -130,7 +132,9 @@ static void read_results(struct machine *m, struct outcome *outcome)
 	if (m->roles.report >= 0)
 		read_row(&m->maps[m->roles.report], outcome);
 	if (m->roles.marks >= 0 && m->sockets_len)
-		outcome->marked = vm_mark(m, 0, outcome->mark);
+		outcome->marked = vm_stored(m, m->roles.marks, 0, outcome->mark);
+	if (m->roles.earlier >= 0 && m->sockets_len)
+		outcome->marked_earlier = vm_stored(m, m->roles.earlier, 0, outcome->earlier);
 }
 
 /* A connect or sendmsg. The counters and the report are empty before it. */

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from imds_guard.kernel import bpf
 from imds_guard.policy.model import Address
 
-ABI = 2
+ABI = 3
 MAP_BASE = 0x494D4400
 HOOK_PLACEHOLDER = 0x494D44FF
 CALLBACKS = {0x494D4500: "ig_walk_four", 0x494D4501: "ig_search_one"}
@@ -38,6 +38,8 @@ class Map(enum.IntEnum):
     REPORT = 10
     WATCH = 11
     MARKS = 12
+    EARLIER = 13
+    SHARES = 14
 
     @property
     def pin_name(self) -> str:
@@ -104,16 +106,29 @@ EVENT = struct.Struct(f"=3Q5IHH16s{COMM_BYTES}s5B3x")
 reason, verdict, protocol."""
 
 REPORT_ROWS = 16384
-REPORT_KEY = struct.Struct("=BBHI")  # generation, reason, lock, fsuid
+REPORT_KEY = struct.Struct("=BBHB3xI")  # generation, reason, lock, who, id
+WHO_USER, WHO_NAMESPACES, WHO_OTHERS = 1, 2, 3
 REPORT = struct.Struct(f"=3Q16sHB5x{COMM_BYTES}s")  # count, first_ns, last_ns, address, port, protocol, comm
 
-GENERATION_AT: dict[Map, int] = {Map.ENDPOINTS: 4, Map.MEMBERS: 0, Map.GROUPS: 0, Map.LOCKS: 0, Map.REPORT: 0}
+SHARE_IDS, ROWS_OF_ACCOUNT, ROWS_OF_BLOCK = 65536, 256, 512
+SHARE_KEY = struct.Struct("=B3xI")  # generation, first
+SHARE = struct.Struct("=I")  # rows
+
+GENERATION_AT: dict[Map, int] = {
+    Map.ENDPOINTS: 4,
+    Map.MEMBERS: 0,
+    Map.GROUPS: 0,
+    Map.LOCKS: 0,
+    Map.REPORT: 0,
+    Map.SHARES: 0,
+}
 """Where in the key a map has the generation."""
 
 WATCH = struct.Struct("=I")  # log_allowed
 
 MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN = 1, 2, 3, 4, 5
 MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, container_unchecked
+EARLIER_MARKS = 8
 
 SHAPES: dict[Map, bpf.MapShape] = {
     Map.CONFIG: bpf.MapShape(bpf.MapType.ARRAY, 4, CONFIG.size, 1),
@@ -129,6 +144,8 @@ SHAPES: dict[Map, bpf.MapShape] = {
     Map.REPORT: bpf.MapShape(bpf.MapType.HASH, REPORT_KEY.size, REPORT.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
     Map.WATCH: bpf.MapShape(bpf.MapType.ARRAY, 4, WATCH.size, 1),
     Map.MARKS: bpf.MapShape(bpf.MapType.SK_STORAGE, 4, MARK.size, 0, bpf.F_NO_PREALLOC),
+    Map.EARLIER: bpf.MapShape(bpf.MapType.SK_STORAGE, 4, EARLIER_MARKS * MARK.size, 0, bpf.F_NO_PREALLOC),
+    Map.SHARES: bpf.MapShape(bpf.MapType.HASH, SHARE_KEY.size, SHARE.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
 }
 
 
@@ -170,6 +187,11 @@ def version_in_name(hook: str, name: str) -> str | None:
     """The version in the name of one of our programs; None for a program that is not ours."""
     prefix = HOOKS[hook].prefix + "_"
     return name[len(prefix) :] if name.startswith(prefix) and len(name) == len(prefix) + VERSION_DIGITS else None
+
+
+def share_of(identity: int) -> int:
+    """ig_share_of(): the ID that the share of an ID begins with."""
+    return identity if identity < SHARE_IDS else identity & ~(SHARE_IDS - 1)
 
 
 def endpoint_value(ranges: Sequence[bytes]) -> bytes:

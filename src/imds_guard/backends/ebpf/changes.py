@@ -24,7 +24,7 @@ from imds_guard.policy.model import Policy
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf.program import Defines
 
-_MEANING_SINCE: dict[Map, int] = {Map.COUNTERS: 2, Map.WATCH: 2, Map.MARKS: 2}
+_MEANING_SINCE: dict[Map, int] = {Map.COUNTERS: 2, Map.WATCH: 2, Map.MARKS: 2, Map.EARLIER: 3}
 """Maps that outlive a replacement of the others, and the ABI since which their records mean the same.
 
 The other maps hold a policy, or records that name a generation of one. Without the marks, --strict would drop every

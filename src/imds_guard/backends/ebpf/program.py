@@ -28,6 +28,7 @@ OFFSETS = (
     ("group_info", "ngroups"),
     ("group_info", "gid"),
     ("user_namespace", "level"),
+    ("user_namespace", "owner"),
     ("pid", "level"),
 )
 """The (struct, member) of the kernel whose offsets the hooks need."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report that the hooks write: who was denied, by lock, user and reason."""
+"""The report that the hooks write: who was denied, by lock, caller and reason."""
 
 from __future__ import annotations
 
+import enum
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
@@ -15,12 +16,31 @@ from imds_guard.policy.model import Address, Mode, Protocol
 _ATTEMPTS = 20
 
 
+class Who(enum.IntEnum):
+    """Whom a row is about: enum ig_who."""
+
+    USER = abi.WHO_USER
+    """The user with this ID."""
+    USER_NAMESPACES = abi.WHO_NAMESPACES
+    """Callers in user namespaces that this user owns. They choose among all IDs that are mapped there."""
+    OTHERS = abi.WHO_OTHERS
+    """All that is beyond the rows that an account, or a block of IDs above the accounts, can have for itself."""
+
+    @property
+    def label(self) -> str:
+        """``user``, ``user-namespaces``, ``others``."""
+        return self.name.lower().replace("_", "-")
+
+
 class Row(NamedTuple):
-    """Denials of one user at one lock for one reason. Address, port and ``comm`` are those of the first."""
+    """Denials of one caller at one lock for one reason. Address, port and ``comm`` are those of the first."""
 
     lock: str | None
+    """None also for OTHERS, whose row is for all locks."""
     reason: Reason
-    fsuid: int
+    who: Who
+    uid: int
+    """The first of the IDs, for OTHERS."""
     count: int  # type: ignore[assignment]  # a tuple has a method of that name
     first_ns: int
     """CLOCK_BOOTTIME, as is ``last_ns``."""
@@ -29,6 +49,12 @@ class Row(NamedTuple):
     port: int
     protocol: Protocol | None
     comm: bytes
+
+    @property
+    def last_uid(self) -> int:
+        """The last of the IDs that the row is about."""
+        is_block = self.who is Who.OTHERS and self.uid >= abi.SHARE_IDS
+        return self.uid + abi.SHARE_IDS - 1 if is_block else self.uid
 
 
 class Report(NamedTuple):
@@ -68,17 +94,18 @@ def read_report(location: PinLocation) -> Report | None:
 def _report(maps: MapReader, generation: int, serial: int) -> Report:
     names = maps.lock_names(generation)
     rows = [_row(key, value, names) for key, value in maps.report_records(generation)]
-    rows.sort(key=lambda row: (-row.count, row.lock or "", row.fsuid, row.reason))
+    rows.sort(key=lambda row: (-row.count, row.lock or "", row.who, row.uid, row.reason))
     return Report(generation, serial, maps.mode(generation), tuple(rows), maps.overflow())
 
 
 def _row(key: bytes, value: bytes, names: dict[int, str]) -> Row:
-    _, reason, lock, fsuid = abi.REPORT_KEY.unpack(key)
+    _, reason, lock, who, uid = abi.REPORT_KEY.unpack(key)
     count, first_ns, last_ns, address, port, protocol, comm = abi.REPORT.unpack(value)
     return Row(
         names.get(lock),
         reason_of(reason),
-        fsuid,
+        _who_of(who),
+        uid,
         count,
         first_ns,
         last_ns,
@@ -87,3 +114,13 @@ def _row(key: bytes, value: bytes, names: dict[int, str]) -> Row:
         PROTOCOLS.get(protocol),
         comm.split(b"\0")[0],
     )
+
+
+def _who_of(number: int) -> Who:
+    try:
+        return Who(number)
+    except ValueError as error:
+        raise GuardError(
+            f"reading the report: this version of imds-guard knows no row of kind {number}; "
+            "run imds-guard start, which puts its own programs in place"
+        ) from error
