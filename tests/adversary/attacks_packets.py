@@ -109,6 +109,52 @@ def _raw_protocol() -> bytes:
         return answer(waiting)
 
 
+# --- a routing header -------------------------------------------------------------------------------------------------
+
+_ANAGRAM = "fd00:ec2::254:0"
+"""An address that is not locked. It has the words of IPV6 in another order, so UDP's checksum is right for both."""
+
+
+def add_routing_header(one: socket.socket) -> None:
+    """A segment routing header without segments left: the kernel puts its segment into the header as the destination.
+
+    Sources: RFC 8754, section 2; ipv6_push_rthdr4() in Linux net/ipv6/exthdrs.c.
+    """
+    header = struct.pack("!6B2x", 0, 2, 4, 0, 0, 0) + socket.inet_pton(socket.AF_INET6, IPV6)
+    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RTHDR, header)
+
+
+def _datagram_by_routing_header() -> bytes:
+    with make_socket(OPEN6, socket.SOCK_DGRAM) as one:
+        one.bind((OPEN6, 0))
+        add_routing_header(one)
+        one.sendto(b"?", (_ANAGRAM, PORT))
+        return answer(one)
+
+
+def _raw_by_routing_header() -> bytes:
+    with make_socket(OPEN6, socket.SOCK_DGRAM) as waiting:
+        waiting.bind((OPEN6, 0))
+        flow = Flow(OPEN6, waiting.getsockname()[1], IPV6, PORT)
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_UDP) as one:
+            one.bind((OPEN6, 0))
+            add_routing_header(one)
+            one.sendto(udp_packet_ipv6(flow, b"?")[40:], (_ANAGRAM, 0))
+        return answer(waiting)
+
+
+def _by_routing_header(attack: Callable[[], bytes], *capabilities: int) -> Run:
+    """The service's machine takes part in segment routing; else it drops such packets."""
+
+    def prepared() -> bytes:
+        for interface in ("all", "lo"):
+            with open(f"/proc/sys/net/ipv6/conf/{interface}/seg6_enabled", "w", encoding="ascii") as file:
+                file.write("1")
+        return by_attacker(attack, *capabilities)
+
+    return lambda scene: scene.inside(prepared)
+
+
 # --- forged answers ---------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +252,19 @@ ATTACKS = (
             "ipv6-fragment": Way(_raw_ipv6(fragment=True)),
             "ipv6-many-extensions": Way(_raw_ipv6(MANY, fragment=True), ("many-extensions",)),
             "protocol-udp": Way(as_attacker(_raw_protocol, CAP_NET_RAW)),
+        },
+    ),
+    Attack(
+        "routing-header",
+        "An IPv6 routing header (type 4, no segments left) with the locked address, on a UDP or raw socket that sends "
+        "to another address",
+        Verdict.STRICT,
+        "The hooks see the address that the caller gave. The packet has the locked one, and `--strict` judges it by "
+        "that. Linux takes such a packet only where `seg6_enabled` is on, and refuses this header in a control "
+        "message. TCP can't connect so: the answer comes from another address than the one that was asked.",
+        {
+            "udp": Way(_by_routing_header(_datagram_by_routing_header), ("routing-header",), own_network=True),
+            "raw": Way(_by_routing_header(_raw_by_routing_header, CAP_NET_RAW), ("routing-header",), own_network=True),
         },
     ),
     Attack(

@@ -12,7 +12,7 @@ from typing import Callable
 from imds_guard.kernel import bpf
 from tests.adversary import privileges, remote, service
 from tests.adversary.attacks_address import IP_OPTIONS
-from tests.adversary.attacks_packets import MANY, ask_by_raw_ipv6
+from tests.adversary.attacks_packets import MANY, add_routing_header, ask_by_raw_ipv6
 from tests.adversary.rewriters import OVERRIDING
 from tests.adversary.scene import IPV4, OPEN4, OPEN6, Scene
 from tests.conformance.probes import PROBES as OF_THE_TABLE
@@ -39,6 +39,11 @@ def _source_route() -> None:
         one.setsockopt(socket.IPPROTO_IP, IP_OPTIONS, option)
 
 
+def _routing_header() -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as one:
+        add_routing_header(one)
+
+
 def _translation() -> None:
     rule = ("-d", "10.66.66.8", "-p", "tcp", "-j", "DNAT", "--to-destination", f"{IPV4}:80")
     privileges.command("iptables", "-w", "-t", "nat", "-A", "OUTPUT", *rule)
@@ -60,6 +65,9 @@ PROBES: dict[str, Callable[[Scene], str | None]] = {
     **{name: lambda scene, probe=probe: scene.inside(probe) for name, probe in OF_THE_TABLE.items()},  # type: ignore[misc]
     "udp-lite": lambda scene: scene.inside(lambda: _socket("UDP-Lite", socket.SOCK_DGRAM, service.IPPROTO_UDPLITE)),
     "source-route": lambda scene: scene.inside(lambda: _missing("source routes", _source_route, errno.EINVAL)),
+    "routing-header": lambda scene: scene.inside(
+        lambda: _missing("routing headers of type 4", _routing_header, errno.EINVAL)
+    ),
     "nat": lambda scene: scene.inside(lambda: _missing("address translation", _translation, 0)),
     "many-extensions": lambda scene: scene.inside(
         lambda: _missing(
