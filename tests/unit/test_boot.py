@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -204,6 +206,37 @@ def test_the_emergency_lock_is_on_before_the_configuration_is_read(tmp_path: Pat
     result = boot.start(file_of(tmp_path, CONFIG), GuardOptions(), ignore, start.steps)
     assert (start.policies, result.error) == ([EMERGENCY, CONFIGURED], None)
     assert [one.keep_existing for one in start.asked] == [True, False]
+
+
+def test_a_command_that_ends_meanwhile_keeps_its_policy(
+    kernel: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as another start --boot: nothing was in force when this one looked, and then it waited for that one."""
+
+    @contextmanager
+    def wait(_: str | None) -> Iterator[None]:
+        kernel.policies.append(POLICY)
+        yield
+
+    steps = kernel.steps
+    for name in ("TAKING_THE_LOCK", "HOLDING_THE_LOCK"):
+        monkeypatch.setattr(boot, name, steps)
+    monkeypatch.setattr(guard, "one_at_a_time", wait)
+    result = boot.start(file_of(tmp_path, "[lock.default]\n"), GuardOptions(), ignore, steps)
+    assert kernel.policies == [POLICY]
+    assert str(result.error).endswith("what was in force stays so")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize("on_error", ["closed", "open"])
+def test_a_configuration_that_others_can_change_is_not_asked(on_error: str, tmp_path: Path) -> None:
+    start = Start()
+    one = file_of(tmp_path, f'on_error = "{on_error}"\n{CONFIG}')
+    os.chown(one.path, 41_001, 0)
+    result = boot.start(one, GuardOptions(), ignore, start.steps)
+    assert start.policies == [EMERGENCY, EMERGENCY]
+    assert f"{one.path} (owner 41001, group 0, mode 0644) can be changed by others than root" in str(result.error)
 
 
 ANYTHING = (

@@ -187,16 +187,30 @@ print(others_can_change(sys.argv[1]))
 """
 
 
+def from_private_mounts(script: str, file: Path) -> str:
+    """What others_can_change() says of the file, where the script has changed the mounts of its folder, $1."""
+    script += ' && ! touch "$1" && exec "$0" -c "$2" "$1/file"'
+    argv = ["unshare", "--mount", "sh", "-c", script, sys.executable, str(file.parent), _IN_A_UNIT]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(argv, capture_output=True, text=True, check=True, env=environment).stdout
+
+
 @as_root
 @pytest.mark.skipif(window_to_pid1() is None, reason="no process here may be asked for the mounts of PID 1")
 def test_a_mount_that_is_read_only_for_this_process_alone_counts(file: Path) -> None:
     """As in our units: ProtectSystem=strict makes every mount read-only for the unit, and for nobody else."""
     os.chown(file.parent, BOB, 0)
-    as_unit = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && ! touch "$1" && exec "$0" -c "$2" "$1/file"'
-    argv = ["unshare", "--mount", "sh", "-c", as_unit, sys.executable, str(file.parent), _IN_A_UNIT]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, env=environment)
-    assert done.stdout.startswith(f"{file.parent} (owner {BOB}")
+    as_unit = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1"'
+    assert from_private_mounts(as_unit, file).startswith(f"{file.parent} (owner {BOB}")
+
+
+@as_root
+def test_a_read_only_mount_of_this_process_over_something_else_is_changed_by_nobody(file: Path) -> None:
+    """As in a container that sees the processes of the machine: PID 1 has another file there."""
+    as_container = (
+        f'mount -t tmpfs none "$1" && touch "$1/file" && chown {BOB} "$1" "$1/file" && mount -o remount,bind,ro "$1"'
+    )
+    assert from_private_mounts(as_container, file) == "None\n"
 
 
 @as_root

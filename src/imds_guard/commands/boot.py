@@ -9,13 +9,13 @@ built-in endpoints are locked.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import NamedTuple
 
 from imds_guard.backends import choose
 from imds_guard.backends.ebpf import other_guards
 from imds_guard.commands import guard, own_files
-from imds_guard.commands.guard import TAKING_THE_LOCK, Steps
+from imds_guard.commands.guard import HOLDING_THE_LOCK, TAKING_THE_LOCK, Steps
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.sub_ids import sub_id_warnings
@@ -73,8 +73,7 @@ class _Boot:
 
     def run(self) -> BootResult:
         try:
-            if not _something_in_force(self._options.cgroup):
-                self._lock_first()
+            self._lock_first()
             with within(DEADLINE_S):
                 return self._put_configuration_in_force()
         except Deadline:
@@ -84,14 +83,20 @@ class _Boot:
             return self._without_the_policy(_as_guard_error(error), may_open=True)
 
     def _lock_first(self) -> None:
+        """The emergency lock, where nothing is in force. Nobody can put a policy in force between look and lock."""
+        if _something_in_force(self._options.cgroup):
+            return
+        taking = self._steps is TAKING_THE_LOCK
         try:
-            self._emergency = self._emergency_lock(cut=False)
+            with guard.one_at_a_time(self._options.cgroup) if taking else nullcontext():
+                if not _something_in_force(self._options.cgroup):  # a command that ended while this one waited
+                    self._emergency = self._emergency_lock(False, HOLDING_THE_LOCK if taking else self._steps)
         except Exception as error:  # noqa: BLE001 - the configuration may name a backend that works
             self._not_locked.append(f"the emergency lock could not be put on first: {_as_guard_error(error)}")
 
-    def _emergency_lock(self, cut: bool) -> Outcome:
+    def _emergency_lock(self, cut: bool, steps: Steps) -> Outcome:
         options = self._options if cut else self._options._replace(keep_existing=True)
-        return put_emergency_lock_on(options, self._progress, self._steps)
+        return put_emergency_lock_on(options, self._progress, steps)
 
     # --- the configuration ------------------------------------------------------------------------------------------
 
@@ -163,7 +168,7 @@ class _Boot:
     def _emergency_lock_instead(self, error: GuardError) -> Outcome:
         """Once more where it is on already: now the connections that it denies are cut."""
         try:
-            return self._emergency_lock(cut=True)
+            return self._emergency_lock(True, self._steps)
         except Exception as failure:  # noqa: BLE001 - whatever it is, what is locked is to be reported
             if self._emergency is not None:
                 return self._emergency
