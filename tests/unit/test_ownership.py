@@ -137,6 +137,16 @@ def test_what_somebody_put_into_a_sticky_folder_is_theirs(file: Path) -> None:
 
 
 @as_root
+def test_a_link_in_a_sticky_folder_belongs_to_whoever_made_it(file: Path) -> None:
+    link = file.parent / "link"
+    link.symlink_to(file)
+    file.parent.chmod(0o1777)
+    assert changed_at(link) is None
+    os.chown(link, BOB, 0, follow_symlinks=False)
+    assert changed_at(link) == str(link)
+
+
+@as_root
 def test_every_link_on_the_way_counts(file: Path, tmp_path: Path) -> None:
     """Two links: the folder of the second one is neither above the path nor above what it leads to."""
     between = tmp_path / "between"
