@@ -154,6 +154,17 @@ def test_a_program_that_others_can_change_is_refused(program: str, which: str) -
 
 
 @as_root
+def test_a_program_whose_interpreter_others_can_change_is_refused(program: str) -> None:
+    interpreter = Path(program).parent / "python3"
+    interpreter.write_text("", encoding="utf-8")
+    Path(program).write_text(f"#!{interpreter} -I\n", encoding="utf-8")
+    assert service.check_program(program) == program
+    os.chown(interpreter, 41_001, 0)
+    with pytest.raises(NotPermitted, match=rf"{interpreter} \(owner 41001"):
+        service.check_program(program)
+
+
+@as_root
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o757])
 @pytest.mark.parametrize("which", ["imds-guard", "."])
 def test_a_program_that_everybody_may_write_is_refused(program: str, which: str, mode: int) -> None:
