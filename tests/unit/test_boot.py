@@ -7,7 +7,7 @@ import ipaddress
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -161,6 +161,21 @@ def test_a_repair_ends_the_emergency_lock_beside_the_guard_of_a_cgroup(
     done = verify._end_machine_emergency(config, status, GuardOptions(cgroup="/sys/fs/cgroup/a"))
     sentence = "the machine had the emergency lock beside the guard of the cgroup: it was taken off (stopped None)"
     assert done == ([sentence] if taken_off else [])
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_repair_looks_for_that_emergency_lock_where_nothing_else_is_wrong(
+    usable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(emergency_policy(""), monkeypatch)
+    monkeypatch.setattr(guard, "TAKING_THE_LOCK", Start().steps)
+    monkeypatch.setattr(guard, "one_at_a_time", lambda _: nullcontext())
+    monkeypatch.setattr(guard, "look_again", lambda _: None)
+    monkeypatch.setattr(look, "status", lambda _: Status("ebpf", POLICY, []))
+    path = tmp_path / "config.toml"
+    path.write_text(f'cgroup = "/sys/fs/cgroup/a"\n{CONFIG if usable else ""}', encoding="utf-8")
+    done = verify.repair(str(path), GuardOptions(cgroup="/sys/fs/cgroup/a"), ignore)
+    assert len(done.repaired) == usable
 
 
 @pytest.mark.parametrize("option", [LEAVE, None])
