@@ -153,6 +153,18 @@ def test_verify_asks_again_for_the_names_that_had_no_id(guard: Guard, tmp_path: 
     assert who(guard) == [ONE, STRANGER]
 
 
+def test_a_denied_group_that_is_unknown_lets_in_root_at_most(guard: Guard, tmp_path: Path) -> None:
+    """As for a group of a directory whose daemon does not run yet. verify lets the others in when it has an ID."""
+    text = f'[lock.default]\nendpoints = ["{IPV4}"]\ndeny_groups = ["group-of-no-machine"]\n'
+    done = boot(guard, tmp_path, text)
+    assert done.status == 0, done
+    assert "deny_groups: there is no group 'group-of-no-machine'; until there is one, or the entry" in done.stderr
+    assert who(guard) == [0]
+    assert (boot(guard, tmp_path, text).status, who(guard)) == (78, [0])
+    assert (repair(guard, tmp_path, "").status, who(guard)) == (0, [0])
+    assert (repair(guard, tmp_path, ANSWERING_NAMES).status, who(guard)) == (0, [0, ONE, TWO, STRANGER])
+
+
 KILLED = "import os\nfrom imds_guard.config import boot_file\nboot_file.config_of = lambda *_: os.kill(os.getpid(), {})"
 
 
