@@ -667,6 +667,22 @@ def test_a_name_that_has_another_id_fails_the_boot_visibly_and_locks(
     assert str(result.error).endswith("the saved IDs are in force")
 
 
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize(
+    ("answers", "fails"), [({Name("user", "root"): 7}, False), ({Name("user", "root"): 0}, True), ({}, False)]
+)
+def test_a_saved_id_of_the_directory_is_right_where_a_file_has_another_one(
+    answers: Answers, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nsswitch.conf(5) may say ``passwd: sss files``, and start --save has asked the name service."""
+    answering(monkeypatch, answers)
+    start = Start()
+    file = file_of(tmp_path, MOVED.replace("ldap-user", "root"))
+    result = boot.start(file, GuardOptions(), ignore, start.steps)
+    assert allowed(start.policies[-1]).users == {7}
+    assert (result.error is not None) == fails
+
+
 @pytest.mark.parametrize(
     ("text", "answers", "expected"),
     [

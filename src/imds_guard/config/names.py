@@ -114,11 +114,14 @@ class BootNames(Names):
         return None
 
     def stored(self, key: str, name: Name, stored: int) -> int:
-        """Names.stored(): the stored ID, whatever the name has now."""
-        if not self._is_known(name):
+        """Names.stored(): the stored ID, whatever the name has now.
+
+        Another ID in a file is no definite answer: nsswitch.conf(5) may put a directory before the files.
+        """
+        current = self._id(name)
+        if current != stored and name not in self._answers and accounts.other_root() is None:
             self.unchecked.append(name)
             return stored
-        current = self._id(name)
         if current is None:
             self.warnings.append(_unknown(key, name, stored))
         elif current != stored:
@@ -130,8 +133,8 @@ class BootNames(Names):
         return name in self._answers or _in_files(name) is not None or accounts.other_root() is not None
 
     def _id(self, name: Name) -> int | None:
-        found = _in_files(name)
-        return self._answers.get(name) if found is None else found
+        answer = self._answers.get(name)
+        return _in_files(name) if answer is None else answer
 
 
 def _changed(key: str, name: Name, stored: int, current: int) -> str:
