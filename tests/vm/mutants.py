@@ -15,6 +15,7 @@ _INSTRUCTION = struct.Struct("=BBhi")
 _LD_IMM64, _CALL, _EXIT, _JA = 0x18, 0x85, 0x95, 0x05
 _LDX, _ST, _STX, _ALU, _JMP, _JMP32, _ALU64 = 1, 2, 3, 4, 5, 6, 7
 _REGISTER = 8
+MOVE = 0xB0
 _MAX_IMMEDIATE = 2**31 - 1
 
 _OPPOSITE = {0x10: 0x50, 0x50: 0x10, 0x20: 0xB0, 0xB0: 0x20, 0x30: 0xA0, 0xA0: 0x30, 0x60: 0xD0, 0xD0: 0x60}
@@ -23,7 +24,8 @@ _EDGE = {0x20: 0x30, 0x30: 0x20, 0xA0: 0xB0, 0xB0: 0xA0, 0x60: 0x70, 0x70: 0x60,
 """Conditions that differ where both values are equal."""
 _OTHER_OPERATION = {0x00: 0x10, 0x10: 0x00, 0x20: 0x00, 0x40: 0x50, 0x50: 0x40, 0x60: 0x70, 0x70: 0x60, 0xA0: 0x40}
 _NARROWER = {0x18: 0x00, 0x00: 0x08, 0x08: 0x10, 0x10: 0x08}
-"""8, 4, 2, 1 bytes; in place of one byte it is two."""
+_WIDER = {0x10: 0x08, 0x08: 0x00, 0x00: 0x18, 0x18: 0x00}
+"""8, 4, 2, 1 bytes are 0x18, 0x00, 0x08, 0x10. A store of one byte is one of two, a load of eight one of four."""
 
 
 class Mutant(NamedTuple):
@@ -63,6 +65,11 @@ def decoded(instructions: bytes) -> Iterator[tuple[int, Decoded]]:
 def is_condition(one: Decoded) -> bool:
     """Whether it is a conditional jump."""
     return one.code & 7 in (_JMP, _JMP32) and one.code not in (_JA, _CALL, _EXIT)
+
+
+def is_operation(one: Decoded) -> bool:
+    """Whether it computes something in a register."""
+    return one.code & 7 in (_ALU, _ALU64)
 
 
 def mutants(instructions: bytes) -> Iterator[Mutant]:
@@ -121,11 +128,12 @@ def _of_operation(one: Decoded) -> Iterator[tuple[str, Decoded]]:
         return
     if one.code & _REGISTER:
         yield "another register", one._replace(src=(one.src + 1) % 10)
-    elif operation == 0xB0:  # often a truth value
+    elif operation == MOVE:  # often a truth value
         yield "another number", one._replace(imm=int(not one.imm))
     else:
         yield "another number", one._replace(imm=_next(one.imm))
-    yield "another register", one._replace(dst=(one.dst + 1) % 10)
+    if operation != MOVE:  # to move elsewhere is to remove it
+        yield "another register", one._replace(dst=(one.dst + 1) % 10)
 
 
 def _of_access(one: Decoded, kind: int) -> Iterator[tuple[str, Decoded]]:
@@ -134,7 +142,8 @@ def _of_access(one: Decoded, kind: int) -> Iterator[tuple[str, Decoded]]:
     yield "another offset", one._replace(off=one.off + size)
     on_stack = (one.src if kind == _LDX else one.dst) == 10
     if one.code & 0xE0 == 0x60 and not (on_stack and size == 8):
-        yield "another size", one._replace(code=one.code & ~0x18 | _NARROWER[one.code & 0x18])
+        other = _WIDER if kind == _LDX else _NARROWER
+        yield "another size", one._replace(code=one.code & ~0x18 | other[one.code & 0x18])
     if kind == _LDX:
         yield "gives 0", Decoded(0xB7, one.dst, 0, 0, 0)
         yield "another register", one._replace(dst=(one.dst + 1) % 10)

@@ -6,7 +6,7 @@
 The first stages are comparisons with the model (decisions, packets), the last ones failing calls and states that should
 not be. Each run is first compared with the model, where there is one; then the mutants are compared with the run:
 verdict, counters, record, row of the report, mark, traps. A mutant that no stage finds is printed with its line of
-source and its class (SURVIVORS), and counted.
+source and with what it is likely to be (class_of()), and counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.vm.failing import ALL
 from tests.vm.lines import Line, lines
 from tests.vm.machine import Machine
 from tests.vm.model import OUTCOME, Expected
-from tests.vm.mutants import Mutant, mutants
+from tests.vm.mutants import MOVE, Decoded, Mutant, decoded, is_condition, is_operation, mutants
 from tests.vm.packets import PacketCase
 from tests.vm.programs import ADDRESS_HOOKS, FORMS
 from tests.vm.replay import Replays
@@ -74,6 +74,8 @@ class Stages:
         yield from self._failing(programs)
         if "connect" in programs:
             yield from self._odd_states()
+        if "egress" in programs:
+            yield from self._odd_packets()
 
     def _count(self, number: int) -> range:
         return range(max(1, int(number * self._scale)))
@@ -81,7 +83,7 @@ class Stages:
     # --- against the model ----------------------------------------------------------------------------------------
 
     def _decisions(self) -> Iterator[Stage]:
-        for number in self._count(150):
+        for number in self._count(30):
             scene = scene_of(SEED, number)
             yield self._connects("decisions", scene)
         yield self._connects("decisions", test_odd_states.odd_addresses())
@@ -103,7 +105,7 @@ class Stages:
         for scene in _small_spaces(self._machine):
             yield self._egress("packets", scene)
         yield self._egress("packets", test_odd_states.odd_packets())
-        for number in self._count(80):
+        for number in self._count(16):
             yield self._egress("packets", egress_scene(SEED, number))
 
     def _egress(self, name: str, scene: EgressScene) -> Stage:
@@ -184,6 +186,11 @@ class Stages:
             data += case.packet.data
         return Stage("failing calls", "egress", self._machine.replays(runs, bytes(data), STEP_LIMIT), _never)
 
+    def _odd_packets(self) -> Iterator[Stage]:
+        for case in test_odd_states.every_odd_packet(self._machine):
+            runs, data = self._packet_runs([case])
+            yield Stage("odd states", "egress", self._machine.replays(runs, data, STEP_LIMIT), _never)
+
     def _odd_states(self) -> Iterator[Stage]:
         for _ in test_odd_states.every_odd_state(self._machine):
             runs = [self._connect(one.hook, one.to_c(), 0) for one in test_odd_states.TRIED]
@@ -226,10 +233,14 @@ class Tally:
         self.found: Counter[str] = Counter()
         self.by_traps = 0
         for program in programs:
-            some = list(mutants(machine.instructions(form, HOOKS_OF[program][0])))
+            some = list(mutants(self.instructions(program)))
             share = min(len(some), sample) if sample else len(some)
             self.live[program] = sorted(r.sample(some, share))
         self.total = sum(map(len, self.live.values()))
+
+    def instructions(self, program: str) -> bytes:
+        """Of the program, as bcc made them."""
+        return self._machine.instructions(self._form, HOOKS_OF[program][0])
 
     def try_all(self, stage: Stage) -> None:
         """The mutants of the stage's program."""
@@ -282,17 +293,36 @@ def _report(tally: Tally, form: str, runs: int) -> None:
     _say(f"found {dead} of {tally.total} ({100 * dead / tally.total:.1f} %): {dict(tally.found)}; {runs} runs")
     _say(f"of these {tally.by_traps} by a trap, which the verifier would refuse")
     classes: Counter[str] = Counter()
+    originals = {program: dict(decoded(tally.instructions(program))) for program in tally.live}
     for program, one in survivors:
         line = lines(form, HOOKS_OF[program][0])[one.at]
-        kind = class_of(line, one)
+        kind = class_of(line, originals[program][one.at], one.kind)
         classes[kind] += 1
-        _say(f"{kind:12} {program} {one.at} {one.kind:22} {line}")
+        _say(f"{kind:36} {program} {one.at} {one.kind:22} {line}")
     _say("\n".join(f"{count:5} {kind}" for kind, count in classes.most_common()))
 
 
-def class_of(line: Line, one: Mutant) -> str:
-    """The class of a survivor."""
-    return "?"
+_SPEED = ("bitmap", "host", "ig_likely", "IG_LIST_USERS", "IG_LIST_GROUPS", "bits")
+"""In lines that only save a further look-up, when they say no."""
+_VERIFIER = ("the verifier demands", "return sk ? ", "asm volatile")
+
+
+def class_of(line: Line, original: Decoded, kind: str) -> str:
+    """Why a mutant may live, by its line and its instruction. It is no proof: what it names can be looked at."""
+    operation = original.code & 0xF0
+    if any(word in line.text for word in _VERIFIER):
+        return "for the verifier"
+    if any(word in line.text for word in _SPEED):
+        return "speed alone"
+    if kind == "jumps further":
+        return "skips what changes nothing there"
+    if is_condition(original):
+        return "another test says the same"
+    if is_operation(original) and operation != MOVE:
+        return "bits that are always the same"
+    if kind == "another size":
+        return "bits that are always the same"
+    return "nobody reads the value on that path"
 
 
 def _parsed() -> argparse.Namespace:

@@ -101,6 +101,7 @@ def try_small_spaces(machine: Machine) -> None:
     test_a_reset_that_is_cut_at_every_length(machine)
     test_every_chain_of_four_extension_headers(machine)
     test_every_protocol_behind_a_chain_of_each_length(machine)
+    test_a_protocol_that_only_resembles_an_extension_header(machine)
     test_long_chains_cut_at_every_length(machine, packets.UDP)
     for lists in LISTS:
         test_every_mark_of_the_sending_socket(machine, lists)
@@ -216,6 +217,18 @@ def test_every_chain_of_four_extension_headers(machine: Machine) -> None:
     chains = itertools.chain.from_iterable(itertools.product(kinds, repeat=length) for length in range(5))
     made = [plain(ipv6(*chain, protocol=packets.UDP, payload=ruler(64)), ETH_P_IPV6) for chain in chains]
     assert {*require_same(machine, ALL_OF_IT, made)} == {PacketReason.UNAPPROVED_SOCKET, PacketReason.LATER_FRAGMENT}
+
+
+def test_a_protocol_that_only_resembles_an_extension_header(machine: Machine) -> None:
+    """Numbers that are 64 more: what follows would be a chain that leads to TCP, but nobody may read it as one."""
+    behind = bytes([packets.TCP, 0, 0, 0, 0, 0, 0, 0]) + packets.tcp(40_000, 80)
+    made = [
+        plain(ipv6(*[one] * length, protocol=number + 64, payload=behind), ETH_P_IPV6)
+        for number in EXTENSION_HEADERS
+        for one in (extension(DESTINATION_OPTIONS), extension(AUTHENTICATION, 1))
+        for length in range(MAX_EXTENSION_HEADERS)
+    ]
+    assert {*require_same(machine, ALL_OF_IT, made)} == {PacketReason.OTHER_PROTOCOL}
 
 
 def test_what_is_not_ip(machine: Machine) -> None:

@@ -333,6 +333,15 @@ def test_a_packet_under_a_record_that_should_not_be(machine: Machine, mode: Mode
 _FOR_AN_OPEN_PORT = abi.MARK.pack(SERIAL, USER, 0, 0, abi.MARK_OPEN, 0)
 
 
+def every_odd_packet(machine: Machine) -> Iterator[PacketCase]:
+    """Each of these under each record, with and without a mark."""
+    for mode, row, mark in itertools.product(Mode, PACKET_ROWS, (APPROVED, None)):
+        for packet in (PACKET, UNREADABLE_PACKET, ANSWER):
+            machine.load(locked(mode), serial=SERIAL)
+            PACKET_ROWS[row][0](machine)
+            yield PacketCase(packet, (Socket(mark=mark), CLIENT._replace(mark=mark)))
+
+
 def try_odd_packets(machine: Machine) -> None:
     """Each of these once, and once more with a row in the report."""
     for row in PACKET_ROWS:
@@ -372,7 +381,18 @@ def test_a_full_report_and_a_full_ring_buffer_change_no_verdict(machine: Machine
 # --- for coverage.py and mutate.py ------------------------------------------------------------------------------------
 
 _IPV6 = "::ffff:" + ADDRESS
-_ODD_SOURCES = ("1::", "0:1::", "0:0:1::", "0:0:0:1::", "::1:0:0", "::2:0", "::ffff:0:0", "::")
+_ODD_SOURCES = (
+    "1::",
+    "0:1::",
+    "0:0:1::",
+    "0:0:0:1::",
+    "::1:0:0",
+    "::2:0",
+    "::1",
+    "::ffff:127.0.0.1",
+    "::ffff:0:0",
+    "::",
+)
 _TO = (bytes(16), packed(_IPV6))
 TRIED = (
     CONNECT,
@@ -387,7 +407,7 @@ TRIED = (
 
 def odd_policy() -> Policy:
     """Locks the odd addresses but the unspecified ones."""
-    endpoints = tuple(Endpoint(ipaddress.ip_network(one), ALL_PORTS, ALL_PORTS) for one in _ODD_SOURCES[:6])
+    endpoints = tuple(Endpoint(ipaddress.ip_network(one), ALL_PORTS, ALL_PORTS) for one in _ODD_SOURCES[:8])
     return make_policy([Lock("odd", endpoints)], strict=True)
 
 
