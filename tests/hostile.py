@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import select
 import shutil
 import signal
 import socket
@@ -195,9 +196,10 @@ def _hold(device: str, mount: str, comm: str, connect_to: str) -> int:
     """A child whose mmap_lock one thread holds while it waits for a page, and another one waits to write it."""
     _become_root_of_own_namespaces()
     fd = _mount_fuse(device, mount)
+    reader, writer = os.pipe()
     if os.fork() == 0:
         _die_with_parent()
-        _serve_fuse(fd)
+        _serve_fuse(fd, left=lambda: os.write(writer, b"."))
     os.close(fd)
     pid = os.fork()
     if pid == 0:
@@ -205,16 +207,17 @@ def _hold(device: str, mount: str, comm: str, connect_to: str) -> int:
         _libc.prctl(15, comm.encode(), 0, 0, 0)  # PR_SET_NAME
         if connect_to:
             socket.socket().connect_ex((connect_to, 80))
-        _hold_own_lock(f"{mount}/file")
+        _hold_own_lock(f"{mount}/file", reader)
     _wait_until_held(pid)
     return pid
 
 
-def _hold_own_lock(path: str) -> None:
+def _hold_own_lock(path: str, asked: int) -> None:
+    """``asked`` is the pipe by which the FUSE server tells that the page is asked for with the lock held."""
     pages = mmap.mmap(os.open(path, os.O_RDONLY), 1 << 20, mmap.MAP_PRIVATE, mmap.PROT_READ)
     writer = os.pipe()[1]
     threading.Thread(target=lambda: os.write(writer, memoryview(pages)[:4096])).start()
-    time.sleep(0.3)  # until the thread waits for its page
+    os.read(asked, 1)
     _libc.mmap(None, ctypes.c_size_t(4096), 1, 0x22, -1, ctypes.c_long(0))  # a writer, which later readers wait behind
 
 
@@ -252,12 +255,10 @@ def _wait_until_held(pid: int) -> None:
             _die_with_parent()
             Path(f"/proc/{pid}/cmdline").read_bytes()
             os._exit(0)
-        until = time.monotonic() + 0.2
-        while os.waitpid(reader, os.WNOHANG)[0] == 0:
-            if time.monotonic() > until:
-                os.kill(reader, signal.SIGKILL)
-                return
-            time.sleep(0.01)
+        if not select.select([os.pidfd_open(reader)], [], [], 0.2)[0]:
+            os.kill(reader, signal.SIGKILL)
+            return
+        os.waitpid(reader, 0)
         if time.monotonic() > deadline:
             sys.exit("the lock is not held")
 

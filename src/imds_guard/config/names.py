@@ -7,6 +7,7 @@ alone. ask() asks the name service in a child, with a deadline, for what the fil
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ Answers = Mapping[Name, "int | None"]
 """What the name service said: an ID, or None for a name that it does not know. A name without an answer is missing."""
 
 
-class Names:
+class Names(ABC):
     """The interface, and what all have in common."""
 
     def __init__(self) -> None:
@@ -45,13 +46,13 @@ class Names:
         self.unchecked: list[Name] = []
         """Names with a stored ID of which the name service has not said whether it is still theirs."""
 
+    @abstractmethod
     def number(self, key: str, kind: str, entry: str | int) -> int | None:
         """The ID of a name or a number in the list ``key``; None where the entry is left out. Raises BadPolicy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self, key: str, name: Name, stored: int) -> int:
         """The ID to use for a name that is stored with its ID. Raises BadPolicy."""
-        raise NotImplementedError
 
 
 class PresentNames(Names):
