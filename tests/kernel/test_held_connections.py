@@ -21,6 +21,7 @@ from imds_guard.commands import turn
 from imds_guard.connections.cut import CUT_S, cut_denied
 from imds_guard.connections.values import SweepEnd, WhyOpen
 from imds_guard.kernel import children, sock_destroy
+from imds_guard.kernel.processes import process_ids
 from imds_guard.present.connections import connection_warnings
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, argv
 from tests.hostile import fuse_device, lock_socket
@@ -163,11 +164,12 @@ def begun(guard: Guard, *arguments: str) -> subprocess.Popen[str]:
 
 def hangs_below(pid: int) -> bool:
     """Whether a thread of a child of a process waits for the lock of a socket."""
-    for path in Path("/proc").glob("[0-9]*/task/*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = path.read_bytes().rsplit(b")", 1)[1].split()[:2]
-            if (state, int(parent)) == (b"D", pid) and "lock_sock" in path.with_name("wchan").read_text("ascii"):
-                return True
+    for one in process_ids():
+        with contextlib.suppress(OSError):  # it has ended, or one of its threads has
+            for path in [Path(f"/proc/{one}/task/{thread}") for thread in os.listdir(f"/proc/{one}/task")]:
+                state, parent = (path / "stat").read_bytes().rsplit(b")", 1)[1].split()[:2]
+                if (state, int(parent)) == (b"D", pid) and "lock_sock" in (path / "wchan").read_text("ascii"):
+                    return True
     return False
 
 
