@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from imds_guard.kernel import bpf
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
 from tests import command
+from tests.adversary.privileges import become_user, enter_user_namespace, in_mapped_user_namespace
 from tests.command import (
     NEIGHBOUR,
     ONE,
@@ -155,6 +157,55 @@ def test_the_names_of_callers_are_safe_to_print(guard: Guard) -> None:
     guard.sandbox.call(connect)
     assert guard("report", "--json").values["rows"][0]["comm"] == "\\x1b[2J\\x0ax"
     assert "\\x1b[2J\\x0ax" in guard("report").answer
+
+
+def _connect_as(*uids: int) -> None:
+    """As each of these users in turn, as a process that may take any ID that is assigned to its user."""
+    for uid in uids:
+        ctypes.CDLL(None).setfsuid(uid)
+        with socket.socket() as client:
+            client.connect_ex((SERVICE, 80))
+
+
+def test_a_user_with_sub_ids_hides_nobody(guard: Guard) -> None:
+    start(guard)
+    sub_ids = range(200_000, 200_700)
+    guard.sandbox.call(lambda: _connect_as(*sub_ids))
+    assert guard.reach(STRANGER, SERVICE) == "EPERM"
+    found = guard("report", "--json").values
+    rows = {(row["who"], row["uid"]): row for row in found["rows"]}
+    assert Counter(who for who, _ in rows) == {"user": 513, "others": 1}
+    assert ("user", STRANGER) in rows
+    beyond = rows["others", 196_608]
+    assert (beyond["count"], beyond["last_uid"], beyond["user"], beyond["lock"]) == (188, 262_143, None, None)
+    assert found["overflow"] == 0
+    assert len(found["allow"]) == 513
+    shown = guard("report").answer
+    assert str(STRANGER) in shown, "no rows of one user hide those of another one"
+    assert "188 times" in shown
+
+
+def test_callers_in_a_user_namespace_are_counted_for_its_owner(guard: Guard) -> None:
+    """The namespace maps 600 IDs. No command is suggested for it."""
+
+    def in_namespace() -> None:
+        in_mapped_user_namespace(["0 300000 600"], lambda: _connect_as(*range(600)))
+
+    def in_own_namespace() -> None:
+        become_user(STRANGER, 51_999)
+        enter_user_namespace(0, 0)
+        _connect_as(0)
+
+    start(guard, "--containers", "allow")
+    guard.sandbox.call(in_namespace)
+    guard.sandbox.call(in_own_namespace)
+    found = guard("report", "--json").values
+    rows = [(row["who"], row["uid"], row["count"], row["reason"]) for row in found["rows"]]
+    assert rows == [("user-namespaces", 0, 600, "not-listed"), ("user-namespaces", STRANGER, 1, "not-listed")]
+    assert (found["allow"], found["config"]) == ([], None)
+    (note,) = found["notes"]
+    assert note.startswith("user namespaces: ")
+    assert "user namespaces" in guard("report").answer
 
 
 def test_without_a_guard_there_is_no_report(guard: Guard) -> None:

@@ -61,6 +61,23 @@ def test_rows_and_commands_beyond_the_maximum_are_counted() -> None:
     assert "  # and 3 more" in lines
 
 
+def test_rows_that_are_not_about_one_user() -> None:
+    """Also where they are broken: in the first column, under WHO."""
+    for who, uid, expected in (
+        (Who.USER_NAMESPACES, UID, f"user namespaces of {UID}"),
+        (Who.OTHERS, UID, f"more of {UID}"),
+        (Who.OTHERS, 196_608, "more of the IDs 196608 to 262143"),
+    ):
+        head, *table = lines_of(row(comm=b"x")._replace(who=who, uid=uid, lock=None))[3:]
+        column = "".join(line[: head.index("WHY")].strip().replace(" ", "") for line in table)
+        assert column == expected.replace(" ", "") + ("anylock" if who is Who.OTHERS else "nolock")
+
+
+def test_rows_of_one_user_hide_no_other() -> None:
+    rows = [row(lock=f"lock-{n}") for n in range(MAX_ROWS)]
+    assert any(str(UID + 1) in line for line in lines_of(*rows, row()._replace(uid=UID + 1, count=1)))
+
+
 def test_what_else_it_says() -> None:
     assert "nobody yet" in lines_of()
     assert "1 denial did not fit into the report since the guard was started." in lines_of(row(), overflow=1)

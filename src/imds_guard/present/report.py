@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -91,9 +92,21 @@ def _rows(report: Report) -> list[str]:
     if not report.rows:
         return ["nobody yet"]
     names = NameCache()
-    table = _table([_cells(row, names) for row in report.rows[:MAX_ROWS]])
+    table = _table([_cells(row, names) for row in _shown(report.rows)])
     more = and_more(len(report.rows), MAX_ROWS, "")
     return [*table, f"{more} (--json has them all)"] if more else table
+
+
+def _shown(rows: Sequence[Row]) -> list[Row]:
+    """At most MAX_ROWS. Of more, each account or block of IDs has its first row in it before others have a second."""
+    if len(rows) <= MAX_ROWS:
+        return list(rows)
+    ranks: Counter[int] = Counter()
+    ranked = []
+    for row in rows:
+        ranked.append((ranks[row.share], row))
+        ranks[row.share] += 1
+    return [row for _, row in sorted(ranked, key=lambda one: one[0])[:MAX_ROWS]]
 
 
 def _overflow(report: Report) -> list[str]:

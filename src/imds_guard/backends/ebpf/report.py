@@ -51,6 +51,11 @@ class Row(NamedTuple):
     comm: bytes
 
     @property
+    def share(self) -> int:
+        """Rows with the same number share the space of one account, or of one block of IDs."""
+        return abi.share_of(self.uid)
+
+    @property
     def last_uid(self) -> int:
         """The last of the IDs that the row is about."""
         is_block = self.who is Who.OTHERS and self.uid >= abi.SHARE_IDS
