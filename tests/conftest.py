@@ -9,6 +9,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from imds_guard.backends import Change
+from imds_guard.policy.model import Policy
+
 # Hypothesis tries few examples by default, and five times as many where CI is set (as most CI services do) or with
 # IMDS_GUARD_HYPOTHESIS=full. How long an example takes says nothing on a busy machine, so none has a deadline.
 settings.register_profile("quick", max_examples=20, deadline=None)
@@ -31,6 +34,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _seed(text: str) -> tuple[int, int]:
     seed, _, first = text.partition(":")
     return int(seed), int(first or 0)
+
+
+_tries: list[str] = []
+"""The root of the cgroups, for each time that a test of this process would have locked the machine."""
+
+
+@pytest.fixture(autouse=True)
+def _no_test_locks_the_machine(_nothing_locks_the_machine: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """Says so at once, also where the command under test takes the refusal for an error of the kernel."""
+    yield
+    assert not _tries, f"{request.node.nodeid} would have locked the machine: it lacks a cgroup of its own"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_locks_the_machine() -> Iterator[None]:
+    """No test of this process attaches to the root of the cgroups: that would lock a machine in use."""
+    from imds_guard.backends.ebpf import changes
+    from imds_guard.backends.ebpf.changes import Target
+
+    real = changes.install
+
+    def install(target: Target, policy: Policy) -> Change:
+        if target.cgroup.is_root:
+            _tries.append(target.cgroup.path)
+            raise AssertionError("a test would lock the machine")
+        return real(target, policy)
+
+    changes.install = install
+    yield
+    changes.install = real
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -459,6 +459,7 @@ def test_what_goes_wrong_with_open_connections_does_not_hide_what_boot_did(
 
     steps = Start().steps
     monkeypatch.setattr(boot, "TAKING_THE_LOCK", steps)
+    monkeypatch.setattr(boot, "HOLDING_THE_LOCK", steps)
     monkeypatch.setattr(guard, "complete", complete)
     result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, steps)
     assert result.outcome is not None
