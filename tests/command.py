@@ -7,11 +7,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import imds_guard
 from imds_guard.backends.ebpf import EbpfBackend
@@ -95,6 +96,28 @@ def run(argv: Sequence[str], environment: dict[str, str] | None = None) -> Resul
 def imds_guard_command(*arguments: str) -> Result:
     """Runs ``imds-guard`` with these arguments."""
     return run(argv(arguments))
+
+
+_MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+_, status, used = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss * 1024}")
+"""
+
+
+def run_measured(argv: Sequence[str], output: IO[bytes]) -> tuple[int, int]:
+    """The exit status, and the largest RSS of the program and its children. ``output`` gets what it prints.
+
+    A small process starts it: what this one has when it forks counts for the program, too (getrusage(2)).
+    """
+    with tempfile.NamedTemporaryFile("r") as result:
+        subprocess.run(
+            [sys.executable, "-I", "-c", _MEASURE, result.name, *argv], stdout=output, stderr=output, check=True
+        )
+        status, rss = result.read().split()
+    return int(status), int(rss)
 
 
 class Guard:

@@ -9,6 +9,7 @@ from typing import Callable
 
 import pytest
 
+from imds_guard.backends.ebpf import abi
 from tests.release import releases
 from tests.release import scene as scenes
 from tests.release.releases import RELEASES, Pair, Release, Variant
@@ -40,6 +41,14 @@ def release(request: pytest.FixtureRequest) -> Release:
 @pytest.fixture
 def released(release: Release, pair_of: PairOf) -> Pair:
     """Each release and this tree as they are."""
+    return pair_of(release, Variant.AS_RELEASED)
+
+
+@pytest.fixture
+def readable(release: Release, pair_of: PairOf) -> Pair:
+    """Each release whose maps this tree can read, and this tree."""
+    if release.abi != abi.ABI:
+        pytest.skip(f"the maps of ABI {release.abi} are not read, but replaced by a start")
     return pair_of(release, Variant.AS_RELEASED)
 
 

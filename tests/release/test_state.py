@@ -13,32 +13,32 @@ from tests.release.scene import FIRST_USERS, NO_TRACES, SECOND_USERS, Scene, use
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["plain", "strict"])
-def test_status_shows_the_policy_of_the_release(released: Pair, scene: Scene, strict: bool) -> None:
+def test_status_shows_the_policy_of_the_release(readable: Pair, scene: Scene, strict: bool) -> None:
     """``status`` finds the guard active and whole, with the policy that the release put in force."""
-    scene.start(released.old, FIRST_USERS, strict=strict)
-    status = scene.status(released.new)
+    scene.start(readable.old, FIRST_USERS, strict=strict)
+    status = scene.status(readable.new)
     assert (status["state"], status["faults"]) == ("active", [])
     assert (users_of(status), status["policy"]["strict"]) == (set(FIRST_USERS), strict)
 
 
-def test_allow_and_revoke_change_the_policy_of_the_release(released: Pair, scene: Scene) -> None:
+def test_allow_and_revoke_change_the_policy_of_the_release(readable: Pair, scene: Scene) -> None:
     """Each changes the policy in force for one user, and leaves the programs of the release in place."""
-    scene.start(released.old, FIRST_USERS)
-    versions = scene.status(released.new)["ebpf"]["versions"]
-    scene.run(released.new, "allow", "--user", str(NEW))
+    scene.start(readable.old, FIRST_USERS)
+    versions = scene.status(readable.new)["ebpf"]["versions"]
+    scene.run(readable.new, "allow", "--user", str(NEW))
     assert scene.passing() == {OLD, NEW, BOTH}
-    scene.run(released.new, "revoke", "--user", str(OLD))
+    scene.run(readable.new, "revoke", "--user", str(OLD))
     assert scene.passing() == set(SECOND_USERS)
-    assert scene.status(released.new)["ebpf"]["versions"] == versions
+    assert scene.status(readable.new)["ebpf"]["versions"] == versions
 
 
-def test_report_and_watch_read_the_denials_of_the_release(released: Pair, scene: Scene) -> None:
+def test_report_and_watch_read_the_denials_of_the_release(readable: Pair, scene: Scene) -> None:
     """Both name the denied callers that the programs of the release recorded; ``watch`` names the hook of each."""
-    scene.start(released.old, FIRST_USERS)
+    scene.start(readable.old, FIRST_USERS)
     assert scene.passing() == set(FIRST_USERS)
-    rows = scene.run(released.new, "report", "--json").values["rows"]
+    rows = scene.run(readable.new, "report", "--json").values["rows"]
     assert {(row["uid"], row["count"]) for row in rows} == {(NEW, len(WAYS)), (STRANGER, len(WAYS))}
-    printed = scene.run(released.new, "watch", "--once", "--json").stdout
+    printed = scene.run(readable.new, "watch", "--once", "--json").stdout
     events = [event for event in map(json.loads, printed.splitlines()) if event["event"] == "denied"]
     hooks = {(event["uid"], event["hook"]) for event in events}
     assert hooks == {

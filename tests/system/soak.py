@@ -17,7 +17,6 @@ import functools
 import os
 import select
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -85,13 +84,10 @@ def run(guard: Guard, words: tuple[str, ...]) -> Ran:
     """Runs a command and measures it."""
     before = time.monotonic()
     with tempfile.TemporaryFile() as output:
-        argv = command.argv(guard.arguments(*words))
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        status, rss = command.run_measured(command.argv(guard.arguments(*words)), output)
         output.seek(0)
         text = output.read().decode(errors="replace")
-    return Ran(words, process.returncode, text, time.monotonic() - before, used.ru_maxrss * 1024)
+    return Ran(words, status, text, time.monotonic() - before, rss)
 
 
 # --- what the user does -----------------------------------------------------------------------------------------------

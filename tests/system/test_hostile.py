@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,14 +67,10 @@ def measured(guard: Guard, *arguments: str) -> Ran:
     """Runs a command, and measures it."""
     before = time.monotonic()
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command.argv(guard.arguments(*arguments)), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        status, rss = command.run_measured(command.argv(guard.arguments(*arguments)), output)
         output.seek(0)
         text = output.read().decode()
-    return Ran(process.returncode, text, time.monotonic() - before, used.ru_maxrss * 1024)
+    return Ran(status, text, time.monotonic() - before, rss)
 
 
 @pytest.mark.parametrize("name", ["start", "check"])

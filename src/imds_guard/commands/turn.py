@@ -86,7 +86,8 @@ def _read(path: str) -> tuple[str, Duty]:
 def _write(path: str, text: str) -> bool:
     """A reader sees the old text or the new one."""
     try:
-        with open(f"{path}.new", "w", encoding="ascii") as file:
+        with open(f"{path}.new", "w", encoding="ascii", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            os.fchmod(file.fileno(), 0o600)  # the umask may have taken more
             file.write(text)
         os.replace(f"{path}.new", path)
     except OSError:

@@ -233,6 +233,14 @@ def all_pinned(pins: str) -> bool:
     return names >= {number.pin_name for number in Map}
 
 
+def of_abi_2(pins: str) -> bool:
+    """True when a folder has every pin but those of the maps that ABI 3 brought: a guard of 0.1.0."""
+    names = set(os.listdir(pins))
+    return not names & {Map.SHARES.pin_name, Map.EARLIER.pin_name} and names >= {
+        number.pin_name for number in Map if number not in (Map.SHARES, Map.EARLIER)
+    }
+
+
 # --- fields of records ------------------------------------------------------------------------------------------------
 
 

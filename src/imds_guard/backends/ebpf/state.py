@@ -10,7 +10,7 @@ from imds_guard.backends.ebpf import abi, hooks
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.parse import parse
 from imds_guard.backends.ebpf.pins import PinLocation
-from imds_guard.backends.ebpf.reader import MapReader, Snapshot, all_pinned
+from imds_guard.backends.ebpf.reader import MapReader, Snapshot, all_pinned, of_abi_2
 from imds_guard.backends.ebpf.render import render
 from imds_guard.errors import GuardError
 from imds_guard.kernel.cgroup import Cgroup
@@ -80,7 +80,7 @@ def read_state(cgroup: Cgroup, location: PinLocation) -> State | None:
     if pins is None:
         return _without_maps(cgroup, None, found, *_unpinned(found))
     if not all_pinned(pins):
-        return _without_maps(cgroup, pins, found, _PIN_MISSING)
+        return _without_maps(cgroup, pins, found, _OTHER_VERSION if of_abi_2(pins) else _PIN_MISSING)
     with MapReader.open(pins) as maps:
         if not maps.are_current():
             return _without_maps(cgroup, pins, found, _OTHER_VERSION)
