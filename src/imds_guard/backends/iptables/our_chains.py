@@ -36,7 +36,7 @@ class OurChains:
 
     def programs(self) -> list[Program]:
         """Every program in whose tables our chains may be."""
-        return every_program(self.commands, needed=self.state_file.read() == self._state)
+        return every_program(self.commands, self.state_file.read() == self._state, self.anchor.table)
 
     def replace(
         self, programs: Sequence[Program], chains: Callable[[int], Chains], verify: Callable[[], None] | None = None
@@ -45,7 +45,7 @@ class OurChains:
 
         When a step fails, or ``verify`` raises, the rules and the state file are as before.
         """
-        before = [(program, owned(read_table(program), self.anchor)) for program in programs]
+        before = [(program, owned(self._read(program), self.anchor)) for program in programs]
         state_before = self.state_file.read()
         self.state_file.write(self._state)
         try:
@@ -58,7 +58,8 @@ class OurChains:
             if state_before != self._state:
                 self.state_file.write(state_before)
             raise
-        clear([other for program in programs for other in other_program(program)], self.anchor, self.lock_wait_s)
+        others = [other for program in programs for other in other_program(program, self.anchor.table)]
+        clear(others, self.anchor, self.lock_wait_s)
 
     def remove(self) -> list[Program]:
         """Removes our chains from all tables. Returns the programs that had some. When a step fails all stay."""
@@ -66,7 +67,7 @@ class OurChains:
         before: _Saved = []
         for program in programs:
             with contextlib.suppress(NoTable):
-                before.append((program, owned(read_table(program), self.anchor)))
+                before.append((program, owned(self._read(program), self.anchor)))
         try:
             cleared = clear(programs, self.anchor, self.lock_wait_s)
         except BaseException as error:
@@ -74,6 +75,9 @@ class OurChains:
             raise
         self.state_file.remove()
         return cleared
+
+    def _read(self, program: Program) -> Table:
+        return read_table(program, self.anchor.table)
 
     def _restore(self, error: BaseException, before: Iterable[tuple[Program, Table]]) -> None:
         """Our chains as they were before ``error``. Raises GuardError with the texts of both if it fails."""

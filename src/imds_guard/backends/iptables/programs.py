@@ -59,12 +59,12 @@ def _file(command: str) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_mtime_ns)
 
 
-def other_program(program: Program) -> list[Program]:
-    """The command for the other kind of tables, when it is there and its tables may hold something."""
+def other_program(program: Program, table: str = "filter") -> list[Program]:
+    """The command for the other kind of tables, when it is there and ``table`` of that kind may hold something."""
     kind = LEGACY if program.kind == NFT else NFT
     command = f"{_COMMANDS[program.version]}-{'legacy' if kind == LEGACY else 'nft'}"
     # iptables-legacy-save creates the table that it is asked for. A table that nobody uses is not in this list.
-    if kind == LEGACY and "filter" not in _legacy_tables(program.version):
+    if kind == LEGACY and table not in _legacy_tables(program.version):
         return []
     return [Program(program.version, command, kind)] if find_program(command) else []
 
@@ -77,7 +77,7 @@ def _legacy_tables(version: int) -> list[str]:
         return []
 
 
-def every_program(commands: Mapping[int, str], needed: bool) -> list[Program]:
+def every_program(commands: Mapping[int, str], needed: bool, table: str = "filter") -> list[Program]:
     """Both kinds for both IP versions, the default one first. None where iptables is not installed or does not run.
 
     With ``needed``, rules of ours should be in force: then a command that does not run is a GuardError.
@@ -86,7 +86,7 @@ def every_program(commands: Mapping[int, str], needed: bool) -> list[Program]:
     for version in (4, 6):
         try:
             program = default_program(version, commands[version])
-            every += [program, *other_program(program)]
+            every += [program, *other_program(program, table)]
         except Unsupported as error:
             if needed:
                 raise GuardError(

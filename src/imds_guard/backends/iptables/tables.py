@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chains of our own in table filter, through iptables-save and iptables-restore. Knows rules, but no Policy.
+"""Chains of our own in a table of iptables, through iptables-save and iptables-restore. Knows rules, but no Policy.
 
 Other people's rules are read, to find where ours are, and never written.
 """
@@ -31,10 +31,11 @@ class NoTable(Unsupported):
 
 
 class Anchor(NamedTuple):
-    """A built-in chain and the chain of ours that its first rule jumps to."""
+    """A built-in chain of a table, and the chain of ours that its first rule jumps to."""
 
     builtin: str
     head: str
+    table: str = "filter"
 
     @property
     def jump(self) -> str:
@@ -53,7 +54,8 @@ Table = Mapping[str, tuple[str, ...]]
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-_cache: dict[tuple[int, str, int], Table] | None = None
+_Key = tuple[int, str, str, int]
+_cache: dict[_Key, Table] | None = None
 
 
 @contextlib.contextmanager
@@ -70,28 +72,28 @@ def reading_once() -> Iterator[None]:
         _cache = None if before is None else {}  # an outer block must read again what was changed inside
 
 
-def _uncache(program: Program) -> bool:
+def _uncache(program: Program, name: str) -> bool:
     """True when the table was cached."""
-    return _cache is not None and _cache.pop(_table_key(program), None) is not None
+    return _cache is not None and _cache.pop(_table_key(program, name), None) is not None
 
 
-def _table_key(program: Program) -> tuple[int, str, int]:
+def _table_key(program: Program, name: str) -> _Key:
     """Identifies a table. The namespace is part of it: children of a command try rules in one of their own."""
-    return program.version, program.kind, os.stat("/proc/thread-self/ns/net").st_ino
+    return program.version, program.kind, name, os.stat("/proc/thread-self/ns/net").st_ino
 
 
-def read_table(program: Program) -> Table:
-    """Table filter as it is now. Within reading_once(): as it was when it was read first."""
+def read_table(program: Program, name: str = "filter") -> Table:
+    """A table as it is now. Within reading_once(): as it was when it was read first."""
     if _cache is None:
-        return _read_now(program)
-    key = _table_key(program)
+        return _read_now(program, name)
+    key = _table_key(program, name)
     if key not in _cache:
-        _cache[key] = _read_now(program)
+        _cache[key] = _read_now(program, name)
     return _cache[key]
 
 
-def _read_now(program: Program) -> Table:
-    completed = run([_command(program, "save"), "-t", "filter"], timeout_s=RESTORE_TIMEOUT_S)
+def _read_now(program: Program, name: str) -> Table:
+    completed = run([_command(program, "save"), "-t", name], timeout_s=RESTORE_TIMEOUT_S)
     if completed.status != 0:
         _raise_for(program, "could not be read", completed)
     return parse_save(completed.stdout)
@@ -150,7 +152,7 @@ def restore_text(table: Table, anchor: Anchor, chains: Table) -> str:
         lines += [f"-I {anchor.builtin} 1 {anchor.jump}"] if chains else []
     lines += [f"-A {chain} {rule}" for chain, rules in chains.items() for rule in rules]
     lines += [f"-F {chain}" for chain in stale] + [f"-X {chain}" for chain in stale]
-    return "\n".join(["*filter", *lines, "COMMIT", ""]) if lines else ""
+    return "\n".join([f"*{anchor.table}", *lines, "COMMIT", ""]) if lines else ""
 
 
 def foreign_references(table: Table, anchor: Anchor, chains: Table) -> list[str]:
@@ -171,9 +173,9 @@ def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = 
     For legacy tables the whole table is exchanged at once, for nf_tables it is one batch of netlink: a packet is judged
     by the old rules or by the new ones. Raises GuardError, with the old rules in force.
     """
-    table = read_table(program)
-    if restore_text(table, anchor, chains) and _uncache(program):
-        table = read_table(program)  # others may have put rules before ours since
+    table = read_table(program, anchor.table)
+    if restore_text(table, anchor, chains) and _uncache(program, anchor.table):
+        table = read_table(program, anchor.table)  # others may have put rules before ours since
     text = restore_text(table, anchor, chains)
     if not text:
         return False
@@ -186,7 +188,7 @@ def replace(program: Program, anchor: Anchor, chains: Table, lock_wait_s: int = 
     try:
         completed = run(argv, stdin=text, timeout_s=RESTORE_TIMEOUT_S)
     finally:
-        _uncache(program)
+        _uncache(program, anchor.table)
     if completed.status != 0:
         _raise_for(program, f"did not take the rules{_rejected_rule(text, completed)}", completed)
     return True
@@ -223,9 +225,9 @@ def _raise_for(program: Program, what: str, completed: Completed) -> NoReturn:
         )
     if "you must be root" in complaint or "Permission denied" in complaint:
         raise NotPermitted(f"{program.title} {what} without root and CAP_NET_ADMIN: {complaint}")
-    # "Failed to initialize nft: Protocol not supported"; legacy: "can't initialize iptables table `filter'".
+    # "Failed to initialize nft: Protocol not supported"; legacy: "can't initialize iptables table `mangle'".
     if "Failed to initialize nft" in complaint or "can't initialize" in complaint:
         raise NoTable(f"{program.title} {what}, since this kernel has no such tables: {complaint}")
     if "is incompatible, use 'nft' tool" in complaint:
-        raise Unsupported(f"{program.title} {what}: somebody's nft rules are in its table filter ({complaint})")
+        raise Unsupported(f"{program.title} {what}: somebody's nft rules are in its table ({complaint})")
     raise GuardError(f"{program.title} {what}: {complaint}")
