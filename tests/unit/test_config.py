@@ -395,7 +395,7 @@ def test_a_lock_can_have_presets_and_endpoints() -> None:
 # --- the sample
 
 SAMPLE = Path(imds_guard.__file__).parent / "data" / "config.toml"
-NAMES = ("canAccessIP", "students", "deploy", "www-data", "ecs-tasks", "1002")
+NAMES = ("canAccessIP", "students", "deploy", "www-data", "ecs-tasks", "1002", "collectd", "monitoring")
 
 
 def with_known_names(text: str) -> str:
@@ -406,6 +406,8 @@ def with_known_names(text: str) -> str:
         "1002": str(USER.pw_uid),
         "www-data": USER.pw_name,
         "ecs-tasks": USER.pw_name,
+        "collectd": USER.pw_name,
+        "monitoring": GROUP.gr_name,
     }
     for name in NAMES:
         assert name in text
@@ -421,7 +423,11 @@ def test_the_sample_is_the_default_policy_for_one_group() -> None:
 
 def test_the_sample_is_usable_with_its_examples_uncommented() -> None:
     text = re.sub(r"(?m)^# (?=(?:\[|[a-z_]+ = ))", "", with_known_names(SAMPLE.read_text()))
-    found = locks_of(parse_config(text, dmi_text=""))
+    config = parse_config(text, dmi_text="")
+    assert [(one.name, one.locks, one.rules.sets) for one in config.policy.filters] == [
+        ("region", ("default",), ("no-credentials",))
+    ]
+    found = locks_of(config)
     assert set(found) == {"default", "task credentials", "nobody"}
     assert found["default"].deny
     assert not found["nobody"].allow

@@ -13,6 +13,7 @@ import pytest
 from imds_guard import cli
 from imds_guard.cli.lockdown import ip_lockdown
 from imds_guard.config import read as config_reader
+from imds_guard.config.filters import FILTER_KEYS
 from imds_guard.config.read import parse_config
 from tests.tools import need
 from tests.tree import every_command
@@ -97,7 +98,11 @@ def test_the_choices_of_an_option_are_those_that_it_takes(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("section", "keys"),
-    [("GLOBAL KEYS", config_reader.TOP_KEYS), ("KEYS OF A LOCK", config_reader.LOCK_KEYS)],
+    [
+        ("GLOBAL KEYS", config_reader.TOP_KEYS),
+        ("KEYS OF A LOCK", config_reader.LOCK_KEYS),
+        ("KEYS OF A FILTER", FILTER_KEYS),
+    ],
 )
 def test_the_manual_has_every_key_and_no_other(section: str, keys: list[str]) -> None:
     assert sorted(re.findall(r"^\.It Va (\w+)$", SECTIONS[CONFIG][section], re.MULTILINE)) == sorted(keys)
@@ -106,7 +111,7 @@ def test_the_manual_has_every_key_and_no_other(section: str, keys: list[str]) ->
 def test_the_examples_of_the_configuration_are_configurations() -> None:
     examples = re.findall(r"^\.Bd -literal.*?\n(.*?)^\.Ed$", CONFIG.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     read = [parse_config(re.sub(r'"canAccessIP"|"www-data"', '"root"', text), "example", True, "") for text in examples]
-    assert [len(config.policy.locks) for config in read] == [2, 1]
+    assert [len(config.policy.locks) for config in read] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("line", re.findall(r"^\.Dl imds-guard (.*)", COMMANDS.read_text("utf-8"), re.MULTILINE))

@@ -69,10 +69,9 @@ class PolicyOptions:
                 "(imds-guard start --group canAccessIP --create-group)"
             )
         config = load_config(path)
-        policy = Policy(
-            config.policy.locks,
-            Mode(self.mode) if self.mode else config.policy.mode,
-            Verdict(self.containers) if self.containers else config.policy.containers,
-            self.strict or config.policy.strict,
+        policy = config.policy._replace(
+            mode=Mode(self.mode) if self.mode else config.policy.mode,
+            containers=Verdict(self.containers) if self.containers else config.policy.containers,
+            strict=self.strict or config.policy.strict,
         )
         return policy, with_config(options, config), [*config.warnings, *warnings_of_file(path)]

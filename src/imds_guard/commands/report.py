@@ -78,7 +78,7 @@ def _with_users(policy: Policy, rows: list[Row]) -> Policy:
     for row in rows:
         users.setdefault(row.lock or "", set()).add(row.uid)
     locks = [_lock_with_users(lock, users.get(lock.name, set())) for lock in policy.locks]
-    return make_policy(locks, policy.mode, policy.containers, policy.strict)
+    return policy._replace(locks=make_policy(locks).locks)
 
 
 def _lock_with_users(lock: Lock, users: set[int]) -> Lock:

@@ -7,13 +7,13 @@ The commented sample, data/config.toml, is the grammar. Nothing unknown in a fil
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from imds_guard import CONFIG_PATH
+from imds_guard.config.filters import filter_uid, read_filters
 from imds_guard.config.names import GROUPS, USERS, Name, Names, PresentNames
 from imds_guard.config.table import Table
-from imds_guard.config.toml_lines import KeyLines, load_toml
+from imds_guard.config.toml_lines import KeyLines, Path, load_toml
 from imds_guard.errors import BadPolicy, system_text
 from imds_guard.identity import group_id, user_id
 from imds_guard.kernel import files
@@ -26,7 +26,7 @@ from imds_guard.policy.wireserver import split_off_wireserver
 
 TOP_KEYS = (
     *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),
-    "lock",
+    *("lock", "filter"),
 )
 LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
 
@@ -139,11 +139,20 @@ class _Reader:
         on_error = top.choice("on_error", ("closed", "open"))
         backend = top.choice("backend", ("auto", "ebpf", "iptables"))
         cgroup = _cgroup(top)
-        policy = _policy(top, self.locks(top), mode, containers)
+        policy = self.policy(top, mode, containers)
         forwarded = _forwarded(top, cgroup)
         return Config(
             policy, on_error, backend, cgroup, forwarded, top.flag("resolve_groups"), tuple(self.names.warnings)
         )
+
+    def policy(self, top: Table, mode: Mode, containers: Verdict) -> Policy:
+        locks = self.locks(top)
+        filters = read_filters(top, self.names, self.identities)
+        strict = top.flag("strict")
+        try:
+            return make_policy(locks, mode, containers, strict, filters, filter_uid(filters, self.names))
+        except BadPolicy as error:
+            _fail_at_table(top, str(error))
 
     def locks(self, top: Table) -> list[Lock]:
         tables = top.values.get("lock", {})
@@ -229,15 +238,12 @@ def _forwarded(top: Table, cgroup: str | None) -> str | None:
     return top.choice("forwarded", ("drop", "leave"))
 
 
-def _policy(top: Table, locks: Sequence[Lock], mode: Mode, containers: Verdict) -> Policy:
-    strict = top.flag("strict")
-    try:
-        return make_policy(locks, mode, containers, strict)
-    except BadPolicy as error:
-        # An error about two locks is shown at the later one.
-        named = [lock.name for lock in locks if repr(lock.name) in str(error)]
-        last = max(named, key=lambda name: top.lines.find(("lock", name)) or 0, default=None)
-        Table(top.file, top.lines, () if last is None else ("lock", last), {}).fail(None, str(error))
+def _fail_at_table(top: Table, sentence: str) -> NoReturn:
+    """Raises BadPolicy at the table that the sentence is about. One about two tables is shown at the later one."""
+    kind = "filter" if sentence.startswith("filter ") or "filter name" in sentence else "lock"
+    named = [(kind, name) for name in top.values.get(kind, {}) if repr(name) in sentence]
+    last: Path = max(named, key=lambda path: top.lines.find(path) or 0, default=())
+    Table(top.file, top.lines, last, {}).fail(None, sentence)
 
 
 def _root_at_most(allow: Identities, deny: Identities, default: Verdict) -> Identities:

@@ -15,11 +15,12 @@ T = TypeVar("T")
 class Table:
     """The table at ``path`` of the file ``file``. Every method raises BadPolicy for a value of another type."""
 
-    def __init__(self, file: str, lines: KeyLines, path: Path, values: dict[str, Any]) -> None:
+    def __init__(self, file: str, lines: KeyLines, path: Path, values: dict[str, Any], kind: str = "lock") -> None:
         self.file = file
         self.lines = lines
         self.path = path
         self.values = values
+        self.kind = kind
 
     @property
     def name(self) -> str:
@@ -35,7 +36,7 @@ class Table:
         """No other keys are allowed."""
         for key in self.values:
             if key not in known:
-                where = f"in lock {self.name!r}" if self.path else "at the top"
+                where = f"in {self.kind} {self.name!r}" if self.path else "at the top"
                 self.fail(key, f"unknown key {key!r} {where}: known are {', '.join(known)}")
 
     def flag(self, key: str) -> bool:

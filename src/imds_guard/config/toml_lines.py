@@ -83,7 +83,8 @@ class KeyLines:
     def last_at_top(self) -> int:
         """The line of the last key outside all tables; 0 when there is none."""
         first_table = min(
-            (line for path, line in self._lines.items() if path[:1] == ("lock",)), default=len(self._text)
+            (line for path, line in self._lines.items() if path[:1] in (("lock",), ("filter",))),
+            default=len(self._text),
         )
         return max((line for path, line in self._lines.items() if len(path) == 1 and line < first_table), default=0)
 

@@ -8,6 +8,7 @@ from typing import Callable
 from imds_guard.errors import UsageError
 from imds_guard.policy.builtin import WIRESERVER, host_network
 from imds_guard.policy.endpoint_syntax import format_endpoint
+from imds_guard.policy.filters import Filter, follow_split
 from imds_guard.policy.lockdown import divide, free_name
 from imds_guard.policy.model import Endpoint, Identities, Lock, Network, Policy, Verdict, make_policy
 from imds_guard.policy.ports import common_ports
@@ -45,12 +46,14 @@ def revoke(policy: Policy, who: Identities, endpoint: Endpoint | None = None) ->
 
 
 def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy:
+    """The policy with other allowlists. Filters serve what they served before."""
+    filters = policy.filters
     if endpoint is None:
         _check_alike(policy)
         locks = [change(lock) for lock in policy.locks]
     else:
-        locks = _change_at(policy, endpoint, change)
-    return make_policy(locks, policy.mode, policy.containers, policy.strict)
+        locks, filters = _change_at(policy, endpoint, change)
+    return make_policy(locks, policy.mode, policy.containers, policy.strict, filters, policy.filter_uid)
 
 
 def _check_alike(policy: Policy) -> None:
@@ -72,11 +75,12 @@ def _is_wireserver(lock: Lock) -> bool:
     return any(endpoint.network == host_network(WIRESERVER) for endpoint in lock.endpoints)
 
 
-def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]:
-    """The locks with ``change`` applied at ``endpoint`` only.
+def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> tuple[list[Lock], tuple[Filter, ...]]:
+    """The locks with ``change`` applied at ``endpoint`` only, and the filters.
 
-    A lock with other endpoints too is split in two. Both parts keep its lists, apart from the change.
+    A lock with other endpoints too is split in two. Both parts keep its lists and filters, apart from the change.
     """
+    filters = policy.filters
     names = {lock.name for lock in policy.locks}
     locks: list[Lock] = []
     found = False
@@ -91,12 +95,14 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> list[Lock]
         if changed.allow == lock.allow:
             locks.append(lock)  # The two parts would be equal.
             continue
-        locks += [lock._replace(endpoints=outside), changed._replace(name=free_name(endpoint, names))]
+        changed = changed._replace(name=free_name(endpoint, names))
+        filters = follow_split(filters, lock.name, changed.name)
+        locks += [lock._replace(endpoints=outside), changed]
     if not found:
         locks, found = _change_within(policy, endpoint, change, names)
     if not found:
         raise UsageError(f"no lock contains {format_endpoint(endpoint)[0]}: imds-guard status lists the endpoints")
-    return locks
+    return locks, filters
 
 
 def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: set[str]) -> tuple[list[Lock], bool]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.filters import follow_split
 from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
 from imds_guard.policy.ports import common_ports, minus_ports
 from imds_guard.policy.wireserver import split_off_wireserver
@@ -24,6 +25,7 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
     old = policy.locks if policy is not None else ()
     names = {lock.name for lock in old}
     locks: list[Lock] = []
+    filters = policy.filters if policy is not None else ()
     unlocked = endpoint
     for lock in old:
         inside, outside = divide(lock, endpoint)
@@ -33,14 +35,16 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
             continue
         _check_not_denied(lock, added)
         name = free_name(endpoint, names) if outside else lock.name
-        locks += [lock._replace(endpoints=outside)] if outside else []
+        if outside:
+            locks.append(lock._replace(endpoints=outside))
+            filters = follow_split(filters, lock.name, name)
         allow = Identities(lock.allow.users | added, lock.allow.groups)
         locks.append(lock._replace(name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
     if unlocked.tcp or unlocked.udp:
         locks += split_off_wireserver(Lock(free_name(endpoint, names), (unlocked,), Identities(added)))
     if policy is None:
         return make_policy(locks)
-    return make_policy(locks, policy.mode, policy.containers, policy.strict)
+    return make_policy(locks, policy.mode, policy.containers, policy.strict, filters, policy.filter_uid)
 
 
 def divide(lock: Lock, endpoint: Endpoint) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Union
 
 from imds_guard.errors import BadPolicy
+from imds_guard.policy.filters import Filter, check_filters, normal_filter
 from imds_guard.policy.ports import NO_PORTS, Ports, common_ports, normal_ports
 
 Address = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
@@ -104,20 +105,34 @@ class Policy(NamedTuple):
     containers: Verdict = Verdict.DENY
     strict: bool = False
     """Also drop packets to locked endpoints from sockets whose connect was not approved."""
+    filters: tuple[Filter, ...] = ()
+    """In the order of the file: a caller belongs to the first filter that names it."""
+    filter_uid: int | None = None
+    """The user that runs the filters. It may connect to their targets (policy/filters.py); no list names it."""
 
 
 def make_policy(
-    locks: Iterable[Lock], mode: Mode = Mode.ENFORCE, containers: Verdict = Verdict.DENY, strict: bool = False
+    locks: Iterable[Lock],
+    mode: Mode = Mode.ENFORCE,
+    containers: Verdict = Verdict.DENY,
+    strict: bool = False,
+    filters: Iterable[Filter] = (),
+    filter_uid: int | None = None,
 ) -> Policy:
     """A valid policy in normal form: policies that mean the same compare equal. Raises BadPolicy.
 
     Locks are sorted by name, endpoints of a lock by address. Endpoints of a lock with the same prefix are merged.
+    Filters keep their order; a policy without filters has no ``filter_uid``.
     """
     normal = tuple(sorted((_normal_lock(lock) for lock in locks), key=lambda lock: lock.name))
+    in_order = tuple(normal_filter(one) for one in filters)
     _check_names(normal)
-    _check_ids(normal)
+    _check_ids(normal, in_order)
     _check_overlaps(normal)
-    return Policy(normal, mode, containers, strict)
+    for one in in_order:
+        _check_name("filter", one.name)
+    check_filters(in_order, normal, filter_uid)
+    return Policy(normal, mode, containers, strict, in_order, filter_uid if in_order else None)
 
 
 MAX_LOCK_NAME_BYTES = 63
@@ -160,18 +175,21 @@ def _check_names(locks: Sequence[Lock]) -> None:
         if earlier.name == later.name:
             raise BadPolicy(f"two locks have the name {later.name!r}")
     for lock in locks:
-        length = len(lock.name.encode())
-        if not 1 <= length <= MAX_LOCK_NAME_BYTES or not lock.name.isprintable():
-            raise BadPolicy(
-                f"{lock.name!r} is not a lock name: it takes 1 to {MAX_LOCK_NAME_BYTES} bytes of printable text"
-            )
+        _check_name("lock", lock.name)
 
 
-def _check_ids(locks: Sequence[Lock]) -> None:
-    for lock in locks:
-        for number in (*lock.allow.users, *lock.allow.groups, *lock.deny.users, *lock.deny.groups):
+def _check_name(kind: str, name: str) -> None:
+    if not 1 <= len(name.encode()) <= MAX_LOCK_NAME_BYTES or not name.isprintable():
+        raise BadPolicy(f"{name!r} is not a {kind} name: it takes 1 to {MAX_LOCK_NAME_BYTES} bytes of printable text")
+
+
+def _check_ids(locks: Sequence[Lock], filters: Sequence[Filter]) -> None:
+    listed = [(f"lock {lock.name!r}", ids) for lock in locks for ids in (lock.allow, lock.deny)]
+    listed += [(f"filter {one.name!r}", one.who) for one in filters]
+    for where, ids in listed:
+        for number in (*ids.users, *ids.groups):
             if not 0 <= number <= MAX_ID:
-                raise BadPolicy(f"lock {lock.name!r}: {number} is not a user or group ID (0 to {MAX_ID})")
+                raise BadPolicy(f"{where}: {number} is not a user or group ID (0 to {MAX_ID})")
 
 
 def _check_overlaps(locks: Sequence[Lock]) -> None:

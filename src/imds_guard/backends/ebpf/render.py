@@ -27,6 +27,8 @@ class Range(NamedTuple):
 
 def require_fits(policy: Policy) -> None:
     """Raises Unsupported when the maps are too small for the policy."""
+    if policy.filters:
+        raise Unsupported("the program in the kernel does not know filters yet")
     _check_sizes(policy, _number_lists(policy), _endpoint_entries(policy))
 
 

@@ -63,6 +63,8 @@ def require_supported(policy: Policy) -> None:
             "iptables can't enforce a strict policy: it judges who opened a socket, and does not know if a connect "
             "was let through; leave --strict (strict = true) out"
         )
+    if policy.filters:
+        raise Unsupported("iptables can't enforce filters: leave the tables [filter.NAME] out")
     ranges = sum(
         len(id_ranges(ids))
         for lock in policy.locks
