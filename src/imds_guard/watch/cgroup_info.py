@@ -28,36 +28,72 @@ class CgroupInfo(NamedTuple):
 
 _UNIT = re.compile(r".+\.(service|scope|socket|mount|swap)")
 _HEX64 = r"[0-9a-f]{64}"
-_CONTAINERS: tuple[tuple[str, Pattern[str]], ...] = (
-    ("docker", re.compile(rf"docker-({_HEX64})\.scope")),
-    ("podman", re.compile(rf"libpod-({_HEX64})(?:\.scope)?")),
-    ("cri-o", re.compile(rf"crio-({_HEX64})(?:\.scope)?")),
-    ("containerd", re.compile(rf"cri-containerd-({_HEX64})\.scope")),
-    ("nspawn", re.compile(r"machine-(.+)\.scope|systemd-nspawn@(.+)\.service")),
-    ("lxc", re.compile(r"lxc\.payload\.(.+)")),
+
+
+class _Runtime(NamedTuple):
+    """A runtime, and the path of a container of it: the last group is the container's ID or name."""
+
+    name: str
+    path: Pattern[str]
+
+
+def _anywhere(name: str, directory: str) -> _Runtime:
+    return _Runtime(name, re.compile(rf"(?:/.+)?/{directory}"))
+
+
+def _at_the_root(name: str, path: str) -> _Runtime:
+    return _Runtime(name, re.compile(path))
+
+
+_RUNTIMES = (
+    # By runc: "SLICE:PREFIX:ID" is SLICE/PREFIX-ID.scope, any other path is a directory (libcontainer/cgroups in runc).
+    _anywhere("docker", rf"docker-({_HEX64})\.scope"),  # daemon/oci_linux.go in moby: "SLICE:docker:ID"
+    _anywhere("docker", rf"docker/({_HEX64})"),  # the same with native.cgroupdriver=cgroupfs: /docker/ID
+    # A step of a build: executor/oci in buildkit. identity.NewID() is 25 characters of base 36. Where dockerd builds,
+    # its prefix is "docker" (newCgroupParent() in moby).
+    _anywhere("buildkit", r"(?:docker-([0-9a-z]{25})\.scope|buildkit/([0-9a-z]{25}))"),
+    # agent/api/task/task_linux.go in amazon-ecs-agent: /ecs/TASK/ID with cgroup v1, and on Fargate
+    # /ecs/TASK/TASK-NUMBER; with cgroup v2 ecstasks-TASK.slice/docker-ID.scope.
+    _at_the_root("ecs", rf"/ecs/[^/]+/({_HEX64}|[0-9a-f]{{32}}-[0-9]+)"),
+    _anywhere("nerdctl", rf"nerdctl-({_HEX64})\.scope"),  # generateCgroupPath() in nerdctl: "SLICE:nerdctl:ID"
+    # getOCICgroupPath() in podman: libpod-ID.scope in a slice, or /libpod_parent/libpod-ID. With --cgroups=split, as
+    # Quadlet has it, libpod-payload-ID below the unit.
+    _anywhere("podman", rf"libpod-(?:payload-)?({_HEX64})(?:\.scope)?"),
+    _anywhere("podman", rf"libpod_parent/({_HEX64})"),
+    _anywhere("cri-o", rf"crio-({_HEX64})(?:\.scope)?"),  # internal/config/cgmgr in cri-o
+    _anywhere("containerd", rf"cri-containerd-({_HEX64})\.scope"),  # getCgroupsPath() in containerd
+    # kubelet's names of pods (pkg/kubelet/cm in kubernetes), below which a runtime without systemd puts /ID.
+    _anywhere("kubernetes", rf"[^/]*kubepods[^/]*(?:/.+)?/({_HEX64})"),
+    # populateDefaultUnixSpec() in containerd: /NAMESPACE/ID, where ctr has a name for an ID. "default" is the namespace
+    # of ctr and nerdctl, "k8s.io" that of a kubelet.
+    _at_the_root("containerd", r"/(?:default|k8s\.io)/([^/]+)"),
+    _anywhere("crun", r"crun-(.+)\.scope"),  # src/libcrun/cgroup-systemd.c in crun, when nobody gave it a path
+    # nspawn's own processes are in "supervisor" (src/nspawn/nspawn-cgroup.c in systemd). machined has a scope of the
+    # same form for each virtual machine of libvirt and of systemd-vmspawn, which has no "payload".
+    _anywhere("nspawn", r"(?:machine-(.+)\.scope|systemd-nspawn@(.+)\.service)/payload"),
+    # virDomainDriverGenerateMachineName() in libvirt: DRIVER-NUMBER-NAME, escaped.
+    _anywhere("libvirt-lxc", r"machine-lxc\\x2d[0-9]+\\x2d(.+)\.scope"),
+    _anywhere("lxc", r"lxc\.payload\.([^/]+)"),  # DEFAULT_PAYLOAD_CGROUP_PREFIX in lxc
+    _anywhere("lxc", r"lxc/([^/]+)"),  # lxc.cgroup.pattern before lxc 4
 )
-_PARENTS = {"docker": "docker", "lxc": "lxc", "libpod_parent": "podman"}
-"""Directories whose children are containers, on machines where systemd does not make the cgroups."""
+"""Each form of a container's cgroup, with the place in the source of its runtime where it is made."""
 
 
 def parse_path(path: str) -> CgroupInfo:
     """The outermost unit of a cgroup's path, as systemd has it, and the innermost container."""
     parts = [part for part in path.split("/") if part]
     unit = next((part for part in parts if _UNIT.fullmatch(part)), None)
-    container = None
-    for parent, part in zip(["", *parts], parts):
-        container = _container(parent, part, "kubepods" in path) or container
-    return CgroupInfo(path, unit, container)
+    upper = ["/" + "/".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return CgroupInfo(path, unit, next(filter(None, map(_container, upper)), None))
 
 
-def _container(parent: str, part: str, in_pod: bool) -> str | None:
-    for runtime, pattern in _CONTAINERS:
-        match = pattern.fullmatch(part)
+def _container(path: str) -> str | None:
+    """RUNTIME:NAME, where a path is that of a container itself."""
+    for runtime in _RUNTIMES:
+        match = runtime.path.fullmatch(path)
         if match is not None:
-            return f"{runtime}:{_short(next(group for group in match.groups() if group))}"
-    if parent in _PARENTS and (parent == "lxc" or re.fullmatch(_HEX64, part)):
-        return f"{_PARENTS[parent]}:{_short(part)}"
-    return f"kubernetes:{_short(part)}" if in_pod and re.fullmatch(_HEX64, part) else None
+            return f"{runtime.name}:{_short(next(group for group in match.groups() if group))}"
+    return None
 
 
 def _short(name: str) -> str:
