@@ -114,7 +114,7 @@ def test_the_list_shows_every_row() -> None:
     """As lines and as JSON."""
     words = [sys.executable, str(RUN), "--list", "--json"]
     listed = json.loads(subprocess.run(words, capture_output=True, check=True, text=True).stdout)
-    assert [one["name"] for one in listed] == [one.name for one in table.load().rows]
+    assert [one["name"] for one in listed] == [one.name for one in table.load().all_rows]
 
 
 def without_root(tmp_path: Path, sub_ids: str) -> subprocess.CompletedProcess[str]:
@@ -219,7 +219,7 @@ def test_every_row_has_a_result_for_its_present_meaning() -> None:
     """A change of a row in kernels.toml needs a new run with --record."""
     matrix, known = table.load(), support.read_record()
     assert [name for name in known if name in support.stale(matrix, known)] == []
-    assert set(known) <= {one.name for one in matrix.rows}
+    assert set(known) <= {one.name for one in matrix.all_rows}
 
 
 @pytest.mark.parametrize("document", support.DOCUMENTS, ids=lambda path: path.name)

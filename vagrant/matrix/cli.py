@@ -67,8 +67,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="rows of kernels.toml (default: all)")
-    parser.add_argument("--all", action="store_true", help="run all rows (the default)")
+    parser.add_argument(
+        "rows", nargs="*", metavar="ROW",
+        help="rows of kernels.toml; containers: all rows of the container-runtime suite "
+        "(default: all but those with default = false)",
+    )  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="the default rows, also without this option")
     parser.add_argument("--list", action="store_true", help="list the rows and exit")
     parser.add_argument("--json", action="store_true", help="with --list: as JSON")
     parser.add_argument(
@@ -114,14 +118,14 @@ def _run(options: argparse.Namespace) -> int:
     matrix = table.load()
     if options.list:
         return _list(matrix, options.json)
-    rows = [matrix.row(name) for name in options.rows] or list(matrix.rows)
+    rows = matrix.select(options.rows)
     results: Path = (options.results or cache.root() / "results").absolute()
     plan = suite.Plan(
         matrix.archive, options.tree.absolute(), wheel.build(options.tree), results,
         accel.choose(matrix, options.accel), tuple(options.test or ()), suite.shares(matrix.rows, options.every),
     )  # fmt: skip
     found = _run_rows(plan, rows, options.jobs, matrix if options.record else None)
-    whole = len(rows) == len(matrix.rows)
+    whole = set(rows) >= {row for row in matrix.all_rows if row.default}
     return _conclude(found, results, whole=whole)
 
 
@@ -161,9 +165,9 @@ def _conclude(found: Sequence[verdict.Verdict], results: Path, *, whole: bool) -
 
 def _list(matrix: Matrix, as_json: bool) -> int:
     if as_json:
-        json.dump([asdict(row) for row in matrix.rows], sys.stdout, default=sorted, indent=1)
+        json.dump([asdict(row) for row in matrix.all_rows], sys.stdout, default=sorted, indent=1)
         return 0
-    for row in matrix.rows:
+    for row in matrix.all_rows:
         kernel = f"Linux {row.kernel.series:5} {row.kernel.architecture.name}"
         print(f"{row.name:24} {kernel} {row.userland.name}  {row.expectation_text:22} {row.why}")
     return 0

@@ -21,6 +21,8 @@ USUAL_TESTS = tuple(f"vagrant/guest/{name}.py" for name in ("test_1_installed", 
 """The usual tests of a row, which run for each backend in this order."""
 LEGACY_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=yes"
 """Kernel arguments with which systemd mounts cgroup v1 alone (systemd(1))."""
+HYBRID_CGROUPS = "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=no"
+"""Kernel arguments with which systemd mounts cgroup v1 for the controllers, and cgroup2 for its own units."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def shares(rows: Sequence[Row], every: int | None = None) -> dict[str, str]:
 
 def machine(archive: Archive, row: Row, accel: str = "tcg") -> guest.Guest:
     """The guest of a row, from the cache or made now. Only this needs the network."""
-    arguments = [row.cmdline, *([LEGACY_CGROUPS] if "legacy-cgroups" in row.setup else [])]
+    hierarchies = {"legacy-cgroups": LEGACY_CGROUPS, "hybrid-cgroups": HYBRID_CGROUPS}
+    arguments = [row.cmdline, *(words for setup, words in hierarchies.items() if setup in row.setup)]
     architecture = row.kernel.architecture
     return guest.Guest(
         kernel.fetch(archive, row.kernel), userland.fetch(archive, row.userland, architecture),
@@ -106,6 +109,8 @@ def pack(plan: Plan, row: Row, tarball: Path, prepared: Mapping[str, Path] | Non
         "suite/vagrant/__init__.py": plan.tree / "vagrant" / "__init__.py",
         "suite/vagrant/guest": plan.tree / "vagrant" / "guest",
     }
+    if row.runtimes:
+        files["before-systemd"] = plan.tree / "vagrant" / "guest" / "containers" / "before-systemd"
     job.write(
         tarball,
         job.command(["sh", "suite/vagrant/guest/suite", *(plan.tests or _tests(row))], "."),
@@ -127,6 +132,7 @@ def _environment(row: Row) -> dict[str, str]:
         "IMDS_GUARD_EXPECT": row.expectation_text,
         "IMDS_GUARD_SETUP": " ".join(sorted(row.setup)),
         "IMDS_GUARD_KERNEL": row.kernel.series,
+        "IMDS_GUARD_RUNTIMES": " ".join(row.runtimes),
         "IMDS_GUARD_BCC": "" if "without-bcc" in row.setup else row.userland.bcc,
     }
 

@@ -26,9 +26,14 @@ _TITLES = ("kernel", "architecture", "userland", "Python", "bcc", "eBPF", "iptab
 _KERNEL_TITLES = ("kernel", "architectures", "eBPF", "iptables", "tried with")
 
 
+_NO_PART_OF_THE_MEANING = frozenset({"why", "deadline_s", "skips", "default"})
+
+
 def meaning(row: Row) -> str:
     """A hash of the row without why, deadline and skips. A recorded result counts only for the same hash."""
-    values = {key: value for key, value in asdict(row).items() if key not in ("why", "deadline_s", "skips")}
+    values = {key: value for key, value in asdict(row).items() if key not in _NO_PART_OF_THE_MEANING}
+    if not row.runtimes:
+        del values["runtimes"]
     return cache.digest(json.loads(json.dumps(values, default=sorted)))
 
 
@@ -46,7 +51,7 @@ def _record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path) -> None:
             "works": list(found.works), "passed": found.passed, "skipped": sum(found.skips.values()),
             "seconds": round(found.seconds),
         }  # fmt: skip
-    ordered = {row.name: known[row.name] for row in matrix.rows if row.name in known}
+    ordered = {row.name: known[row.name] for row in matrix.all_rows if row.name in known}
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     if path == RECORD:
         for document in DOCUMENTS:
@@ -77,7 +82,7 @@ def longest_first(rows: Iterable[Row], path: Path = RECORD) -> list[Row]:
 
 def stale(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The rows without a result for their present meaning."""
-    return [row.name for row in matrix.rows if known.get(row.name, {}).get("meaning") != meaning(row)]
+    return [row.name for row in matrix.all_rows if known.get(row.name, {}).get("meaning") != meaning(row)]
 
 
 def table(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> str:

@@ -17,10 +17,13 @@ BACKENDS = frozenset({"ebpf", "iptables"})
 EXPECTATIONS = BACKENDS | {"groups"}
 SETUPS = frozenset(
     {
-        "16k-pages", "iptables-legacy", "legacy-cgroups", "pac-bti", "private-mounts", "refuse-bpf", "systemd",
-        "without-bcc", "without-iptables",
+        "16k-pages", "hybrid-cgroups", "iptables-legacy", "legacy-cgroups", "pac-bti", "private-mounts", "refuse-bpf",
+        "systemd", "without-bcc", "without-iptables",
     }
 )  # fmt: skip
+
+CONTAINERS = "containers"
+"""On the command line: all rows of the container-runtime suite."""
 
 USUAL = "usual"
 """In the tests of a row: the tests of the installed command, and the row's share of the conformance table."""
@@ -88,6 +91,11 @@ class Row:
     skips: tuple[Skip, ...] = ()
     tests: tuple[str, ...] = (USUAL,)
     cpus: int = 1
+    runtimes: tuple[str, ...] = ()
+    """The runtimes whose cells are tried, in a row of the container-runtime suite."""
+
+    default: bool = True
+    """False for a row that runs only when it is named."""
 
     @property
     def systemd(self) -> bool:
@@ -108,16 +116,31 @@ class Matrix:
     kernels: Mapping[str, Kernel]
     userlands: Mapping[str, Userland]
     rows: tuple[Row, ...]
+    containers: tuple[Row, ...]
+    """The rows of the container-runtime suite. They are not in the support table and have no Vagrant machine."""
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """Every row of the file."""
+        return (*self.rows, *self.containers)
+
+    def select(self, names: Iterable[str]) -> list[Row]:
+        """The rows of these names. CONTAINERS is all rows of that suite; no name means the default rows."""
+        found: list[Row] = []
+        for name in names:
+            found += self.containers if name == CONTAINERS else (self.row(name),)
+        return found or [row for row in self.all_rows if row.default]
 
     def row(self, name: str) -> Row:
         """The row of that name. KERNEL+USERLAND is a new row that expects nothing. Raises MatrixError."""
-        for row in self.rows:
+        for row in self.all_rows:
             if row.name == name:
                 return row
         kernel, _, userland = name.partition("+")
         if kernel in self.kernels and userland in self.userlands:
             return Row(name, self.kernels[kernel], self.userlands[userland], frozenset(), "named on the command line")
-        raise MatrixError(f"there is no row {name!r} in {PATH.name}; there are: {', '.join(r.name for r in self.rows)}")
+        known = ", ".join(one.name for one in self.all_rows)
+        raise MatrixError(f"there is no row {name!r} in {PATH.name}; there are: {known}")
 
 
 def load(path: Path = PATH) -> Matrix:
@@ -135,18 +158,21 @@ def load(path: Path = PATH) -> Matrix:
 
 def parse(document: Mapping[str, Any]) -> Matrix:
     """The Matrix of a decoded kernels.toml. Raises MatrixError."""
-    _only(document, {"archive", "common", "kernel", "userland", "skip", "row"}, "the file")
+    _only(document, {"archive", "common", "kernel", "userland", "skip", "row", CONTAINERS}, "the file")
     common = document["common"]
     _only(common, {"packages", "tools"}, "common")
     kernels = {name: _kernel(name, body) for name, body in document["kernel"].items()}
     userlands = {name: _userland(name, body, common) for name, body in document["userland"].items()}
     skips = tuple(_skip(body, kernels) for body in document.get("skip", ()))
-    rows = tuple(_row({**body, "skips": skips}, kernels, userlands) for body in document["row"])
-    names = [row.name for row in rows]
+    rows, containers = (
+        tuple(_row({**body, "skips": skips}, kernels, userlands) for body in document.get(kind, ()))
+        for kind in ("row", CONTAINERS)
+    )
+    names = [row.name for row in (*rows, *containers)]
     for name in names:
         if names.count(name) > 1:
             raise MatrixError(f"there are two rows {name}")
-    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows)
+    return Matrix(_make(Archive, document["archive"], "archive"), kernels, userlands, rows, containers)
 
 
 def _kernel(name: str, body: Mapping[str, Any]) -> Kernel:
@@ -177,6 +203,7 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
     merged["userland"] = userlands[body["userland"]]
     merged["expect"] = _known_values(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
     merged["tests"] = tuple(body.get("tests", (USUAL,)))
+    merged["runtimes"] = tuple(body.get("runtimes", ()))
     merged["setup"] = _known_values(body.get("setup", ()), SETUPS, f"{what}: setup")
     return _make(Row, merged, what)
 
