@@ -22,7 +22,10 @@ def program_open_to_others(program: str, *, lasting: bool = False) -> str | None
 
 def package_open_to_others(*, lasting: bool = False) -> str | None:
     """Says where others than root can change the package, or a file in it (ownership.py). Raises OSError."""
-    found = (ownership.others_can_change(path, lasting=lasting) for path in (PACKAGE, *_below(PACKAGE)))
+    where = ownership.others_can_change(PACKAGE, lasting=lasting)
+    if where is not None:
+        return where
+    found = (ownership.others_can_change_entry(path, lasting=lasting) for path in _below(PACKAGE))
     return next((where for where in found if where is not None), None)
 
 

@@ -8,7 +8,6 @@ command. The file beside the lock says which change was the last one, and whethe
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import suppress
 from enum import Enum
 from typing import NamedTuple
@@ -47,7 +46,7 @@ def take(name: str, duty: Duty) -> Turn:
 
     Where the file can't be written every command takes itself for the last one.
     """
-    turn = Turn(_path(name), secrets.token_hex(8))
+    turn = Turn(_path(name), os.urandom(8).hex())
     if not _write(turn.path, f"{turn.token} {duty.value}"):
         return turn._replace(token="")
     return turn

@@ -51,6 +51,13 @@ def others_can_change(path: str, *, lasting: bool = False) -> str | None:
     return next((_described(step) for step in _steps(path) if _is_open_to_others(step, lasting)), None)
 
 
+def others_can_change_entry(path: str, *, lasting: bool = False) -> str | None:
+    """others_can_change() for an entry of a folder for which that is None: the way to it is known. Raises OSError."""
+    if os.path.islink(path):
+        return others_can_change(path, lasting=lasting)
+    return _described(path) if _is_open_to_others(path, lasting) else None
+
+
 def _steps(path: str) -> Iterator[str]:
     """Every folder, symbolic link and file that the look-up of ``path`` goes through (path_resolution(7))."""
     done, links = "/", 0
@@ -79,13 +86,17 @@ def _parts(path: str) -> list[str]:
 
 def _is_open_to_others(step: str, lasting: bool) -> bool:
     found, folder = os.lstat(step), os.stat(os.path.dirname(step))
-    if _is_read_only(os.path.dirname(step) if stat.S_ISLNK(found.st_mode) else step):
+    if not _is_open_by_mode(step, found, folder, lasting):
         return False
+    return not _is_read_only(os.path.dirname(step) if stat.S_ISLNK(found.st_mode) else step)
+
+
+def _is_open_by_mode(step: str, found: os.stat_result, folder: os.stat_result, lasting: bool) -> bool:
     if _is_sticky(folder) and not is_owned_by_root(found):
         return True  # its owner can replace it
     if stat.S_ISLNK(found.st_mode):
         return False  # nobody can write to a link; who can replace it is a matter of its folder
-    if only_root_can_write(found, root_group=not _has_acl(step)):
+    if only_root_can_write(found) or (only_root_can_write(found, root_group=True) and not _has_acl(step)):
         return False
     return lasting or not (stat.S_ISDIR(found.st_mode) and is_owned_by_root(found) and _is_sticky(found))
 
