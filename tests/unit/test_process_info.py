@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
+import pytest
+
+from imds_guard.watch import process_info
 from imds_guard.watch.process_info import UNKNOWN, NameCache, ProcessInfo, Programs, decoded, os_text
 
 
@@ -52,5 +56,24 @@ def test_bytes_that_are_not_utf_8_are_shown_as_escapes() -> None:
 
 
 def test_unknown_users_and_groups_are_numbers() -> None:
-    names = NameCache()
-    assert [names.user(0), names.group(0), names.user(4_000_000_123)] == ["root", "root", "4000000123"]
+    with NameCache() as names:
+        assert [names.user(0), names.group(0), names.user(4_000_000_123)] == ["root", "root", "4000000123"]
+
+
+def test_a_name_service_that_does_not_answer_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process chooses its IDs: it may take many for which there is no answer. Others keep their names."""
+
+    def hang(uid: int) -> str:
+        if uid != 7:
+            signal.pause()
+        return "known"
+
+    monkeypatch.setattr(process_info, "user_name", hang)
+    monkeypatch.setattr(process_info, "NAME_SHARE_S", 0.3)
+    monkeypatch.setattr(process_info, "NAMES_S", 0.5)
+    began = time.monotonic()
+    with NameCache() as names:
+        assert [names.user(uid) for uid in (1, 7, 2)] == ["1", "known", "2"]
+        assert [names.user(uid) for uid in range(100, 600)] == [str(uid) for uid in range(100, 600)]
+        assert names.user(7) == "known"
+    assert time.monotonic() - began < 5

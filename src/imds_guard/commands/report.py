@@ -14,6 +14,7 @@ from imds_guard.config.read import Config
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import user_id, user_name
+from imds_guard.kernel.abandonable import Unanswered, Worker
 from imds_guard.policy import edit
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Identities, Lock, Policy, make_policy
@@ -46,6 +47,14 @@ _ABOUT_ROWS = {
 }
 
 
+SUGGESTION_S = 10.0
+"""For the names of all users in the report: 16,384 rows, each asked for three times."""
+_NO_SUGGESTION = (
+    f"the names of these users took more than {SUGGESTION_S:.0f} s, so no command is suggested: the name service may "
+    "not answer; allow them by their IDs, or try again"
+)
+
+
 def report(cgroup: str | None) -> ReportResult:
     """Reads the report of the policy in force. Raises Unsupported under iptables, GuardError when nothing is active."""
     require_ebpf(cgroup, "reading the report")
@@ -55,7 +64,21 @@ def report(cgroup: str | None) -> ReportResult:
     _, policy = active_policy(cgroup)
     notes = [note(reason) for reason in sorted({row.reason for row in found.rows} - HELPED_BY_ALLOW)]
     notes += [text for who, text in _ABOUT_ROWS.items() if any(row.who is who for row in found.rows)]
-    return ReportResult(found, _suggest(policy, found.rows, cgroup), tuple(notes))
+    suggestion = _suggest_in_time(policy, found.rows, cgroup)
+    if suggestion is None:
+        notes.append(_NO_SUGGESTION)
+    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes))
+
+
+def _suggest_in_time(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion | None:
+    """_suggest() by a child. None where the names of the users in the rows, who chose their IDs, took too long."""
+
+    def work(_: None) -> Suggestion:
+        return _suggest(policy, rows, cgroup)
+
+    with Worker(work) as worker:
+        answer = worker.ask(None, SUGGESTION_S)
+    return None if isinstance(answer, Unanswered) else answer
 
 
 def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion:

@@ -98,30 +98,66 @@ def _command_line(described: Description) -> str | None:
 
 # --- names ----------------------------------------------------------------------------------------------------------
 
+NAME_SHARE_S = 0.5
+"""How long one name may take. From files it takes 0.1 ms."""
+NAMES_S = 5.0
+"""How long all names together may take, of each _CACHED_FOR_S. After that IDs are shown as numbers."""
+
 
 class NameCache:
-    """Names of users and groups. Each is looked up at most once a minute: a name service may be slow."""
+    """Names of users and groups, looked up by a child that can be abandoned. Close it.
+
+    A process chooses its IDs, among those of its sub-IDs, and a name service may be slow or not answer for some. So
+    each is looked up at most once a minute, and all together have a bound.
+    """
 
     def __init__(self) -> None:
+        self._worker = Worker(_name)
         self._known: dict[tuple[str, int], tuple[float, str]] = {}
+        self._minute = time.monotonic()
+        self._spent_s = 0.0
+
+    def __enter__(self) -> NameCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the child."""
+        self._worker.close()
 
     def user(self, uid: int) -> str:
-        """The name, or the number where there is no account."""
+        """The name, or the number where there is no account, or no answer in time."""
         return self._look_up("user", uid)
 
     def group(self, gid: int) -> str:
-        """The name, or the number where there is no group entry."""
+        """The name, or the number where there is no group entry, or no answer in time."""
         return self._look_up("group", gid)
 
     def _look_up(self, kind: str, number: int) -> str:
         now = time.monotonic()
         looked_up, name = self._known.get((kind, number), (-_CACHED_FOR_S, ""))
         if now - looked_up >= _CACHED_FOR_S:
-            name = user_name(number) if kind == "user" else group_name(number)
+            name = self._asked(kind, number, now)
             if len(self._known) >= _MAX_CACHED:
                 self._known.clear()
             self._known[kind, number] = (now, name)
         return name
+
+    def _asked(self, kind: str, number: int, now: float) -> str:
+        if now - self._minute >= _CACHED_FOR_S:
+            self._minute, self._spent_s = now, 0.0
+        if self._spent_s >= NAMES_S or children.abandoned() >= MAX_ABANDONED:
+            return str(number)
+        answer = self._worker.ask((kind, number), NAME_SHARE_S)
+        self._spent_s += time.monotonic() - now
+        return str(number) if isinstance(answer, Unanswered) else answer
+
+
+def _name(question: tuple[str, int]) -> str:
+    kind, number = question
+    return user_name(number) if kind == "user" else group_name(number)
 
 
 # --- text from the kernel and from file systems ---------------------------------------------------------------------
