@@ -15,6 +15,7 @@ import pytest
 
 from tests import command
 from tests.command import ONE, STRANGER, TIMEOUT_S, TWO, Guard, Result
+from tests.kernel.guards import Storm
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
 
@@ -91,6 +92,18 @@ def test_boot_uses_the_saved_id_of_a_name_and_fails_visibly_when_it_is_another_o
     assert (done.status, done.stdout) == (78, "")
     assert done.stderr.rstrip().endswith(f"{sentence}; what was in force stays so")
     assert who(guard) == [ONE]
+
+
+def test_a_configuration_for_audit_denies_nobody_at_any_moment(guard: Guard, tmp_path: Path) -> None:
+    """The emergency lock, which would deny for a moment, comes only after an error."""
+    storm = Storm(guard.sandbox, STRANGER, IPV4)
+    done = boot(guard, tmp_path, f'mode = "audit"\n{GOOD}')
+    storm.wait_for(100)
+    assert (done.status, storm.counts()[1:]) == (0, (0, 0)), done
+    assert guard.status()["policy"]["mode"] == "audit"
+    assert guard("stop").status == 0
+    assert boot(guard, tmp_path, f'mode = "audit"\n{UNUSABLE["no ID"]}').status == 78
+    assert who(guard) == [0]
 
 
 def test_an_unknown_name_lets_nobody_in_and_blocks_nothing(guard: Guard, tmp_path: Path) -> None:

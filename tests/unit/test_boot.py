@@ -223,6 +223,35 @@ def test_the_emergency_lock_is_on_before_the_configuration_is_read(tmp_path: Pat
     assert [one.keep_existing for one in start.asked] == [True, False]
 
 
+@pytest.mark.usefixtures("nothing_in_force")
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        (f'mode = "audit"\n{CONFIG}', None),
+        (f'mode = "audit"\n{CONFIG}surplus = 1\n', EMERGENCY),
+        (f'mode = "enforce"\n{CONFIG}', EMERGENCY),
+        (f'{CONFIG}mode = "audit"\n', EMERGENCY),
+        ("", EMERGENCY),
+    ],
+    ids=["audit", "audit, and an error", "enforce", "in a table", "nothing"],
+)
+def test_a_configuration_that_denies_nobody_gets_the_emergency_lock_only_after_an_error(
+    text: str, first: Policy | None, tmp_path: Path
+) -> None:
+    start = Start()
+    result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, start.steps)
+    assert (start.policies[0] if first else result.error) == first
+    assert (EMERGENCY in start.policies) is (first is not None)
+
+
+@pytest.mark.usefixtures("nothing_in_force")
+def test_nobody_waits_for_a_file_to_say_audit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boot_file, "_says_audit", lambda _: signal.pause())
+    start = Start()
+    boot.start(file_of(tmp_path, f'mode = "audit"\n{CONFIG}'), GuardOptions(), ignore, start.steps)
+    assert start.policies[0] == EMERGENCY
+
+
 def test_a_command_that_ends_meanwhile_keeps_its_policy(
     kernel: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,8 +263,8 @@ def test_a_command_that_ends_meanwhile_keeps_its_policy(
         yield
 
     steps = kernel.steps
-    for name in ("TAKING_THE_LOCK", "HOLDING_THE_LOCK"):
-        monkeypatch.setattr(boot, name, steps)
+    monkeypatch.setattr(boot, "TAKING_THE_LOCK", steps)
+    monkeypatch.setattr(boot, "holding_the_lock", lambda _: steps)
     monkeypatch.setattr(guard, "one_at_a_time", wait)
     result = boot.start(file_of(tmp_path, "[lock.default]\n"), GuardOptions(), ignore, steps)
     assert kernel.policies == [POLICY]
@@ -459,7 +488,7 @@ def test_what_goes_wrong_with_open_connections_does_not_hide_what_boot_did(
 
     steps = Start().steps
     monkeypatch.setattr(boot, "TAKING_THE_LOCK", steps)
-    monkeypatch.setattr(boot, "HOLDING_THE_LOCK", steps)
+    monkeypatch.setattr(boot, "holding_the_lock", lambda _: steps)
     monkeypatch.setattr(guard, "complete", complete)
     result = boot.start(file_of(tmp_path, text), GuardOptions(), ignore, steps)
     assert result.outcome is not None

@@ -3,7 +3,8 @@
 
 Where nothing is in force, the emergency lock is put on before the configuration is read, and its policy takes the
 lock's place by an ordinary change. So whatever happens in between, an error, a deadline, SIGKILL, or no memory, the
-built-in endpoints are locked.
+built-in endpoints are locked. A configuration that says ``mode = "audit"`` denies nobody: there the emergency lock
+comes only after an error.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import NamedTuple
 
 from imds_guard.backends import choose
 from imds_guard.backends.ebpf import other_guards
-from imds_guard.commands import guard, own_files
-from imds_guard.commands.guard import HOLDING_THE_LOCK, TAKING_THE_LOCK, Steps
+from imds_guard.commands import guard, look, own_files
+from imds_guard.commands.guard import TAKING_THE_LOCK, Steps, holding_the_lock
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.sub_ids import sub_id_warnings
-from imds_guard.config.boot_file import BootFile
+from imds_guard.config.boot_file import BootFile, says_audit
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, UsageError
 from imds_guard.kernel.deadline import Deadline, within
@@ -43,8 +44,8 @@ class BootResult(NamedTuple):
 def start(file: BootFile, options: GuardOptions, progress: Progress, steps: Steps = TAKING_THE_LOCK) -> BootResult:
     """Puts the policy of the configuration ``file`` in force. ``options`` win over the file.
 
-    With HOLDING_THE_LOCK it leaves complete() to the caller. Raises GuardError when nothing could be locked that should
-    be.
+    With holding_the_lock() it leaves complete() to the caller. Raises GuardError when nothing could be locked that
+    should be.
     """
     result = _Boot(file, options, progress, steps).run()
     if result.outcome is None or steps is not TAKING_THE_LOCK:
@@ -73,9 +74,11 @@ class _Boot:
 
     def run(self) -> BootResult:
         try:
-            self._lock_first()
-            with within(DEADLINE_S):
-                return self._put_configuration_in_force()
+            # What another command changes is read again: one_at_a_time() begins anew.
+            with look.reading_tables_once(self._options.cgroup):
+                self._lock_first()
+                with within(DEADLINE_S):
+                    return self._put_configuration_in_force()
         except Deadline:
             sentence = f"starting with {self._file.path} took more than {DEADLINE_S:.0f} s and was given up"
             return self._without_the_policy(GuardError(sentence), may_open=False)
@@ -84,13 +87,15 @@ class _Boot:
 
     def _lock_first(self) -> None:
         """The emergency lock, where nothing is in force. Nobody can put a policy in force between look and lock."""
-        if _something_in_force(self._options.cgroup):
+        if _something_in_force(self._options.cgroup) or says_audit(self._file.path):
             return
         taking = self._steps is TAKING_THE_LOCK
         try:
             with guard.one_at_a_time(self._options.cgroup) if taking else nullcontext():
                 if not _something_in_force(self._options.cgroup):  # a command that ended while this one waited
-                    self._emergency = self._emergency_lock(False, HOLDING_THE_LOCK if taking else self._steps)
+                    self._emergency = self._emergency_lock(
+                        False, holding_the_lock(self._options.cgroup) if taking else self._steps
+                    )
         except Exception as error:  # noqa: BLE001 - the configuration may name a backend that works
             self._not_locked.append(f"the emergency lock could not be put on first: {_as_guard_error(error)}")
 

@@ -108,9 +108,11 @@ def _remove_others(running: dict[str, Backend], name: str) -> Change:
 
 
 def remove_orphans() -> Change:
-    """Removes the pins of guards whose cgroup is gone. They lock nothing, so a failure is a warning."""
+    """Removes pins and files of guards whose cgroup is gone. They lock nothing, so a failure is a warning."""
     from imds_guard.backends.ebpf import other_guards  # noqa: PLC0415 -- start-up time
+    from imds_guard.commands.stale_files import remove_stale_files  # noqa: PLC0415
 
+    remove_stale_files()
     try:
         return other_guards.remove_orphans()
     except GuardError as error:
@@ -182,17 +184,32 @@ class Steps(NamedTuple):
 
 
 TAKING_THE_LOCK = Steps(start_alone, stop)
-HOLDING_THE_LOCK = Steps(start_locked, stop_locked)
-"""For a caller that holds one_at_a_time()."""
+
+
+def holding_the_lock(cgroup: str | None) -> Steps:
+    """For a caller that holds one_at_a_time(cgroup). A step for another guard takes the lock of that one."""
+    held = _lock_name(cgroup)
+
+    def start(policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
+        step = start_locked if _lock_name(options.cgroup) == held else start_alone
+        return step(policy, options, progress)
+
+    def stop_one(other: str | None) -> list[str]:
+        return stop_locked(other) if _lock_name(other) == held else stop(other)
+
+    return Steps(start, stop_one)
 
 
 def stop_all() -> list[str]:
     """stop() for the machine's guard, and for the guard of every cgroup, also of one that is gone."""
     from imds_guard.backends.ebpf import other_guards  # noqa: PLC0415 -- start-up time
+    from imds_guard.commands.stale_files import remove_stale_files  # noqa: PLC0415
 
     done = stop(None)
     with one_at_a_time(None):
-        return [*done, *other_guards.remove_all().done]
+        done += other_guards.remove_all().done
+        remove_stale_files()
+        return done
 
 
 # --- changes to the policy in force ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ Repair = tuple[str, list[str]]
 
 def _put_back(before: Status, file: BootFile, options: GuardOptions, progress: Progress) -> Repair:
     if before.backend is None or before.emergency:
-        result = boot.start(file, options, progress, guard.HOLDING_THE_LOCK)
+        result = boot.start(file, options, progress, guard.holding_the_lock(options.cgroup))
         if result.outcome is not None and not is_emergency(result.outcome.policy):
             warnings = [] if result.error is None else [str(result.error)]
             return "the configuration's policy was put in force", [*result.outcome.warnings, *warnings]
@@ -125,11 +125,11 @@ def _replace_unreadable(file: BootFile, options: GuardOptions, progress: Progres
     """The policy in force can't be read, or someone else changed it: the configuration says what was meant."""
     config = _usable(file)
     if config is not None:
-        outcome = boot.put_in_force(config.policy, options, progress, guard.HOLDING_THE_LOCK)
+        outcome = boot.put_in_force(config.policy, options, progress, guard.holding_the_lock(options.cgroup))
         return _with_details("the configuration's policy took its place", outcome.done_in_short), list(config.warnings)
     if file.string("on_error") == "open":
         raise BadPolicy(f'{file.path} can\'t be used, and says on_error = "open": what is left in force stays as it is')
-    boot.put_emergency_lock_on(options, progress, guard.HOLDING_THE_LOCK)
+    boot.put_emergency_lock_on(options, progress, guard.holding_the_lock(options.cgroup))
     return "the emergency lock took its place", [
         f"there is no usable configuration {file.path} that says what was meant"
     ]
@@ -173,7 +173,7 @@ def _join_names(
     active = choose.running(options.cgroup)
     if not any(backend.read() == incomplete.policy for backend in active.values()):
         return []
-    boot.put_in_force(config.policy, options, progress, guard.HOLDING_THE_LOCK)
+    boot.put_in_force(config.policy, options, progress, guard.holding_the_lock(options.cgroup))
     return ["names of the configuration had no ID: they have one now, and its policy was put in force"]
 
 

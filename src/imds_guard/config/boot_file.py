@@ -7,6 +7,8 @@ from imds_guard.config.names import ANSWERS_WITHIN_S, BootNames, Name, ask
 from imds_guard.config.read import Config, Source, config_of, parse_source, read_text
 from imds_guard.errors import BadPolicy, system_text
 from imds_guard.kernel import ownership
+from imds_guard.kernel.abandonable import Worker
+from imds_guard.policy.model import Mode
 from imds_guard.text import some_of
 
 _MAX_SHOWN = 3
@@ -64,6 +66,27 @@ class BootFile:
     def string(self, key: str) -> str | None:
         """The string value of a key outside all tables. None also where the file can't be read, or not be trusted."""
         return None if self._source is None else self._source.string(key)
+
+
+AUDIT_WITHIN_S = 0.3
+"""A file is read in some milliseconds."""
+
+
+def says_audit(path: str) -> bool:
+    """Whether the file certainly says ``mode = "audit"``: then it denies nobody, whatever else is in it.
+
+    False where a child can't tell in time, or others than root can change the file.
+    """
+    try:
+        with Worker(_says_audit) as worker:
+            return worker.ask(path, AUDIT_WITHIN_S) is True
+    except Exception:  # noqa: BLE001 - whatever it is: load() meets it again, and then the machine is locked
+        return False
+
+
+def _says_audit(path: str) -> bool:
+    require_file_of_root(path)
+    return parse_source(read_text(path), path).string("mode") == Mode.AUDIT.value
 
 
 def _quoted(names: list[Name]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 
@@ -18,9 +19,8 @@ def path_of_cgroup(root_fd: int, identity: int) -> str | None:
     Needs CAP_DAC_READ_SEARCH. Since Linux 33c5ac9175195 ("kernfs: implement custom exportfs ops and fid type") (in
     v5.5). The kernel uses no ID twice.
     """
-    handle = _HANDLE.pack(8, _FILEID_KERNFS, identity)
     try:
-        fd = syscalls.open_by_handle_at(root_fd, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = _opened(root_fd, identity)
     except OSError:
         return None
     try:
@@ -32,3 +32,17 @@ def path_of_cgroup(root_fd: int, identity: int) -> str | None:
     if path == root:
         return "/"
     return path[len(root) :] if path.startswith(root + "/") else None
+
+
+def is_gone(root_fd: int, identity: int) -> bool:
+    """True when the kernel says that no cgroup has this ID. False also where it can't be asked."""
+    try:
+        os.close(_opened(root_fd, identity))
+    except OSError as error:
+        return error.errno == errno.ESTALE
+    return False
+
+
+def _opened(root_fd: int, identity: int) -> int:
+    handle = _HANDLE.pack(8, _FILEID_KERNFS, identity)
+    return syscalls.open_by_handle_at(root_fd, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
