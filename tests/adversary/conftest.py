@@ -8,19 +8,21 @@ import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
 from tests.adversary import needs
 from tests.adversary.model import Guard
 from tests.adversary.scene import Scene, Stage
-from tests.conformance.enforcers import ENFORCERS
+from tests.conformance.enforcers import ENFORCERS, Enforcer
 
 
 class Stages:
     """Keeps one stage at a time, and a scene for all attacks that don't change their network."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, enforcer: Callable[[Path], Enforcer] = ENFORCERS["ebpf"]) -> None:
+        self._make_enforcer = enforcer
         self.secret = secrets.token_hex(16).encode()
         self._folder = folder
         self._stack = ExitStack()
@@ -32,7 +34,7 @@ class Stages:
         """The stage with this guard. Another stage is closed first."""
         if self._now is None or self._now.guard is not guard:
             self.close()
-            enforcer = self._stack.enter_context(ENFORCERS["ebpf"](self._folder))
+            enforcer = self._stack.enter_context(self._make_enforcer(self._folder))
             self._now = Stage(guard, enforcer, self.secret)
             self._scene = self._stack.enter_context(self._now.scene())
         return self._now
