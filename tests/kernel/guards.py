@@ -103,7 +103,7 @@ class Storm:
 
     _COUNTS = struct.Struct("=QQQ")  # connected, denied, other
 
-    def __init__(self, sandbox: Sandbox, user: int, address: str = IPV4) -> None:
+    def __init__(self, sandbox: Sandbox, user: int, address: str = IPV4, port: int = PORT) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._begun, theirs = os.pipe()
         memory = self._memory
@@ -111,7 +111,7 @@ class Storm:
         def loop() -> None:
             become(uids=(user,) * 3, gids=(_GROUP,) * 3, groups=())
             counts = [0, 0, 0]
-            target = (address, PORT)
+            target = (address, port)
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             reset = struct.pack("ii", 1, 0)  # SO_LINGER 0: no TIME_WAIT, so ports never run out
             while True:

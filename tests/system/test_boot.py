@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and
 IPV4, IPV6, ELSEWHERE = "169.254.169.254", "fd00:ec2::254", "192.0.2.1"
 """Built-in endpoints, on lo of the test's own network namespace, and an address that is not locked."""
 EVERYWHERE = (IPV4, IPV6, ELSEWHERE)
+NO_LISTENER = 81
+"""A locked port where a connect is refused at once."""
 
 NO_BPF = Path(__file__).resolve().parents[2] / "vagrant" / "guest" / "refuse_bpf.py"
 """Runs a command with bpf(2) refused: it uses iptables, in this network namespace only."""
@@ -96,10 +98,11 @@ def test_boot_uses_the_saved_id_of_a_name_and_fails_visibly_when_it_is_another_o
 
 def test_a_configuration_for_audit_denies_nobody_at_any_moment(guard: Guard, tmp_path: Path) -> None:
     """The emergency lock, which would deny for a moment, comes only after an error."""
-    storm = Storm(guard.sandbox, STRANGER, IPV4)
+    storm = Storm(guard.sandbox, STRANGER, IPV4, NO_LISTENER)
     done = boot(guard, tmp_path, f'mode = "audit"\n{GOOD}')
     storm.wait_for(100)
-    assert (done.status, storm.counts()[1:]) == (0, (0, 0)), done
+    connected, denied, refused = storm.counts()
+    assert (done.status, connected, denied, refused > 100) == (0, 0, 0, True), done
     assert guard.status()["policy"]["mode"] == "audit"
     assert guard("stop").status == 0
     assert boot(guard, tmp_path, f'mode = "audit"\n{UNUSABLE["no ID"]}').status == 78
