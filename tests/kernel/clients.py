@@ -166,8 +166,8 @@ def pids(several: Sequence[Connection]) -> list[int]:
     return sorted(holder.pid for one in several for holder in one.holders)
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WITHIN_S
+def wait_until(true: Callable[[], bool], within_s: float = WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
     while not true():
         assert time.monotonic() < deadline, "the condition did not become true"
         select.select([], [], [], 0.005)

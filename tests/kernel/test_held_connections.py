@@ -30,6 +30,8 @@ from tests.system.test_verify import unlink_hook
 
 pytestmark = NEEDS_THE_HOST
 
+COMPILED_WITHIN_S = 120.0
+"""An emulated processor compiles for 20 s and more."""
 LOCK = ("--user", str(ONE), "--ip", f"{SERVICE}:80")
 
 
@@ -158,7 +160,7 @@ def begun(guard: Guard, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_until(lambda: hangs_below(process.pid))
+    wait_until(lambda: hangs_below(process.pid), COMPILED_WITHIN_S)
     return process
 
 
