@@ -18,6 +18,7 @@ from imds_guard.connections.values import Connection, Holder
 from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import Caller, Decision, Destination, Reason, decide
 from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.filters import Filter, FilterRules
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
 from imds_guard.present import answers
 from imds_guard.present import outcome as outcome_text
@@ -110,8 +111,56 @@ def test_a_policy_as_values() -> None:
                 "default": "deny",
             }
         ],
+        "filters": [],
+        "filter_user": None,
     }
     assert policy_text.policy_values(None) is None
+
+
+FILTERED = make_policy(
+    [lock(ROOT, "192.0.2.1:80,tcp", "[2001:db8::1]:80")],
+    filters=[
+        Filter("region", ("web",), FOO, rules=FilterRules(("GET /a",), ("/b",), "ec2-metadata-filter", (), True, True)),
+        Filter("rest", ("web",), Identities(), everyone=True, rules=FilterRules(("GET /c",))),
+    ],
+    filter_uid=3_999_990,
+)
+
+
+def test_filters_say_whom_they_serve_and_what() -> None:
+    region, rest = FILTERED.filters
+    assert policy_text.filter_lines(region, FILTERED) == [
+        "filter region (audit: passes on what it would refuse)",
+        "  serves:    192.0.2.1:80, [2001:db8::1]:80",
+        "  callers:   user 41001",
+        "  passes:    GET /a",
+        "  refuses:   /b",
+        "  requires:  headers as ec2-metadata-filter, a token of IMDSv2",
+    ]
+    assert policy_text.filter_lines(rest, FILTERED)[2:] == [
+        "  callers:   everyone who is not allowed",
+        "  passes:    GET /c",
+    ]
+
+
+def test_filters_as_values() -> None:
+    values = policy_text.policy_values(FILTERED)
+    assert values is not None
+    assert values["filter_user"] == 3_999_990
+    assert values["filters"][0] == {
+        "name": "region",
+        "locks": ["web"],
+        "serves": ["192.0.2.1:80", "[2001:db8::1]:80"],
+        "everyone": False,
+        "callers": {"users": [{"id": 41001, "name": "41001"}], "groups": []},
+        "rules": [],
+        "allow": ["GET /a"],
+        "deny": ["/b"],
+        "headers": "ec2-metadata-filter",
+        "user_agents": [],
+        "require_imdsv2": True,
+        "mode": "audit",
+    }
 
 
 # --- outcomes -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from imds_guard.config.toml_lines import KeyLines, Path
 from imds_guard.config.write import (
     IdList,
     dump_endpoints,
+    dump_filter,
+    dump_filter_locks,
     dump_list,
     dump_lock,
     format_scalar,
@@ -22,6 +24,7 @@ from imds_guard.config.write import (
     top_values,
 )
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
+from imds_guard.policy.filters import Filter
 from imds_guard.policy.model import Lock, Verdict, make_policy
 from imds_guard.policy.wireserver import split_off_wireserver
 
@@ -60,9 +63,14 @@ def _try(text: str, config: Config, in_place: bool) -> str | None:
     try:
         document = tomlkit.parse(text)
         edited = _Edit(document, text, config, in_place).run()
-        return edited if parse_config(edited, use_stored_ids=True) == config else None
+        return edited if _same(parse_config(edited, use_stored_ids=True), config) else None
     except (TOMLKitError, BadPolicy):
         return None
+
+
+def _same(one: Config, other: Config) -> bool:
+    """True for the same configuration. The account of the filters is the machine's, not the file's."""
+    return one == other._replace(policy=other.policy._replace(filter_uid=one.policy.filter_uid))
 
 
 class _Edit:
@@ -74,15 +82,29 @@ class _Edit:
         self.in_place = in_place
         self.tables = locks_by_table(text)
         self.unwritten: dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
+        self.new_filters: list[Filter] = []
         self.insertions: list[Insertion] = []
 
     def run(self) -> str:
         self.edit_top()
         for name, locks in self.tables.items():
             self.edit_lock(name, locks)
+        self.edit_filters()
         text = _insert(self.document.as_string(), self.insertions)
         new = [line for lock in self.unwritten.values() for line in dump_lock(lock)]
+        new += [line for one in self.new_filters for line in dump_filter(one)]
         return text.rstrip("\r\n") + "\n" + "".join(line + "\n" for line in new) if new else text
+
+    def edit_filters(self) -> None:
+        """Filters change only in their locks, when a lock is split; all else in their tables stays as written."""
+        tables = self.document.get("filter", {})
+        wanted = {one.name: one for one in self.config.policy.filters}
+        for name in list(tables):
+            if name not in wanted:
+                del tables[name]
+            elif tuple(sorted(set(tables[name]["locks"]))) != wanted[name].locks:
+                tables[name]["locks"] = _parse_value("\n".join(dump_filter_locks(wanted[name])), "locks")
+        self.new_filters = [one for one in wanted.values() if one.name not in tables]
 
     def edit_top(self) -> None:
         for key, value, default in top_values(self.config):

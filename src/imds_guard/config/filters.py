@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the tables [filter.NAME] of a configuration."""
+"""Reads the tables [filter.NAME] of a configuration; config/write.py writes them."""
 
 from __future__ import annotations
 

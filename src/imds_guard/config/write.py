@@ -10,6 +10,7 @@ from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, group_name, user_id, user_name
 from imds_guard.policy.endpoint_syntax import format_endpoint
+from imds_guard.policy.filters import PLAIN_HTTP, Filter
 from imds_guard.policy.model import Lock
 
 Scalar = Union[str, bool]
@@ -43,6 +44,8 @@ def dump_config(config: Config) -> str:
     lines += [f"{top.key} = {format_scalar(top.value)}" for top in top_values(config) if top.value is not None]
     for lock in config.policy.locks:
         lines += dump_lock(lock)
+    for one in config.policy.filters:
+        lines += dump_filter(one)
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +72,37 @@ def dump_lock(lock: Lock) -> list[str]:
     if lock.allows_nobody:
         lines.append("nobody = true")
     return lines
+
+
+def dump_filter(one: Filter) -> list[str]:
+    """The lines of a filter's table, after an empty line."""
+    rules = one.rules
+    lines = ["", f"[filter.{quoted(one.name)}]", *dump_filter_locks(one)]
+    if one.everyone:
+        lines.append("everyone = true")
+    for listed in (
+        IdList("users", one.who.users, user_name, user_id),
+        IdList("groups", one.who.groups, group_name, group_id),
+    ):
+        lines += dump_list(listed.key, [listed.format(number) for number in sorted(listed.ids)])
+    if one.port != PLAIN_HTTP:
+        lines.append(f"port = {one.port}")
+    headers = () if rules.headers is None else (rules.headers,)
+    for key, texts in (
+        ("rules", rules.sets),
+        ("allow", rules.allow),
+        ("deny", rules.deny),
+        ("headers", headers),
+        ("user_agents", rules.user_agents),
+    ):
+        lines += dump_list(key, [quoted(text) for text in texts])
+    lines += ["require_imdsv2 = true"] if rules.require_imdsv2 else []
+    return [*lines, 'mode = "audit"'] if rules.audit else lines
+
+
+def dump_filter_locks(one: Filter) -> list[str]:
+    """The lines of the key ``locks``."""
+    return dump_list("locks", [quoted(name) for name in one.locks])
 
 
 def dump_endpoints(lock: Lock) -> list[str]:

@@ -26,9 +26,14 @@ FORMATS: tuple[str, ...] = tuple(_WRITERS)
 
 
 def export(policy: Policy, format: str) -> Exported:
-    """``policy`` in one of FORMATS. Raises UsageError for an unknown format."""
+    """``policy`` in one of FORMATS. Raises UsageError for an unknown format, and for filters."""
     if format not in _WRITERS:
         raise UsageError(f"{format!r} is not a format: choose one of {', '.join(FORMATS)}")
+    if policy.filters:
+        raise UsageError(
+            f"exporting the policy: filter {policy.filters[0].name!r} is a service of imds-guard, which no rules of "
+            "another tool replace; export a policy without filters"
+        )
     exported = _WRITERS[format](policy)
     note_strict(policy, exported)
     return exported

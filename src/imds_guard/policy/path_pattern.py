@@ -61,7 +61,7 @@ def parse_pattern(text: str, ignore_case: bool = False) -> PathPattern:
     if method == "HEAD":
         raise BadPolicy(f"{text!r}: a rule for GET is one for HEAD, too: write GET")
     try:
-        target = parse_target(path.encode("ascii", "replace"))
+        target = parse_target(path.encode("utf-8", "surrogatepass"))
     except BadRequest as error:
         raise BadPolicy(f"{text!r} is not a path: {error}") from None
     if target.has_query or "%" in path:

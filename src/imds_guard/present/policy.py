@@ -7,7 +7,9 @@ from typing import Any
 
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.endpoint_syntax import format_endpoint
+from imds_guard.policy.filters import Filter, Target, targets_of
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict
+from imds_guard.policy.rule_sets import expand
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
 from imds_guard.text import and_more, some_of
 
@@ -51,7 +53,45 @@ def policy_values(policy: Policy | None) -> dict[str, Any] | None:
             }
             for lock in policy.locks
         ],
+        "filters": [_filter_values(one, policy) for one in policy.filters],
+        "filter_user": policy.filter_uid,
     }
+
+
+def filter_lines(one: Filter, policy: Policy) -> list[str]:
+    """A filter in a few lines; the first has its name."""
+    audit = " (audit: passes on what it would refuse)" if one.rules.audit else ""
+    served = [_target_text(target) for target in targets_of(one, policy.locks)]
+    lines = [f"filter {one.name}{audit}", *wrapped("  serves:    ", some_of(served, MAX_SHOWN))]
+    lines += wrapped("  callers:   ", "everyone who is not allowed" if one.everyone else identities_text(one.who))
+    rules = expand(one.rules)
+    lines += wrapped("  passes:    ", some_of(list(rules.allow), MAX_SHOWN))
+    if rules.deny:
+        lines += wrapped("  refuses:   ", some_of(list(rules.deny), MAX_SHOWN))
+    more = [f"headers as {rules.headers}"] if rules.headers else []
+    more += ["a token of IMDSv2"] if rules.require_imdsv2 else []
+    return [*lines, *wrapped("  requires:  ", ", ".join(more))] if more else lines
+
+
+def _filter_values(one: Filter, policy: Policy) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "locks": list(one.locks),
+        "serves": [_target_text(target) for target in targets_of(one, policy.locks)],
+        "everyone": one.everyone,
+        "callers": _ids(one.who),
+        "rules": list(one.rules.sets),
+        "allow": list(one.rules.allow),
+        "deny": list(one.rules.deny),
+        "headers": one.rules.headers,
+        "user_agents": list(one.rules.user_agents),
+        "require_imdsv2": one.rules.require_imdsv2,
+        "mode": "audit" if one.rules.audit else "enforce",
+    }
+
+
+def _target_text(target: Target) -> str:
+    return f"[{target.address}]:{target.port}" if target.address.version == 6 else f"{target.address}:{target.port}"
 
 
 def _endpoints(lock: Lock) -> list[str]:

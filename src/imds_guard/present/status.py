@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from imds_guard.identity import user_name
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Policy, Verdict
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
-from imds_guard.present.policy import lock_lines, policy_values
-from imds_guard.present.wrap import MAX_SHOWN, wrapped
+from imds_guard.present.policy import filter_lines, lock_lines, policy_values
+from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
 
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
@@ -54,6 +55,12 @@ def _policy_lines(policy: Policy) -> list[str]:
         lines += lock_lines(lock)
     if len(policy.locks) > MAX_SHOWN:
         lines.append(f"and {len(policy.locks) - MAX_SHOWN} more locks (--json has them all)")
+    for one in policy.filters[:MAX_SHOWN]:
+        lines += filter_lines(one, policy)
+    if len(policy.filters) > MAX_SHOWN:
+        lines.append(f"and {len(policy.filters) - MAX_SHOWN} more filters (--json has them all)")
+    if policy.filter_uid is not None:
+        lines.append(f"user {named(policy.filter_uid, user_name(policy.filter_uid))} runs the filters, and may connect")
     return lines
 
 
