@@ -101,10 +101,11 @@ LAYERS: dict[str, str] = {
     "config": "errors text policy kernel identity",
     "export": "errors text policy kernel identity backends",
     "connections": "errors text policy kernel identity",
-    "watch": "errors text policy kernel identity backends",
-    "commands": "errors text policy kernel identity backends config export connections watch",
+    "filter": "errors text policy kernel",
+    "watch": "errors text policy kernel identity backends filter",
+    "commands": "errors text policy kernel identity backends config export connections filter watch",
     "present": "errors text policy kernel identity backends config connections watch commands",
-    "cli": "errors text policy kernel identity backends config export connections watch commands present",
+    "cli": "errors text policy kernel identity backends config export connections filter watch commands present",
 }
 """Folder or module -> what it may import. The package itself is free: its version, the path of the configuration."""
 
@@ -143,6 +144,8 @@ def test_only_the_entry_point_imports_cli() -> None:
         ("subprocess", ["imds_guard.kernel.run"]),
         ("ctypes", [name for name in importers_of("ctypes") if layer(name) == "kernel"]),
         ("logging", []),
+        ("h11", ["imds_guard.filter.upstream"]),
+        ("asyncio", [name for name in importers_of("asyncio") if layer(name) == "filter"]),
     ],
 )
 def test_a_package_has_one_door(package: str, importers: list[str]) -> None:

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterable
+
+from imds_guard.errors import NotPermitted
+from imds_guard.kernel import syscalls
 
 # Source: include/uapi/linux/capability.h
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE = 1, 2, 5, 6, 7, 10
@@ -45,6 +49,22 @@ def missing_capabilities(wanted: Iterable[int]) -> list[str]:
     if held >> CAP_SYS_ADMIN & 1:
         held |= 1 << CAP_BPF | 1 << CAP_PERFMON
     return [capability_name(capability) for capability in wanted if not held >> capability & 1]
+
+
+def drop_to(uid: int, gid: int) -> None:
+    """Gives up root for good: this process becomes a user without capabilities. Raises NotPermitted, OSError."""
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)  # clears the permitted and effective capabilities (capabilities(7))
+    syscalls.no_new_privileges()
+    if uid == 0 or effective_capabilities():
+        raise NotPermitted(f"becoming user {uid}: the process would keep capabilities")
+
+
+def lift_open_files_limit() -> None:
+    """Raises RLIMIT_NOFILE as far as this process may without a capability."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def lift_memory_lock_limit() -> None:

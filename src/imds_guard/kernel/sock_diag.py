@@ -34,6 +34,8 @@ _MESSAGE = struct.Struct("=BBxx48s12xII")  # struct inet_diag_msg
 _IDENTITY = struct.Struct("!HH16s16s12x")  # struct inet_diag_sockid: ports and addresses in network order
 _REMOTE = struct.Struct("!6xH16x16s")  # the remote half of inet_diag_sockid, at its offset in inet_diag_msg
 _ANY_SOCKET = bytes(48)
+_ANY_STATE = 0xFFFFFFFF
+_NO_INTERFACE_OR_COOKIE = bytes(4) + b"\xff" * 8  # INET_DIAG_NOCOOKIE, twice
 
 _RECEIVE_BYTES = 1 << 18
 _TIMEOUT = struct.pack("=qq", 10, 0)  # struct timeval: the kernel answers within sendto(2), or never
@@ -108,6 +110,19 @@ class SockDiag:
         for answer in self._ask(_SOCK_DIAG_BY_FAMILY, netlink.DUMP, body):
             if answer.type == _SOCK_DIAG_BY_FAMILY and (wanted is None or wanted(*_remote(answer.body, size))):
                 yield _parse(protocol, answer.body)
+
+    def find_tcp(self, local: tuple[str, int], remote: tuple[str, int]) -> Socket | None:
+        """The TCP socket with this pair of IPv4 addresses and ports, also one of AF_INET6; None where there is none."""
+        ports = struct.pack("!HH", local[1], remote[1])
+        addresses = b"".join(socket.inet_aton(address).ljust(16, b"\0") for address, _ in (local, remote))
+        body = _REQUEST.pack(
+            socket.AF_INET, socket.IPPROTO_TCP, 0, _ANY_STATE, ports + addresses + _NO_INTERFACE_OR_COOKIE
+        )
+        try:
+            answers = list(self._ask(_SOCK_DIAG_BY_FAMILY, netlink.ACK, body))
+        except FileNotFoundError:
+            return None
+        return next((_parse(socket.IPPROTO_TCP, answer.body) for answer in answers), None)
 
     def destroy(self, one: Socket) -> bool:
         """Ends a connection: its holders get ECONNABORTED, its peer a reset. False when it was gone already.

@@ -32,7 +32,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _RESOLVE_IN_ROOT = 0x10
 """Source: include/uapi/linux/openat2.h."""
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 
 
 def _checked(result: int, what: str) -> int:
@@ -120,6 +120,11 @@ def setns(fd: int, kind: int) -> None:
 def die_with_parent() -> None:
     """The kernel kills this process when its parent ends, unless it changes its IDs (PR_SET_PDEATHSIG in prctl(2))."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")
+
+
+def no_new_privileges() -> None:
+    """From now on no program gives this process more rights than it has (PR_SET_NO_NEW_PRIVS in prctl(2))."""
+    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), 0, 0, 0), "prctl")
 
 
 # --- credentials of the calling thread alone ------------------------------------------------------------------------
