@@ -66,7 +66,11 @@ PACKAGES = {
     "prometheus_client": "python3-prometheus-client",
     "psutil": "python3-psutil",
 }
-NOT_IN_THE_IMAGE = {"tomli": "Python 3.13 has tomllib", "tomlkit": "for saving: the configuration is a ConfigMap"}
+NOT_IN_THE_IMAGE = {
+    "tomli": "Python 3.13 has tomllib",
+    "tomlkit": "for saving: the configuration is a ConfigMap",
+    "h11": "for the filter, a service of systemd",
+}
 
 
 def test_every_module_of_others_has_its_package() -> None:
