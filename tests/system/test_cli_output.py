@@ -51,7 +51,9 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     allowed = guard("allow", "--json", "--user", str(TWO)).values
     assert set(allowed) == set(started.values)
     explained = guard("explain", "--json", "--user", "root", SERVICE).values
-    assert set(explained) == {"allowed", "reason", "lock", "matched", "caller", "destination"}
+    assert set(explained) == {
+        *("allowed", "reason", "lock", "matched", "caller", "container", "forwarded", "destination"),
+    }
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
     assert set(checked) == {"backends", "taken", "shut_out", "not_inspected", "connections"}

@@ -13,6 +13,7 @@ from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
 from imds_guard.commands.look import CheckResult, Status
 from imds_guard.commands.outcome import Outcome
+from imds_guard.commands.place import REJECTED, Place
 from imds_guard.commands.preflight import Preflight, ShutOut
 from imds_guard.connections.values import Connection, Holder
 from imds_guard.errors import Unsupported
@@ -285,9 +286,9 @@ def test_many_locks_are_counted() -> None:
 # --- explain and check ----------------------------------------------------------------------------------------------
 
 
-def explained(policy: Policy, caller: Caller, to: str = "192.0.2.1") -> list[str]:
+def explained(policy: Policy, caller: Caller, to: str = "192.0.2.1", place: Place | None = None) -> list[str]:
     destination = Destination(parse_endpoint(to).network.network_address, 80)
-    return answers.decision_lines(caller, destination, decide(policy, caller, destination))
+    return answers.decision_lines(caller, destination, decide(policy, caller, destination), place or Place())
 
 
 def test_an_explanation() -> None:
@@ -305,6 +306,19 @@ def test_an_explanation_of_what_is_not_locked() -> None:
     lines = explained(POLICY, Caller(0, 0), "2001:db8::1")
     assert lines[0] == "allowed: not-locked"
     assert lines[2:] == ["  groups:      none", "  destination: [2001:db8::1]:80 tcp", "  lock:        none"]
+
+
+def test_an_explanation_of_a_container_whose_packets_are_forwarded() -> None:
+    """An allowed caller is told that the packets are rejected; for an address that is not locked that is not so."""
+    place = Place("docker:0123456789ab", REJECTED)
+    policy = make_policy([lock(ROOT)])
+    lines = explained(policy, Caller(0, 0), place=place)
+    assert lines[0] == "allowed: allowed-user"
+    assert lines[3] == "  container:   docker:0123456789ab"
+    text = " ".join(" ".join(lines).split())
+    assert "forwarded: the process is in another network namespace: those of its packets" in text
+    assert fits(lines)
+    assert "forwarded" not in "".join(explained(policy, Caller(0, 0), "2001:db8::1", place))
 
 
 def test_an_explanation_under_audit() -> None:
@@ -326,12 +340,15 @@ def test_an_explanation_as_values() -> None:
         Destination(parse_endpoint("192.0.2.1").network.network_address, 443),
     )
     decision = Decision(False, Reason.CONTAINER, "web")
-    assert answers.decision_values(caller, destination, decision) == {
+    place = Place("docker:0123456789ab", REJECTED)
+    assert answers.decision_values(caller, destination, decision, place) == {
         "allowed": False,
         "reason": "container",
         "lock": "web",
         "matched": None,
         "caller": {"fsuid": 1, "fsgid": 2, "groups": [3], "in_container": True},
+        "container": "docker:0123456789ab",
+        "forwarded": "rejected",
         "destination": {"address": "192.0.2.1", "port": 443, "protocol": "tcp"},
     }
 

@@ -61,8 +61,8 @@ def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None
     if (pid is None) == (user is None):
         raise UsageError("name either --pid or --user")
     caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
-    decision, destination = look.explain(caller, parse_endpoint(endpoint), cgroup)
+    decision, destination, place = look.explain(caller, parse_endpoint(endpoint), cgroup, pid)
     if as_json:
-        print_json(decision_values(caller, destination, decision))
+        print_json(decision_values(caller, destination, decision, place))
     else:
-        print_lines(decision_lines(caller, destination, decision))
+        print_lines(decision_lines(caller, destination, decision, place))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends import Backend, choose
 from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.place import Place, place_of
 from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
-from imds_guard.policy.model import Endpoint, Policy, Protocol
+from imds_guard.policy.model import Endpoint, Mode, Policy, Protocol
 from imds_guard.policy.ports import has_port
 
 # The rest is imported where it is used: start-up time, few commands need any of it.
@@ -157,8 +158,19 @@ def _existing(policy: Policy, options: GuardOptions) -> CutResult:
     return find_denied(policy, Scope(options.cgroup, every_namespace=options.backend != "iptables"))
 
 
-def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None) -> tuple[Decision, Destination]:
-    """How the policy in force judges a connect of ``caller`` to one address; port 80 where no port is given."""
+class Explanation(NamedTuple):
+    """How a connect is judged. ``place`` is known of a process alone."""
+
+    decision: Decision
+    destination: Destination
+    place: Place
+
+
+def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | None = None) -> Explanation:
+    """How the policy in force judges a connect of ``caller`` to one address; port 80 where no port is given.
+
+    ``pid`` is the process whose credentials these are.
+    """
     network = endpoint.network
     if network.prefixlen != network.max_prefixlen:
         raise UsageError(f"explaining {network}: a connect goes to one address; name one")
@@ -166,4 +178,7 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None) -> tuple[Dec
     ports = endpoint.ports(protocol)
     destination = Destination(network.network_address, 80 if has_port(ports, 80) else ports[0][0], protocol)
     _, policy = active_policy(cgroup)
-    return decide(policy, caller, destination), destination
+    place = Place()
+    if pid is not None:
+        place = place_of(pid, rejecting=cgroup is None and policy.mode is Mode.ENFORCE)
+    return Explanation(decide(policy, caller, destination), destination, place)

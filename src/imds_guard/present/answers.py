@@ -13,11 +13,12 @@ from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.present.connections import connections_values, would_cut_lines
 from imds_guard.present.outcome import not_inspected_values, shut_out_lines, shut_out_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
-from imds_guard.text import and_more, host_port
+from imds_guard.text import and_more, escaped, host_port
 
 if TYPE_CHECKING:
     from imds_guard.commands.demo import DemoResult
     from imds_guard.commands.look import CheckResult
+    from imds_guard.commands.place import Place
 
 
 # --- check ----------------------------------------------------------------------------------------------------------
@@ -56,7 +57,13 @@ def check_values(found: CheckResult) -> dict[str, Any]:
 # --- explain --------------------------------------------------------------------------------------------------------
 
 
-def decision_lines(caller: Caller, destination: Destination, decision: Decision) -> list[str]:
+_FORWARDED = (
+    "the process is in another network namespace: those of its packets that this machine forwards to a locked port are "
+    "rejected, whatever the decision above"
+)
+
+
+def decision_lines(caller: Caller, destination: Destination, decision: Decision, place: Place) -> list[str]:
     """The answer of explain: would the connect be allowed, and by which rule."""
     user, group = named(caller.fsuid, user_name(caller.fsuid)), named(caller.fsgid, group_name(caller.fsgid))
     groups = ", ".join(named(gid, group_name(gid)) for gid in sorted(caller.groups)[:MAX_SHOWN]) or "none"
@@ -64,6 +71,7 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision)
         f"{'allowed' if decision.allowed else 'denied'}: {decision.reason.label}",
         f"  caller:      fsuid {user}, fsgid {group}",
         *wrapped("  groups:      ", groups + and_more(len(caller.groups), MAX_SHOWN)),
+        *([] if place.container is None else wrapped("  container:   ", escaped(place.container))),
         f"  destination: {host_port(destination.address, destination.port)} {destination.protocol.value}",
         f"  lock:        {decision.lock or 'none'}",
     ]
@@ -73,10 +81,12 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision)
         lines.append(f"  by:          {kind} {named(number, name)} on the list")
     if decision.allowed and not decision.reason.permits:
         lines.append("  audit mode lets it through")
+    if place.forwarded is not None and decision.lock is not None:
+        lines += wrapped("  forwarded:   ", _FORWARDED)
     return lines
 
 
-def decision_values(caller: Caller, destination: Destination, decision: Decision) -> dict[str, Any]:
+def decision_values(caller: Caller, destination: Destination, decision: Decision, place: Place) -> dict[str, Any]:
     """The answer of explain as plain values for JSON."""
     return {
         "allowed": decision.allowed,
@@ -89,6 +99,8 @@ def decision_values(caller: Caller, destination: Destination, decision: Decision
             "groups": sorted(caller.groups),
             "in_container": caller.in_container,
         },
+        "container": place.container,
+        "forwarded": place.forwarded if decision.lock is not None else None,
         "destination": {
             "address": str(destination.address),
             "port": destination.port,

@@ -87,6 +87,12 @@ def parse_path(path: str) -> CgroupInfo:
     return CgroupInfo(path, unit, next(filter(None, map(_container, upper)), None))
 
 
+def container_of_process(pid: int) -> str | None:
+    """The container that a process is in now; None where its cgroup tells none, or it has ended."""
+    path = _cgroup2_path(pid)
+    return None if path is None else parse_path(path).container
+
+
 def _container(path: str) -> str | None:
     """RUNTIME:NAME, where a path is that of a container itself."""
     for runtime in _RUNTIMES:
