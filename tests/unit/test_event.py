@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from imds_guard.backends.ebpf.record import Record
+from imds_guard.policy.decide import Reason
 from imds_guard.watch.cgroup_info import CgroupInfo
 from imds_guard.watch.event import Values, as_json, as_line, record_values
 from imds_guard.watch.process_info import UNKNOWN, ProcessInfo
@@ -42,6 +43,14 @@ def test_an_event_about_a_packet_has_no_process() -> None:
         "netns_cookie",
     }
     assert "None" not in as_line(values)
+
+
+def test_a_caller_that_the_hook_has_not_read_is_nobody() -> None:
+    """Without the settings of the policy the hook denies before it reads the credentials: user 0 was not there."""
+    record = RECORD._replace(tgid=0, pid=0, fsuid=0, reason=Reason.NO_SETTINGS)
+    values = record_values(record, None, "root", CgroupInfo(), UNKNOWN)
+    assert (values["user"], values["uid"]) == (None, None)
+    assert "root" not in as_line(values)
 
 
 def test_a_line_about_the_watch_itself() -> None:

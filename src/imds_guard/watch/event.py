@@ -7,6 +7,7 @@ import ipaddress
 import json
 from typing import Any
 
+from imds_guard.backends.ebpf.abi import EGRESS
 from imds_guard.backends.ebpf.record import Record
 from imds_guard.text import host_port, key_value
 from imds_guard.watch.cgroup_info import CgroupInfo
@@ -22,16 +23,20 @@ VERDICTS = ("denied", "audited", "allowed")
 
 
 def record_values(record: Record, lock: str | None, user: str, cgroup: CgroupInfo, program: ProcessInfo) -> Values:
-    """A record with what is known of its caller. None for what is not known."""
+    """A record with what is known of its caller. None for what is not known.
+
+    The hooks read no caller where the settings of the policy are missing. Of a packet they know the socket's user.
+    """
     has_process = record.tgid != 0
+    has_user = has_process or record.hook == EGRESS
     return {
         "event": record.verdict,
         "time": iso_time_of(record.time_ns),
         "count": 1,
         "lock": lock,
         "reason": record.reason.label,
-        "user": user,
-        "uid": record.fsuid,
+        "user": user if has_user else None,
+        "uid": record.fsuid if has_user else None,
         "gid": record.fsgid if has_process else None,
         "groups": record.groups if has_process else None,
         "pid": record.tgid or None,
