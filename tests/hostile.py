@@ -106,9 +106,20 @@ def crowd(folder: Path, number: int, name: str, argv0: str = "/usr/bin/cloud-ini
     with subprocess.Popen(argv, stdin=-1, stdout=-1, user=USER, group=GROUP, start_new_session=True) as shell:
         assert shell.stdout is not None
         try:
-            yield [int(shell.stdout.readline()) for _ in range(number)]
+            pids = [int(shell.stdout.readline()) for _ in range(number)]
+            for pid in pids:
+                _wait_for_name(pid, name)
+            yield pids
         finally:
             os.killpg(shell.pid, signal.SIGKILL)
+
+
+def _wait_for_name(pid: int, name: str) -> None:
+    """The shell has forked it, but it may not run the program yet: 300 take a while on an emulated processor."""
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}/comm").read_bytes() != name.encode()[:15] + b"\n":
+        assert time.monotonic() < deadline, f"process {pid} is not {name!r}"
+        select.select([], [], [], 0.005)
 
 
 @contextmanager

@@ -168,6 +168,7 @@ def infos() -> dict[str, list[bytes]]:
             server = stack.enter_context(listener.accept()[0])
             for one, other in [(client, server), (server, client)][: traffic % 4]:
                 one.sendall(b"x" * 100_000)
+                other.settimeout(None)  # with a timeout MSG_WAITALL does not wait for all
                 other.recv(100_000, socket.MSG_WAITALL)
             if traffic == 3:
                 server.shutdown(socket.SHUT_WR)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -32,6 +33,10 @@ pytestmark = NEEDS_THE_HOST
 
 COMPILED_WITHIN_S = 120.0
 """An emulated processor compiles for 20 s and more."""
+IN_PARALLEL = pytest.mark.skipif(
+    tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2])) < (6, 9),
+    reason="before Linux 6.9 one mutex serialises sock_diag: a held socket keeps those behind it from being cut",
+)
 LOCK = ("--user", str(ONE), "--ip", f"{SERVICE}:80")
 
 
@@ -77,7 +82,7 @@ def test_the_others_are_cut_and_it_is_named(here: Stage, held: Held) -> None:
     allowed = here.client(opening(), uid=ONE)
     began = time.monotonic()
     done = cut_denied(locked(ONE), here.scope)
-    assert time.monotonic() - began < CUT_S + 2
+    assert time.monotonic() - began < CUT_S + 6
     assert [one.write() for one in others] == [["ECONNABORTED"]] * 3
     assert allowed.write() == ["sent"]
     assert set(pids(done.cut)) == {one.pid for one in others}
@@ -104,6 +109,7 @@ def test_it_is_cut_when_it_is_let_go(here: Stage, held: Held) -> None:
     assert held.client.write() == ["ECONNABORTED"]
 
 
+@IN_PARALLEL
 def test_nobody_waits_twice_for_the_same_socket(here: Stage, held: Held) -> None:
     """A timer looks for connections each five minutes: it would leave a process behind each time."""
 
@@ -128,6 +134,7 @@ def test_what_was_not_held_after_all_is_cut(here: Stage) -> None:
     assert pids(cut_denied(locked(ONE), here.scope).cut) == [again.pid]
 
 
+@IN_PARALLEL
 def test_who_holds_more_sockets_than_there_are_threads_keeps_none_from_being_cut(
     here: Stage, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +177,7 @@ def hangs_below(pid: int) -> bool:
         with contextlib.suppress(OSError):  # it has ended, or one of its threads has
             for path in [Path(f"/proc/{one}/task/{thread}") for thread in os.listdir(f"/proc/{one}/task")]:
                 state, parent = (path / "stat").read_bytes().rsplit(b")", 1)[1].split()[:2]
-                if (state, int(parent)) == (b"D", pid) and "lock_sock" in (path / "wchan").read_text("ascii"):
+                if (state, int(parent)) == (b"D", pid) and "lock_sock" in (path / "stack").read_text("ascii"):
                     return True
     return False
 
