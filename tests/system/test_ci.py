@@ -67,7 +67,7 @@ def test_the_gate_fails_with_the_tests_and_with_the_guests(
     assert done.returncode == status
     assert done.stdout.splitlines() == [
         "tests: chosen ebpf,iptables,tools full",
-        "guests: --jobs 1 5.10-debian-11 7.3-debian-13 lockdown 6.12-arm64-16k-debian-13",
+        "guests: --jobs 1 5.10-debian-11 7.3-debian-13 lockdown 6.12-arm64-16k-debian-13 containers-docker",
     ]
 
 

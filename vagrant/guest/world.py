@@ -42,14 +42,24 @@ PATIENCE_S = 900
 _PRIVATE_BPFFS = 'mount -t bpf bpf /sys/fs/bpf; exec "$@"'
 
 
-def command(*arguments: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Runs the installed imds-guard, ``within`` another program if given, without the PYTHONPATH of the tests."""
+def program() -> str:
+    """The path of the installed command."""
     path = shutil.which("imds-guard", path="/usr/local/bin:/usr/bin")
     assert path is not None, "the wheel installed no imds-guard in /usr/local/bin"
+    return path
+
+
+def environment() -> dict[str, str]:
+    """The environment of the installed command: without the PYTHONPATH of the tests."""
+    return {"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"}
+
+
+def command(*arguments: str, within: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Runs the installed imds-guard, ``within`` another program if given."""
     return subprocess.run(
-        [*within, path, *arguments],
+        [*within, program(), *arguments],
         cwd="/",
-        env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

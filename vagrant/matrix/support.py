@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vagrant.matrix import cache
+from vagrant.matrix import cache, cells
 from vagrant.matrix.errors import MatrixError
 from vagrant.matrix.table import BACKENDS, USUAL, Matrix, Row
 from vagrant.matrix.verdict import LOST, Verdict
@@ -49,7 +49,7 @@ def _record(matrix: Matrix, verdicts: Iterable[Verdict], path: Path) -> None:
         known[found.row] = {
             "meaning": meaning(matrix.row(found.row)), "state": found.state, "release": found.release,
             "works": list(found.works), "passed": found.passed, "skipped": sum(found.skips.values()),
-            "seconds": round(found.seconds),
+            "seconds": round(found.seconds), **({"cells": dict(found.cells)} if found.cells else {}),
         }  # fmt: skip
     ordered = {row.name: known[row.name] for row in matrix.all_rows if row.name in known}
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
@@ -104,7 +104,7 @@ def table_of_kernels(matrix: Matrix, known: Mapping[str, Mapping[str, Any]]) -> 
     return "\n".join(lines) + "\n"
 
 
-_TABLES = {"support-table": table, "support-by-kernel": table_of_kernels}
+_TABLES = {"support-table": table, "support-by-kernel": table_of_kernels, "containers-table": cells.table}
 """Marker in a document -> the function that makes the table there."""
 
 

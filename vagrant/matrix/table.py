@@ -145,15 +145,19 @@ class Matrix:
 
 def load(path: Path = PATH) -> Matrix:
     """Reads kernels.toml. Raises MatrixError that names the wrong key."""
+    return parse(read_toml(path))
+
+
+def read_toml(path: Path) -> Mapping[str, Any]:
+    """A decoded file. Raises MatrixError."""
     if sys.version_info >= (3, 11):
         import tomllib  # noqa: PLC0415 -- ./run matrix --help works without a TOML parser
     else:
         import tomli as tomllib  # noqa: PLC0415
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise MatrixError(f"{path} could not be read: {error}") from error
-    return parse(document)
 
 
 def parse(document: Mapping[str, Any]) -> Matrix:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
+from vagrant.matrix import cells
 from vagrant.matrix.table import BACKENDS, Row, Skip
 
 PASSED, FAILED, LOST = "passed", "failed", "lost"
@@ -41,6 +42,8 @@ class Verdict:
     skips: Mapping[str, int] = field(default_factory=dict)
     complaints: tuple[str, ...] = ()
     works: tuple[str, ...] = ()
+    cells: Mapping[str, str] = field(default_factory=dict)
+    """What was seen in the cells of the container-runtime suite (cells.py)."""
 
     @property
     def line(self) -> str:
@@ -68,6 +71,7 @@ def judge(row: Row, status: int, results: Path, release: str, seconds: float) ->
     return Verdict(
         row.name, FAILED if complaints else PASSED, seconds, release,
         outcomes["passed"], outcomes["failed"], _reasons(tests), tuple(complaints), works(tests),
+        cells.read_seen(results),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from vagrant.guest import world
 from vagrant.guest.containers import scene
+from vagrant.guest.containers.scene import Watch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +36,16 @@ def backend(request: pytest.FixtureRequest, services: None) -> Iterator[str]:
     name: str = request.param
     with scene.locked(name):
         yield name
+
+
+@pytest.fixture(scope="session")
+def watch(backend: str) -> Iterator[Watch | None]:
+    """``imds-guard watch``, under eBPF."""
+    if backend != "ebpf":
+        yield None
+        return
+    with Watch() as watch:
+        yield watch
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +94,9 @@ def podman(image: Path) -> None:
 @pytest.fixture(scope="session")
 def podman_rootless(image: Path) -> None:
     """The image "client" in the store of the user "allowed", whose systemd runs."""
+    # pasta and slirp4netns open it. On other machines udev makes it, for everybody; no udev runs here.
+    scene.run("modprobe", "tun")
+    Path("/dev/net/tun").chmod(0o666)
     folder = Path("/home/allowed/.config/containers")
     folder.mkdir(parents=True)
     (folder / "storage.conf").write_text('[storage]\ndriver = "vfs"\n', encoding="ascii")

@@ -171,7 +171,8 @@ def _lxc(*settings: str) -> Act:
         usual.append("lxc.mount.auto = proc:mixed")
         (folder / "config").write_text("\n".join([*usual, *settings]) + "\n", encoding="ascii")
         with ExitStack() as stack:
-            run("lxc-start", f"--name={name}", f"--logfile={folder}/log")
+            started = run("lxc-start", f"--name={name}", f"--logfile={folder}/log", "--logpriority=INFO", ok=False)
+            assert started.returncode == 0, (started, (folder / "log").read_text(encoding="utf-8")[-4000:])
             stack.callback(run, "lxc-stop", f"--name={name}", "--kill")
             return run("lxc-attach", f"--name={name}", "--", *argv).stdout
 

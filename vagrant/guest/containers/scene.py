@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 from vagrant.guest import world
 
@@ -125,6 +127,36 @@ def locked(backend: str, *options: str) -> Iterator[None]:
         assert world.left() == []
 
 
+class Watch:
+    """``imds-guard watch`` during the ``with`` block, and the events that it has printed."""
+
+    def __enter__(self) -> Watch:
+        self._output = tempfile.NamedTemporaryFile()
+        argv = [world.program(), "watch", "--json"]
+        self._process = subprocess.Popen(argv, stdout=self._output, env=world.environment(), cwd="/")
+        until(lambda: "began" in self._events("event"), "the line with which watch begins")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(PATIENCE_S)
+        self._output.close()
+
+    def _all(self) -> list[dict[str, Any]]:
+        lines = Path(self._output.name).read_text(encoding="ascii").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def _events(self, key: str) -> list[Any]:
+        return [event.get(key) for event in self._all()]
+
+    def denied(self, after: int) -> list[dict[str, Any]]:
+        """The denials among the events after the first ``after``."""
+        return [event for event in self._all()[after:] if event["event"] == "denied"]
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
 @contextmanager
 def metadata_service() -> Iterator[None]:
     """The service, behind a veth, and POD behind another. Nothing leaves the guest: it has no network card."""
@@ -194,7 +226,9 @@ def make_accounts() -> None:
         run("useradd", "-m", "-u", str(ACCOUNTS[name]), "-g", "others", "-s", "/bin/sh", name)
     run("useradd", "--system", "--user-group", "remapped")
     for file in ("/etc/subuid", "/etc/subgid"):
-        Path(file).write_text("allowed:200000:65536\nremapped:300000:65536\n", encoding="ascii")
+        # lxc asks newuidmap for those of root, and dockerd looks up those of its account.
+        text = "root:200000:65536\nallowed:300000:65536\nremapped:400000:65536\n"
+        Path(file).write_text(text, encoding="ascii")
 
 
 def start(unit: str) -> None:

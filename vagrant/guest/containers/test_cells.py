@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 import tomllib
 
+from vagrant.guest import world
 from vagrant.guest.containers.modes import MODES
-from vagrant.guest.containers.scene import ACCOUNTS, client, words
+from vagrant.guest.containers.scene import ACCOUNTS, IPV4, Watch, client, run, until, words
 
 RUNTIMES = os.environ["IMDS_GUARD_RUNTIMES"].split()
 USERLAND = "debian-13" if os.environ["IMDS_GUARD_BCC"] == "0.31" else "debian-12"
 RESULTS = Path(os.environ.get("IMDS_GUARD_RESULTS", "/results"))
+LINGER_S = 3
+"""How long a container stays after its connects under eBPF. watch finds no name for a cgroup that is gone."""
 Cell = dict[str, Any]
 
 
@@ -39,9 +43,19 @@ EACH_CELL = pytest.mark.parametrize(
 @pytest.fixture(scope="session")
 def seen() -> Iterator[dict[str, list[str]]]:
     """What was seen in each cell, which is among the results of the guest."""
+    yield from _recorded("cells.json")
+
+
+@pytest.fixture(scope="session")
+def named() -> Iterator[dict[str, list[str]]]:
+    """The name and the cgroup of the containers that watch has seen, which is among the results, too."""
+    yield from _recorded("names.json")
+
+
+def _recorded(name: str) -> Iterator[dict[str, list[str]]]:
     found: dict[str, list[str]] = {}
     yield found
-    (RESULTS / "cells.json").write_text(json.dumps(found, indent=1), encoding="ascii")
+    (RESULTS / name).write_text(json.dumps(found, indent=1), encoding="ascii")
 
 
 def attempts(cell: Cell, request: pytest.FixtureRequest, linger_s: int = 0) -> list[str]:
@@ -64,8 +78,39 @@ def test_without_a_lock_everybody_connects(cell: Cell, request: pytest.FixtureRe
 
 
 @EACH_CELL
-def test_cell(backend: str, cell: Cell, request: pytest.FixtureRequest, seen: dict[str, list[str]]) -> None:
-    """The callers see what the cell says."""
-    outcomes = attempts(cell, request)
-    seen[f"{backend}/{cell['runtime']}/{cell['mode']}"] = outcomes
+def test_cell(
+    backend: str,
+    cell: Cell,
+    request: pytest.FixtureRequest,
+    seen: dict[str, list[str]],
+    named: dict[str, list[str]],
+    watch: Watch | None,
+) -> None:
+    """The callers see what the cell says, and watch names the container of each that the hook denies."""
+    place = f"{cell['runtime']}/{cell['mode']}"
+    before = len(watch) if watch is not None else 0
+    outcomes = attempts(cell, request, LINGER_S if watch is not None else 0)
+    seen[f"{backend}/{place}"] = outcomes
     assert outcomes == cell[backend]
+    if watch is not None:
+        until(lambda: len(watch.denied(before)) >= outcomes.count("EPERM"), "a line of watch for each denial")
+        denied = watch.denied(before)
+        named[place] = sorted({f"{one['container']} {one['cgroup']}" for one in denied})
+        assert [one for one in denied if not re.fullmatch(cell.get("name", "None"), str(one["container"]))] == []
+
+
+if "docker" in RUNTIMES:  # no other runtime is asked, so that no guest skips it
+
+    @pytest.mark.parametrize(("options", "forwarded"), [((), "rejected"), (("--network=host",), None)])
+    def test_explain_knows_the_container_of_a_process(
+        backend: str, docker: None, options: tuple[str, ...], forwarded: str | None
+    ) -> None:
+        """By its cgroup; and it says that packets are forwarded and rejected, unless the network is the machine's."""
+        container = run("docker", "run", "--detach", *options, "client", "/bin/sleep", "3600").stdout.strip()
+        try:
+            pid = run("docker", "inspect", "--format={{.State.Pid}}", container).stdout.strip()
+            explained = json.loads(world.done("explain", "--pid", pid, IPV4, "--json"))
+        finally:
+            run("docker", "rm", "--force", container)
+        assert (explained["container"], explained["forwarded"]) == (f"docker:{container[:12]}", forwarded)
+        assert explained["reason"] == "container"
