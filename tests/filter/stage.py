@@ -103,6 +103,14 @@ class Stage:
         address, number = listener.getsockname()
         return address, number
 
+    def serve_in_loop(self, rules: FilterRules, port: int, digest: int) -> tuple[str, int]:
+        """serve(), from outside of the loop."""
+
+        async def serve() -> tuple[str, int]:
+            return self.serve(rules, port, digest)
+
+        return self.run(serve())
+
     async def _stop(self) -> None:
         await self.service.close()
         self.metadata.server.close()

@@ -6,32 +6,35 @@ The commands run as root, and the service does not. So what it says is read with
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from typing import Any
 
 from imds_guard.errors import GuardError
 from imds_guard.kernel import lockfile
+from imds_guard.policy.filters import FILTER_SOCKET
 
 MAX_BYTES = 192 * 1024
 """Of one packet; the default send buffer takes 208 KiB (net.core.wmem_default)."""
 ROWS_OF_A_PACKET = 100
-SOCKET_NAME = "filter.sock"
 
 
 def socket_path() -> str:
     """Where the service listens for the commands. Others than root can't open the folder."""
-    return os.path.join(lockfile.FOLDER, SOCKET_NAME)
+    return os.path.join(lockfile.FOLDER, FILTER_SOCKET)
 
 
 def packed(values: dict[str, Any]) -> bytes:
     """A packet."""
+    import json  # noqa: PLC0415 -- start-up time: most policies have no filters
+
     return json.dumps(values, separators=(",", ":")).encode()
 
 
 def unpacked(packet: bytes) -> dict[str, Any]:
     """The values in a packet. Raises GuardError."""
+    import json  # noqa: PLC0415
+
     try:
         values = json.loads(packet)
     except (ValueError, RecursionError):

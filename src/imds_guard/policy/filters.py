@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FILTER_USER = "imds-guard-filter"
 """The account of the service."""
+FILTER_SOCKET = "filter.sock"
+"""Where it listens for the commands, in /run/imds-guard."""
 MAX_FILTERS = 24
 """A member's verdict word has bits 8 to 31 for filters."""
 MAX_TARGETS = 254
