@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause */
 /*
- * Strict mode: a packet to a locked endpoint must come from a marked socket. Runs for every packet that leaves.
+ * Strict mode: a packet to a locked endpoint must come from a marked socket, or answer a connection that others made.
+ * Runs for every packet that leaves.
  * policy/decide_packet.py: decide_packet() is its specification.
  */
 #ifndef IMDS_GUARD_EGRESS_H
@@ -13,6 +14,7 @@
 #include "endpoint.h"
 #include "helpers.h"
 #include "imds_guard.h"
+#include "incoming.h"
 #include "mark.h"
 #include "notify.h"
 #include "request.h"
@@ -20,7 +22,6 @@
 #define IG_ETH_P_IP ig_be16(0x0800)
 #define IG_ETH_P_IPV6 ig_be16(0x86dd)
 #define IG_TCP_FLAGS_OFFSET 13
-#define IG_TCP_SYN 0x02
 #define IG_TCP_RST 0x04
 #define IG_LOOPBACK_IFINDEX 1 /* LOOPBACK_IFINDEX, include/net/flow.h */
 #define IG_TUPLE4_SIZE 12 /* sizes of struct bpf_sock_tuple: the verifier demands a constant */
@@ -182,7 +183,9 @@ ig_inline bool ig_client_passes(__u32 generation, const struct ig_settings *sett
 
 	if (!mark || list == IG_NO_LIST)
 		return false;
-	return list == IG_OPEN_PORT ? mark->kind : ig_mark_passes(generation, settings, list, mark);
+	if (list == IG_OPEN_PORT)
+		return mark->kind && mark->kind != IG_MARK_ACCEPTED;
+	return ig_mark_passes(generation, settings, list, mark);
 }
 
 /* The tuple by which the kernel finds a socket: as the receiver of the packet sees it, or reversed. */
@@ -297,6 +300,8 @@ ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig
 		if (sk && ig_sender_passes(generation, settings, range.list, sk))
 			return 1;
 		flags = ig_tcp_flags(skb, packet);
+		if (sk && !packet->first_fragment && ig_is_of_incoming(skb, packet->transport_offset, sk, flags))
+			return 1;
 		if (flags && ig_is_reply_to_approved(skb, generation, settings, packet, ipv4))
 			return 1;
 		if (ig_is_harmless(skb, packet, ipv4, flags))

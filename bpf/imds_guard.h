@@ -222,11 +222,18 @@ enum ig_reason {
  * SK_STORAGE, strict mode: the reason that let the socket's last connect or sendmsg through. The record outlives
  * upgrades, so its size and its meaning stay.
  */
-enum ig_mark_kind { IG_MARK_USER = IG_USER, IG_MARK_GROUP = IG_GROUP, IG_MARK_DEFAULT, IG_MARK_AUDIT, IG_MARK_OPEN };
+enum ig_mark_kind {
+	IG_MARK_USER = IG_USER,
+	IG_MARK_GROUP = IG_GROUP,
+	IG_MARK_DEFAULT,
+	IG_MARK_AUDIT,
+	IG_MARK_OPEN,
+	IG_MARK_ACCEPTED, /* by egress: others made the connection */
+};
 struct ig_mark {
 	__u64 serial; /* ig_settings.serial of that moment */
 	__u32 fsuid;
-	__u32 gid; /* the allowed group, for IG_MARK_GROUP */
+	__u32 gid; /* the allowed group, for IG_MARK_GROUP; where the numbers began, for IG_MARK_ACCEPTED */
 	__u16 list; /* that allowed it, in the generation of that moment */
 	__u8 kind; /* enum ig_mark_kind; 0: not approved */
 	__u8 container_unchecked; /* containers were allowed then, so whether it is in one was not checked */

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import socket
+import struct
 from typing import Callable
 
 from imds_guard.policy.model import Policy
 from tests.adversary.model import Attack, Run, Verdict, Way
 from tests.adversary.rings import Ring
-from tests.adversary.scene import ATTACKER_TOO, ELSEWHERE, IPV6, OPEN4, USUAL
-from tests.adversary.talk import REQUEST, answer, ask, connected, make_socket, packed, there
+from tests.adversary.scene import ATTACKER_TOO, ELSEWHERE, IPV6, OPEN4, USUAL, as_attacker
+from tests.adversary.talk import REQUEST, answer, ask, connected, make_socket, packed, set_timeouts, there
 from tests.conformance.attempts import TCP_FASTOPEN_CONNECT
 
+_libc = ctypes.CDLL(None, use_errno=True)
 _UDP_CORK = 1  # include/uapi/linux/udp.h
 
 Pause = Callable[[], None]
@@ -104,11 +107,40 @@ def _sent_afterwards(prepare: Prepare) -> Run:
     return lambda scene: scene.across_a_change(ELSEWHERE, USUAL, attack)
 
 
+def _beside_a_listener(pause: Pause) -> bytes:
+    """A connection from before, with a listener on its own port, as if the peer had made it."""
+    with make_socket() as one, make_socket() as listening:
+        for each in (one, listening):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.connect(there())
+        pause()
+        listening.bind(one.getsockname())
+        listening.listen(1)
+        return ask(one)
+
+
+def _accepted_and_used_again() -> bytes:
+    """A socket that accept() has made is disconnected, and connects (AF_UNSPEC in connect(2))."""
+    with make_socket(OPEN4) as listening, make_socket(OPEN4) as peer:
+        listening.bind((OPEN4, 0))
+        listening.listen(1)
+        peer.connect(listening.getsockname())
+        one = listening.accept()[0]
+    with one:
+        set_timeouts(one)
+        one.recv(1)
+        unspecified = struct.pack("=H14x", socket.AF_UNSPEC)
+        _libc.connect(one.fileno(), unspecified, len(unspecified))
+        one.connect(there())
+        return ask(one)
+
+
 _FROM_BEFORE = {
     "tcp": Way(_used_afterwards(connected, ELSEWHERE, USUAL)),
     "tcp-ipv6": Way(_used_afterwards(_connected_ipv6, ELSEWHERE, USUAL)),
     "udp": Way(_used_afterwards(_connected_udp, ELSEWHERE, USUAL)),
     "fastopen": Way(_used_afterwards(_begun_fastopen, ELSEWHERE, USUAL), ("fastopen",)),
+    "beside-a-listener": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _beside_a_listener)),
 }
 
 ATTACKS = (
@@ -121,6 +153,14 @@ ATTACKS = (
             "socket": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _connected_afterwards)),
             "ring": Way(lambda scene: scene.across_a_change(ELSEWHERE, USUAL, _ring_from_before), ("io_uring",)),
         },
+    ),
+    Attack(
+        "socket-accepted",
+        "A socket of a connection that others made to the attacker, which `--strict` lets answer, is disconnected and "
+        "connects",
+        Verdict.BLOCKED,
+        "The hooks judge the connect. What `--strict` knows of the socket is good for that one connection.",
+        {"reused": Way(as_attacker(_accepted_and_used_again))},
     ),
     Attack(
         "connection-cut",

@@ -18,12 +18,8 @@ from tests.conformance.model import Case
 from tests.conformance.perform import perform
 
 MPTCP = [case for case in CASES if case.attempt.form == "mptcp"]
-DROPPED = "bound-to-locked-elsewhere"
-"""The client itself has a locked address. Strict mode drops the answers of other services of the machine to it: no hook
-has approved a socket that connects to an address that is not locked."""
 ROWS = [case for case in CASES if case not in MPTCP][::4]
 """Every fourth row. Families take turns in the table, and 3 and 4 have no common divisor, so all families are here."""
-ROWS = [case for case in ROWS if not case.id.startswith(f"{DROPPED}/")]
 
 
 class StrictEbpf(Ebpf):

@@ -154,7 +154,7 @@ HELPERS = {
     **{1: "map_lookup_elem", 2: "map_update_elem", 14: "get_current_pid_tgid", 16: "get_current_comm"},
     **{26: "skb_load_bytes", 35: "get_current_task", 47: "get_socket_uid", 80: "get_current_cgroup_id"},
     **{84: "sk_lookup_tcp", 86: "sk_release", 99: "skc_lookup_tcp"},
-    **{95: "sk_fullsock", 107: "sk_storage_get", 113: "probe_read_kernel", 122: "get_netns_cookie"},
+    **{95: "sk_fullsock", 96: "tcp_sock", 107: "sk_storage_get", 113: "probe_read_kernel", 122: "get_netns_cookie"},
     **{125: "ktime_get_boot_ns", 130: "ringbuf_output"},
 }
 """include/uapi/linux/bpf.h: those that Linux 5.10 gives programs at these hooks."""

@@ -193,6 +193,68 @@ A_MARK_OF_AN_EARLIER_POLICY = {
 }
 
 
+def accepted(mark: Mark | None = None, state: State = State.ESTABLISHED, acked: int = 0, **more: object) -> Ends:
+    """A socket with the numbers that only a connection of others has; ``mark`` is what a packet before has left."""
+    return Ends(sending=Socket(state, mark, acked=acked, first=7, **more))  # type: ignore[arg-type]
+
+
+ACCEPTED = Mark(MarkKind.ACCEPTED, gid=7)
+SYN_ACK, DATA = replace(PACKET, tcp_flags=SYN | ACK), replace(PACKET, has_data=True)
+
+A_CONNECTION_OF_OTHERS = {
+    "the listener answers a SYN": Row(TWO_LOCKS, SYN_ACK, accepted(state=State.LISTEN), R.INCOMING),
+    "the accepted socket answers a SYN with Fast Open": Row(
+        TWO_LOCKS, SYN_ACK, accepted(state=State.SYN_RECV), R.INCOMING
+    ),
+    "a socket that connects answers no SYN": Row(
+        TWO_LOCKS, SYN_ACK, accepted(state=State.SYN_SENT), R.UNAPPROVED_SOCKET
+    ),
+    "a SYN alone": Row(TWO_LOCKS, replace(PACKET, tcp_flags=SYN), accepted(ACCEPTED), R.UNAPPROVED_SOCKET),
+    "the first packet": Row(TWO_LOCKS, PACKET, accepted(), R.INCOMING),
+    "it closes at once": Row(TWO_LOCKS, replace(PACKET, tcp_flags=FIN | ACK), accepted(), R.INCOMING),
+    "a later packet": Row(TWO_LOCKS, PACKET, accepted(ACCEPTED, acked=20), R.INCOMING),
+    "a later packet without a mark": Row(TWO_LOCKS, PACKET, accepted(acked=20), R.UNAPPROVED_SOCKET),
+    "the SYN of a connect was acknowledged": Row(TWO_LOCKS, PACKET, accepted(acked=1), R.UNAPPROVED_SOCKET),
+    "the mark is of another connection of the socket": Row(
+        TWO_LOCKS, PACKET, accepted(replace(ACCEPTED, gid=8), acked=1), R.UNAPPROVED_SOCKET
+    ),
+    "Fast Open: data before the handshake is over": Row(TWO_LOCKS, DATA, accepted(state=State.SYN_RECV), R.INCOMING),
+    "both ends have connected: no data before the handshake is over": Row(
+        TWO_LOCKS, PACKET, accepted(state=State.SYN_RECV), R.UNAPPROVED_SOCKET
+    ),
+    "its connect is not answered yet": Row(TWO_LOCKS, DATA, accepted(state=State.SYN_SENT), R.UNAPPROVED_SOCKET),
+    "a raw socket": Row(TWO_LOCKS, PACKET, accepted(is_tcp=False), R.UNAPPROVED_SOCKET),
+    "an answer over UDP": Row(
+        TWO_LOCKS, replace(PACKET, protocol=Protocol.UDP, tcp_flags=0), accepted(is_tcp=False), R.UNAPPROVED_SOCKET
+    ),
+    "a first fragment of it": Row(TWO_LOCKS, replace(PACKET, fragment=Fragment.FIRST), accepted(), R.UNAPPROVED_SOCKET),
+    "without flags": Row(TWO_LOCKS, replace(PACKET, tcp_flags=0), accepted(), R.UNAPPROVED_SOCKET),
+    "no whole socket": Row(TWO_LOCKS, SYN_ACK, accepted(state=State.NEW_SYN_RECV), R.UNAPPROVED_SOCKET),
+    "an accepted socket is no client of an open port": Row(
+        TWO_LOCKS,
+        replace(ANSWER, source_port=53),
+        Ends(Socket(), None, Socket(mark=ACCEPTED), True),
+        R.UNAPPROVED_SOCKET,
+    ),
+}
+
+
+def test_the_first_packet_of_a_service_marks_its_socket() -> None:
+    """Once; a SYN-ACK leaves no mark, since the listener has other connections, too."""
+    after = [
+        decide_packet(TWO_LOCKS, SERIAL, packet, ends).mark
+        for packet, ends in (
+            (PACKET, accepted()),
+            (PACKET, accepted(BY_GROUP)),
+            (PACKET, accepted(ACCEPTED, acked=20)),
+            (SYN_ACK, accepted(state=State.LISTEN)),
+            (PACKET, accepted(acked=1)),
+            (PACKET, sent_by(BY_USER)),
+        )
+    ]
+    assert after == [ACCEPTED, ACCEPTED, None, None, None, None]
+
+
 def answered(client: Socket | None, *, by_loopback: bool = True) -> Ends:
     return Ends(sending=Socket(), at_destination=client, by_loopback=by_loopback)
 
@@ -261,7 +323,13 @@ WITHOUT_AN_APPROVED_SOCKET = {
     ),
 }
 
-TABLE = {**WHAT_IS_GUARDED, **THE_SENDING_SOCKET, **A_MARK_OF_AN_EARLIER_POLICY, **WITHOUT_AN_APPROVED_SOCKET}
+TABLE = {
+    **WHAT_IS_GUARDED,
+    **THE_SENDING_SOCKET,
+    **A_MARK_OF_AN_EARLIER_POLICY,
+    **A_CONNECTION_OF_OTHERS,
+    **WITHOUT_AN_APPROVED_SOCKET,
+}
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -272,9 +340,14 @@ def test_row(name: str) -> None:
 
 
 def test_no_row_hides_another() -> None:
-    assert len(TABLE) == len(WHAT_IS_GUARDED) + len(THE_SENDING_SOCKET) + len(A_MARK_OF_AN_EARLIER_POLICY) + len(
-        WITHOUT_AN_APPROVED_SOCKET
+    parts = (
+        WHAT_IS_GUARDED,
+        THE_SENDING_SOCKET,
+        A_MARK_OF_AN_EARLIER_POLICY,
+        A_CONNECTION_OF_OTHERS,
+        WITHOUT_AN_APPROVED_SOCKET,
     )
+    assert len(TABLE) == sum(map(len, parts))
 
 
 def test_the_table_has_every_reason() -> None:
@@ -309,7 +382,15 @@ marks = st.builds(
     st.sampled_from((0, 1, 512, 1001)),
     st.booleans(),
 )
-sockets = st.builds(Socket, st.sampled_from(State), st.none() | marks, st.lists(marks, max_size=2).map(tuple))
+sockets = st.builds(
+    Socket,
+    st.sampled_from(State),
+    st.none() | marks,
+    st.lists(marks, max_size=2).map(tuple),
+    st.booleans(),
+    st.sampled_from((0, 1, 2)),
+    st.sampled_from((0, 1)),
+)
 ends_of_packets = st.builds(Ends, st.none() | sockets, st.none() | sockets, st.none() | sockets, st.booleans())
 packets = st.builds(
     Packet,
@@ -321,6 +402,7 @@ packets = st.builds(
     st.integers(0, 65535),
     st.integers(0, 65535),
     st.integers(0, 255),
+    st.booleans(),
 )
 
 

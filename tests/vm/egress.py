@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from random import Random
+from socket import SOCK_STREAM
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
@@ -38,8 +39,8 @@ from tests.vm.values import Outcome, outcome_of, port_be
 CASES = 400
 """For each policy."""
 
-_PACKET, _NUMBERS = struct.Struct("=IIIiI"), struct.Struct("=II")
-_SOCKET = struct.Struct(f"=II16s16sHH4I{MARK_BYTES}s{EARLIER_BYTES}s")
+_PACKET, _NUMBERS = struct.Struct("=IIIiI"), struct.Struct("=II4x")
+_SOCKET = struct.Struct(f"=II16s16sHH5IQ2I{MARK_BYTES}s{EARLIER_BYTES}s")
 assert [one.size for one in (_PACKET, _SOCKET)] == list(map(ctypes.sizeof, (PacketC, SocketC)))
 _CASE_BYTES = ctypes.sizeof(PacketCaseC)
 assert _PACKET.size + _NUMBERS.size + CASE_SOCKETS * _SOCKET.size == _CASE_BYTES
@@ -74,6 +75,8 @@ class EgressModel:
     def expected(self, case: PacketCase, packet: Packet | None, decision: PacketDecision) -> bytes:
         """The struct outcome. Before it the counters and the report are empty."""
         mark, earlier = case.sockets[0].mark, case.sockets[0].earlier
+        if decision.mark is not None:
+            mark = abi.MARK.pack(0, 0, decision.mark.gid, 0, decision.mark.kind, 0)
         stored, as_before = (mark is not None, earlier is not None), (mark or b"", earlier or b"")
         if packet is None or decision.reason is not PacketReason.UNAPPROVED_SOCKET:
             return OUTCOME.pack(1, 0, 0, 0, *stored, b"", b"", b"", b"", *as_before)
@@ -113,13 +116,15 @@ class EgressModel:
         state = State(one.state) if one.state in _STATES else State.ESTABLISHED
         earlier = [self._mark(raw) for raw in _marks(one.earlier or b"")]
         mark = None if one.mark is None else self._mark(one.mark)
-        return Socket(state, mark, tuple(known for known in earlier if known is not None))
+        kept = tuple(known for known in earlier if known is not None)
+        is_tcp = (one.type, one.protocol) == (SOCK_STREAM, values.IPPROTO_TCP)
+        return Socket(state, mark, kept, is_tcp, one.acked, (one.snd_una - one.acked) & 0xFFFFFFFF)
 
     def _mark(self, raw: bytes) -> Mark | None:
         serial, fsuid, gid, lists, kind, unchecked = abi.MARK.unpack(raw)
         if kind == 0:
             return None  # the socket could not be marked
-        known = MarkKind(kind) if kind <= MarkKind.OPEN else MarkKind.OPEN  # of a later version: good for no lock
+        known = MarkKind(kind) if kind <= MarkKind.ACCEPTED else MarkKind.OPEN  # of a later version: good for no lock
         return Mark(known, serial, self._lock_of_list.get(lists), fsuid, gid, bool(unchecked))
 
 
@@ -235,7 +240,8 @@ def _packed_socket(one: values.Socket) -> bytes:
     ports = port_be(one.local_port), port_be(one.remote_port)
     stored = one.mark is not None, one.earlier is not None
     kept = one.mark or b"", one.earlier or b""
-    return _SOCKET.pack(family, one.state, one.local, one.remote, *ports, one.device, one.full, *stored, *kept)
+    tcp = one.type, one.protocol, one.snd_una, one.acked
+    return _SOCKET.pack(family, one.state, one.local, one.remote, *ports, one.device, one.full, *tcp, *stored, *kept)
 
 
 def differences(

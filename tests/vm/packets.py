@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from random import Random
 from typing import NamedTuple
 
@@ -17,8 +18,11 @@ from tests.vm.values import (
     ESTABLISHED,
     ETH_P_IP,
     ETH_P_IPV6,
+    IPPROTO_TCP,
+    IPPROTO_UDP,
     LISTEN,
     NEW_SYN_RECV,
+    SYN_RECV,
     SYN_SENT,
     TIME_WAIT,
     Packet,
@@ -40,7 +44,12 @@ _FLAGS = (
 _OFFSETS = (1, 2, 0x80, 0xFF, 0x100, 0x1000, 0x1F00, 0x1FFF)
 _KINDS = (HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DESTINATION_OPTIONS, DESTINATION_OPTIONS)
 _ROUTING_TYPES = (0, 2, 3, 4)
-_STATES = (ESTABLISHED, ESTABLISHED, TIME_WAIT, NEW_SYN_RECV, SYN_SENT, LISTEN, CLOSE)
+_STATES = (ESTABLISHED, ESTABLISHED, TIME_WAIT, NEW_SYN_RECV, SYN_SENT, SYN_RECV, LISTEN, CLOSE)
+_KINDS_OF_SOCKETS = (
+    *((socket.SOCK_STREAM, IPPROTO_TCP),) * 4,
+    *((socket.SOCK_RAW, IPPROTO_TCP), (socket.SOCK_RAW, socket.IPPROTO_RAW), (socket.SOCK_DGRAM, IPPROTO_UDP)),
+    (socket.SOCK_STREAM, socket.IPPROTO_SCTP),
+)
 
 
 class PacketCase(NamedTuple):
@@ -177,7 +186,7 @@ class MarkMaker:
             r.choice(self._users) if chance(r, 0.8) else r.choice(self._groups),
             r.choice(self._groups) if chance(r, 0.8) else r.choice(self._users),
             r.randrange(self._lists) if chance(r, 0.85) else r.choice(numbers),
-            r.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 255)),
+            r.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7, 255)),
             r.randrange(2),
         )
 
@@ -205,7 +214,16 @@ def _socket(r: Random, local: End, remote: End, state: int, marks: MarkMaker) ->
     mark = marks.mark(r) if full else None
     approved = mark is not None and abi.MARK.unpack(mark)[4] != 0
     earlier = marks.earlier(r) if approved and chance(r, 0.4) else None
-    return Socket(local.address, remote.address, local.port, remote.port, state, mark, earlier, full=full)
+    made = Socket(local.address, remote.address, local.port, remote.port, state, mark, earlier, full=full)
+    if chance(r, 0.5):
+        return made
+    kind, protocol = r.choice(_KINDS_OF_SOCKETS)
+    acked = r.choice((0, 0, 0, 1, 2, 1 << 32, (1 << 64) - 1))
+    first = r.getrandbits(32)
+    if full and chance(r, 0.3):
+        made = made._replace(mark=abi.MARK.pack(0, 0, first, 0, abi.MARK_ACCEPTED, 0))
+        first = r.choice((first, first, first + 1))
+    return made._replace(type=kind, protocol=protocol, acked=acked, snd_una=(first + acked) & 0xFFFFFFFF)
 
 
 def _near(r: Random, one: Socket) -> Socket:

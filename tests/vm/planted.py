@@ -66,6 +66,14 @@ FAULTS = (
     Fault("rows-of-others-are-of-one-lock", "notify.h", "key.lock = IG_NO_LOCK;", ""),
     Fault("an-earlier-mark-is-lost", "mark.h", "earlier->marks[mark->list % IG_EARLIER_MARKS] = *mark;", ""),
     Fault("an-earlier-mark-is-not-read", "egress.h", "&earlier->marks[i]", "&earlier->marks[0]"),
+    # Connections that others made.
+    Fault("a-connect-counts-as-accepted", "incoming.h", "if (tcp->bytes_acked ||", "if ("),
+    Fault("a-raw-socket-counts-as-tcp", "incoming.h", "sk->type != IG_SOCK_STREAM ||", ""),
+    Fault("a-syn-is-of-an-accepted-connection", "incoming.h", "!(flags & IG_TCP_ACK)", "!flags"),
+    Fault("an-accepted-mark-is-good-for-a-later-connection", "incoming.h", " && mark->gid == first", ""),
+    Fault("an-accepted-connection-is-forgotten", "incoming.h", "\tig_set_accepted_mark(sk, first);\n", ""),
+    Fault("a-fast-open-answer-is-dropped", "incoming.h", "|| ig_has_data(skb, transport_offset)", ""),
+    Fault("an-accepted-socket-counts-as-a-client", "egress.h", "&& mark->kind != IG_MARK_ACCEPTED", ""),
     Fault("a-mark-of-another-list", "mark.h", "mark->list = list;", "mark->list = 0;"),
 )  # fmt: skip
 

@@ -57,6 +57,10 @@ class SocketC(ctypes.Structure):
         ("remote_port", c_uint16),
         ("device", c_uint32),
         ("full", c_uint32),
+        ("type", c_uint32),
+        ("protocol", c_uint32),
+        ("snd_una", c_uint32),
+        ("bytes_acked", c_uint64),
         ("marked", c_uint32),
         ("marked_earlier", c_uint32),
         ("mark", c_uint8 * MARK_BYTES),
@@ -102,6 +106,7 @@ class PacketCaseC(ctypes.Structure):
         ("packet", PacketC),
         ("bytes_at", c_uint32),
         ("sockets_len", c_uint32),
+        ("pad", c_uint32),
         ("sockets", SocketC * CASE_SOCKETS),
     ]
 

@@ -12,6 +12,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from socket import IPPROTO_SCTP, IPPROTO_TCP, SOCK_RAW, SOCK_STREAM
 
 import pytest
 
@@ -40,6 +41,7 @@ from tests.vm.values import (
     ETH_P_IPV6,
     LISTEN,
     NEW_SYN_RECV,
+    SYN_RECV,
     SYN_SENT,
     TIME_WAIT,
     Packet,
@@ -108,6 +110,8 @@ def try_small_spaces(machine: Machine) -> None:
         test_every_mark_of_the_client(machine, lists)
     for address, port in itertools.product((TO4.packed, TO6.packed), (SERVICE_PORT, OPEN_PORT)):
         test_every_pair_of_sockets_at_the_two_ends(machine, address, port)
+    for version in (4, 6):
+        test_every_socket_that_a_connection_of_others_can_have(machine, version)
 
 
 # --- random packets ---------------------------------------------------------------------------------------------------
@@ -295,6 +299,7 @@ MARKS = (
     abi.MARK.pack(SERIAL, USER, 0, 0, abi.MARK_USER, 0),
     abi.MARK.pack(EARLIER, DENIED, 0, 0, abi.MARK_USER, 0),
     abi.MARK.pack(0, 0, 0, 0, abi.MARK_OPEN, 0),
+    abi.MARK.pack(0, 0, 0, 0, abi.MARK_ACCEPTED, 0),
     abi.MARK.pack(0, 0, 0, 0, 0, 0),
 )
 SERVICE_PORT, OPEN_PORT, CLIENT_PORT = 80, 53, 40_000
@@ -338,7 +343,12 @@ def test_every_pair_of_sockets_at_the_two_ends(machine: Machine, address: bytes,
         ]
         made.append(plain(data, kind, sockets, interface))
     met = require_same(machine, LOCAL_SERVICE, made)
-    assert {*met} == {PacketReason.REPLY, PacketReason.CLOSED, PacketReason.UNAPPROVED_SOCKET}
+    assert {*met} == {
+        PacketReason.INCOMING,
+        PacketReason.REPLY,
+        PacketReason.CLOSED,
+        PacketReason.UNAPPROVED_SOCKET,
+    }
 
 
 @pytest.mark.parametrize("fragment", [0, packets.MORE_FRAGMENTS], ids=["whole", "first-fragment"])
@@ -350,6 +360,53 @@ def test_all_tcp_flags(machine: Machine, state: int, fragment: int) -> None:
         own = Socket(FROM4.packed, TO4.packed, 40_000, 80, state, full=state not in NOT_FULL)
         made.append(plain(data, ETH_P_IP, [Socket(), own]))
     require_same(machine, ALL_OF_IT, made)
+
+
+FIRST_NUMBER = 0xFFFFFFF0
+ACCEPTED_MARKS = (
+    *MARKS,
+    abi.MARK.pack(0, 0, FIRST_NUMBER, 0, abi.MARK_ACCEPTED, 0),
+    abi.MARK.pack(0, 0, FIRST_NUMBER + 1, 0, abi.MARK_ACCEPTED, 0),
+    abi.MARK.pack(0, 0, FIRST_NUMBER, 0, abi.MARK_OPEN, 0),
+)
+KINDS_OF_SOCKETS = ((SOCK_STREAM, IPPROTO_TCP), (SOCK_RAW, IPPROTO_TCP), (SOCK_STREAM, IPPROTO_SCTP))
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_every_socket_that_a_connection_of_others_can_have(machine: Machine, version: int) -> None:
+    """Each state, mark, number of acknowledged bytes and kind of socket, and packets of each form."""
+    flags = (packets.ACK, packets.ACK | packets.FIN, packets.ACK | packets.SYN, packets.SYN, packets.PSH)
+    forms = list(itertools.product(flags, (b"x", b""), (0, packets.MORE_FRAGMENTS)))
+    made = []
+    for state, mark, acked, kind in itertools.product(
+        (*STATES, SYN_RECV), ACCEPTED_MARKS, (0, 1, 20, 1 << 32), KINDS_OF_SOCKETS
+    ):
+        full = state not in NOT_FULL
+        own = Socket(state=state, mark=mark if full else None, full=full, type=kind[0], protocol=kind[1])
+        own = own._replace(acked=acked, snd_una=(FIRST_NUMBER + acked) & 0xFFFFFFFF)
+        made += [(own, form) for form in (forms if kind == KINDS_OF_SOCKETS[0] else forms[:1])]
+    ethertype = ETH_P_IP if version == 4 else ETH_P_IPV6
+    cases = [plain(_segment(version, *form), ethertype, [own]) for own, form in made]
+    met = require_same(machine, ALL_OF_IT, cases)
+    assert {*met} == {PacketReason.APPROVED_SOCKET, PacketReason.INCOMING, PacketReason.UNAPPROVED_SOCKET}
+
+
+def _segment(version: int, flags: int, data: bytes, fragment: int) -> bytes:
+    segment = packets.tcp(CLIENT_PORT, SERVICE_PORT, flags, data)
+    if version == 4:
+        return Ipv4(FROM4.packed, TO4.packed, packets.TCP, fragment).packet(segment)
+    chain = [fragment_header(0, more=True)] if fragment else []
+    return Ipv6(FROM6.packed, TO6.packed, packets.TCP, chain).packet(segment)
+
+
+def connections_of_others_are_known(machine: Machine) -> bool:
+    """Whether the two tests that have them pass."""
+    try:
+        test_every_socket_that_a_connection_of_others_can_have(machine, 4)
+        test_every_pair_of_sockets_at_the_two_ends(machine, TO4.packed, OPEN_PORT)
+    except AssertionError:
+        return False
+    return True
 
 
 def test_a_lookup_compares_both_ends(machine: Machine) -> None:

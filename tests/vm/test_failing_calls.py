@@ -84,7 +84,7 @@ _EGRESS_CALLS = {
     *(("map_update_elem", number) for number in (Map.REPORT, Map.SHARES)),
     ("ringbuf_output", Map.EVENTS),
     *(("sk_storage_get", number) for number in (Map.MARKS, Map.EARLIER)),
-    *((name, None) for name in ("skb_load_bytes", "sk_fullsock", "sk_lookup_tcp", "skc_lookup_tcp")),
+    *((name, None) for name in ("skb_load_bytes", "sk_fullsock", "tcp_sock", "sk_lookup_tcp", "skc_lookup_tcp")),
 }
 """Every call of a hook that can fail. One that is new belongs here, and where needed in a table above."""
 

@@ -13,7 +13,7 @@ from tests.vm.machine import Machine
 from tests.vm.planted import FAULTS, Fault, planted
 from tests.vm.test_corners import empty_entry_passes
 from tests.vm.test_decisions import FIXED_SEED
-from tests.vm.test_egress import every_earlier_mark_counts
+from tests.vm.test_egress import connections_of_others_are_known, every_earlier_mark_counts
 from tests.vm.test_report import rows_beyond_a_share_are_of_all_locks
 
 _SCENES = 100
@@ -23,6 +23,11 @@ _OTHER_TESTS = {
     "an-entry-without-ranges-locks": empty_entry_passes,
     "rows-of-others-are-of-one-lock": rows_beyond_a_share_are_of_all_locks,
     "an-earlier-mark-is-not-read": every_earlier_mark_counts,
+    **{
+        fault.name: connections_of_others_are_known
+        for fault in FAULTS
+        if fault.file == "incoming.h" or fault.name == "an-accepted-socket-counts-as-a-client"
+    },
 }
 
 

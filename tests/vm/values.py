@@ -16,7 +16,7 @@ from tests.vm.structs import AttemptC, OutcomeC, PacketC, SocketC, TaskC, Trap
 PF_KTHREAD = 0x00200000  # include/linux/sched.h
 IPPROTO_TCP, IPPROTO_UDP, IPPROTO_MPTCP = 6, 17, 262
 ETH_P_IP, ETH_P_IPV6 = 0x0800, 0x86DD
-ESTABLISHED, SYN_SENT, TIME_WAIT, CLOSE, LISTEN, NEW_SYN_RECV = 1, 2, 6, 7, 10, 12
+ESTABLISHED, SYN_SENT, SYN_RECV, TIME_WAIT, CLOSE, LISTEN, NEW_SYN_RECV = 1, 2, 3, 6, 7, 10, 12
 """BPF_TCP_* in include/uapi/linux/bpf.h."""
 
 IPV4_HOOKS = ("connect4", "sendmsg4")
@@ -125,6 +125,11 @@ class Socket(NamedTuple):
     """SO_BINDTODEVICE."""
     full: bool = True
     """False for TIME_WAIT and for sockets that are only a request."""
+    type: int = socket_module.SOCK_STREAM
+    protocol: int = IPPROTO_TCP
+    acked: int = 1
+    """tcp_sock.bytes_acked. The SYN of a connect counts as one."""
+    snd_una: int = 1
 
     def to_c(self) -> SocketC:
         """struct socket_facts."""
@@ -135,6 +140,10 @@ class Socket(NamedTuple):
             remote_port=port_be(self.remote_port),
             device=self.device,
             full=self.full,
+            type=self.type,
+            protocol=self.protocol,
+            snd_una=self.snd_una,
+            bytes_acked=self.acked,
             marked=self.mark is not None,
             marked_earlier=self.earlier is not None,
         )

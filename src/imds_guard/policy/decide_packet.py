@@ -4,8 +4,8 @@
 bpf/egress.h is compared with it. Nothing here touches the system.
 
 A connect is judged by who makes it; a packet by the socket that sends it. The connect hooks mark each socket that they
-let through with the reason. A packet to a locked endpoint leaves when the reason still holds. Few others leave: answers
-of a service on this machine to its approved clients, resets, and what the kernel says for a connection that is closed.
+let through with the reason. A packet to a locked endpoint leaves when the reason still holds. Few others leave: what
+belongs to a connection that others made, resets, and what the kernel says for a connection that is closed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Union
 
 from imds_guard.policy.decide import Destination, find_lock, is_locked_anywhere
 from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict
-from imds_guard.policy.packet import RST, SYN, Fragment, Packet
+from imds_guard.policy.packet import ACK, RST, SYN, Fragment, Packet
 
 # --- the question ---------------------------------------------------------------------------------------------------
 
@@ -31,6 +31,8 @@ class MarkKind(enum.IntEnum):
     """It would have been denied, but the mode was audit."""
     OPEN = 5
     """A TCP connect to a locked address, to a port that is not locked."""
+    ACCEPTED = 6
+    """Others made the connection. It is the only mark that decide_packet() itself leaves."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Mark:
     """The lock whose lists let it through. Only read where the serial is that of the policy."""
     fsuid: int = 0
     gid: int = 0
-    """The allowed group, for GROUP."""
+    """The allowed group, for GROUP. For ACCEPTED it is Socket.first."""
     containers_unchecked: bool = False
     """Containers were allowed then, so nobody asked whether the caller was in one."""
 
@@ -54,6 +56,7 @@ class State(enum.IntEnum):
 
     ESTABLISHED = 1
     SYN_SENT = 2
+    SYN_RECV = 3
     TIME_WAIT = 6
     LISTEN = 10
     NEW_SYN_RECV = 12
@@ -73,6 +76,12 @@ class Socket:
     earlier: tuple[Mark, ...] = ()
     """Of calls before it, where they were let through by other lists: a UDP socket may be connected to one lock and
     send to another one. The kernel keeps at least the last one of each of 8 lists."""
+    is_tcp: bool = True
+    """False for UDP and for raw sockets, whatever their protocol."""
+    acked: int = 1
+    """Bytes that the peer has acknowledged. The SYN of a connect counts as one: kernel/tcp_birth.py."""
+    first: int = 0
+    """The sequence number where ``acked`` began to count. It is random, and so another one for each connection."""
 
     @property
     def approval(self) -> Mark | None:
@@ -115,6 +124,7 @@ class PacketReason(enum.Enum):
     NOT_LOCKED = "not locked"
     NOT_STRICT = "the policy is not strict"
     APPROVED_SOCKET = "the reason that let the socket through still holds"
+    INCOMING = "it belongs to a connection that others made to a service of this machine"
     REPLY = "a service of this machine answers an approved client"
     RESET = "a reset: it ends a connection"
     CLOSED = "it belongs to a closed connection, which the kernel keeps for a while"
@@ -129,6 +139,8 @@ class PacketDecision:
     reason: PacketReason
     lock: str | None = None
     """None also where nobody can say which lock it is: the packet is unreadable, or goes to 0.0.0.0."""
+    mark: Mark | None = None
+    """What is left on the sending socket, in place of its mark."""
 
 
 # --- the decision ---------------------------------------------------------------------------------------------------
@@ -148,7 +160,8 @@ def decide_packet(policy: Policy, serial: int, packet: Packet | None, ends: Ends
     lock = target.name if isinstance(target, Lock) else None
     reason = _reason(policy, serial, packet, ends, target) if policy.strict else PacketReason.NOT_STRICT
     dropped = reason is PacketReason.UNAPPROVED_SOCKET and policy.mode is Mode.ENFORCE
-    return PacketDecision(not dropped, reason, lock)
+    mark = _new_mark(packet, ends.sending) if reason is PacketReason.INCOMING else None
+    return PacketDecision(not dropped, reason, lock, mark)
 
 
 class Unlocked(enum.Enum):
@@ -188,6 +201,8 @@ def _reason(policy: Policy, serial: int, packet: Packet, ends: Ends, target: Tar
     approvals = () if ends.sending is None else ends.sending.approvals
     if any(_approves(policy, serial, target, mark) for mark in approvals):
         return PacketReason.APPROVED_SOCKET
+    if ends.sending is not None and _is_of_incoming(packet, ends.sending):
+        return PacketReason.INCOMING
     if packet.tcp_flags and ends.by_loopback and _is_for_approved(policy, serial, packet, ends.at_destination):
         return PacketReason.REPLY
     # The kernel sends what follows in one piece. In a fragment the flags may be overwritten (RFC 1858, section 3).
@@ -202,6 +217,36 @@ def _reason(policy: Policy, serial: int, packet: Packet, ends: Ends, target: Tar
     return PacketReason.UNAPPROVED_SOCKET
 
 
+def _is_of_incoming(packet: Packet, sending: Socket) -> bool:
+    """Whether the packet belongs to a connection that others made.
+
+    A connection whose handshake is over, without an acknowledged byte, was accepted. A SYN-ACK belongs to the socket
+    that listens; with Fast Open to the accepted one, which can send data before the handshake is over. No other can.
+    """
+    is_whole = sending.state not in (State.TIME_WAIT, State.NEW_SYN_RECV)
+    if not (is_whole and sending.is_tcp and packet.fragment is Fragment.WHOLE and packet.tcp_flags & ACK):
+        return False
+    if packet.tcp_flags & SYN:
+        return sending.state in (State.LISTEN, State.SYN_RECV)
+    if _is_marked_accepted(sending):
+        return True
+    handshake_is_over = sending.state is not State.SYN_RECV or packet.has_data
+    return sending.acked == 0 and sending.state is not State.SYN_SENT and handshake_is_over
+
+
+def _is_marked_accepted(sending: Socket) -> bool:
+    """A socket that was used again, with connect(), has another connection now."""
+    mark = sending.approval
+    return mark is not None and mark.kind is MarkKind.ACCEPTED and mark.gid == sending.first
+
+
+def _new_mark(packet: Packet, sending: Socket | None) -> Mark | None:
+    """The first packet of a service marks its socket: later ones show nothing of who made the connection."""
+    if sending is None or packet.tcp_flags & SYN or _is_marked_accepted(sending):
+        return None
+    return Mark(MarkKind.ACCEPTED, gid=sending.first)
+
+
 def _is_for_approved(policy: Policy, serial: int, packet: Packet, client: Socket | None) -> bool:
     """Whether the receiver is a client that was approved for the service that the packet comes from.
 
@@ -213,7 +258,7 @@ def _is_for_approved(policy: Policy, serial: int, packet: Packet, client: Socket
     service = _target(policy, packet.source, packet.source_port, Protocol.TCP)
     if service is Unlocked.PORT:
         # Everybody may connect to it. The mark shows that the socket is the client: it made the connect.
-        return client.approval is not None
+        return client.approval is not None and client.approval.kind is not MarkKind.ACCEPTED
     return _approves(policy, serial, service, client.approval)
 
 
@@ -221,7 +266,7 @@ def _approves(policy: Policy, serial: int, target: Target, mark: Mark | None) ->
     """Whether the reason of a mark lets packets to a lock through now."""
     if mark is None or not isinstance(target, Lock):
         return False
-    if mark.kind is MarkKind.OPEN:
+    if mark.kind in (MarkKind.OPEN, MarkKind.ACCEPTED):
         return False
     if mark.kind is MarkKind.AUDIT:
         return policy.mode is Mode.AUDIT

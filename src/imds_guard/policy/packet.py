@@ -23,14 +23,14 @@ EXTENSION_HEADERS = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, AUTHENTICATION, DE
 MAX_EXTENSION_HEADERS = 7
 """A packet with more is unreadable. No stack sends as many."""
 
-RST, SYN = 0x04, 0x02
+SYN, RST, ACK = 0x02, 0x04, 0x10
 """RFC 9293, section 3.1."""
 
 _TRANSPORTS = {6: Protocol.TCP, 17: Protocol.UDP}
 _IPV4_HEADER, _IPV6_HEADER = 20, 40
 _EXTENSION_HEAD = struct.Struct("!BBH")  # next header; length; of a Fragment header the offset and the M flag
 _PORTS = struct.Struct("!HH")
-_TCP_FLAGS_AT = 13
+_TCP_LENGTH_AT, _TCP_FLAGS_AT = 12, 13
 
 
 class Fragment(enum.Enum):
@@ -56,6 +56,8 @@ class Packet:
     destination_port: int = 0
     tcp_flags: int = 0
     """0 for a packet that is not TCP, or too short to have flags."""
+    has_data: bool = False
+    """Something follows the TCP header. False for a packet without flags."""
 
 
 def read_packet(ethertype: int, data: bytes) -> Packet | None:
@@ -123,11 +125,8 @@ def _with_transport(packet: Packet, data: bytes, at: int, number: int) -> Packet
     if len(data) < at + _PORTS.size:
         return replace(packet, readable=False, protocol=protocol)
     source_port, destination_port = _PORTS.unpack_from(data, at)
-    flags = data[at + _TCP_FLAGS_AT : at + _TCP_FLAGS_AT + 1] if protocol is Protocol.TCP else b""
-    return replace(
-        packet,
-        protocol=protocol,
-        source_port=source_port,
-        destination_port=destination_port,
-        tcp_flags=flags[0] if flags else 0,
-    )
+    with_ports = replace(packet, protocol=protocol, source_port=source_port, destination_port=destination_port)
+    if protocol is not Protocol.TCP or len(data) <= at + _TCP_FLAGS_AT:
+        return with_ports
+    header = (data[at + _TCP_LENGTH_AT] >> 4) * 4
+    return replace(with_ports, tcp_flags=data[at + _TCP_FLAGS_AT], has_data=len(data) > at + header)

@@ -6,7 +6,9 @@
 #include "machine.h"
 #include "interface.h"
 #include <errno.h>
+#include <netinet/in.h>
 #include <string.h>
+#include <sys/socket.h>
 
 struct request {
 	const u64 *r; /* r1 to r5 at [1] to [5] */
@@ -191,6 +193,23 @@ static u64 sk_fullsock(struct machine *m, const struct request *call)
 	return call->fails || !m->sockets[socket].facts.full ? 0 : call->r[1];
 }
 
+/*
+ * The kernel takes every whole socket with the protocol TCP for a TCP socket, raw ones too, and reads beyond their end:
+ * bpf_tcp_sock() in net/core/filter.c.
+ */
+static u64 tcp_sock(struct machine *m, const struct request *call)
+{
+	s32 socket = socket_number(m, call->r[1]);
+	const struct socket_facts *facts;
+
+	if (!demand(m, socket >= 0))
+		return 0;
+	facts = &m->sockets[socket].facts;
+	if (!demand(m, facts->type == SOCK_STREAM || facts->protocol != IPPROTO_TCP))
+		return 0;
+	return call->fails || !facts->full || facts->protocol != IPPROTO_TCP ? 0 : (u64)m->sockets[socket].tcp_view;
+}
+
 static u64 look_up_socket(struct machine *m, const struct request *call, bool full)
 {
 	u64 len = call->r[3];
@@ -279,6 +298,7 @@ static const struct {
 	{ 84, "sk_lookup_tcp", sk_lookup_tcp, true, false },
 	{ 86, "sk_release", sk_release, false, false },
 	{ 95, "sk_fullsock", sk_fullsock, true, false },
+	{ 96, "tcp_sock", tcp_sock, true, false },
 	{ 99, "skc_lookup_tcp", skc_lookup_tcp, true, false },
 	{ 107, "sk_storage_get", sk_storage_get, true, true },
 	{ 113, "probe_read_kernel", probe_read_kernel, true, false },

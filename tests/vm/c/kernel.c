@@ -75,6 +75,7 @@ void vm_tasks_reset(struct machine *m)
 	m->skb = memory_new(&m->kernel_memory, sizeof(*m->skb), MAY_READ);
 	for (u32 n = 0; n < SOCKETS; n++) {
 		m->sockets[n].view = memory_new(&m->kernel_memory, sizeof(*m->sockets[n].view), MAY_READ);
+		m->sockets[n].tcp_view = memory_new(&m->kernel_memory, sizeof(*m->sockets[n].tcp_view), MAY_READ);
 		for (u32 map = 0; map < MAPS; map++)
 			if (m->maps[map].kind && map_is_storage(&m->maps[map]))
 				m->maps[map].storage[n] =
@@ -97,6 +98,7 @@ static void set_storage(struct machine *m, s32 number, u32 n, bool stored, const
 void vm_socket(struct machine *m, u32 n, const struct socket_facts *facts)
 {
 	struct bpf_sock *view = m->sockets[n].view;
+	struct bpf_tcp_sock *tcp_view = m->sockets[n].tcp_view;
 
 	m->sockets[n].facts = *facts;
 	if (m->sockets_len <= n)
@@ -105,8 +107,13 @@ void vm_socket(struct machine *m, u32 n, const struct socket_facts *facts)
 	view->bound_dev_if = facts->device;
 	view->family = facts->family;
 	view->state = facts->state;
+	view->type = facts->type;
+	view->protocol = facts->protocol;
 	view->src_ip4 = facts->local[0];
 	memcpy(view->src_ip6, facts->local, sizeof(view->src_ip6));
+	fill_with_junk(m, tcp_view, sizeof(*tcp_view));
+	tcp_view->snd_una = facts->snd_una;
+	tcp_view->bytes_acked = facts->bytes_acked;
 	set_storage(m, m->roles.marks, n, facts->marked, facts->mark);
 	set_storage(m, m->roles.earlier, n, facts->marked_earlier, facts->earlier);
 }

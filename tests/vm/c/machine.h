@@ -131,6 +131,10 @@ struct socket_facts {
 	u16 local_port, remote_port;
 	u32 device;
 	u32 full; /* false for TIME_WAIT and request sockets: struct inet_timewait_sock has no storage */
+	u32 type; /* SOCK_* */
+	u32 protocol; /* IPPROTO_* */
+	u32 snd_una; /* the next byte that the peer has not acknowledged */
+	u64 bytes_acked;
 	u32 marked; /* it has storage, mark[] */
 	u32 marked_earlier; /* and earlier[] */
 	u8 mark[MARK_BYTES];
@@ -140,6 +144,7 @@ struct socket_facts {
 struct socket {
 	struct socket_facts facts;
 	struct bpf_sock *view; /* what the program sees of it */
+	struct bpf_tcp_sock *tcp_view; /* and by bpf_tcp_sock() */
 };
 
 /* structs.py: AttemptC. A connect or sendmsg of socket 0. Network byte order; IPv4 in the first word. */
@@ -170,6 +175,7 @@ struct packet_case {
 	struct packet packet;
 	u32 bytes_at; /* in the bytes of all packets */
 	u32 sockets_len;
+	u32 pad;
 	struct socket_facts sockets[CASE_SOCKETS];
 };
 

@@ -126,7 +126,7 @@ GENERATION_AT: dict[Map, int] = {
 
 WATCH = struct.Struct("=I")  # log_allowed
 
-MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN = 1, 2, 3, 4, 5
+MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN, MARK_ACCEPTED = 1, 2, 3, 4, 5, 6
 MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, container_unchecked
 EARLIER_MARKS = 8
 
