@@ -17,9 +17,6 @@ NETWORK = "systemd-networkd.service"
 
 DROP_IN = Path(f"/etc/systemd/system/{UNIT}.d/slow.conf")
 SLOW = f"""\
-# The tests restart the unit more often than systemd allows on a fast machine: five times in ten seconds.
-[Unit]
-StartLimitIntervalSec=0
 # The limit of the unit itself is too short for an emulated machine.
 [Service]
 TimeoutStartSec={PATIENCE_S}
