@@ -30,6 +30,12 @@ class Unsupported(GuardError):
     exit_status = 69
 
 
+class AnswerLost(GuardError):
+    """The command did its work, and its answer could not be written to standard output (EX_IOERR)."""
+
+    exit_status = 74
+
+
 class NotPermitted(GuardError):
     """The caller lacks a privilege that the command needs (EX_NOPERM)."""
 

@@ -227,7 +227,7 @@ def run_by(*words: str) -> set[str]:
 def test_the_command_line_imports_no_command_that_is_not_called() -> None:
     imported = run_by("--version")
     assert {name.partition(".")[2] for name in imported if name.startswith("imds_guard.")} == {
-        *("cli", "cli.group", "cli.output", "errors"),
+        *("cli", "cli.group", "cli.output", "cli.streams", "errors"),
     }
     assert imported.isdisjoint(SLOW | {"ctypes", "hashlib", "socket", "tempfile"})
 

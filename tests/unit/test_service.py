@@ -13,7 +13,7 @@ import pytest
 
 import imds_guard
 from imds_guard.commands import own_files, service
-from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
+from imds_guard.errors import AnswerLost, BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
 from imds_guard.watch.process_info import MAX_ABANDONED
 from tests.tools import need
@@ -54,6 +54,16 @@ def hardening(name: str) -> list[tuple[str, str]]:
 
 def test_every_unit_file_is_installed() -> None:
     assert sorted(path.name for path in UNITS.iterdir()) == sorted(service.UNITS)
+
+
+def test_a_unit_may_be_restarted_as_often_as_somebody_likes() -> None:
+    """After five starts in ten seconds systemd would refuse the next one (systemd.unit(5))."""
+    assert of(service.MAIN, "Unit", "StartLimitIntervalSec") == ["0"]
+
+
+@pytest.mark.parametrize("name", GUARDING)
+def test_an_answer_that_is_lost_fails_no_unit(name: str) -> None:
+    assert str(AnswerLost.exit_status) in of(name, "Service", "SuccessExitStatus")
 
 
 @pytest.mark.parametrize("name", GUARDING)

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import click
 
+from imds_guard.cli import streams
 from imds_guard.cli.group import cli
 from imds_guard.cli.output import fail
 from imds_guard.errors import GuardError, system_text
@@ -27,7 +28,19 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
 
 
 def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> NoReturn:
-    """Runs a command and turns every way it can end into an exit status."""
+    """Runs a command. An answer that is lost changes the exit status of a command that has succeeded, and no other."""
+    streams.install()
+    try:
+        _call(command, arguments, name)
+    except SystemExit as ended:
+        lost = streams.answer_lost()
+        if ended.code in (0, None) and lost is not None:
+            fail(lost, lost.exit_status)
+        raise
+
+
+def _call(command: click.Command, arguments: Sequence[str] | None, name: str) -> NoReturn:
+    """Turns every way that a command can end into an exit status."""
     os.umask(0o022)  # the caller's may hide our files from root without CAP_DAC_OVERRIDE, or open them to others
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:

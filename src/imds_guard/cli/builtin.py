@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import click
-
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import backend_option, json_option
 from imds_guard.cli.output import print_json, print_lines, print_progress
@@ -40,7 +38,6 @@ def demo(backend: str | None, as_json: bool) -> None:
     if as_json:
         print_json(answers.demo_values(result))
     else:
-        click.echo(demonstration.render(result.rows))
-        click.echo(demonstration.LEGEND)
+        print_lines([demonstration.render(result.rows), demonstration.LEGEND])
     if not result.whole:
         raise GuardError("showing what the lock does: the kernel did not do what the policy says, see AFTER and WHY")

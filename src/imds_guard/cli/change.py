@@ -12,7 +12,7 @@ import click
 from imds_guard import CONFIG_PATH, identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option
-from imds_guard.cli.output import print_lines, print_outcome, print_progress, print_warnings
+from imds_guard.cli.output import print_done, print_outcome, print_progress, print_warnings
 from imds_guard.commands import guard
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.guard import Accept
@@ -39,10 +39,10 @@ def stop(service: str | None, everywhere: bool, cgroup: str | None) -> None:
     if everywhere and (service is not None or cgroup is not None):
         raise UsageError("--all is about every guard: neither --cgroup nor --service goes with it")
     if service is not None and not may_unlock(service):
-        print_lines([f"the lock stays in force: {service} is restarted, or the machine goes down"])
+        print_done([f"the lock stays in force: {service} is restarted, or the machine goes down"])
         return
     done = guard.stop_all() if everywhere else guard.stop(cgroup)
-    print_lines(done or ["imds-guard was not active: nothing to remove"])
+    print_done(done or ["imds-guard was not active: nothing to remove"])
     if service is None and cgroup is None and repairs_itself():
         print_warnings(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
 

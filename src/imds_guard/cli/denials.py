@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from imds_guard.cli import streams
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import print_json, print_lines
@@ -29,8 +30,10 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: str | None) -> None:
     from imds_guard.watch.options import WatchOptions  # noqa: PLC0415
 
     require_root("watch")
-    queue = LineQueue(sys.stdout.fileno(), event.as_json if as_json else event.as_line)
+    queue = LineQueue(sys.stdout.fileno(), event.as_json if as_json else event.as_line, sys.stdout.encoding)
     run.watch(WatchOptions(cgroup, allowed, once), queue, notify.ready)
+    if queue.error is not None:
+        streams.note_error(queue.error)
 
 
 @cli.command(short_help="Show who was denied, and what would let them through.")
@@ -61,4 +64,4 @@ def metrics(textfile: str | None, cgroup: str | None) -> None:
     if textfile is not None:
         metrics_command.write_textfile(text, textfile)
     else:
-        click.echo(text.decode(), nl=False)
+        streams.put_utf8(text)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
-import click
+from imds_guard.cli import streams
 
 if TYPE_CHECKING:
     from imds_guard.commands.outcome import Outcome
@@ -18,15 +18,25 @@ _DEFAULT_COLUMNS = 80
 
 def print_lines(lines: Iterable[str]) -> None:
     """Prints the answer to standard output."""
-    for line in lines:
-        click.echo(line)
+    print_text("".join(f"{line}\n" for line in lines))
+
+
+def print_text(text: str) -> None:
+    """As print_lines(), for text that has its line ends."""
+    streams.put(text)
+
+
+def print_done(lines: Iterable[str]) -> None:
+    """Prints what a command has changed."""
+    streams.require_reader()
+    print_lines(lines)
 
 
 def print_json(values: object) -> None:
     """Prints the answer as JSON to standard output."""
     import json  # noqa: PLC0415 -- start-up time: few calls ask for it
 
-    click.echo(json.dumps(values, indent=2, sort_keys=True))
+    print_lines([json.dumps(values, indent=2, sort_keys=True)])
 
 
 def print_warnings(sentences: Iterable[str]) -> None:
@@ -40,21 +50,33 @@ def _print_error(sentence: str) -> None:
     if sys.stderr.isatty():
         import textwrap  # noqa: PLC0415 -- start-up time: only a terminal needs it
 
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns or _DEFAULT_COLUMNS
-        sentence = textwrap.fill(sentence, columns, break_long_words=False, break_on_hyphens=False)
-    click.echo(sentence, err=True)
+        sentence = textwrap.fill(sentence, _columns(), break_long_words=False, break_on_hyphens=False)
+    _put_error(sentence)
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or _DEFAULT_COLUMNS
+    except OSError:  # a terminal that was hung up
+        return _DEFAULT_COLUMNS
+
+
+def _put_error(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def print_progress(line: str) -> None:
     """Prints to standard error where that is a terminal: somebody waits there."""
     if sys.stderr.isatty():
-        click.echo(line, err=True)
+        _put_error(line)
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
     """Prints the result of a change, and its warnings."""
     from imds_guard.present.outcome import outcome_lines, outcome_values, outcome_warnings  # noqa: PLC0415
 
+    streams.require_reader()
     if as_json:
         print_json(outcome_values(outcome))
         return

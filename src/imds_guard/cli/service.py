@@ -11,7 +11,7 @@ import click
 from imds_guard import CONFIG_PATH
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, config_option, json_option
-from imds_guard.cli.output import fail, print_json, print_lines, print_progress, print_warnings
+from imds_guard.cli.output import fail, print_done, print_json, print_lines, print_progress, print_warnings
 from imds_guard.cli.status import STATUS_UNKNOWN, exit_status
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
@@ -34,7 +34,7 @@ def install_service(**given: Any) -> None:
 
     require_root("install-service")
     done = service.install(service.ServiceOptions(**given), sys.argv[0])
-    print_lines(done.lines)
+    print_done(done.lines)
     print_warnings(done.warnings)
 
 
@@ -44,7 +44,7 @@ def uninstall_service() -> None:
     from imds_guard.commands import service  # noqa: PLC0415
 
     require_root("uninstall-service")
-    print_lines(service.uninstall())
+    print_done(service.uninstall())
 
 
 @cli.command(short_help="Check that everything is in place; --repair it.")

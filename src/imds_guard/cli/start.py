@@ -18,7 +18,7 @@ from imds_guard.cli.options import (
     policy_options,
     resolve_option,
 )
-from imds_guard.cli.output import print_json, print_lines, print_outcome, print_progress, print_warnings
+from imds_guard.cli.output import print_json, print_lines, print_outcome, print_progress, print_text, print_warnings
 from imds_guard.cli.policy_options import PolicyOptions
 from imds_guard.commands import boot as boot_command
 from imds_guard.commands import guard, look
@@ -152,4 +152,4 @@ def export(form: str, force: bool, cgroup: str | None, **given: Any) -> None:
             "--force prints it all the same"
         )
     print_warnings(exported.weakenings)
-    click.echo(exported.text, nl=False)
+    print_text(exported.text)

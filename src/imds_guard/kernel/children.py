@@ -186,7 +186,8 @@ class _Top:
 
 
 def _write_to_stderr(error: BaseException) -> None:
-    os.write(2, _text(error).encode())
+    with suppress(OSError):  # standard error may be closed or full
+        os.write(2, _text(error).encode())
 
 
 def send(fd: int, message: bytes) -> None:

@@ -20,9 +20,12 @@ _CHUNK_BYTES = 4096
 class LineQueue:
     """A bounded queue of lines in front of a file descriptor, which may be a blocking one."""
 
-    def __init__(self, fd: int, render: Callable[[Values], str]) -> None:
+    def __init__(self, fd: int, render: Callable[[Values], str], encoding: str = "utf-8") -> None:
         self.fd = fd
+        self.error: OSError | None = None
+        """Why lines could not be written, where the reader has not left."""
         self._render = render
+        self._encoding = encoding
         self._lines: deque[bytes] = deque()
         self._missed: dict[str, int] = {}
         self._poll = select.poll()
@@ -47,7 +50,7 @@ class LineQueue:
             kind = "lost" if values["event"] == "lost" else "count"
             self._missed[kind] = self._missed.get(kind, 0) + int(values.get("count", 0))
             return
-        self._lines.append(self._render(values).encode() + b"\n")
+        self._lines.append(self._render(values).encode(self._encoding, "backslashreplace") + b"\n")
 
     def push(self) -> bool:
         """Writes what can be written without blocking. False when the reader is gone."""
@@ -62,7 +65,8 @@ class LineQueue:
                 written = os.write(self.fd, line[:_CHUNK_BYTES])
             except BlockingIOError:
                 return True
-            except OSError:
+            except OSError as error:
+                self.error = error
                 return False
             if written == len(line):
                 self._lines.popleft()

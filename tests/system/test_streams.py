@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standard streams that are closed, full or broken: the lock is what was asked for, and the exit status says so."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Union
+
+import pytest
+
+from tests import command
+from tests.command import ONE, SERVICE, STRANGER, TWO, Guard
+from tests.kernel.guards import traces
+from tests.system.test_privilege import CHANGE, LOOK, NOTHING, argv
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
+
+DONE, INACTIVE, UNSAID, BAD_POLICY = 0, 3, 74, 78
+
+Target = Union[int, IO[bytes]]
+
+
+@contextmanager
+def full() -> Iterator[Target]:
+    """As a file on a full file system: write(2) ends with ENOSPC."""
+    with open("/dev/full", "wb") as file:
+        yield file
+
+
+@contextmanager
+def broken() -> Iterator[Target]:
+    """The reader has left: write(2) ends with EPIPE."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        yield writer
+    finally:
+        os.close(writer)
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """For run(), which closes it."""
+    yield None
+
+
+STATES = {"closed": closed, "full": full, "broken": broken}
+
+
+def run(words: tuple[str, ...], stdout: str = "", stderr: str = "", stdin: str = "") -> tuple[int, bytes]:
+    """The exit status and standard error of a program, one or more of whose streams are in one of STATES."""
+    closing = "".join(f" {fd}>&-" for fd, state in enumerate((stdin, stdout, stderr)) if state == "closed")
+    with STATES.get(stdout, closed)() as out, STATES.get(stderr, closed)() as err:
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'exec "$@"{closing}', "sh", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if out is None else out,
+            stderr=subprocess.PIPE if err is None else err,
+            timeout=command.TIMEOUT_S,
+            check=False,
+        )
+    assert b"Traceback" not in (done.stderr or b""), done
+    return done.returncode, done.stderr or b""
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Guard]:
+    """A running guard, which no test may change."""
+    with command.guard() as one:
+        one.start("--user", str(ONE), "--ip", SERVICE)
+        yield one
+
+
+# --- the answers of commands that change nothing ----------------------------------------------------------------------
+
+OF_LOOK = {"closed": DONE, "full": UNSAID, "broken": DONE}
+"""A closed stream is for nobody, and a reader that has left has read what it wanted."""
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", sorted({*LOOK, "endpoints"} - {"watch"}))
+def test_a_command_that_reads(running: Guard, name: str, state: str) -> None:
+    words = command.argv(("endpoints",)) if name == "endpoints" else argv(running, name)
+    status, said = run(words, stdout=state)
+    assert status == OF_LOOK[state], said
+    if status == UNSAID:
+        assert b"standard output: ENOSPC (No space left on device); the command has done its work" in said
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_log_of_denials(running: Guard, state: str) -> None:
+    """It has something to say only after a denial."""
+    assert running.reach(STRANGER) == "EPERM"
+    assert run(argv(running, "watch"), stdout=state)[0] == OF_LOOK[state]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("words", [("--version",), ("--help",), ("start", "--help")], ids=" ".join)
+def test_what_click_prints(words: tuple[str, ...], state: str) -> None:
+    assert run(command.argv(words), stdout=state)[0] == OF_LOOK[state]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", ["status", "verify"])
+def test_a_status_that_says_something_else_stays(guard: Guard, name: str, state: str) -> None:
+    """That nothing is locked matters more than that the answer was not read."""
+    words = command.argv((name, "--cgroup", guard.sandbox.cgroup))
+    assert run(words, stdout=state)[0] == INACTIVE
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("name", sorted({*LOOK} - {"demo"}))
+def test_standard_error_changes_no_status(running: Guard, name: str, state: str) -> None:
+    assert run(argv(running, name), stderr=state)[0] == DONE
+
+
+# --- commands that change something -----------------------------------------------------------------------------------
+
+OF_CHANGE = {"closed": DONE, "full": UNSAID, "broken": UNSAID}
+ALLOWED = {"start": [ONE], "ip-lockdown": [0, ONE], "allow": [0, ONE, TWO], "revoke": [0, TWO]}
+"""Who is let through after each of CHANGE."""
+
+
+def assert_all_changes_are_made(guard: Guard, status: int, **states: str) -> None:
+    for name in CHANGE:
+        assert run(argv(guard, name), **states)[0] == status, name
+        if name in ALLOWED:
+            reached = [uid for uid in (0, ONE, TWO, STRANGER) if guard.reach(uid) == "connected"]
+            assert reached == ALLOWED[name], name
+    assert traces(guard.sandbox.cgroup) == NOTHING
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_change_is_made_whatever_standard_output_is(guard: Guard, state: str) -> None:
+    assert_all_changes_are_made(guard, OF_CHANGE[state], stdout=state)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_change_is_made_whatever_standard_error_is(guard: Guard, state: str) -> None:
+    assert_all_changes_are_made(guard, DONE, stderr=state)
+
+
+def test_a_change_is_made_without_any_stream(guard: Guard) -> None:
+    """As a daemon starts programs that has closed everything: no file of ours gets the number of a stream."""
+    assert_all_changes_are_made(guard, DONE, stdin="closed", stdout="closed", stderr="closed")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_an_error_has_its_status_whatever_the_streams_are(guard: Guard, state: str) -> None:
+    words = command.argv(guard.arguments("start", "--user", "imds-guard-absent"))
+    assert run(words, stdout=state, stderr=state)[0] == BAD_POLICY
+    assert traces(guard.sandbox.cgroup) == NOTHING
+
+
+# --- one write(2) -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted({*LOOK, "start"} - {"watch"}))
+def test_an_answer_is_one_write(running: Guard, name: str) -> None:
+    """So "status | grep -q" reads it whole, and a line is never mixed with those of others. One record, one write."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            process = subprocess.Popen(argv(running, name), stdout=theirs, stderr=subprocess.DEVNULL)
+        records = list(iter(lambda: ours.recv(1 << 20), b""))
+        assert process.wait(command.TIMEOUT_S) == DONE
+    assert [record[-1:] for record in records] == [b"\n"]
+
+
+def test_a_descriptor_that_does_not_block_gets_the_whole_answer() -> None:
+    """O_NONBLOCK belongs to the open file, which ssh or Node.js may share with us."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(writer, False)
+    words = ("endpoints", "--json")
+    # Python prints far more than the pipe takes before anybody reads it.
+    before = "import fcntl; fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 4096)"
+    process = subprocess.Popen(command.argv(words, before=before), stdout=writer)
+    os.close(writer)
+    read: list[bytes] = []
+
+    def read_all() -> None:
+        with open(reader, "rb") as file:
+            read.append(file.read())
+
+    thread = threading.Thread(target=read_all)
+    thread.start()
+    assert process.wait(command.TIMEOUT_S) == DONE
+    thread.join()
+    assert read[0].decode() == command.imds_guard_command(*words).answer
