@@ -6,6 +6,7 @@ The commented sample, data/config.toml, is the grammar. Nothing unknown in a fil
 
 from __future__ import annotations
 
+import codecs
 import os
 from typing import Any, NamedTuple, NoReturn
 
@@ -75,9 +76,12 @@ def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False) -> Config
 
 
 def read_text(path: str) -> str:
-    """The text of a configuration file, its line ends unchanged. Raises BadPolicy."""
+    """The text of a configuration file, its line ends unchanged, without a byte order mark. Raises BadPolicy."""
     try:
-        return files.read_regular(path).decode()
+        content = files.read_regular(path)
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise BadPolicy(f"{path}: this is not TOML: it is UTF-16; save it as UTF-8")
+        return content.decode("utf-8-sig")
     except OSError as error:
         raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
     except UnicodeDecodeError as error:

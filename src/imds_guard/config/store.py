@@ -27,7 +27,8 @@ def _is_generated(path: str) -> bool:
 def save_config(config: Config, path: str = CONFIG_PATH) -> None:
     """Write the file in one step: a reader sees the old content or the new one. Raises GuardError.
 
-    An existing file keeps its comments, its order, and the spelling of every lock that does not change.
+    An existing file keeps its comments, its order, and the spelling of every lock that does not change. It also keeps
+    its owner and mode, and a symbolic link still leads to it.
     """
     if not os.path.exists(path) or _is_generated(path):
         text = dump_config(config)
@@ -38,7 +39,8 @@ def save_config(config: Config, path: str = CONFIG_PATH) -> None:
 
 def _write(text: str, path: str) -> None:
     try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o755, exist_ok=True)
-        files.replace(path, text.encode())
+        file = os.path.realpath(path)
+        os.makedirs(os.path.dirname(file), mode=0o755, exist_ok=True)
+        files.replace(file, text.encode(), like=os.stat(file) if os.path.exists(file) else None)
     except OSError as error:
         raise GuardError(f"the configuration {path} could not be written: {system_text(error)}") from error

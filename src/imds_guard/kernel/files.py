@@ -29,10 +29,11 @@ def _require_regular(found: os.stat_result) -> None:
         raise OSError("it is not a regular file")
 
 
-def replace(path: str, content: bytes) -> None:
-    """Writes ``content`` to ``path`` with mode 0644; it is on the disk when this returns. Raises OSError.
+def replace(path: str, content: bytes, *, like: os.stat_result | None = None) -> None:
+    """Writes ``content`` to ``path``; it is on the disk when this returns. Raises OSError.
 
-    A reader sees the old file or the new one, also after a crash: rename(2). On failure the old file is unchanged.
+    A reader sees the old file or the new one, also after a crash: rename(2). On failure the old file is unchanged. The
+    new file has mode 0644, or owner, group and mode of ``like``.
     """
     import tempfile  # noqa: PLC0415 -- start-up time: it is slow to import, and few commands write
 
@@ -42,7 +43,9 @@ def replace(path: str, content: bytes) -> None:
     try:
         with open(descriptor, "wb") as file:
             file.write(content)
-            os.fchmod(file.fileno(), 0o644)
+            if like is not None:
+                os.fchown(file.fileno(), like.st_uid, like.st_gid)
+            os.fchmod(file.fileno(), 0o644 if like is None else stat.S_IMODE(like.st_mode))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
