@@ -78,6 +78,7 @@ def _compile(bcc: ModuleType, source: str, flags: list[str], functions: Sequence
     kernel has bpf_probe_read_kernel(), but our programs call helpers by number. Source: bcc_procutils_each_ksym() in
     bcc's src/cc/bcc_proc.c.
     """
+    os.chdir("/")  # libbcc goes back to where it was, and gives up where that folder was deleted
     with suppress(OSError):  # without CAP_SETUID compiling takes longer
         become(uids=(0, _NOBODY, 0), fsuid=0)
     try:
