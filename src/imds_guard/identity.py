@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, Unsupported, system_text
 from imds_guard.kernel import accounts
+from imds_guard.kernel.name_service import NAME_WITHIN_S, spellings
 from imds_guard.kernel.namespaces import INITIAL_PID_NAMESPACE, INITIAL_USER_NAMESPACE, namespace_inode
 from imds_guard.kernel.processes import stat_of, status_of
 from imds_guard.kernel.run import run
@@ -34,10 +35,13 @@ class NoSuchProcess(GuardError):
 
 
 def user_id(name_or_id: str | int) -> int:
-    """The user ID for a name or a number. Digits alone are a number, which needs no account. Raises BadPolicy."""
+    """The user ID for a name or a number, which needs no account. Raises BadPolicy, NoAnswer.
+
+    Digits as text are a number where no account has that name, as for chown(1).
+    """
     number = _number(name_or_id, "user")
     if number is not None:
-        return number
+        return _id_of_digits(name_or_id, "user", number)
     name = str(name_or_id)
     user = accounts.user_by_name(name)
     if user is None:
@@ -48,10 +52,10 @@ def user_id(name_or_id: str | int) -> int:
 
 
 def group_id(name_or_id: str | int) -> int:
-    """The group ID for a name or a number. Digits alone are a number, which needs no entry. Raises BadPolicy."""
+    """As user_id(), for groups."""
     number = _number(name_or_id, "group")
     if number is not None:
-        return number
+        return _id_of_digits(name_or_id, "group", number)
     name = str(name_or_id)
     group = accounts.group_by_name(name)
     if group is None:
@@ -62,6 +66,39 @@ def group_id(name_or_id: str | int) -> int:
     return group.gid
 
 
+def id_of_name(name: str, kind: str) -> int | None:
+    """The ID of the account or group of that name, None where there is none. ``kind`` is user or group.
+
+    Raises NoAnswer, and GuardError where files can't be used.
+    """
+    if kind == "user":
+        user = accounts.user_by_name(name)
+        return None if user is None else user.uid
+    group = accounts.group_by_name(name)
+    return None if group is None else group.gid
+
+
+def _id_of_digits(name_or_id: str | int, kind: str, number: int) -> int:
+    """Where nobody can say whether there is an account of that name, digits are a number."""
+    if isinstance(name_or_id, str):
+        with suppress(GuardError):
+            found = id_of_name(name_or_id, kind)
+            return number if found is None else found
+    return number
+
+
+def notes_on_digits(users: Iterable[str] = (), groups: Iterable[str] = ()) -> list[str]:
+    """A sentence for each that looks like an ID and is a name."""
+    named = [(name, "user", user_id) for name in users] + [(name, "group", group_id) for name in groups]
+    return [
+        f"{name!r} was taken as the {kind} of that name, with the ID {id_of(name)}; for the {kind} ID {digits} write "
+        f"0{name}, or in the configuration {digits} without quotes"
+        for name, kind, id_of in named
+        for digits in [_number(name, kind)]
+        if digits is not None and id_of(name) != digits
+    ]
+
+
 def _where() -> str:
     """Where names were looked for, unless the name service was asked."""
     root = accounts.other_root()
@@ -69,12 +106,12 @@ def _where() -> str:
 
 
 def number_of(name_or_id: str | int, kind: str) -> int | None:
-    """The ID that a number or digits mean; None for a name. ``kind`` is user or group. Raises BadPolicy."""
+    """The ID that a number or digits stand for; None for other names. ``kind`` is user or group. Raises BadPolicy."""
     return _number(name_or_id, kind)
 
 
 def is_missing_group(name_or_id: str) -> bool:
-    """True for the name of a group that does not exist; a number is never missing."""
+    """True for the name of a group that does not exist; a number is never missing. Raises NoAnswer."""
     if _number(name_or_id, "group") is not None:
         return False
     return accounts.group_by_name(name_or_id) is None
@@ -83,7 +120,7 @@ def is_missing_group(name_or_id: str) -> bool:
 def user_name(uid: int) -> str:
     """The name of a user ID, or the number where it has no account, or names can't be read."""
     with suppress(GuardError):
-        user = accounts.user_by_id(uid)
+        user = accounts.user_by_id(uid, NAME_WITHIN_S)
         return user.name if user is not None else str(uid)
     return str(uid)
 
@@ -91,7 +128,7 @@ def user_name(uid: int) -> str:
 def group_name(gid: int) -> str:
     """The name of a group ID, or the number where it has no entry, or names can't be read."""
     with suppress(GuardError):
-        group = accounts.group_by_id(gid)
+        group = accounts.group_by_id(gid, NAME_WITHIN_S)
         return group.name if group is not None else str(gid)
     return str(gid)
 
@@ -105,7 +142,7 @@ def create_group(name: str) -> int:
         raise Unsupported(f"creating the group {name!r}: there is none{_where()}; create it there, or give a group ID")
     if os.geteuid() != 0:
         raise NotPermitted(f"only root can create the group {name!r}: run this with sudo")
-    done = run(["groupadd", "--system", "--", name])
+    done = run(["groupadd", "--system", "--", *spellings(name)[:1]])
     if done.status != 0:
         raise BadPolicy(f"groupadd could not make the group {name!r}: {done.complaint}")
     return group_id(name)
@@ -135,7 +172,7 @@ def _plain(name: str, otherwise: str) -> str:
 def caller_of_user(name_or_id: str | int) -> Caller:
     """The credentials of a new login of a user: the primary group and every group of the group database."""
     uid = user_id(name_or_id)
-    by_id = _number(name_or_id, "user") is not None
+    by_id = uid == _number(name_or_id, "user")
     user = accounts.user_by_id(uid) if by_id else accounts.user_by_name(str(name_or_id))
     if user is None:
         raise BadPolicy(f"no account has the user ID {uid}, so its groups are not known: name a process")

@@ -172,7 +172,7 @@ def test_an_answer_is_one_write(running: Guard, name: str) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         with theirs:
-            process = subprocess.Popen(argv(running, name), stdout=theirs, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(argv(running, name), stdout=theirs.fileno(), stderr=subprocess.DEVNULL)
         records = list(iter(lambda: ours.recv(1 << 20), b""))
         assert process.wait(command.TIMEOUT_S) == DONE
     assert [record[-1:] for record in records] == [b"\n"]

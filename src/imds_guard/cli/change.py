@@ -74,6 +74,7 @@ def _change(
             saving.check_saving(policy, without_root, path)
 
     outcome = change(who, endpoint, cgroup, accept)
+    outcome.warnings.extend(identity.notes_on_digits(users, groups))
     if save:
         saving.save(outcome.policy, GuardOptions(cgroup=cgroup), path)
         outcome.done.append(f"saved the policy to {path}")

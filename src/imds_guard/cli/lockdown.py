@@ -27,4 +27,6 @@ def ip_lockdown(ip: str, users: tuple[str, ...], backend: str | None, cgroup: st
     require_root("ip-lockdown")
     options = GuardOptions(backend or "auto", cgroup, keep_existing=keep_existing)
     user_ids = [identity.user_id(user) for user in users]
-    print_outcome(guard.ip_lockdown(ip, user_ids, options, print_progress), as_json=False)
+    outcome = guard.ip_lockdown(ip, user_ids, options, print_progress)
+    outcome.warnings.extend(identity.notes_on_digits(users))
+    print_outcome(outcome, as_json=False)

@@ -13,6 +13,7 @@ from imds_guard.config.boot_file import warnings_of_file
 from imds_guard.config.options import policy_from_options
 from imds_guard.config.read import load_config
 from imds_guard.errors import UsageError
+from imds_guard.identity import notes_on_digits
 from imds_guard.kernel.dmi import dmi_text
 from imds_guard.policy.model import Mode, Policy, Verdict
 
@@ -59,7 +60,8 @@ class PolicyOptions:
             dmi_text=dmi_text(),
             create_groups=create_groups,
         )
-        return policy, options, []
+        users, groups = (*self.users, *self.deny_users), (*self.groups, *self.deny_groups)
+        return policy, options, notes_on_digits(users, groups)
 
     def _from_file(self, options: GuardOptions) -> tuple[Policy, GuardOptions, list[str]]:
         path = CONFIG_PATH if self.config is None else self.config

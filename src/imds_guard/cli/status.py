@@ -10,7 +10,7 @@ import click
 from imds_guard import identity
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
-from imds_guard.cli.output import fail, print_json, print_lines
+from imds_guard.cli.output import fail, print_json, print_lines, print_warnings
 from imds_guard.commands import look
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.look import Status
@@ -61,6 +61,7 @@ def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None
     if (pid is None) == (user is None):
         raise UsageError("name either --pid or --user")
     caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
+    print_warnings([] if user is None else identity.notes_on_digits([user]))
     decision, destination, place = look.explain(caller, parse_endpoint(endpoint), cgroup, pid)
     if as_json:
         print_json(decision_values(caller, destination, decision, place))

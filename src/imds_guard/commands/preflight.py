@@ -17,6 +17,7 @@ from imds_guard.errors import BadPolicy, NotPermitted
 from imds_guard.identity import NoSuchProcess, caller_of_pid, caller_of_user, user_name
 from imds_guard.kernel import untrusted
 from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
+from imds_guard.kernel.name_service import NoAnswer
 from imds_guard.kernel.processes import Process, by_user
 from imds_guard.kernel.untrusted import Description
 from imds_guard.policy.builtin import BUILT_IN, DefaultOn
@@ -155,8 +156,13 @@ def shut_out(policy: Policy, limits: Limits = LIMITS) -> Preflight:
                 denied = worker.ask(question._replace(command_line=False), limits.share_s)
             not_asked += answer is Unanswered.NOT_ASKED
             if isinstance(denied, _Denied):
-                more += not _count(found, denied)
+                more += not _count(found, _named(denied))
     return Preflight(tuple(found.values()), more, tuple(hung), not_asked)
+
+
+def _named(one: _Denied) -> _Denied:
+    """With the user's name. It is not looked up in the child: a name service that hangs is no fault of the process."""
+    return one._replace(shut_out=one.shut_out._replace(user=user_name(int(one.shut_out.user))))
 
 
 def _count(found: dict[tuple[str, str, str], ShutOut], one: _Denied) -> bool:
@@ -177,7 +183,7 @@ def installed_shut_out(policy: Policy) -> list[ShutOut]:
             continue
         try:
             caller = caller_of_user(client.user)
-        except BadPolicy:
+        except (BadPolicy, NoAnswer):
             continue  # no such account: the package runs it as another user, if at all
         denied = _first_denied(policy, caller, _destinations(client))
         if denied is not None:
@@ -196,7 +202,7 @@ def _judge(policy: Policy, client: Client, described: Description, pid: int) -> 
     if denied is None:
         return None
     why = _why(*denied, f"is a metadata client ({client.name}) and needs {{}}")
-    return ShutOut(pid, described.program, user_name(caller.fsuid), why)
+    return ShutOut(pid, described.program, str(caller.fsuid), why)
 
 
 def _first_denied(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from imds_guard.errors import GuardError
 from imds_guard.kernel import accounts
+from imds_guard.kernel.name_service import User
 from imds_guard.policy.model import Lock, Policy, Verdict
 from imds_guard.text import some_of
 
@@ -36,5 +37,5 @@ def _of(lock: Lock) -> list[str]:
     ]
 
 
-def _is_denied(lock: Lock, user: accounts.User, members: set[str]) -> bool:
+def _is_denied(lock: Lock, user: User, members: set[str]) -> bool:
     return user.uid in lock.deny.users or user.gid in lock.deny.groups or user.name in members

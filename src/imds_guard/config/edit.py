@@ -186,7 +186,7 @@ def _edit_list(array: Any, new: IdList, old: IdList) -> None:
 def _id_of_entry(entry: Any, listed: IdList) -> int:
     if isinstance(entry, dict):
         return int(entry["id"])
-    return listed.id_of(str(entry))
+    return listed.id_of(int(entry) if isinstance(entry, int) else str(entry))
 
 
 def _parse_value(text: str, key: str) -> Any:

@@ -15,6 +15,7 @@ from imds_guard import identity
 from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.kernel import accounts
 from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
+from imds_guard.kernel.name_service import NoAnswer
 
 USERS, GROUPS = "user", "group"
 
@@ -64,11 +65,17 @@ class PresentNames(Names):
 
     def number(self, key: str, kind: str, entry: str | int) -> int:
         """Names.number(). An unknown name is an error."""
+        if isinstance(entry, str):
+            self.warnings += _notes_on_digits(key, kind, entry)
         return _id_of(kind, entry)
 
     def stored(self, key: str, name: Name, stored: int) -> int:
         """Names.stored(). A name that is not known now is a warning: the account may have been deleted."""
-        current = _id_or_none(name)
+        try:
+            current = _id_or_none(name)
+        except NoAnswer:
+            self.warnings.append(f"{key}: the name service gave no answer about {name.name!r}; the saved ID is used")
+            return stored
         if current is None:
             self.warnings.append(_unknown(key, name, stored))
         elif current != stored and self._use_stored_ids:
@@ -91,15 +98,19 @@ class BootNames(Names):
         self._answers = answers
 
     def number(self, key: str, kind: str, entry: str | int) -> int | None:
-        """Names.number()."""
-        number = identity.number_of(entry, kind)
-        if number is not None:
-            return number
+        """Names.number(). Digits are a number until the name service says that they are a name."""
+        digits = identity.number_of(entry, kind)
+        if isinstance(entry, int) and digits is not None:
+            return digits
         name = Name(kind, str(entry))
         is_known = self._is_known(name)
         found = self._id(name) if is_known else None
         if found is not None:
+            self.warnings += _notes_on_digits(key, kind, name.name) if digits is not None else []
             return found
+        if digits is not None:
+            self.unchecked += [] if is_known else [name]
+            return digits
         if key.startswith("deny"):
             self.missing.append(name)
             said = "the name service gave no ID for {} yet" if not is_known else f"there is no {kind} {{}}"
@@ -138,6 +149,10 @@ class BootNames(Names):
         return _in_files(name) if answer is None else answer
 
 
+def _notes_on_digits(key: str, kind: str, entry: str) -> list[str]:
+    return [f"{key}: {note}" for note in identity.notes_on_digits(**{f"{kind}s": [entry]})]
+
+
 def _changed(key: str, name: Name, stored: int, current: int) -> str:
     return f"{key}: {name.name!r} was {stored} when it was saved and is {current} now"
 
@@ -151,10 +166,8 @@ def _id_of(kind: str, entry: str | int) -> int:
 
 
 def _id_or_none(name: Name) -> int | None:
-    try:
-        return _id_of(*name)
-    except BadPolicy:
-        return None
+    """The ID of the account or group of that name. Raises NoAnswer."""
+    return identity.id_of_name(name.name, name.kind)
 
 
 def _in_files(name: Name) -> int | None:

@@ -231,7 +231,7 @@ def _cgroup(top: Table) -> str | None:
     value = top.values.get("cgroup")
     if value is not None and not (isinstance(value, str) and os.path.isabs(value) and value.isprintable()):
         top.fail("cgroup", f"cgroup = {value!r} must be an absolute path")
-    return value
+    return None if value is None else os.fsdecode(value.encode())  # a path is UTF-8 here, whatever the locale
 
 
 def _forwarded(top: Table, cgroup: str | None) -> str | None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Callable, NamedTuple, Union
 
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, group_name, user_id, user_name
+from imds_guard.kernel.name_service import NoAnswer
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.filters import PLAIN_HTTP, Filter
 from imds_guard.policy.model import Lock
@@ -22,7 +24,7 @@ class IdList(NamedTuple):
     key: str
     ids: frozenset[int]
     name_of: Callable[[int], str]
-    id_of: Callable[[str], int]
+    id_of: Callable[[str | int], int]
 
     def format(self, number: int) -> str:
         """The TOML entry for one ID."""
@@ -57,10 +59,17 @@ def top_values(config: Config) -> list[TopValue]:
         TopValue("strict", config.policy.strict, False),
         TopValue("on_error", config.on_error, "closed"),
         TopValue("backend", config.backend, "auto"),
-        TopValue("cgroup", config.cgroup, None),
+        TopValue("cgroup", None if config.cgroup is None else _path_text(config.cgroup), None),
         TopValue("forwarded", config.forwarded, None),
         TopValue("resolve_groups", config.resolve_groups, False),
     ]
+
+
+def _path_text(path: str) -> str:
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError as error:
+        raise BadPolicy(f"writing the path {path!r}: it is not UTF-8, and TOML has nothing else") from error
 
 
 def dump_lock(lock: Lock) -> list[str]:
@@ -125,13 +134,13 @@ def dump_list(key: str, items: Sequence[str]) -> list[str]:
     return [f"{key} = [", *(f"  {item}," for item in items), "]"] if items else []
 
 
-def format_id(number: int, name: str, id_of: Callable[[str], int]) -> str:
+def format_id(number: int, name: str, id_of: Callable[[str | int], int]) -> str:
     """The name with its ID; the ID alone where the name has another ID or TOML can't hold the name."""
     if name == str(number) or not name.isprintable():
         return str(number)
     try:
         leads_back = id_of(name) == number
-    except BadPolicy:
+    except (BadPolicy, NoAnswer):
         leads_back = False
     return f"{{ name = {quoted(name)}, id = {number} }}" if leads_back else str(number)
 

@@ -14,7 +14,7 @@ from imds_guard.filter import control
 from imds_guard.filter.place import Place
 from imds_guard.filter.service import Service
 from imds_guard.kernel import notify, privileges
-from imds_guard.kernel.accounts import User
+from imds_guard.kernel.name_service import User
 
 Listeners = Sequence[tuple[Place, socket.socket]]
 """Each place with a marked socket that listens there."""

@@ -3,20 +3,20 @@
 
 In a container with a root of its own, the name service knows the accounts of the container. The node image sets the
 variable to /proc/1/root, so that names are those of the node (passwd(5), group(5)).
+
+A name is text that was decoded as UTF-8, in every locale, with surrogates for other bytes.
 """
 
 from __future__ import annotations
 
 import functools
-import grp
 import os
-import pwd
 import stat
 from collections.abc import Container, Iterator
-from typing import NamedTuple
 
 from imds_guard.errors import GuardError, NotPermitted, system_text
-from imds_guard.kernel import ownership, syscalls
+from imds_guard.kernel import name_service, ownership, syscalls
+from imds_guard.kernel.name_service import ID_WITHIN_S, Group, User, parsed_group, parsed_user
 
 VARIABLE = "IMDS_GUARD_NAMES_ROOT"
 FOLDERS = ("etc", "usr/lib", "usr/share/baselayout")
@@ -26,23 +26,6 @@ FOLDERS = ("etc", "usr/lib", "usr/share/baselayout")
 """
 MAX_BYTES = 16 * 1024 * 1024
 """The largest file that is read: some 200,000 accounts."""
-_MAX_ID = 0xFFFFFFFE
-
-
-class User(NamedTuple):
-    """An account, and its primary group."""
-
-    name: str
-    uid: int
-    gid: int
-
-
-class Group(NamedTuple):
-    """A group, and the names of its members."""
-
-    name: str
-    gid: int
-    members: tuple[str, ...]
 
 
 def other_root() -> str | None:
@@ -51,25 +34,19 @@ def other_root() -> str | None:
 
 
 def user_by_name(name: str) -> User | None:
-    """The account of that name. Raises GuardError where files can't be used."""
+    """The account of that name. Raises GuardError where files can't be used, NoAnswer."""
     root = other_root()
     if root is not None:
         return _users_by_name(root).get(name)
-    try:
-        return _user(pwd.getpwnam(name))
-    except (KeyError, ValueError):
-        return None
+    return name_service.user(name)
 
 
-def user_by_id(uid: int) -> User | None:
-    """The first account with that ID. Raises GuardError where files can't be used."""
+def user_by_id(uid: int, within_s: float = ID_WITHIN_S) -> User | None:
+    """The first account with that ID. Raises GuardError where files can't be used, NoAnswer."""
     root = other_root()
     if root is not None:
         return _users_by_id(root).get(uid)
-    try:
-        return _user(pwd.getpwuid(uid))
-    except KeyError:
-        return None
+    return name_service.user(uid, within_s)
 
 
 def user_in_files(name: str) -> User | None:
@@ -82,46 +59,42 @@ def group_in_files(name: str) -> Group | None:
     return _groups_by_name(other_root() or "/").get(name)
 
 
-def every_user() -> list[User]:
-    """All accounts that can be listed. Raises GuardError where files can't be used."""
+def primary_groups() -> list[tuple[int, int]]:
+    """The user ID and primary group ID of all accounts that can be listed. Raises as user_by_name()."""
     root = other_root()
-    return list(_users(root)) if root is not None else [_user(entry) for entry in pwd.getpwall()]
+    if root is not None:
+        return [(user.uid, user.gid) for user in _users(root)]
+    return name_service.primary_groups()
 
 
 def group_by_name(name: str) -> Group | None:
-    """The group of that name. Raises GuardError where files can't be used."""
+    """The group of that name. Raises GuardError where files can't be used, NoAnswer."""
     root = other_root()
     if root is not None:
         return _groups_by_name(root).get(name)
-    try:
-        return _group(grp.getgrnam(name))
-    except (KeyError, ValueError):
-        return None
+    return name_service.group(name)
 
 
-def group_by_id(gid: int) -> Group | None:
-    """The first group with that ID. Raises GuardError where files can't be used."""
+def group_by_id(gid: int, within_s: float = ID_WITHIN_S) -> Group | None:
+    """The first group with that ID. Raises GuardError where files can't be used, NoAnswer."""
     root = other_root()
     if root is not None:
         return _groups_by_id(root).get(gid)
-    try:
-        return _group(grp.getgrgid(gid))
-    except KeyError:
-        return None
+    return name_service.group(gid, within_s)
 
 
 def groups_of(user: User) -> list[int]:
-    """The primary group, and every group that lists the user. Raises GuardError where files can't be used."""
+    """The primary group, and every group that lists the user. Raises as user_by_name()."""
     root = other_root()
     if root is None:
-        return os.getgrouplist(user.name, user.gid)
+        return name_service.groups_of(user)
     return [user.gid, *(group.gid for group in _groups(root) if user.name in group.members)]
 
 
 def users_with_sub_ids() -> list[User]:
     """The accounts in files that have sub-IDs (subuid(5), subgid(5)). Raises GuardError where files can't be used."""
     root = other_root() or "/"
-    names = {name for file in ("subuid", "subgid") for name, _ in _entries(root, file, 3)}
+    names = {fields[0] for file in ("subuid", "subgid") for fields in _entries(root, file, 3)}
     return [user for user in _users(root) if user.name in names or str(user.uid) in names]
 
 
@@ -130,35 +103,17 @@ def members_in_files(gids: Container[int]) -> set[str]:
     return {name for group in _groups(other_root() or "/") if group.gid in gids for name in group.members}
 
 
-def _user(entry: pwd.struct_passwd) -> User:
-    return User(entry.pw_name, entry.pw_uid, entry.pw_gid)
-
-
-def _group(entry: grp.struct_group) -> Group:
-    return Group(entry.gr_name, entry.gr_gid, tuple(entry.gr_mem))
-
-
 # --- the files of another root: each is read once in the life of a process ------------------------------------------
 
 
 @functools.cache
 def _users(root: str) -> tuple[User, ...]:
-    found = []
-    for name, fields in _entries(root, "passwd", 4):
-        uid, gid = _id(fields[2]), _id(fields[3])
-        if uid is not None and gid is not None:
-            found.append(User(name, uid, gid))
-    return tuple(found)
+    return tuple(filter(None, map(parsed_user, _entries(root, "passwd", 4))))
 
 
 @functools.cache
 def _groups(root: str) -> tuple[Group, ...]:
-    found = []
-    for name, fields in _entries(root, "group", 4):
-        gid = _id(fields[2])
-        if gid is not None:
-            found.append(Group(name, gid, tuple(filter(None, fields[3].split(",")))))
-    return tuple(found)
+    return tuple(filter(None, map(parsed_group, _entries(root, "group", 4))))
 
 
 @functools.cache
@@ -181,18 +136,13 @@ def _groups_by_id(root: str) -> dict[int, Group]:
     return {group.gid: group for group in reversed(_groups(root))}
 
 
-def _entries(root: str, file: str, wanted: int) -> Iterator[tuple[str, list[str]]]:
-    """The name and the fields of each line. The C library, too, skips lines that are no entries (nss_files)."""
+def _entries(root: str, file: str, wanted: int) -> Iterator[list[str]]:
+    """The fields of each line. The C library, too, skips lines that are no entries (nss_files)."""
     for folder in FOLDERS:
         for line in _read(root, f"{folder}/{file}").decode("utf-8", "surrogateescape").split("\n"):
             fields = line.split(":")
             if len(fields) >= wanted and fields[0] and fields[0][0] not in "#+-":
-                yield fields[0], fields
-
-
-def _id(text: str) -> int | None:
-    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else _MAX_ID + 1
-    return number if number <= _MAX_ID else None
+                yield fields
 
 
 def _read(root: str, path: str) -> bytes:

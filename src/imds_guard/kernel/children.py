@@ -112,6 +112,11 @@ def fork_detached(fn: Callable[[], object], keep: Sequence[int]) -> int:
     return _fork(detached, lambda error: None)
 
 
+def is_detached() -> bool:
+    """True in a child of fork_detached()."""
+    return _is_detached
+
+
 def require_detached() -> None:
     """Raises ChildFailed unless this process is a child of fork_detached(): what may hang is done there alone."""
     if not _is_detached:

@@ -15,7 +15,7 @@ from imds_guard.policy.model import Identities, Policy
 
 def resolve(policy: Policy) -> Members:
     """The members of each list's groups, without the users that are on the list themselves."""
-    users = [(user.uid, user.gid) for user in accounts.every_user()]
+    users = accounts.primary_groups()
     members: dict[tuple[str, str], frozenset[int]] = {}
     for lock in policy.locks:
         for which, identities in (("allow", lock.allow), ("deny", lock.deny)):
