@@ -19,7 +19,7 @@ from imds_guard.filter import place as places
 from imds_guard.filter.client import FilterClient
 from imds_guard.filter.place import Place, listen_at
 from imds_guard.kernel import lockfile
-from imds_guard.kernel.accounts import User
+from imds_guard.kernel.name_service import User
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.filters import FilterRules, Target
 
