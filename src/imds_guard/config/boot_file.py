@@ -68,8 +68,8 @@ class BootFile:
         return None if self._source is None else self._source.string(key)
 
 
-AUDIT_WITHIN_S = 0.3
-"""A file is read in some milliseconds."""
+AUDIT_WITHIN_S = 1.0
+"""A file is read in milliseconds, from a cold disk or by an emulated processor later. A file that hangs costs this."""
 
 
 def says_audit(path: str) -> bool:
