@@ -2,7 +2,8 @@
 """The catalogue of attacks at the root of cgroup2, under what the installed command has started.
 
 tests/adversary/test_attacks.py tries each attack under a guard of a child cgroup, and without a guard. The attacks, the
-code that performs them and the expectations are the same here. IMDS_GUARD_ATTACKS=PLACE/OF makes it a share.
+code that performs them and the expectations are the same here. A row takes its share of them, as of the conformance
+table; with ``./run matrix --every 1 --test vagrant/guest/test_4_attacks.py ROW`` it takes all.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ from tests.adversary.model import Attack, Guard
 from tests.adversary.test_attacks import RUNS, attack_at
 from vagrant.guest.at_root import AtRoot
 
-PLACE, OF = map(int, os.environ.get("IMDS_GUARD_ATTACKS", "0/1").split("/"))
-AT_ROOT = [run for number, run in enumerate(run for run in RUNS if run[0] is not Guard.NONE) if number % OF == PLACE]
+PLACE, OF = next(
+    tuple(map(int, share.split("/")))
+    for backend, _, share in (word.partition("=") for word in os.environ["IMDS_GUARD_SHARE"].split())
+    if backend == "ebpf"
+)
+_GUARDED = [
+    (guard, attack, name)
+    for guard, attack, name in RUNS
+    if guard is not Guard.NONE and "subtree" not in attack.ways[name].needs  # at the root no cgroup is outside
+]
+AT_ROOT = [run for number, run in enumerate(_GUARDED) if number % OF == PLACE]
 
 
 @pytest.fixture(scope="module")
