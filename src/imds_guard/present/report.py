@@ -34,14 +34,13 @@ _HEAD = ("WHO, LOCK", "WHY, HOW OFTEN", "FIRST TO, BY", "FIRST, LAST (UTC)")
 
 def report_values(result: ReportResult) -> dict[str, Any]:
     """The report for JSON."""
-    with NameCache() as names:
-        rows = [_row_values(row, names) for row in result.report.rows]
+    names = NameCache()
     return {
         "mode": result.report.mode.value,
         "generation": result.report.generation,
         "change": result.report.serial,
         "overflow": result.report.overflow,
-        "rows": rows,
+        "rows": [_row_values(row, names) for row in result.report.rows],
         "allow": [{"command": command, "denials": count} for command, count in result.suggestion.commands],
         "config": result.suggestion.config or None,
         "notes": list(result.notes),
@@ -92,8 +91,8 @@ def _title(report: Report) -> list[str]:
 def _rows(report: Report) -> list[str]:
     if not report.rows:
         return ["nobody yet"]
-    with NameCache() as names:
-        table = _table([_cells(row, names) for row in _shown(report.rows)])
+    names = NameCache()
+    table = _table([_cells(row, names) for row in _shown(report.rows)])
     more = and_more(len(report.rows), MAX_ROWS, "")
     return [*table, f"{more} (--json has them all)"] if more else table
 

@@ -17,7 +17,7 @@ from imds_guard.watch.timestamps import iso_time_of
 
 
 class Describer:
-    """Keeps caches, an open directory and two children. Close it."""
+    """Keeps caches, an open directory and a child. Close it."""
 
     def __init__(self) -> None:
         self._root = open_cgroup()
@@ -26,9 +26,8 @@ class Describer:
         self._programs = Programs()
 
     def close(self) -> None:
-        """Closes the directory, and ends the children that look up programs and names."""
+        """Closes the directory, and ends the child that looks up programs."""
         self._root.close()
-        self._names.close()
         self._programs.close()
 
     def describe(self, fold: Fold, source: RecordSource | None) -> Values:

@@ -98,34 +98,20 @@ def _command_line(described: Description) -> str | None:
 
 # --- names ----------------------------------------------------------------------------------------------------------
 
-NAME_SHARE_S = 0.5
-"""How long one name may take. From files it takes 0.1 ms."""
 NAMES_S = 5.0
 """How long all names together may take, of each _CACHED_FOR_S. After that IDs are shown as numbers."""
 
 
 class NameCache:
-    """Names of users and groups, looked up by a child that can be abandoned. Close it.
+    """Names of users and groups. Each has a deadline (name_service.py), and is looked up at most once a minute.
 
-    A process chooses its IDs, among those of its sub-IDs, and a name service may be slow or not answer for some. So
-    each is looked up at most once a minute, and all together have a bound.
+    A process chooses its IDs, among those of its sub-IDs, and a name service may be slow. So all together have a bound.
     """
 
     def __init__(self) -> None:
-        self._worker = Worker(_name)
         self._known: dict[tuple[str, int], tuple[float, str]] = {}
         self._minute = time.monotonic()
         self._spent_s = 0.0
-
-    def __enter__(self) -> NameCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the child."""
-        self._worker.close()
 
     def user(self, uid: int) -> str:
         """The name, or the number where there is no account, or no answer in time."""
@@ -148,16 +134,11 @@ class NameCache:
     def _asked(self, kind: str, number: int, now: float) -> str:
         if now - self._minute >= _CACHED_FOR_S:
             self._minute, self._spent_s = now, 0.0
-        if self._spent_s >= NAMES_S or children.abandoned() >= MAX_ABANDONED:
+        if self._spent_s >= NAMES_S:
             return str(number)
-        answer = self._worker.ask((kind, number), NAME_SHARE_S)
+        name = user_name(number) if kind == "user" else group_name(number)
         self._spent_s += time.monotonic() - now
-        return str(number) if isinstance(answer, Unanswered) else answer
-
-
-def _name(question: tuple[str, int]) -> str:
-    kind, number = question
-    return user_name(number) if kind == "user" else group_name(number)
+        return name
 
 
 # --- text from the kernel and from file systems ---------------------------------------------------------------------
