@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 from imds_guard.errors import GuardError, NotPermitted, Unsupported, system_text
@@ -51,6 +54,47 @@ def open_cgroup(path: str | None = None) -> Cgroup:
             "host, or give a directory below it with --cgroup PATH"
         )
     return root
+
+
+def ancestors(cgroup: Cgroup) -> Iterator[tuple[str, int]]:
+    """(path, fd) of each cgroup above, the nearest first, as far as the mount goes. The fds are closed."""
+    fd, path = os.dup(cgroup.fd), cgroup.path
+    try:
+        while os.fstat(fd).st_ino != ROOT_INODE:
+            above = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+            if os.fstat(above).st_dev != os.fstat(fd).st_dev:  # the root of a cgroup namespace
+                os.close(above)
+                return
+            os.close(fd)
+            fd, path = above, os.path.dirname(path.rstrip("/")) or "/"
+            yield path, fd
+    finally:
+        os.close(fd)
+
+
+def descendants(cgroup: Cgroup, maximum: int) -> Iterator[tuple[str, int]]:
+    """(path, fd) of the cgroups below, each level before the next, at most ``maximum``. The fds are closed.
+
+    Cgroups that are removed meanwhile are left out, and those whose path is too long for the kernel.
+    """
+    waiting = deque([""])
+    seen = 0
+    while waiting and seen <= maximum:
+        below = waiting.popleft()
+        try:
+            fd = os.open(below or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=cgroup.fd)
+        except OSError:
+            continue
+        try:
+            if below:
+                yield os.path.join(cgroup.path, below), fd
+            seen += 1
+            with suppress(OSError), os.scandir(fd) as entries:
+                waiting.extend(
+                    os.path.join(below, entry.name) for entry in entries if entry.is_dir(follow_symlinks=False)
+                )
+        finally:
+            os.close(fd)
 
 
 def _open_given(path: str) -> Cgroup:

@@ -5,17 +5,24 @@
 errno; the caller says what it means.
 """
 
-from imds_guard.kernel.bpf.attr import F_NO_PREALLOC, AttachType, Command, MapType
+from imds_guard.kernel.bpf.attr import F_NO_PREALLOC, AttachType, Command, MapType, ProgType
 from imds_guard.kernel.bpf.links import (
+    MAX_PROGRAMS,
+    AttachedPrograms,
     LinkDescription,
+    Sharing,
     attached_programs,
+    cgroup_links,
     describe_link,
     link_create,
+    link_create_first,
     link_detach,
     link_update,
     links_of_cgroup,
     pin,
     pinned,
+    programs_of_cgroup,
+    running_programs,
 )
 from imds_guard.kernel.bpf.maps import (
     MapShape,
@@ -35,22 +42,29 @@ from imds_guard.kernel.bpf.programs import (
     prog_load,
     prog_load_explained,
     program_by_id,
+    programs_of_type,
 )
 
 __all__ = [
     "F_NO_PREALLOC",
+    "MAX_PROGRAMS",
     "AttachType",
+    "AttachedPrograms",
     "Command",
     "LinkDescription",
     "MapShape",
     "MapType",
+    "ProgType",
     "ProgramDescription",
+    "Sharing",
     "attached_programs",
+    "cgroup_links",
     "describe_link",
     "describe_map",
     "describe_program",
     "enable_run_statistics",
     "link_create",
+    "link_create_first",
     "link_detach",
     "link_update",
     "links_of_cgroup",
@@ -66,4 +80,7 @@ __all__ = [
     "prog_load",
     "prog_load_explained",
     "program_by_id",
+    "programs_of_cgroup",
+    "programs_of_type",
+    "running_programs",
 ]

@@ -82,8 +82,15 @@ class LinkType(enum.IntEnum):
 
 F_NO_PREALLOC = 1
 """Flag of BPF_MAP_CREATE."""
-F_AFTER = 16
-"""Flag of BPF_LINK_CREATE: attach behind all other programs."""
+F_ALLOW_OVERRIDE, F_ALLOW_MULTI = 1, 2
+"""Flags with which a program was attached to a cgroup: programs of cgroups below replace it; others run beside it.
+
+With neither, no other program can be attached to the cgroup or below it. Links always have F_ALLOW_MULTI.
+"""
+F_BEFORE = 8
+"""Flag of BPF_LINK_CREATE: attach in front of all other programs of the cgroup."""
+F_QUERY_EFFECTIVE = 1
+"""Flag of BPF_PROG_QUERY: the programs that run for the processes of the cgroup, those of cgroups above included."""
 
 
 def object_name(text: str) -> bytes:

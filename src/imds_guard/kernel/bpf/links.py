@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 import errno
 import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from imds_guard.kernel.bpf.attr import (
-    F_AFTER,
+    F_ALLOW_MULTI,
+    F_ALLOW_OVERRIDE,
+    F_BEFORE,
+    F_QUERY_EFFECTIVE,
     Command,
     GetId,
     Info,
@@ -24,8 +28,11 @@ from imds_guard.kernel.bpf.attr import (
 )
 from imds_guard.kernel.bpf.syscall import address, call
 
-_MAX_PROGRAMS = 1024
-"""Capacity for the IDs of a hook's programs. The maximum is BPF_CGROUP_MAX_PROGS (64), kernel/bpf/cgroup.c."""
+MAX_PROGRAMS = 64
+"""The maximum of programs of a cgroup at a hook: BPF_CGROUP_MAX_PROGS in kernel/bpf/cgroup.c."""
+
+_MAX_IDS = 1024
+"""Capacity for the IDs of a hook's programs, those of cgroups above included."""
 
 
 class LinkDescription(NamedTuple):
@@ -39,17 +46,21 @@ class LinkDescription(NamedTuple):
 
 
 def link_create(prog_fd: int, cgroup_fd: int, attach_type: int) -> int:
-    """A link's fd: the program is attached beside all others ("multi"), in the last place.
+    """A link's fd: the program is attached beside all others ("multi"), in the last place."""
+    return call(Command.LINK_CREATE, LinkCreate(prog_fd=prog_fd, target_fd=cgroup_fd, attach_type=attach_type))
 
-    BPF_F_AFTER asks for the last place. A kernel that does not know this flag for cgroups answers EINVAL; it always
-    attaches in the last place.
+
+def link_create_first(prog_fd: int, cgroup_fd: int, attach_type: int) -> int | None:
+    """As link_create(), but in the first place; None when this kernel can't order the programs of a cgroup.
+
+    BPF_F_BEFORE: since Linux 1209339844601 ("bpf: Implement mprog API on top of existing cgroup progs") (in v6.17), and
+    in later updates of older series. Any other kernel answers EINVAL. BPF_F_PREORDER would run before the programs of
+    cgroups below, too. It is not used: with such a program, BPF_LINK_UPDATE of any link replaced another program than
+    the link's, until "bpf: Fix effective prog array index with BPF_F_PREORDER" (CVE-2026-72427).
     """
-    attr = LinkCreate(prog_fd=prog_fd, target_fd=cgroup_fd, attach_type=attach_type, flags=F_AFTER)
+    attr = LinkCreate(prog_fd=prog_fd, target_fd=cgroup_fd, attach_type=attach_type, flags=F_BEFORE)
     fd = call(Command.LINK_CREATE, attr, expected=(errno.EINVAL,))
-    if fd >= 0:
-        return fd
-    attr.flags = 0
-    return call(Command.LINK_CREATE, attr)
+    return fd if fd >= 0 else None
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:
@@ -73,16 +84,33 @@ def describe_link(fd: int) -> LinkDescription:
 def links_of_cgroup(cgroup_id: int) -> list[tuple[int, LinkDescription]]:
     """(fd, description) of every link to a cgroup. The caller closes the fds."""
     found: list[tuple[int, LinkDescription]] = []
+    for fd, link in _cgroup_links():
+        if link.cgroup_id == cgroup_id:
+            found.append((fd, link))
+        else:
+            os.close(fd)
+    return found
+
+
+def cgroup_links() -> list[LinkDescription]:
+    """Every link to a cgroup."""
+    found = []
+    for fd, link in _cgroup_links():
+        os.close(fd)
+        found.append(link)
+    return found
+
+
+def _cgroup_links() -> Iterator[tuple[int, LinkDescription]]:
     for identity in _link_ids():
         fd = call(Command.LINK_GET_FD_BY_ID, GetId(id=identity), expected=(errno.ENOENT,))
         if fd < 0:  # the link has gone meanwhile
             continue
         link = describe_link(fd)
-        if link.type == LinkType.CGROUP and link.cgroup_id == cgroup_id:
-            found.append((fd, link))
+        if link.type == LinkType.CGROUP:
+            yield fd, link
         else:
             os.close(fd)
-    return found
 
 
 def _link_ids() -> Iterator[int]:
@@ -92,12 +120,50 @@ def _link_ids() -> Iterator[int]:
         attr = GetId(id=attr.next_id)
 
 
+class Sharing(enum.Enum):
+    """Whether programs of others can be attached beside those of a cgroup, and to cgroups below it."""
+
+    MULTI = F_ALLOW_MULTI
+    """Both: all run."""
+    OVERRIDE = F_ALLOW_OVERRIDE
+    """Below it only, where they run instead."""
+    EXCLUSIVE = 0
+    """Neither."""
+
+
+class AttachedPrograms(NamedTuple):
+    """The programs of a cgroup at a hook. ``sharing`` means nothing without programs."""
+
+    ids: tuple[int, ...]
+    sharing: Sharing
+
+
+def programs_of_cgroup(cgroup_fd: int, attach_type: int) -> AttachedPrograms:
+    """The programs that are attached to this very cgroup at a hook, in the order of its list (BPF_PROG_QUERY)."""
+    ids, flags = _query(cgroup_fd, attach_type, 0)
+    return AttachedPrograms(ids, Sharing(flags & (F_ALLOW_MULTI | F_ALLOW_OVERRIDE)))
+
+
 def attached_programs(cgroup_fd: int, attach_type: int) -> list[int]:
-    """IDs of the programs that are attached to this very cgroup at a hook, in the order they run (BPF_PROG_QUERY)."""
-    ids = (ctypes.c_uint32 * _MAX_PROGRAMS)()
-    attr = Query(target_fd=cgroup_fd, attach_type=attach_type, prog_ids=address(ids), prog_cnt=_MAX_PROGRAMS)
+    """IDs of the programs that are attached to this very cgroup at a hook, in the order of its list."""
+    return list(programs_of_cgroup(cgroup_fd, attach_type).ids)
+
+
+def running_programs(cgroup_fd: int, attach_type: int) -> list[int]:
+    """IDs of the programs that run for the processes of a cgroup, in this order: its own, and those of cgroups above.
+
+    compute_effective_progs() in kernel/bpf/cgroup.c: first those with BPF_F_PREORDER, beginning with the topmost
+    cgroup; then all others, beginning with this cgroup.
+    """
+    return list(_query(cgroup_fd, attach_type, F_QUERY_EFFECTIVE)[0])
+
+
+def _query(cgroup_fd: int, attach_type: int, flags: int) -> tuple[tuple[int, ...], int]:
+    ids = (ctypes.c_uint32 * _MAX_IDS)()
+    attr = Query(target_fd=cgroup_fd, attach_type=attach_type, query_flags=flags)
+    attr.prog_ids, attr.prog_cnt = address(ids), _MAX_IDS
     call(Command.PROG_QUERY, attr)
-    return list(ids[: attr.prog_cnt])
+    return tuple(ids[: attr.prog_cnt]), attr.attach_flags
 
 
 # --- pins -----------------------------------------------------------------------------------------------------------

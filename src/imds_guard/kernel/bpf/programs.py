@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from imds_guard.errors import system_text
@@ -101,6 +101,9 @@ class ProgramDescription(NamedTuple):
     map_ids: tuple[int, ...]
     run_time_ns: int
     run_count: int
+    type: int
+    uid: int
+    """The user who loaded it."""
 
 
 def describe_program(fd: int) -> ProgramDescription:
@@ -109,13 +112,29 @@ def describe_program(fd: int) -> ProgramDescription:
     info = ProgInfo(nr_map_ids=_MAX_MAPS, map_ids=address(map_ids))
     call(Command.OBJ_GET_INFO_BY_FD, Info(bpf_fd=fd, info_len=ctypes.sizeof(info), info=address(info)))
     ids = tuple(map_ids[: min(info.nr_map_ids, _MAX_MAPS)])
-    return ProgramDescription(info.id, info.name.decode(errors="replace"), ids, info.run_time_ns, info.run_cnt)
+    name = info.name.decode(errors="replace")
+    return ProgramDescription(info.id, name, ids, info.run_time_ns, info.run_cnt, info.type, info.created_by_uid)
 
 
 def program_by_id(identity: int) -> int | None:
     """A program's fd, or None when it no longer exists."""
     fd = call(Command.PROG_GET_FD_BY_ID, GetId(id=identity), expected=(errno.ENOENT,))
     return fd if fd >= 0 else None
+
+
+def programs_of_type(wanted: ProgType) -> Iterator[ProgramDescription]:
+    """Every program of a type that is loaded, attached or not."""
+    attr = GetId()
+    while call(Command.PROG_GET_NEXT_ID, attr, expected=(errno.ENOENT,)) == 0:
+        fd = program_by_id(attr.next_id)
+        if fd is not None:
+            try:
+                found = describe_program(fd)
+            finally:
+                os.close(fd)
+            if found.type == wanted:
+                yield found
+        attr = GetId(id=attr.next_id)
 
 
 def enable_run_statistics() -> int:
