@@ -192,6 +192,8 @@ def _behind_ours(scene: Scene) -> str:
 
 
 _REWRITE = rewriting(REWRITTEN, IPV4)
+_PROXY = "127.0.0.1"
+"""The service answers here, too. It stands for a proxy of root's."""
 
 ATTACKS = (
     Attack(
@@ -276,6 +278,15 @@ ATTACKS = (
         Verdict.BLOCKED,
         "Our hooks run later and judge the rewritten address.",
         {"connect4": Way(_rewritten(_before_ours, _REWRITE, REWRITTEN))},
+    ),
+    Attack(
+        "rewrite-away",
+        "Another cgroup program that runs before ours and sends the connect to a proxy that may connect (only root can "
+        "attach one)",
+        Verdict.OPEN,
+        "Our hooks judge the address of the proxy. `start`, `status` and `explain` name the program. Where the kernel "
+        "can order programs (Linux 6.17), those of the guard's own cgroup run behind ours and can't do this.",
+        {"cgroup-below": Way(_rewritten(_before_ours, rewriting(IPV4, _PROXY), IPV4))},
     ),
     Attack(
         "rewrite-behind",

@@ -184,23 +184,6 @@ def test_an_unlinked_pin_is_a_fault(guarded: Guarded) -> None:
     assert backend.faults() == []
 
 
-def test_a_program_behind_ours_is_a_fault_one_before_is_not(guarded: Guarded) -> None:
-    sandbox, backend = guarded
-    kind = abi.HOOKS["connect4"].attach_type
-    with open_cgroup(sandbox.cgroup) as cgroup:
-        first = guards.load_stranger(kind)
-        before = bpf.link_create(first, cgroup.fd, kind)
-        backend.apply(OLD_POLICY)
-        assert backend.faults() == []
-        behind = bpf.link_create(first, cgroup.fd, kind)
-        assert [fault for fault in backend.faults() if "somebody_else" in fault and "behind" in fault]
-        assert guards.passing(sandbox) == {OLD, BOTH}
-        backend.remove()
-        assert len(bpf.attached_programs(cgroup.fd, kind)) == 2, "other people's programs stay"
-        for fd in (first, before, behind):
-            os.close(fd)
-
-
 def _poke(sandbox: Sandbox, number: Map, key: bytes, value: bytes) -> None:
     fd = bpf.pinned(map_pin(guards.folder_of(sandbox.cgroup).path, number))
     bpf.map_update(fd, key, value)

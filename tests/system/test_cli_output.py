@@ -39,9 +39,9 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
     assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out", "not_inspected", "connections"}
     status = guard("status", "--json").values
-    assert set(status) == {"state", "backend", "emergency", "faults", "policy", "ebpf"}
+    assert set(status) == {"state", "backend", "emergency", "faults", "known", "policy", "ebpf"}
     assert set(status["ebpf"]) == {
-        *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "counters"),
+        *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "other_programs", "counters"),
     }
     assert [hook["hook"] for hook in status["ebpf"]["hooks"]] == ["connect4", "connect6", "sendmsg4", "sendmsg6"]
     assert set(status["policy"]) == {"mode", "containers", "strict", "locks"}
@@ -52,7 +52,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert set(allowed) == set(started.values)
     explained = guard("explain", "--json", "--user", "root", SERVICE).values
     assert set(explained) == {
-        *("allowed", "reason", "lock", "matched", "caller", "container", "forwarded", "destination"),
+        *("allowed", "reason", "lock", "matched", "caller", "container", "forwarded", "destination", "neighbours"),
     }
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
@@ -64,6 +64,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
         "backend": None,
         "emergency": False,
         "faults": [],
+        "known": [],
         "policy": None,
         "ebpf": None,
     }

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
@@ -15,9 +17,12 @@ from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.pins import link_pin
 from imds_guard.kernel import bpf
+from imds_guard.kernel.bpf.attr import F_BEFORE, Command, LinkCreate
+from imds_guard.kernel.bpf.syscall import call
+from imds_guard.kernel.cgroup import open_cgroup
 from tests import command
 from tests.command import ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TIMEOUT_S, TWO, Guard, Result
-from tests.kernel.guards import Storm, folder_of
+from tests.kernel.guards import Storm, folder_of, load_stranger
 from tests.system.test_boot import NO_BPF
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
@@ -196,25 +201,71 @@ def test_on_error_open_leaves_the_damaged_guard_as_it_is(guard: Guard, tmp_path:
     assert who(guard) == [ONE]
 
 
-def test_a_program_behind_ours_is_not_ours_to_repair(guard: Guard) -> None:
-    """It is reported, and the status stays degraded."""
-    from imds_guard.kernel.cgroup import open_cgroup
-    from tests.kernel.guards import load_stranger
-
-    guard.start()
+@contextmanager
+def neighbour(guard: Guard, flags: int = 0) -> Iterator[None]:
+    """A program of another tool at the hook connect4 of the guard's cgroup. It lets everything through."""
     kind = abi.HOOKS["connect4"].attach_type
     with open_cgroup(guard.sandbox.cgroup) as cgroup:
         program = load_stranger(kind)
-        link = bpf.link_create(program, cgroup.fd, kind)
+        link = call(
+            Command.LINK_CREATE, LinkCreate(prog_fd=program, target_fd=cgroup.fd, attach_type=kind, flags=flags)
+        )
         try:
-            done = repair(guard)
+            yield
         finally:
             os.close(link)
             os.close(program)
-    assert done.status == 1
-    assert "fault: program somebody_else" in done.stdout
-    assert "repaired" not in done.stdout
+
+
+def test_a_program_behind_ours_is_not_ours_to_repair(guard: Guard) -> None:
+    """It is reported, and the status stays degraded."""
+    guard.start()
+    with neighbour(guard):
+        done = repair(guard)
+        assert done.status == 1
+        assert "fault: program somebody_else" in done.stdout
+        assert "runs behind ours at connect4" in done.stdout
+        assert "repaired" not in done.stdout
     assert repair(guard).status == 0
+
+
+def test_a_repair_puts_ours_in_front(guard: Guard) -> None:
+    """Where the kernel can order programs. The other one runs behind ours then, which is a fault, too."""
+    guard.start()
+    try:
+        with neighbour(guard, F_BEFORE):
+            done = repair(guard)
+            assert done.status == 1
+            assert (
+                "runs before ours at connect4 and may rewrite addresses: the policy in force was put back"
+                in done.stdout
+            )
+            assert "put ours in front of other programs at connect4" in done.stdout
+            assert "fault: program somebody_else" in done.stdout
+            assert "runs behind ours" in done.stdout
+            assert "repaired" not in repair(guard).stdout
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        pytest.skip("this kernel can't order the programs of a cgroup")
+
+
+def test_a_program_that_the_configuration_knows_is_no_fault(guard: Guard, tmp_path: Path) -> None:
+    """Neither to verify nor to the timer's repair. explain names it all the same."""
+    path = configured(tmp_path, 'known_programs = ["somebody_else"]\n' + CONFIGURED)
+    guard.start()
+    with neighbour(guard):
+        assert guard("verify", "--config", ABSENT).status == 1
+        for words in (("verify",), ("verify", "--repair")):
+            done = guard(*words, "--config", path)
+            assert (done.status, done.stdout, done.stderr) == (0, "imds-guard: active (ebpf)\n", "")
+        asked = ("explain", "--user", "root", SERVICE)
+        assert "  but:         program somebody_else (id " in guard(*asked).answer
+        assert ["somebody_else" in sentence for sentence in guard(*asked, "--json").values["neighbours"]] == [True]
+        found = guard("status", "--json").values["ebpf"]["other_programs"]
+        assert [(one["name"], one["hook"], one["runs"], one["cgroups"]) for one in found] == [
+            ("somebody_else", "connect4", "behind", [guard.sandbox.cgroup])
+        ]
 
 
 def test_a_repair_leaves_no_gap(guard: Guard, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_repair_looks_for_that_emergency_lock_where_nothing_else_is_wrong(
     monkeypatch.setattr(guard, "TAKING_THE_LOCK", Start().steps)
     monkeypatch.setattr(guard, "one_at_a_time", lambda _: nullcontext())
     monkeypatch.setattr(guard, "look_again", lambda _: None)
-    monkeypatch.setattr(look, "status", lambda _: Status("ebpf", POLICY, []))
+    monkeypatch.setattr(look, "status", lambda *_: Status("ebpf", POLICY, []))
     path = tmp_path / "config.toml"
     path.write_text(f'cgroup = "/sys/fs/cgroup/a"\n{CONFIG if usable else ""}', encoding="utf-8")
     done = verify.repair(str(path), GuardOptions(cgroup="/sys/fs/cgroup/a"), ignore)

@@ -33,6 +33,17 @@ class Description(NamedTuple):
     faults: tuple[str, ...]
     ebpf: State | None = None
     """Hooks and counters, under eBPF."""
+    neighbours: tuple[Neighbour, ...] = ()
+    """Backend.neighbours(). They are not in ``faults``."""
+
+
+class Neighbour(NamedTuple):
+    """Something of another program that may change what is enforced."""
+
+    name: str
+    """Its name to the kernel; the key ``known_programs`` of the configuration can have it."""
+    fault: str
+    """The sentence for start, status and explain."""
 
 
 class Backend(Protocol):
@@ -68,7 +79,13 @@ class Backend(Protocol):
         """True when something of this backend is in the kernel, whole or not."""
 
     def faults(self) -> list[str]:
-        """What is wrong with what should be in force, a sentence each; empty when it is whole or not active."""
+        """What is wrong with what should be in force, a sentence each; empty when it is whole or not active.
+
+        Without neighbours().
+        """
+
+    def neighbours(self) -> list[Neighbour]:
+        """What others have beside ours in the kernel, that may change what is enforced; empty where nothing is."""
 
     def notes(self, policy: Policy) -> list[str]:
         """Where this backend enforces ``policy`` otherwise than the policy says, a sentence each."""

@@ -16,7 +16,7 @@ from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.look import Status
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.present.answers import decision_lines, decision_values
+from imds_guard.present.answers import explanation_lines, explanation_values
 from imds_guard.present.status import status_lines, status_values, status_word
 
 STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
@@ -62,8 +62,8 @@ def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None
         raise UsageError("name either --pid or --user")
     caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
     print_warnings([] if user is None else identity.notes_on_digits([user]))
-    decision, destination, place = look.explain(caller, parse_endpoint(endpoint), cgroup, pid)
+    found = look.explain(caller, parse_endpoint(endpoint), cgroup, pid)
     if as_json:
-        print_json(decision_values(caller, destination, decision, place))
+        print_json(explanation_values(caller, found))
     else:
-        print_lines(decision_lines(caller, destination, decision, place))
+        print_lines(explanation_lines(caller, found))

@@ -243,6 +243,7 @@ def with_config(options: GuardOptions, config: Config) -> GuardOptions:
         cgroup=cgroup,
         forwarded=options.forwarded or (config.forwarded if cgroup is None else None),
         resolve_groups=options.resolve_groups or config.resolve_groups,
+        known_programs=options.known_programs or config.known_programs,
     )
 
 

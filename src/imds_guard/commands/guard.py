@@ -10,7 +10,7 @@ from typing import Callable, NamedTuple
 
 from imds_guard.backends import Backend, Change, choose
 from imds_guard.commands import turn
-from imds_guard.commands.look import active_policy, forwarded, reading_tables_once
+from imds_guard.commands.look import active_policy, forwarded, reading_tables_once, split_known
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome, Pending
 from imds_guard.errors import BadPolicy, GuardError, Unsupported, UsageError
@@ -85,6 +85,7 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
             if options.cgroup is None:
                 change = change.then(forwarded().enforce(policy, options.forwarded))
             change = change.then(remove_orphans())
+            change = change.then(_neighbours(checked.backend, options))
             why = tuple(f"{other.backend.name} can't be used: {other.refusal}" for other in refused)
             change = Change(warnings=why).then(change)
             return _outcome(checked.backend, policy, change, options, look=True)
@@ -105,6 +106,15 @@ def _remove_others(running: dict[str, Backend], name: str) -> Change:
         if other != name:
             change = change.then(backend.remove())
     return change
+
+
+def _neighbours(backend: Backend, options: GuardOptions) -> Change:
+    """Warns of what others have beside ours. The policy is in force, so a failure is a warning, too."""
+    try:
+        unknown, _ = split_known(backend.neighbours(), also=options.known_programs)
+    except GuardError as error:
+        return Change(warnings=(str(error),))
+    return Change(warnings=tuple(one.fault for one in unknown))
 
 
 def remove_orphans() -> Change:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
-from imds_guard.backends import Backend, choose
+from imds_guard import CONFIG_PATH
+from imds_guard.backends import Backend, Neighbour, choose
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.place import Place, place_of
 from imds_guard.errors import GuardError, Unsupported, UsageError
@@ -76,6 +78,8 @@ class Status(NamedTuple):
     faults: list[str]
     ebpf: State | None = None
     """Hooks and counters, under eBPF."""
+    known: tuple[Neighbour, ...] = ()
+    """What others have beside ours, and the configuration knows: no faults."""
 
     @property
     def emergency(self) -> bool:
@@ -83,15 +87,17 @@ class Status(NamedTuple):
         return self.policy is not None and is_emergency(self.policy)
 
 
-def status(cgroup: str | None) -> Status:
-    """Reads back from the kernel what is in force."""
+def status(cgroup: str | None, config: str = CONFIG_PATH) -> Status:
+    """Reads back from the kernel what is in force. ``config`` is the file whose ``known_programs`` are no fault."""
     with reading_tables_once(cgroup):
-        return _status(cgroup)
+        return _status(cgroup, config)
 
 
-def _status(cgroup: str | None) -> Status:
+def _status(cgroup: str | None, config: str) -> Status:
     active = {name: backend.describe() for name, backend in _active(cgroup).items()}
-    faults = [fault for held in active.values() for fault in held.faults]
+    neighbours = [neighbour for held in active.values() for neighbour in held.neighbours]
+    unknown, known = split_known(neighbours, config)
+    faults = [fault for held in active.values() for fault in held.faults] + [one.fault for one in unknown]
     if len(active) > 1:
         faults.append(f"{' and '.join(active)} are both in force: a change was interrupted, run imds-guard start")
     name, first = next(iter(active.items()), (None, None))
@@ -102,7 +108,21 @@ def _status(cgroup: str | None) -> Status:
         faults += _forwarding_faults(policy)
     if cgroup is None or not active:
         faults += _orphan_faults()
-    return Status(name, policy, faults, first.ebpf if first is not None else None)
+    return Status(name, policy, faults, first.ebpf if first is not None else None, tuple(known))
+
+
+def split_known(
+    neighbours: Sequence[Neighbour], config: str = CONFIG_PATH, also: Collection[str] = ()
+) -> tuple[list[Neighbour], list[Neighbour]]:
+    """Those that neither ``known_programs`` of the file ``config`` nor ``also`` names, and the others."""
+    if not neighbours:
+        return [], []  # no configuration is read: start-up time
+    from imds_guard.config.boot_file import known_programs_of  # noqa: PLC0415
+    from imds_guard.config.known_programs import is_known  # noqa: PLC0415
+
+    names = known_programs_of(config).union(also)
+    known = [one for one in neighbours if is_known(one.name, names)]
+    return [one for one in neighbours if one not in known], known
 
 
 def _forwarding_faults(policy: Policy | None) -> list[str]:
@@ -159,11 +179,15 @@ def _existing(policy: Policy, options: GuardOptions) -> CutResult:
 
 
 class Explanation(NamedTuple):
-    """How a connect is judged. ``place`` is known of a process alone."""
+    """How a connect is judged. ``place`` is known of a process alone.
+
+    ``neighbours``: what others have beside ours that may change the answer, a sentence each.
+    """
 
     decision: Decision
     destination: Destination
     place: Place
+    neighbours: list[str]
 
 
 def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | None = None) -> Explanation:
@@ -177,8 +201,9 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | N
     protocol = Protocol.TCP if endpoint.tcp else Protocol.UDP
     ports = endpoint.ports(protocol)
     destination = Destination(network.network_address, 80 if has_port(ports, 80) else ports[0][0], protocol)
-    _, policy = active_policy(cgroup)
+    backend, policy = active_policy(cgroup)
     place = Place()
     if pid is not None:
         place = place_of(pid, rejecting=cgroup is None and policy.mode is Mode.ENFORCE)
-    return Explanation(decide(policy, caller, destination), destination, place)
+    neighbours = [neighbour.fault for neighbour in backend.neighbours()]
+    return Explanation(decide(policy, caller, destination), destination, place, neighbours)

@@ -24,3 +24,5 @@ class GuardOptions(NamedTuple):
     """``drop``, ``leave``, or None for what suits the machine."""
     keep_existing: bool = False
     """Connections that the policy does not allow stay open."""
+    known_programs: tuple[str, ...] = ()
+    """Names of other people's BPF programs that nobody is to be warned of."""

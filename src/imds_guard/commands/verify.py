@@ -35,7 +35,7 @@ class VerifyResult(NamedTuple):
 
 def verify(path: str, options: GuardOptions) -> VerifyResult:
     """Reads the state and changes nothing. ``options`` win over the configuration ``path``."""
-    found = look.status(_with_config(_usable(BootFile(path)), options).cgroup)
+    found = look.status(_with_config(_usable(BootFile(path)), options).cgroup, path)
     return VerifyResult(found, found, [], [])
 
 
@@ -57,7 +57,7 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
         if result.failure is not None:
             return result
         joined = _join_names(incomplete, config, where, progress)
-        after = look.status(where.cgroup) if joined else result.after
+        after = look.status(where.cgroup, file.path) if joined else result.after
         joined += _end_machine_emergency(config, after, where)
         in_force = guard.look_again(where.cgroup) if after.backend is not None else None
     existing = None if in_force is None else guard.complete(in_force, progress).existing
@@ -65,27 +65,27 @@ def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult
 
 
 def _repair(file: BootFile, where: GuardOptions, progress: Progress) -> VerifyResult:
-    before = look.status(where.cgroup)
+    before = look.status(where.cgroup, file.path)
     if not _needs_repair(before, file.path):
         return VerifyResult(before, before, [], [])
-    found, repaired = _without_orphans(before, where.cgroup)
+    found, repaired = _without_orphans(before, where.cgroup, file.path)
     if not _needs_repair(found, file.path):
         return VerifyResult(before, found, repaired, [])
     try:
         done, warnings = _put_back(found, file, where, progress)
     except GuardError as error:
-        return VerifyResult(before, look.status(where.cgroup), repaired, [], error)
-    after = look.status(where.cgroup)
+        return VerifyResult(before, look.status(where.cgroup, file.path), repaired, [], error)
+    after = look.status(where.cgroup, file.path)
     faults = found.faults or ["nothing was in force"]
     repaired += [f"{fault}: {done}" for fault in faults if fault not in after.faults]
     return VerifyResult(before, after, repaired, warnings)
 
 
-def _without_orphans(before: Status, cgroup: str | None) -> tuple[Status, list[str]]:
+def _without_orphans(before: Status, cgroup: str | None, path: str) -> tuple[Status, list[str]]:
     """The state when the pins of guards whose cgroup is gone were removed, and a line for each of these faults."""
     if not before.faults or not guard.remove_orphans().done:
         return before, []
-    after = look.status(cgroup)
+    after = look.status(cgroup, path)
     return after, [f"{fault}: the pins were removed" for fault in before.faults if fault not in after.faults]
 
 

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from imds_guard.config.known_programs import known_programs
 from imds_guard.config.names import ANSWERS_WITHIN_S, BootNames, Name, ask
 from imds_guard.config.read import Config, Source, config_of, parse_source, read_text
-from imds_guard.errors import BadPolicy, system_text
+from imds_guard.config.table import Table
+from imds_guard.config.toml_lines import KeyLines
+from imds_guard.errors import BadPolicy, GuardError, system_text
 from imds_guard.kernel import ownership
 from imds_guard.kernel.abandonable import Worker
 from imds_guard.policy.model import Mode
@@ -105,6 +108,19 @@ def require_file_of_root(path: str) -> None:
         raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
     if where is not None:
         raise BadPolicy(f"the configuration {path} is not used: {open_to_others(where)}")
+
+
+def known_programs_of(path: str) -> frozenset[str]:
+    """``known_programs`` of the file ``path``, whatever else is in it.
+
+    Empty where it can't be read, or others than root can change it.
+    """
+    try:
+        require_file_of_root(path)
+        source = parse_source(read_text(path), path)
+        return frozenset(known_programs(Table(path, KeyLines(source.text), (), source.values)))
+    except GuardError:
+        return frozenset()
 
 
 def open_to_others(where: str) -> str:

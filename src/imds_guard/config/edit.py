@@ -18,7 +18,7 @@ from imds_guard.config.write import (
     dump_filter_locks,
     dump_list,
     dump_lock,
-    format_scalar,
+    format_value,
     id_lists,
     quoted,
     top_values,
@@ -109,12 +109,12 @@ class _Edit:
     def edit_top(self) -> None:
         for key, value, default in top_values(self.config):
             if key in self.document:
-                if value is None:
+                if value is None and self.document[key] != []:
                     del self.document[key]
-                elif self.document[key] != value:
+                elif value is not None and self.document[key] != value:
                     self.document[key] = value
             elif value is not None and value != default:
-                self.insertions.append(((), [f"{key} = {format_scalar(value)}"]))
+                self.insertions.append(((), [f"{key} = {format_value(value)}"]))
 
     def edit_lock(self, name: str, locks: tuple[Lock, ...]) -> None:
         """Change the table ``name``, which means ``locks``, to the wanted lock of that name, or remove the table.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from imds_guard import CONFIG_PATH
 from imds_guard.config.filters import filter_uid, read_filters
+from imds_guard.config.known_programs import known_programs
 from imds_guard.config.names import GROUPS, USERS, Name, Names, PresentNames
 from imds_guard.config.table import Table
 from imds_guard.config.toml_lines import KeyLines, Path, load_toml
@@ -27,7 +28,7 @@ from imds_guard.policy.wireserver import split_off_wireserver
 
 TOP_KEYS = (
     *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),
-    *("lock", "filter"),
+    *("known_programs", "lock", "filter"),
 )
 LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
 
@@ -44,6 +45,8 @@ class Config(NamedTuple):
     forwarded: str | None = None
     """``drop`` or ``leave`` packets that this machine forwards. None means drop, unless containers are allowed."""
     resolve_groups: bool = False
+    known_programs: tuple[str, ...] = ()
+    """Names of other people's BPF programs that are no fault."""
     warnings: tuple[str, ...] = ()
     """Sentences about names that are not as the file says. Not compared by ==."""
 
@@ -145,9 +148,8 @@ class _Reader:
         cgroup = _cgroup(top)
         policy = self.policy(top, mode, containers)
         forwarded = _forwarded(top, cgroup)
-        return Config(
-            policy, on_error, backend, cgroup, forwarded, top.flag("resolve_groups"), tuple(self.names.warnings)
-        )
+        resolve, known = top.flag("resolve_groups"), known_programs(top)
+        return Config(policy, on_error, backend, cgroup, forwarded, resolve, known, tuple(self.names.warnings))
 
     def policy(self, top: Table, mode: Mode, containers: Verdict) -> Policy:
         locks = self.locks(top)

@@ -15,7 +15,7 @@ from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.filters import PLAIN_HTTP, Filter
 from imds_guard.policy.model import Lock
 
-Scalar = Union[str, bool]
+Value = Union[str, bool, list[str]]
 
 
 class IdList(NamedTuple):
@@ -35,15 +35,15 @@ class TopValue(NamedTuple):
     """A key outside all tables. A value of None means that the key is absent."""
 
     key: str
-    value: Scalar | None
-    default: Scalar | None
+    value: Value | None
+    default: Value | None
     """The value that an absent key stands for."""
 
 
 def dump_config(config: Config) -> str:
     """TOML that parse_config() reads as the same configuration. Names are written with their IDs."""
     lines = ["# Written by imds-guard --save.", ""]
-    lines += [f"{top.key} = {format_scalar(top.value)}" for top in top_values(config) if top.value is not None]
+    lines += [f"{top.key} = {format_value(top.value)}" for top in top_values(config) if top.value is not None]
     for lock in config.policy.locks:
         lines += dump_lock(lock)
     for one in config.policy.filters:
@@ -62,6 +62,7 @@ def top_values(config: Config) -> list[TopValue]:
         TopValue("cgroup", None if config.cgroup is None else _path_text(config.cgroup), None),
         TopValue("forwarded", config.forwarded, None),
         TopValue("resolve_groups", config.resolve_groups, False),
+        TopValue("known_programs", list(config.known_programs) or None, None),
     ]
 
 
@@ -145,8 +146,10 @@ def format_id(number: int, name: str, id_of: Callable[[str | int], int]) -> str:
     return f"{{ name = {quoted(name)}, id = {number} }}" if leads_back else str(number)
 
 
-def format_scalar(value: Scalar) -> str:
-    """A TOML string or boolean."""
+def format_value(value: Value) -> str:
+    """A TOML string, boolean or list of strings."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(quoted, value))}]"
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 

@@ -17,7 +17,7 @@ from imds_guard.text import and_more, escaped, host_port
 
 if TYPE_CHECKING:
     from imds_guard.commands.demo import DemoResult
-    from imds_guard.commands.look import CheckResult
+    from imds_guard.commands.look import CheckResult, Explanation
     from imds_guard.commands.place import Place
 
 
@@ -61,6 +61,17 @@ _FORWARDED = (
     "the process is in another network namespace: those of its packets that this machine forwards to a locked port are "
     "rejected, whatever the decision above"
 )
+
+
+def explanation_lines(caller: Caller, found: Explanation) -> list[str]:
+    """The answer of explain, and what others have beside ours that may change it."""
+    lines = decision_lines(caller, found.destination, found.decision, found.place)
+    return lines + [part for sentence in found.neighbours for part in wrapped("  but:         ", sentence)]
+
+
+def explanation_values(caller: Caller, found: Explanation) -> dict[str, Any]:
+    """The answer of explain as plain values for JSON."""
+    return {**decision_values(caller, found.destination, found.decision, found.place), "neighbours": found.neighbours}
 
 
 def decision_lines(caller: Caller, destination: Destination, decision: Decision, place: Place) -> list[str]:

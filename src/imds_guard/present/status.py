@@ -39,6 +39,8 @@ def status_lines(status: Status) -> list[str]:
     lines = [state_line(status)]
     for fault in status.faults:
         lines += wrapped("  fault: ", fault)
+    for neighbour in status.known:
+        lines += wrapped("  known: ", neighbour.fault)
     if status.ebpf is not None:
         lines += _ebpf_lines(status.ebpf)
     if status.policy is not None:
@@ -92,6 +94,7 @@ def status_values(status: Status) -> dict[str, Any]:
         "backend": status.backend,
         "emergency": status.emergency,
         "faults": status.faults,
+        "known": [neighbour.fault for neighbour in status.known],
         "policy": policy_values(status.policy),
     }
     if status.ebpf is not None:
@@ -114,6 +117,16 @@ def _ebpf_values(state: State) -> dict[str, Any]:
                 ],
             }
             for hook in state.hooks
+        ],
+        "other_programs": [
+            {
+                "hook": other.hook,
+                "id": other.id,
+                "name": other.name,
+                "runs": other.order.name.lower(),
+                "cgroups": list(other.cgroups) or [state.cgroup],
+            }
+            for other in state.others
         ],
         "counters": {
             reason.label: {"enforced": enforced, "audited": audited}

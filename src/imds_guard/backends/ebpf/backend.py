@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Callable, TypeVar
 
-from imds_guard.backends import Change, Description
-from imds_guard.backends.ebpf import abi, hooks, probe
+from imds_guard.backends import Change, Description, Neighbour
+from imds_guard.backends.ebpf import abi, hooks, other_programs, probe
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.render import require_fits
@@ -110,6 +110,12 @@ class EbpfBackend:
         """Backend.faults()."""
         return list(self.state().faults)
 
+    def neighbours(self) -> list[Neighbour]:
+        """Backend.neighbours()."""
+        with self._cgroup() as cgroup, trying("looking for programs of others", "run the command again"):
+            found = hooks.inspect(cgroup, PinLocation(cgroup).pins())
+            return [other.neighbour for other in other_programs.find(cgroup, found)]
+
     def notes(self, _policy: Policy) -> list[str]:
         """Backend.notes(): there are none, eBPF enforces what the policy says."""
         return []
@@ -117,7 +123,7 @@ class EbpfBackend:
     def describe(self) -> Description:
         """Backend.describe()."""
         state = self.state()
-        return Description(state.policy, state.faults, state)
+        return Description(state.policy, state.faults, state, tuple(other.neighbour for other in state.others))
 
     def _read(self, read: Callable[[Cgroup, PinLocation], _T | None]) -> _T:
         """The result of ``read``. It is called again when the guard changed meanwhile."""
@@ -166,7 +172,9 @@ class EbpfBackend:
         version = program.source_version(self._defines)
         found = hooks.inspect(cgroup, PinLocation(cgroup).pins())
         current = [hook.name for hook in found if hook.ours and hook.ours.version == version]
-        if not set(abi.needed_hooks(strict)) <= set(current):
+        needed = abi.needed_hooks(strict)
+        other_programs.require_place(cgroup, [hook.name for hook in found if hook.name in needed and hook.ours is None])
+        if not set(needed) <= set(current):
             probe.require_64_bit()
             compiler.require_bcc()
             program.kernel_offsets()

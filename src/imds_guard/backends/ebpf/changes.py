@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from imds_guard.backends import Change
-from imds_guard.backends.ebpf import abi, hooks
+from imds_guard.backends.ebpf import abi, hooks, other_programs
 from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.hooks import Hook
@@ -17,7 +18,7 @@ from imds_guard.backends.ebpf.reader import MapReader
 from imds_guard.backends.ebpf.state import policy_of, snapshot_in_force
 from imds_guard.backends.ebpf.store import MapStore
 from imds_guard.errors import GuardError, failure_text
-from imds_guard.kernel import privileges
+from imds_guard.kernel import bpf, privileges
 from imds_guard.kernel.cgroup import Cgroup
 from imds_guard.policy.model import Policy
 
@@ -54,13 +55,13 @@ class Target(NamedTuple):
 
 def install(target: Target, policy: Policy) -> Change:
     """Makes a guard: maps at generation 0, then all hooks, then the policy. Nothing is locked until the flip."""
-    cgroup, folder, defines = target
+    cgroup, folder, _ = target
     privileges.lift_memory_lock_limit()
     needed = abi.needed_hooks(policy.strict)
     try:
         pins = folder.begin()
         with MapStore.create(pins) as maps:
-            hooks.attach(cgroup, pins, maps.fds(), _inspect(cgroup, None, needed), defines)
+            _attach(target, maps, _inspect(cgroup, None, needed), pins)
             hooks.verify(cgroup, pins, maps.ids(), needed)
             folder.commit()
             maps.change(policy)
@@ -69,13 +70,14 @@ def install(target: Target, policy: Policy) -> Change:
         raise
     # Only now: until here, programs of a guard whose pins are out of reach may be all that enforced.
     done = _detach_unpinned(cgroup, folder)
-    return Change((*done, f"attached {len(needed)} hooks to {cgroup.path}, version {target.version}"))
+    done.append(f"attached {len(needed)} hooks to {cgroup.path}, version {target.version}")
+    return Change(tuple(done), tuple(other_programs.displaced(cgroup, needed)))
 
 
 def change_running(target: Target, policy: Policy, *, keep_version: bool) -> Change:
     """Puts ``policy`` in force in a guard that is there. Maps and hooks that are not whole are replaced.
 
-    With ``keep_version`` whole hooks stay, whatever their version.
+    With ``keep_version`` whole hooks stay, whatever their version and place.
     """
     try:
         maps = MapStore.open(target.folder.path)
@@ -92,19 +94,19 @@ def change_running(target: Target, policy: Policy, *, keep_version: bool) -> Cha
         else:
             maps.change(policy)
     hooks.detach_unneeded(target.folder.path, needed)  # only now: the policy before may have needed them
-    return Change(tuple(done))
+    return Change(tuple(done)).then(Change() if keep_version else _put_first(target))
 
 
 def _renew_hooks(target: Target, maps: MapStore, needed: tuple[str, ...], keep_version: bool) -> list[str]:
     """Loads the programs again, on the same maps and with the policy unchanged, unless they are as they should be."""
-    cgroup, folder, defines = target
+    cgroup, folder, _ = target
     ids = set(maps.ids())
     found = _inspect(cgroup, folder.path, needed)
     missing = {hook.name for hook in found if hook.ours is None or not set(hook.ours.map_ids) <= ids}
     if not missing and (keep_version or _are_of(found, target.version)):
         return _detach_unpinned(cgroup, folder)
     privileges.lift_memory_lock_limit()
-    hooks.attach(cgroup, folder.path, maps.fds(), found, defines)
+    _attach(target, maps, found, folder.path)
     hooks.verify(cgroup, folder.path, maps.ids(), needed)
     done = _detach_unpinned(cgroup, folder)
     if not missing:
@@ -126,25 +128,65 @@ class _Kept(NamedTuple):
 
 def _replace_maps(target: Target, policy: Policy) -> Change:
     """New maps are filled before any hook uses them. Then hook after hook moves over to them."""
-    cgroup, folder, defines = target
+    cgroup, folder, _ = target
     privileges.lift_memory_lock_limit()
     needed = abi.needed_hooks(policy.strict)
     found = _inspect(cgroup, folder.path, needed)
     try:
         kept = _keep(folder.path)
         pins = folder.begin()
-        with MapStore.create(pins, kept.pins) as maps, hooks.programs_restored_on_failure(folder.path, found):
+        with MapStore.create(pins, kept.pins) as maps, _programs_restored_on_failure(folder.path, found):
             maps.change(policy, kept.serial)
-            hooks.attach(cgroup, folder.path, maps.fds(), found, defines, pins)
+            _attach(target, maps, found, pins)
             hooks.verify(cgroup, pins, maps.ids(), needed)
-            folder.swap()
+            with hooks.detached_afterwards(folder.path, [hook.name for hook in found if hook.is_reordered]):
+                folder.swap()
     except (GuardError, OSError) as error:
         _undo(error, folder.abandon)
         raise
     folder.recover()
     done = f"replaced maps of another version; the programs are version {target.version} now"
     lost = policy.strict and Map.MARKS not in kept.pins
-    return Change((done,), (_MARKS_LOST,) if lost else ())
+    return Change((done,), (_MARKS_LOST,) if lost else ()).then(_put_first(target))
+
+
+@contextmanager
+def _programs_restored_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
+    """When the block fails, each link that is pinned in ``folder`` gets back the program that it had.
+
+    Not when another folder is at that path by then: the block had done its work before it was interrupted.
+    """
+    before: dict[str, int] = {}
+    inode = os.stat(folder).st_ino
+    try:
+        for hook in found:
+            if hook.linked is None or hook.is_reordered:  # then attach() makes a new link beside the old one
+                continue
+            fd = bpf.program_by_id(hook.linked)
+            if fd is not None:
+                before[hook.name] = fd
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                if os.stat(folder).st_ino == inode:
+                    _restore(folder, before)
+            raise
+    finally:
+        for fd in before.values():
+            os.close(fd)
+
+
+def _restore(folder: str, programs: Mapping[str, int]) -> None:
+    """Errors are ignored: they would hide the first one."""
+    for hook, program_fd in programs.items():
+        with suppress(OSError):
+            link_fd = hooks.open_link(hook, folder)
+            if link_fd is not None:
+                try:
+                    bpf.link_update(link_fd, program_fd)
+                finally:
+                    os.close(link_fd)
 
 
 def _keep(pins: str) -> _Kept:
@@ -196,6 +238,16 @@ def _undo(first: Exception, *steps: Callable[[], None]) -> None:
 def _are_of(found: Iterable[Hook], version: str) -> bool:
     """True when every hook runs programs of ours, of that version."""
     return all(hook.ours is not None and hook.ours.version == version for hook in found)
+
+
+def _attach(target: Target, maps: MapStore, found: Sequence[Hook], pins: str) -> None:
+    """hooks.attach(), with a reason where another program keeps ours out. The kernel says EPERM alone."""
+    other_programs.require_place(target.cgroup, [hook.name for hook in found if hook.ours is None])
+    hooks.attach(target.cgroup, target.folder.path, maps.fds(), found, target.defines, pins)
+
+
+def _put_first(target: Target) -> Change:
+    return other_programs.put_first(target.cgroup, target.folder.path)
 
 
 def _needs_egress(maps: MapReader) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends.ebpf import abi
@@ -35,26 +35,39 @@ class Hook(NamedTuple):
 
     name: str
     attached: tuple[Attached, ...]
-    """In the order in which they run."""
+    """In the order of the cgroup's list."""
     linked: int | None = None
     """The ID of the program that our pinned link holds; None when there is no link, or it is no longer attached."""
+    running: tuple[Attached, ...] = ()
+    """What runs for the processes of this cgroup, in this order: also programs of cgroups above."""
+
+    @property
+    def order(self) -> tuple[Attached, ...]:
+        """``running``; the list of this cgroup where only that is known."""
+        return self.running or self.attached
 
     @property
     def ours(self) -> Attached | None:
         """Our program, when the pinned link holds it and the kernel runs it here."""
-        return next((p for p in self.attached if p.id == self.linked and p.version is not None), None)
+        return next((p for p in self.order if p.id == self.linked and p in self.attached and p.version), None)
+
+    @property
+    def is_first(self) -> bool:
+        """True when our program is the first of the cgroup's list. BPF_F_PREORDER can still put others in front."""
+        return self.ours is not None and self.attached[0] == self.ours
+
+    @property
+    def is_reordered(self) -> bool:
+        """True when programs run in another order than that of the list, which BPF_F_PREORDER does.
+
+        Then BPF_LINK_UPDATE can't be used: see bpf.link_create_first().
+        """
+        return self.order[: len(self.attached)] != self.attached
 
     @property
     def unpinned(self) -> list[Attached]:
         """Programs of ours that no pinned link holds."""
         return [p for p in self.attached if p.version is not None and p.id != self.linked]
-
-    @property
-    def behind(self) -> list[Attached]:
-        """Other people's programs that run after ours."""
-        if self.ours is None or self.name == abi.EGRESS:  # at egress no program can change a packet's address
-            return []
-        return [p for p in self.attached[self.attached.index(self.ours) + 1 :] if p.version is None]
 
 
 _NO_CGROUP_PROGRAMS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP)
@@ -63,24 +76,31 @@ _NO_CGROUP_PROGRAMS = (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.EACCES, er
 
 def inspect(cgroup: Cgroup, folder: str | None) -> list[Hook]:
     """Every hook: the attached programs by BPF_PROG_QUERY, and the program of our pinned link."""
-    return [
-        Hook(name, tuple(_attached(name, cgroup, shape.attach_type)), _linked(name, cgroup, folder) if folder else None)
-        for name, shape in abi.HOOKS.items()
-    ]
+    return [_inspect(name, shape.attach_type, cgroup, folder) for name, shape in abi.HOOKS.items()]
 
 
-def _attached(hook: str, cgroup: Cgroup, attach_type: int) -> list[Attached]:
+def _inspect(hook: str, attach_type: int, cgroup: Cgroup, folder: str | None) -> Hook:
+    with asking(f"what is attached to {cgroup.path} at {hook}"):
+        listed = bpf.attached_programs(cgroup.fd, attach_type)
+        running = bpf.running_programs(cgroup.fd, attach_type) if listed else []
+    found = {identity: _describe(hook, identity) for identity in dict.fromkeys([*listed, *running])}
+    attached, runs = (tuple(p for p in map(found.get, ids) if p is not None) for ids in (listed, running))
+    return Hook(hook, attached, _linked(hook, cgroup, folder) if folder else None, runs)
+
+
+@contextmanager
+def asking(what: str) -> Iterator[None]:
+    """Explains errors of BPF_PROG_QUERY."""
     try:
-        identities = bpf.attached_programs(cgroup.fd, attach_type)
+        yield
     except OSError as error:
-        what = f"asking what is attached to {cgroup.path} at {hook}"
+        said = f"asking {what}: {system_text(error)}"
         if error.errno not in _NO_CGROUP_PROGRAMS:
-            raise GuardError(f"{what}: {system_text(error)}; nothing was changed, run the command again") from error
+            raise GuardError(f"{said}; nothing was changed, run the command again") from error
         raise Unsupported(
-            f"{what}: {system_text(error)}; the kernel has no programs on cgroups (CONFIG_CGROUP_BPF), or something "
-            "forbids bpf(2) to this process"
+            f"{said}; the kernel has no programs on cgroups (CONFIG_CGROUP_BPF), or something forbids bpf(2) to this "
+            "process"
         ) from error
-    return [found for found in (_describe(hook, identity) for identity in identities) if found is not None]
 
 
 def _describe(hook: str, identity: int) -> Attached | None:
@@ -98,7 +118,7 @@ def _describe(hook: str, identity: int) -> Attached | None:
 
 def _linked(hook: str, cgroup: Cgroup, folder: str) -> int | None:
     """The ID of the program of our pinned link. None without a link, and for a link to another or a removed cgroup."""
-    fd = _open_link(hook, folder)
+    fd = open_link(hook, folder)
     if fd is None:
         return None
     try:
@@ -108,7 +128,8 @@ def _linked(hook: str, cgroup: Cgroup, folder: str) -> int | None:
     return link.prog_id if link.cgroup_id == cgroup.id else None
 
 
-def _open_link(hook: str, folder: str) -> int | None:
+def open_link(hook: str, folder: str) -> int | None:
+    """The fd of a hook's link that is pinned in a folder, or None."""
     try:
         return bpf.pinned(link_pin(folder, hook))
     except FileNotFoundError:
@@ -119,7 +140,7 @@ def pinned_links(folder: str) -> list[bpf.LinkDescription]:
     """The links that are pinned in a folder."""
     found = []
     for hook in abi.HOOKS:
-        fd = _open_link(hook, folder)
+        fd = open_link(hook, folder)
         if fd is not None:
             try:
                 found.append(bpf.describe_link(fd))
@@ -146,56 +167,43 @@ def attach(
             os.close(fd)
 
 
-@contextmanager
-def programs_restored_on_failure(folder: str, found: Sequence[Hook]) -> Iterator[None]:
-    """When the block fails, each link that is pinned in ``folder`` gets back the program that it had.
-
-    Not when another folder is at that path by then: the block had done its work before it was interrupted.
-    """
-    before: dict[str, int] = {}
-    inode = os.stat(folder).st_ino
-    try:
-        for hook in found:
-            fd = bpf.program_by_id(hook.linked) if hook.linked is not None else None
-            if fd is not None:
-                before[hook.name] = fd
-        try:
-            yield
-        except BaseException:
-            with suppress(OSError):
-                if os.stat(folder).st_ino == inode:
-                    _restore(folder, before)
-            raise
-    finally:
-        for fd in before.values():
-            os.close(fd)
-
-
-def _restore(folder: str, programs: Mapping[str, int]) -> None:
-    """Errors are ignored: they would hide the first one."""
-    for hook, program_fd in programs.items():
-        with suppress(OSError):
-            link_fd = _open_link(hook, folder)
-            if link_fd is not None:
-                try:
-                    bpf.link_update(link_fd, program_fd)
-                finally:
-                    os.close(link_fd)
-
-
 def _attach(hook: Hook, program_fd: int, cgroup: Cgroup, folder: str, pins: str) -> None:
+    """LINK_UPDATE leaves no moment without a program. Where it can't be used, both programs run for a moment."""
     what = f"attaching the eBPF program for {hook.name} to {cgroup.path}"
     with trying(what, "what was in force before stays in force"):
-        link_fd = _open_link(hook.name, folder) if hook.linked is not None else None
-        made = link_fd is None
-        if link_fd is None:
-            link_fd = bpf.link_create(program_fd, cgroup.fd, abi.HOOKS[hook.name].attach_type)
+        if hook.ours is None or hook.is_reordered:
+            attach_anew(hook.name, program_fd, cgroup, pins)
+            return
+        link_fd = bpf.pinned(link_pin(folder, hook.name))
         try:
-            if not made:
-                bpf.link_update(link_fd, program_fd)
+            bpf.link_update(link_fd, program_fd)
             _pin(link_fd, link_pin(pins, hook.name))
         finally:
             os.close(link_fd)
+
+
+def attach_anew(hook: str, program_fd: int, cgroup: Cgroup, pins: str, *, only_first: bool = False) -> bool:
+    """By a new link, in the first place where the kernel can order programs. A link that is pinned there ends.
+
+    With ``only_first`` nothing is done where the kernel can't, and False returned.
+    """
+    attach_type = abi.HOOKS[hook].attach_type
+    link_fd = bpf.link_create_first(program_fd, cgroup.fd, attach_type)
+    if link_fd is None:
+        if only_first:
+            return False
+        link_fd = bpf.link_create(program_fd, cgroup.fd, attach_type)
+    before = None
+    try:
+        before = open_link(hook, pins)
+        _pin(link_fd, link_pin(pins, hook))
+        if before is not None:
+            bpf.link_detach(before)
+    finally:
+        for fd in (link_fd, before):
+            if fd is not None:
+                os.close(fd)
+    return True
 
 
 def _pin(link_fd: int, path: str) -> None:
@@ -229,15 +237,28 @@ def detach_all(folder: str) -> None:
     """Detaches every link that is pinned in a folder, at once."""
     for hook in abi.HOOKS:
         for name in (hook, hook + "~"):  # the second when a command ended between the two steps of _pin()
-            fd = _open_link(name, folder)
+            fd = open_link(name, folder)
             if fd is not None:
                 _detach(fd)
+
+
+@contextmanager
+def detached_afterwards(folder: str, names: Collection[str]) -> Iterator[None]:
+    """Detaches these links that are pinned in ``folder``, when the block has put others in their place."""
+    links = [fd for fd in (open_link(name, folder) for name in names) if fd is not None]
+    try:
+        yield
+        for fd in links:
+            bpf.link_detach(fd)
+    finally:
+        for fd in links:
+            os.close(fd)
 
 
 def detach_unneeded(folder: str, needed: Collection[str]) -> None:
     """Detaches and unpins the links of hooks that the policy in force does not need."""
     for hook in abi.HOOKS:
-        fd = _open_link(hook, folder) if hook not in needed else None
+        fd = open_link(hook, folder) if hook not in needed else None
         if fd is not None:
             _detach(fd)
             _unlink(link_pin(folder, hook))

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from imds_guard.backends.ebpf import abi, hooks
+from imds_guard.backends.ebpf import abi, hooks, other_programs
 from imds_guard.backends.ebpf.hooks import Hook
+from imds_guard.backends.ebpf.other_programs import OtherProgram
 from imds_guard.backends.ebpf.parse import parse
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.reader import MapReader, Snapshot, all_pinned, of_abi_2
@@ -39,6 +40,8 @@ class State(NamedTuple):
     """Denials whose record did not fit into the ring buffer."""
     report_overflow: int = 0
     """Denials whose row did not fit into the report."""
+    others: tuple[OtherProgram, ...] = ()
+    """Programs of others that run for the same processes as ours."""
     altered: bool = False
     """True when the maps are not as they were written, so that ``policy`` is not what somebody asked for."""
 
@@ -100,6 +103,7 @@ def _with_maps(cgroup: Cgroup, pins: str, found: tuple[Hook, ...], maps: MapRead
     policy, faults_of_maps = policy_of(snapshot)
     needed = abi.needed_hooks(policy is not None and policy.strict)
     faults = (*_faults_of_hooks(found, maps.ids(), needed), *faults_of_maps) if generation else ()
+    others = other_programs.find(cgroup, found) if generation else []
     return State(
         cgroup.path,
         cgroup.is_root,
@@ -111,6 +115,7 @@ def _with_maps(cgroup: Cgroup, pins: str, found: tuple[Hook, ...], maps: MapRead
         faults=faults,
         lost_events=counters[abi.LOST_EVENTS][0],
         report_overflow=counters[abi.REPORT_OVERFLOW][0],
+        others=tuple(others),
         altered=bool(faults_of_maps),
     )
 
@@ -152,9 +157,6 @@ def _faults_of_hooks(found: Sequence[Hook], map_ids: list[int], needed: tuple[st
             yield f"the hook {hook.name} is not attached: what goes through it is not checked"
         elif not set(hook.ours.map_ids) <= set(map_ids):
             yield f"the hook {hook.name} uses other maps than the pinned ones: a change of policy does not reach it"
-        for other in hook.behind:
-            what = f"program {other.name or '(unnamed)'} (id {other.id})"
-            yield f"{what} runs behind ours at {hook.name} and may rewrite addresses"
     yield from _unpinned(found)
 
 

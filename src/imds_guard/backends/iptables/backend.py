@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from imds_guard.backends import Change, Description
+from imds_guard.backends import Change, Description, Neighbour
 from imds_guard.backends.iptables import differences, faults
 from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.our_chains import COMMANDS, OurChains
@@ -179,6 +179,10 @@ class IptablesBackend:
         if current is None:
             return lines
         return lines + faults.of_rules(families, current) + faults.of_members(current)
+
+    def neighbours(self) -> list[Neighbour]:
+        """Backend.neighbours(): none. What other rules do to ours is a fault."""
+        return []
 
     def describe(self) -> Description:
         """Backend.describe(). Rules that are no policy are a fault, not an error."""
