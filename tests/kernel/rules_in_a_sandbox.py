@@ -104,11 +104,13 @@ class Machine:
         return self.call(send)
 
 
-def connect(uid: int, to: str, port: int, *, gid: int = NO_GROUP, groups: Sequence[int] = ()) -> str:
+def connect(
+    uid: int, to: str, port: int, *, gid: int = NO_GROUP, groups: Sequence[int] = (), timeout_s: float = 10.0
+) -> str:
     """Takes the IDs and connects over TCP. Returns ``connected``, or the name of the errno."""
     become((uid,) * 3, (gid,) * 3, groups)
     with socket.socket(family(to), socket.SOCK_STREAM) as one:
-        one.settimeout(10)
+        one.settimeout(timeout_s)
         return _errno_of(lambda: one.connect(sockaddr(to, port)))
 
 

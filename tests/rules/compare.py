@@ -11,19 +11,24 @@ from dataclasses import replace
 from random import Random
 from typing import Callable, NamedTuple
 
-from imds_guard.backends import forwarded
-from imds_guard.backends.iptables.render import HEAD, Chains, Members, ResolvedPolicy, render
-from imds_guard.backends.iptables.tables import Anchor, restore_text, rule_texts
-from imds_guard.policy.decide import UNBOUND, Caller, Decision, Destination, decide, find_lock, resolve_unspecified
+from imds_guard.backends.forwarded import by_iptables as mangle
+from imds_guard.backends.forwarded import by_nft as own
+from imds_guard.backends.iptables.render import HEAD, Members, ResolvedPolicy, render
+from imds_guard.backends.iptables.tables import Anchor, Table, restore_text, rule_texts
+from imds_guard.kernel.nft import replacement
+from imds_guard.policy.decide import UNBOUND, Caller, Decision, Destination, decide, resolve_unspecified
+from imds_guard.policy.decide_forwarded import Direction, ForwardedPacket, ForwardReason, decide_forwarded
 from imds_guard.policy.model import Address, Identities, Lock, Mode, Policy, Protocol
+from imds_guard.policy.packet import Fragment
 from tests import generate
 from tests.rules.edits import Edit, unchanged
+from tests.rules.forwarded import FLAG_BITS
 from tests.rules.iptables import Filter
 from tests.rules.nft import Ruleset
 from tests.rules.packets import SYN, TCP_FLAGS, Outcome, Owner, Packet
 
 OUTPUT = Anchor("OUTPUT", HEAD)
-FORWARD = forwarded.ANCHOR
+FORWARD = mangle.ANCHOR
 
 DENIAL_PREFIX = "imds-guard would deny: "
 OTHERS_PREFIX = "others: "
@@ -113,26 +118,44 @@ def same(outcome: Outcome, wanted: Outcome) -> bool:
 
 
 def new_filters() -> dict[int, Filter]:
-    """Table filter of both IP versions, with somebody else's rule in OUTPUT and in FORWARD."""
+    """Table filter of both IP versions, with somebody else's rule in OUTPUT."""
     filters = {version: Filter(version) for version in (4, 6)}
     for one in filters.values():
-        one.restore(f"*filter\n-A OUTPUT {OTHERS}\n-A FORWARD {OTHERS}\nCOMMIT\n")
+        one.restore(f"*filter\n-A OUTPUT {OTHERS}\nCOMMIT\n")
     return filters
+
+
+def new_mangles() -> dict[int, Filter]:
+    """Table mangle of both IP versions, with somebody else's rule in FORWARD."""
+    tables = {version: Filter(version, "mangle") for version in (4, 6)}
+    for one in tables.values():
+        one.restore(f"*mangle\n-A FORWARD {OTHERS}\nCOMMIT\n")
+    return tables
 
 
 def apply(filters: Mapping[int, Filter], resolved: ResolvedPolicy, edit: Edit = unchanged) -> None:
     """Puts a policy in force as the backend does: by the text for iptables-restore that makes the change."""
-    _replace(filters, OUTPUT, lambda version: render(resolved, version), edit)
+    _replace(filters, OUTPUT, lambda version: rule_texts(render(resolved, version)), edit)
 
 
-def apply_forwarded(filters: Mapping[int, Filter], policy: Policy, edit: Edit = unchanged) -> None:
-    """Puts the rules for forwarded packets in force."""
-    _replace(filters, FORWARD, lambda version: forwarded.render(policy, version), edit)
+def apply_forwarded(tables: Mapping[int, Filter], policy: Policy, tracked: bool, edit: Edit = unchanged) -> None:
+    """Puts the rules for forwarded packets in force, by iptables."""
+    _replace(tables, FORWARD, lambda version: mangle.render(policy, version, tracked), edit)
 
 
-def _replace(filters: Mapping[int, Filter], anchor: Anchor, chains: Callable[[int], Chains], edit: Edit) -> None:
-    for version, one in filters.items():
-        text = restore_text(one.texts(), anchor, rule_texts(chains(version)))
+def nft_forwarded(policy: Policy, tracked: bool, edit: Edit = unchanged) -> dict[int, Ruleset]:
+    """The rules for forwarded packets of each IP version that has some, by nft."""
+    found = {}
+    for version, table in own.TABLES.items():
+        chains = own.render(policy, version, tracked)
+        if chains:
+            found[version] = Ruleset(edit(replacement(table, chains)))
+    return found
+
+
+def _replace(tables: Mapping[int, Filter], anchor: Anchor, chains: Callable[[int], Table], edit: Edit) -> None:
+    for version, one in tables.items():
+        text = restore_text(one.texts(), anchor, chains(version))
         if text:
             one.restore(edit(text))
 
@@ -179,15 +202,73 @@ def by_iptables(filters: Mapping[int, Filter], resolved: ResolvedPolicy, attempt
     return wrong
 
 
-def by_forward(filters: Mapping[int, Filter], policy: Policy, attempts: Iterable[Attempt]) -> list[str]:
-    """The packets that the rules in FORWARD judge otherwise than they should: none may pass to a locked endpoint."""
+# --- forwarded packets ----------------------------------------------------------------------------------------------
+
+
+def as_rules_see(one: ForwardedPacket, tracked: bool) -> Packet:
+    """A forwarded packet for the interpreters. Without conntrack nobody knows its direction."""
+    flags = frozenset(name for name, bit in FLAG_BITS.items() if one.tcp_flags & bit)
+    protocol = (
+        "" if one.protocol is None and one.is_cut_short else "sctp" if one.protocol is None else one.protocol.value
+    )
+    direction = {Direction.ORIGINAL: "original", Direction.REPLY: "reply"}.get(one.direction, "")
+    return Packet(
+        one.destination,
+        protocol,
+        one.port,
+        flags,
+        fragment="" if one.fragment is Fragment.WHOLE else one.fragment.value,
+        is_cut_short=one.is_cut_short,
+        direction=direction if tracked else "",
+    )
+
+
+def specified(policy: Policy, one: ForwardedPacket, tracked: bool) -> bool:
+    """Whether ``decide_forwarded()`` lets a packet pass."""
+    known = one if tracked else replace(one, direction=Direction.UNKNOWN)
+    return decide_forwarded(policy, known).passes
+
+
+def by_mangle(
+    tables: Mapping[int, Filter], policy: Policy, packets: Iterable[ForwardedPacket], tracked: bool
+) -> list[str]:
+    """The packets that rules in mangle FORWARD judge otherwise. What they let through meets others' rules, too.
+
+    Of the fragments of IPv4 the first one passes, and nobody can put it together without the others.
+    """
     wrong = []
-    for one in attempts:
-        locked = not one.other_protocol and find_lock(policy, one.destination._replace(address=one.address)) is not None
-        packet = replace(one.packet(), owner=None)
-        outcome = filters[one.address.version].judge("FORWARD", packet)
-        wrong += _complaint(one, policy, outcome, expected(policy, one, locked))
+    for one in packets:
+        found = tables[one.destination.version].judge("FORWARD", as_rules_see(one, tracked))
+        passes = specified(policy, one, tracked)
+        if one.destination.version == 4 and one.fragment is Fragment.FIRST and found.verdict == "ACCEPT":
+            passes = True
+        wanted = Outcome("ACCEPT", "", (OTHERS_PREFIX,)) if passes else Outcome("DROP")
+        wrong += [] if same(found, wanted) else [f"{found} in place of {wanted}: {one} under {policy}"]
     return wrong
+
+
+def by_own_tables(
+    rules: Mapping[int, Ruleset], policy: Policy, packets: Iterable[ForwardedPacket], tracked: bool
+) -> list[str]:
+    """The packets that rules of nft judge otherwise."""
+    wrong = []
+    for one in packets:
+        version = one.destination.version
+        seen = as_rules_see(one, tracked)
+        found = rules[version].judge("forward", seen) if version in rules else Outcome("ACCEPT")
+        decision = decide_forwarded(policy, one if tracked else replace(one, direction=Direction.UNKNOWN))
+        wanted = Outcome("ACCEPT")
+        if not decision.passes:
+            dropped = decision.reason is ForwardReason.FRAGMENT
+            wanted = Outcome("DROP") if dropped else Outcome("REJECT", _rejection_of(one))
+        wrong += [] if same(found, wanted) else [f"{found} in place of {wanted}: {one} under {policy}"]
+    return wrong
+
+
+def _rejection_of(one: ForwardedPacket) -> str:
+    if one.protocol is Protocol.TCP:
+        return "tcp-reset"
+    return "icmp-port-unreachable" if one.destination.version == 4 else "icmp6-port-unreachable"
 
 
 # --- nft ------------------------------------------------------------------------------------------------------------

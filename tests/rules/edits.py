@@ -104,15 +104,54 @@ IPTABLES: dict[str, Edit] = {
 }
 
 FORWARD: dict[str, Edit] = {
-    "an endpoint is missing": without(r"-A IMDS-FORWARD "),
+    "an address is missing": without(r"-A IMDS-FORWARD .*-d "),
+    "an endpoint is missing": without(r"-A IMDS-FORWARD-P .*--dport"),
     "the first port": changed_number(r"--dport (\d+):", 1),
     "a longer prefix": changed_number(r"-d \S+/([12]?\d) ", 1),
-    "TCP and UDP are mixed up": replaced(r"^-A IMDS-FORWARD .*$", _both_protocols),
-    "only the first packet": replaced(r"^(-A IMDS-FORWARD .*-p tcp)", r"\1 -m tcp --tcp-flags FIN,SYN,RST,ACK SYN"),
-    "only packets with an owner": replaced(r"^(-A IMDS-FORWARD .*) -g", r"\1 -m owner --uid-owner 0-4294967294 -g"),
+    "TCP and UDP are mixed up": replaced(r"^-A IMDS-FORWARD-P .*-g .*$", _both_protocols),
+    "a SYN alone": replaced(r"! --tcp-flags SYN,ACK SYN", "! --tcp-flags FIN,SYN,RST,ACK SYN"),
+    "each packet": without(r"! --tcp-flags SYN,ACK SYN"),
+    "every answer": replaced(r"--ctdir REPLY -m tcp ! --tcp-flags SYN,ACK SYN", "--ctdir REPLY"),
+    "each packet is an answer": replaced(r" -m conntrack --ctdir REPLY", ""),
+    "packets that conntrack does not know": without(r"--ctstate INVALID,UNTRACKED"),
+    "fragments of IPv4": without(r"-A IMDS-FORWARD-E .*-p tcp -f "),
+    "fragments of UDP": without(r"-A IMDS-FORWARD-E -f -j RETURN"),
+    "fragments of IPv6": without(r"-m frag -g IMDS-FORWARD-F"),
+    "fragments that don't tell their protocol": without(r"-A IMDS-FORWARD-F -g "),
+    "fragments of other protocols": without(r"! -p tcp"),
+    "fragments of UDP without a port": replaced(r"^(-A IMDS-FORWARD-U) -g IMDS-FORWARD-D", r"\1 -j RETURN"),
+    "first fragments of UDP": without(r"--fragfirst"),
     "our jump is behind other rules": replaced(r"-I FORWARD 1 ", "-A FORWARD "),
-    "nothing is denied": without(r"-A IMDS-FORWARD-DENY -p tcp -j REJECT"),
-    "audit mode rejects": replaced(r"-j LOG .*", "-j REJECT"),
+    "nothing is denied": replaced(r"^(-A IMDS-FORWARD-L\d+ .*)-j DROP", r"\1-j RETURN", count=0),
+    "audit mode drops": replaced(r"^(-A IMDS-FORWARD-L\d+ .*)-j RETURN", r"\1-j DROP", count=0),
+    "audit mode accepts": replaced(r"^(-A IMDS-FORWARD-L\d+ .*)-j RETURN", r"\1-j ACCEPT", count=0),
+}
+
+NFT_FORWARD: dict[str, Edit] = {
+    "an address is missing": replaced(r"(daddr \{ [^,}]*), [^}]* (\} goto find)", r"\1 \2"),
+    "an endpoint is missing": without(r"dport .*goto lock-"),
+    "the first port": changed_number(r"dport \{ (\d+)-", 1),
+    "a longer prefix": changed_number(r"daddr \{ \S+/([12]?\d) ", 1),
+    "TCP and UDP are mixed up": replaced(r"^.*goto lock-.*$", _both_protocols),
+    "each packet": without(r"tcp flags & \(syn \| ack\) != syn accept"),
+    "every answer": replaced(
+        r"ct direction reply tcp flags & \(syn \| ack\) != syn accept", "ct direction reply accept"
+    ),
+    "each packet is an answer": replaced(r"ct direction reply ", ""),
+    "packets that conntrack does not know": without(r"ct state \{ invalid, untracked \}"),
+    "fragments of IPv4": without(r"ip frag-off & 0x3fff"),
+    "later fragments alone": replaced(r"0x3fff", "0x1fff"),
+    "fragments of UDP": without(r"ip frag-off & 0x1fff"),
+    "fragments of IPv6": without(r"exthdr frag exists"),
+    "fragments that don't tell their protocol": replaced(
+        r"exthdr frag exists jump", "exthdr frag exists meta l4proto tcp jump"
+    ),
+    "fragments of other protocols": without(r"meta l4proto != \{ tcp, udp \} accept"),
+    "fragments of TCP to other addresses": without(r"meta l4proto tcp ip6 daddr != .*accept"),
+    "fragments of UDP without a port": replaced(r"udp dport 1-65535 return", "meta l4proto udp return"),
+    "a rejection without a reset": without(r"reject with tcp reset"),
+    "nothing is denied": replaced(r"counter reject with tcp reset", "counter"),
+    "audit mode drops fragments": replaced(r"counter accept", "counter drop", count=0),
 }
 
 NFT: dict[str, Edit] = {

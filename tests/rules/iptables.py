@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An interpreter of iptables rules: table filter of one IP version, from the text that iptables-restore takes.
+"""An interpreter of iptables rules: a table of one IP version, from the text that iptables-restore takes.
 
 It shares no code with the backend. It is written from iptables(8), iptables-restore(8), iptables-extensions(8), and,
 where those are silent, from ipt_do_table() and owner_mt() in Linux. What it does not know is an error: a match that is
@@ -79,10 +79,11 @@ class _Chain:
 
 
 class Filter:
-    """Table filter of IP version 4 or 6, at first as it is on a machine without rules."""
+    """Table filter, or mangle, of IP version 4 or 6, at first as it is on a machine without rules."""
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int, table: str = "filter") -> None:
         self.version = version
+        self._table = table
         self._chains = {name: _Chain("ACCEPT") for name in ("INPUT", "FORWARD", "OUTPUT")}
 
     # --- iptables-restore -------------------------------------------------------------------------------------------
@@ -90,8 +91,8 @@ class Filter:
     def restore(self, text: str) -> None:
         """What ``iptables-restore --noflush`` does with the text. Raises BadRules, and leaves the table half done."""
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-        if lines[:1] != ["*filter"] or lines[-1] != "COMMIT":
-            raise BadRules("not table filter from its name to COMMIT")
+        if lines[:1] != [f"*{self._table}"] or lines[-1] != "COMMIT":
+            raise BadRules(f"not table {self._table} from its name to COMMIT")
         for line in lines[1:-1]:
             self._command(line)
         for chain in self._chains.values():
@@ -159,6 +160,8 @@ class Filter:
 
     def _check_target(self, rule: _Rule) -> None:
         chain = self._chains.get(rule.target)
+        if rule.target == "REJECT" and self._table != "filter":
+            raise BadRules("the kernel takes REJECT in table filter alone")
         if chain is None and (rule.goto or rule.target not in ("", "ACCEPT", "DROP", "RETURN", "REJECT", "LOG")):
             raise BadRules(f"no target {rule.target}")
         if chain is not None and chain.policy is not None:
@@ -225,7 +228,11 @@ class _Parser:
 
     def _option(self, option: str, inverted: bool) -> None:
         owner = {"--uid-owner": self._uid_owner, "--gid-owner": self._gid_owner}
-        if option in owner and self._match == "owner":
+        if option == "-p":
+            self._set_protocol(self._next(), inverted)
+        elif option == "--tcp-flags" and self._match == self._protocol == "tcp":
+            self._tcp_flags(inverted)
+        elif option in owner and self._match == "owner":
             owner[option](inverted)
         elif inverted:
             raise self._unknown(f"! {option} is not known here")
@@ -233,12 +240,13 @@ class _Parser:
             self._owner.supplementary = True
         elif option == "-d":
             self._destination(self._next())
-        elif option == "-p":
-            self._set_protocol(self._next())
         elif option == "-m":
             self._open_match(self._next())
-        elif option in ("--dport", "--tcp-flags") and self._match == self._protocol in ("tcp", "udp"):
-            self._transport(option)
+        elif option == "--dport" and self._match == self._protocol in ("tcp", "udp"):
+            ports = number_range(self._next(), ":", 65535)
+            self.rule.tests.append(lambda packet: packet.read_port() in ports)
+        elif option in ("-f", "--fragfirst", "--ctdir", "--ctstate"):
+            self._forwarded(option)
         elif option == "--comment" and self._match == "comment":
             if len(self._next().encode()) > _MAX_COMMENT:
                 raise self._unknown("the comment is too long")
@@ -253,16 +261,20 @@ class _Parser:
             raise self._unknown("the address is of the other IP version")
         self.rule.tests.append(lambda packet: packet.destination in network)
 
-    def _set_protocol(self, name: str) -> None:
+    def _set_protocol(self, name: str, inverted: bool) -> None:
+        """A packet that does not tell its protocol matches neither -p nor ! -p."""
         if name not in ("tcp", "udp") or self._protocol:
             raise self._unknown("-p is not known here")
-        self._protocol = name
-        self.rule.tests.append(lambda packet: packet.protocol == name)
+        self._protocol = "" if inverted else name
+        self.rule.tests.append(lambda packet: packet.protocol != "" and (packet.protocol == name) != inverted)
 
     def _open_match(self, name: str) -> None:
-        if name not in ("tcp", "udp", "owner", "comment") or (name in ("tcp", "udp") and name != self._protocol):
+        known = ("tcp", "udp", "owner", "comment", "conntrack", *(["frag"] if self._version == 6 else []))
+        if name not in known or (name in ("tcp", "udp") and name != self._protocol):
             raise self._unknown(f"-m {name} is not known here")
         self._match = name
+        if name == "frag":
+            self.rule.tests.append(lambda packet: packet.fragment != "")
         if name == "owner":
             self._owner = _Owner()
             self.rule.tests.append(self._owner)
@@ -273,15 +285,32 @@ class _Parser:
     def _gid_owner(self, inverted: bool) -> None:
         self._owner.gids, self._owner.not_gid = number_range(self._next(), "-", _MAX_ID), inverted
 
-    def _transport(self, option: str) -> None:
-        if option == "--dport":
-            ports = number_range(self._next(), ":", 65535)
-            self.rule.tests.append(lambda packet: packet.port in ports)
-            return
+    def _tcp_flags(self, inverted: bool) -> None:
         examined, wanted = self._flags(self._next()), self._flags(self._next())
-        if self._protocol != "tcp" or not wanted <= examined:
+        if not wanted <= examined:
             raise self._unknown("flags that are not examined are wanted")
-        self.rule.tests.append(lambda packet: packet.flags & examined == wanted)
+
+        def test(packet: Packet) -> bool:
+            if packet.fragment == "later" or packet.is_cut_short:
+                raise BadRules("a rule takes what is in a fragment for flags")
+            return (packet.flags & examined == wanted) != inverted
+
+        self.rule.tests.append(test)
+
+    def _forwarded(self, option: str) -> None:
+        """What only the rules for forwarded packets ask: conntrack and fragments."""
+        forms: dict[tuple[str, str], Test] = {
+            ("-f", ""): lambda packet: packet.fragment == "later",
+            ("--fragfirst", "frag"): lambda packet: packet.fragment == "first",
+            ("--ctdir REPLY", "conntrack"): lambda packet: packet.direction == "reply",
+            ("--ctstate INVALID,UNTRACKED", "conntrack"): lambda packet: packet.direction == "",
+        }
+        if option.startswith("--ct"):
+            option = f"{option} {self._next()}"
+        match = "" if option == "-f" and self._version == 4 else self._match
+        if (option, match) not in forms:
+            raise self._unknown(f"{option} is not known here")
+        self.rule.tests.append(forms[option, match])
 
     def _flags(self, text: str) -> frozenset[str]:
         flags = frozenset(text.split(","))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An interpreter of the nft rules that ``export --format nftables`` writes: one table of family inet, in a file.
+"""An interpreter of the nft rules that ``export --format nftables`` writes, and those for forwarded packets: one table.
 
 Written from nft(8), and from nft_do_chain() and nft_meta_get_eval_skugid() in Linux. What it does not know is an error.
 tests/kernel/test_rule_interpreters.py compares it with a kernel.
@@ -8,6 +8,7 @@ tests/kernel/test_rule_interpreters.py compares it with a kernel.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Callable
@@ -16,7 +17,7 @@ from tests.rules.packets import BadRules, Outcome, Packet, number_range
 
 Test = Callable[[Packet], bool]
 
-_TOKENS = re.compile(r'"[^"]*"|[{}();,|&]|==|[^\s{}();,|&="]+')
+_TOKENS = re.compile(r'"[^"]*"|[{}();,|&]|[=!]=|[^\s{}();,|&=!"]+')
 _MAX_ID = 0xFFFFFFFE
 _MAX_STEPS = 100_000
 _MAX_DEPTH = 16
@@ -40,12 +41,16 @@ class Ruleset:
         self._chains: dict[str, list[_Rule]] = {}
         self._hooks: dict[str, str] = {}
         """Hook -> base chain."""
+        self._version = 0
+        """The IP version of family ip or ip6; 0 for both."""
         lines = [line.strip() for line in text.splitlines()]
         lines = [line for line in lines if line and not line.startswith("#")]
-        if not lines[0].startswith("table ") or lines[1:3] != [f"delete {lines[0]}", f"{lines[0]} {{"]:
+        family = re.match(r"table (inet|ip6|ip) ", lines[0])
+        if family is None or lines[1:3] != [f"delete {lines[0]}", f"{lines[0]} {{"]:
             raise BadRules("the table is not replaced in one step")
         if lines[-1] != "}":
             raise BadRules("the table does not end")
+        self._version = {"inet": 0, "ip": 4, "ip6": 6}[family[1]]
         self._read_chains(lines[3:-1])
         for rules in self._chains.values():
             for rule in rules:
@@ -55,8 +60,8 @@ class Ruleset:
     def _read_chains(self, lines: list[str]) -> None:
         rules: list[_Rule] | None = None
         for line in lines:
-            begins = re.fullmatch(r"chain (\w+) \{", line)
-            base = re.fullmatch(r"type filter hook (\w+) priority filter; policy accept;", line)
+            begins = re.fullmatch(r"chain ([\w-]+) \{", line)
+            base = re.fullmatch(r"type filter hook (\w+) priority (?:filter|-?\d+); policy accept;", line)
             if rules is None and begins and begins[1] not in self._chains:
                 rules = self._chains[begins[1]] = []
             elif rules is not None and line == "}":
@@ -75,6 +80,8 @@ class Ruleset:
         stack: list[tuple[str, int]] = []
         logged: list[str] = []
         name, place, met, depth = self._hooks[hook], 0, 0, 1
+        if self._version not in (0, packet.destination.version):
+            return Outcome("ACCEPT")
         for _ in range(_MAX_STEPS):
             if place >= len(self._chains[name]):
                 if not stack:
@@ -105,6 +112,8 @@ def _rejection(kind: str, packet: Packet) -> str:
         if packet.protocol != "tcp":
             raise BadRules("a reset for a packet that is not TCP")
         return kind
+    if kind != "port-unreachable" and int(kind[-1]) != packet.destination.version:
+        raise BadRules("an answer of the other IP version")
     return "icmp-port-unreachable" if packet.destination.version == 4 else "icmp6-port-unreachable"
 
 
@@ -143,12 +152,12 @@ class _Parser:
         elif word == "reject":
             self._reject()
         elif word == "counter":
-            pass  # for test_rule_interpreters.py; the export has none
+            pass
         elif word == "log":
             self._take("prefix")
             self.rule.log_prefix = self._next().strip('"')
             self._take("flags", "skuid")
-        elif word in ("meta", "ip", "ip6", "tcp", "udp"):
+        elif word in ("meta", "ip", "ip6", "tcp", "udp", "ct", "exthdr", "frag"):
             self._match(word, self._next())
         else:
             raise self._unknown(f"{word} is not known here")
@@ -156,7 +165,14 @@ class _Parser:
     def _reject(self) -> None:
         self._take("with")
         how = (self._next(), self._next())
-        kinds = {("tcp", "reset"): "tcp-reset", ("icmpx", "port-unreachable"): "port-unreachable"}
+        if how[1] == "type":
+            how = (how[0], self._next())
+        kinds = {
+            ("tcp", "reset"): "tcp-reset",
+            ("icmpx", "port-unreachable"): "port-unreachable",
+            ("icmp", "port-unreachable"): "port-unreachable-4",
+            ("icmpv6", "port-unreachable"): "port-unreachable-6",
+        }
         if how not in kinds:
             raise self._unknown("this reject is not known here")
         self.rule.verdict, self.rule.argument = "reject", kinds[how]
@@ -167,19 +183,19 @@ class _Parser:
             self._protocol_of("nfproto", {"ip": "ipv4", "ip6": "ipv6"}[header])
         elif header in ("tcp", "udp"):
             self._protocol_of("l4proto", header)
-        if (header, key) in (("meta", "l4proto"), ("meta", "nfproto")):
+        if (header, key) == ("meta", "l4proto") and self._left[:1] == ["!="]:
+            self._other_protocols()
+        elif (header, key) in (("meta", "l4proto"), ("meta", "nfproto")):
             self._protocol_of(key, self._next())
         elif (header, key) in (("ip", "daddr"), ("ip6", "daddr")):
-            network = ipaddress.ip_network(self._next())
-            if network.version != (4 if header == "ip" else 6):
-                raise self._unknown("the address is of the other IP version")
-            tests.append(lambda packet: packet.destination in network)
+            self._addresses(4 if header == "ip" else 6)
         elif key == "dport":
             ports = self._values(65535)
-            tests.append(lambda packet: any(packet.port in one for one in ports))
+            tests.append(lambda packet: any(packet.read_port() in one for one in ports))
         elif (header, key) == ("tcp", "flags"):
-            examined, wanted = self._flags()
-            tests.append(lambda packet: packet.flags & examined == wanted)
+            self._flags()
+        elif header in ("ct", "exthdr", "frag") or key == "frag-off":
+            self._forwarded(header, key)
         elif header == "meta" and key in ("skuid", "skgid"):
             self._owner(key)
         else:
@@ -221,11 +237,66 @@ class _Parser:
             raise self._unknown("intervals overlap")
         return found
 
-    def _flags(self) -> tuple[frozenset[str], frozenset[str]]:
+    def _flags(self) -> None:
+        """A fragment of TCP may end before the flags, or have something else in their place."""
         self._take("&", "(")
         examined = {self._next().upper()}
         while self._left[:1] == ["|"]:
             self._take("|")
             examined.add(self._next().upper())
-        self._take(")", "==")
-        return frozenset(examined), frozenset({self._next().upper()})
+        self._take(")")
+        operator, wanted = self._next(), frozenset({self._next().upper()})
+        if operator not in ("==", "!="):
+            raise self._unknown("not a comparison")
+
+        def test(packet: Packet) -> bool:
+            if packet.fragment == "later" or packet.is_cut_short:
+                raise BadRules("a rule takes what is in a fragment for flags")
+            return (packet.flags & examined == wanted) == (operator == "==")
+
+        self.rule.tests.append(test)
+
+    def _other_protocols(self) -> None:
+        """``!=`` of a protocol that the packet does not tell does not match: NFT_BREAK."""
+        self._take("!=", "{")
+        names = [self._next()]
+        while self._left[:1] == [","]:
+            self._take(",")
+            names.append(self._next())
+        self._take("}")
+        self.rule.tests.append(lambda packet: packet.protocol != "" and packet.protocol not in names)
+
+    def _addresses(self, version: int) -> None:
+        is_inverted = self._left[:1] == ["!="]
+        texts = [self._next() for _ in range(1 + is_inverted)][-1:]
+        if texts == ["{"]:
+            texts = [self._next()]
+            while self._left[:1] == [","]:
+                self._take(",")
+                texts.append(self._next())
+            self._take("}")
+        networks = [ipaddress.ip_network(text) for text in texts]
+        if any(network.version != version for network in networks):
+            raise self._unknown("the address is of the other IP version")
+        if any(one.overlaps(other) for one, other in itertools.combinations(networks, 2)):
+            raise self._unknown("intervals overlap")
+        self.rule.tests.append(lambda packet: any(packet.destination in one for one in networks) != is_inverted)
+
+    def _forwarded(self, header: str, key: str) -> None:
+        """What only the rules for forwarded packets ask: conntrack and fragments."""
+        forms: dict[str, Test] = {
+            "ct direction reply": lambda packet: packet.direction == "reply",
+            "ct state { invalid , untracked }": lambda packet: packet.direction == "",
+            "ip frag-off & 0x3fff != 0": lambda packet: packet.fragment != "",
+            "ip frag-off & 0x1fff != 0": lambda packet: packet.fragment == "later",
+            "exthdr frag exists": lambda packet: packet.fragment != "",
+            "frag frag-off != 0": lambda packet: packet.fragment == "later",
+        }
+        words = [header, key]
+        while " ".join(words) not in forms:
+            if not self._left:
+                raise self._unknown("not known here")
+            words.append(self._next())
+        if header in ("exthdr", "frag"):
+            self._protocol_of("nfproto", "ipv6")
+        self.rule.tests.append(forms[" ".join(words)])

@@ -29,7 +29,7 @@ class Owner(NamedTuple):
 class Packet:
     """An outgoing or forwarded packet. ``owner`` is None when its socket has no open file, or it has no socket.
 
-    ``port`` is the destination port of TCP and UDP.
+    ``port`` is the destination port of TCP and UDP. ``protocol`` is "" where a fragment of IPv6 does not tell it.
     """
 
     destination: Address
@@ -37,6 +37,18 @@ class Packet:
     port: int = 0
     flags: frozenset[str] = SYN
     owner: Owner | None = None
+    fragment: str = ""
+    """``first``, ``later``, or nothing for a whole packet."""
+    is_cut_short: bool = False
+    """The fragment ends before the port."""
+    direction: str = ""
+    """``original`` or ``reply``; nothing where conntrack has no entry for it, or found it invalid."""
+
+    def read_port(self) -> int | None:
+        """The port, None where the fragment ends before it. Raises BadRules for one that has another part there."""
+        if self.fragment == "later":
+            raise BadRules("a rule takes what is in a later fragment for a port")
+        return None if self.is_cut_short else self.port
 
 
 class Outcome(NamedTuple):

@@ -10,9 +10,22 @@ import pytest
 from imds_guard.backends.iptables.render import ResolvedPolicy
 from imds_guard.export import export
 from tests import generate
-from tests.rules.compare import apply, apply_forwarded, attempt, by_forward, by_iptables, by_nft, new_filters
-from tests.rules.edits import FORWARD, IPTABLES, NFT
+from tests.rules.compare import (
+    apply,
+    apply_forwarded,
+    attempt,
+    by_iptables,
+    by_mangle,
+    by_nft,
+    by_own_tables,
+    new_filters,
+    new_mangles,
+    nft_forwarded,
+)
+from tests.rules.edits import FORWARD, IPTABLES, NFT, NFT_FORWARD
+from tests.rules.forwarded import packet
 from tests.rules.nft import Ruleset
+from tests.rules.packets import BadRules
 
 WITHIN = range(120)
 """Seeds of policies: as many as test_rules.py compares."""
@@ -32,12 +45,29 @@ def test_a_fault_in_iptables_rules_is_found(fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FORWARD)
-def test_a_fault_in_rules_for_forwarded_packets_is_found(fault: str) -> None:
+def test_a_fault_in_mangle_forward_is_found(fault: str) -> None:
     def is_found(seed: int) -> bool:
-        random, filters = Random(seed), new_filters()
+        random, tables, tracked = Random(seed), new_mangles(), seed % 2 == 0
         policy = generate.policy(random)
-        apply_forwarded(filters, policy, FORWARD[fault])
-        return bool(by_forward(filters, policy, [attempt(random, policy) for _ in range(PACKETS)]))
+        try:
+            apply_forwarded(tables, policy, tracked, FORWARD[fault])
+            return bool(by_mangle(tables, policy, [packet(random, policy) for _ in range(PACKETS)], tracked))
+        except BadRules:
+            return True
+
+    assert any(map(is_found, WITHIN))
+
+
+@pytest.mark.parametrize("fault", NFT_FORWARD)
+def test_a_fault_in_nft_rules_for_forwarded_packets_is_found(fault: str) -> None:
+    def is_found(seed: int) -> bool:
+        random, tracked = Random(seed), seed % 2 == 0
+        policy = generate.policy(random)
+        sent = [packet(random, policy) for _ in range(PACKETS)]
+        try:
+            return bool(by_own_tables(nft_forwarded(policy, tracked, NFT_FORWARD[fault]), policy, sent, tracked))
+        except BadRules:
+            return True
 
     assert any(map(is_found, WITHIN))
 

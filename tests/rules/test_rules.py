@@ -25,12 +25,16 @@ from tests.rules.compare import (
     apply,
     apply_forwarded,
     attempt,
-    by_forward,
     by_iptables,
+    by_mangle,
     by_nft,
+    by_own_tables,
     members,
     new_filters,
+    new_mangles,
+    nft_forwarded,
 )
+from tests.rules.forwarded import packet
 from tests.rules.nft import Ruleset
 
 POLICIES = int(os.environ.get("IMDS_GUARD_RULES", "120"))
@@ -104,15 +108,30 @@ def _listed(resolved: ResolvedPolicy) -> dict[tuple[str, str], frozenset[int]]:
     return {key: found for key, found in (resolved.members or {}).items() if found}
 
 
-def test_forwarded() -> None:
-    """No packet passes to a locked endpoint, whoever sent it and wherever in a connection it is. All others do."""
+@pytest.mark.parametrize("tracked", [False, True])
+def test_forwarded_by_iptables(tracked: bool) -> None:
+    """Rules in mangle FORWARD do with every forwarded packet what ``decide_forwarded()`` says. Also after changes."""
     wrong: list[str] = []
     for seed in seeds(IN_A_ROW):
-        random, filters = Random(seed), new_filters()
+        random, tables = Random(seed), new_mangles()
         for _ in range(IN_A_ROW):
             policy = generate.policy(random)
-            apply_forwarded(filters, policy)
-            wrong += repeats("test_forwarded", seed, by_forward(filters, policy, packets(random, policy)))
+            apply_forwarded(tables, policy, tracked)
+            sent = [packet(random, policy) for _ in range(PACKETS)]
+            wrong += repeats("test_forwarded_by_iptables", seed, by_mangle(tables, policy, sent, tracked))
+    assert wrong == []
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_forwarded_by_nft(tracked: bool) -> None:
+    """So do the tables of nft."""
+    wrong: list[str] = []
+    for seed in seeds():
+        random = Random(seed)
+        policy = generate.policy(random)
+        rules = nft_forwarded(policy, tracked)
+        sent = [packet(random, policy) for _ in range(PACKETS)]
+        wrong += repeats("test_forwarded_by_nft", seed, by_own_tables(rules, policy, sent, tracked))
     assert wrong == []
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,10 +13,10 @@ from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.our_chains import COMMANDS, OurChains
 from imds_guard.backends.iptables.our_rules import ANCHOR, OurRules, read_rules
 from imds_guard.backends.iptables.parse import FamilyPolicy, combine
-from imds_guard.backends.iptables.programs import Program, default_program, titles
+from imds_guard.backends.iptables.programs import Program, default_program, ip_versions, titles
 from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, render, require_supported
 from imds_guard.backends.iptables.state_file import STATE_FOLDER, StateFile
-from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table
+from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table, rule_texts
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.policy.model import Mode, Policy
 
@@ -104,8 +103,7 @@ class IptablesBackend:
 
     def default_programs(self) -> list[Program]:
         """The programs for the IP versions that this kernel has. Raises Unsupported."""
-        versions = (4, 6) if _has_ipv6() else (4,)
-        return [default_program(version, self.commands[version]) for version in versions]
+        return [default_program(version, self.commands[version]) for version in ip_versions()]
 
     # --- changes ----------------------------------------------------------------------------------------------------
 
@@ -118,7 +116,7 @@ class IptablesBackend:
                 policy, resolve(policy) if _has_groups(policy) and self._resolves_groups() else None
             )
             self._chains.replace(
-                programs, lambda version: render(wanted, version), verify=lambda: _verify(programs, wanted)
+                programs, lambda version: rule_texts(render(wanted, version)), verify=lambda: _verify(programs, wanted)
             )
         return Change((f"iptables rules are in force, written with {titles(programs)}",))
 
@@ -217,12 +215,3 @@ def _no_policy(error: BadPolicy) -> str:
 
 def _has_groups(policy: Policy) -> bool:
     return any(lock.listed_groups for lock in policy.locks)
-
-
-def _has_ipv6() -> bool:
-    """False where the kernel has no IPv6 (ipv6.disable=1): then nothing can connect to an IPv6 address."""
-    try:
-        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
-    except OSError:
-        return False
-    return True

@@ -7,10 +7,9 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Callable
 
-from imds_guard.backends.iptables.programs import Program, every_program, other_program
-from imds_guard.backends.iptables.render import Chains
+from imds_guard.backends.iptables.programs import NFT, Program, every_program, has_legacy_table, other_program
 from imds_guard.backends.iptables.state_file import StateFile
-from imds_guard.backends.iptables.tables import Anchor, NoTable, Table, clear, owned, read_table, replace, rule_texts
+from imds_guard.backends.iptables.tables import Anchor, NoTable, Table, clear, owned, read_table, replace
 from imds_guard.errors import GuardError
 
 COMMANDS = ("iptables", "ip6tables")
@@ -35,11 +34,13 @@ class OurChains:
         self._state = state
 
     def programs(self) -> list[Program]:
-        """Every program in whose tables our chains may be."""
-        return every_program(self.commands, self.state_file.read() == self._state, self.anchor.table)
+        """Every program in whose tables our chains may be. To read a legacy table that nobody uses would make it."""
+        every = every_program(self.commands, self.state_file.read() == self._state, self.anchor.table)
+        table = self.anchor.table
+        return [one for one in every if table == "filter" or one.kind == NFT or has_legacy_table(one.version, table)]
 
     def replace(
-        self, programs: Sequence[Program], chains: Callable[[int], Chains], verify: Callable[[], None] | None = None
+        self, programs: Sequence[Program], chains: Callable[[int], Table], verify: Callable[[], None] | None = None
     ) -> None:
         """Puts the chains of each program's IP version in place of ours. Then removes ours from other kinds of tables.
 
@@ -50,7 +51,7 @@ class OurChains:
         self.state_file.write(self._state)
         try:
             for program in programs:
-                replace(program, self.anchor, rule_texts(chains(program.version)), self.lock_wait_s)
+                replace(program, self.anchor, chains(program.version), self.lock_wait_s)
             if verify is not None:
                 verify()
         except BaseException as error:

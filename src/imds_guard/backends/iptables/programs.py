@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -29,6 +30,15 @@ class Program(NamedTuple):
     def title(self) -> str:
         """``ip6tables (nf_tables)``."""
         return f"{self.command} ({self.kind})"
+
+
+def ip_versions() -> tuple[int, ...]:
+    """The IP versions of this kernel. Without 6 (ipv6.disable=1) nothing can connect to an IPv6 address."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return (4,)
+    return (4, 6)
 
 
 def default_program(version: int, command: str = "") -> Program:
@@ -64,17 +74,18 @@ def other_program(program: Program, table: str = "filter") -> list[Program]:
     kind = LEGACY if program.kind == NFT else NFT
     command = f"{_COMMANDS[program.version]}-{'legacy' if kind == LEGACY else 'nft'}"
     # iptables-legacy-save creates the table that it is asked for. A table that nobody uses is not in this list.
-    if kind == LEGACY and table not in _legacy_tables(program.version):
+    if kind == LEGACY and not has_legacy_table(program.version, table):
         return []
     return [Program(program.version, command, kind)] if find_program(command) else []
 
 
-def _legacy_tables(version: int) -> list[str]:
+def has_legacy_table(version: int, table: str) -> bool:
+    """True when somebody uses ``table`` of the legacy kind."""
     try:
         with open(_LEGACY_TABLES[version], encoding="ascii") as names:
-            return names.read().split()
+            return table in names.read().split()
     except FileNotFoundError:
-        return []
+        return False
 
 
 def every_program(commands: Mapping[int, str], needed: bool, table: str = "filter") -> list[Program]:

@@ -112,6 +112,20 @@ def parse_save(text: str) -> Table:
     return {chain: tuple(rules) for chain, rules in chains.items()}
 
 
+def read_counters(program: Program, anchor: Anchor) -> dict[str, list[int]]:
+    """Chain of ours -> how many packets each of its rules has met."""
+    completed = run([_command(program, "save"), "-c", "-t", anchor.table], timeout_s=RESTORE_TIMEOUT_S)
+    if completed.status != 0:
+        _raise_for(program, "could not be read", completed)
+    counters: dict[str, list[int]] = {}
+    for line in completed.stdout.splitlines():
+        counted, _, rule = line.partition("] -A ")
+        chain = rule.partition(" ")[0]
+        if counted.startswith("[") and anchor.owns(chain):
+            counters.setdefault(chain, []).append(int(counted[1:].partition(":")[0]))
+    return counters
+
+
 def owned(table: Table, anchor: Anchor) -> Table:
     """Our chains in a table."""
     return {chain: rules for chain, rules in table.items() if anchor.owns(chain)}
