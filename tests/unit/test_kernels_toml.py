@@ -96,6 +96,15 @@ def test_the_tests_of_a_row_exist(matrix: table.Matrix) -> None:
     assert [path for path in paths if not (Path(__file__).resolve().parents[2] / path).exists()] == []
 
 
+def test_the_suite_of_containers_has_a_name_and_a_sample_among_the_default_rows(matrix: table.Matrix) -> None:
+    """ "containers" is all its rows; a row is named once; no name means every row that is not kept for its name."""
+    default = matrix.select([])
+    assert matrix.select([table.CONTAINERS]) == list(matrix.containers)
+    assert [row for row in default if row not in matrix.containers] == list(matrix.rows)
+    assert 0 < len([row for row in default if row in matrix.containers]) < len(matrix.containers)
+    assert matrix.select(["lockdown", table.CONTAINERS])[:1] == [matrix.row("lockdown")]
+
+
 def unknown_key(document: Document) -> None:
     document["row"][0]["expects"] = ["ebpf"]
 

@@ -39,7 +39,7 @@ def load(path: Path = PATH) -> list[Cells]:
 
 def _cells(body: Mapping[str, Any]) -> Cells:
     what = f"cell {body.get('runtime')}/{body.get('mode')}"
-    unknown = set(body) - {"runtime", "mode", "name", "userlands", "why", *BACKENDS}
+    unknown = set(body) - {"runtime", "mode", "containers", "name", "nameless", "userlands", "why", *BACKENDS}
     missing = {"runtime", "mode", "why", *BACKENDS} - set(body)
     if unknown or missing:
         raise MatrixError(f"{what}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")

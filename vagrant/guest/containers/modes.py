@@ -58,6 +58,8 @@ for _name, _options in {
     "host network and PIDs": ("--network=host", "--pid=host", "--privileged"),
 }.items():
     mode("docker", _name, "docker")(_docker(*_options))
+for _name in ("default", "host network"):
+    MODES["docker", f"{_name}, containers allowed"] = MODES["docker", _name]
 
 
 def _in_new_network(argv: Sequence[str], *options: str) -> str:
@@ -194,10 +196,10 @@ mode("lxc", "user namespace", "lxc")(_lxc(*_BRIDGED, *_IDMAP))
 
 def _unit(*properties: str) -> Act:
     def act(argv: Sequence[str]) -> str:
-        program, linger, url, user = argv
+        program, linger, address, user = argv
         account = f"--property=User={'' if user == 'root' else user}"
         options = ("--wait", "--pipe", "--quiet", "--collect", account, *(f"--property={one}" for one in properties))
-        return run("systemd-run", *options, f"{ROOT}{program}", linger, url, "self").stdout
+        return run("systemd-run", *options, f"{ROOT}{program}", linger, address, "self").stdout
 
     return act
 

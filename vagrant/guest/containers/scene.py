@@ -30,13 +30,14 @@ POD = "pod"
 
 _CLIENT = """\
 #!/bin/busybox sh
-# client LINGER URL USER...: prints what each USER gets from URL, a line each; "self" is whoever runs it. Then it stays
-# for LINGER seconds, so that its cgroup can be looked up.
-linger=$1 url=$2
+# client LINGER ADDRESS USER...: prints what each USER gets from port 80 there, a line each; "self" is whoever runs it.
+# Then it stays for LINGER seconds, so that its cgroup can be looked up. (wget of Debian 12's static busybox crashes.)
+linger=$1 address=$2
 shift 2
-get="/bin/busybox wget -T 15 -q -O - $url"
+get="/bin/busybox nc -w 15 $address 80"
 for user; do
-    if [ "$user" = self ]; then said=$($get 2>&1); else said=$(/bin/busybox su -s /bin/sh "$user" -c "$get" 2>&1); fi
+    if [ "$user" = self ]; then said=$($get 2>&1 </dev/null)
+    else said=$(/bin/busybox su -s /bin/sh "$user" -c "$get" 2>&1 </dev/null); fi
     echo "${said:-nothing}" | /bin/busybox tail -n 1
 done
 exec /bin/busybox sleep "$linger"
@@ -55,7 +56,7 @@ def serve(family, address):
                 one.settimeout(15)
                 try:
                     one.recv(4096)
-                    one.sendall(b"HTTP/1.0 200 OK\\r\\nContent-Length: 9\\r\\n\\r\\nmetadata\\n")
+                    one.sendall(b"metadata\\n")
                 except OSError:
                     pass
 ready = threading.Semaphore(0)
@@ -95,7 +96,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def client(*users: str, to: str = IPV4, linger_s: int = 0) -> list[str]:
     """The command that connects as each of ``users``, in a container or below ROOT. words() reads its output."""
-    return ["/client", str(linger_s), f"http://{f'[{to}]' if ':' in to else to}/", *users]
+    return ["/client", str(linger_s), to, *users]
 
 
 def words(output: str) -> list[str]:
@@ -106,7 +107,7 @@ def words(output: str) -> list[str]:
 def _word(line: str) -> str:
     if line == "metadata":
         return "connected"
-    if line.endswith("download timed out"):
+    if line.endswith("timed out"):
         return "ETIMEDOUT"
     _, _, message = line.rpartition(": ")
     return next((errno.errorcode[number] for number in errno.errorcode if os.strerror(number) == message), line)
@@ -115,11 +116,16 @@ def _word(line: str) -> str:
 # --- the machine ----------------------------------------------------------------------------------------------------
 
 
+def lock(backend: str, *options: str) -> None:
+    """Starts imds-guard with this backend, one user, one group and more options; or gives it that policy."""
+    policy = ("--user", str(ALLOWED), "--group", str(world.STAFF), *world.LOCK)
+    world.done("start", "--backend", backend, *policy, *options)
+
+
 @contextmanager
 def locked(backend: str, *options: str) -> Iterator[None]:
     """imds-guard is started with this backend, one user and one group; afterwards nothing of it is left."""
-    policy = ("--user", str(ALLOWED), "--group", str(world.STAFF), *world.LOCK)
-    world.done("start", "--backend", backend, *policy, *options)
+    lock(backend, *options)
     try:
         yield
     finally:

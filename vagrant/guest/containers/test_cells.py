@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import tomllib
 
 from vagrant.guest import world
 from vagrant.guest.containers.modes import MODES
-from vagrant.guest.containers.scene import ACCOUNTS, IPV4, Watch, client, run, until, words
+from vagrant.guest.containers.scene import ACCOUNTS, IPV4, Watch, client, lock, run, until, words
 
 RUNTIMES = os.environ["IMDS_GUARD_RUNTIMES"].split()
 USERLAND = "debian-13" if os.environ["IMDS_GUARD_BCC"] == "0.31" else "debian-12"
@@ -71,6 +72,25 @@ def attempts(cell: Cell, request: pytest.FixtureRequest, linger_s: int = 0) -> l
     return [outcomes.get(name, "-") for name in ACCOUNTS]
 
 
+def name_of(cell: Cell) -> str:
+    """What watch calls the container in this guest, as a regular expression."""
+    nameless = set(cell.get("nameless", ())) & set(os.environ["IMDS_GUARD_SETUP"].split())
+    return "None" if nameless else str(cell.get("name", "None"))
+
+
+@contextmanager
+def policy_of(cell: Cell, backend: str) -> Iterator[None]:
+    """The policy of a cell, in place of the usual one."""
+    if "containers" not in cell:
+        yield
+        return
+    lock(backend, "--containers", cell["containers"])
+    try:
+        yield
+    finally:
+        lock(backend)
+
+
 @EACH_CELL
 def test_without_a_lock_everybody_connects(cell: Cell, request: pytest.FixtureRequest) -> None:
     """Otherwise a denial would show nothing."""
@@ -89,14 +109,15 @@ def test_cell(
     """The callers see what the cell says, and watch names the container of each that the hook denies."""
     place = f"{cell['runtime']}/{cell['mode']}"
     before = len(watch) if watch is not None else 0
-    outcomes = attempts(cell, request, LINGER_S if watch is not None else 0)
+    with policy_of(cell, backend):
+        outcomes = attempts(cell, request, LINGER_S if watch is not None else 0)
     seen[f"{backend}/{place}"] = outcomes
     assert outcomes == cell[backend]
     if watch is not None:
         until(lambda: len(watch.denied(before)) >= outcomes.count("EPERM"), "a line of watch for each denial")
         denied = watch.denied(before)
         named[place] = sorted({f"{one['container']} {one['cgroup']}" for one in denied})
-        assert [one for one in denied if not re.fullmatch(cell.get("name", "None"), str(one["container"]))] == []
+        assert [one for one in denied if not re.fullmatch(name_of(cell), str(one["container"]))] == []
 
 
 if "docker" in RUNTIMES:  # no other runtime is asked, so that no guest skips it
