@@ -275,11 +275,21 @@ ATTACKS = (
         {"tcp": Way(_link_layer(shake_hands_and_ask)), "udp": Way(_link_layer(ask_by_datagram))},
     ),
     Attack(
+        "forwarded-packets",
+        "Packets that this machine forwards: containers and virtual machines, a beginning in two fragments, a forged "
+        "first packet, IPv4 and IPv6, with and without conntrack",
+        Verdict.BLOCKED,
+        "No user is known for them, so the rules for forwarded packets let none begin a connection, before the rules "
+        "of Docker and firewalls are asked. Fragments of TCP to a locked address are dropped. Not with "
+        '`--forwarded leave` or `containers = "allow"`.',
+        test="kernel/test_forwarded_packets.py",
+    ),
+    Attack(
         "tunnel",
         "A tun interface with `CAP_NET_ADMIN`: packets that seem to come from another machine",
         Verdict.OPEN,
         "No process of this machine sends them. If the locked address is on another machine they are forwarded, and "
-        "the rules that `start` adds to FORWARD reject them (`tests/kernel/test_forwarded.py`).",
+        "the rules for forwarded packets reject them (`tests/kernel/test_forwarded.py`).",
         {"tun": Way(as_root(_through_a_tunnel), ("tun",), own_network=True)},
     ),
 )

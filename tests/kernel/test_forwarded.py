@@ -284,6 +284,7 @@ def test_without_nft_packets_are_dropped_and_start_says_so(by_nft: Routed) -> No
         nft.NFT = "nft-of-nobody"
         return rules.enforce(POLICY, None)
 
+    by_nft.writers = ("nft", "iptables")
     (said,) = by_nft.on_router(without_nft).done
     assert "dropped" in said
     assert "install the package" in said

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from typing import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TIMEOUT_S, TWO, Guard, Result
+from tests.tools import need
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making namespaces and cgroups needs root")
 
@@ -135,24 +137,28 @@ def test_a_cgroup_needs_ebpf(guard: Guard) -> None:
     assert "--cgroup" in done.sentence
 
 
-def test_forwarded_packets_are_dropped_too(guard: Guard) -> None:
-    """With forwarding on, our rules are the first in FORWARD; stop removes them."""
+def test_forwarded_packets_are_rejected_too(guard: Guard) -> None:
+    """In tables of our own. status and its JSON say so, verify puts them back after a flush, stop removes them."""
+    need("nft")
 
-    def route() -> None:
-        with open("/proc/sys/net/ipv4/ip_forward", "w", encoding="ascii") as switch:
-            switch.write("1")
+    def tables() -> str:
+        return guard.sandbox.call(lambda: command.run(("nft", "list", "tables")), timeout_s=TIMEOUT_S).stdout
 
-    guard.sandbox.call(route)
     started = _inside(guard, "start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
     assert started.status == 0, started
-    listed = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=TIMEOUT_S).stdout
-    forward = [line for line in listed.splitlines() if line.startswith("-A FORWARD")]
-    assert len(forward) == 1, listed
-    assert _inside(guard, "status").status == 0
+    assert "forwarded packets to locked endpoints are rejected, by rules written with nft" in started.stdout
+    assert "table ip imds-guard-forward" in tables()
+    status = _inside(guard, "status")
+    assert status.status == 0
+    assert "forwarded packets to locked endpoints: rejected" in status.stdout
+    guard.sandbox.call(lambda: command.run(("nft", "delete", "table", "ip", "imds-guard-forward")))
+    degraded = _inside(guard, "status", "--json")
+    assert (degraded.status, json.loads(degraded.stdout)["forwarded"]["state"]) == (1, "open")
+    repaired = _inside(guard, "verify", "--repair")
+    assert (repaired.status, "the rules were put back" in repaired.stdout) == (0, True), repaired
+    assert "table ip imds-guard-forward" in tables()
     assert _inside(guard, "stop").status == 0
-    after = guard.sandbox.call(lambda: command.run(("iptables-save",)), timeout_s=TIMEOUT_S).stdout
-    assert "FORWARD -" not in after.replace(":FORWARD -", "")
-    assert "imds" not in after.lower()
+    assert "imds" not in tables()
 
 
 def test_iptables_restore_loads_an_export(guard: Guard) -> None:

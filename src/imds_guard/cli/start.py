@@ -35,7 +35,9 @@ from imds_guard.errors import BadPolicy, Unsupported, UsageError
 @cgroup_option
 @resolve_option
 @click.option(
-    "--forwarded", type=click.Choice(["drop", "leave"]), help="Drop or leave packets that this machine forwards."
+    "--forwarded",
+    type=click.Choice(["drop", "leave"]),
+    help="Reject forwarded packets to locked endpoints, or leave them (default: reject).",
 )
 @keep_existing_option
 @click.option("--create-group", is_flag=True, help="Create groups that do not exist (system groups).")

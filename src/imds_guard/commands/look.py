@@ -11,7 +11,7 @@ from imds_guard import CONFIG_PATH
 from imds_guard.backends import Backend, Neighbour, choose
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.place import Place, place_of
-from imds_guard.errors import GuardError, Unsupported, UsageError
+from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
 from imds_guard.policy.model import Endpoint, Mode, Policy, Protocol
@@ -20,7 +20,7 @@ from imds_guard.policy.ports import has_port
 # The rest is imported where it is used: start-up time, few commands need any of it.
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
-    from imds_guard.backends.forwarded import Forwarded
+    from imds_guard.backends.forwarded import Forwarded, ForwardingState
     from imds_guard.commands.preflight import Preflight
     from imds_guard.connections.values import CutResult
 
@@ -80,6 +80,8 @@ class Status(NamedTuple):
     """Hooks and counters, under eBPF."""
     known: tuple[Neighbour, ...] = ()
     """What others have beside ours, and the configuration knows: no faults."""
+    forwarded: ForwardingState | None = None
+    """What becomes of forwarded packets; None for the guard of a cgroup, and when nothing is active."""
 
     @property
     def emergency(self) -> bool:
@@ -104,11 +106,13 @@ def _status(cgroup: str | None, config: str) -> Status:
     policy = first.policy if first is not None else None
     if policy is not None and is_emergency(policy):
         faults.insert(0, EMERGENCY_FAULT)
-    if cgroup is None:
-        faults += _forwarding_faults(policy)
+    forwarding = forwarded().describe(policy) if cgroup is None else None
+    if forwarding is not None:
+        faults += forwarding.faults
     if cgroup is None or not active:
         faults += _orphan_faults()
-    return Status(name, policy, faults, first.ebpf if first is not None else None, tuple(known))
+    state = first.ebpf if first is not None else None
+    return Status(name, policy, faults, state, tuple(known), forwarding if policy is not None else None)
 
 
 def split_known(
@@ -123,13 +127,6 @@ def split_known(
     names = known_programs_of(config).union(also)
     known = [one for one in neighbours if is_known(one.name, names)]
     return [one for one in neighbours if one not in known], known
-
-
-def _forwarding_faults(policy: Policy | None) -> list[str]:
-    try:
-        return forwarded().faults(policy)
-    except Unsupported:
-        return []
 
 
 def _orphan_faults() -> list[str]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
+    from imds_guard.backends.forwarded import ForwardingState
+
 _NAME = "imds_guard"
 
 
@@ -99,6 +101,8 @@ def _families(found: Status, report: Report | None) -> Iterator[Metric]:
         yield from _of_hooks(found.ebpf, needed_hooks(found.policy is not None and found.policy.strict))
     if report is not None:
         yield from _of_report(report)
+    if found.forwarded is not None:
+        yield from _of_forwarded(found.forwarded)
 
 
 def _of_state(state: State) -> Iterator[Metric]:
@@ -155,6 +159,21 @@ def _of_report(report: Report) -> Iterator[Metric]:
     for labels, count in sorted(sums.items()):
         denials.add_metric(list(labels), count)
     yield denials
+
+
+def _of_forwarded(state: ForwardingState) -> Iterator[Metric]:
+    in_force = state.by is not None and not state.is_open
+    yield _gauge("forwarded_rules", "1 when rules for forwarded packets are in force.", in_force)
+    if not in_force:
+        return
+    text = "Forwarded packets to locked endpoints: rejected, or counted in audit mode. New rules reset them."
+    packets = _counter("forwarded_packets", text, ("lock", "ip", "protocol"))
+    for one in state.counts.rejected:
+        packets.add_metric([one.lock, str(one.version), one.protocol.value], one.packets)
+    yield packets
+    fragments = _counter("forwarded_fragments", "Forwarded fragments to locked addresses that were dropped.")
+    fragments.add_metric([], state.counts.fragments)
+    yield fragments
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

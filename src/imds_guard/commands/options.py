@@ -21,7 +21,7 @@ class GuardOptions(NamedTuple):
     resolve_groups: bool = False
     """Under iptables without --suppl-groups: the user IDs of the groups' members, as they are now."""
     forwarded: str | None = None
-    """``drop``, ``leave``, or None for what suits the machine."""
+    """``drop``, ``leave``, or None for what suits the policy: drop, unless containers are allowed."""
     keep_existing: bool = False
     """Connections that the policy does not allow stay open."""
     known_programs: tuple[str, ...] = ()

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.report import Report, Row, Who, read_report
-from imds_guard.commands.look import active_policy
+from imds_guard.commands.look import active_policy, forwarded
 from imds_guard.config.read import Config
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, UsageError
@@ -20,6 +20,9 @@ from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Identities, Lock, Policy, make_policy
 from imds_guard.watch.advice import HELPED_BY_ALLOW, note
 from imds_guard.watch.options import require_ebpf
+
+if TYPE_CHECKING:
+    from imds_guard.backends.forwarded import ForwardingState
 
 
 class Suggestion(NamedTuple):
@@ -38,6 +41,8 @@ class ReportResult(NamedTuple):
     suggestion: Suggestion
     notes: tuple[str, ...]
     """Advice for the reasons that an allowlist does not change, and for rows that are not about one user."""
+    forwarded: ForwardingState | None = None
+    """Forwarded packets, whose users nobody knows; None for the guard of a cgroup."""
 
 
 _ABOUT_ROWS = {
@@ -67,7 +72,8 @@ def report(cgroup: str | None) -> ReportResult:
     suggestion = _suggest_in_time(policy, found.rows, cgroup)
     if suggestion is None:
         notes.append(_NO_SUGGESTION)
-    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes))
+    forwarding = forwarded().describe(policy) if cgroup is None else None
+    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes), forwarding)
 
 
 def _suggest_in_time(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion | None:

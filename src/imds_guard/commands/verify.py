@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends import choose
@@ -69,6 +70,9 @@ def _repair(file: BootFile, where: GuardOptions, progress: Progress) -> VerifyRe
     if not _needs_repair(before, file.path):
         return VerifyResult(before, before, [], [])
     found, repaired = _without_orphans(before, where.cgroup, file.path)
+    if _needs_repair(found, file.path):
+        found, put_back = _with_forwarded(found, file.path)
+        repaired += put_back
     if not _needs_repair(found, file.path):
         return VerifyResult(before, found, repaired, [])
     try:
@@ -87,6 +91,22 @@ def _without_orphans(before: Status, cgroup: str | None, path: str) -> tuple[Sta
         return before, []
     after = look.status(cgroup, path)
     return after, [f"{fault}: the pins were removed" for fault in before.faults if fault not in after.faults]
+
+
+def _with_forwarded(before: Status, config: str) -> tuple[Status, list[str]]:
+    """Where the rules for forwarded packets are all that is wrong, the policy stays, and so do its counters.
+
+    The state when the rules were put back, and a line for each fault that is gone.
+    """
+    held = before.forwarded
+    if held is None or before.policy is None or before.faults != list(held.faults):
+        return before, []
+    rules = look.forwarded()
+    with suppress(GuardError):
+        rules.enforce(before.policy, rules.option())
+    after = look.status(None, config)
+    gone = [fault for fault in before.faults if fault not in after.faults]
+    return after, [f"{fault}: the rules were put back" for fault in gone]
 
 
 def _needs_repair(found: Status, path: str) -> bool:

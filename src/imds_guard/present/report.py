@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.backends.ebpf.report import Who
 from imds_guard.policy.model import Mode
-from imds_guard.present.wrap import WIDTH, named
+from imds_guard.present.forwarded import count_texts, forwarding_values
+from imds_guard.present.wrap import WIDTH, named, wrapped
 from imds_guard.text import and_more, count_of, escaped, host_port
 from imds_guard.watch.process_info import NameCache, decoded
 from imds_guard.watch.timestamps import iso_time_of
@@ -44,6 +45,7 @@ def report_values(result: ReportResult) -> dict[str, Any]:
         "allow": [{"command": command, "denials": count} for command, count in result.suggestion.commands],
         "config": result.suggestion.config or None,
         "notes": list(result.notes),
+        "forwarded": None if result.forwarded is None else forwarding_values(result.forwarded),
     }
 
 
@@ -76,6 +78,7 @@ def report_lines(result: ReportResult) -> list[str]:
         "",
         *_rows(report),
         *_overflow(report),
+        *_forwarded(result),
         *_notes(result),
         *_suggestion(result.suggestion),
     ]
@@ -113,6 +116,11 @@ def _overflow(report: Report) -> list[str]:
     if not report.overflow:
         return []
     return ["", f"{count_of(report.overflow, 'denial')} did not fit into the report since the guard was started."]
+
+
+def _forwarded(result: ReportResult) -> list[str]:
+    counted = [] if result.forwarded is None else count_texts(result.forwarded.counts)
+    return ["", *wrapped("forwarded packets, of no known user: ", ", ".join(counted))] if counted else []
 
 
 def _notes(result: ReportResult) -> list[str]:

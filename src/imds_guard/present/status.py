@@ -9,6 +9,7 @@ from imds_guard.identity import user_name
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Policy, Verdict
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
+from imds_guard.present.forwarded import forwarding_lines, forwarding_values
 from imds_guard.present.policy import filter_lines, lock_lines, policy_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
 
@@ -43,6 +44,8 @@ def status_lines(status: Status) -> list[str]:
         lines += wrapped("  known: ", neighbour.fault)
     if status.ebpf is not None:
         lines += _ebpf_lines(status.ebpf)
+    if status.forwarded is not None:
+        lines += forwarding_lines(status.forwarded)
     if status.policy is not None:
         lines += _policy_lines(status.policy)
     return lines
@@ -97,6 +100,8 @@ def status_values(status: Status) -> dict[str, Any]:
         "known": [neighbour.fault for neighbour in status.known],
         "policy": policy_values(status.policy),
     }
+    if status.forwarded is not None:
+        values["forwarded"] = forwarding_values(status.forwarded)
     if status.ebpf is not None:
         values["ebpf"] = _ebpf_values(status.ebpf)
     return values
