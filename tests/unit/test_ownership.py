@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imds_guard.kernel import ownership
 from imds_guard.kernel.mounts import window_to_pid1
 from imds_guard.kernel.ownership import mode_for_root_alone, only_root_can_write, others_can_change
 
@@ -81,6 +82,18 @@ def test_a_file_of_root_in_folders_of_root_is_safe(file: Path) -> None:
     assert others_can_change(str(file)) is None
     assert os.stat("/tmp").st_mode & stat.S_ISVTX
     assert str(others_can_change(str(file), lasting=True)).startswith("/tmp (owner 0, group 0, mode 1777)")
+
+
+@as_root
+def test_the_mount_of_what_root_alone_can_write_is_not_asked_for(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart of the unit looks at 380 files, all on mounts that are read-only for the unit."""
+
+    def ask(path: str) -> bool:
+        raise AssertionError(path)
+
+    monkeypatch.setattr(ownership, "_is_read_only", ask)
+    assert ownership.others_can_change(str(file)) is None
+    assert ownership.others_can_change_entry(str(file)) is None
 
 
 @as_root
