@@ -158,7 +158,8 @@ def test_erasing_opens_the_lock_and_leaves_the_configuration(packages: Path, sys
     find /usr /etc /run -xdev -name '*imds?guard*' | sort; find /etc/imds-guard /etc/systemd | sort
     grep -v is-active /systemctl-calls || :
     """
-    units = "imds-guard-watch.service imds-guard-verify.timer imds-guard-verify.service imds-guard.service"
+    units = "imds-guard-watch.service imds-guard-verify.timer imds-guard-verify.service"
+    units += " imds-guard-rules@*.service imds-guard.service"
     lines = on_the_machine(packages, script, systemd=systemd)
     assert lines == [
         *("locked", "0", "open"),

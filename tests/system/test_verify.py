@@ -103,6 +103,14 @@ def test_repair_of_nothing_puts_the_configurations_policy_in_force(guard: Guard,
     assert who(guard) == [TWO]
 
 
+def test_a_repair_that_may_not_start_leaves_nothing_in_force(guard: Guard, tmp_path: Path) -> None:
+    """imds-guard-rules@.service: a restart of a firewall does not undo ``systemctl stop imds-guard``."""
+    path = configured(tmp_path)
+    done = guard("verify", "--repair", "--no-start", "--config", path)
+    assert (done.status, done.stdout) == (3, "imds-guard: inactive\n")
+    assert who(guard) == [0, ONE, TWO, STRANGER]
+
+
 def test_repair_takes_a_usable_configuration_in_place_of_the_emergency_lock(guard: Guard, tmp_path: Path) -> None:
     """For example when the name service was not there yet at boot."""
     path = configured(tmp_path, "broken")

@@ -126,6 +126,29 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     assert (said.status, ours) == (0, [])
 
 
+def test_rules_are_put_back_after_a_service_that_flushes_them() -> None:
+    """After each start, restart and reload of it. It must be stopped with its service, or the next start leaves it."""
+    for key in ("PartOf", "ReloadPropagatedFrom"):
+        assert of(service.RULES, "Unit", key) == ["%i.service"]
+    assert of(service.RULES, "Install", "WantedBy") == ["%i.service"]
+    assert {"imds-guard.service", "%i.service"} <= set(of(service.RULES, "Unit", "After"))
+    assert of(service.RULES, "Service", "RemainAfterExit") == ["yes"]
+    commands = {value for key, value in settings(service.RULES)["Service"] if key.startswith("Exec")}
+    assert commands == {f"{service.PROGRAM} verify --repair --no-start"}
+
+
+def test_the_lock_waits_for_no_service_that_flushes_rules() -> None:
+    """On Fedora and RHEL these wait for sysinit.target, which waits for the lock: systemd would drop one of them."""
+    assert set(of(service.MAIN, "Unit", "After")).isdisjoint(f"{name}.service" for name in service.FLUSHING)
+
+
+def test_the_units_after_such_services_belong_to_verify() -> None:
+    options = service.ServiceOptions(verify=True)
+    assert options.instances["nftables.service"] == "imds-guard-rules@nftables.service"
+    assert set(options.instances) == {f"{name}.service" for name in service.FLUSHING}
+    assert service.ServiceOptions().instances == {}
+
+
 # --- refusals of install-service ------------------------------------------------------------------------------------
 
 
@@ -281,7 +304,7 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
         (service.ServiceOptions(watch=True), {"imds-guard.service", "imds-guard-watch.service"}),
         (
             service.ServiceOptions(verify=True),
-            {"imds-guard.service", "imds-guard-verify.timer", "imds-guard-verify.service"},
+            {"imds-guard.service", "imds-guard-verify.timer", "imds-guard-verify.service", "imds-guard-rules@.service"},
         ),
         (service.ServiceOptions(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
     ],

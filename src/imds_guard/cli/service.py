@@ -20,7 +20,7 @@ from imds_guard.errors import GuardError, UsageError
 
 @cli.command("install-service", short_help="Lock at every boot what the configuration says.")
 @click.option("--watch", is_flag=True, help="Also install the log of denials (imds-guard-watch.service).")
-@click.option("--verify", is_flag=True, help="Also check and repair every five minutes (imds-guard-verify.timer).")
+@click.option("--verify", is_flag=True, help="Also check and repair every five minutes, and after others flush rules.")
 @click.option("--require-lock", is_flag=True, help="Keep the network down at boot until something is locked.")
 @click.option("--without-root", is_flag=True, help="Install even if an installed metadata client is shut out.")
 @click.option("--now", is_flag=True, help="Also start the units.")
@@ -49,10 +49,11 @@ def uninstall_service() -> None:
 
 @cli.command(short_help="Check that everything is in place; --repair it.")
 @click.option("--repair", is_flag=True, help="Put back what is missing or wrong; at no moment is less locked.")
+@click.option("--no-start", is_flag=True, help="With --repair: where nothing is in force, leave it so.")
 @config_option
 @cgroup_option
 @json_option
-def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) -> None:
+def verify(repair: bool, no_start: bool, config: str | None, cgroup: str | None, as_json: bool) -> None:
     """Check that hooks, maps and rules are as imds-guard put them, where the configuration says.
 
     Exit status, after a repair if there was one: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
@@ -63,7 +64,11 @@ def verify(repair: bool, config: str | None, cgroup: str | None, as_json: bool) 
     require_root("verify")
     path, options = CONFIG_PATH if config is None else config, GuardOptions(cgroup=cgroup)
     try:
-        found = verify_command.repair(path, options, print_progress) if repair else verify_command.verify(path, options)
+        found = (
+            verify_command.repair(path, options, print_progress, may_start=not no_start)
+            if repair
+            else verify_command.verify(path, options)
+        )
     except UsageError:
         raise
     except GuardError as error:

@@ -20,7 +20,11 @@ MAIN = "imds-guard.service"
 WATCH = "imds-guard-watch.service"
 VERIFY = "imds-guard-verify.timer"
 REQUIRED = "imds-guard-required.service"
-UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", REQUIRED)
+RULES = "imds-guard-rules@.service"
+UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", RULES, REQUIRED)
+
+FLUSHING = ("nftables", "netfilter-persistent", "iptables", "ip6tables", "firewalld", "docker")
+"""Services that remove or rewrite others' rules when they are started, restarted or reloaded. None has to be here."""
 
 FOLDER = "/etc/systemd/system"
 PACKAGED_FOLDERS = ("/usr/lib/systemd/system", "/lib/systemd/system")
@@ -46,16 +50,21 @@ class ServiceOptions(NamedTuple):
 
     @property
     def enabled(self) -> tuple[str, ...]:
-        """The units to enable."""
+        """The units to enable, beside the instances of RULES."""
         chosen = ((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock))
         return tuple(name for name, is_chosen in chosen if is_chosen)
 
     @property
+    def instances(self) -> dict[str, str]:
+        """Service that flushes rules -> the unit to enable that puts ours back after it."""
+        services = FLUSHING if self.verify else ()
+        return {f"{service}.service": RULES.replace("@", f"@{service}") for service in services}
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The unit files that these need."""
-        return tuple(
-            name for name in UNITS if name in self.enabled or (self.verify and name.startswith("imds-guard-v"))
-        )
+        with_verify = (VERIFY, "imds-guard-verify.service", RULES) if self.verify else ()
+        return tuple(name for name in UNITS if name in self.enabled or name in with_verify)
 
 
 class Installed(NamedTuple):
@@ -190,15 +199,17 @@ def _write(path: str, text: str) -> None:
 def _enable(options: ServiceOptions) -> list[str]:
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
-    systemd.systemctl("enable", "--quiet", *options.enabled)
-    lines = [f"enabled for every boot: {', '.join(options.enabled)}"]
+    systemd.systemctl("enable", "--quiet", *options.enabled, *options.instances.values())
+    names = [*options.enabled, *([RULES] if options.instances else [])]
+    lines = [f"enabled for every boot: {', '.join(names)}"]
     if not options.now:
         return [*lines, "the lock that is in force stays as it is; --now starts the units"]
     # Where a lock is in force already, this makes its state known to systemd, or applies a changed configuration.
     systemd.systemctl("reload-or-restart", MAIN)
-    for name in options.enabled[1:]:
+    running = [name for service, name in options.instances.items() if systemd.is_active(service)]
+    for name in (*options.enabled[1:], *running):
         systemd.systemctl("start", name)
-    return [*lines, f"started {', '.join(options.enabled)}"]
+    return [*lines, f"started {', '.join((*options.enabled, *running))}"]
 
 
 # --- uninstall ------------------------------------------------------------------------------------------------------
@@ -214,7 +225,7 @@ def uninstall(folder: str = FOLDER) -> list[str]:
     if systemd.is_booted():
         for name in installed:
             if name not in (MAIN, REQUIRED):
-                systemd.systemctl("stop", name)
+                systemd.systemctl("stop", name.replace("@.", "@*."))
     for name in installed:
         path = os.path.join(folder, name)
         if _read(path).startswith(MARK):

@@ -40,15 +40,20 @@ def verify(path: str, options: GuardOptions) -> VerifyResult:
     return VerifyResult(found, found, [], [])
 
 
-def repair(path: str, options: GuardOptions, progress: Progress) -> VerifyResult:
+def repair(path: str, options: GuardOptions, progress: Progress, *, may_start: bool = True) -> VerifyResult:
     """Reads the state and puts back what is wrong, without a moment in which less is locked.
 
     What is put back is the policy in force. Where that can't be read, or someone else changed it, it is the
     configuration's policy. Where the configuration can't be used, it is the emergency lock, since nobody can tell
     which policy was meant. Where nothing is in force and there is a configuration, it starts as at boot. Names that
     had no ID when the configuration's policy was put in force are asked for again. Open connections that the policy
-    does not allow are looked for again, too.
+    does not allow are looked for again, too. Unless it ``may_start``, nothing is done where nothing is or should be in
+    force.
     """
+    if not may_start:
+        found = verify(path, options)
+        if found.after.backend is None and not found.after.faults:
+            return found
     file = BootFile(path)
     incomplete = _usable(file)
     config = _with_answers(file, incomplete)  # before the lock is taken: it may take seconds
