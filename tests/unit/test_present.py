@@ -11,9 +11,10 @@ import pytest
 from imds_guard.backends.choose import BackendCheck
 from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
+from imds_guard.backends.forwarded import Forwarding
 from imds_guard.commands.look import CheckResult, Status
 from imds_guard.commands.outcome import Outcome
-from imds_guard.commands.place import REJECTED, Place
+from imds_guard.commands.place import Place
 from imds_guard.commands.preflight import Preflight, ShutOut
 from imds_guard.connections.values import Connection, Holder
 from imds_guard.errors import Unsupported
@@ -310,13 +311,14 @@ def test_an_explanation_of_what_is_not_locked() -> None:
 
 def test_an_explanation_of_a_container_whose_packets_are_forwarded() -> None:
     """An allowed caller is told that the packets are rejected; for an address that is not locked that is not so."""
-    place = Place("docker:0123456789ab", REJECTED)
+    place = Place("docker:0123456789ab", Forwarding.REJECTED)
     policy = make_policy([lock(ROOT)])
     lines = explained(policy, Caller(0, 0), place=place)
     assert lines[0] == "allowed: allowed-user"
     assert lines[3] == "  container:   docker:0123456789ab"
     text = " ".join(" ".join(lines).split())
-    assert "forwarded: the process is in another network namespace: those of its packets" in text
+    assert "forwarded: the process is in another network namespace; packets of it that this machine forwards" in text
+    assert "to a locked port are rejected, whatever the decision above" in text
     assert fits(lines)
     assert "forwarded" not in "".join(explained(policy, Caller(0, 0), "2001:db8::1", place))
 
@@ -340,7 +342,7 @@ def test_an_explanation_as_values() -> None:
         Destination(parse_endpoint("192.0.2.1").network.network_address, 443),
     )
     decision = Decision(False, Reason.CONTAINER, "web")
-    place = Place("docker:0123456789ab", REJECTED)
+    place = Place("docker:0123456789ab", Forwarding.REJECTED)
     assert answers.decision_values(caller, destination, decision, place) == {
         "allowed": False,
         "reason": "container",

@@ -14,7 +14,7 @@ from imds_guard.commands.place import Place, place_of
 from imds_guard.errors import GuardError, UsageError
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
-from imds_guard.policy.model import Endpoint, Mode, Policy, Protocol
+from imds_guard.policy.model import Endpoint, Policy, Protocol
 from imds_guard.policy.ports import has_port
 
 # The rest is imported where it is used: start-up time, few commands need any of it.
@@ -201,6 +201,6 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | N
     backend, policy = active_policy(cgroup)
     place = Place()
     if pid is not None:
-        place = place_of(pid, rejecting=cgroup is None and policy.mode is Mode.ENFORCE)
+        place = place_of(pid, policy, forwarded() if cgroup is None else None)
     neighbours = [neighbour.fault for neighbour in backend.neighbours()]
     return Explanation(decide(policy, caller, destination), destination, place, neighbours)

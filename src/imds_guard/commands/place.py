@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from imds_guard.errors import GuardError
 from imds_guard.kernel.namespaces import namespace_inode
 
-REJECTED = "rejected"
+if TYPE_CHECKING:
+    from imds_guard.backends.forwarded import Forwarded, Forwarding
+    from imds_guard.policy.model import Policy
 
 
 class Place(NamedTuple):
@@ -17,30 +17,21 @@ class Place(NamedTuple):
 
     container: str | None = None
     """RUNTIME:NAME, by its cgroup."""
-    forwarded: str | None = None
-    """REJECTED where rules of this machine reject what it forwards of the caller to locked ports."""
+    forwarded: Forwarding | None = None
+    """What becomes of its packets to locked ports, as far as this machine forwards them; None for its own processes."""
 
 
-def place_of(pid: int, *, rejecting: bool) -> Place:
-    """The place of a running process.
-
-    ``rejecting``: the guard is that of the whole machine, in enforce mode. Others reject no forwarded packets.
-    """
+def place_of(pid: int, policy: Policy, rules: Forwarded | None) -> Place:
+    """The place of a running process. ``rules`` are those for forwarded packets; the guard of a cgroup has none."""
     from imds_guard.watch.cgroup_info import container_of_process  # noqa: PLC0415 -- start-up time
 
-    forwarded = REJECTED if rejecting and _is_elsewhere(pid) and _are_rejected() else None
+    forwarded = rules.describe(policy).forwarding if rules is not None and _is_elsewhere(pid) else None
     return Place(container_of_process(pid), forwarded)
 
 
 def _is_elsewhere(pid: int) -> bool:
-    with suppress(OSError):  # it has ended
+    """True for a process that lives in another network namespace than this command."""
+    try:
         return namespace_inode("net", pid) != namespace_inode("net")
-    return False
-
-
-def _are_rejected() -> bool:
-    from imds_guard.backends.forwarded import Forwarded  # noqa: PLC0415 -- start-up time
-
-    with suppress(GuardError):
-        return Forwarded().in_force()
-    return False
+    except OSError:  # it has ended
+        return False

@@ -57,9 +57,13 @@ def check_values(found: CheckResult) -> dict[str, Any]:
 # --- explain --------------------------------------------------------------------------------------------------------
 
 
+_FATES = {
+    "rejected": "rejected", "dropped": "dropped", "counted": "counted, and pass", "left": "left alone",
+    "open": "not rejected",
+}  # fmt: skip
 _FORWARDED = (
-    "the process is in another network namespace: those of its packets that this machine forwards to a locked port are "
-    "rejected, whatever the decision above"
+    "the process is in another network namespace; packets of it that this machine forwards to a locked port are {}, "
+    "whatever the decision above"
 )
 
 
@@ -93,7 +97,7 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision,
     if decision.allowed and not decision.reason.permits:
         lines.append("  audit mode lets it through")
     if place.forwarded is not None and decision.lock is not None:
-        lines += wrapped("  forwarded:   ", _FORWARDED)
+        lines += wrapped("  forwarded:   ", _FORWARDED.format(_FATES[place.forwarded.value]))
     return lines
 
 
@@ -111,7 +115,7 @@ def decision_values(caller: Caller, destination: Destination, decision: Decision
             "in_container": caller.in_container,
         },
         "container": place.container,
-        "forwarded": place.forwarded if decision.lock is not None else None,
+        "forwarded": None if place.forwarded is None or decision.lock is None else place.forwarded.value,
         "destination": {
             "address": str(destination.address),
             "port": destination.port,

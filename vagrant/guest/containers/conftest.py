@@ -69,15 +69,18 @@ def docker(image: Path) -> None:
 def docker_remapped(docker: None, image: Path) -> None:
     """A second dockerd with userns-remap, at /run/remapped.sock, with a bridge that it does not make itself."""
     scene.make_bridge("br-remapped", 96)
-    config = {
-        "hosts": ["unix:///run/remapped.sock"], "pidfile": "/run/remapped.pid", "exec-root": "/run/docker-remapped",
-        "data-root": "/var/lib/docker-remapped", "storage-driver": "vfs", "userns-remap": "remapped",
-        "bridge": "br-remapped", "iptables": False, "containerd": "/run/containerd/containerd.sock",
-        "containerd-namespace": "remapped", "containerd-plugin-namespace": "plugins.remapped",
-    }  # fmt: skip
-    Path("/etc/docker/remapped.json").write_text(json.dumps(config), encoding="ascii")
-    dockerd = ("dockerd", "--config-file=/etc/docker/remapped.json")
-    scene.run("systemd-run", "--unit=docker-remapped", "--service-type=notify", *dockerd)
+    Path("/etc/docker/remapped.json").write_text("{}", encoding="ascii")
+    dockerd = (
+        "/usr/sbin/dockerd", "--config-file=/etc/docker/remapped.json", "--host=unix:///run/remapped.sock",
+        "--pidfile=/run/remapped.pid", "--exec-root=/run/docker-remapped", "--data-root=/var/lib/docker-remapped",
+        "--storage-driver=vfs", "--userns-remap=remapped", "--bridge=br-remapped", "--iptables=false",
+        "--containerd=/run/containerd/containerd.sock", "--containerd-namespace=remapped",
+        "--containerd-plugins-namespace=plugins.remapped",
+    )  # fmt: skip
+    unit = Path("/run/systemd/system/docker-remapped.service")
+    unit.write_text(f"[Service]\nType=notify\nExecStart={' '.join(dockerd)}\n", encoding="ascii")
+    scene.run("systemctl", "daemon-reload")
+    scene.start(unit.name)
     scene.run("docker", "--host=unix:///run/remapped.sock", "import", str(image), "client")
 
 
