@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from imds_guard.watch.cgroup_info import CgroupInfo, parse_path
+from imds_guard.watch.cgroup_info import _RUNTIMES, CgroupInfo, parse_path
 
 HEX = "0123456789ab" + "c" * 52
 SHORT = HEX[:12]
@@ -77,3 +80,14 @@ USER = "/user.slice/user-1000.slice/user@1000.service"
 )
 def test_unit_and_container_of_a_path(path: str, unit: str | None, container: str | None) -> None:
     assert parse_path(path) == CgroupInfo(path, unit, container)
+
+
+def test_the_page_names_every_runtime() -> None:
+    """The names in docs/operations.md are those of the table."""
+    page = Path(__file__).resolve().parents[2] / "docs/operations.md"
+    (line,) = re.findall(
+        r"- `container=RUNTIME:NAME`(.*?)\. It is missing", page.read_text(encoding="utf-8"), re.DOTALL
+    )
+    shown = {"nspawn": "systemd-nspawn", "libvirt-lxc": "libvirt's LXC"}
+    names = {runtime.name for runtime in _RUNTIMES}
+    assert [name for name in sorted(names) if shown.get(name, name).lower() not in line.lower()] == []
