@@ -12,6 +12,7 @@ from imds_guard.backends.ebpf import State
 from imds_guard.backends.ebpf.abi import needed_hooks
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.report import Report, read_report
+from imds_guard.commands.filter_refusals import Refusals, read_refusals
 from imds_guard.commands.look import Status, status
 from imds_guard.errors import GuardError, Unsupported, system_text
 from imds_guard.kernel import files
@@ -103,6 +104,9 @@ def _families(found: Status, report: Report | None) -> Iterator[Metric]:
         yield from _of_report(report)
     if found.forwarded is not None:
         yield from _of_forwarded(found.forwarded)
+    refusals = read_refusals() if found.policy is not None and found.policy.filters else None
+    if refusals is not None:
+        yield from _of_filter(refusals)
 
 
 def _of_state(state: State) -> Iterator[Metric]:
@@ -174,6 +178,15 @@ def _of_forwarded(state: ForwardingState) -> Iterator[Metric]:
     fragments = _counter("forwarded_fragments", "Forwarded fragments to locked addresses that were dropped.")
     fragments.add_metric([], state.counts.fragments)
     yield fragments
+
+
+def _of_filter(refusals: Refusals) -> Iterator[Metric]:
+    text = "Requests to filters since their service was started."
+    requests = _counter("filter_requests", text, ("filter", "outcome"))
+    for name, outcome, count in refusals.counters:
+        requests.add_metric([name, outcome], count)
+    yield requests
+    yield _gauge("filter_connections", "Open connections to filters.", refusals.connections)
 
 
 # --- the file -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.report import Report, Row, Who, read_report
+from imds_guard.commands.filter_refusals import Refusals, read_refusals
 from imds_guard.commands.look import active_policy, forwarded
 from imds_guard.config.read import Config
 from imds_guard.config.write import dump_config
@@ -43,6 +44,8 @@ class ReportResult(NamedTuple):
     """Advice for the reasons that an allowlist does not change, and for rows that are not about one user."""
     forwarded: ForwardingState | None = None
     """Forwarded packets, whose users nobody knows; None for the guard of a cgroup."""
+    refusals: Refusals | None = None
+    """Of the service of the filters; None where it does not run."""
 
 
 _ABOUT_ROWS = {
@@ -73,7 +76,7 @@ def report(cgroup: str | None) -> ReportResult:
     if suggestion is None:
         notes.append(_NO_SUGGESTION)
     forwarding = forwarded().describe(policy) if cgroup is None else None
-    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes), forwarding)
+    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes), forwarding, read_refusals())
 
 
 def _suggest_in_time(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from imds_guard.backends.ebpf.report import Who
 from imds_guard.policy.model import Mode
 from imds_guard.present.forwarded import count_texts, forwarding_values
+from imds_guard.present.refusals import refusal_lines, refusal_values
 from imds_guard.present.wrap import WIDTH, named, wrapped
 from imds_guard.text import and_more, count_of, escaped, host_port
 from imds_guard.watch.process_info import NameCache, decoded
@@ -46,6 +47,7 @@ def report_values(result: ReportResult) -> dict[str, Any]:
         "config": result.suggestion.config or None,
         "notes": list(result.notes),
         "forwarded": None if result.forwarded is None else forwarding_values(result.forwarded),
+        "refusals": refusal_values(result.refusals),
     }
 
 
@@ -79,6 +81,7 @@ def report_lines(result: ReportResult) -> list[str]:
         *_rows(report),
         *_overflow(report),
         *_forwarded(result),
+        *refusal_lines(result.refusals),
         *_notes(result),
         *_suggestion(result.suggestion),
     ]

@@ -16,7 +16,8 @@ from imds_guard.watch.timestamps import iso_time_of
 
 Values = dict[str, Any]
 """One event. For a record ``event`` is one of VERDICTS; else it is about the watch itself: ``began``, ``waiting``,
-``ended``, ``lost``, ``left-out``, ``gap``.
+``ended``, ``lost``, ``left-out``, ``gap``. With ``rule`` it is about requests that a filter ``refused``, or passed on
+in audit mode (``audited``).
 """
 
 VERDICTS = ("denied", "audited", "allowed")
@@ -74,6 +75,8 @@ _COUNT_KEYS = ("count", "processes", "since")
 def as_line(values: Values) -> str:
     """One line of key=value. Unknown values are left out."""
     event = values["event"]
+    if "rule" in values:
+        return _refusal_line(values)
     if event not in VERDICTS:
         rest = [(key, value) for key, value in values.items() if key not in ("event", "time")]
         return _pairs([("time", values["time"]), ("watch", event), *rest])
@@ -83,6 +86,17 @@ def as_line(values: Values) -> str:
     if values["count"] > 1:
         pairs += [(key, values.get(key)) for key in _COUNT_KEYS]
     pairs.append(("would_allow", values.get("would_allow")))
+    return _pairs(pairs)
+
+
+_REFUSAL_KEYS = ("filter", "user", "uid", "method", "path", "rule", "status")
+
+
+def _refusal_line(values: Values) -> str:
+    pairs: list[tuple[str, Any]] = [("time", values["time"]), ("verdict", values["event"])]
+    pairs += [(key, values[key]) for key in _REFUSAL_KEYS]
+    if values["count"] > 1:
+        pairs += [("count", values["count"]), ("since", values.get("since"))]
     return _pairs(pairs)
 
 

@@ -16,6 +16,7 @@ from imds_guard.backends.ebpf.record import is_allowed, process_key, similarity_
 from imds_guard.backends.ebpf.record_source import RecordSource
 from imds_guard.errors import GuardError, NotPermitted, Unsupported
 from imds_guard.watch.describe import Describer
+from imds_guard.watch.filter_source import FilterSource
 from imds_guard.watch.fold import Fold, Folding, RateLimit
 from imds_guard.watch.options import WatchOptions, require_ebpf
 from imds_guard.watch.output import Output
@@ -34,6 +35,8 @@ _RESERVED = 10
 """Lines per second that denials leave for notices about lost and left-out records."""
 _RESERVED_BY_ALLOWED = 50
 """Lines per second that allowed connects leave for denials and notices."""
+_RESERVED_BY_REFUSALS = 30
+"""Lines per second that refusals of filters leave for denials and notices."""
 FINISH_S = 2.0
 
 
@@ -48,6 +51,7 @@ class Leader:
         self._denied = Folding(similarity_key, process_key)
         self._allowed = Folding(similarity_key, process_key)
         self._foldings = ((self._denied, _RESERVED), (self._allowed, _RESERVED_BY_ALLOWED))
+        self._filter = FilterSource()
         self._rate = RateLimit()
         self.source: RecordSource | None = None
         """None while there is no guard."""
@@ -64,6 +68,9 @@ class Leader:
         for folding, _ in self._foldings:
             for fold in folding.take_all():
                 self._emit_fold(fold, now, _RESERVED)
+        for fold in self._filter.folding.take_all():
+            self._emit_refusals(fold, now)
+        self._filter.close()
         self._emit_left_out(now, last=True)
         if self.source is not None:
             self._emit_lost()
@@ -84,6 +91,8 @@ class Leader:
             self.check_guard(now)
         if self.source is not None and self.source.fileno() in ready:
             self.drain(now)
+        if self._filter.fileno() in ready:
+            self._drain_filter(now)
         self._emit_due(now)
         self._emit_left_out(now)
         wanted = self._output.wants_allowed
@@ -98,6 +107,9 @@ class Leader:
         poll.register(stop, select.POLLIN)
         self._output.register(poll)
         until = min(self._next_check, *(folding.next_due() for folding, _ in self._foldings))
+        until = min(until, self._filter.folding.next_due())
+        if self._filter.fileno() >= 0:
+            poll.register(self._filter, select.POLLIN)
         if self.source is not None:
             if now >= self._paused_until:
                 poll.register(self.source, select.POLLIN)
@@ -110,6 +122,7 @@ class Leader:
     def check_guard(self, now: float) -> None:
         """Notices that the guard was started, removed or replaced, or has another policy."""
         self._next_check = now + _CHECK_EVERY_S
+        self._filter.check()
         if self.source is not None and not self.source.is_current():
             while self.drain(now):
                 pass
@@ -178,12 +191,33 @@ class Leader:
                 if self._emit_fold(fold, now, reserved):
                     folding.reopen(fold, now)
 
+        for fold in self._filter.folding.take_due(now):
+            if self._emit_refusals(fold, now):
+                self._filter.folding.reopen(fold, now)
+            else:
+                self._left_out += fold.count
+
     def _emit_fold(self, fold: Fold, now: float, reserved: int) -> bool:
         """False when the rate limit allows no line: then its records are only counted as left out."""
         if not self._rate.take(now, reserved):
             self._left_out += fold.count
             return False
         self._output.emit(self._describer.describe(fold, self.source))
+        return True
+
+    # --- the filter ---
+
+    def _drain_filter(self, now: float) -> None:
+        self._filter.drain(now)
+        self._left_out += self._filter.folding.take_dropped()
+        for fold in self._filter.folding.take_new():
+            if self._emit_refusals(fold, now):
+                self._filter.folding.mark_emitted(fold)
+
+    def _emit_refusals(self, fold: Fold, now: float) -> bool:
+        if not self._rate.take(now, _RESERVED_BY_REFUSALS):
+            return False
+        self._output.emit(self._filter.describe(fold))
         return True
 
     # --- notices ---
