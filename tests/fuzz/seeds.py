@@ -13,6 +13,7 @@ from imds_guard.backends.iptables.render import ResolvedPolicy
 from imds_guard.backends.iptables.render import render as render_rules
 from imds_guard.backends.iptables.tables import rule_texts
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict, make_policy
+from tests.filter.test_corpus import read_corpus
 from tests.fuzz.targets import bytes_of
 from tests.kernel.guards import policy
 
@@ -77,6 +78,7 @@ def seeds() -> dict[str, list[bytes]]:
         "rules": [_saved(several_locks())],
         "btf": [_btf(_cred(), b"\0cred\0fsuid\0fsgid\0")],
         "event": [bytes(88), bytes(range(88))],
+        "request": [case.sent for case in read_corpus() if len(case.sent) < 1000],
     }
 
 

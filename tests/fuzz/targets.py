@@ -28,9 +28,13 @@ from imds_guard.config.read import parse_config
 from imds_guard.config.toml_lines import KeyLines, load_toml
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
+from imds_guard.filter.request_head import find_end, parse_head
 from imds_guard.kernel.btf import Btf
 from imds_guard.policy.endpoint_syntax import format_endpoint, parse_endpoint
+from imds_guard.policy.filters import FilterRules
 from imds_guard.policy.model import make_policy
+from imds_guard.policy.request_target import BadRequest
+from imds_guard.policy.requests import Judge
 
 __all__ = ["TARGETS", "bytes_of", "image_of", "parse", "parse_settings"]
 
@@ -167,4 +171,30 @@ def event(data: bytes) -> None:
         decode(raw)
 
 
-TARGETS: dict[str, Target] = {one.__name__: one for one in (config, endpoint, lines, maps, rules, btf, event)}
+def request(data: bytes) -> None:
+    """A request is refused, or has one meaning: what is made of it reads as the same request."""
+    try:
+        end = find_end(data)
+        if not end:
+            return
+        head = parse_head(data[:end], HOSTS)
+    except BadRequest:
+        return
+    one = head.request
+    lines = [f"{one.method} {one.target} HTTP/1.1", "Host: metadata"]
+    lines += [f"{name}: {value}" for name, value in head.headers_to_send()]
+    again = parse_head("\r\n".join((*lines, "", "")).encode("ascii"), HOSTS)
+    assert again.request.method == one.method
+    assert again.request.target == one.target
+    assert list(again.headers_to_send()) == list(head.headers_to_send())
+    for judge in _JUDGES:
+        assert judge.judge(one).status in (0, 400, 403)
+
+
+HOSTS = ("metadata", "169.254.169.254")
+_JUDGES = (
+    Judge(FilterRules(sets=("no-credentials",), headers="ec2-metadata-filter")),
+    Judge(FilterRules(("GET /**",), ("/*/a/**",), require_imdsv2=True)),
+)
+_READERS = (config, endpoint, lines, maps, rules, btf, event, request)
+TARGETS: dict[str, Target] = {one.__name__: one for one in _READERS}
