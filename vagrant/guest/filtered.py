@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by the tests of the filter before and after a reboot: a metadata service, and callers."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Callable
+
+from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.credentials import become
+from vagrant.guest.service import journal, show
+from vagrant.guest.world import ONE, OTHERS, PATIENCE_S, STRANGER
+
+ADDRESS = "169.254.42.42"
+"""The listeners of the other tests, at the address of EC2, speak no HTTP."""
+FILTER = "imds-guard-filter.service"
+ACCOUNT = "imds-guard-filter"
+REGION, SECRET = "/latest/meta-data/placement/region", "/latest/meta-data/iam/security-credentials/role"
+CONFIG = Path("/etc/imds-guard/config.toml")
+RULES = 'allow = ["GET /*/meta-data/placement/**"]'
+OTHER_RULES = 'allow = ["GET /**"]\ndeny = ["/*/meta-data/placement/**"]'
+TEXT = f"""\
+[lock.default]
+endpoints = ["{ADDRESS}:80,tcp"]
+users = ["root", {ONE}]
+
+[filter.region]
+locks = ["default"]
+users = [{STRANGER}]
+{RULES}
+"""
+
+
+class _Metadata(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Answers every path."""
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+
+@contextmanager
+def metadata_service() -> Iterator[None]:
+    """An HTTP server at ADDRESS, on lo. conftest.py has made sure that there is no other interface."""
+    subprocess.run(["ip", "addr", "replace", f"{ADDRESS}/32", "dev", "lo"], check=True)  # noqa: S607  (the guest's)
+    server = _Server((ADDRESS, 80), _Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def ask(uid: int, *paths: str) -> list[str]:
+    """The status of a GET of each path by a new process of this user, or the errno of its connect."""
+
+    def inside() -> list[str]:
+        become((uid,) * 3, (OTHERS,) * 3, ())
+        return [_status(path) for path in paths]
+
+    return run_in_child(inside, timeout_s=PATIENCE_S)
+
+
+def _status(path: str) -> str:
+    connection = http.client.HTTPConnection(ADDRESS, 80, timeout=60)
+    try:
+        connection.request("GET", path)
+        return str(connection.getresponse().status)
+    except http.client.HTTPException as error:
+        return type(error).__name__
+    except OSError as error:
+        return errno.errorcode[error.errno or errno.ETIMEDOUT]
+    finally:
+        connection.close()
+
+
+def assert_filtered() -> None:
+    """The filtered user gets what the rules say, the allowed one everything, root too."""
+    wait_until(lambda: show(FILTER, "ActiveState") == "active", lambda: journal(FILTER))
+    assert ask(STRANGER, REGION, SECRET) == ["200", "403"], journal(FILTER)
+    assert ask(ONE, REGION, SECRET) == ["200", "200"]
+    assert ask(STRANGER + 1, REGION) == ["EPERM"]
+
+
+def wait_until(is_true: Callable[[], bool], why: Callable[[], str] = str, within_s: float = PATIENCE_S) -> None:
+    """Asks again every half second, and fails after ``within_s``."""
+    deadline = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < deadline, why()
+        time.sleep(0.5)
