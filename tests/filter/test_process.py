@@ -6,11 +6,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import select
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
@@ -34,6 +37,14 @@ MORE = FilterRules(("GET /latest/**",))
 
 def place(number: int, rules: FilterRules, digest: int) -> Place:
     return Place(f"127.169.1.{number}", "region", TARGET, digest, rules)
+
+
+def wait_until(is_true: Callable[[], bool], within_s: float = 15.0) -> None:
+    """Asks again every 50 ms, and fails after ``within_s``."""
+    deadline = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.05)
 
 
 def no_mark(fd: int, digest: int) -> None:

@@ -139,9 +139,9 @@ def test_the_deb_depends_on_what_the_project_needs(deb: Path) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = re.search(r"^dependencies = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL)
     assert needed is not None
-    names = {f"python3-{name}" for name in re.findall(r'"([a-z-]+)[<>=]', needed[1])} | {"python3-bpfcc"}
+    names = {f"python3-{name}" for name in re.findall(r'"([a-z0-9-]+)[<>=]', needed[1])} | {"python3-bpfcc"}
     depends = output("dpkg-deb", "--field", str(deb), "Depends")
-    assert names == set(re.findall(r"python3-[a-z-]+", depends))
+    assert names == set(re.findall(r"python3-[a-z0-9-]+", depends))
     assert "python3 (>= 3.9~)" in depends
 
 
@@ -306,6 +306,27 @@ def test_purge_leaves_nothing_but_what_is_of_another_installation(stage: Path) -
 
 
 @needs_root
+def test_the_account_of_the_filter_comes_and_goes_with_the_package(stage: Path) -> None:
+    """It has no home, no shell, and a group of its own. A second installation makes no other one."""
+    calls = ["postinst configure", "postinst configure 0.1", "postrm remove"]
+    lines = "\n".join(f"sh {PACKAGING}/debian/imds-guard.{call}\n{_ACCOUNT}" for call in calls)
+    path = f"PATH={stage}/bin:{stage}/no-chroot:/usr/sbin:/usr/bin:/sbin:/bin"
+    script = f"set -e\n{_OVER}\n{path}\n{_ACCOUNT}\n{lines}"
+    there = ["filter of imds-guard:/nonexistent:/usr/sbin/nologin", "1"]
+    said = output("unshare", "--mount", "--net", "sh", "-c", script).splitlines()
+    assert said == ["none", *there, *there, "none"]
+
+
+_ACCOUNT = """
+if grep imds-guard-filter /etc/passwd | cut -d: -f5- | grep .; then
+  grep -c imds-guard-filter /etc/group
+else
+  echo none
+fi
+"""
+
+
+@needs_root
 def test_removal_in_a_chroot_leaves_the_machines_lock_alone(stage: Path) -> None:
     root = stage / "root"
     commands = "\n".join(
@@ -387,7 +408,7 @@ def test_the_rpms_scripts_are_shell(rpm: Path, tmp_path: Path) -> None:
     need("shellcheck")
     text = output("rpm", "--query", "--scripts", "--package", str(rpm))
     bodies = re.split(r"^(?:pre|post)(?:un)?install scriptlet \(using /bin/sh\):\n", text, flags=re.MULTILINE)[1:]
-    assert len(bodies) == 3
+    assert len(bodies) == 4
     for number, body in enumerate(bodies):
         script = tmp_path / f"{number}.sh"
         script.write_text(body, encoding="utf-8")

@@ -47,6 +47,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "report": (),
     "metrics": (),
     "demo": (),
+    "filter": ("--reload",),
     "install-service": (),
     "uninstall-service": (),
     "ip-lockdown": (SERVICE, "root"),

@@ -125,6 +125,7 @@ def test_an_upgrade_never_opens_the_lock(packages: Path, systemd: bool) -> None:
     cat /systemctl-calls
     """
     calls = ["try-reload-or-restart imds-guard.service", "try-restart imds-guard-watch.service"]
+    calls.append("try-restart imds-guard-filter.service")
     assert on_the_machine(packages, script, systemd=systemd) == [
         *(f"{NAME}.next.noarch", "locked", "same"),
         *(["daemon-reload", *calls, "daemon-reload"] if systemd else []),
@@ -137,6 +138,7 @@ def test_the_new_version_that_can_not_take_over_is_named(packages: Path) -> None
     assert [line for line in lines if line.startswith("imds-guard: ")] == [
         "imds-guard: taking over the new version failed; what was locked stays locked: see imds-guard status",
         "imds-guard: restarting the log of denials failed: see systemctl status imds-guard-watch",
+        "imds-guard: restarting the filter failed, so its callers stay denied: see systemctl status imds-guard-filter",
     ]
     assert lines[-1] == "locked"
 
@@ -159,7 +161,7 @@ def test_erasing_opens_the_lock_and_leaves_the_configuration(packages: Path, sys
     grep -v is-active /systemctl-calls || :
     """
     units = "imds-guard-watch.service imds-guard-verify.timer imds-guard-verify.service"
-    units += " imds-guard-rules@*.service imds-guard.service"
+    units += " imds-guard-filter.service imds-guard-rules@*.service imds-guard.service"
     lines = on_the_machine(packages, script, systemd=systemd)
     assert lines == [
         *("locked", "0", "open"),
@@ -168,6 +170,19 @@ def test_erasing_opens_the_lock_and_leaves_the_configuration(packages: Path, sys
         "/etc/systemd/system/sysinit.target.wants",
         "/etc/systemd/system/sysinit.target.wants/imds-guard-watch.service",
         *(["daemon-reload", f"stop {units}", "daemon-reload"] if systemd else []),
+    ]
+
+
+def test_the_account_of_the_filter_comes_and_goes_with_the_package(packages: Path) -> None:
+    """It has no home, no shell, and a group of its own."""
+    script = """
+    cut -d: -f1 /etc/passwd | grep -c imds-guard
+    install; grep imds-guard /etc/passwd | cut -d: -f5-; grep -c imds-guard /etc/group
+    rpm --erase imds-guard 2>/dev/null; grep -c imds-guard /etc/passwd /etc/group
+    """
+    assert on_the_machine(packages, script) == [
+        *("0", "filter of imds-guard:/:/sbin/nologin", "1"),
+        *("/etc/passwd:0", "/etc/group:0"),
     ]
 
 

@@ -21,7 +21,7 @@ from tests.tree import every_command
 
 UNITS = Path(imds_guard.__file__).parent / "data" / "systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
-GUARDING = [name for name in SERVICES if name != "imds-guard-watch.service"]
+GUARDING = [name for name in SERVICES if name not in ("imds-guard-watch.service", "imds-guard-filter.service")]
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="makes files of root")
 
@@ -111,6 +111,16 @@ def test_stopping_the_lock_does_not_stop_the_network() -> None:
     assert {key for key, _ in gate["Unit"]}.isdisjoint({"Requires", "Requisite", "BindsTo", "PartOf"})
     assert set(service._required_by()) >= {"systemd-networkd.service", "NetworkManager.service", "networking.service"}
     assert set(service._required_by()) - {"ifup@.service"} <= set(of("imds-guard-required.service", "Unit", "Before"))
+
+
+def test_the_filter_ends_with_the_lock_as_a_whole_and_when_it_hangs() -> None:
+    """A process that is left behind would keep listening, and callers would wait for it."""
+    assert of("imds-guard-filter.service", "Unit", "PartOf") == ["imds-guard.service"]
+    assert of("imds-guard-filter.service", "Unit", "After") == ["imds-guard.service"]
+    unit = dict(settings("imds-guard-filter.service")["Service"])
+    assert (unit["Type"], unit["KillMode"], unit["Restart"]) == ("notify", "control-group", "always")
+    assert int(unit["WatchdogSec"].rstrip("s")) > 0
+    assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == ("any", "localhost")
 
 
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:
@@ -307,6 +317,7 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
             {"imds-guard.service", "imds-guard-verify.timer", "imds-guard-verify.service", "imds-guard-rules@.service"},
         ),
         (service.ServiceOptions(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
+        (service.ServiceOptions(filter=True), {"imds-guard.service", "imds-guard-filter.service"}),
     ],
 )
 def test_options_choose_the_files(options: service.ServiceOptions, files: list[str]) -> None:

@@ -14,6 +14,7 @@ MODULES: dict[str, str] = {
     **dict.fromkeys(("stop", "allow", "revoke"), "change"),
     **dict.fromkeys(("status", "explain"), "status"),
     **dict.fromkeys(("endpoints", "demo"), "builtin"),
+    "filter": "filter",
     **dict.fromkeys(("watch", "report", "metrics"), "denials"),
     **dict.fromkeys(("install-service", "uninstall-service", "verify"), "service"),
 }

@@ -22,6 +22,7 @@ from imds_guard.errors import GuardError, UsageError
 @click.option("--watch", is_flag=True, help="Also install the log of denials (imds-guard-watch.service).")
 @click.option("--verify", is_flag=True, help="Also check and repair every five minutes, and after others flush rules.")
 @click.option("--require-lock", is_flag=True, help="Keep the network down at boot until something is locked.")
+@click.option("--filter", is_flag=True, help="Also install the filter (imds-guard-filter.service), and its account.")
 @click.option("--without-root", is_flag=True, help="Install even if an installed metadata client is shut out.")
 @click.option("--now", is_flag=True, help="Also start the units.")
 def install_service(**given: Any) -> None:

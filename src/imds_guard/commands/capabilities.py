@@ -40,6 +40,8 @@ REQUIRED: dict[str, Capabilities] = {
     "watch": (CAP_BPF,),
     # It makes a cgroup in the topmost directory (whose mode denies writing), acts as other users and serves port 80.
     "demo": (*_GUARDING, CAP_DAC_OVERRIDE, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE),
+    # It takes port 169, marks its sockets, and becomes another user.
+    "filter": (*_GUARDING, CAP_NET_BIND_SERVICE, CAP_SETGID, CAP_SETUID),
     # Only files of root and systemctl.
     "install-service": (),
     "uninstall-service": (),

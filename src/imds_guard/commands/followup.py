@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows a change of the policy when the commands' lock is released: open connections, metadata clients.
+"""What follows a change of the policy when the commands' lock is released: filters, connections, metadata clients.
 
 All of it reads what processes chose themselves. So nobody waits for it but the command itself, and it has a deadline:
 5 s for the connections, 3 s for the clients, 1 s for connections that were being made while the policy changed.
@@ -7,16 +7,20 @@ All of it reads what processes chose themselves. So nobody waits for it but the 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from imds_guard.commands import preflight
 from imds_guard.connections.cut import SWEEP_S, Sweep
 from imds_guard.connections.find import Scope
 from imds_guard.connections.values import WhyOpen
+from imds_guard.kernel import lockfile
+from imds_guard.policy.filters import FILTER_SOCKET
 from imds_guard.policy.model import Mode
 
 if TYPE_CHECKING:
     from imds_guard.commands.outcome import Outcome, Pending
+    from imds_guard.policy.model import Policy
 
 PREFLIGHT_S = 3.0
 EXTRA_S = 1.0
@@ -31,6 +35,7 @@ def complete(outcome: Outcome) -> Outcome:
     pending = outcome.pending
     if pending is None:
         return outcome
+    outcome.warnings.extend(tell_filter(outcome.policy, pending.cgroup))
     sweep = _sweep(outcome, pending) if pending.look else None
     if sweep is not None:
         sweep.look(outcome.policy, SWEEP_S)
@@ -42,6 +47,19 @@ def complete(outcome: Outcome) -> Outcome:
         sweep.look(outcome.policy, EXTRA_S, extra=True)
     pending.turn.finish()
     return outcome._replace(existing=sweep.result(), shut_out=shut_out, pending=None)
+
+
+def tell_filter(policy: Policy | None, cgroup: str | None) -> list[str]:
+    """Brings the service of the filters in line with the policy in force, if it has filters or the service runs.
+
+    Returns warnings.
+    """
+    has_filters = policy is not None and bool(policy.filters)
+    if not has_filters and not os.path.exists(os.path.join(lockfile.FOLDER, FILTER_SOCKET)):
+        return []
+    from imds_guard.commands import filter_service  # noqa: PLC0415 -- start-up time: most policies have no filters
+
+    return filter_service.after_change(cgroup)
 
 
 def _sweep(outcome: Outcome, pending: Pending) -> Sweep:

@@ -166,7 +166,11 @@ def stop(cgroup: str | None) -> list[str]:
     Raises Unsupported when nothing was found and eBPF could not be asked: then something may still be in the kernel.
     """
     with one_at_a_time(cgroup):
-        return stop_locked(cgroup)
+        done = stop_locked(cgroup)
+    from imds_guard.commands import followup  # noqa: PLC0415 -- start-up time
+
+    followup.tell_filter(None, cgroup)
+    return done
 
 
 def stop_locked(cgroup: str | None) -> list[str]:

@@ -106,6 +106,8 @@ def _status(cgroup: str | None, config: str) -> Status:
     policy = first.policy if first is not None else None
     if policy is not None and is_emergency(policy):
         faults.insert(0, EMERGENCY_FAULT)
+    if policy is not None and policy.filters:
+        faults += _filter_faults(cgroup)
     forwarding = forwarded().describe(policy) if cgroup is None else None
     if forwarding is not None:
         faults += forwarding.faults
@@ -127,6 +129,12 @@ def split_known(
     names = known_programs_of(config).union(also)
     known = [one for one in neighbours if is_known(one.name, names)]
     return [one for one in neighbours if one not in known], known
+
+
+def _filter_faults(cgroup: str | None) -> list[str]:
+    from imds_guard.commands import filter_places  # noqa: PLC0415 -- start-up time: most policies have no filters
+
+    return filter_places.faults(cgroup)
 
 
 def _orphan_faults() -> list[str]:

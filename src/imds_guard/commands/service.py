@@ -7,7 +7,7 @@ import os
 from typing import NamedTuple
 
 from imds_guard import CONFIG_PATH
-from imds_guard.commands import look, own_files
+from imds_guard.commands import filter_account, look, own_files
 from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.save import check_next_boot
@@ -15,13 +15,15 @@ from imds_guard.config.boot_file import require_file_of_root
 from imds_guard.config.read import load_config
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_text
 from imds_guard.kernel import files, systemd
+from imds_guard.policy.model import Policy
 
 MAIN = "imds-guard.service"
 WATCH = "imds-guard-watch.service"
 VERIFY = "imds-guard-verify.timer"
 REQUIRED = "imds-guard-required.service"
+FILTER = "imds-guard-filter.service"
 RULES = "imds-guard-rules@.service"
-UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", RULES, REQUIRED)
+UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", RULES, REQUIRED, FILTER)
 
 FLUSHING = ("nftables", "netfilter-persistent", "iptables", "ip6tables", "firewalld", "docker")
 """Services that remove or rewrite others' rules when they are started, restarted or reloaded. None has to be here."""
@@ -45,13 +47,17 @@ class ServiceOptions(NamedTuple):
     watch: bool = False
     verify: bool = False
     require_lock: bool = False
+    filter: bool = False
     without_root: bool = False
     now: bool = False
 
     @property
     def enabled(self) -> tuple[str, ...]:
         """The units to enable, beside the instances of RULES."""
-        chosen = ((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock))
+        chosen = (
+            *((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock)),
+            (FILTER, self.filter),
+        )
         return tuple(name for name, is_chosen in chosen if is_chosen)
 
     @property
@@ -91,7 +97,8 @@ def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, fold
             f"making the network wait for the lock: no unit that {REQUIRED} knows brings the network up here "
             f"({', '.join(_required_by())}); leave --require-lock out, or add a drop-in to the unit that does"
         )
-    lines = [line for name in options.files for line in _install_unit(name, program, folder)]
+    lines = filter_account.make() if options.filter else []
+    lines += [line for name in options.files for line in _install_unit(name, program, folder)]
     lines += _enable(options)
     return Installed(lines, warnings)
 
@@ -135,12 +142,20 @@ def _check_configuration(options: ServiceOptions, path: str) -> list[str]:
     require_file_of_root(path)
     config = load_config(path, use_stored_ids=True)
     check_next_boot(config.policy, options.without_root)
-    warnings = list(config.warnings)
+    warnings = [*config.warnings, *_filter_warnings(options, config.policy)]
     checked = look.check(config.policy, with_config(GuardOptions(), config))
     if checked.chosen is None:
         reasons = "; ".join(f"{one.backend.name}: {one.refusal}" for one in checked.backends)
         warnings.append(f"no backend can hold the policy on this kernel as it runs now ({reasons})")
     return warnings
+
+
+def _filter_warnings(options: ServiceOptions, policy: Policy) -> list[str]:
+    if options.filter and not policy.filters:
+        return ["the configuration has no filter, so the filter has nothing to serve yet: add [filter.NAME]"]
+    if policy.filters and not options.filter and not systemd.is_enabled(FILTER):
+        return ["the configuration has filters, whose callers are denied without the service: add --filter"]
+    return []
 
 
 def _network_units() -> list[str]:
@@ -231,6 +246,7 @@ def uninstall(folder: str = FOLDER) -> list[str]:
         if _read(path).startswith(MARK):
             os.unlink(path)
             lines.append(f"removed {path}")
+            lines += filter_account.remove() if name == FILTER else []
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
         _stop_removed_units(folder)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends import choose
-from imds_guard.commands import boot, guard, look
+from imds_guard.commands import boot, filter_service, guard, look
 from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.config.boot_file import BootFile
@@ -67,6 +67,10 @@ def repair(path: str, options: GuardOptions, progress: Progress, *, may_start: b
         joined += _end_machine_emergency(config, after, where)
         in_force = guard.look_again(where.cgroup) if after.backend is not None else None
     existing = None if in_force is None else guard.complete(in_force, progress).existing
+    if after.policy is not None and after.policy.filters:
+        served = filter_service.repair(where.cgroup)
+        joined += served
+        after = look.status(where.cgroup) if served else after
     return result._replace(after=after, repaired=result.repaired + joined, existing=existing)
 
 

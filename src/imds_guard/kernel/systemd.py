@@ -34,6 +34,11 @@ def is_active(unit: str) -> bool:
     return run(["systemctl", "is-active", "--quiet", unit]).status == 0
 
 
+def is_enabled(unit: str) -> bool:
+    """True when a unit is enabled."""
+    return run(["systemctl", "is-enabled", "--quiet", unit]).status == 0
+
+
 def systemctl(*arguments: str) -> str:
     """Runs systemctl and returns its output. Raises GuardError."""
     done = run(["systemctl", *arguments], timeout_s=900)
