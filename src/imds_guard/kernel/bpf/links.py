@@ -103,8 +103,9 @@ def cgroup_links() -> list[LinkDescription]:
 
 def _cgroup_links() -> Iterator[tuple[int, LinkDescription]]:
     for identity in _link_ids():
-        fd = call(Command.LINK_GET_FD_BY_ID, GetId(id=identity), expected=(errno.ENOENT,))
-        if fd < 0:  # the link has gone meanwhile
+        # ENOENT: the link has gone meanwhile. EAGAIN: it is being made (bpf_link_by_id() in kernel/bpf/syscall.c).
+        fd = call(Command.LINK_GET_FD_BY_ID, GetId(id=identity), expected=(errno.ENOENT, errno.EAGAIN))
+        if fd < 0:
             continue
         link = describe_link(fd)
         if link.type == LinkType.CGROUP:
