@@ -13,6 +13,7 @@ struct ig_caller {
 	__u32 fsgid;
 	__u32 allowed_gid; /* the allowed group that ig_search_groups() has found */
 	__u32 allowed_index; /* ig_walk_groups() has found one here, or among the next IG_GIDS_PER_READ - 1 groups */
+	__u32 filter; /* the bit of the filter that ig_judge_filters() has found */
 	bool searched;
 };
 

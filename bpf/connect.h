@@ -13,6 +13,7 @@
 #include "imds_guard.h"
 #include "mark.h"
 #include "notify.h"
+#include "redirect.h"
 #include "request.h"
 
 /*
@@ -37,18 +38,51 @@ ig_inline bool ig_destination_may_be_locked(__u32 generation, struct bpf_sock_ad
 	return ig_may_be_locked(generation, &to);
 }
 
-/* The decision about the caller; under strict it is a denial, too, when the socket can't be marked. */
-ig_inline __u32 ig_judge_and_mark(__u32 generation, const struct ig_settings *settings, __u32 list,
-				  struct ig_caller *caller, struct bpf_sock_addr *ctx, struct bpf_sock *sk)
+/* The decision about the caller, and for IG_FILTERED the filter's address, of IPv4. */
+ig_inline __u32 ig_judge(__u32 generation, const struct ig_settings *settings, const struct ig_port_range *range,
+			 struct ig_caller *caller, struct bpf_sock_addr *ctx, struct bpf_sock *sk, __u32 hook,
+			 __u32 *filter_ip4)
 {
-	__u32 reason = ig_judge_caller(generation, settings, list, caller);
+	__u32 reason = ig_judge_caller(generation, settings, range, caller) + settings->zero;
 
-	if (!settings->strict || (reason > IG_DEFAULT_ALLOW && settings->mode != IG_AUDIT))
+	*filter_ip4 = settings->zero;
+	if (reason != IG_FILTERED)
+		return reason;
+	return ig_find_filter(generation, settings, range->target, caller->filter, ctx, sk, hook, filter_ip4);
+}
+
+/* Under strict: marks the socket of a connect that is let through. It is a denial when the socket can't be marked. */
+ig_inline __u32 ig_mark_socket(__u32 generation, const struct ig_settings *settings, __u32 list,
+			       const struct ig_caller *caller, struct bpf_sock_addr *ctx, struct bpf_sock *sk,
+			       __u32 reason, __u32 filter_ip4)
+{
+	bool audited = settings->mode == IG_AUDIT, marked;
+
+	if (!settings->strict || (!ig_permits(reason) && !audited))
 		return reason;
 	/* MPTCP sends packets by the sockets of its subflows, which would not have this mark (net/mptcp/). */
 	if (ctx->protocol == IG_IPPROTO_MPTCP)
-		return reason > IG_DEFAULT_ALLOW ? reason : IG_UNAPPROVED_SOCKET;
-	return ig_set_mark(sk, settings, caller, generation, list, reason) ? reason : IG_UNREADABLE;
+		return ig_permits(reason) ? IG_UNAPPROVED_SOCKET : reason;
+	if (reason == IG_FILTERED && !audited)
+		marked = ig_set_filter_mark(sk, settings, caller, filter_ip4);
+	else
+		marked = ig_set_mark(sk, settings, caller, generation, list, reason);
+	return marked ? reason : IG_UNREADABLE;
+}
+
+/*
+ * The request is read again. If the first one were used here, the verifier would carry its many states through the loops
+ * of the decision (a million instructions on v5.10, for IPv6).
+ */
+ig_inline void ig_notify_connect(struct ig_decision *decision, struct bpf_sock_addr *ctx, struct bpf_sock *sk,
+				 __u32 hook)
+{
+	struct ig_request request;
+
+	decision->netns_cookie = ig_get_netns_cookie(ctx);
+	ig_read_request(&request, ctx, sk, hook);
+	ig_resolve_unspecified(&request);
+	ig_notify(decision, &request);
 }
 
 /* For an address that may be locked: 1 lets the connect through, 0 makes it fail with EPERM. */
@@ -59,7 +93,8 @@ ig_inline int ig_check_connect(__u32 generation, struct bpf_sock_addr *ctx, stru
 	struct ig_port_range range;
 	struct ig_caller caller = {};
 	struct ig_decision decision = { .caller = &caller, .generation = generation, .hook = hook };
-	bool valid, audited;
+	__u32 filter_ip4 = 0;
+	bool audited = false;
 
 	ig_read_request(&request, ctx, sk, hook);
 	ig_resolve_unspecified(&request);
@@ -68,27 +103,23 @@ ig_inline int ig_check_connect(__u32 generation, struct bpf_sock_addr *ctx, stru
 		return 1;
 	}
 	settings = ig_map_lookup_elem(IG_MAP(IG_MAP_SETTINGS), &generation);
-	valid = settings && settings->valid;
 	decision.lock = range.lock;
-	decision.reason =
-		valid ? ig_judge_and_mark(generation, settings, range.list, &caller, ctx, sk) : IG_NO_SETTINGS;
-	audited = valid && decision.reason > IG_DEFAULT_ALLOW && settings->mode == IG_AUDIT;
-	ig_count(decision.reason, audited);
-	if (decision.reason <= IG_DEFAULT_ALLOW) {
-		decision.verdict = IG_VERDICT_ALLOWED;
-		if (ig_likely(!ig_log_allowed()))
-			return 1;
-	} else {
-		decision.verdict = audited ? IG_VERDICT_AUDITED : IG_VERDICT_DENIED;
+	decision.reason = IG_NO_SETTINGS;
+	if (settings && settings->valid) {
+		decision.reason = ig_judge(generation, settings, &range, &caller, ctx, sk, hook, &filter_ip4);
+		decision.reason =
+			ig_mark_socket(generation, settings, range.list, &caller, ctx, sk, decision.reason, filter_ip4);
+		audited =
+			settings->mode == IG_AUDIT && (!ig_permits(decision.reason) || decision.reason == IG_FILTERED);
 	}
-	decision.netns_cookie = ig_get_netns_cookie(ctx);
-	/*
-	 * The request is read again. If the first one were used here, the verifier would carry its many states through
-	 * the loops of the decision (a million instructions on v5.10, for IPv6).
-	 */
-	ig_read_request(&request, ctx, sk, hook);
-	ig_resolve_unspecified(&request);
-	ig_notify(&decision, &request);
+	ig_count(decision.reason, audited);
+	decision.verdict = audited		       ? IG_VERDICT_AUDITED :
+			   ig_permits(decision.reason) ? IG_VERDICT_ALLOWED :
+							 IG_VERDICT_DENIED;
+	if (decision.verdict != IG_VERDICT_ALLOWED || ig_log_allowed())
+		ig_notify_connect(&decision, ctx, sk, hook);
+	if (decision.reason == IG_FILTERED && !audited)
+		ig_redirect(ctx, hook, filter_ip4);
 	return decision.verdict != IG_VERDICT_DENIED;
 }
 

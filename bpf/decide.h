@@ -11,9 +11,38 @@
 
 #define IG_PF_KTHREAD 0x00200000 /* include/linux/sched.h */
 
-/* Deny lists, then allowlists, then the default. */
-ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_list *list, struct ig_caller *caller)
+/* policy/decide.py: Reason.permits */
+ig_inline bool ig_permits(__u32 reason)
 {
+	return reason <= IG_DEFAULT_ALLOW || reason == IG_FILTERED;
+}
+
+/*
+ * The first filter that names the caller, for redirect.h. named: the bits of the filters that list its user or a group of
+ * it. Outside the initial user namespace a caller may take an ID that an earlier filter does not list, so "everyone" does
+ * not count there.
+ */
+ig_inline __u32 ig_judge_filters(const struct ig_list *list, struct ig_caller *caller, __u32 named)
+{
+	__u32 all = named | list->everyone;
+
+	caller->filter = all & -all;
+	if (named & caller->filter)
+		return IG_FILTERED;
+	switch (ig_in_initial_user_namespace(caller->cred)) {
+	case 1:
+		return IG_FILTERED;
+	case 0:
+		return IG_USER_NAMESPACE;
+	}
+	return IG_UNREADABLE;
+}
+
+/* Deny lists, then allowlists, then filters, then the default. */
+ig_inline __u32 ig_judge_lists(__u32 generation, const struct ig_port_range *range, const struct ig_list *list,
+			       struct ig_caller *caller)
+{
+	__u32 number = range->list;
 	/* The verifier would know a constant 0: one more state to follow through the loops. */
 	__u32 user = list->zero, group;
 
@@ -45,7 +74,15 @@ ig_inline __u32 ig_judge_lists(__u32 generation, __u32 number, const struct ig_l
 			return IG_ALLOWED_USER;
 		if (group & IG_ALLOW)
 			return IG_ALLOWED_GROUP;
+		user |= group;
 	}
+	if ((user & IG_FILTER_ACCOUNT) && range->target)
+		return IG_ALLOWED_USER;
+	if (user & IG_FILTERS_UNKNOWN)
+		return IG_TOO_MANY_GROUPS;
+	user &= IG_FILTER_BITS;
+	if (user | list->everyone)
+		return ig_judge_filters(list, caller, user);
 	if (!(list->flags & IG_LIST_DEFAULT_ALLOW))
 		return IG_NOT_LISTED;
 	switch (ig_in_initial_user_namespace(caller->cred)) {
@@ -77,10 +114,10 @@ ig_inline __u32 ig_judge_container(const struct ig_settings *settings, const cha
 }
 
 /* The reason (enum ig_reason) to let the caller through or to deny it. All that can't be read is a denial. */
-ig_inline __u32 ig_judge_caller(__u32 generation, const struct ig_settings *settings, __u32 number,
+ig_inline __u32 ig_judge_caller(__u32 generation, const struct ig_settings *settings, const struct ig_port_range *range,
 				struct ig_caller *caller)
 {
-	__u32 record = (generation - 1) * IG_LISTS + number;
+	__u32 number = range->list, record = (generation - 1) * IG_LISTS + number;
 	const struct ig_list *list = ig_map_lookup_elem(IG_MAP(IG_MAP_LISTS), &record);
 	const char *task = ig_get_current_task();
 	__u32 reason;
@@ -92,10 +129,12 @@ ig_inline __u32 ig_judge_caller(__u32 generation, const struct ig_settings *sett
 		return IG_UNREADABLE;
 	if (number == IG_NO_LIST)
 		return IG_UNSPECIFIED_DESTINATION;
+	if (number == IG_FILTER_LIST)
+		return IG_FILTER_ADDRESS;
 	if (!list || !(list->flags & IG_LIST_VALID))
 		return IG_UNREADABLE;
 	reason = ig_judge_container(settings, task, caller->cred);
-	return reason ? reason : ig_judge_lists(generation, number, list, caller);
+	return reason ? reason : ig_judge_lists(generation, range, list, caller);
 }
 
 #endif

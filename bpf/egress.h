@@ -24,8 +24,6 @@
 #define IG_TCP_FLAGS_OFFSET 13
 #define IG_TCP_RST 0x04
 #define IG_LOOPBACK_IFINDEX 1 /* LOOPBACK_IFINDEX, include/net/flow.h */
-#define IG_TUPLE4_SIZE 12 /* sizes of struct bpf_sock_tuple: the verifier demands a constant */
-#define IG_TUPLE6_SIZE 36
 #define IG_OPEN_PORT 0x10000 /* in place of a list: the port is not locked */
 
 /* Extension headers of IPv6 that another header can follow (RFC 8200, section 4; RFC 4302). */
@@ -153,8 +151,18 @@ ig_inline bool ig_mark_passes(__u32 generation, const struct ig_settings *settin
 	return ig_mark_holds(generation, settings, list, mark);
 }
 
+/* Whether a mark is of a socket that was redirected to this filter. Such a socket may send nowhere else. */
+ig_inline bool ig_reaches_filter(const struct ig_settings *settings, const struct ig_mark *mark,
+				 const struct ig_address *filter)
+{
+	if (mark->kind == IG_MARK_AUDIT)
+		return settings->mode == IG_AUDIT;
+	return mark->kind == IG_MARK_FILTER && mark->gid == ig_filter_number(filter->word[3]);
+}
+
 /* Whether the socket was approved for a list, by its last call or by an earlier one. */
-ig_inline bool ig_sender_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
+ig_inline bool ig_sender_passes(__u32 generation, const struct ig_settings *settings, __u32 list,
+				const struct ig_address *to, const void *sk)
 {
 	const struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
 	const struct ig_earlier *earlier;
@@ -162,6 +170,8 @@ ig_inline bool ig_sender_passes(__u32 generation, const struct ig_settings *sett
 
 	if (!mark || list == IG_NO_LIST)
 		return false;
+	if (list == IG_FILTER_LIST)
+		return ig_reaches_filter(settings, mark, to);
 	if (ig_mark_passes(generation, settings, list, mark))
 		return true;
 	earlier = ig_sk_storage_get(IG_MAP(IG_MAP_EARLIER), sk, 0, 0);
@@ -177,12 +187,15 @@ ig_inline bool ig_sender_passes(__u32 generation, const struct ig_settings *sett
  * Whether the client of a service was approved for it. It is a TCP socket, so its last connect is its only connection.
  * Anybody may connect to a port that is not locked: there a mark only shows that the socket has made a connect.
  */
-ig_inline bool ig_client_passes(__u32 generation, const struct ig_settings *settings, __u32 list, const void *sk)
+ig_inline bool ig_client_passes(__u32 generation, const struct ig_settings *settings, __u32 list,
+				const struct ig_address *service, const void *sk)
 {
 	const struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, 0);
 
 	if (!mark || list == IG_NO_LIST)
 		return false;
+	if (list == IG_FILTER_LIST)
+		return ig_reaches_filter(settings, mark, service);
 	if (list == IG_OPEN_PORT)
 		return mark->kind && mark->kind != IG_MARK_ACCEPTED;
 	return ig_mark_passes(generation, settings, list, mark);
@@ -236,7 +249,7 @@ ig_inline bool ig_is_reply_to_approved(struct __sk_buff *skb, __u32 generation, 
 	if (!sk)
 		return false;
 	/* A listening socket is not a client, whatever it was approved for before. */
-	passes = sk->state != BPF_TCP_LISTEN && ig_client_passes(generation, settings, list, sk);
+	passes = sk->state != BPF_TCP_LISTEN && ig_client_passes(generation, settings, list, &packet->from, sk);
 	ig_sk_release(sk);
 	return passes;
 }
@@ -297,7 +310,7 @@ ig_inline int ig_judge_packet(struct __sk_buff *skb, __u32 generation, struct ig
 			return 1;
 		sk = skb->sk;
 		sk = sk ? ig_sk_fullsock(sk) : 0;
-		if (sk && ig_sender_passes(generation, settings, range.list, sk))
+		if (sk && ig_sender_passes(generation, settings, range.list, &packet->request.to, sk))
 			return 1;
 		flags = ig_tcp_flags(skb, packet);
 		if (sk && !packet->first_fragment && ig_is_of_incoming(skb, packet->transport_offset, sk, flags))

@@ -11,11 +11,12 @@
 /* Results beside IG_ALLOW and IG_DENY. */
 #define IG_READ_FAILED 4
 #define IG_TOO_MANY 8
+#define IG_FILTERS_UNKNOWN IG_LIST_FILTER_GROUPS /* which filters list a group of the caller, nobody has looked */
 
 #define IG_GIDS_PER_READ 4 /* a read costs more than the tests of four groups */
 
 /*
- * IG_ALLOW, IG_DENY, both or 0. The 0 is read from the list's record: a constant would be one more state for the
+ * IG_ALLOW, IG_DENY and bits of filters, or 0. The 0 is read from the list's record: a constant would be one more state for the
  * verifier to follow through all code that comes after.
  */
 ig_inline __u32 ig_lookup_member(__u32 generation, __u32 number, const struct ig_list *list, __u32 kind, __u32 id)
@@ -156,9 +157,11 @@ ig_callback ig_search_one(struct ig_search *search)
 
 /*
  * For callers with more than IG_MAX_WALKED_GROUPS groups: looks for each listed group among them. Denied groups come
- * first in the list, so the first hit decides.
+ * first in the list, so the first hit decides. Groups of filters are not searched: the first hit need not be the first
+ * filter.
  */
-ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid, __u32 len, struct ig_caller *caller)
+ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const struct ig_list *list, const char *gid, __u32 len,
+				 struct ig_caller *caller)
 {
 	struct ig_list_key key = { .generation = generation, .list = number };
 	struct ig_search search = { .groups = ig_map_lookup_elem(IG_MAP(IG_MAP_GROUPS), &key), .gid = gid, .len = len };
@@ -168,7 +171,9 @@ ig_inline __u32 ig_search_groups(__u32 generation, __u32 number, const char *gid
 	ig_repeat(search.groups->len, IG_MAX_SEARCHED_GROUPS, ig_search_one, &search, &search.failed);
 	caller->searched = search.verdict;
 	caller->allowed_gid = search.found;
-	return search.failed ? IG_READ_FAILED : search.verdict;
+	if (search.failed)
+		return IG_READ_FAILED;
+	return search.verdict | (list->flags & IG_FILTERS_UNKNOWN);
 }
 
 /*
@@ -191,7 +196,7 @@ ig_inline __u32 ig_judge_supplementary_groups(__u32 generation, __u32 number, co
 				      &caller->allowed_index);
 	if (!(list->flags & IG_LIST_SMALL))
 		return IG_TOO_MANY;
-	return ig_search_groups(generation, number, group_info + IG_OFF_GROUP_INFO_GID, len, caller);
+	return ig_search_groups(generation, number, list, group_info + IG_OFF_GROUP_INFO_GID, len, caller);
 }
 
 #endif

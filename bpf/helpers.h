@@ -20,7 +20,9 @@ static long (*ig_get_current_comm)(void *to, __u32 size) = (void *)16;
 static long (*ig_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 size) = (void *)26;
 static __u32 (*ig_get_socket_uid)(const void *skb) = (void *)47;
 static __u64 (*ig_get_current_cgroup_id)(void) = (void *)80;
-static void *(*ig_sk_lookup_tcp)(const void *skb, const void *tuple, __u32 size, __u64 netns, __u64 flags) = (void *)84;
+static void *(*ig_sk_lookup_tcp)(const void *ctx, const void *tuple, __u32 size, __u64 netns, __u64 flags) = (void *)84;
+#define IG_TUPLE4_SIZE 12 /* sizes of struct bpf_sock_tuple: the verifier demands a constant */
+#define IG_TUPLE6_SIZE 36
 static long (*ig_sk_release)(void *sk) = (void *)86;
 static void *(*ig_sk_fullsock)(const void *sk) = (void *)95;
 static struct bpf_sock *(*ig_skc_lookup_tcp)(const void *skb, const void *tuple, __u32 size, __u64 netns,

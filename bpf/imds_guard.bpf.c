@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only OR BSD-2-Clause
 /*
- * The hooks: connect4, connect6, sendmsg4 and sendmsg6 of cgroups, and under strict mode egress.
+ * The hooks: connect4, connect6, sendmsg4 and sendmsg6 of cgroups, egress under strict mode, and getpeername4 and
+ * getpeername6 where the policy has filters.
  *
  * SECURITY: why can't a denied caller reach a locked endpoint?
  *
@@ -31,6 +32,7 @@
 #include "generation.h"
 #include "helpers.h"
 #include "imds_guard.h"
+#include "redirect.h"
 
 /*
  * connect4, connect6, sendmsg4 and sendmsg6. The function is compiled once, because compiling is most of the time of
@@ -51,6 +53,41 @@ int ig_sock_addr(struct bpf_sock_addr *ctx)
 	sk = ctx->sk;
 	/* The verifier demands the test; the kernel always gives a socket. */
 	return sk ? ig_check_connect(generation, ctx, sk, hook) : 0;
+}
+
+/*
+ * getpeername(2) of a redirected socket shows the endpoint. The verifier demands the result 1. Two functions, because in one
+ * for both clang computes pointers to context fields, which no verifier accepts.
+ */
+int ig_getpeername4(struct bpf_sock_addr *ctx)
+{
+	const struct ig_target *target;
+	struct ig_address peer;
+
+	ig_set_ipv4(&peer, ctx->user_ip4);
+	target = ig_find_target(&peer, ctx->user_port);
+	if (!target || !ig_is_ipv4(&target->address))
+		return 1;
+	ctx->user_ip4 = target->address.word[3];
+	ctx->user_port = ig_be16(target->port);
+	return 1;
+}
+
+int ig_getpeername6(struct bpf_sock_addr *ctx)
+{
+	const struct ig_target *target;
+	struct ig_address peer;
+
+	ig_set_ipv6(&peer, ctx->user_ip6);
+	target = ig_find_target(&peer, ctx->user_port);
+	if (!target)
+		return 1;
+	ctx->user_ip6[0] = target->address.word[0];
+	ctx->user_ip6[1] = target->address.word[1];
+	ctx->user_ip6[2] = target->address.word[2];
+	ctx->user_ip6[3] = target->address.word[3];
+	ctx->user_port = ig_be16(target->port);
+	return 1;
 }
 
 #ifndef IG_WITHOUT_EGRESS

@@ -38,6 +38,10 @@ enum ig_map {
 	IG_MAP_MARKS,
 	IG_MAP_EARLIER,
 	IG_MAP_SHARES,
+	IG_MAP_FILTERS,
+	IG_MAP_TARGETS,
+	IG_MAP_FILTER_TEXTS,
+	IG_MAP_FILTER_MARKS,
 	IG_MAPS
 };
 
@@ -65,7 +69,7 @@ struct ig_settings {
 	__u32 abi; /* IG_ABI of the version that wrote the generation */
 	__u8 digest[16]; /* of all records of the generation; the hooks don't read it */
 	__u32 strict; /* approved sockets are marked, packets of others are dropped */
-	__u32 pad;
+	__u32 zero; /* always 0 */
 	__u64 serial; /* never 0; each change of policy has another one, for the lifetime of the marks */
 };
 _Static_assert(sizeof(struct ig_settings) == 48, "ABI");
@@ -103,16 +107,18 @@ _Static_assert(sizeof(struct ig_endpoint_key) == 24, "ABI");
 enum ig_protocol { IG_TCP = 1, IG_UDP = 2 };
 
 #define IG_INHERITED 1 /* the range comes from a shorter prefix, not from this endpoint */
-#define IG_NO_LIST 0xffff /* the destination is unspecified and the range is locked somewhere: deny */
+/* In place of a list: deny everyone. */
+#define IG_NO_LIST 0xffff /* the destination is unspecified and the range is locked somewhere */
+#define IG_FILTER_LIST 0xfffe /* the destination is the address of a filter: only the redirect leads there */
 
 struct ig_port_range {
 	__u16 low; /* inclusive, host byte order */
 	__u16 high;
-	__u16 lock; /* IG_NO_LOCK where .list is IG_NO_LIST */
+	__u16 lock; /* IG_NO_LOCK where .list stands for no list */
 	__u16 list;
 	__u8 protocols; /* bits of enum ig_protocol */
 	__u8 flags;
-	__u16 pad;
+	__u16 target; /* of filters, 0: none; then the range is one TCP port */
 };
 _Static_assert(sizeof(struct ig_port_range) == 12, "ABI");
 
@@ -134,20 +140,31 @@ _Static_assert(sizeof(struct ig_endpoint) == 296, "ABI");
 #define IG_LIST_GROUPS 4 /* some group is listed */
 #define IG_LIST_DENY_GROUPS 8 /* some group is denied: members of the allowlist are not let through early */
 #define IG_LIST_SMALL 16 /* at most IG_MAX_SEARCHED_GROUPS groups: they are in IG_MAP_GROUPS, too */
-#define IG_LIST_USERS 32 /* some user is listed */
+#define IG_LIST_USERS 32 /* some user is listed, also by a filter */
+#define IG_LIST_FILTER_GROUPS 64 /* a filter lists groups; IG_LIST_GROUPS is set, too */
 #define IG_GID_BITMAP_WORDS 16
 struct ig_list {
 	__u32 flags;
 	__u32 zero; /* always 0 */
 	__u32 gid_bitmap[IG_GID_BITMAP_WORDS]; /* bit gid % 512 is set for each listed group */
+	__u32 everyone; /* the bits of the filters that name everyone: IG_FILTER_BIT */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct ig_list) == 72, "ABI");
+_Static_assert(sizeof(struct ig_list) == 80, "ABI");
 
 enum ig_kind { IG_USER = 1, IG_GROUP = 2 };
 #define IG_ALLOW 1
 #define IG_DENY 2
 
-/* HASH: the value is IG_ALLOW, IG_DENY or both. */
+#define IG_FILTER_ACCOUNT 128 /* the user that the filters run as: allowed at targets, see struct ig_port_range */
+
+/*
+ * HASH: the value has IG_ALLOW, IG_DENY, IG_FILTER_ACCOUNT, and a bit for each filter of the lock that names the member.
+ * The lowest bit is the first filter in the policy, and that one counts.
+ */
+#define IG_FILTERS 24
+#define IG_FILTER_BIT(n) (1u << (8 + (n))) /* n: from 0, in the order of the policy */
+#define IG_FILTER_BITS 0xffffff00u
 struct ig_member {
 	__u8 generation;
 	__u8 kind; /* enum ig_kind: gid 0 is not uid 0 */
@@ -198,7 +215,69 @@ struct ig_lock {
 };
 _Static_assert(sizeof(struct ig_lock) == 68, "ABI");
 
-/* policy/decide.py: Reason. Those up to IG_DEFAULT_ALLOW let the caller through. */
+/* --- filters ---------------------------------------------------------------------------------------------------- */
+
+/*
+ * The listener of a filter is at 127.169.T.F:169. T is the target: one locked address with one port. F is the number of
+ * the filter. Both are handed out by user space, and mean what IG_MAP_TARGETS and IG_MAP_FILTERS say of a generation.
+ */
+#define IG_FILTER_NETWORK 0x7fa90000u
+#define IG_FILTER_PREFIX_MASK 0xffff0000u
+#define IG_FILTER_PORT 169
+#define IG_TARGETS 254
+#define IG_NUMBERS 254 /* of filters: more than IG_FILTERS, so that a filter with new rules gets a new number */
+
+/* HASH: where a caller goes that the filter names, and what must listen there. */
+struct ig_filter_key {
+	__u8 generation;
+	__u8 target; /* T */
+	__u8 pad[2];
+	__u32 bit; /* IG_FILTER_BIT */
+};
+_Static_assert(sizeof(struct ig_filter_key) == 8, "ABI");
+struct ig_filter {
+	__u64 digest; /* of the target and the rules: the mark of the listener must be the same */
+	__u8 number; /* F */
+	__u8 pad[7];
+};
+_Static_assert(sizeof(struct ig_filter) == 16, "ABI");
+
+/* HASH: what T stands for. getpeername(2) shows it. */
+struct ig_target_key {
+	__u8 generation;
+	__u8 pad;
+	__u16 target;
+};
+_Static_assert(sizeof(struct ig_target_key) == 4, "ABI");
+struct ig_target {
+	struct ig_address address;
+	__u16 port; /* host byte order */
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct ig_target) == 24, "ABI");
+
+/* HASH: name, locks and rules of a filter as text, in pieces, for reading the policy back. The hooks don't read it. */
+#define IG_FILTER_PIECES 4096 /* of all filters, both generations together */
+#define IG_FILTER_PIECE 1024
+struct ig_filter_text_key {
+	__u8 generation;
+	__u8 filter; /* n of IG_FILTER_BIT */
+	__u16 piece;
+};
+_Static_assert(sizeof(struct ig_filter_text_key) == 4, "ABI");
+
+/*
+ * SK_STORAGE of a listening socket: the digest of the target and the rules that its process serves. Root sets it. The
+ * record outlives upgrades, so its size and its meaning stay.
+ */
+struct ig_filter_mark {
+	__u64 digest;
+};
+_Static_assert(sizeof(struct ig_filter_mark) == 8, "ABI");
+
+/* --- decisions -------------------------------------------------------------------------------------------------- */
+
+/* policy/decide.py: Reason. ig_permits() says which ones let the caller through. */
 enum ig_reason {
 	IG_NOT_LOCKED,
 	IG_ALLOWED_USER,
@@ -215,6 +294,10 @@ enum ig_reason {
 	IG_UNREADABLE,
 	IG_NO_SETTINGS,
 	IG_UNAPPROVED_SOCKET, /* strict mode: no hook approved the packet's socket, or its right has ended since */
+	IG_FILTERED, /* the caller reaches its filter in place of the endpoint */
+	IG_NOT_SERVED, /* a filter names the caller, and can't serve this port or this socket */
+	IG_NO_FILTER, /* the listener of the caller's filter is not there */
+	IG_FILTER_ADDRESS, /* the destination is the address of a filter */
 	IG_REASONS
 };
 
@@ -229,11 +312,16 @@ enum ig_mark_kind {
 	IG_MARK_AUDIT,
 	IG_MARK_OPEN,
 	IG_MARK_ACCEPTED, /* by egress: others made the connection */
+	IG_MARK_FILTER, /* it may send to one address of a filter, and to no endpoint */
 };
 struct ig_mark {
 	__u64 serial; /* ig_settings.serial of that moment */
 	__u32 fsuid;
-	__u32 gid; /* the allowed group, for IG_MARK_GROUP; where the numbers began, for IG_MARK_ACCEPTED */
+	/*
+	 * The allowed group, for IG_MARK_GROUP; where the numbers began, for IG_MARK_ACCEPTED; T << 8 | F, for
+	 * IG_MARK_FILTER.
+	 */
+	__u32 gid;
 	__u16 list; /* that allowed it, in the generation of that moment */
 	__u8 kind; /* enum ig_mark_kind; 0: not approved */
 	__u8 container_unchecked; /* containers were allowed then, so whether it is in one was not checked */
@@ -264,7 +352,15 @@ struct ig_counter {
 };
 _Static_assert(sizeof(struct ig_counter) == 16, "ABI");
 
-enum ig_hook { IG_CONNECT4 = 1, IG_CONNECT6, IG_SENDMSG4, IG_SENDMSG6, IG_EGRESS };
+enum ig_hook {
+	IG_CONNECT4 = 1,
+	IG_CONNECT6,
+	IG_SENDMSG4,
+	IG_SENDMSG6,
+	IG_EGRESS,
+	IG_GETPEERNAME4,
+	IG_GETPEERNAME6,
+};
 enum ig_verdict { IG_VERDICT_DENIED = 1, IG_VERDICT_AUDITED, IG_VERDICT_ALLOWED };
 #define IG_COMM 16 /* TASK_COMM_LEN, include/linux/sched.h */
 #define IG_NO_LOCK 0xffff

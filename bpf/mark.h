@@ -12,6 +12,12 @@
 
 #define IG_STORAGE_CREATE 1 /* BPF_SK_STORAGE_GET_F_CREATE */
 
+/* T << 8 | F of the address of a filter. */
+ig_inline __u32 ig_filter_number(__u32 ip4)
+{
+	return ig_be32(ip4) & ~IG_FILTER_PREFIX_MASK;
+}
+
 ig_inline __u32 ig_mark_kind_of(__u32 reason)
 {
 	switch (reason) {
@@ -86,6 +92,23 @@ ig_inline bool ig_set_mark(struct bpf_sock *sk, const struct ig_settings *settin
 	return true;
 }
 
+/* For a connect that is redirected to a filter. False when the socket can't be marked. */
+ig_inline bool ig_set_filter_mark(struct bpf_sock *sk, const struct ig_settings *settings,
+				  const struct ig_caller *caller, __u32 ip4)
+{
+	struct ig_mark *mark = ig_sk_storage_get(IG_MAP(IG_MAP_MARKS), sk, 0, IG_STORAGE_CREATE);
+
+	if (!mark)
+		return false;
+	mark->serial = settings->serial;
+	mark->fsuid = caller->fsuid;
+	mark->gid = ig_filter_number(ip4);
+	mark->list = IG_FILTER_LIST;
+	mark->kind = IG_MARK_FILTER;
+	mark->container_unchecked = 0;
+	return true;
+}
+
 /*
  * For a connect to a port of a locked address that is open. Only ig_is_reply_to_approved() reads this mark. A socket
  * that can't be marked loses nothing but the replies of a service on this machine.
@@ -124,7 +147,7 @@ ig_inline bool ig_mark_holds(__u32 generation, const struct ig_settings *setting
 	if (user & IG_DENY)
 		return false;
 	if (mark->kind == IG_MARK_USER)
-		return user & IG_ALLOW;
+		return user & (IG_ALLOW | IG_FILTER_ACCOUNT);
 	if (mark->kind == IG_MARK_DEFAULT)
 		return list->flags & IG_LIST_DEFAULT_ALLOW;
 	group = ig_lookup_member(generation, number, list, IG_GROUP, mark->gid);

@@ -13,6 +13,8 @@ from random import Random
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.decide import Caller, Destination
+from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
+from imds_guard.policy.filters import Filter, FilterRules, targets
 from imds_guard.policy.model import (
     MAX_ID,
     Address,
@@ -51,18 +53,43 @@ MAX_WALKED = 1024
 # --- policies -------------------------------------------------------------------------------------------------------
 
 
-def policy(random: Random, *, strict: bool | None = None) -> Policy:
-    """A valid policy in normal form with at least one lock. ``strict`` None: in one of three."""
+def policy(random: Random, *, strict: bool | None = None, filters: bool = False) -> Policy:
+    """A valid policy in normal form with at least one lock, and with some ``filters`` if that can be.
+
+    ``strict`` None: in one of three.
+    """
     while True:
         locks = _locks(random)
         if not locks:
             continue
         mode = Mode.AUDIT if random.random() < 0.12 else Mode.ENFORCE
         wanted = random.random() < 0.33 if strict is None else strict
+        containers, some = random.choice(tuple(Verdict)), _filters(random, locks) if filters else []
+        account = _id(random) if some and random.random() < 0.7 else None
         try:
-            return make_policy(locks, mode, random.choice(tuple(Verdict)), wanted)
+            return make_policy(locks, mode, containers, wanted, some, account)
         except BadPolicy:
-            continue  # 0.0.0.0 and :: can't be locked
+            continue  # 0.0.0.0 and :: can't be locked; a filter has nothing to serve
+
+
+def _filters(random: Random, locks: Sequence[Lock]) -> list[Filter]:
+    """Filters for locks that have an address of one host: they serve a port of one."""
+    served = [
+        (lock.name, port)
+        for lock in locks
+        for endpoint in lock.endpoints
+        if endpoint.network.prefixlen == endpoint.network.max_prefixlen
+        for port in {port for ports in endpoint.tcp for port in ports if port}
+    ]
+    made = []
+    for number in range(random.choice((1, 1, 2, 3, 24)) if served else 0):
+        name, port = random.choice(served)
+        others = [lock.name for lock in locks if random.random() < 0.3]
+        everyone = random.random() < 0.25
+        listed = Identities() if everyone else Identities(_ids(random), _ids(random))
+        rules = FilterRules(allow=("GET /**",), audit=random.random() < 0.5)
+        made.append(Filter(f"filter {number}", (name, *others), listed, everyone, rules, port))
+    return made
 
 
 def _locks(random: Random) -> list[Lock]:
@@ -178,6 +205,10 @@ def caller(random: Random, under: Policy) -> Caller:
     """A caller whose IDs are often on a list of the policy, or next to one, or on the list of the other kind."""
     users = [uid for lock in under.locks for uid in sorted(lock.allow.users | lock.deny.users)]
     groups = [gid for lock in under.locks for gid in sorted(lock.listed_groups)]
+    for one in under.filters:
+        users += sorted(one.who.users)
+        groups += sorted(one.who.groups)
+    users += [] if under.filter_uid is None else [under.filter_uid]
     fsuid = _near(random, groups if random.random() < 0.1 else users, 0.5)
     fsgid = fsuid if random.random() < 0.1 else _near(random, users if random.random() < 0.2 else groups, 0.25)
     return Caller(
@@ -214,7 +245,12 @@ def _supplementary(random: Random, listed: Sequence[int]) -> frozenset[int]:
 
 
 def destination(random: Random, under: Policy) -> Destination:
-    """A destination at an edge of an endpoint, on either side of it, or anywhere. IPv4 is sometimes mapped."""
+    """A destination at an edge of an endpoint, on either side of it, or anywhere. IPv4 is sometimes mapped.
+
+    Under a policy with filters it is often what they serve, or where they listen.
+    """
+    if under.filters and random.random() < 0.5:
+        return _of_filters(random, under)
     endpoint = random.choice([endpoint for lock in under.locks for endpoint in lock.endpoints])
     protocol = random.choice([one for one in Protocol if endpoint.ports(one)])
     if random.random() < 0.2:
@@ -223,6 +259,15 @@ def destination(random: Random, under: Policy) -> Destination:
     port = random.choice(near) if near and random.random() < 0.8 else random.choice(_PORTS)
     network = endpoint.network if random.random() < 0.8 else None
     return Destination(address(random, network), min(65535, max(0, port)), protocol)
+
+
+def _of_filters(random: Random, under: Policy) -> Destination:
+    if random.random() < 0.75:
+        served = random.choice(targets(under))
+        return Destination(address(random, ipaddress.ip_network(served.address)), served.port)
+    listening = FILTER_NETWORK if random.random() < 0.9 else None
+    port = FILTER_PORT if random.random() < 0.8 else random.choice(_PORTS)
+    return Destination(address(random, listening), port, random.choice((Protocol.TCP, *Protocol)))
 
 
 def address(random: Random, near: Network | None) -> Address:

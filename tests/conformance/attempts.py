@@ -19,7 +19,8 @@ from tests.conformance.families import IPV4, IPV6
 from tests.conformance.model import Attempt
 from tests.conformance.witness import Token
 
-CONNECTED = "connected"
+CONNECTED, FILTERED = "connected", "filtered "
+"""The second is followed by the address of the filter's listener."""
 _WAIT_S = 5
 
 # Source: include/uapi/linux/in.h, in6.h, tcp.h and socket.h
@@ -32,14 +33,28 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def outcome(attempt: Attempt, one: socket.socket) -> str:
-    """``connected`` when the peer was reached, else the name of the errno."""
+    """``connected`` when the peer was reached, ``filtered 127.169.T.F`` for a filter, else the name of the errno."""
     try:
         FORMS[attempt.form](one, attempt)
+        return _greeting(one, attempt) if attempt.greeted else CONNECTED
     except OSError as error:
         return errno.errorcode.get(error.errno or 0, repr(error))
     finally:
         one.close()
-    return CONNECTED
+
+
+def _greeting(one: socket.socket, attempt: Attempt) -> str:
+    """What the peer is. An endpoint closes without a word. getpeername(2) never shows the filter."""
+    shown = one.getpeername()[0]
+    one.setblocking(True)
+    try:
+        words = one.recv(64).decode()
+    except ConnectionResetError:
+        words = ""
+    if not words:
+        return CONNECTED
+    is_shown = int(ipaddress.ip_address(attempt.to)) & 0xFFFFFFFF == 0 or shown == attempt.to
+    return f"{FILTERED}{words}" if is_shown else f"{FILTERED}{words}, and getpeername says {shown}"
 
 
 def make_socket(attempt: Attempt) -> socket.socket:

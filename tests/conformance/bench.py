@@ -12,9 +12,11 @@ import pytest
 
 from imds_guard.errors import NotPermitted, Unsupported
 from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy.filter_address import Listener
 from imds_guard.policy.model import Policy
+from imds_guard.text import host_port
 from tests.conformance import witness
-from tests.conformance.attempts import CONNECTED
+from tests.conformance.attempts import CONNECTED, FILTERED
 from tests.conformance.enforcers import Enforcer
 from tests.conformance.model import Case
 from tests.conformance.perform import allow_fastopen, perform
@@ -44,11 +46,14 @@ def serve_table(sandbox: Sandbox) -> Sandbox:
 
 
 def apply_or_skip(enforcer: Enforcer, sandbox: Sandbox, policy: Policy, backend_name: str) -> None:
-    """Applies the policy. A backend that can't skips the test, unless IMDS_GUARD_EXPECT names it."""
+    """Applies the policy. A backend that can't skips the test, unless IMDS_GUARD_EXPECT names it.
+
+    The fallback refuses all policies with filters.
+    """
     try:
         enforcer.apply(sandbox, policy)
     except (Unsupported, NotPermitted) as error:
-        if backend_name in EXPECTED_BACKENDS:
+        if backend_name in EXPECTED_BACKENDS and not (policy.filters and backend_name == "iptables"):
             raise
         pytest.skip(str(error))
 
@@ -90,6 +95,10 @@ class Bench:
         self._shared = SharedSandbox(enforcer.sandbox)
         self._one_sandbox = one_sandbox
         self._applied: tuple[Sandbox, Policy] | None = None
+        self._listeners: dict[str, Listener] = {}
+        """By address: the numbers in it depend on the policies before."""
+        self._serving: tuple[Sandbox, int] | None = None
+        """The process that is the filters of the policy in force."""
 
     @contextmanager
     def under(self, policy: Policy) -> Iterator[Sandbox]:
@@ -111,6 +120,12 @@ class Bench:
         self._applied = None
         apply_or_skip(self.enforcer, sandbox, policy, self.backend_name)
         self._check_held(sandbox, policy)
+        if self._serving is not None and self._serving[0] is sandbox:
+            sandbox.end(self._serving[1])
+        self._serving = None
+        self._listeners = {str(one.address): one for one in self.enforcer.listeners()}
+        if self._listeners:
+            self._serving = sandbox, self.enforcer.serve_filters(sandbox)
         self._applied = (sandbox, policy)
 
     def _check_held(self, sandbox: Sandbox, policy: Policy) -> None:
@@ -119,8 +134,15 @@ class Bench:
             raise AssertionError(f"{policy} was applied, but the kernel holds {held}")
 
     def judged(self, sandbox: Sandbox, case: Case) -> str:
-        """How the kernel judges the case: ``allowed``, ``denied``, or an outcome that is neither."""
-        return judged(self.enforcer, sandbox.call(lambda: perform(case)))
+        """How the kernel judges the case: ``allowed``, ``denied``, ``filtered by NAME to ADDRESS:PORT``.
+
+        An outcome that is none of these is returned as it is.
+        """
+        outcome = sandbox.call(lambda: perform(case))
+        listener = self._listeners.get(outcome[len(FILTERED) :]) if outcome.startswith(FILTERED) else None
+        if listener is not None:
+            return f"filtered by {listener.filter} to {host_port(listener.target.address, listener.target.port)}"
+        return judged(self.enforcer, outcome)
 
     def close(self) -> None:
         """Removes the sandbox, if there is one."""

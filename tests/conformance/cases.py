@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from tests.conformance import cases_how, cases_where, cases_who
+from tests.conformance import cases_filter, cases_how, cases_where, cases_who
 from tests.conformance.model import Case, unique
 
-CASES: tuple[Case, ...] = unique([*cases_who.CASES, *cases_where.CASES, *cases_how.CASES])
+CASES: tuple[Case, ...] = unique([*cases_who.CASES, *cases_where.CASES, *cases_how.CASES, *cases_filter.CASES])
 
 MODEL_CASES: tuple[Case, ...] = unique([*CASES, *cases_who.KERNEL_THREADS])
 """CASES, and rows that only decide() can be asked about: no test can make a kernel thread connect."""

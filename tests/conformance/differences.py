@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 from fnmatch import fnmatchcase
 
+from imds_guard.policy.model import unmapped
+from imds_guard.text import host_port
 from tests.conformance.model import Case
 
 _OPENER = "the identity that counts is the one that opened the socket"
@@ -54,6 +57,18 @@ def difference(backend: str, row_id: str) -> str | None:
 
 
 def expected_verdict(case: Case, backend: str) -> str:
-    """``allowed`` or ``denied``: what the table says, or the opposite where the backend is known to differ."""
+    """``allowed`` or ``denied``: what the table says, or the opposite where the backend is known to differ.
+
+    For a connect that is redirected ``filtered by NAME to ADDRESS:PORT``.
+    """
+    if case.attempt.greeted:
+        return f"filtered by {case.filter} to {_target_of(case)}"
     differs = difference(backend, case.id) is not None
     return "allowed" if case.allowed != differs else "denied"
+
+
+def _target_of(case: Case) -> str:
+    attempt = case.attempt
+    to = unmapped(ipaddress.ip_address(attempt.to))
+    address = to if int(to) else unmapped(ipaddress.ip_address(attempt.bind or ""))
+    return host_port(address, attempt.port)

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Callable, Protocol, TypeVar
 
 from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.backends.ebpf.filter_listeners import ListenerMarks, wanted_listeners
+from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.backends.iptables.tables import reading_once
 from imds_guard.errors import GuardError
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.filter_address import Listener
 from imds_guard.policy.model import Policy
+from tests.conformance import witness
 from tests.conformance.families import ADDRESSES
 
 T = TypeVar("T")
@@ -50,6 +56,12 @@ class Enforcer(Protocol):
 
     def reasons(self) -> set[Reason] | None:
         """Why connects were judged as they were since the last call or apply(). None where nothing counts reasons."""
+
+    def listeners(self) -> Sequence[Listener]:
+        """What has to listen for the filters of the policy in force."""
+
+    def serve_filters(self, sandbox: Sandbox) -> int:
+        """Forks a child that is the filters of the policy in force; returns its process ID."""
 
     def remove(self, sandbox: Sandbox) -> None:
         """Removes the guard. Nothing happens if there is none."""
@@ -96,6 +108,21 @@ class Ebpf:
         """Enforcer.reasons(): from the counters of the hooks."""
         before, self._before = self._before, self._counts()
         return {reason for reason, count in self._before.items() if count != before.get(reason, 0)}
+
+    def listeners(self) -> Sequence[Listener]:
+        """Enforcer.listeners()."""
+        found = wanted_listeners(PinLocation.of(self._above.cgroup))
+        return () if found is None else found.listeners
+
+    def serve_filters(self, sandbox: Sandbox) -> int:
+        """Enforcer.serve_filters()."""
+        location, wanted = PinLocation.of(self._above.cgroup), self.listeners()
+
+        def listen() -> list[socket.socket]:
+            with ListenerMarks(location) as marks:
+                return witness.listen_as_filters(wanted, marks.mark)
+
+        return sandbox.serve_with(listen, witness.greet_forever)
 
     def remove(self, sandbox: Sandbox) -> None:
         """Enforcer.remove()."""
@@ -153,6 +180,14 @@ class Iptables:
     def reasons(self) -> set[Reason] | None:
         """Enforcer.reasons(): rules don't count reasons."""
         return None
+
+    def listeners(self) -> Sequence[Listener]:
+        """Enforcer.listeners(): this backend refuses policies with filters."""
+        return ()
+
+    def serve_filters(self, sandbox: Sandbox) -> int:
+        """Enforcer.serve_filters()."""
+        raise NotImplementedError
 
     def remove(self, sandbox: Sandbox) -> None:
         """Enforcer.remove()."""

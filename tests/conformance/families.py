@@ -25,6 +25,8 @@ class Family:
     shorter_prefix: str
     """A shorter prefix, which covers ``prefix``."""
     everything: str
+    filter_address: str = "127.169.200.7"
+    """An address where no filter listens, and could. It is of IPv4 always."""
 
 
 IPV4 = Family(
@@ -62,6 +64,7 @@ MAPPED = Family(
     prefix="::ffff:169.254.169.0/120",
     shorter_prefix="::ffff:169.254.0.0/112",
     everything="0.0.0.0/0",
+    filter_address="::ffff:127.169.200.7",
 )
 FAMILIES = (IPV4, IPV6, MAPPED)
 
@@ -80,5 +83,5 @@ ADDRESSES = (
     LINK_LOCAL,
     "fe80::a9fe:a9ff",
 )
-LOOPBACK = (IPV4.loopback, IPV6.loopback)
-PORTS = (53, 67, 80, 443, 8080, 20480)
+LOOPBACK = (IPV4.loopback, IPV6.loopback, IPV4.filter_address)
+PORTS = (53, 67, 80, 169, 443, 8080, 20480)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from imds_guard.policy.decide import Caller, Destination, Reason, Source
 from imds_guard.policy.model import Policy, Protocol
+from tests.conformance.witness import BROKEN
 
 USER_NAMESPACE_OFFSET = 500_000
 """In the user namespaces of the table, inside ID + this number = outside ID."""
@@ -62,6 +63,8 @@ class Attempt:
     device: bool = False
     """The socket is bound to lo by SO_BINDTODEVICE. The primary IPv4 address of lo is the locked one."""
     packet_info: PacketInfo | None = None
+    greeted: bool = False
+    """The listener of a filter accepts: it sends its own address."""
 
     @property
     def protocol(self) -> Protocol:
@@ -82,6 +85,8 @@ class Case:
     allowed: bool
     requires: tuple[str, ...] = ()
     """Keys of probes.PROBES: features that the kernel must have, else the row is skipped."""
+    filter: str | None = None
+    """The name of the caller's filter."""
 
     @property
     def id(self) -> str:
@@ -120,6 +125,11 @@ def model_source(case: Case) -> Source:
     own = attempt.bind if attempt.packet_info is None else attempt.packet_info.source
     by_device = attempt.device or attempt.protocol is Protocol.UDP
     return Source(None if own is None else ipaddress.ip_address(own), by_device)
+
+
+def model_filter_listens(case: Case) -> bool:
+    """Whether the listener of the caller's filter is there: as the name of the filter says, in the first namespace."""
+    return case.filter not in BROKEN and case.who.setting is not Setting.NETWORK_NAMESPACE
 
 
 def unique(cases: Iterable[Case]) -> tuple[Case, ...]:

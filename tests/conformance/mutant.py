@@ -15,6 +15,7 @@ from tests.conformance.model import (
     Case,
     model_caller,
     model_destination,
+    model_filter_listens,
     model_source,
 )
 
@@ -35,6 +36,7 @@ def judge(
     caller: Caller | None = None,
     destination: Destination | None = None,
     source: Source | None = None,
+    filter_listens: bool | None = None,
 ) -> Decision:
     """decide() for the row. Each argument that is given replaces the right one."""
     return decide(
@@ -42,6 +44,7 @@ def judge(
         caller or model_caller(case),
         destination or model_destination(case),
         source or model_source(case),
+        filter_listens=model_filter_listens(case) if filter_listens is None else filter_listens,
     )
 
 

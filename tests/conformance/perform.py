@@ -7,6 +7,8 @@ import os
 import threading
 from typing import Callable
 
+from imds_guard.backends.ebpf.filter_numbers import assigned
+from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.kernel import netns, syscalls
 from imds_guard.kernel.children import fork, run_in_child
 from imds_guard.kernel.credentials import become
@@ -90,7 +92,9 @@ def _in_network_namespace(case: Case) -> str:
     allow_fastopen()
     sockets = witness.listen()
     fork(lambda: witness.confirm_forever(sockets))
-    for one in sockets:
+    filters = witness.listen_as_filters(listeners_of(case.policy, assigned(case.policy)), mark=None)
+    fork(lambda: witness.greet_forever(filters))
+    for one in (*sockets, *filters):
         one.close()
     return _attempt(case)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Callable
 
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.filters import Filter, FilterRules
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS, NO_PORTS, Ports
 from tests.conformance.families import FAMILIES, IPV4, IPV6, Family
@@ -22,7 +24,10 @@ NOT_DNS: Ports = ((0, 52), (54, 65535))
 
 IfFamily = Callable[[Family], Policy]
 ThisWay = Callable[[Family], Attempt]
-_PERMITTING = (Reason.NOT_LOCKED, Reason.ALLOWED_USER, Reason.ALLOWED_GROUP, Reason.DEFAULT_ALLOW)
+_PERMITTING = (
+    *(Reason.NOT_LOCKED, Reason.ALLOWED_USER, Reason.ALLOWED_GROUP, Reason.DEFAULT_ALLOW),
+    Reason.FILTERED,
+)
 
 
 def who(
@@ -110,6 +115,44 @@ def locks(make: Callable[[Family], Sequence[Lock]]) -> IfFamily:
     return lambda family: make_policy(make(family))
 
 
+def the_filter(
+    name: str, *, users: Iterable[int] = (), groups: Iterable[int] = (), everyone: bool = False, port: int = 80
+) -> Filter:
+    """A filter of the lock that filtered() makes."""
+    named = Identities(frozenset(users), frozenset(groups))
+    return Filter(name, ("imds",), named, everyone, FilterRules(allow=("GET /**",)), port)
+
+
+def filtered(
+    *filters: Filter,
+    where: Sequence[str] = (IPV4.locked, IPV6.locked),
+    more: Sequence[Lock] = (),
+    mode: Mode = Mode.ENFORCE,
+    containers: Verdict = Verdict.DENY,
+    account: int | None = None,
+    users: Iterable[int] = (),
+    groups: Iterable[int] = (),
+    deny_users: Iterable[int] = (),
+    deny_groups: Iterable[int] = (),
+    default: Verdict = Verdict.DENY,
+    tcp: Ports = ALL_PORTS,
+    udp: Ports = NO_PORTS,
+) -> IfFamily:
+    """A policy with filters, the same for every family of a row: they serve one lock. ``more`` are other locks."""
+    one = lock(
+        where,
+        users=users,
+        groups=groups,
+        deny_users=deny_users,
+        deny_groups=deny_groups,
+        default=default,
+        tcp=tcp,
+        udp=udp,
+    )
+    policy = make_policy((one, *more), mode, containers, filters=filters, filter_uid=account)
+    return lambda _: policy
+
+
 def go(
     to: str = "locked",
     port: int = 80,
@@ -147,12 +190,28 @@ def row(
     expected: Reason,
     *,
     allowed: bool | None = None,
+    filter: str | None = None,
+    redirected: bool | None = None,
     families: Sequence[Family] = FAMILIES,
     requires: tuple[str, ...] = (),
 ) -> list[Case]:
-    """One row per family. ``allowed`` is needed only where it does not follow from the reason (in audit mode)."""
+    """One row per family. ``filter`` is the name of the caller's filter.
+
+    ``allowed`` and ``redirected`` are needed only in audit mode: there they don't follow from the reason.
+    """
     let_through = expected in _PERMITTING if allowed is None else allowed
+    reaches_filter = expected is Reason.FILTERED if redirected is None else redirected
     return [
-        Case(name, family.name, policy(family), caller, attempt(family), expected, let_through, requires)
+        Case(
+            name,
+            family.name,
+            policy(family),
+            caller,
+            replace(attempt(family), greeted=reaches_filter),
+            expected,
+            let_through,
+            requires,
+            filter,
+        )
         for family in families
     ]

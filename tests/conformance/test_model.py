@@ -9,15 +9,22 @@ import pytest
 
 from imds_guard.policy.decide import Decision, decide
 from tests.conformance.cases import MODEL_CASES
-from tests.conformance.model import Case, model_caller, model_destination, model_source
+from tests.conformance.model import Case, model_caller, model_destination, model_filter_listens, model_source
 from tests.conformance.mutants import MUTANTS
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=lambda case: case.id)
 def test_decide(case: Case) -> None:
     """The specification gives the row's expected verdict and reason."""
-    decision = decide(case.policy, model_caller(case), model_destination(case), model_source(case))
+    decision = decide(
+        case.policy,
+        model_caller(case),
+        model_destination(case),
+        model_source(case),
+        filter_listens=model_filter_listens(case),
+    )
     assert (decision.reason.label, decision.allowed) == (case.expected.label, case.allowed)
+    assert decision.filter == case.filter
 
 
 @pytest.mark.parametrize("name", sorted(MUTANTS))
@@ -30,4 +37,4 @@ def test_the_table_catches(name: str, record_property: Callable[[str, object], N
 
 
 def _as_expected(case: Case, decision: Decision) -> bool:
-    return (decision.reason, decision.allowed) == (case.expected, case.allowed)
+    return (decision.reason, decision.allowed, decision.filter) == (case.expected, case.allowed, case.filter)

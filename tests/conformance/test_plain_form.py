@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import pytest
 
 from imds_guard.backends.ebpf import program
-from tests.conformance import cases_who
+from tests.conformance import cases_filter, cases_who
 from tests.conformance.bench import EXPECTED_BACKENDS, Bench, sorted_by_policy
 from tests.conformance.enforcers import Ebpf
 from tests.conformance.model import Case
 from tests.conformance.test_backends import check_row
 
-ROWS = [*cases_who.GROUPS, *cases_who.DENY_LISTS, *cases_who.USER_NAMESPACES]
+ROWS = [*cases_who.GROUPS, *cases_who.DENY_LISTS, *cases_who.USER_NAMESPACES, *cases_filter.CASES]
 
 
 class PlainEbpf(Ebpf):

@@ -10,12 +10,11 @@ import pytest
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Policy
-from tests.conformance.attempts import CONNECTED
 from tests.conformance.bench import Bench, skip_without, sorted_by_policy
 from tests.conformance.cases import CASES
+from tests.conformance.differences import expected_verdict
 from tests.conformance.enforcers import Ebpf
 from tests.conformance.model import Case
-from tests.conformance.perform import perform
 
 MPTCP = [case for case in CASES if case.attempt.form == "mptcp"]
 ROWS = [case for case in CASES if case not in MPTCP][::4]
@@ -51,7 +50,7 @@ def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
     """Under a strict policy a row has the same outcome for the same reason, and no packet is dropped."""
     skip_without(case, lacking)
     with bench.under(case.policy) as sandbox:
-        assert sandbox.call(lambda: perform(case)) == (CONNECTED if case.allowed else "EPERM")
+        assert bench.judged(sandbox, case) == expected_verdict(case, "ebpf")
         assert bench.enforcer.reasons() == {case.expected} - {Reason.NOT_LOCKED}
 
 
@@ -64,8 +63,8 @@ def test_mptcp_is_let_through_or_denied_at_once(case: Case, bench: Bench, lackin
     """
     skip_without(case, lacking)
     with bench.under(case.policy) as sandbox:
-        outcome, reasons = sandbox.call(lambda: perform(case)), bench.enforcer.reasons()
-        if case.expected.permits and outcome != CONNECTED:
-            assert (outcome, reasons) == ("EPERM", {Reason.UNAPPROVED_SOCKET})
+        verdict, reasons = bench.judged(sandbox, case), bench.enforcer.reasons()
+        if case.expected.permits and verdict == "denied":
+            assert reasons == {Reason.UNAPPROVED_SOCKET}
         else:
-            assert (outcome == CONNECTED, reasons) == (case.allowed, {case.expected} - {Reason.NOT_LOCKED})
+            assert (verdict, reasons) == (expected_verdict(case, "ebpf"), {case.expected} - {Reason.NOT_LOCKED})

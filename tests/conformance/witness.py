@@ -12,12 +12,19 @@ import errno
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Callable
 
 from imds_guard.kernel import listeners
+from imds_guard.policy.filter_address import FILTER_PORT, Listener
 from tests.conformance.families import ADDRESSES, LOOPBACK, PORTS
 
 _WAIT_S = 5.0
+
+DEAD, FOREIGN, OTHER_RULES = "dead", "foreign listener", "other rules"
+BROKEN = frozenset((DEAD, FOREIGN, OTHER_RULES))
+"""Names of filters whose listener is not there, has no mark, or has the mark of other rules."""
 
 
 class Token:
@@ -72,3 +79,33 @@ def _take(peer: socket.socket) -> None:
     with peer, contextlib.suppress(BlockingIOError):
         peer.setblocking(False)
         peer.recv(64)
+
+
+# --- filters --------------------------------------------------------------------------------------------------------
+
+
+def listen_as_filters(wanted: Sequence[Listener], mark: Callable[[int, int], object] | None) -> list[socket.socket]:
+    """Listening sockets where filters should listen, as their names say. Without ``mark`` none is marked."""
+    sockets = []
+    for one in wanted:
+        if one.filter == DEAD:
+            continue
+        made = socket.socket()
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((str(one.address), FILTER_PORT))
+        if mark is not None and one.filter != FOREIGN:
+            mark(made.fileno(), one.digest ^ (one.filter == OTHER_RULES))
+        made.listen()
+        sockets.append(made)
+    return sockets
+
+
+def greet_forever(sockets: list[socket.socket]) -> None:
+    """Accepts connections, and sends each the address at which it was accepted: 127.169.T.F."""
+
+    def act(one: socket.socket) -> None:
+        with one.accept()[0] as peer:
+            peer.send(peer.getsockname()[0].encode())
+            _take(peer)
+
+    listeners.each_ready(sockets, act)

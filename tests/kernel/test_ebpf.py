@@ -258,7 +258,7 @@ def test_a_guard_without_pins_is_found_and_removed(guarded: Guarded) -> None:
     sandbox, backend = guarded
     backend.apply(OLD_POLICY)
     path = guards.folder_of(sandbox.cgroup).path
-    held = [bpf.pinned(link_pin(path, hook)) for hook in abi.needed_hooks(False)]
+    held = [bpf.pinned(link_pin(path, hook)) for hook in abi.needed_hooks(OLD_POLICY)]
     for name in os.listdir(path):
         os.unlink(os.path.join(path, name))
     os.rmdir(path)

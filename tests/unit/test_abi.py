@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_records import filter_bit
 from imds_guard.kernel.btf import Btf
 from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, MAX_WALKED_GROUPS, Reason
+from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
+from imds_guard.policy.filters import MAX_FILTERS, MAX_TARGETS
 from imds_guard.policy.model import MAX_LOCK_NAME_BYTES
 from tests.clang import BPF, compiled_for_bpf, compiled_to_library
 from tests.strategies import patient
@@ -27,10 +30,10 @@ HEADER = (BPF / "imds_guard.h").read_text(encoding="utf-8")
 # The Python struct, and the C members in its order. "gid:128" stands for 128 values, "pad" for a run of x.
 PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_config": (abi.CONFIG, "generation pad"),
-    "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest strict pad serial"),
+    "ig_settings": (abi.SETTINGS, "valid mode allow_containers abi digest strict zero serial"),
     "ig_endpoint_key": (abi.ENDPOINT_KEY, "prefixlen generation pad address"),
-    "ig_port_range": (abi.RANGE, "low high lock list protocols flags pad"),
-    "ig_list": (abi.LIST, f"flags zero gid_bitmap:{abi.GID_BITMAP_WORDS}"),
+    "ig_port_range": (abi.RANGE, "low high lock list protocols flags target"),
+    "ig_list": (abi.LIST, f"flags zero gid_bitmap:{abi.GID_BITMAP_WORDS} everyone pad"),
     "ig_member": (abi.MEMBER, "generation kind list id"),
     "ig_list_key": (abi.SMALL_KEY, "generation pad list"),
     "ig_groups": (abi.GROUPS, f"denied len gid:{abi.MAX_SEARCHED_GROUPS}"),
@@ -48,6 +51,12 @@ PACKED: dict[str, tuple[struct.Struct, str]] = {
     "ig_share": (abi.SHARE, "rows"),
     "ig_watch": (abi.WATCH, "log_allowed"),
     "ig_mark": (abi.MARK, "serial fsuid gid list kind container_unchecked pad"),
+    "ig_filter_key": (abi.FILTER_KEY, "generation target pad bit"),
+    "ig_filter": (abi.FILTER, "digest number pad"),
+    "ig_target_key": (abi.SMALL_KEY, "generation pad target"),
+    "ig_target": (abi.TARGET, "address port pad"),
+    "ig_filter_text_key": (abi.FILTER_TEXT_KEY, "generation filter piece"),
+    "ig_filter_mark": (abi.FILTER_MARK, "digest"),
 }
 # Structs without a struct.Struct in Python: the size, and the offset of each member.
 ASSEMBLED: dict[str, tuple[int, dict[str, int]]] = {
@@ -77,6 +86,7 @@ CONSTANTS: dict[str, int] = {
     "IG_UDP": abi.UDP,
     "IG_INHERITED": abi.INHERITED,
     "IG_NO_LIST": abi.NO_LIST,
+    "IG_FILTER_LIST": abi.FILTER_LIST,
     "IG_RANGES": abi.RANGES,
     "IG_LISTS": abi.LISTS,
     "IG_LIST_VALID": abi.LIST_VALID,
@@ -85,11 +95,22 @@ CONSTANTS: dict[str, int] = {
     "IG_LIST_DENY_GROUPS": abi.LIST_DENY_GROUPS,
     "IG_LIST_SMALL": abi.LIST_SMALL,
     "IG_LIST_USERS": abi.LIST_USERS,
+    "IG_LIST_FILTER_GROUPS": abi.LIST_FILTER_GROUPS,
     "IG_GID_BITMAP_WORDS": abi.GID_BITMAP_WORDS,
     "IG_USER": abi.USER,
     "IG_GROUP": abi.GROUP,
     "IG_ALLOW": abi.ALLOW,
     "IG_DENY": abi.DENY,
+    "IG_FILTER_ACCOUNT": abi.FILTER_ACCOUNT,
+    "IG_FILTERS": abi.FILTERS,
+    "IG_FILTER_BITS": sum(1 << abi.FIRST_FILTER_BIT + n for n in range(abi.FILTERS)),
+    "IG_FILTER_NETWORK": int(FILTER_NETWORK.network_address),
+    "IG_FILTER_PREFIX_MASK": int(FILTER_NETWORK.netmask),
+    "IG_FILTER_PORT": FILTER_PORT,
+    "IG_TARGETS": abi.TARGETS,
+    "IG_NUMBERS": abi.NUMBERS,
+    "IG_FILTER_PIECES": abi.FILTER_PIECES,
+    "IG_FILTER_PIECE": abi.FILTER_PIECE_BYTES,
     "IG_MEMBERS": abi.MEMBERS,
     "IG_MAX_SEARCHED_GROUPS": abi.MAX_SEARCHED_GROUPS,
     "IG_LOCKS": abi.LOCKS,
@@ -105,6 +126,8 @@ CONSTANTS: dict[str, int] = {
     "IG_SENDMSG4": abi.HOOK_SENDMSG4,
     "IG_SENDMSG6": abi.HOOK_SENDMSG6,
     "IG_EGRESS": abi.HOOK_EGRESS,
+    "IG_GETPEERNAME4": abi.HOOK_GETPEERNAME4,
+    "IG_GETPEERNAME6": abi.HOOK_GETPEERNAME6,
     "IG_VERDICT_DENIED": abi.VERDICT_DENIED,
     "IG_VERDICT_AUDITED": abi.VERDICT_AUDITED,
     "IG_VERDICT_ALLOWED": abi.VERDICT_ALLOWED,
@@ -125,6 +148,7 @@ CONSTANTS: dict[str, int] = {
     "IG_MARK_AUDIT": abi.MARK_AUDIT,
     "IG_MARK_OPEN": abi.MARK_OPEN,
     "IG_MARK_ACCEPTED": abi.MARK_ACCEPTED,
+    "IG_MARK_FILTER": abi.MARK_FILTER,
     "IG_MAX_WALKED_GROUPS": MAX_WALKED_GROUPS,
     "IG_MAX_GROUPS": os.sysconf("SC_NGROUPS_MAX"),
 }
@@ -145,6 +169,10 @@ KEYS_AND_VALUES: dict[Map, tuple[str | int, str | int]] = {
     Map.MARKS: (4, "ig_mark"),
     Map.EARLIER: (4, "ig_earlier"),
     Map.SHARES: ("ig_share_key", "ig_share"),
+    Map.FILTERS: ("ig_filter_key", "ig_filter"),
+    Map.TARGETS: ("ig_target_key", "ig_target"),
+    Map.FILTER_TEXTS: ("ig_filter_text_key", abi.FILTER_PIECE_BYTES),
+    Map.FILTER_MARKS: (4, "ig_filter_mark"),
 }
 
 
@@ -241,7 +269,7 @@ def test_the_pins_have_the_names_of_the_first_release() -> None:
     """An upgrade opens the maps of the version before by these names."""
     assert " ".join(number.pin_name for number in Map) == (
         "config settings first_look endpoints lists members groups locks counters events report watch marks "
-        "earlier shares"
+        "earlier shares filters targets filter_texts filter_marks"
     )
 
 
@@ -255,10 +283,15 @@ def test_arrays_have_an_element_for_each_generation_and_reason() -> None:
     assert max_entries[Map.COUNTERS] == len(Reason) + 2
     assert max_entries[Map.EVENTS] == CONSTANTS["IG_EVENTS_BYTES"]
     assert max_entries[Map.REPORT] == CONSTANTS["IG_REPORT_ROWS"]
+    assert max_entries[Map.FILTERS] == 2 * CONSTANTS["IG_FILTERS"] * CONSTANTS["IG_TARGETS"]
+    assert max_entries[Map.TARGETS] == 2 * CONSTANTS["IG_TARGETS"]
+    assert max_entries[Map.FILTER_TEXTS] == CONSTANTS["IG_FILTER_PIECES"]
 
 
 def test_the_limits_of_the_policy_are_those_of_the_hooks() -> None:
     assert (abi.MAX_SEARCHED_GROUPS, abi.LOCK_NAME_BYTES) == (MAX_SEARCHED_GROUPS, MAX_LOCK_NAME_BYTES + 1)
+    assert (abi.FILTERS, abi.TARGETS) == (MAX_FILTERS, MAX_TARGETS)
+    assert filter_bit(0) == 1 << abi.FIRST_FILTER_BIT
 
 
 # --- host_bit() -----------------------------------------------------------------------------------------------------

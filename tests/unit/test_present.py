@@ -347,6 +347,7 @@ def test_an_explanation_as_values() -> None:
         "allowed": False,
         "reason": "container",
         "lock": "web",
+        "filter": None,
         "matched": None,
         "caller": {"fsuid": 1, "fsgid": 2, "groups": [3], "in_container": True},
         "container": "docker:0123456789ab",

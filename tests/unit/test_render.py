@@ -419,7 +419,10 @@ def test_a_policy_that_does_not_fit_is_refused_and_the_largest_is_not(
             refusing(make(maximum + 1))
 
 
-RENDERED_MAPS = (Map.ADDRESS_BITMAP, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
+RENDERED_MAPS = (
+    *(Map.ADDRESS_BITMAP, Map.ENDPOINTS, Map.LISTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS),
+    *(Map.FILTERS, Map.TARGETS, Map.FILTER_TEXTS),
+)
 
 
 def test_mode_and_containers_are_in_the_settings_and_in_no_other_record() -> None:

@@ -141,7 +141,7 @@ def _other(r: Random, before: Policy) -> Policy:
 
 
 def _needed(wanted: Policy | None) -> set[str]:
-    return set() if wanted is None else set(abi.needed_hooks(wanted.strict))
+    return set() if wanted is None else set(abi.needed_hooks(wanted))
 
 
 def _moves(steps: Steps) -> list[int]:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
 
-from imds_guard.backends.ebpf import abi
-from tests.vm import decisions, egress, test_corners, test_egress, test_odd_states, test_report
+from tests.vm import decisions, egress, test_corners, test_egress, test_odd_states, test_redirect, test_report
 from tests.vm.machine import Coverage, Machine
 from tests.vm.mutants import decoded, is_condition
 from tests.vm.programs import ADDRESS_HOOKS
@@ -41,11 +40,12 @@ def run_everything(machine: Machine) -> None:
             machine.cross(form, test_odd_states.TRIED, 1)
     test_odd_states.try_odd_packets(machine)
     test_report.try_full_shares(machine)
+    test_redirect.try_redirects(machine)
 
 
 def coverage(machine: Machine, form: str, hook: str) -> Coverage:
     """Of a program. That of the address hooks is one, loaded four times: a branch may be for one of them."""
-    hooks = ADDRESS_HOOKS if hook != abi.EGRESS else (hook,)
+    hooks = ADDRESS_HOOKS if hook in ADDRESS_HOOKS else (hook,)
     each = [machine.coverage(form, one) for one in hooks]
     executed, taken = zip(*(one.executed for one in each)), zip(*(one.taken for one in each))
     return Coverage(tuple(map(sum, executed)), tuple(map(sum, taken)))

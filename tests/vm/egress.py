@@ -40,7 +40,7 @@ CASES = 400
 """For each policy."""
 
 _PACKET, _NUMBERS = struct.Struct("=IIIiI"), struct.Struct("=II4x")
-_SOCKET = struct.Struct(f"=II16s16sHH5IQ2I{MARK_BYTES}s{EARLIER_BYTES}s")
+_SOCKET = struct.Struct(f"=II16s16sHH5IQ3IQ4x{MARK_BYTES}s{EARLIER_BYTES}s")
 assert [one.size for one in (_PACKET, _SOCKET)] == list(map(ctypes.sizeof, (PacketC, SocketC)))
 _CASE_BYTES = ctypes.sizeof(PacketCaseC)
 assert _PACKET.size + _NUMBERS.size + CASE_SOCKETS * _SOCKET.size == _CASE_BYTES
@@ -79,7 +79,7 @@ class EgressModel:
             mark = abi.MARK.pack(0, 0, decision.mark.gid, 0, decision.mark.kind, 0)
         stored, as_before = (mark is not None, earlier is not None), (mark or b"", earlier or b"")
         if packet is None or decision.reason is not PacketReason.UNAPPROVED_SOCKET:
-            return OUTCOME.pack(1, 0, 0, 0, *stored, b"", b"", b"", b"", *as_before)
+            return OUTCOME.pack(1, 0, 0, 0, *stored, 0, b"", b"", b"", b"", *as_before, b"")
         audited = self._policy.mode is Mode.AUDIT
         lock, where = self._numbers[decision.lock], abi.address_bytes(packet.destination)
         port, protocol, uid, now = packet.destination_port, _PROTOCOLS[packet.protocol], case.packet.uid, ANY_TIME_NS
@@ -91,7 +91,8 @@ class EgressModel:
         )
         key = abi.REPORT_KEY.pack(generation, reason, lock, abi.WHO_USER, uid)
         row = abi.REPORT.pack(1, now, now, where, port, protocol, b"")
-        return OUTCOME.pack(int(decision.allowed), 0, 1, 1, *stored, _counted(audited), event, key, row, *as_before)
+        told = _counted(audited), event, key, row
+        return OUTCOME.pack(int(decision.allowed), 0, 1, 1, *stored, 0, *told, *as_before, b"")
 
     # --- the sockets ------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class EgressModel:
         serial, fsuid, gid, lists, kind, unchecked = abi.MARK.unpack(raw)
         if kind == 0:
             return None  # the socket could not be marked
-        known = MarkKind(kind) if kind <= MarkKind.ACCEPTED else MarkKind.OPEN  # of a later version: good for no lock
+        known = MarkKind(kind) if kind <= MarkKind.FILTER else MarkKind.OPEN  # of a later version: good for no lock
         return Mark(known, serial, self._lock_of_list.get(lists), fsuid, gid, bool(unchecked))
 
 
@@ -241,7 +242,9 @@ def _packed_socket(one: values.Socket) -> bytes:
     stored = one.mark is not None, one.earlier is not None
     kept = one.mark or b"", one.earlier or b""
     tcp = one.type, one.protocol, one.snd_una, one.acked
-    return _SOCKET.pack(family, one.state, one.local, one.remote, *ports, one.device, one.full, *tcp, *stored, *kept)
+    filter_mark = one.filter_mark is not None, one.filter_mark or 0
+    head = family, one.state, one.local, one.remote, *ports, one.device, one.full
+    return _SOCKET.pack(*head, *tcp, *stored, *filter_mark, *kept)
 
 
 def differences(

@@ -157,12 +157,15 @@ class _Case:
     """Of the socket before."""
 
     def is_opened(self, outcome: Outcome) -> bool:
-        """It was denied, and now it is let through, or under audit its socket is approved as if it were allowed."""
+        """It was denied, or sent to a filter, and now it is let through to the endpoint, or to another filter.
+
+        Under audit: its socket is approved as if it were allowed.
+        """
         if self.mode is Mode.AUDIT:
             kind = abi.MARK.unpack(outcome.mark)[4] if outcome.mark and outcome.mark != self.mark else 0
             audited = any(count[1] for count in self.base.counts.values())
             return audited and kind in (abi.MARK_USER, abi.MARK_GROUP, abi.MARK_DEFAULT)
-        return not self.base.allowed and outcome.allowed
+        return outcome.allowed and (not self.base.allowed or outcome.to != self.base.to)
 
     def is_shut(self, outcome: Outcome) -> bool:
         """It is denied, though nothing is locked there, or the policy only audits."""

@@ -8,20 +8,27 @@ import ipaddress
 from random import Random
 
 from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.filter_numbers import assigned
+from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.backends.ebpf.render import require_fits
 from imds_guard.errors import Unsupported
-from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, Caller
-from imds_guard.policy.model import MAX_ID, Address, Identities, Policy, Protocol
+from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, Caller, Destination
+from imds_guard.policy.filter_address import FILTER_PORT
+from imds_guard.policy.filters import Target
+from imds_guard.policy.model import MAX_ID, Address, Identities, Policy, Protocol, unmapped
 from tests import generate
 from tests.vm.programs import ADDRESS_HOOKS
 from tests.vm.values import (
+    ESTABLISHED,
     IPPROTO_MPTCP,
     IPPROTO_TCP,
     IPPROTO_UDP,
     IPV4_HOOKS,
+    LISTEN,
     MESSAGE_HOOKS,
     PF_KTHREAD,
     Attempt,
+    Socket,
     Task,
     mapped,
     packed,
@@ -44,7 +51,7 @@ def chance(r: Random, share: float) -> bool:
 def policy(r: Random, strict: bool | None = None) -> Policy:
     """A policy that the maps can hold."""
     while True:
-        made = generate.policy(r, strict=strict)
+        made = generate.policy(r, strict=strict, filters=chance(r, 0.4))
         if chance(r, 0.15):
             made = _with_many_groups(r, made)
         try:
@@ -88,7 +95,11 @@ def task(r: Random, under: Policy) -> Task:
 
 def _group_info(r: Random, under: Policy, caller: Caller) -> tuple[int, ...]:
     """group_info.gid[]: sorted, and a group may be there more than once (setgroups(2) takes what it is given)."""
-    listed = sorted({group for lock in under.locks for group in lock.listed_groups})
+    listed = sorted(
+        {group for lock in under.locks for group in lock.listed_groups}.union(
+            *(one.who.groups for one in under.filters)
+        )
+    )
     some = sorted(caller.groups)
     if listed and chance(r, 0.2):
         some.append(min(MAX_ID, max(0, r.choice(listed) + r.choice(_SAME_BIT))))
@@ -132,6 +143,7 @@ def attempt(r: Random, under: Policy, serial: int = 0) -> Attempt:
         _protocol(r, hook, wanted.protocol),
         mark=None if chance(r, 0.5) else _mark(r, serial),
         repeat=r.choice((1, 1, 2)),
+        others=listening(r, under, wanted),
     )
     unspecified = chance(r, 0.17)
     if unspecified:
@@ -143,6 +155,25 @@ def attempt(r: Random, under: Policy, serial: int = 0) -> Attempt:
     if hook in MESSAGE_HOOKS and chance(r, 0.05):  # a control message on a connected socket
         made = made._replace(family=0, port=r.choice((0, made.port)))
     return made
+
+
+def listening(r: Random, under: Policy, wanted: Destination) -> tuple[Socket, ...]:
+    """Listeners of filters for a destination: as they should be, or not quite."""
+    listeners = listeners_of(under, assigned(under))
+    meant = [one for one in listeners if one.target == Target(unmapped(wanted.address), wanted.port)] or listeners
+    found = []
+    for one in r.sample(meant, min(len(meant), r.choice((0, 1, 2, 2)))):
+        made = Socket(one.address.packed, local_port=FILTER_PORT, state=LISTEN, filter_mark=one.digest)
+        odd = (
+            made._replace(filter_mark=None),
+            made._replace(filter_mark=r.choice((one.digest ^ 1, one.digest ^ 1 << 63, r.choice(listeners).digest))),
+            made._replace(state=ESTABLISHED),
+            made._replace(local=bytes(4)),
+            made._replace(local=mapped(made.local)),
+            made._replace(local_port=FILTER_PORT + 1),
+        )
+        found.append(made if chance(r, 0.75) else r.choice(odd))
+    return tuple(found)
 
 
 def _mark(r: Random, serial: int) -> bytes:

@@ -24,7 +24,7 @@ _MACHINE, _U32, _U64 = c_void_p, c_uint32, c_uint64
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "vm_open": (c_void_p, (_U64,)),
     "vm_close": (None, (_MACHINE,)),
-    "vm_roles": (None, (_MACHINE, *(c_int32,) * 5)),
+    "vm_roles": (None, (_MACHINE, *(c_int32,) * 6)),
     "vm_program": (None, (_MACHINE, _U32, c_char_p, _U32, c_bool)),
     "vm_patch": (None, (_MACHINE, _U32, _U32, c_char_p)),
     "vm_coverage": (None, (_MACHINE, _U32, c_void_p, c_void_p)),

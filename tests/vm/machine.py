@@ -108,7 +108,7 @@ class Machine:
                 self._m, int(number), int(shape.type), shape.key_size, shape.value_size, shape.max_entries
             )
             assert done == 0, f"maps.c has no kind of map for {number.name}"
-        roles = (Map.COUNTERS, Map.REPORT, Map.SHARES, Map.MARKS, Map.EARLIER)
+        roles = (Map.COUNTERS, Map.REPORT, Map.SHARES, Map.MARKS, Map.EARLIER, Map.FILTER_MARKS)
         self._library.vm_roles(self._m, *map(int, roles))
 
     def reset(self) -> None:

@@ -6,20 +6,35 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_records import listeners_of, parse_numbers
 from imds_guard.backends.ebpf.image import Image
 from imds_guard.policy.decide import Decision, Reason, decide, resolve_unspecified
+from imds_guard.policy.filter_address import FILTER_PORT, Listener
+from imds_guard.policy.filters import Target
 from imds_guard.policy.model import Address, Mode, Policy, Protocol, Verdict
 from tests.vm.structs import COUNTS, EARLIER_BYTES, EVENT_BYTES, MARK_BYTES, ROW_BYTES, ROW_KEY_BYTES, OutcomeC
-from tests.vm.values import IPPROTO_MPTCP, Attempt, Outcome, Task, outcome_of
+from tests.vm.values import (
+    IPPROTO_MPTCP,
+    LISTEN,
+    MESSAGE_HOOKS,
+    Attempt,
+    Outcome,
+    Socket,
+    Task,
+    mapped,
+    outcome_of,
+    port_be,
+)
 
-OUTCOME = struct.Struct(f"=Q5I4x{COUNTS}s{EVENT_BYTES}s{ROW_KEY_BYTES}s{ROW_BYTES}s{MARK_BYTES}s{EARLIER_BYTES}s4x")
+OUTCOME = struct.Struct(f"=Q6I{COUNTS}s{EVENT_BYTES}s{ROW_KEY_BYTES}s{ROW_BYTES}s{MARK_BYTES}s{EARLIER_BYTES}s16s4x")
 """struct outcome."""
 assert OUTCOME.size == ctypes.sizeof(OutcomeC)
-_GID_AT = OUTCOME.size - 4 - EARLIER_BYTES - MARK_BYTES + 12
+_GID_AT = OUTCOME.size - 4 - 16 - EARLIER_BYTES - MARK_BYTES + 12
 """Where the group of the mark is in a struct outcome."""
 
 _COUNTED = {
@@ -72,6 +87,8 @@ class Model:
             number, name = abi.SMALL_KEY.unpack(key)[1], abi.LOCK.unpack(value)[2].rstrip(b"\0").decode()
             self._locks[name] = number, abi.LOCK.unpack(value)[0]
         self._groups = {lock.name: lock.allow.groups for lock in policy.locks}
+        listeners = listeners_of(policy, parse_numbers(image, policy.filters))
+        self._listeners = {(one.filter, one.target): one for one in listeners}
         ((_, self._bitmap),) = image.items[Map.ADDRESS_BITMAP]
 
     def expected(self, task: Task, attempt: Attempt) -> Expected:
@@ -82,7 +99,19 @@ class Model:
         decision = decide(self.policy, task.caller, destination, attempt.source_value)
         if decision.reason is Reason.NOT_LOCKED:
             return self._passes(attempt, self._sets_open_mark(attempt))
-        return self._decided(task, attempt, decision)
+        if decision.filter is None:
+            return self._decided(task, attempt, decision, None)
+        if attempt.hook in MESSAGE_HOOKS:  # they run for UDP alone; for anything else, nothing is redirected there
+            return self._decided(task, attempt, decision._replace(reason=Reason.NOT_SERVED), None)
+        listener = self._listener(attempt, decision.filter)
+        if listener is None or not _is_there(listener, attempt.others):
+            decision = decide(self.policy, task.caller, destination, attempt.source_value, filter_listens=False)
+        return self._decided(task, attempt, decision, listener)
+
+    def _listener(self, attempt: Attempt, name: str) -> Listener | None:
+        """Of the caller's filter for this destination."""
+        address = resolve_unspecified(ipaddress.ip_address(attempt.to), attempt.source_value)
+        return None if address is None else self._listeners.get((name, Target(address, attempt.port)))
 
     # --- what is not locked -------------------------------------------------------------------------------------------
 
@@ -114,26 +143,35 @@ class Model:
 
     # --- what is locked -----------------------------------------------------------------------------------------------
 
-    def _decided(self, task: Task, attempt: Attempt, decision: Decision) -> Expected:
+    def _decided(self, task: Task, attempt: Attempt, decision: Decision, listener: Listener | None) -> Expected:
         reason = decision.reason
         if self.policy.strict and attempt.protocol == IPPROTO_MPTCP and reason.permits:
             reason = Reason.UNAPPROVED_SOCKET  # its packets would come from other sockets, without the mark
-        audited = not reason.permits and self.policy.mode is Mode.AUDIT
+        audited = (not reason.permits or reason is Reason.FILTERED) and self.policy.mode is Mode.AUDIT
         denied = not reason.permits and not audited
         lock, numbered_list = self._locks[decision.lock]
+        if reason is Reason.FILTER_ADDRESS:
+            numbered_list = abi.FILTER_LIST
         event = row_key = row = _NOTHING
-        if not reason.permits or self.log_allowed:
+        if denied or audited or self.log_allowed:
             event = self._event(task, attempt, lock, reason, audited)
-        if not reason.permits:
+        if denied or audited:
             row_key = abi.REPORT_KEY.pack(self.generation, reason, lock, *_who(task))
             row = self._row(task, attempt)
         marked, earlier, groups = attempt.mark, _NOTHING, frozenset[int]()
-        if self.policy.strict and not denied and attempt.protocol != IPPROTO_MPTCP:
+        to = listener if reason is Reason.FILTERED and not audited else None
+        if to is not None and self.policy.strict:
+            numbers = to.target_number << 8 | to.number
+            marked = abi.MARK.pack(self.serial, task.fsuid, numbers, abi.FILTER_LIST, abi.MARK_FILTER, 0)
+        elif self.policy.strict and not denied and attempt.protocol != IPPROTO_MPTCP:
             groups = self._groups_of(task, decision) if reason is Reason.ALLOWED_GROUP else frozenset()
             marked = self._mark(task, reason, numbered_list)
             earlier = self._kept(attempt.mark, numbered_list)
         counts = _COUNTED[reason, audited, attempt.repeat]
-        return _expected(reason, int(not denied), attempt.repeat, counts, event, row_key, row, marked, groups, earlier)
+        expected = _expected(
+            reason, int(not denied), attempt.repeat, counts, event, row_key, row, marked, groups, earlier
+        )
+        return expected if to is None else _redirected(expected, attempt, to)
 
     def _groups_of(self, task: Task, decision: Decision) -> frozenset[int]:
         assert decision.lock is not None
@@ -214,5 +252,21 @@ def _expected(
     has_mark = marked is not None
     # A socket without a mark has storage of zeros, which nobody reads.
     flags = bool(row), has_mark, bool(earlier)
-    raw = OUTCOME.pack(returned, 0, events, *flags, counts, event, row_key, row, marked or _NOTHING, earlier)
+    kept = marked or _NOTHING, earlier
+    raw = OUTCOME.pack(returned, 0, events, *flags, 0, counts, event, row_key, row, *kept, _NOTHING)
     return Expected(raw, reason, groups)
+
+
+def _redirected(expected: Expected, attempt: Attempt, listener: Listener) -> Expected:
+    to = listener.address.packed if attempt.is_ipv4 else mapped(listener.address.packed)
+    fields = list(OUTCOME.unpack(expected.raw))
+    fields[6], fields[-1] = port_be(FILTER_PORT), to
+    return expected._replace(raw=OUTCOME.pack(*fields))
+
+
+def _is_there(listener: Listener, sockets: Sequence[Socket]) -> bool:
+    """Whether the kernel finds the listener: the more specific one of two that could be meant."""
+    at = [one for one in sockets if one.local_port == FILTER_PORT and one.state == LISTEN and len(one.local) == 4]
+    exact = [one for one in at if one.local == listener.address.packed]
+    found = exact or [one for one in at if not any(one.local)]
+    return bool(found) and found[0].full and found[0].filter_mark == listener.digest

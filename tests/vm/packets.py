@@ -8,6 +8,11 @@ from random import Random
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.filter_numbers import assigned
+from imds_guard.backends.ebpf.filter_records import listeners_of
+from imds_guard.backends.ebpf.render_lists import number_lists
+from imds_guard.policy.decide import Destination
+from imds_guard.policy.filter_address import FILTER_PORT
 from imds_guard.policy.model import Policy, Protocol
 from imds_guard.policy.packet import AUTHENTICATION, DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ROUTING
 from tests import generate, packets
@@ -101,6 +106,9 @@ class Maker:
 
 def _end(r: Random, under: Policy, ipv4: bool) -> tuple[End, Protocol]:
     wanted = generate.destination(r, under)
+    listeners = listeners_of(under, assigned(under))
+    if listeners and chance(r, 0.3):
+        wanted = Destination(r.choice(listeners).address, FILTER_PORT)
     whole = abi.address_bytes(wanted.address if chance(r, 0.97) else r.choice(colliding()))
     if chance(r, 0.03):
         whole = mapped(bytes(4)) if chance(r, 0.7) else bytes(16)
@@ -169,8 +177,10 @@ class MarkMaker:
 
     def __init__(self, under: Policy, serial: int) -> None:
         self._serial = serial
-        self._lists = len({(lock.allow, lock.deny, lock.default) for lock in under.locks})
+        self._listeners = listeners_of(under, assigned(under))
+        self._lists = len(number_lists(under))
         self._users = [uid for lock in under.locks for uid in sorted(lock.allow.users | lock.deny.users)] or [5]
+        self._users += [] if under.filter_uid is None else [under.filter_uid]
         self._groups = [gid for lock in under.locks for gid in sorted(lock.listed_groups)] or [5]
 
     def mark(self, r: Random) -> bytes | None:
@@ -180,6 +190,17 @@ class MarkMaker:
         serial = self._serial
         if chance(r, 0.5):
             serial = r.choice((0, serial ^ 1, serial ^ 1 << 40, serial + 1))
+        if self._listeners and chance(r, 0.4):
+            one = r.choice(self._listeners)
+            there = one.target_number << 8 | one.number
+            return abi.MARK.pack(
+                serial,
+                r.choice(self._users),
+                there ^ (chance(r, 0.2) << r.randrange(17)),
+                abi.FILTER_LIST,
+                abi.MARK_FILTER,
+                0,
+            )
         numbers = (abi.NO_LIST, self._lists, 0)
         return abi.MARK.pack(
             serial,

@@ -39,7 +39,7 @@ FAULTS = (
         "\tif (ig_read(&caller->cred,",
         "\tif (number == IG_NO_LIST)\n\t\treturn IG_UNSPECIFIED_DESTINATION;\n\tif (ig_read(&caller->cred,",
     ),
-    Fault("an-unspecified-destination-names-the-first-lock", _RENDER, "r.high, abi.NO_LOCK,", "r.high, 0,"),
+    Fault("an-unspecified-destination-names-the-first-lock", _RENDER, "lock = abi.NO_LOCK\n", "lock = 0\n"),
     Fault("an-entry-without-ranges-locks", "egress.h", "return endpoint && endpoint->ranges_len;", "return endpoint;"),
     Fault(
         "repeated-groups-count-once", _DECIDE,
@@ -75,6 +75,20 @@ FAULTS = (
     Fault("a-fast-open-answer-is-dropped", "incoming.h", "|| ig_has_data(skb, transport_offset)", ""),
     Fault("an-accepted-socket-counts-as-a-client", "egress.h", "&& mark->kind != IG_MARK_ACCEPTED", ""),
     Fault("a-mark-of-another-list", "mark.h", "mark->list = list;", "mark->list = 0;"),
+    # Who is sent to a filter, and where to.
+    Fault("the-last-filter-wins", "decide.h", "caller->filter = all & -all;", "caller->filter = all;"),
+    Fault("everyone-in-every-user-namespace", "decide.h", "if (named & caller->filter)", "if (all & caller->filter)"),
+    Fault("the-account-may-use-every-port", "decide.h", "FILTER_ACCOUNT) && range->target)", "FILTER_ACCOUNT))"),
+    Fault("groups-of-filters-are-not-needed", "groups.h", " | (list->flags & IG_FILTERS_UNKNOWN)", ""),
+    Fault("a-listener-without-a-mark", "redirect.h", "mark && mark->digest", "!mark || mark->digest"),
+    Fault("a-listener-of-other-rules", "redirect.h", "mark && mark->digest == digest", "mark"),
+    Fault("half-of-the-digest", "redirect.h", "mark->digest == digest", "(__u32)mark->digest == (__u32)digest"),
+    Fault("a-socket-that-does-not-listen", "redirect.h", "listener->state == BPF_TCP_LISTEN && ", ""),
+    Fault("a-device-is-no-hindrance", "redirect.h", "if (sk->bound_dev_if)", "if (0)"),
+    Fault("audit-redirects", "connect.h", "if (decision.reason == IG_FILTERED && !audited)", "if (filter_ip4)"),
+    Fault("any-mark-is-one-for-a-filter", "egress.h", "mark->kind == IG_MARK_FILTER && mark->gid", "mark->gid"),
+    Fault("one-filter-for-another", "egress.h", " && mark->gid == ig_filter_number(filter->word[3])", ""),
+    Fault("a-target-without-a-range-of-its-own", _RENDER, "False, abi.TCP, number)", "False, abi.TCP, 0)"),
 )  # fmt: skip
 
 

@@ -21,7 +21,9 @@ FORMS: dict[str, Defines] = {
 between."""
 
 HOOKS = tuple(abi.HOOKS)
-ADDRESS_HOOKS = tuple(hook for hook in HOOKS if hook != abi.EGRESS)
+ADDRESS_HOOKS = tuple(hook for hook in HOOKS if hook not in (abi.EGRESS, *abi.GETPEERNAME))
+GUARDING_HOOKS = (*ADDRESS_HOOKS, abi.EGRESS)
+"""The others let everything through."""
 
 
 class Code(NamedTuple):

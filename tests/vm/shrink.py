@@ -42,9 +42,11 @@ def _smaller(scene: Scene) -> Iterator[Scene]:
 def _smaller_policies(policy: Policy) -> Iterator[Policy]:
     for locks in _smaller_locks(policy.locks):
         try:
-            yield make_policy(locks, policy.mode, policy.containers, policy.strict)
+            yield make_policy(locks, policy.mode, policy.containers, policy.strict, policy.filters, policy.filter_uid)
         except BadPolicy:
             continue
+    for number in range(len(policy.filters)):
+        yield policy._replace(filters=policy.filters[:number] + policy.filters[number + 1 :])
     if policy.strict:
         yield policy._replace(strict=False)
 

@@ -63,9 +63,15 @@ class SocketC(ctypes.Structure):
         ("bytes_acked", c_uint64),
         ("marked", c_uint32),
         ("marked_earlier", c_uint32),
+        ("filter_marked", c_uint32),
+        ("filter_mark", c_uint32 * 2),
+        ("pad", c_uint32),
         ("mark", c_uint8 * MARK_BYTES),
         ("earlier", c_uint8 * EARLIER_BYTES),
     ]
+
+
+ATTEMPT_SOCKETS = 2
 
 
 class AttemptC(ctypes.Structure):
@@ -80,7 +86,9 @@ class AttemptC(ctypes.Structure):
         ("is_ipv4", c_uint32),
         ("is_message", c_uint32),
         ("repeat", c_uint32),
+        ("others_len", c_uint32),
         ("socket", SocketC),
+        ("others", SocketC * ATTEMPT_SOCKETS),
     ]
 
 
@@ -149,13 +157,14 @@ class OutcomeC(ctypes.Structure):
 
     _fields_ = [
         ("returned", c_uint64),
-        *((name, c_uint32) for name in ("traps", "events", "rows", "marked", "marked_earlier", "pad")),
+        *((name, c_uint32) for name in ("traps", "events", "rows", "marked", "marked_earlier", "port")),
         ("counts", c_uint8 * COUNTS),
         ("event", c_uint8 * EVENT_BYTES),
         ("row_key", c_uint8 * ROW_KEY_BYTES),
         ("row", c_uint8 * ROW_BYTES),
         ("mark", c_uint8 * MARK_BYTES),
         ("earlier", c_uint8 * EARLIER_BYTES),
+        ("to", c_uint8 * 16),
         ("pad_to_words", c_uint8 * 4),
     ]
 

@@ -84,7 +84,7 @@ def _detaches_egress_early() -> ExitStack:
 
     def early(store: MapStore, wanted: Policy, serial: int = 0) -> None:
         if folders:
-            detach(folders[-1], abi.needed_hooks(wanted.strict))
+            detach(folders[-1], abi.needed_hooks(wanted))
         change(store, wanted, serial)
 
     real_open = MapStore.open

@@ -8,14 +8,18 @@ import itertools
 
 import pytest
 
+from imds_guard.backends.ebpf.filter_numbers import assigned
+from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.filter_address import FILTER_PORT
 from imds_guard.policy.model import Policy
 from tests.conformance.bench import sorted_by_policy
 from tests.conformance.cases import MODEL_CASES
 from tests.conformance.model import Case, Setting, model_caller
+from tests.conformance.witness import DEAD, FOREIGN, OTHER_RULES
 from tests.vm.machine import Machine
 from tests.vm.programs import FORMS
-from tests.vm.values import IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, PF_KTHREAD, Attempt, Task
+from tests.vm.values import IPPROTO_MPTCP, IPPROTO_TCP, IPPROTO_UDP, LISTEN, PF_KTHREAD, Attempt, Socket, Task
 
 WAYS = {
     "connect": ("connect", IPPROTO_TCP),
@@ -54,7 +58,32 @@ def attempt_of(case: Case) -> Attempt:
     if attempt.packet_info is not None:
         given = attempt.packet_info.source
         message = None if given is None else ipaddress.ip_address(given).packed
-    return Attempt(f"{kind}{to.version}", to.packed, attempt.port, protocol, own, message, device=int(attempt.device))
+    return Attempt(
+        f"{kind}{to.version}",
+        to.packed,
+        attempt.port,
+        protocol,
+        own,
+        message,
+        device=int(attempt.device),
+        others=listeners(case),
+    )
+
+
+def listeners(case: Case) -> tuple[Socket, ...]:
+    """What listens where the caller's filter should, as the row says."""
+    if case.filter == DEAD or case.who.setting is Setting.NETWORK_NAMESPACE:
+        return ()
+    found = [one for one in listeners_of(case.policy, assigned(case.policy)) if one.filter == case.filter]
+    return tuple(
+        Socket(
+            one.address.packed,
+            local_port=FILTER_PORT,
+            state=LISTEN,
+            filter_mark=None if case.filter == FOREIGN else one.digest ^ (case.filter == OTHER_RULES),
+        )
+        for one in found
+    )
 
 
 @pytest.mark.parametrize(("policy", "rows"), POLICIES, ids=[rows[0].name for _, rows in POLICIES])
@@ -65,5 +94,5 @@ def test_rows(machine: Machine, policy: Policy, rows: list[Case]) -> None:
         reason = None if case.expected is Reason.NOT_LOCKED else case.expected.label
         for form in FORMS:
             outcome = machine.attempt(form, attempt_of(case), number)
-            found = outcome.allowed, outcome.reason, set(outcome.traps)
-            assert found == (case.allowed, reason, set()), (case.id, form)
+            found = outcome.allowed, outcome.reason, outcome.to is not None, set(outcome.traps)
+            assert found == (case.allowed, reason, case.attempt.greeted, set()), (case.id, form)

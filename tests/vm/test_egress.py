@@ -399,6 +399,12 @@ def _segment(version: int, flags: int, data: bytes, fragment: int) -> bytes:
     return Ipv6(FROM6.packed, TO6.packed, packets.TCP, chain).packet(segment)
 
 
+def data_before_the_handshake_is_over() -> PacketCase:
+    """With Fast Open an accepted socket sends data before."""
+    own = Socket(state=SYN_RECV, type=SOCK_STREAM, protocol=IPPROTO_TCP, snd_una=FIRST_NUMBER, acked=0)
+    return plain(_segment(4, packets.ACK, b"x", 0), ETH_P_IP, [own])
+
+
 def connections_of_others_are_known(machine: Machine) -> bool:
     """Whether the two tests that have them pass."""
     try:

@@ -14,7 +14,11 @@ import pytest
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_numbers import assigned
+from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.policy.decide import MAX_WALKED_GROUPS
+from imds_guard.policy.filter_address import FILTER_PORT
+from imds_guard.policy.filters import Filter
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 from tests.vm import test_egress
@@ -22,8 +26,8 @@ from tests.vm.decisions import Scene, scene_of
 from tests.vm.egress import EgressScene, egress_scene
 from tests.vm.failing import Failures, Weak
 from tests.vm.machine import Machine
-from tests.vm.programs import ADDRESS_HOOKS, HOOKS
-from tests.vm.values import ETH_P_IP, Attempt, Socket, Task, packed
+from tests.vm.programs import ADDRESS_HOOKS, GUARDING_HOOKS
+from tests.vm.values import ETH_P_IP, LISTEN, Attempt, Socket, Task, packed
 
 SEED = 17
 IPV4, IPV6 = "169.254.169.254", "fd00:ec2::254"
@@ -78,6 +82,11 @@ _ADDRESS_CALLS = {
     *(("sk_storage_get", number) for number in (Map.MARKS, Map.EARLIER)),
     *((name, None) for name in ("get_current_comm", "loop", "probe_read_kernel")),
 }
+_REDIRECT_CALLS = {
+    ("map_lookup_elem", Map.FILTERS),
+    ("sk_lookup_tcp", None),
+    ("sk_storage_get", Map.FILTER_MARKS),
+}
 _EGRESS_CALLS = {
     *(("map_lookup_elem", number) for number in (Map.CONFIG, Map.SETTINGS, Map.ADDRESS_BITMAP, Map.ENDPOINTS)),
     *(("map_lookup_elem", number) for number in (Map.LISTS, Map.MEMBERS, Map.COUNTERS, Map.REPORT, Map.SHARES)),
@@ -129,6 +138,29 @@ def with_a_denied_user() -> Scene:
     )
 
 
+def with_filters() -> Scene:
+    """Callers that a filter names, by user, by group, and as one of everyone. Others are let through by default."""
+    scene = with_very_many_groups(NOBODY)
+    (lock,) = scene.policy.locks
+    named = [Identities(frozenset({ALLOWED})), Identities(groups=frozenset({DENIED}))]
+    filters = [Filter(f"{number}", ("imds",), one) for number, one in enumerate(named)]
+    some = scene.policy._replace(locks=(lock._replace(allow=NOBODY, default=Verdict.ALLOW),), filters=tuple(filters))
+    listeners = listeners_of(some, assigned(some))
+    attempts = [
+        one._replace(
+            others=tuple(
+                Socket(found.address.packed, local_port=FILTER_PORT, state=LISTEN, filter_mark=found.digest)
+                for found in listeners
+                if found.target.address.version == (4 if one.is_ipv4 else 6)
+            )
+        )
+        for one in scene.attempts
+    ]
+    return scene._replace(
+        policy=some, tasks=(Task(ALLOWED, 1), Task(1, DENIED), Task(1, 1, (DENIED,))), attempts=tuple(attempts)
+    )
+
+
 def packets_of_a_denied_user() -> EgressScene:
     """The default let it through under an earlier policy."""
     policy = test_egress.strict(
@@ -151,9 +183,12 @@ def all_failures(machine: Machine, r: Random) -> Failures:
         made.connects(with_very_many_groups(deny), 3, len(ADDRESS_HOOKS))
         made.connects(with_some_groups(deny), 14, len(ADDRESS_HOOKS))
     made.connects(with_a_denied_user(), 2, len(ADDRESS_HOOKS))
+    made.connects(with_filters(), 3, len(ADDRESS_HOOKS))
     for number in range(EGRESS_SCENES):
         made.packets(egress_scene(SEED, number), PACKETS)
     made.packets(packets_of_a_denied_user(), PACKETS)
+    early = test_egress.data_before_the_handshake_is_over()
+    made.packets(EgressScene(test_egress.ALL_OF_IT, 1, SEED, (early,)), 1)
     return made
 
 
@@ -164,17 +199,18 @@ def failures(machine: Machine) -> Failures:
 
 
 def test_every_call_that_can_fail_has_failed(failures: Failures) -> None:
-    assert failures.found.tried == at(ADDRESS_HOOKS, _ADDRESS_CALLS) | at((abi.EGRESS,), _EGRESS_CALLS)
+    redirecting = at(("connect4", "connect6"), _REDIRECT_CALLS)
+    assert failures.found.tried == at(ADDRESS_HOOKS, _ADDRESS_CALLS) | redirecting | at((abi.EGRESS,), _EGRESS_CALLS)
 
 
 def test_a_failing_call_lets_nothing_through_that_is_denied(failures: Failures) -> None:
     """But for the calls of the tables."""
-    assert failures.found.opens == at(HOOKS, _OPENS) | at((abi.EGRESS,), _OPENS_AT_EGRESS)
+    assert failures.found.opens == at(GUARDING_HOOKS, _OPENS) | at((abi.EGRESS,), _OPENS_AT_EGRESS)
 
 
 def test_a_failing_call_denies_nothing_that_is_not_locked(failures: Failures) -> None:
     """And nothing under audit, but for the calls of the tables."""
-    assert failures.found.shuts == at(HOOKS, _SHUTS) | at((abi.EGRESS,), _SHUTS_AT_EGRESS)
+    assert failures.found.shuts == at(GUARDING_HOOKS, _SHUTS) | at((abi.EGRESS,), _SHUTS_AT_EGRESS)
 
 
 def test_a_failing_call_breaks_nothing(failures: Failures) -> None:

@@ -228,7 +228,7 @@ def ranges(count: int, *packed_ranges: bytes) -> Change:
 
 
 def a_range(low: int, high: int, lists: int = 0) -> bytes:
-    return abi.RANGE.pack(low, high, 0, lists, abi.TCP | abi.UDP, 0)
+    return abi.RANGE.pack(low, high, 0, lists, abi.TCP | abi.UDP, 0, 0)
 
 
 def in_force(generation: int) -> Change:

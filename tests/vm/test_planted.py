@@ -14,6 +14,7 @@ from tests.vm.planted import FAULTS, Fault, planted
 from tests.vm.test_corners import empty_entry_passes
 from tests.vm.test_decisions import FIXED_SEED
 from tests.vm.test_egress import connections_of_others_are_known, every_earlier_mark_counts
+from tests.vm.test_redirect import a_mark_is_for_its_filter, nothing_stands_in_for_a_listener
 from tests.vm.test_report import rows_beyond_a_share_are_of_all_locks
 
 _SCENES = 100
@@ -23,6 +24,10 @@ _OTHER_TESTS = {
     "an-entry-without-ranges-locks": empty_entry_passes,
     "rows-of-others-are-of-one-lock": rows_beyond_a_share_are_of_all_locks,
     "an-earlier-mark-is-not-read": every_earlier_mark_counts,
+    "half-of-the-digest": nothing_stands_in_for_a_listener,
+    "a-socket-that-does-not-listen": nothing_stands_in_for_a_listener,
+    "any-mark-is-one-for-a-filter": a_mark_is_for_its_filter,
+    "one-filter-for-another": a_mark_is_for_its_filter,
     **{
         fault.name: connections_of_others_are_known
         for fault in FAULTS

@@ -19,7 +19,7 @@ ETH_P_IP, ETH_P_IPV6 = 0x0800, 0x86DD
 ESTABLISHED, SYN_SENT, SYN_RECV, TIME_WAIT, CLOSE, LISTEN, NEW_SYN_RECV = 1, 2, 3, 6, 7, 10, 12
 """BPF_TCP_* in include/uapi/linux/bpf.h."""
 
-IPV4_HOOKS = ("connect4", "sendmsg4")
+IPV4_HOOKS = ("connect4", "sendmsg4", "getpeername4")
 MESSAGE_HOOKS = ("sendmsg4", "sendmsg6")
 
 
@@ -123,6 +123,8 @@ class Socket(NamedTuple):
     """struct ig_earlier, where it has one: the marks of earlier calls."""
     device: int = 0
     """SO_BINDTODEVICE."""
+    filter_mark: int | None = None
+    """The digest that the listener of a filter is marked with."""
     full: bool = True
     """False for TIME_WAIT and for sockets that are only a request."""
     type: int = socket_module.SOCK_STREAM
@@ -146,7 +148,10 @@ class Socket(NamedTuple):
             bytes_acked=self.acked,
             marked=self.mark is not None,
             marked_earlier=self.earlier is not None,
+            filter_marked=self.filter_mark is not None,
         )
+        if self.filter_mark is not None:
+            facts.filter_mark[:] = (self.filter_mark & 0xFFFFFFFF, self.filter_mark >> 32)
         facts.local[: len(self.local)] = self.local
         facts.remote[: len(self.remote)] = self.remote
         if self.mark is not None:
@@ -157,7 +162,7 @@ class Socket(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """A connect or a sendmsg. Addresses are packed(): 4 bytes for the hooks of IPv4, 16 for the others."""
+    """A connect, a sendmsg or a getpeername. Addresses are packed(): 4 bytes for hooks of IPv4, 16 for the others."""
 
     hook: str
     to: bytes
@@ -174,6 +179,8 @@ class Attempt(NamedTuple):
     """What the socket has before."""
     repeat: int = 1
     """How often the hook runs. Counts are those of all runs."""
+    others: tuple[Socket, ...] = ()
+    """Other sockets in the network namespace: listeners of filters. At most ATTEMPT_SOCKETS."""
 
     @property
     def is_ipv4(self) -> bool:
@@ -222,6 +229,8 @@ class Attempt(NamedTuple):
             repeat=self.repeat,
             socket=Socket(self.source or nothing, nothing, device=self.device, mark=self.mark).to_c(),
         )
+        attempt.others_len = len(self.others)
+        attempt.others[: len(self.others)] = [one.to_c() for one in self.others]
         attempt.to[: len(self.to)] = self.to
         attempt.message_source[: len(nothing)] = self.message_source or nothing
         return attempt
@@ -290,6 +299,8 @@ class Outcome:
     """The mark of the socket (of the first one, for a packet)."""
     earlier: bytes | None = None
     """Its marks of earlier calls: struct ig_earlier."""
+    to: tuple[bytes, int] | None = None
+    """The address in 16 bytes (for hooks of IPv4 4 of them) and the port, where the program has changed them."""
     traps: frozenset[str] = frozenset()
     """What the program must never do and did: structs.Trap. A test fails for any that it does not expect."""
     calls: int = field(default=0, compare=False)
@@ -332,6 +343,7 @@ def outcome_of(raw: OutcomeC, calls: int = 0, loads: int = 0) -> Outcome:
         rows=raw.rows,
         mark=bytes(raw.mark)[: abi.MARK.size] if raw.marked else None,
         earlier=bytes(raw.earlier) if raw.marked_earlier else None,
+        to=(bytes(raw.to), socket_module.ntohs(raw.port)) if raw.port or any(raw.to) else None,
         traps=Trap.names(raw.traps),
         calls=calls,
         loads=loads,

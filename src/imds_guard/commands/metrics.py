@@ -99,7 +99,7 @@ def _families(found: Status, report: Report | None) -> Iterator[Metric]:
     yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
     if found.ebpf is not None:
         yield from _of_state(found.ebpf)
-        yield from _of_hooks(found.ebpf, needed_hooks(found.policy is not None and found.policy.strict))
+        yield from _of_hooks(found.ebpf, needed_hooks(found.policy))
     if report is not None:
         yield from _of_report(report)
     if found.forwarded is not None:
@@ -116,8 +116,10 @@ def _of_state(state: State) -> Iterator[Metric]:
     for reason, (enforced, audited) in zip(Reason, state.counters):
         if reason is Reason.NOT_LOCKED:
             continue
-        decisions.add_metric([reason.label, "allowed" if reason.permits else "denied"], enforced)
-        if not reason.permits:
+        is_filtered = reason is Reason.FILTERED
+        outcome = "redirected" if is_filtered else "allowed" if reason.permits else "denied"
+        decisions.add_metric([reason.label, outcome], enforced)
+        if is_filtered or not reason.permits:
             decisions.add_metric([reason.label, "audited"], audited)
     if state.counters:
         yield decisions

@@ -91,6 +91,11 @@ class Sandbox:
         self._spawned.append(pid)
         return pid
 
+    def end(self, pid: int) -> None:
+        """Kills and reaps a child of spawn() or serve()."""
+        children.end(pid)
+        self._spawned.remove(pid)
+
     def serve(self, addresses: Sequence[str], ports: Sequence[int]) -> int:
         """Forks a child that accepts TCP connections and echoes UDP; returns its process ID once it listens."""
         return self.serve_with(lambda: listeners.listen(addresses, ports), listeners.answer_forever)

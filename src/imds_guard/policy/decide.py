@@ -10,6 +10,8 @@ import enum
 import ipaddress
 from typing import NamedTuple
 
+from imds_guard.policy.filter_address import FILTER_NETWORK, is_filter_address
+from imds_guard.policy.filters import Filter, Target, targets_of
 from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict, unmapped
 from imds_guard.policy.ports import has_port
 
@@ -38,11 +40,19 @@ class Reason(enum.IntEnum):
     NO_SETTINGS = 13
     UNAPPROVED_SOCKET = 14
     """Strict mode only: a packet of a socket that is not approved (any more). decide() never returns it."""
+    FILTERED = 15
+    """The caller reaches its filter in place of the endpoint. In audit mode it reaches the endpoint."""
+    NOT_SERVED = 16
+    """A filter names the caller, and can't serve this port, or a socket that is bound like this one."""
+    NO_FILTER = 17
+    """Nothing listens where the caller's filter should: it is dead, or in another network namespace."""
+    FILTER_ADDRESS = 18
+    """The destination is the address of a filter's listener, where nobody may connect to directly."""
 
     @property
     def permits(self) -> bool:
-        """True for the reasons that let a connect through."""
-        return self <= Reason.DEFAULT_ALLOW
+        """True for the reasons that let a connect through, to the endpoint or to a filter."""
+        return self <= Reason.DEFAULT_ALLOW or self is Reason.FILTERED
 
     @property
     def label(self) -> str:
@@ -100,38 +110,73 @@ class Decision(NamedTuple):
     allowed: bool
     reason: Reason
     lock: str | None = None
+    filter: str | None = None
+    """The name of the caller's filter, for FILTERED, NOT_SERVED and NO_FILTER."""
     matched: tuple[str, int] | None = None
     """The list entry that decided: ("user", uid) or ("group", gid). Not compared by ==."""
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Decision) and tuple(self[:3]) == tuple(other[:3])
+        return isinstance(other, Decision) and tuple(self[:4]) == tuple(other[:4])
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
     def __hash__(self) -> int:
-        return hash(tuple(self[:3]))
+        return hash(tuple(self[:4]))
 
 
 # --- the decision ---------------------------------------------------------------------------------------------------
 
 
-def decide(policy: Policy, caller: Caller, destination: Destination, source: Source = UNBOUND) -> Decision:
-    """Whether ``caller`` may connect to ``destination``, and why."""
+def decide(
+    policy: Policy,
+    caller: Caller,
+    destination: Destination,
+    source: Source = UNBOUND,
+    *,
+    filter_listens: bool = True,
+) -> Decision:
+    """Whether ``caller`` may connect to ``destination``, and why.
+
+    ``filter_listens``: whether the caller's filter has its listener in the network namespace of the socket. Only the
+    kernel knows.
+    """
     address = resolve_unspecified(destination.address, source)
     if address is None:
         if is_locked_anywhere(policy, destination):
             return _decision(policy, Reason.UNSPECIFIED_DESTINATION, None)
         return Decision(True, Reason.NOT_LOCKED)
-    lock = find_lock(policy, destination._replace(address=address))
+    resolved = destination._replace(address=address)
+    if policy.filters and is_filter_address(*resolved):
+        return _decision(policy, Reason.FILTER_ADDRESS, None)
+    lock = find_lock(policy, resolved)
     if lock is None:
         return Decision(True, Reason.NOT_LOCKED)
-    reason, matched = _reason(policy, lock, caller)
-    return _decision(policy, reason, lock.name, matched)
+    return _at_lock(policy, lock, caller, resolved, source, filter_listens)
 
 
 def _decision(policy: Policy, reason: Reason, lock: str | None, matched: tuple[str, int] | None = None) -> Decision:
-    return Decision(reason.permits or policy.mode is Mode.AUDIT, reason, lock, matched)
+    return Decision(reason.permits or policy.mode is Mode.AUDIT, reason, lock, matched=matched)
+
+
+def _at_lock(
+    policy: Policy, lock: Lock, caller: Caller, destination: Destination, source: Source, filter_listens: bool
+) -> Decision:
+    """The decision where a lock is known."""
+    is_account = caller.fsuid == policy.filter_uid and any(_serves(one, lock, destination) for one in policy.filters)
+    reason, matched = _reason(policy, lock, caller, is_account)
+    if reason is not None:
+        return _decision(policy, reason, lock.name, matched)
+    found = _filter_of(policy, lock, caller)
+    if found is None:
+        return _decision(policy, _default(lock, caller), lock.name)
+    if isinstance(found, Reason):
+        return _decision(policy, found, lock.name)
+    if not _serves(found, lock, destination) or not _can_redirect(source):
+        reason = Reason.NOT_SERVED
+    else:
+        reason = Reason.FILTERED if filter_listens or policy.mode is Mode.AUDIT else Reason.NO_FILTER
+    return _decision(policy, reason, lock.name)._replace(filter=found.name)
 
 
 def resolve_unspecified(destination: Address, source: Source) -> Address | None:
@@ -164,6 +209,8 @@ def find_lock(policy: Policy, destination: Destination) -> Lock | None:
 
 def is_locked_anywhere(policy: Policy, destination: Destination) -> bool:
     """True when some IPv4 endpoint locks this protocol and port, whatever its address."""
+    if policy.filters and is_filter_address(FILTER_NETWORK[0], destination.port, destination.protocol):
+        return True
     return any(
         endpoint.network.version == 4 and has_port(endpoint.ports(destination.protocol), destination.port)
         for lock in policy.locks
@@ -171,8 +218,13 @@ def is_locked_anywhere(policy: Policy, destination: Destination) -> bool:
     )
 
 
-def _reason(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[str, int] | None]:
-    """The reason, and the list entry that gave it. Checked in this order; the first rule that matches decides."""
+def _reason(
+    policy: Policy, lock: Lock, caller: Caller, is_account: bool
+) -> tuple[Reason | None, tuple[str, int] | None]:
+    """The reason, and the list entry that gave it. Checked in this order; the first rule that matches decides.
+
+    None: no list decides. ``is_account``: the filters run as this user, and connect to what they serve.
+    """
     if caller.kernel_thread:
         return Reason.KERNEL_THREAD, None
     if caller.in_container and policy.containers is Verdict.DENY:
@@ -187,7 +239,7 @@ def _reason(policy: Policy, lock: Lock, caller: Caller) -> tuple[Reason, tuple[s
     allowed = _match_groups(lock, lock.allow.groups, caller)
     if allowed is not None:
         return (allowed, None) if isinstance(allowed, Reason) else (Reason.ALLOWED_GROUP, ("group", allowed[0]))
-    return _default(lock, caller), None
+    return (Reason.ALLOWED_USER, ("user", caller.fsuid)) if is_account else (None, None)
 
 
 def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason | tuple[int] | None:
@@ -200,13 +252,48 @@ def _match_groups(lock: Lock, wanted: frozenset[int], caller: Caller) -> Reason 
         return (caller.fsgid,)
     if not wanted:
         return None
-    if (
-        len(caller.groups) + caller.repeated_groups > MAX_WALKED_GROUPS
-        and len(lock.listed_groups) > MAX_SEARCHED_GROUPS
-    ):
+    if _has_many_groups(caller) and len(lock.listed_groups) > MAX_SEARCHED_GROUPS:
         return Reason.TOO_MANY_GROUPS
     found = wanted & caller.groups
     return (min(found),) if found else None
+
+
+def _has_many_groups(caller: Caller) -> bool:
+    return len(caller.groups) + caller.repeated_groups > MAX_WALKED_GROUPS
+
+
+def _filter_of(policy: Policy, lock: Lock, caller: Caller) -> Filter | Reason | None:
+    """The first filter of a lock that names the caller, or the reason to deny it.
+
+    Groups of filters are never searched: with many groups nobody can tell which filter is the first. "Everyone" is
+    everyone in the initial user namespace: in another one, a user of an earlier filter can take an ID that it does not
+    list.
+    """
+    serving = [one for one in policy.filters if lock.name in one.locks]
+    if _has_many_groups(caller) and any(one.who.groups for one in serving):
+        return Reason.TOO_MANY_GROUPS
+    groups = caller.groups | {caller.fsgid}
+    for one in serving:
+        if caller.fsuid in one.who.users or groups & one.who.groups:
+            return one
+        if one.everyone:
+            return one if caller.user_namespace_is_initial else Reason.USER_NAMESPACE
+    return None
+
+
+def _serves(one: Filter, lock: Lock, destination: Destination) -> bool:
+    """Whether a filter passes on what is sent to this endpoint of the lock."""
+    target = Target(destination.address, destination.port)
+    return destination.protocol is Protocol.TCP and target in targets_of(one, (lock,))
+
+
+def _can_redirect(source: Source) -> bool:
+    """False for a socket that can't connect to an IPv4 address on loopback, by its interface or its own address."""
+    return not source.by_device and (source.address is None or _is_unspecified_or_ipv4(source.address))
+
+
+def _is_unspecified_or_ipv4(address: Address) -> bool:
+    return unmapped(address).version == 4 or int(address) == 0
 
 
 def _default(lock: Lock, caller: Caller) -> Reason:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Union
 
 from imds_guard.policy.decide import Destination, find_lock, is_locked_anywhere
+from imds_guard.policy.filter_address import FILTER_NETWORK, is_filter_address, numbers_in
 from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.packet import ACK, RST, SYN, Fragment, Packet
 
@@ -33,6 +34,8 @@ class MarkKind(enum.IntEnum):
     """A TCP connect to a locked address, to a port that is not locked."""
     ACCEPTED = 6
     """Others made the connection. It is the only mark that decide_packet() itself leaves."""
+    FILTER = 7
+    """A connect that was redirected to a filter."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Mark:
     """The lock whose lists let it through. Only read where the serial is that of the policy."""
     fsuid: int = 0
     gid: int = 0
-    """The allowed group, for GROUP. For ACCEPTED it is Socket.first."""
+    """The allowed group, for GROUP. For ACCEPTED it is Socket.first. For FILTER it is T * 256 + F of the filter's
+    address."""
     containers_unchecked: bool = False
     """Containers were allowed then, so nobody asked whether the caller was in one."""
 
@@ -171,7 +175,15 @@ class Unlocked(enum.Enum):
     UNKNOWN = "something is locked there; nobody can say what"
 
 
-Target = Union[Lock, Unlocked]
+@dataclass(frozen=True)
+class FilterListener:
+    """In place of a lock: the address of a filter, where only the connects lead that were redirected there."""
+
+    numbers: tuple[int, int]
+    """T and F."""
+
+
+Target = Union[Lock, Unlocked, FilterListener]
 
 
 def _target_of(policy: Policy, packet: Packet) -> Target:
@@ -186,19 +198,24 @@ def _target(policy: Policy, address: Address, port: int, protocol: Protocol) -> 
     destination = Destination(address, port, protocol)
     if address.version == 4 and int(address) == 0:
         return Unlocked.UNKNOWN if is_locked_anywhere(policy, destination) else Unlocked.PORT
+    if policy.filters and is_filter_address(address, port, protocol):
+        return FilterListener(numbers_in(address))
     return find_lock(policy, destination) or Unlocked.PORT
 
 
 def _has_locked_port(policy: Policy, address: Address) -> bool:
     """An unreadable packet counts as one for every port of its address. For 0.0.0.0, of every IPv4 address."""
     anywhere = address.version == 4 and int(address) == 0
-    endpoints = [endpoint for lock in policy.locks for endpoint in lock.endpoints]
-    return any(one.network.version == 4 if anywhere else one.covers(address) for one in endpoints)
+    networks = [endpoint.network for lock in policy.locks for endpoint in lock.endpoints]
+    networks += [FILTER_NETWORK] if policy.filters else []
+    return any(one.version == 4 if anywhere else one.version == address.version and address in one for one in networks)
 
 
 def _reason(policy: Policy, serial: int, packet: Packet, ends: Ends, target: Target) -> PacketReason:
     """The reason for a packet to a locked endpoint under a strict policy."""
     approvals = () if ends.sending is None else ends.sending.approvals
+    if isinstance(target, FilterListener):
+        approvals = approvals[:1]  # only TCP is redirected, and a TCP socket has one connection
     if any(_approves(policy, serial, target, mark) for mark in approvals):
         return PacketReason.APPROVED_SOCKET
     if ends.sending is not None and _is_of_incoming(packet, ends.sending):
@@ -264,13 +281,13 @@ def _is_for_approved(policy: Policy, serial: int, packet: Packet, client: Socket
 
 def _approves(policy: Policy, serial: int, target: Target, mark: Mark | None) -> bool:
     """Whether the reason of a mark lets packets to a lock through now."""
-    if mark is None or not isinstance(target, Lock):
-        return False
-    if mark.kind in (MarkKind.OPEN, MarkKind.ACCEPTED):
+    if mark is None or isinstance(target, Unlocked) or mark.kind in (MarkKind.OPEN, MarkKind.ACCEPTED):
         return False
     if mark.kind is MarkKind.AUDIT:
         return policy.mode is Mode.AUDIT
-    if mark.serial == serial and _lists_of(policy, mark.lock) == _lists(target):
+    if isinstance(target, FilterListener) or mark.kind is MarkKind.FILTER:
+        return target == FilterListener(divmod(mark.gid, 256)) and mark.kind is MarkKind.FILTER
+    if mark.serial == serial and _lists_of(policy, mark.lock) == _lists(policy, target):
         return True
     return _is_still_allowed(policy, target, mark)
 
@@ -285,15 +302,19 @@ def _is_still_allowed(policy: Policy, lock: Lock, mark: Mark) -> bool:
     if mark.containers_unchecked and policy.containers is Verdict.DENY:
         return False
     if mark.kind is MarkKind.USER:
-        return mark.fsuid in lock.allow.users
+        return mark.fsuid in lock.allow.users or (mark.fsuid == policy.filter_uid and _has_filter(policy, lock))
     if mark.kind is MarkKind.GROUP:
         return mark.gid in lock.allow.groups
     return lock.default is Verdict.ALLOW
 
 
-def _lists(lock: Lock) -> tuple[object, ...]:
-    return lock.allow, lock.deny, lock.default
+def _has_filter(policy: Policy, lock: Lock) -> bool:
+    return any(lock.name in one.locks for one in policy.filters)
+
+
+def _lists(policy: Policy, lock: Lock) -> tuple[object, ...]:
+    return lock.allow, lock.deny, lock.default, [one.name for one in policy.filters if lock.name in one.locks]
 
 
 def _lists_of(policy: Policy, name: str | None) -> tuple[object, ...] | None:
-    return next((_lists(lock) for lock in policy.locks if lock.name == name), None)
+    return next((_lists(policy, lock) for lock in policy.locks if lock.name == name), None)

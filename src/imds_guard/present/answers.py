@@ -90,6 +90,8 @@ def decision_lines(caller: Caller, destination: Destination, decision: Decision,
         f"  destination: {host_port(destination.address, destination.port)} {destination.protocol.value}",
         f"  lock:        {decision.lock or 'none'}",
     ]
+    if decision.filter is not None:
+        lines.append(f"  filter:      {decision.filter}")
     if decision.matched is not None:
         kind, number = decision.matched
         name = user_name(number) if kind == "user" else group_name(number)
@@ -107,6 +109,7 @@ def decision_values(caller: Caller, destination: Destination, decision: Decision
         "allowed": decision.allowed,
         "reason": decision.reason.label,
         "lock": decision.lock,
+        "filter": decision.filter,
         "matched": None if decision.matched is None else {"kind": decision.matched[0], "id": decision.matched[1]},
         "caller": {
             "fsuid": caller.fsuid,

@@ -26,6 +26,11 @@ _ADVICE: dict[Reason, str] = {
     Reason.NO_SETTINGS: "run imds-guard start, which repairs the policy",
     Reason.UNREADABLE: "run imds-guard status to see what is wrong, and imds-guard start to repair it",
     Reason.UNAPPROVED_SOCKET: "connect as an allowed user: under --strict nothing else approves a socket",
+    Reason.NOT_SERVED: "allow {user}: a filter serves one plain-HTTP port of single addresses, and no socket that is "
+    "bound to an interface or to an IPv6 address",
+    Reason.NO_FILTER: "start the filter (systemctl start imds-guard-filter); outside the host's network namespace "
+    "there is none",
+    Reason.FILTER_ADDRESS: "connect to the endpoint, not to the address of its filter",
 }
 """Reason -> advice. NOT_LISTED is in _allow(), which names groups. Nothing lets a kernel thread through."""
 

@@ -8,7 +8,7 @@
 /* run.c */
 struct machine *vm_open(u64 seed);
 void vm_close(struct machine *m);
-void vm_roles(struct machine *m, s32 counters, s32 report, s32 shares, s32 marks, s32 earlier);
+void vm_roles(struct machine *m, s32 counters, s32 report, s32 shares, s32 marks, s32 earlier, s32 filter_marks);
 void vm_program(struct machine *m, u32 slot, const struct bpf_insn *instructions, u32 len, bool direct);
 void vm_patch(struct machine *m, u32 slot, u32 at, const struct bpf_insn *instruction);
 void vm_coverage(struct machine *m, u32 slot, u32 *executed, u32 *taken);

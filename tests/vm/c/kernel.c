@@ -71,7 +71,7 @@ void vm_layout(struct machine *m, const struct layout *layout)
 void vm_tasks_reset(struct machine *m)
 {
 	memory_cut(&m->kernel_memory, 0);
-	m->sock_addr = memory_new(&m->kernel_memory, sizeof(*m->sock_addr), MAY_READ);
+	m->sock_addr = memory_new(&m->kernel_memory, sizeof(*m->sock_addr), MAY_READ | MAY_WRITE);
 	m->skb = memory_new(&m->kernel_memory, sizeof(*m->skb), MAY_READ);
 	for (u32 n = 0; n < SOCKETS; n++) {
 		m->sockets[n].view = memory_new(&m->kernel_memory, sizeof(*m->sockets[n].view), MAY_READ);
@@ -116,6 +116,7 @@ void vm_socket(struct machine *m, u32 n, const struct socket_facts *facts)
 	tcp_view->bytes_acked = facts->bytes_acked;
 	set_storage(m, m->roles.marks, n, facts->marked, facts->mark);
 	set_storage(m, m->roles.earlier, n, facts->marked_earlier, facts->earlier);
+	set_storage(m, m->roles.filter_marks, n, facts->filter_marked, (const u8 *)facts->filter_mark);
 }
 
 /* Forgets the sockets: nothing is found. */
@@ -184,13 +185,21 @@ s32 find_socket(const struct machine *m, const struct bpf_sock_tuple *tuple, u32
 
 /* --- contexts -------------------------------------------------------------------------------------------------------- */
 
-/* A connect or sendmsg of socket 0. Fields that a hook of the other family or kind must not read are junk. */
+void build_sockets(struct machine *m, const struct attempt *attempt)
+{
+	u32 n;
+
+	m->sockets_len = 0;
+	vm_socket(m, 0, &attempt->socket);
+	for (n = 0; n < attempt->others_len; n++)
+		vm_socket(m, n + 1, &attempt->others[n]);
+}
+
+/* A call of socket 0. Fields that a hook of the other family or kind must not read are junk. */
 void build_attempt(struct machine *m, const struct attempt *attempt)
 {
 	struct bpf_sock_addr *context = m->sock_addr;
 
-	m->sockets_len = 0;
-	vm_socket(m, 0, &attempt->socket);
 	fill_with_junk(m, context, sizeof(*context));
 	context->user_family = attempt->family;
 	context->user_port = attempt->port;
@@ -204,6 +213,22 @@ void build_attempt(struct machine *m, const struct attempt *attempt)
 		context->msg_src_ip4 = attempt->message_source[0];
 	else if (attempt->is_message)
 		memcpy(context->msg_src_ip6, attempt->message_source, sizeof(context->msg_src_ip6));
+	m->context = *context;
+}
+
+/* Where the call leads, if the program has changed that. It may change nothing else of the context. */
+void read_destination(struct machine *m, const struct attempt *attempt, struct outcome *outcome)
+{
+	struct bpf_sock_addr before = m->context, after = *m->sock_addr;
+
+	if (!memcmp(&before, &after, sizeof(after)))
+		return;
+	outcome->port = after.user_port;
+	memcpy(outcome->to, attempt->is_ipv4 ? &after.user_ip4 : after.user_ip6, attempt->is_ipv4 ? 4 : 16);
+	before.user_port = after.user_port;
+	memcpy(attempt->is_ipv4 ? &before.user_ip4 : before.user_ip6, outcome->to, attempt->is_ipv4 ? 4 : 16);
+	if (attempt->is_message || memcmp(&before, &after, sizeof(after)))
+		outcome->traps |= TRAP_STORE;
 }
 
 void build_packet(struct machine *m, const struct packet *packet, const u8 *bytes)

@@ -137,6 +137,8 @@ struct socket_facts {
 	u64 bytes_acked;
 	u32 marked; /* it has storage, mark[] */
 	u32 marked_earlier; /* and earlier[] */
+	u32 filter_marked; /* the mark of a filter's listener, filter_mark[] */
+	u32 filter_mark[2], pad;
 	u8 mark[MARK_BYTES];
 	u8 earlier[EARLIER_BYTES]; /* marks of earlier calls */
 };
@@ -147,7 +149,9 @@ struct socket {
 	struct bpf_tcp_sock *tcp_view; /* and by bpf_tcp_sock() */
 };
 
-/* structs.py: AttemptC. A connect or sendmsg of socket 0. Network byte order; IPv4 in the first word. */
+#define ATTEMPT_SOCKETS 2
+
+/* structs.py: AttemptC. A connect, sendmsg or getpeername of socket 0. Network byte order; IPv4 in the first word. */
 struct attempt {
 	u32 family; /* of the address: user_family */
 	u32 protocol;
@@ -157,7 +161,9 @@ struct attempt {
 	u32 is_ipv4; /* the hook is for IPv4 */
 	u32 is_message; /* the hook is for sendmsg: a program at connect must not read msg_src_* */
 	u32 repeat; /* how often it is run; the outcome is that of the last run, and counts of all */
+	u32 others_len;
 	struct socket_facts socket;
+	struct socket_facts others[ATTEMPT_SOCKETS]; /* of the same network namespace */
 };
 
 /* structs.py: PacketC. */
@@ -213,11 +219,13 @@ struct outcome {
 	u32 events;
 	u32 rows; /* of the report */
 	u32 marked;
-	u32 marked_earlier, pad;
+	u32 marked_earlier;
+	u32 port; /* user_port, where the program has changed the address; else 0 */
 	u8 counts[COUNTS]; /* enforced and audited of each counter, at most 255 */
 	u8 event[EVENT_BYTES]; /* the last one */
 	u8 row_key[12], row[ROW_BYTES]; /* of the report */
 	u8 mark[MARK_BYTES], earlier[EARLIER_BYTES]; /* of socket 0 */
+	u32 to[4]; /* where it has changed it, user_ip4 or user_ip6 */
 	u8 pad_to_words[4];
 };
 
@@ -248,7 +256,7 @@ struct run {
 
 /* Which maps of the guard the outcome is read from; the machine itself knows none of them. */
 struct roles {
-	s32 counters, report, shares, marks, earlier;
+	s32 counters, report, shares, marks, earlier, filter_marks;
 };
 
 /* Bytes as they were before a change that may be undone. */
@@ -276,6 +284,7 @@ struct machine {
 	struct socket sockets[SOCKETS];
 	u32 sockets_len;
 	struct bpf_sock_addr *sock_addr;
+	struct bpf_sock_addr context; /* as it was before the run */
 	struct __sk_buff *skb;
 	struct roles roles;
 	struct controls controls;
@@ -312,7 +321,9 @@ bool map_is_ring(const struct map *map);
 void journal_bytes(struct machine *m, void *at, u32 len);
 
 /* kernel.c */
+void build_sockets(struct machine *m, const struct attempt *attempt);
 void build_attempt(struct machine *m, const struct attempt *attempt);
+void read_destination(struct machine *m, const struct attempt *attempt, struct outcome *outcome);
 void build_packet(struct machine *m, const struct packet *packet, const u8 *bytes);
 s32 socket_number(const struct machine *m, u64 address);
 s32 find_socket(const struct machine *m, const struct bpf_sock_tuple *tuple, u32 tuple_len);

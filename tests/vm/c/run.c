@@ -16,15 +16,15 @@ struct machine *vm_open(u64 seed)
 		abort();
 	m->junk = seed | 1;
 	m->controls.step_limit = STEP_LIMIT;
-	m->roles = (struct roles){ -1, -1, -1, -1, -1 };
+	m->roles = (struct roles){ -1, -1, -1, -1, -1, -1 };
 	memory_open(&m->map_memory, MEMORY);
 	memory_open(&m->kernel_memory, MEMORY);
 	return m;
 }
 
-void vm_roles(struct machine *m, s32 counters, s32 report, s32 shares, s32 marks, s32 earlier)
+void vm_roles(struct machine *m, s32 counters, s32 report, s32 shares, s32 marks, s32 earlier, s32 filter_marks)
 {
-	m->roles = (struct roles){ counters, report, shares, marks, earlier };
+	m->roles = (struct roles){ counters, report, shares, marks, earlier, filter_marks };
 }
 
 void vm_program(struct machine *m, u32 slot, const struct bpf_insn *instructions, u32 len, bool direct)
@@ -144,15 +144,17 @@ void vm_attempt(struct machine *m, u32 slot, const struct attempt *attempt, u32 
 
 	memset(outcome, 0, sizeof(*outcome));
 	clear_results(m);
-	build_attempt(m, attempt);
+	build_sockets(m, attempt);
 	m->run.time_ns = m->controls.time_ns;
 	for (n = 0; n < attempt->repeat; n++) {
+		build_attempt(m, attempt);
 		begin(m, &m->programs[slot], &m->tasks[task]);
 		outcome->returned = finish(m, execute(m, 0, (u64)m->sock_addr, 0));
 		outcome->traps |= m->run.traps;
 		outcome->events += m->run.events;
 		m->run.time_ns++;
 	}
+	read_destination(m, attempt, outcome);
 	read_results(m, outcome);
 }
 

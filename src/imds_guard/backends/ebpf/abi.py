@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from imds_guard.kernel import bpf
-from imds_guard.policy.model import Address
+from imds_guard.policy.model import Address, Policy
 
 ABI = 3
 MAP_BASE = 0x494D4400
@@ -40,6 +40,10 @@ class Map(enum.IntEnum):
     MARKS = 12
     EARLIER = 13
     SHARES = 14
+    FILTERS = 15
+    TARGETS = 16
+    FILTER_TEXTS = 17
+    FILTER_MARKS = 18
 
     @property
     def pin_name(self) -> str:
@@ -62,23 +66,26 @@ ADDRESS_BITMAP_BYTES = HOST_BYTES + 2 * NETWORK_BYTES
 
 ENDPOINT_KEY = struct.Struct("=IB3x16s")  # prefixlen, generation, address
 ENDPOINT_KEY_FIXED_BITS = 32
-RANGE = struct.Struct("=4HBB2x")  # low, high, lock, list, protocols, flags
+RANGE = struct.Struct("=4HBBH")  # low, high, lock, list, protocols, flags, target
 RANGES = 24
 ENDPOINT_HEAD = struct.Struct("=I4x")
 ENDPOINT_BYTES = ENDPOINT_HEAD.size + RANGES * RANGE.size
 TCP, UDP = 1, 2
 INHERITED = 1
-NO_LIST = 0xFFFF
+NO_LIST, FILTER_LIST = 0xFFFF, 0xFFFE
 
 LISTS = 4096
 LIST_VALID, LIST_DEFAULT_ALLOW, LIST_GROUPS, LIST_DENY_GROUPS, LIST_SMALL, LIST_USERS = 1, 2, 4, 8, 16, 32
+LIST_FILTER_GROUPS = 64
 GID_BITMAP_WORDS = 16
-LIST = struct.Struct(f"=II{GID_BITMAP_WORDS}I")  # flags, zero, gid_bitmap
+LIST = struct.Struct(f"=II{GID_BITMAP_WORDS}II4x")  # flags, zero, gid_bitmap, everyone
 
 MEMBER = struct.Struct("=BBHI")  # generation, kind, list, id
 USER, GROUP = 1, 2
 MEMBER_VALUE = struct.Struct("=I")
-ALLOW, DENY = 1, 2
+ALLOW, DENY, FILTER_ACCOUNT = 1, 2, 128
+FILTERS = 24
+FIRST_FILTER_BIT = 8
 MEMBERS = 262144
 
 SMALL_KEY = struct.Struct("=BxH")  # generation, number of a list or a lock
@@ -91,11 +98,20 @@ LOCK = struct.Struct(f"=HH{LOCK_NAME_BYTES}s")  # list, pad, name
 
 ENDPOINTS = 65536
 
-REASONS = 15
+TARGETS, NUMBERS = 254, 254
+FILTER_KEY = struct.Struct("=BB2xI")  # generation, target, bit
+FILTER = struct.Struct("=QB7x")  # digest, number
+TARGET = struct.Struct("=16sH6x")  # address, port; its key is a SMALL_KEY
+FILTER_TEXT_KEY = struct.Struct("=BBH")  # generation, filter, piece
+FILTER_PIECES, FILTER_PIECE_BYTES = 4096, 1024
+FILTER_MARK = struct.Struct("=Q")  # digest
+
+REASONS = 19
 LOST_EVENTS, REPORT_OVERFLOW, COUNTERS = REASONS, REASONS + 1, REASONS + 2
 COUNTER = struct.Struct("=QQ")  # enforced, audited
 
 HOOK_CONNECT4, HOOK_CONNECT6, HOOK_SENDMSG4, HOOK_SENDMSG6, HOOK_EGRESS = 1, 2, 3, 4, 5
+HOOK_GETPEERNAME4, HOOK_GETPEERNAME6 = 6, 7
 VERDICT_DENIED, VERDICT_AUDITED, VERDICT_ALLOWED = 1, 2, 3
 COMM_BYTES = 16
 NO_LOCK = 0xFFFF
@@ -121,12 +137,15 @@ GENERATION_AT: dict[Map, int] = {
     Map.LOCKS: 0,
     Map.REPORT: 0,
     Map.SHARES: 0,
+    Map.FILTERS: 0,
+    Map.TARGETS: 0,
+    Map.FILTER_TEXTS: 0,
 }
 """Where in the key a map has the generation."""
 
 WATCH = struct.Struct("=I")  # log_allowed
 
-MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN, MARK_ACCEPTED = 1, 2, 3, 4, 5, 6
+MARK_USER, MARK_GROUP, MARK_DEFAULT, MARK_AUDIT, MARK_OPEN, MARK_ACCEPTED, MARK_FILTER = 1, 2, 3, 4, 5, 6, 7
 MARK = struct.Struct("=QIIHBB4x")  # serial, fsuid, gid, list, kind, container_unchecked
 EARLIER_MARKS = 8
 
@@ -146,6 +165,12 @@ SHAPES: dict[Map, bpf.MapShape] = {
     Map.MARKS: bpf.MapShape(bpf.MapType.SK_STORAGE, 4, MARK.size, 0, bpf.F_NO_PREALLOC),
     Map.EARLIER: bpf.MapShape(bpf.MapType.SK_STORAGE, 4, EARLIER_MARKS * MARK.size, 0, bpf.F_NO_PREALLOC),
     Map.SHARES: bpf.MapShape(bpf.MapType.HASH, SHARE_KEY.size, SHARE.size, REPORT_ROWS, bpf.F_NO_PREALLOC),
+    Map.FILTERS: bpf.MapShape(bpf.MapType.HASH, FILTER_KEY.size, FILTER.size, 2 * FILTERS * TARGETS, bpf.F_NO_PREALLOC),
+    Map.TARGETS: bpf.MapShape(bpf.MapType.HASH, SMALL_KEY.size, TARGET.size, 2 * TARGETS, bpf.F_NO_PREALLOC),
+    Map.FILTER_TEXTS: bpf.MapShape(
+        bpf.MapType.HASH, FILTER_TEXT_KEY.size, FILTER_PIECE_BYTES, FILTER_PIECES, bpf.F_NO_PREALLOC
+    ),
+    Map.FILTER_MARKS: bpf.MapShape(bpf.MapType.SK_STORAGE, 4, FILTER_MARK.size, 0, bpf.F_NO_PREALLOC),
 }
 
 
@@ -164,15 +189,28 @@ HOOKS: dict[str, HookShape] = {
     "sendmsg4": HookShape(bpf.AttachType.CGROUP_UDP4_SENDMSG, "ig_s4", HOOK_SENDMSG4),
     "sendmsg6": HookShape(bpf.AttachType.CGROUP_UDP6_SENDMSG, "ig_s6", HOOK_SENDMSG6),
     "egress": HookShape(bpf.AttachType.CGROUP_INET_EGRESS, "ig_eg", HOOK_EGRESS, "ig_egress"),
+    "getpeername4": HookShape(bpf.AttachType.CGROUP_INET4_GETPEERNAME, "ig_p4", HOOK_GETPEERNAME4, "ig_getpeername4"),
+    "getpeername6": HookShape(bpf.AttachType.CGROUP_INET6_GETPEERNAME, "ig_p6", HOOK_GETPEERNAME6, "ig_getpeername6"),
 }
 
 EGRESS = "egress"
 """The hook that runs for every packet. It is attached in strict mode alone."""
 
 
-def needed_hooks(strict: bool) -> tuple[str, ...]:
-    """The hooks that a policy needs; ``strict`` is its mode."""
-    return tuple(name for name in HOOKS if strict or name != EGRESS)
+GETPEERNAME = ("getpeername4", "getpeername6")
+"""Hooks that show a redirected caller the endpoint. They are attached where the policy has filters."""
+
+INDIFFERENT = (EGRESS, *GETPEERNAME)
+"""Hooks where it does not matter which programs of others run before ours or behind: none can lead a connect away."""
+
+
+def needed_hooks(policy: Policy | None) -> tuple[str, ...]:
+    """The hooks that a policy needs; None: one that can't be read."""
+    left_out = {
+        EGRESS: policy is None or not policy.strict,
+        **dict.fromkeys(GETPEERNAME, policy is None or not policy.filters),
+    }
+    return tuple(name for name in HOOKS if not left_out.get(name))
 
 
 VERSION_DIGITS = 8

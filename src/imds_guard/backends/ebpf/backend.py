@@ -48,7 +48,7 @@ class EbpfBackend:
     def check(self, policy: Policy | None) -> None:
         """Backend.check(). Compiles nothing and attaches nothing."""
         with self._cgroup() as cgroup, trying("asking what eBPF can do here", "nothing was changed, run it again"):
-            self._require_hooks(cgroup, policy is not None and policy.strict)
+            self._require_hooks(cgroup, abi.needed_hooks(policy))
         if policy is not None:
             require_fits(policy)
 
@@ -159,7 +159,7 @@ class EbpfBackend:
             with lockfile.exclusive(folder.name):
                 yield Target(cgroup, folder, self._defines)
 
-    def _require_hooks(self, cgroup: Cgroup, strict: bool) -> None:
+    def _require_hooks(self, cgroup: Cgroup, needed: tuple[str, ...]) -> None:
         """Raises unless the hooks run this version, or can be compiled and loaded here."""
         from imds_guard.backends.ebpf import program  # noqa: PLC0415
         from imds_guard.kernel import compiler  # noqa: PLC0415
@@ -172,7 +172,6 @@ class EbpfBackend:
         version = program.source_version(self._defines)
         found = hooks.inspect(cgroup, PinLocation(cgroup).pins())
         current = [hook.name for hook in found if hook.ours and hook.ours.version == version]
-        needed = abi.needed_hooks(strict)
         other_programs.require_place(cgroup, [hook.name for hook in found if hook.name in needed and hook.ours is None])
         if not set(needed) <= set(current):
             probe.require_64_bit()

@@ -25,11 +25,17 @@ from imds_guard.policy.model import Policy
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf.program import Defines
 
-_MEANING_SINCE: dict[Map, int] = {Map.COUNTERS: 2, Map.WATCH: 2, Map.MARKS: 2, Map.EARLIER: 3}
+_MEANING_SINCE: dict[Map, int] = {
+    Map.COUNTERS: 3,
+    Map.WATCH: 2,
+    Map.MARKS: 2,
+    Map.EARLIER: 3,
+    Map.FILTER_MARKS: 3,
+}
 """Maps that outlive a replacement of the others, and the ABI since which their records mean the same.
 
 The other maps hold a policy, or records that name a generation of one. Without the marks, --strict would drop every
-connection that it has approved.
+connection that it has approved. Without those of listeners, filters would be closed until they are started again.
 """
 
 
@@ -57,7 +63,7 @@ def install(target: Target, policy: Policy) -> Change:
     """Makes a guard: maps at generation 0, then all hooks, then the policy. Nothing is locked until the flip."""
     cgroup, folder, _ = target
     privileges.lift_memory_lock_limit()
-    needed = abi.needed_hooks(policy.strict)
+    needed = abi.needed_hooks(policy)
     try:
         pins = folder.begin()
         with MapStore.create(pins) as maps:
@@ -86,7 +92,7 @@ def change_running(target: Target, policy: Policy, *, keep_version: bool) -> Cha
     with maps:
         if not maps.are_current():
             return _replace_maps(target, policy)
-        needed = abi.needed_hooks(policy.strict)
+        needed = abi.needed_hooks(policy)
         done = _renew_hooks(target, maps, needed, keep_version)
         snapshot = snapshot_in_force(maps)
         if snapshot is not None and policy_of(snapshot) == (policy, []):
@@ -111,7 +117,7 @@ def _renew_hooks(target: Target, maps: MapStore, needed: tuple[str, ...], keep_v
     done = _detach_unpinned(cgroup, folder)
     if not missing:
         return [*done, f"put version {target.version} of the programs in place"]
-    if missing.isdisjoint(abi.needed_hooks(_needs_egress(maps))):
+    if missing.isdisjoint(_needed_before(maps)):
         return [*done, f"attached {', '.join(sorted(missing))}, too"]
     return [*done, "repaired the hooks"]
 
@@ -130,7 +136,7 @@ def _replace_maps(target: Target, policy: Policy) -> Change:
     """New maps are filled before any hook uses them. Then hook after hook moves over to them."""
     cgroup, folder, _ = target
     privileges.lift_memory_lock_limit()
-    needed = abi.needed_hooks(policy.strict)
+    needed = abi.needed_hooks(policy)
     found = _inspect(cgroup, folder.path, needed)
     try:
         kept = _keep(folder.path)
@@ -250,10 +256,10 @@ def _put_first(target: Target) -> Change:
     return other_programs.put_first(target.cgroup, target.folder.path)
 
 
-def _needs_egress(maps: MapReader) -> bool:
-    """True when the policy in force is strict. Also when it can't be read: it may have been."""
+def _needed_before(maps: MapReader) -> tuple[str, ...]:
+    """The hooks that the policy in force needs. All when it can't be read."""
     policy, _ = policy_of(snapshot_in_force(maps))
-    return policy is None or policy.strict
+    return tuple(abi.HOOKS) if policy is None else abi.needed_hooks(policy)
 
 
 def _detach_unpinned(cgroup: Cgroup, folder: Folder) -> list[str]:

@@ -17,8 +17,9 @@ except ImportError:  # a Python that has all of its hashes from OpenSSL
 
 Items = tuple[tuple[bytes, bytes], ...]
 
-ListKey = tuple[Identities, Identities, Verdict]
-"""The allow list, the deny list and the default of a lock. Locks with the same lists share one."""
+ListKey = tuple[Identities, Identities, Verdict, tuple[int, ...]]
+"""The allow list, the deny list, the default and the filters of a lock, these by their place in the policy. Locks with
+the same lists share one."""
 
 
 class Image(NamedTuple):

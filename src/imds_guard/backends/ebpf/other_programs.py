@@ -72,9 +72,9 @@ def _named(identity: int, name: str) -> str:
 def find(cgroup: Cgroup, found: Sequence[Hook]) -> list[OtherProgram]:
     """Programs of others at the hooks where ours is attached, by hook; at each in the order in which they run.
 
-    At egress there is none: no program can change a packet's address.
+    At some hooks there is none: at egress no program can change a packet's address.
     """
-    wanted = [hook for hook in found if hook.ours is not None and hook.name != abi.EGRESS]
+    wanted = [hook for hook in found if hook.ours is not None and hook.name not in abi.INDIFFERENT]
     below = _below(cgroup, wanted) if wanted else []
     return [
         program
@@ -173,7 +173,7 @@ def put_first(cgroup: Cgroup, folder: str) -> Change:
             if (
                 hook.ours is not None
                 and not hook.is_first
-                and hook.name != abi.EGRESS
+                and hook.name not in abi.INDIFFERENT
                 and _put_first(hook, cgroup, folder)
             ):
                 done.append(hook.name)

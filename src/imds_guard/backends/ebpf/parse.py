@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.image import Image, ListKey, Settings
+from imds_guard.backends.ebpf.filter_records import filter_bit, parse_filters
+from imds_guard.backends.ebpf.image import Image, Settings
 from imds_guard.errors import GuardError
 from imds_guard.policy.model import Endpoint, Identities, Lock, Network, Policy, Verdict, make_policy
 from imds_guard.policy.ports import NO_PORTS, Ports
@@ -16,9 +17,10 @@ from imds_guard.policy.ports import NO_PORTS, Ports
 
 def parse(image: Image, settings: Settings) -> Policy:
     """The policy that the hooks enforce with these records. Raises GuardError when records contradict each other."""
-    lists = _parse_lists(image)
+    members = _parse_members(image)
+    lists = _parse_lists(image, members)
     endpoints = _parse_endpoints(image)
-    locks = []
+    locks, list_of_lock = [], {}
     for key, value in image.items[Map.LOCKS]:
         number = abi.SMALL_KEY.unpack(key)[1]
         list_number, _, name = abi.LOCK.unpack(value)
@@ -26,20 +28,36 @@ def parse(image: Image, settings: Settings) -> Policy:
             raise GuardError(f"reading the policy back from the eBPF maps: lock {number} has no list or no endpoint")
         allow, deny, default = lists[list_number]
         text = name.rstrip(b"\0").decode(errors="replace")
+        list_of_lock[text] = list_number
         locks.append(Lock(text, tuple(endpoints[number]), allow, deny, default))
-    return make_policy(locks, settings.mode, settings.containers, settings.strict)
+    filters = [
+        one._replace(who=_identities(members.get(list_of_lock.get(one.locks[0], -1), {}), filter_bit(index)))
+        for index, one in enumerate(parse_filters(image))
+    ]
+    accounts = {uid for of_list in members.values() for uid in of_list.get((abi.USER, abi.FILTER_ACCOUNT), ())}
+    account = min(accounts, default=None)
+    return make_policy(locks, settings.mode, settings.containers, settings.strict, filters, account)
 
 
-def _parse_lists(image: Image) -> dict[int, ListKey]:
+_Members = Mapping[int, Mapping[tuple[int, int], list[int]]]
+"""Number of a list -> (kind, verdict bit) -> IDs."""
+
+
+def _parse_members(image: Image) -> _Members:
     members: dict[int, dict[tuple[int, int], list[int]]] = {}
+    bits = [abi.ALLOW, abi.DENY, abi.FILTER_ACCOUNT, *map(filter_bit, range(abi.FILTERS))]
     for key, value in image.items[Map.MEMBERS]:
         _, kind, number, identity = abi.MEMBER.unpack(key)
         verdict = abi.MEMBER_VALUE.unpack(value)[0]
         of_list = members.setdefault(number, {})
-        for bit in (abi.ALLOW, abi.DENY):
+        for bit in bits if verdict > abi.ALLOW | abi.DENY else bits[:2]:
             if verdict & bit:
                 of_list.setdefault((kind, bit), []).append(identity)
-    lists: dict[int, ListKey] = {}
+    return members
+
+
+def _parse_lists(image: Image, members: _Members) -> dict[int, tuple[Identities, Identities, Verdict]]:
+    lists: dict[int, tuple[Identities, Identities, Verdict]] = {}
     for key, value in image.items[Map.LISTS]:
         number = abi.list_number(image.generation, key)
         flags = abi.LIST.unpack(value)[0]
@@ -63,7 +81,7 @@ def _parse_endpoints(image: Image) -> dict[int, list[Endpoint]]:
         bits, _, packed = abi.ENDPOINT_KEY.unpack(key)
         network = _network(packed, bits - abi.ENDPOINT_KEY_FIXED_BITS)
         ports: dict[tuple[int, int], Ports] = {}
-        for low, high, lock, _, protocols, flags in abi.endpoint_ranges(value):
+        for low, high, lock, _, protocols, flags, _ in abi.endpoint_ranges(value):
             for protocol in (abi.TCP, abi.UDP):
                 if protocols & protocol and not flags & abi.INHERITED:
                     ports[lock, protocol] = (*ports.get((lock, protocol), NO_PORTS), (low, high))

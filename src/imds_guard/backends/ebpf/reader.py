@@ -13,6 +13,8 @@ from typing import NamedTuple, TypeVar
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_numbers import Numbered
+from imds_guard.backends.ebpf.filter_records import FILTER_MAPS, parse_numbered
 from imds_guard.backends.ebpf.image import Image, Items, Settings, Stamp, parse_settings, stamp_of
 from imds_guard.backends.ebpf.pins import map_pin
 from imds_guard.errors import GuardError
@@ -25,7 +27,7 @@ PROTOCOLS = {abi.TCP: Protocol.TCP, abi.UDP: Protocol.UDP}
 READ_BY_WATCH = (Map.CONFIG, Map.SETTINGS, Map.MEMBERS, Map.LOCKS, Map.COUNTERS, Map.REPORT)
 """The maps that watch, report and metrics read, the ring buffer aside."""
 
-_POLICY_MAPS = (Map.ENDPOINTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS)
+_POLICY_MAPS = (Map.ENDPOINTS, Map.MEMBERS, Map.GROUPS, Map.LOCKS, *FILTER_MAPS)
 """Hashes and tries that hold a policy. Their keys have the generation."""
 
 
@@ -152,6 +154,14 @@ class MapReader:
         settings, digest = parse_settings(self._settings(generation)) or (None, None)
         return Snapshot(Image(generation, items), settings, digest)
 
+    def numbered(self, generation: int) -> Numbered:
+        """The filters of a generation with their numbers; none where their records can't be read."""
+        image = Image(generation, {number: self._items(number, generation) for number in FILTER_MAPS})
+        try:
+            return parse_numbered(image)
+        except GuardError:
+            return Numbered()
+
     def lock_names(self, generation: int) -> dict[int, str]:
         """Number of a lock -> its name."""
         return {
@@ -233,12 +243,14 @@ def all_pinned(pins: str) -> bool:
     return names >= {number.pin_name for number in Map}
 
 
+_SINCE_ABI_3 = (Map.SHARES, Map.EARLIER, Map.FILTERS, Map.TARGETS, Map.FILTER_TEXTS, Map.FILTER_MARKS)
+
+
 def of_abi_2(pins: str) -> bool:
     """True when a folder has every pin but those of the maps that ABI 3 brought: a guard of 0.1.0."""
     names = set(os.listdir(pins))
-    return not names & {Map.SHARES.pin_name, Map.EARLIER.pin_name} and names >= {
-        number.pin_name for number in Map if number not in (Map.SHARES, Map.EARLIER)
-    }
+    later = {number.pin_name for number in _SINCE_ABI_3}
+    return not names & later and names >= {number.pin_name for number in Map} - later
 
 
 # --- fields of records ------------------------------------------------------------------------------------------------

@@ -9,10 +9,14 @@ from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_numbers import Numbers, assigned
+from imds_guard.backends.ebpf.filter_records import filter_items
 from imds_guard.backends.ebpf.image import Image, ListKey
+from imds_guard.backends.ebpf.render_lists import groups_of, list_items, list_key, number_lists, users_of
 from imds_guard.errors import Unsupported
-from imds_guard.policy.model import Lock, Network, Policy, Verdict
-from imds_guard.policy.ports import minus_ports, normal_ports
+from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
+from imds_guard.policy.model import Address, Endpoint, Network, Policy
+from imds_guard.policy.ports import has_port, minus_ports, normal_ports
 
 
 class Range(NamedTuple):
@@ -23,21 +27,27 @@ class Range(NamedTuple):
     lock: int
     inherited: bool
     protocols: int
+    target: int = 0
+    """The number of the target that this one TCP port is."""
 
 
 def require_fits(policy: Policy) -> None:
     """Raises Unsupported when the maps are too small for the policy."""
-    if policy.filters:
-        raise Unsupported("the program in the kernel does not know filters yet")
-    _check_sizes(policy, _number_lists(policy), _endpoint_entries(policy))
+    numbers = assigned(policy)
+    _check_sizes(policy, number_lists(policy), _endpoint_entries(policy, numbers))
+    filter_items(policy, abi.GENERATIONS[0], numbers)
 
 
-def render(policy: Policy, generation: int) -> Image:
-    """The records that make the hooks enforce ``policy``. Raises Unsupported when they would not fit."""
-    lists = _number_lists(policy)
-    endpoints = _endpoint_entries(policy)
+def render(policy: Policy, generation: int, numbers: Numbers | None = None) -> Image:
+    """The records that make the hooks enforce ``policy``. Raises Unsupported when they would not fit.
+
+    ``numbers`` are those of its targets and filters; without them they are numbered from 1.
+    """
+    numbers = assigned(policy) if numbers is None else numbers
+    lists = number_lists(policy)
+    endpoints = _endpoint_entries(policy, numbers)
     _check_sizes(policy, lists, endpoints)
-    list_of_lock = [lists[_list_key(lock)] for lock in policy.locks]
+    list_of_lock = [lists[list_key(policy, lock)] for lock in policy.locks]
     names = [lock.name.encode() for lock in policy.locks]
     return Image(
         generation,
@@ -47,31 +57,18 @@ def render(policy: Policy, generation: int) -> Image:
                 (_endpoint_key(generation, network), _endpoint_value(ranges, list_of_lock))
                 for network, ranges in endpoints.items()
             ),
-            Map.LISTS: tuple((abi.list_key(generation, number), _list_record(key)) for key, number in lists.items()),
-            Map.MEMBERS: tuple(item for key, number in lists.items() for item in _members(generation, number, key)),
-            Map.GROUPS: tuple(item for key, number in lists.items() for item in _groups(generation, number, key)),
+            **list_items(policy, generation, lists),
             Map.LOCKS: tuple(
                 (abi.SMALL_KEY.pack(generation, number), abi.LOCK.pack(list_of_lock[number], 0, name))
                 for number, name in enumerate(names)
             ),
+            **filter_items(policy, generation, numbers),
         },
     )
 
 
-def _list_key(lock: Lock) -> ListKey:
-    return lock.allow, lock.deny, lock.default
-
-
-def _number_lists(policy: Policy) -> dict[ListKey, int]:
-    """A number for each different pair of lists: locks with the same lists share them."""
-    numbers: dict[ListKey, int] = {}
-    for lock in policy.locks:
-        numbers.setdefault(_list_key(lock), len(numbers))
-    return numbers
-
-
 def _check_sizes(policy: Policy, lists: Mapping[ListKey, int], endpoints: Mapping[Network, list[Range]]) -> None:
-    members = sum(len(a.users | d.users) + len(a.groups | d.groups) for a, d, _ in lists)
+    members = sum(len(users_of(policy, key)) + len(groups_of(policy, key)) for key in lists)
     for what, count, maximum in (
         ("locks", len(policy.locks), abi.LOCKS // 2),
         ("different allowlists", len(lists), abi.LISTS),
@@ -95,9 +92,9 @@ _MAPPED_SPACE = ipaddress.IPv4Network("0.0.0.0/0")
 _MAPPED_MIDDLE = ipaddress.IPv6Address("::ffff:0:0")
 
 
-def _endpoint_entries(policy: Policy) -> dict[Network, list[Range]]:
+def _endpoint_entries(policy: Policy, numbers: Numbers) -> dict[Network, list[Range]]:
     """The ranges of each prefix, inherited ones included, and entries that no endpoint of the policy has."""
-    own = _own_ranges(policy)
+    own = _own_ranges(policy, numbers)
     entries = _inherit(own)
     if _MAPPED_SPACE not in entries and any(n.version == 6 and _MAPPED_MIDDLE in n for n in entries):
         entries[_MAPPED_SPACE] = []  # ::/0 must not lock IPv4, which is ::ffff:0:0/96 of the same trie
@@ -107,14 +104,30 @@ def _endpoint_entries(policy: Policy) -> dict[Network, list[Range]]:
     return entries
 
 
-def _own_ranges(policy: Policy) -> dict[Network, list[Range]]:
+def _own_ranges(policy: Policy, numbers: Numbers) -> dict[Network, list[Range]]:
+    served: dict[Address, dict[int, int]] = {}
+    for target, number in numbers.targets.items():
+        served.setdefault(target.address, {})[target.port] = number
     own: dict[Network, list[Range]] = {}
     for number, lock in enumerate(policy.locks):
         for endpoint in lock.endpoints:
-            ranges = [Range(low, high, number, False, abi.TCP) for low, high in endpoint.tcp]
+            ranges = _tcp_ranges(endpoint, number, served)
             ranges += [Range(low, high, number, False, abi.UDP) for low, high in endpoint.udp]
             own.setdefault(endpoint.network, []).extend(ranges)
+    if policy.filters:
+        listeners = Range(FILTER_PORT, FILTER_PORT, _FILTER_LOCK, True, abi.TCP)
+        own.setdefault(FILTER_NETWORK, []).append(listeners)
     return own
+
+
+def _tcp_ranges(endpoint: Endpoint, lock: int, served: Mapping[Address, Mapping[int, int]]) -> list[Range]:
+    """The TCP ports of an endpoint. A target of filters is a range of its own."""
+    network = endpoint.network
+    numbers = served.get(network.network_address, {}) if network.prefixlen == network.max_prefixlen else {}
+    targets = {port: number for port, number in numbers.items() if has_port(endpoint.tcp, port)}
+    rest = minus_ports(endpoint.tcp, normal_ports((port, port) for port in targets))
+    ranges = [Range(low, high, lock, False, abi.TCP) for low, high in rest]
+    return ranges + [Range(port, port, lock, False, abi.TCP, number) for port, number in sorted(targets.items())]
 
 
 def _inherit(own: Mapping[Network, list[Range]]) -> dict[Network, list[Range]]:
@@ -154,14 +167,15 @@ def _inherited(ranges: Iterable[Range], own: Iterable[Range]) -> list[Range]:
 
 def _merge_protocols(ranges: Iterable[Range]) -> list[Range]:
     """One range in place of a TCP and a UDP range that are otherwise the same."""
-    protocols: dict[tuple[int, int, int, bool], int] = {}
+    protocols: dict[tuple[int, int, int, bool, int], int] = {}
     for one in ranges:
-        key = (one.low, one.high, one.lock, one.inherited)
+        key = (one.low, one.high, one.lock, one.inherited, one.target)
         protocols[key] = protocols.get(key, 0) | one.protocols
-    return [Range(*key, bits) for key, bits in sorted(protocols.items())]
+    return [Range(*key[:4], bits, key[4]) for key, bits in sorted(protocols.items())]
 
 
-_NO_LOCK = -1
+_NO_LOCK, _FILTER_LOCK = -1, -2
+_LISTS_WITHOUT_LOCK = {_NO_LOCK: abi.NO_LIST, _FILTER_LOCK: abi.FILTER_LIST}
 
 
 def _locked_anywhere(own: Mapping[Network, list[Range]]) -> list[Range]:
@@ -183,14 +197,16 @@ def _endpoint_key(generation: int, network: Network) -> bytes:
 
 
 def _endpoint_value(ranges: list[Range], list_of_lock: list[int]) -> bytes:
-    return abi.endpoint_value(
-        [
-            abi.RANGE.pack(r.low, r.high, abi.NO_LOCK, abi.NO_LIST, r.protocols, abi.INHERITED)
-            if r.lock == _NO_LOCK
-            else abi.RANGE.pack(r.low, r.high, r.lock, list_of_lock[r.lock], r.protocols, abi.INHERITED * r.inherited)
-            for r in ranges
-        ]
-    )
+    def packed(one: Range) -> bytes:
+        lock, number = one.lock, _LISTS_WITHOUT_LOCK.get(one.lock)
+        if number is None:
+            number = list_of_lock[lock]
+        else:
+            lock = abi.NO_LOCK
+        inherited = abi.INHERITED * one.inherited
+        return abi.RANGE.pack(one.low, one.high, lock, number, one.protocols, inherited, one.target)
+
+    return abi.endpoint_value([packed(one) for one in ranges])
 
 
 def _address_bitmap(entries: Mapping[Network, list[Range]]) -> bytes:
@@ -206,38 +222,3 @@ def _address_bitmap(entries: Mapping[Network, list[Range]]) -> bytes:
         for bit in range(first, first + (1 << max(0, 16 - network.prefixlen))):
             abi.set_bit(bitmap, base, bit)
     return bytes(bitmap)
-
-
-# --- lists ------------------------------------------------------------------------------------------------------------
-
-
-def _list_record(key: ListKey) -> bytes:
-    allow, deny, default = key
-    flags = abi.LIST_VALID | abi.LIST_DEFAULT_ALLOW * (default is Verdict.ALLOW)
-    flags |= abi.LIST_GROUPS * bool(allow.groups or deny.groups) | abi.LIST_DENY_GROUPS * bool(deny.groups)
-    flags |= abi.LIST_USERS * bool(allow.users or deny.users)
-    flags |= abi.LIST_SMALL * (len(allow.groups | deny.groups) <= abi.MAX_SEARCHED_GROUPS)
-    bitmap = [0] * abi.GID_BITMAP_WORDS
-    for gid in allow.groups | deny.groups:
-        bitmap[gid >> 5 & abi.GID_BITMAP_WORDS - 1] |= 1 << (gid & 31)
-    return abi.LIST.pack(flags, 0, *bitmap)
-
-
-def _members(generation: int, number: int, key: ListKey) -> list[tuple[bytes, bytes]]:
-    allow, deny, _ = key
-    items = []
-    for kind, allowed, denied in ((abi.USER, allow.users, deny.users), (abi.GROUP, allow.groups, deny.groups)):
-        for identity in allowed | denied:
-            verdict = abi.ALLOW * (identity in allowed) | abi.DENY * (identity in denied)
-            items.append((abi.MEMBER.pack(generation, kind, number, identity), abi.MEMBER_VALUE.pack(verdict)))
-    return items
-
-
-def _groups(generation: int, number: int, key: ListKey) -> list[tuple[bytes, bytes]]:
-    """The listed groups in order, denied ones first. Only for lists that are short enough to be searched."""
-    allow, deny, _ = key
-    ordered = sorted(deny.groups) + sorted(allow.groups - deny.groups)
-    if not ordered or len(ordered) > abi.MAX_SEARCHED_GROUPS:
-        return []
-    padded = ordered + [0] * (abi.MAX_SEARCHED_GROUPS - len(ordered))
-    return [(abi.SMALL_KEY.pack(generation, number), abi.GROUPS.pack(len(deny.groups), len(ordered), *padded))]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi, hooks, other_programs
+from imds_guard.backends.ebpf.filter_records import parse_numbers
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.other_programs import OtherProgram
 from imds_guard.backends.ebpf.parse import parse
@@ -101,7 +102,7 @@ def _with_maps(cgroup: Cgroup, pins: str, found: tuple[Hook, ...], maps: MapRead
         return None
     counters = maps.counters()
     policy, faults_of_maps = policy_of(snapshot)
-    needed = abi.needed_hooks(policy is not None and policy.strict)
+    needed = abi.needed_hooks(policy)
     faults = (*_faults_of_hooks(found, maps.ids(), needed), *faults_of_maps) if generation else ()
     others = other_programs.find(cgroup, found) if generation else []
     return State(
@@ -143,7 +144,8 @@ def policy_of(snapshot: Snapshot | None) -> tuple[Policy | None, list[str]]:
 
 def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
     """False for records that render() would not write, even when someone computed a matching digest for them."""
-    return render(policy, snapshot.image.generation).digest() == snapshot.image.digest()
+    numbers = parse_numbers(snapshot.image, policy.filters)
+    return render(policy, snapshot.image.generation, numbers).digest() == snapshot.image.digest()
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_numbers import Numbers, assigned
 from imds_guard.backends.ebpf.image import settings_of
 from imds_guard.backends.ebpf.pins import map_pin
 from imds_guard.backends.ebpf.reader import MapReader
@@ -60,7 +61,7 @@ class MapStore(MapReader):
         try:
             serial = serial or self._last_serial() + 1
             self.empty(new)
-            self.fill(policy, new, serial)
+            self.fill(policy, new, serial, assigned(policy, self.numbered(old)) if policy.filters else None)
         except (OSError, GuardError) as error:
             with suppress(OSError):  # what is left there is not in force, and the next change empties it first
                 self.empty(new)
@@ -95,9 +96,9 @@ class MapStore(MapReader):
         bpf.map_update(self._fds[Map.SETTINGS], abi.ARRAY_KEY.pack(_RESERVED), record[:size].ljust(size, b"\0"))
         return serial
 
-    def fill(self, policy: Policy, generation: int, serial: int) -> None:
+    def fill(self, policy: Policy, generation: int, serial: int, numbers: Numbers | None = None) -> None:
         """Writes a generation. Its settings are written last: without them the generation denies."""
-        image = render(policy, generation)
+        image = render(policy, generation, numbers)
         for number, items in image.items.items():
             if items:
                 bpf.map_update_all(self._fds[number], items)

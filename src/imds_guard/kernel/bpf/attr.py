@@ -72,6 +72,8 @@ class AttachType(enum.IntEnum):
     CGROUP_INET6_CONNECT = 11
     CGROUP_UDP4_SENDMSG = 14
     CGROUP_UDP6_SENDMSG = 15
+    CGROUP_INET4_GETPEERNAME = 29
+    CGROUP_INET6_GETPEERNAME = 30
 
 
 class LinkType(enum.IntEnum):
