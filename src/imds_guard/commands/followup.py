@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from imds_guard.backends.ebpf.filter_listeners import listeners_under
 from imds_guard.commands import preflight
 from imds_guard.connections.cut import SWEEP_S, Sweep
 from imds_guard.connections.find import Scope
@@ -66,4 +67,5 @@ def _sweep(outcome: Outcome, pending: Pending) -> Sweep:
     """iptables judges one network namespace, eBPF all of them."""
     scope = Scope(pending.cgroup, every_namespace=outcome.backend == "ebpf")
     why = WhyOpen.AUDIT if outcome.policy.mode is Mode.AUDIT else WhyOpen.KEPT if pending.keep else None
-    return Sweep(scope, why, pending.turn.is_last, cut=why is None)
+    listeners = listeners_under(outcome.policy, pending.cgroup) if outcome.backend == "ebpf" else []
+    return Sweep(scope, why, pending.turn.is_last, cut=why is None, listeners=listeners)

@@ -177,10 +177,12 @@ def check(policy: Policy | None, options: GuardOptions) -> CheckResult:
 
 
 def _existing(policy: Policy, options: GuardOptions) -> CutResult:
+    from imds_guard.backends.ebpf.filter_listeners import listeners_under  # noqa: PLC0415
     from imds_guard.connections.cut import find_denied  # noqa: PLC0415
     from imds_guard.connections.find import Scope  # noqa: PLC0415
 
-    return find_denied(policy, Scope(options.cgroup, every_namespace=options.backend != "iptables"))
+    scope = Scope(options.cgroup, every_namespace=options.backend != "iptables")
+    return find_denied(policy, scope, listeners_under(policy, options.cgroup))
 
 
 class Explanation(NamedTuple):

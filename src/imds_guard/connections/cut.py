@@ -17,12 +17,12 @@ import errno
 import os
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Callable, TypeVar
 
 from imds_guard.connections import find
 from imds_guard.connections.find import Scope, find_sockets, hidden_processes
-from imds_guard.connections.judge import Denied, judge
+from imds_guard.connections.judge import Denied, Rules, judge
 from imds_guard.connections.values import Connection, CutResult, SweepEnd, WhyOpen
 from imds_guard.errors import system_text
 from imds_guard.kernel import socket_holders
@@ -30,6 +30,7 @@ from imds_guard.kernel.abandonable import Limits
 from imds_guard.kernel.namespaces import Namespace
 from imds_guard.kernel.sock_destroy import Ended, Ending, Target, end_each
 from imds_guard.kernel.socket_holders import Holders, holders_of
+from imds_guard.policy.filter_address import Listener
 from imds_guard.policy.model import Mode, Policy
 
 T = TypeVar("T")
@@ -42,16 +43,18 @@ MAX_SEARCHES = 5
 """When this many searches in a row find connections, new ones are opened all the time."""
 
 
-def find_denied(policy: Policy, scope: Scope) -> CutResult:
-    """The connections that ``policy`` would not allow. None is cut."""
-    sweep = Sweep(scope, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else None, cut=False)
+def find_denied(policy: Policy, scope: Scope, listeners: Iterable[Listener] = ()) -> CutResult:
+    """The connections that ``policy`` would not allow. None is cut. ``listeners`` are those of its filters."""
+    sweep = Sweep(scope, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else None, cut=False, listeners=listeners)
     sweep.look(policy)
     return sweep.result()
 
 
-def cut_denied(policy: Policy, scope: Scope, keep: WhyOpen | None = None) -> CutResult:
+def cut_denied(
+    policy: Policy, scope: Scope, keep: WhyOpen | None = None, listeners: Iterable[Listener] = ()
+) -> CutResult:
     """Cuts the connections that ``policy`` does not allow; call it when the policy is in force. ``keep`` cuts none."""
-    sweep = Sweep(scope, keep, cut=keep is None)
+    sweep = Sweep(scope, keep, cut=keep is None, listeners=listeners)
     sweep.look(policy)
     return sweep.result()
 
@@ -60,12 +63,19 @@ class Sweep:
     """A search that cuts what it finds. ``is_wanted`` becomes False when another command has changed the policy."""
 
     def __init__(
-        self, scope: Scope, keep: WhyOpen | None, is_wanted: Callable[[], bool] = lambda: True, *, cut: bool = True
+        self,
+        scope: Scope,
+        keep: WhyOpen | None,
+        is_wanted: Callable[[], bool] = lambda: True,
+        *,
+        cut: bool = True,
+        listeners: Iterable[Listener] = (),
     ) -> None:
         self._scope = scope
         self._keep = keep
         self._is_wanted = is_wanted
         self._cut = cut
+        self._listeners = {(one.target_number, one.number): one for one in listeners}
         self._done: dict[bytes, Connection] = {}
         self._open: dict[bytes, Connection] = {}
         self._why: dict[bytes, WhyOpen | None] = {}
@@ -149,10 +159,11 @@ class Sweep:
     def _search(self, policy: Policy) -> list[Denied]:
         """The connections of the scope that the policy denies."""
         self._whole = True
+        rules = Rules(policy, self._listeners)
         found = self._timed(0.6, find.LIMITS, lambda limits: find_sockets(policy, self._scope, limits))
         inodes = frozenset(one.socket.inode for one in found.sockets)
         holders = self._timed(0.6, socket_holders.LIMITS, lambda limits: holders_of(inodes, limits))
-        denied = self._timed(0.6, _JUDGING, lambda limits: judge(policy, found.sockets, holders, limits))
+        denied = self._timed(0.6, _JUDGING, lambda limits: judge(rules, found.sockets, holders, limits))
         if self._searched is None:
             self._searched = tuple(found.searched)
         if not self._is_extra:

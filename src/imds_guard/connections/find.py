@@ -16,7 +16,8 @@ from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
 from imds_guard.kernel.namespaces import Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket, open_sock_diag
 from imds_guard.policy.decide import Destination
-from imds_guard.policy.model import Address, Policy, Protocol, unmapped
+from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
+from imds_guard.policy.model import Address, Endpoint, Policy, Protocol, unmapped
 from imds_guard.policy.ports import NO_PORTS, Ports, has_port
 from imds_guard.text import count_of, some_of
 
@@ -115,7 +116,7 @@ class _Answer(NamedTuple):
 
 
 def find_sockets(policy: Policy, scope: Scope, limits: Limits = LIMITS) -> FoundSockets:
-    """Every socket of the scope that is connected to an address and port that some lock covers.
+    """Every socket of the scope that is connected to an address and port that some lock covers, or to a filter.
 
     Sockets without a file are left out: nobody can use them. A child searches, since others can make it hang.
     """
@@ -234,9 +235,10 @@ def _cgroup_ids(path: str | None) -> frozenset[int] | None:
 
 
 def _locked_endpoints(policy: Policy, protocol: Protocol) -> sock_diag.Wanted:
-    """A quick test that is true for every address and port that some lock covers."""
+    """A quick test that is true for every address and port that some lock covers, or where filters listen."""
     networks: dict[tuple[int, int], dict[int, Ports]] = {}
-    for endpoint in (one for lock in policy.locks for one in lock.endpoints):
+    filters = [Endpoint(FILTER_NETWORK, ((FILTER_PORT, FILTER_PORT),))] if policy.filters else []
+    for endpoint in (*filters, *(one for lock in policy.locks for one in lock.endpoints)):
         network = endpoint.network
         host_bits = network.max_prefixlen - network.prefixlen
         known = networks.setdefault((network.max_prefixlen // 8, host_bits), {})

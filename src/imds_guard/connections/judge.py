@@ -8,13 +8,17 @@ The user who made the socket is judged, too, unless a holder runs as that user: 
 sees, in the queue of a Unix socket or in an io_uring, and show a set-user-ID program as the only holder. Root as maker
 does not count beside a holder: services connect before they drop their privileges.
 
+A connection to the listener of a filter is judged by where it was redirected from. It stays where the caller is sent to
+the same filter still, with the same rules: these have the same number. A connection to an endpoint is denied where the
+caller would be redirected now.
+
 A socket that root made and that no process holds is no process's to use: the kernel has such sockets for iSCSI and NFS.
 It is named and never cut, since a machine may have its disk behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from imds_guard.connections.find import FoundSocket, address_of
@@ -25,7 +29,8 @@ from imds_guard.kernel.abandonable import Limits, Worker
 from imds_guard.kernel.namespaces import namespace_inode
 from imds_guard.kernel.socket_holders import Holders
 from imds_guard.kernel.untrusted import name_of
-from imds_guard.policy.decide import Caller, Destination, decide
+from imds_guard.policy.decide import Caller, Decision, Destination, decide
+from imds_guard.policy.filter_address import Listener, is_filter_address, numbers_in
 from imds_guard.policy.model import MAX_ID, Policy
 
 _NO_GROUP = MAX_ID + 1
@@ -38,12 +43,20 @@ class Denied(NamedTuple):
     connection: Connection
 
 
-def judge(policy: Policy, sockets: Sequence[FoundSocket], holders: Holders, limits: Limits) -> list[Denied]:
-    """The sockets that ``policy`` denies, with the reasons."""
+class Rules(NamedTuple):
+    """A policy, and what listens for its filters."""
+
+    policy: Policy
+    listeners: Mapping[tuple[int, int], Listener]
+    """T and F of its address -> the listener."""
+
+
+def judge(rules: Rules, sockets: Sequence[FoundSocket], holders: Holders, limits: Limits) -> list[Denied]:
+    """The sockets that the policy denies, with the reasons."""
     known = _Known(callers_of_pids({pid for pids in holders.pids.values() for pid in pids}, limits))
     with Worker(_of_user) as worker:
         known.ask(worker, [(one.socket.uid, False) for one in sockets], limits)
-        found = [(one, _denied(policy, one, holders, known)) for one in sockets]
+        found = [(one, _denied(rules, one, holders, known)) for one in sockets]
         denied = [(one, verdict) for one, verdict in found if verdict is not None]
         shown = [caller.fsuid for _, verdict in denied for caller in verdict.holders.values()]
         known.ask(worker, [(uid, True) for uid in (*shown, *(one.socket.uid for one, _ in denied))], limits)
@@ -116,23 +129,34 @@ class _Verdict(NamedTuple):
     keep: bool
 
 
-def _denied(policy: Policy, one: FoundSocket, holders: Holders, known: _Known) -> _Verdict | None:
+def _denied(rules: Rules, one: FoundSocket, holders: Holders, known: _Known) -> _Verdict | None:
     """None where everybody who could use the socket is allowed."""
     pids = holders.pids.get(one.socket.inode, ())
     callers = {pid: known.callers[pid] for pid in pids if pid in known.callers}
     is_shown = any(caller.fsuid == one.socket.uid for caller in callers.values()) or (callers and not one.socket.uid)
     makers = [] if is_shown else [known.maker(one, callers.values())]
     for caller in (*callers.values(), *makers):
-        why = _reason(policy, caller, one.destination)
+        why = _reason(rules, caller, one.destination)
         if why:
             return _Verdict(callers, why, not pids and one.socket.uid == 0 and known.is_on_host(one))
     return None
 
 
-def _reason(policy: Policy, caller: Caller, destination: Destination) -> str:
+def _reason(rules: Rules, caller: Caller, destination: Destination) -> str:
     """Why the policy denies it, also in audit mode. "" where it is allowed."""
-    decision = decide(policy, caller, destination)
-    return "" if decision.reason.permits else f"{decision.reason.label} in lock {decision.lock!r}"
+    if not rules.policy.filters or not is_filter_address(*destination):
+        decision = decide(rules.policy, caller, destination)
+        return "" if decision.reason.permits and decision.filter is None else _text(decision)
+    listener = rules.listeners.get(numbers_in(destination.address))
+    if listener is None:
+        return "its filter has other rules now"
+    decision = decide(rules.policy, caller, Destination(*listener.target))
+    return "" if decision.reason.permits and decision.filter in (None, listener.filter) else _text(decision)
+
+
+def _text(decision: Decision) -> str:
+    where = f"{decision.reason.label} in lock {decision.lock!r}"
+    return where if decision.filter is None else f"{where}, by filter {decision.filter!r}"
 
 
 def _described(one: FoundSocket, verdict: _Verdict, known: _Known) -> Connection:

@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filters on the running kernel: listeners and their marks, from one policy to the next, and connections to them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from imds_guard.backends.ebpf import EbpfBackend, abi
+from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.filter_listeners import ListenerMarks, listeners_under, wanted_listeners
+from imds_guard.backends.ebpf.pins import PinLocation, map_pin
+from imds_guard.connections.cut import cut_denied
+from imds_guard.connections.find import Scope
+from imds_guard.kernel.credentials import become
+from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.policy.decide import Reason
+from imds_guard.policy.filter_address import FILTER_PORT, Listener
+from imds_guard.policy.filters import Filter, FilterRules
+from imds_guard.policy.model import Identities, Mode, Policy, make_policy
+from tests.conformance import witness
+from tests.kernel import guards
+from tests.kernel.clients import NEEDS_THE_HOST, Client, Stage, opening
+from tests.kernel.guards import IPV4, IPV6, NEW, OLD, PORT, STRANGER
+
+pytestmark = NEEDS_THE_HOST
+
+GROUP = 62_001
+RULES, OTHER_RULES = FilterRules(allow=("GET /**",)), FilterRules(allow=("GET /latest/**",))
+
+
+def filtering(
+    *users: int, rules: FilterRules = RULES, name: str = "region", allowed: Sequence[int] = (OLD,), strict: bool = False
+) -> Policy:
+    """The policy that lets OLD through, and sends these users to a filter."""
+    (lock,) = guards.policy(*allowed).locks
+    named = Filter(name, (lock.name,), Identities(frozenset(users)), rules=rules)
+    return make_policy([lock], strict=strict, filters=[named], filter_uid=61_009)
+
+
+class Scene:
+    """A sandbox with the service, and the guard of its cgroup."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox, self.backend = sandbox, EbpfBackend(sandbox.cgroup, guards.FAST)
+        self.location = PinLocation.of(sandbox.cgroup)
+
+    def listeners(self) -> tuple[Listener, ...]:
+        """What has to listen now."""
+        found = wanted_listeners(self.location)
+        return () if found is None else found.listeners
+
+    def serve(self) -> int:
+        """Starts what listens for the policy in force."""
+        wanted = self.listeners()
+
+        def listen() -> list[socket.socket]:
+            with ListenerMarks(self.location) as marks:
+                return witness.listen_as_filters(wanted, marks.mark)
+
+        return self.sandbox.serve_with(listen, witness.greet_forever)
+
+    def reached(self, user: int, to: str = IPV4, port: int = PORT) -> str:
+        """``endpoint``, the address of a filter's listener, or the name of an errno."""
+
+        def connect() -> str:
+            become((user,) * 3, (GROUP,) * 3, ())
+            with socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET) as one:
+                one.settimeout(5)
+                error = one.connect_ex((to, port))
+                return errno.errorcode[error] if error else one.recv(64).decode() or "endpoint"
+
+        return self.sandbox.call(connect)
+
+
+@contextmanager
+def scene() -> Iterator[Scene]:
+    with Sandbox((IPV4, IPV6)) as sandbox:
+        sandbox.serve((IPV4, IPV6), (PORT,))
+        one = Scene(sandbox)
+        try:
+            yield one
+        finally:
+            one.backend.remove()
+
+
+@pytest.fixture
+def here() -> Iterator[Scene]:
+    with scene() as one:
+        yield one
+
+
+def address(here: Scene) -> str:
+    """Of the listener for the IPv4 address."""
+    return str(here.listeners()[0].address)
+
+
+def hooks(here: Scene) -> set[str]:
+    return {hook.name for hook in here.backend.state().hooks}
+
+
+# --- from one policy to the next ------------------------------------------------------------------------------------
+
+
+def test_filters_come_and_go(here: Scene) -> None:
+    """The hooks of getpeername are attached as long as there are filters."""
+    here.backend.apply(guards.policy(OLD))
+    assert hooks(here) == set(abi.needed_hooks(guards.policy(OLD)))
+    here.backend.change(filtering(NEW))
+    assert (here.backend.read(), here.backend.faults()) == (filtering(NEW), [])
+    assert hooks(here) == set(abi.HOOKS) - {abi.EGRESS}
+    assert here.reached(NEW) == "EPERM"
+    here.serve()
+    assert [here.reached(user) for user in (OLD, NEW, STRANGER)] == ["endpoint", address(here), "EPERM"]
+    here.backend.change(guards.policy(OLD))
+    assert hooks(here) == set(abi.needed_hooks(guards.policy(OLD)))
+    assert [here.reached(user) for user in (OLD, NEW)] == ["endpoint", "EPERM"]
+    assert here.listeners() == ()
+
+
+def test_an_unchanged_filter_keeps_its_address_and_a_changed_one_does_not(here: Scene) -> None:
+    """What listens for the old rules is out of reach with the first connect under the new ones."""
+    here.backend.apply(filtering(NEW))
+    before = here.listeners()
+    here.serve()
+    here.backend.change(filtering(NEW, STRANGER))
+    assert here.listeners() == before
+    assert here.reached(STRANGER) == address(here)
+    here.backend.change(filtering(NEW, rules=OTHER_RULES))
+    assert {one.address for one in here.listeners()}.isdisjoint({one.address for one in before})
+    assert here.reached(NEW) == "EPERM"
+    here.serve()
+    assert here.reached(NEW) == address(here)
+
+
+def test_a_dead_filter_is_a_denial_at_once(here: Scene) -> None:
+    here.backend.apply(filtering(NEW))
+    pid = here.serve()
+    assert here.reached(NEW) == address(here)
+    here.sandbox.end(pid)
+    assert here.reached(NEW) == "EPERM"
+
+
+def test_the_marks_outlive_a_replacement_of_maps_and_programs(here: Scene) -> None:
+    """A pin that is missing makes start build the guard anew. Filters serve on."""
+    here.backend.apply(filtering(NEW))
+    here.serve()
+    os.unlink(map_pin(here.location.pins() or "", Map.MEMBERS))
+    done = here.backend.apply(filtering(NEW))
+    assert "replaced maps" in done.done[0]
+    assert here.reached(NEW) == address(here)
+
+
+def test_nobody_connects_to_a_filter_directly(here: Scene) -> None:
+    """Not even whoever the filter names, root, or an allowed user; mapped to IPv6, or by 0.0.0.0."""
+    here.backend.apply(filtering(NEW))
+    here.serve()
+    for user in (0, OLD, NEW, STRANGER):
+        for to in (address(here), f"::ffff:{address(here)}"):
+            assert here.reached(user, to, FILTER_PORT) == "EPERM"
+    assert here.backend.state().counters[Reason.FILTER_ADDRESS] == (8, 0)
+
+
+def test_a_socket_for_ipv6_alone_does_not_reach_the_filter(here: Scene) -> None:
+    """The kernel refuses the address of IPv4 that it is sent to."""
+    here.backend.apply(filtering(NEW))
+    here.serve()
+
+    def connect() -> int:
+        become((NEW,) * 3, (GROUP,) * 3, ())
+        with socket.socket(socket.AF_INET6) as one:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            return one.connect_ex((IPV6, PORT))
+
+    assert here.sandbox.call(connect) == errno.ENETUNREACH
+
+
+def test_a_listener_has_a_mark_of_its_own(here: Scene) -> None:
+    here.backend.apply(filtering(NEW))
+    with ListenerMarks(here.location) as marks, socket.socket() as one, socket.socket() as other:
+        assert marks.mark_of(one.fileno()) is None
+        marks.mark(one.fileno(), 2**64 - 1)
+        marks.mark(other.fileno(), 5)
+        marks.mark(other.fileno(), 6)
+        assert (marks.mark_of(one.fileno()), marks.mark_of(other.fileno())) == (2**64 - 1, 6)
+
+
+def test_what_would_listen_is_known_before_the_change(here: Scene) -> None:
+    here.backend.apply(filtering(NEW))
+    expected = listeners_under(filtering(NEW, rules=OTHER_RULES), here.sandbox.cgroup)
+    here.backend.change(filtering(NEW, rules=OTHER_RULES))
+    assert tuple(expected) == here.listeners()
+    assert tuple(listeners_under(filtering(NEW, rules=OTHER_RULES), here.sandbox.cgroup)) == here.listeners()
+
+
+# --- strict mode ----------------------------------------------------------------------------------------------------
+
+
+def test_a_strict_policy_lets_packets_to_the_filter_through(here: Scene) -> None:
+    """A redirected socket is approved for its filter, before and after a change of policy."""
+    here.backend.apply(filtering(NEW, strict=True))
+    here.serve()
+    assert [here.reached(user) for user in (OLD, NEW, STRANGER)] == ["endpoint", address(here), "EPERM"]
+    assert here.backend.state().counters[Reason.UNAPPROVED_SOCKET] == (0, 0)
+
+
+# --- connections that are older than the policy ---------------------------------------------------------------------
+
+
+def cut(here: Scene, policy: Policy) -> list[str]:
+    """Why connections are cut when the policy comes into force."""
+    here.backend.change(policy)
+    listeners = listeners_under(policy, here.sandbox.cgroup)
+    return [one.why for one in cut_denied(policy, Scope(here.sandbox.cgroup), listeners=listeners).cut]
+
+
+@contextmanager
+def connected(here: Scene, user: int) -> Iterator[Client]:
+    stage = Stage(here.sandbox)
+    try:
+        yield stage.client(opening(IPV4), uid=user, gid=GROUP)
+    finally:
+        stage.close()
+
+
+@contextmanager
+def kept(here: Scene) -> Iterator[None]:
+    """In place of the greeting listener one that keeps its connections open."""
+    wanted = here.listeners()
+
+    def listen() -> list[socket.socket]:
+        with ListenerMarks(here.location) as marks:
+            return witness.listen_as_filters(wanted, marks.mark)
+
+    def keep(sockets: list[socket.socket]) -> None:
+        held = []
+        while True:
+            held.append(sockets[0].accept())
+
+    pid = here.sandbox.serve_with(listen, keep)
+    try:
+        yield
+    finally:
+        here.sandbox.end(pid)
+
+
+def test_a_connection_stays_where_its_filter_is_the_same(here: Scene) -> None:
+    """Whatever else changes. A user that is allowed now keeps it, too."""
+    here.backend.apply(filtering(NEW))
+    with kept(here), connected(here, NEW) as client:
+        assert cut(here, filtering(NEW, STRANGER)) == []
+        assert cut(here, filtering(NEW, allowed=(OLD, STRANGER))) == []
+        assert cut(here, filtering(STRANGER, allowed=(OLD, NEW))) == []
+        assert client.write() == ["sent"]
+
+
+@pytest.mark.parametrize(
+    ("after", "why"),
+    [
+        (filtering(NEW, rules=OTHER_RULES), "its filter has other rules now"),
+        (filtering(NEW, name="another"), "its filter has other rules now"),
+        (filtering(STRANGER), "not-listed in lock 'default'"),
+    ],
+    ids=["rules", "name", "who"],
+)
+def test_a_connection_is_cut_where_its_filter_changed(here: Scene, after: Policy, why: str) -> None:
+    here.backend.apply(filtering(NEW))
+    with kept(here), connected(here, NEW) as client:
+        assert cut(here, after) == [why]
+        assert client.write() == ["ECONNABORTED"]
+
+
+def test_a_direct_connection_of_somebody_who_is_filtered_now_is_cut(here: Scene) -> None:
+    """The filter itself keeps its connections to the endpoint."""
+    here.backend.apply(guards.policy(OLD, NEW, 61_009))
+    with connected(here, NEW) as client, connected(here, 61_009) as account:
+        assert cut(here, filtering(NEW)) == ["filtered in lock 'default', by filter 'region'"]
+        assert (client.write(), account.write()) == (["ECONNABORTED"], ["sent"])
+
+
+def test_audit_mode_redirects_nobody(here: Scene) -> None:
+    here.backend.apply(filtering(NEW)._replace(mode=Mode.AUDIT))
+    here.serve()
+    assert [here.reached(user) for user in (OLD, NEW, STRANGER)] == ["endpoint"] * 3
+    assert here.backend.state().counters[Reason.FILTERED] == (0, 1)
