@@ -78,6 +78,11 @@ def test_without_filters_no_user_runs_them() -> None:
         ((one("a")._replace(everyone=True),), (), "filter 'a' is for everyone, which contradicts"),
         ((one("a", who=Identities(frozenset((2**32,)))),), (), "filter 'a': 4294967296 is not a user or group ID"),
         (
+            (one("a", rules=FilterRules(tuple(f"GET /{n:060}" for n in range(1000)))),),
+            (),
+            "filter 'a': its rules have 66000 bytes, and the maximum is 65536",
+        ),
+        (
             (one("a"),),
             (lock("10.0.0.1", deny=Identities(frozenset((990,)))),),
             "lock 'default' denies user 990, which runs the filters",

@@ -22,7 +22,8 @@ def run_filter(is_reload: bool, cgroup: str | None) -> None:
     from imds_guard.commands import filter_service  # noqa: PLC0415
 
     require_root("filter")
+    where = cgroup or filter_service.configured_cgroup()
     if is_reload:
-        print_warnings(filter_service.reload(cgroup))
+        print_warnings(filter_service.reload(where))
     else:
-        filter_service.serve(cgroup, print_warnings)
+        filter_service.serve(where, print_warnings)

@@ -13,8 +13,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Callable
 
+from imds_guard import CONFIG_PATH
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.commands.filter_places import SERVICE, WantedPlaces, faults, listeners_module, wanted_places
+from imds_guard.config.read import parse_source, read_text
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.filter.client import FilterClient
 from imds_guard.filter.place import Place, listen_at
@@ -54,6 +56,14 @@ def serve(cgroup: str | None, warn: Callable[[list[str]], object]) -> None:
         raise GuardError(failures[0])
     warn(failures)
     run.run(listeners, account)
+
+
+def configured_cgroup(path: str = CONFIG_PATH) -> str | None:
+    """The cgroup that the configuration guards, which the unit of the filter does not name. None: the machine."""
+    try:
+        return parse_source(read_text(path), path).string("cgroup")
+    except GuardError:
+        return None
 
 
 def reload(cgroup: str | None) -> list[str]:

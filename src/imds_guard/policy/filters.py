@@ -23,6 +23,8 @@ MAX_FILTERS = 24
 """A member's verdict word has bits 8 to 31 for filters."""
 MAX_TARGETS = 254
 """The number of a target is the third byte of 127.169.T.F."""
+MAX_RULES_BYTES = 64 * 1024
+"""Of one filter. Each request is compared with all of them."""
 PLAIN_HTTP = 80
 
 
@@ -120,6 +122,7 @@ def check_filters(filters: Sequence[Filter], locks: Sequence[Lock], filter_uid: 
             raise BadPolicy(f"filter {one.name!r} is one too many: there can be {MAX_FILTERS}")
         _check_who(one, filter_uid)
         _check_locks(one, locks)
+        _check_length(one)
         served.update(targets_of(one, locks))
         if len(served) > MAX_TARGETS:
             raise BadPolicy(
@@ -135,6 +138,13 @@ def _check_who(one: Filter, filter_uid: int | None) -> None:
         raise BadPolicy(f"filter {one.name!r} is for everyone, which contradicts its users and groups")
     if filter_uid in one.who.users:
         raise BadPolicy(f"filter {one.name!r} names user {filter_uid}, which runs the filters")
+
+
+def _check_length(one: Filter) -> None:
+    rules = one.rules
+    length = sum(len(text) + 1 for texts in (rules.allow, rules.deny, rules.user_agents) for text in texts)
+    if length > MAX_RULES_BYTES:
+        raise BadPolicy(f"filter {one.name!r}: its rules have {length} bytes, and the maximum is {MAX_RULES_BYTES}")
 
 
 def _check_locks(one: Filter, locks: Sequence[Lock]) -> None:

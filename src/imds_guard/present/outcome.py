@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.policy.model import Mode
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
-from imds_guard.present.policy import lock_lines, policy_values
+from imds_guard.present.policy import filter_lines, lock_lines, policy_values
 from imds_guard.present.wrap import MAX_SHOWN, wrapped
 from imds_guard.text import count_of, some_of
 
@@ -25,6 +25,8 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     lines.append(f"imds-guard is {state} ({outcome.backend}): {count_of(endpoints, 'endpoint')} locked")
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
+    for one in policy.filters:
+        lines += ["  " + line for line in filter_lines(one, policy)]
     return lines + (connection_lines(outcome.existing) if outcome.existing is not None else [])
 
 
