@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import importlib
 import socket
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from imds_guard.backends.ebpf import filter_listeners
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.errors import GuardError, system_text
 from imds_guard.filter.client import FilterClient
@@ -34,17 +33,9 @@ class WantedPlaces(NamedTuple):
         return {(place.address, place.digest) for place in self.places}
 
 
-def listeners_module() -> Any:
-    """backends/ebpf/filter_listeners.py; None where the programs in the kernel know no filters."""
-    with suppress(ImportError):
-        return importlib.import_module("imds_guard.backends.ebpf.filter_listeners")
-    return None
-
-
 def wanted_places(cgroup: str | None) -> WantedPlaces:
     """What the policy in force needs; nothing where none is. Raises GuardError when it can't be read."""
-    module = listeners_module()
-    wanted = None if module is None else module.wanted_listeners(PinLocation.of(cgroup))
+    wanted = filter_listeners.wanted_listeners(PinLocation.of(cgroup))
     if wanted is None:
         return WantedPlaces()
     rules = {one.name: one.rules for one in wanted.policy.filters}

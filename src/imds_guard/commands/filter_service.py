@@ -14,8 +14,9 @@ from contextlib import suppress
 from typing import Callable
 
 from imds_guard import CONFIG_PATH
+from imds_guard.backends.ebpf.filter_listeners import ListenerMarks
 from imds_guard.backends.ebpf.pins import PinLocation
-from imds_guard.commands.filter_places import SERVICE, WantedPlaces, faults, listeners_module, wanted_places
+from imds_guard.commands.filter_places import SERVICE, WantedPlaces, faults, wanted_places
 from imds_guard.config.read import parse_source, read_text
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.filter.client import FilterClient
@@ -125,7 +126,7 @@ def _listen(cgroup: str | None, places: Iterable[Place]) -> tuple[list[tuple[Pla
     wanted = list(places)
     if not wanted:
         return found, failures
-    with listeners_module().ListenerMarks(PinLocation.of(cgroup)) as marks:
+    with ListenerMarks(PinLocation.of(cgroup)) as marks:
         for place in wanted:
             try:
                 found.append((place, listen_at(place, marks.mark)))
