@@ -58,8 +58,15 @@ class Metadata:
 class Stage:
     """A context manager."""
 
-    def __init__(self, rules: FilterRules, answer: Answer = lambda request: OK, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        rules: FilterRules,
+        answer: Answer = lambda request: OK,
+        limits: Limits | None = None,
+        listener: tuple[str, int] = ("127.0.0.1", 0),
+    ) -> None:
         self.rules = rules
+        self.listener = listener
         self.metadata = Metadata(answer)
         self.limits = limits
         self.loop = asyncio.new_event_loop()
@@ -88,7 +95,7 @@ class Stage:
         """One more listener; its address."""
         listener = socket.socket()
         report_arrivals(listener)
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(self.listener)
         listener.listen(1024)
         place = place_of(
             {
