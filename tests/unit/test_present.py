@@ -145,6 +145,16 @@ def test_filters_say_whom_they_serve_and_what() -> None:
     ]
 
 
+def test_rules_of_a_filter_are_not_broken_and_sets_are_named() -> None:
+    rules = FilterRules(tuple(f"GET /latest/meta-data/{n}" for n in range(20)), sets=("no-credentials",))
+    one = FILTERED.filters[1]._replace(rules=rules)
+    lines = policy_text.filter_lines(one, FILTERED)[3:]
+    assert lines[0] == "  rules:     no-credentials"
+    assert fits(lines)
+    assert [line for line in lines if line.endswith("GET")] == []
+    assert lines[-1].endswith("and 8 more")
+
+
 def test_filters_as_values() -> None:
     values = policy_text.policy_values(FILTERED)
     assert values is not None

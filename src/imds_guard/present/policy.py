@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from imds_guard.identity import group_name, user_name
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.filters import Filter, Target, targets_of
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict
-from imds_guard.policy.rule_sets import expand
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
 from imds_guard.text import and_more, some_of
 
@@ -64,13 +64,22 @@ def filter_lines(one: Filter, policy: Policy) -> list[str]:
     served = [_target_text(target) for target in targets_of(one, policy.locks)]
     lines = [f"filter {one.name}{audit}", *wrapped("  serves:    ", some_of(served, MAX_SHOWN))]
     lines += wrapped("  callers:   ", "everyone who is not allowed" if one.everyone else identities_text(one.who))
-    rules = expand(one.rules)
-    lines += wrapped("  passes:    ", some_of(list(rules.allow), MAX_SHOWN))
-    if rules.deny:
-        lines += wrapped("  refuses:   ", some_of(list(rules.deny), MAX_SHOWN))
+    rules = one.rules
+    for title, texts in (("rules:", rules.sets), ("passes:", rules.allow), ("refuses:", rules.deny)):
+        lines += _listed(f"  {title:11}", texts) if texts else []
     more = [f"headers as {rules.headers}"] if rules.headers else []
     more += ["a token of IMDSv2"] if rules.require_imdsv2 else []
     return [*lines, *wrapped("  requires:  ", ", ".join(more))] if more else lines
+
+
+def _listed(title: str, texts: Sequence[str]) -> list[str]:
+    """Items that may contain spaces; lines are broken between them alone."""
+    items = [text.replace(" ", _UNBROKEN) for text in texts]
+    return [line.replace(_UNBROKEN, " ") for line in wrapped(title, some_of(items, MAX_SHOWN))]
+
+
+_UNBROKEN = "\x1f"
+"""In place of a space while lines are broken; no rule has it."""
 
 
 def _filter_values(one: Filter, policy: Policy) -> dict[str, Any]:
