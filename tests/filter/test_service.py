@@ -7,10 +7,11 @@ import asyncio
 import os
 import socket
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
-from imds_guard.filter.limits import Limits
+from imds_guard.filter.limits import Limits, limits_for
 from imds_guard.policy.filters import FilterRules
 from tests.filter.stage import OK, Stage, status_of, statuses_of
 
@@ -273,6 +274,14 @@ def test_a_user_has_only_so_many_connections() -> None:
         assert stage.run(many(stage)) == 3
 
 
+@pytest.mark.parametrize(
+    ("descriptors", "expected"), [(16384, (8192, 6144)), (10_000_000, (8192, 6144)), (1024, (768, 576))]
+)
+def test_connections_never_take_all_descriptors(descriptors: int, expected: tuple[int, int]) -> None:
+    limits = limits_for(descriptors)
+    assert (limits.connections, limits.connections_of_a_user) == expected
+
+
 def test_requests_beyond_the_limit_wait_and_then_are_503() -> None:
     async def several(stage: Stage) -> list[int]:
         answers = await asyncio.gather(*(stage.exchange(stage.request("GET /a"), half_close=False) for _ in range(3)))
@@ -391,3 +400,35 @@ def test_five_thousand_idle_connections_cost_less_than_100_mb() -> None:
 def _resident_kb() -> int:
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return int(text.partition("VmRSS:")[2].split()[0])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives sockets to other users")
+def test_at_the_maximum_whoever_has_most_connections_loses_one() -> None:
+    """A user who takes all of them keeps nobody out."""
+
+    def connect(stage: Stage, uid: int) -> socket.socket:
+        one = socket.socket()
+        os.fchown(one.fileno(), uid, 0)  # the owner that sock_diag(7) tells
+        one.setblocking(False)
+        one.connect_ex(stage.address)
+        return one
+
+    async def run(stage: Stage) -> tuple[dict[int, int], int]:
+        greedy = [connect(stage, 41_001) for _ in range(6)]
+        await _until(lambda: stage.service.connections[41_001] == 6)
+        others = [connect(stage, uid) for uid in (41_002, 41_003, 41_001)]
+        await _until(lambda: stage.service.connections[41_003] == 1)
+        await _until(lambda: stage.service.connections[41_001] == 4)
+        found = dict(stage.service.connections)
+        closed = [record for record in stage.service.records.report()["counters"] if record["outcome"] == "closed"]
+        for one in (*greedy, *others):
+            one.close()
+        return found, closed[0]["count"]
+
+    with Stage(ALL, limits=Limits(connections=6, connections_of_a_user=6)) as stage:
+        assert stage.run(run(stage)) == ({41_001: 4, 41_002: 1, 41_003: 1}, 1)
+
+
+async def _until(is_true: Callable[[], bool]) -> None:
+    while not is_true():
+        await asyncio.sleep(0.01)

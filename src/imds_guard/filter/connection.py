@@ -52,7 +52,9 @@ class _Ended(Exception):
 class Connection:
     """A connection of user ``uid``. The rules are those of its listener when it was accepted."""
 
-    __slots__ = (*("uid", "rules", "is_idle", "_reader", "_writer", "_services", "_timer", "_buffer", "_is_last"),)
+    __slots__ = (
+        *("uid", "rules", "is_idle", "is_aborted", "_reader", "_writer", "_services", "_timer", "_buffer", "_is_last"),
+    )
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Connection:
         self.rules = rules
         self.is_idle = True
         """True between two requests."""
+        self.is_aborted = False
         self._reader, self._writer = streams
         self._services = services
         self._timer: asyncio.TimerHandle | None = None
@@ -73,6 +76,7 @@ class Connection:
 
     def abort(self) -> None:
         """Ends the connection now."""
+        self.is_aborted = True
         self._writer.transport.abort()
 
     @property

@@ -27,6 +27,19 @@ class Limits(NamedTuple):
     """How long a request waits for others."""
 
 
+def limits_for(descriptors: int) -> Limits:
+    """The limits where a process may have this many descriptors: accept(2) must not run out of them.
+
+    A quarter is left for listeners and for connections to the metadata services. A user may have three quarters of the
+    rest.
+    """
+    usual = Limits()
+    connections = min(usual.connections, descriptors * 3 // 4)
+    return usual._replace(
+        connections=connections, connections_of_a_user=min(usual.connections_of_a_user, connections * 3 // 4)
+    )
+
+
 class Slots:
     """The requests that are under way. A request waits for a slot; a user's many wait for each other alone."""
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from imds_guard.errors import trying
 from imds_guard.filter import control
+from imds_guard.filter.limits import Limits, limits_for
 from imds_guard.filter.place import Place
 from imds_guard.filter.service import Service
 from imds_guard.kernel import notify, privileges
@@ -26,18 +27,18 @@ def run(listeners: Listeners, account: User) -> None:
     """Serves until SIGTERM or SIGINT. Call it as root; from then on this process is ``account``. Raises GuardError."""
     with trying("making the socket of the filter for commands", "repair /run/imds-guard"):
         commands = control.listen()
-    privileges.lift_open_files_limit()
+    limits = limits_for(privileges.lift_open_files_limit())
     with trying(f"becoming user {account.name}", "start the filter as root"):
         privileges.drop_to(account.uid, account.gid)
-    asyncio.run(_serve(listeners, commands))
+    asyncio.run(_serve(listeners, commands, limits))
 
 
-async def _serve(listeners: Listeners, commands: socket.socket) -> None:
+async def _serve(listeners: Listeners, commands: socket.socket, limits: Limits) -> None:
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    service = Service()
+    service = Service(limits)
     for place, listener in listeners:
         service.serve(place, listener)
     control.Control(commands, service).start()

@@ -112,10 +112,10 @@ class Service:
         if len(self._tasks) < self.limits.connections:
             return True
         biggest, number = self._number.most_common(1)[0]
-        others = self._connections.get(biggest)
+        others = [other for other in self._connections.get(biggest, ()) if not other.is_aborted]
         if biggest == uid or number <= self._number[uid] + 1 or not others:
             return False
-        next((other for other in others if other.is_idle), next(iter(others))).abort()
+        next((other for other in others if other.is_idle), others[0]).abort()
         return True
 
     async def _serve(self, accepted: socket.socket, uid: int, rules: Rules) -> None:

@@ -61,10 +61,11 @@ def drop_to(uid: int, gid: int) -> None:
         raise NotPermitted(f"becoming user {uid}: the process would keep capabilities")
 
 
-def lift_open_files_limit() -> None:
-    """Raises RLIMIT_NOFILE as far as this process may without a capability."""
+def lift_open_files_limit() -> int:
+    """Raises RLIMIT_NOFILE as far as this process may without a capability, and returns it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def lift_memory_lock_limit() -> None:
