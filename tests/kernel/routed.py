@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, TypeVar
@@ -15,7 +16,7 @@ import pytest
 
 from imds_guard.backends import Change
 from imds_guard.backends.forwarded import Forwarded, ForwardingState
-from imds_guard.kernel.listeners import family, sockaddr
+from imds_guard.kernel.listeners import each_ready, family, sockaddr
 from imds_guard.kernel.netns import enter
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
@@ -94,12 +95,23 @@ class Routed:
         return self.boxes[of].call(lambda: connect(0, to, port, gid=1, timeout_s=1.0))
 
     def reach_both(self, port: int = 80) -> list[str]:
-        """The outcomes of connects of the client to both locked addresses."""
-        return [self.reach(to, port) for to in (V4, V6)]
+        """The outcomes of connects of the client to both locked addresses, at the same time."""
+        return self._both(lambda to: connect(0, to, port, gid=1, timeout_s=1.0))
 
     def echo(self, to: str, port: int = 80) -> str:
         """``answered``, or the name of the error that a datagram of the client gets."""
         return self.boxes["client"].call(lambda: _echo(to, port))
+
+    def echo_both(self, port: int = 80) -> list[str]:
+        """echo() of both locked addresses, at the same time."""
+        return self._both(lambda to: _echo(to, port))
+
+    def _both(self, fn: Callable[[str], str]) -> list[str]:
+        def inside() -> list[str]:
+            with ThreadPoolExecutor(2) as pool:
+                return list(pool.map(fn, (V4, V6)))
+
+        return self.boxes["client"].call(inside)
 
     def probe(self, version: int) -> str:
         """The outcome of a connect from a locked address to the published port of the client."""
@@ -181,8 +193,6 @@ def _listen_published() -> list[socket.socket]:
 
 
 def _greet(sockets: list[socket.socket]) -> None:
-    from imds_guard.kernel.listeners import each_ready
-
     def greet(one: socket.socket) -> None:
         with one.accept()[0] as connection:
             connection.sendall(b"alive")

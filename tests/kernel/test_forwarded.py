@@ -44,12 +44,12 @@ def test_nothing_is_forwarded_to_a_locked_port(routed: Routed, tracked: bool) ->
     if tracked:
         routed.track()
     assert routed.reach_both() == BOTH
-    assert [routed.echo(to) for to in (V4, V6)] == ["answered"] * 2
+    assert routed.echo_both() == ["answered"] * 2
     routed.enforce(POLICY)
     assert routed.reach_both() == [routed.refusal] * 2
-    assert [routed.echo(to) for to in (V4, V6)] == [_UDP_REFUSAL[routed.way]] * 2
+    assert routed.echo_both() == [_UDP_REFUSAL[routed.way]] * 2
     assert routed.reach_both(53) == BOTH
-    assert [routed.echo(to, 53) for to in (V4, V6)] == ["answered"] * 2
+    assert routed.echo_both(53) == ["answered"] * 2
     assert routed.faults(POLICY) == []
 
 
@@ -228,7 +228,7 @@ def test_audit_mode_counts_and_forwards_everything(routed: Routed) -> None:
     policy = policy_for([FOO], tcp=NOT_DNS, udp=((80, 80),), mode=Mode.AUDIT)
     routed.enforce(policy, "drop")
     assert routed.reach_both() == BOTH
-    assert [routed.echo(to) for to in (V4, V6)] == ["answered"] * 2
+    assert routed.echo_both() == ["answered"] * 2
     found = routed.describe(policy)
     assert (found.forwarding, found.faults) == (Forwarding.COUNTED, ())
     seen = {(one.lock, one.version, one.protocol) for one in found.counts.rejected}

@@ -125,10 +125,14 @@ def listeners() -> Iterator[None]:
 
 
 def left() -> list[str]:
-    """The pins, chains and rules of imds-guard that exist, by the iptables commands that are installed."""
+    """The pins, chains, rules and tables of imds-guard that exist, by the commands that are installed."""
     found = [name for name in os.listdir("/sys/fs/bpf") if "imds" in name]
     for tables in ("iptables-save", "ip6tables-save"):
         if shutil.which(tables):
             said = subprocess.run([tables], capture_output=True, text=True, check=True).stdout
             found += [line for line in said.splitlines() if "imds" in line.lower()]
+    nft = shutil.which("nft")
+    if nft is not None:
+        said = subprocess.run([nft, "list", "tables"], capture_output=True, text=True, check=False).stdout
+        found += [line for line in said.splitlines() if "imds" in line]
     return found
