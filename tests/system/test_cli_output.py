@@ -44,7 +44,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
         *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "other_programs", "counters"),
     }
     assert [hook["hook"] for hook in status["ebpf"]["hooks"]] == ["connect4", "connect6", "sendmsg4", "sendmsg6"]
-    assert set(status["policy"]) == {"mode", "containers", "strict", "locks"}
+    assert set(status["policy"]) == {"mode", "containers", "strict", "locks", "filters", "filter_user"}
     (lock,) = status["policy"]["locks"]
     assert set(lock) == {"name", "endpoints", "allow", "deny", "default"}
     assert lock["allow"] == {"users": [{"id": ONE, "name": str(ONE)}], "groups": [{"id": 0, "name": "root"}]}
@@ -52,7 +52,18 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert set(allowed) == set(started.values)
     explained = guard("explain", "--json", "--user", "root", SERVICE).values
     assert set(explained) == {
-        *("allowed", "reason", "lock", "matched", "caller", "container", "forwarded", "destination", "neighbours"),
+        *(
+            "allowed",
+            "reason",
+            "lock",
+            "matched",
+            "caller",
+            "container",
+            "forwarded",
+            "destination",
+            "neighbours",
+            "filter",
+        ),
     }
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
