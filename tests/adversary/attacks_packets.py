@@ -41,10 +41,12 @@ from tests.adversary.scene import (
     by_attacker,
 )
 from tests.adversary.talk import answer, make_socket, there
+from tests.adversary.xdp import XdpSender
 
 _ETH_P_ALL, _ETH_P_IP = 0x0003, 0x0800  # include/uapi/linux/if_ether.h
 IPV6_HDRINCL = 36  # include/uapi/linux/in6.h
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # include/uapi/linux/if_tun.h
+SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20  # include/linux/socket.h, include/uapi/linux/if_packet.h
 IP_TRANSPARENT = 19  # include/uapi/linux/in.h
 MANY = 9
 """A number of extension headers: more than the guard reads, fewer than 12, which Linux 7.3 refuses."""
@@ -196,13 +198,44 @@ def _begin_a_connect(bait: socket.socket, flow: Flow) -> None:
     bait.connect_ex((flow.source, flow.source_port))
 
 
-def _link_layer(ask: Ask) -> Run:
+def _link_layer(ask: Ask, *options: tuple[int, int]) -> Run:
     """Sends frames through a packet socket, below IP (packet(7))."""
 
     def attack() -> bytes:
         with _sniffer() as one:
+            for option in options:
+                one.setsockopt(SOL_PACKET, *option)
             to = ("lo", _ETH_P_IP, 0, 0, bytes(6))
             return ask(_from(NOBODY), lambda packet: one.sendto(packet, to), lambda: one.recv(65536))
+
+    return as_attacker(attack, CAP_NET_RAW)
+
+
+def _by_an_interface_above(kind: str) -> Run:
+    """Sends frames through an interface that stands on that of the machine, and has an address of its own."""
+
+    def attack() -> bytes:
+        flow = _from(remote.NOBODY)
+        with _sniffer(remote.CABLE) as seen, socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM) as one:
+            to = ("above", _ETH_P_IP, 0, 0, bytes.fromhex(remote.FAR_MAC.replace(":", "")))
+            return shake_hands_and_ask(flow, lambda packet: one.sendto(packet, to), lambda: seen.recv(65536))
+
+    def prepared(scene: Scene) -> bytes:
+        with remote.remote_service(scene):
+            privileges.command("ip", "link", "add", "above", "link", remote.CABLE, "type", *kind.split())
+            privileges.command("ip", "link", "set", "above", "up")
+            return by_attacker(attack, CAP_NET_RAW)
+
+    return lambda scene: scene.inside(lambda: prepared(scene))
+
+
+def _xdp(ask: Ask) -> Run:
+    """Sends frames by an AF_XDP socket."""
+
+    def attack() -> bytes:
+        with _sniffer() as seen, XdpSender("lo") as one:
+            head = bytes(12) + struct.pack("!H", _ETH_P_IP)
+            return ask(_from(NOBODY), lambda packet: one.send(head + packet), lambda: seen.recv(65536))
 
     return as_attacker(attack, CAP_NET_RAW)
 
@@ -271,8 +304,22 @@ ATTACKS = (
         "packet-socket",
         "Packet sockets (`AF_PACKET`) with `CAP_NET_RAW`: frames below IP",
         Verdict.OPEN,
-        "No cgroup hook sees them. Remove `CAP_NET_RAW` from services.",
-        {"tcp": Way(_link_layer(shake_hands_and_ask)), "udp": Way(_link_layer(ask_by_datagram))},
+        "No cgroup hook sees them, and a filter at the egress of interfaces would not see all of them "
+        "([why](how-it-works.md#packet-sockets)). Remove `CAP_NET_RAW` from services and containers.",
+        {
+            "tcp": Way(_link_layer(shake_hands_and_ask)),
+            "udp": Way(_link_layer(ask_by_datagram)),
+            "qdisc-bypass": Way(_link_layer(shake_hands_and_ask, (PACKET_QDISC_BYPASS, 1))),
+            "macvlan": Way(_by_an_interface_above("macvlan mode bridge"), (*_CABLE, "macvlan")),
+            "ipvlan": Way(_by_an_interface_above("ipvlan mode l2"), (*_CABLE, "ipvlan")),
+        },
+    ),
+    Attack(
+        "xdp-socket",
+        "AF_XDP sockets with `CAP_NET_RAW`: frames that go to the driver, past every filter for packets that leave",
+        Verdict.OPEN,
+        "No hook sees them. Remove `CAP_NET_RAW` from services and containers.",
+        {"tcp": Way(_xdp(shake_hands_and_ask), ("xdp",)), "udp": Way(_xdp(ask_by_datagram), ("xdp",))},
     ),
     Attack(
         "forwarded-packets",

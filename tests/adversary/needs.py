@@ -15,6 +15,7 @@ from tests.adversary.attacks_address import IP_OPTIONS
 from tests.adversary.attacks_packets import MANY, add_routing_header, ask_by_raw_ipv6
 from tests.adversary.rewriters import OVERRIDING
 from tests.adversary.scene import IPV4, OPEN4, OPEN6, Scene
+from tests.adversary.xdp import XdpSender
 from tests.conformance.probes import PROBES as OF_THE_TABLE
 
 
@@ -75,6 +76,13 @@ PROBES: dict[str, Callable[[Scene], str | None]] = {
         )
     ),
     "cable": lambda scene: scene.inside(lambda: _missing("veth", remote.has_cables, 0)),
+    "macvlan": lambda scene: scene.inside(
+        lambda: _missing("macvlan", lambda: remote.has_interfaces_above("macvlan"), 0)
+    ),
+    "ipvlan": lambda scene: scene.inside(lambda: _missing("ipvlan", lambda: remote.has_interfaces_above("ipvlan"), 0)),
+    "xdp": lambda scene: scene.inside(
+        lambda: _missing("AF_XDP sockets", lambda: XdpSender("lo").__exit__(None, None, None), errno.EAFNOSUPPORT)
+    ),
     "tun": lambda scene: scene.inside(
         lambda: _missing("tun", lambda: os.close(os.open("/dev/net/tun", os.O_RDWR)), errno.ENOENT, errno.ENODEV)
     ),

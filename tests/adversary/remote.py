@@ -15,6 +15,8 @@ from tests.adversary.scene import IPV4, PORT, Scene
 NEAR, FAR, NOBODY = "10.88.0.1", "10.88.0.2", "10.88.0.99"
 """The address of this end, of the other end, and one that the other end routes to this one."""
 CABLE = "cable"
+FAR_MAC = "02:00:5e:00:53:02"
+"""The hardware address of the other end, one that a machine may give itself (RFC 7042 section 2.1)."""
 
 
 @contextmanager
@@ -40,7 +42,8 @@ def remote_service(scene: Scene) -> Iterator[None]:
         with ours:
             ours.recv(1)
             netns.unshare_network([])
-            command("ip", "link", "add", CABLE, "type", "veth", "peer", "name", CABLE, "netns", str(pid))
+            peer = ("peer", "name", CABLE, "address", FAR_MAC, "netns", str(pid))
+            command("ip", "link", "add", CABLE, "type", "veth", *peer)
             command("ip", "address", "add", f"{NEAR}/24", "dev", CABLE)
             command("ip", "link", "set", CABLE, "up")
             ours.send(b".")
@@ -61,3 +64,9 @@ def has_cables() -> None:
     """Makes a veth pair. Raises OSError when the kernel has no veth."""
     netns.unshare_network([])
     command("ip", "link", "add", CABLE, "type", "veth", "peer", "name", f"{CABLE}-end")
+
+
+def has_interfaces_above(kind: str) -> None:
+    """Makes an interface of this kind on top of a veth pair. Raises OSError when the kernel has none."""
+    has_cables()
+    command("ip", "link", "add", "above", "link", CABLE, "type", kind)
