@@ -194,6 +194,17 @@ def test_in_many_cgroups_below_it_is_named_once(nested: tuple[str, Sandbox, Ebpf
         assert "and 2 more cgroups" in found.fault
 
 
+def test_the_same_program_here_and_below(nested: tuple[str, Sandbox, EbpfBackend, str]) -> None:
+    """It runs twice for the processes below, once on either side of ours."""
+    _, sandbox, backend, below = nested
+    backend.apply(OLD_POLICY)
+    with program() as program_fd, folder(sandbox.cgroup) as here, folder(below) as there:
+        links = [_link(program_fd, here, 0), _link(program_fd, there, 0)]
+        assert others(backend) == [("neighbour", "BEFORE", (below,)), ("neighbour", "BEHIND", ())]
+        for link in links:
+            os.close(link)
+
+
 @pytest.mark.parametrize("attach", ["link", "multi"])
 def test_in_the_cgroup_above(nested: tuple[str, Sandbox, EbpfBackend, str], attach: str) -> None:
     above, sandbox, backend, _ = nested

@@ -116,15 +116,15 @@ def _below(cgroup: Cgroup, wanted: Sequence[Hook]) -> list[OtherProgram]:
     Links are found by their IDs. Who attached without one is found by looking at each cgroup, which is done only where
     some program of the type has no link.
     """
-    seen = {program.id for hook in wanted for program in hook.order}
     names = {
         program.id: program.name
         for program in bpf.programs_of_type(bpf.ProgType.CGROUP_SOCK_ADDR)
-        if program.id not in seen and not _is_ours(program.name)
+        if not _is_ours(program.name)
     }
     links = [link for link in bpf.cgroup_links() if link.prog_id in names] if names else []
     places = list(_of_links(cgroup, links))
-    without_link = names.keys() - {link.prog_id for link in links}
+    seen = {program.id for hook in wanted for program in hook.order}
+    without_link = names.keys() - seen - {link.prog_id for link in links}
     if without_link:
         places += _of_lists(cgroup, [hook.name for hook in wanted], without_link)
     cgroups: dict[tuple[str, int], list[str]] = {}
