@@ -253,19 +253,24 @@ def _described(identity: int) -> str:
 
 
 def displaced(cgroup: Cgroup, names: Collection[str]) -> list[str]:
-    """Sentences about programs that no longer run for the processes of this cgroup once ours is attached.
+    """Sentences about programs that no longer run for the processes of this cgroup, since ours is attached.
 
-    They are attached above it with BPF_F_ALLOW_OVERRIDE.
+    They are attached above it with BPF_F_ALLOW_OVERRIDE. A failure is a sentence, too: the policy is in force.
     """
-    said = []
-    for hook in names:
-        for path, fd in ancestors(cgroup):
-            above = bpf.programs_of_cgroup(fd, abi.HOOKS[hook].attach_type)
-            if above.ids and above.sharing is Sharing.OVERRIDE:
-                said.append(
-                    f"{_described(above.ids[0])} runs no more at {hook} for {cgroup.path}: it is attached to {path} "
-                    "with BPF_F_ALLOW_OVERRIDE, so ours runs in its place"
-                )
-            if above.ids:
-                break
-    return said
+    try:
+        with trying(f"looking for programs above {cgroup.path}", "the policy is in force"):
+            return [sentence for hook in names for sentence in _displaced(cgroup, hook)]
+    except GuardError as error:
+        return [str(error)]
+
+
+def _displaced(cgroup: Cgroup, hook: str) -> Iterator[str]:
+    for path, fd in ancestors(cgroup):
+        above = bpf.programs_of_cgroup(fd, abi.HOOKS[hook].attach_type)
+        if above.ids and above.sharing is Sharing.OVERRIDE:
+            yield (
+                f"{_described(above.ids[0])} runs no more at {hook} for {cgroup.path}: it is attached to {path} with "
+                "BPF_F_ALLOW_OVERRIDE, so ours runs in its place"
+            )
+        if above.ids:
+            return

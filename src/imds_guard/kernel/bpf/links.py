@@ -107,7 +107,11 @@ def _cgroup_links() -> Iterator[tuple[int, LinkDescription]]:
         fd = call(Command.LINK_GET_FD_BY_ID, GetId(id=identity), expected=(errno.ENOENT, errno.EAGAIN))
         if fd < 0:
             continue
-        link = describe_link(fd)
+        try:
+            link = describe_link(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if link.type == LinkType.CGROUP:
             yield fd, link
         else:
