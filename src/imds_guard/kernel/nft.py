@@ -97,6 +97,19 @@ def read(table: Table) -> Listing | None:
     return parse_listing(completed.stdout)
 
 
+def objects(*what: str) -> list[dict[str, Any]]:
+    """What ``nft --json list WHAT`` shows: an object has one key, its kind."""
+    import json  # noqa: PLC0415 -- start-up time
+
+    completed = run([NFT, "--json", "list", *what], timeout_s=_TIMEOUT_S)
+    if completed.status != 0:
+        _raise_for(f"nft list {' '.join(what)}", completed)
+    try:
+        return list(json.loads(completed.stdout)["nftables"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise GuardError(f"nft --json list {' '.join(what)} printed something unexpected: {error}") from error
+
+
 def parse_listing(text: str) -> Listing:
     """The output of ``nft --json list table``. Raises GuardError for anything else."""
     import hashlib  # noqa: PLC0415 -- start-up time: commands without such rules need neither
@@ -130,7 +143,8 @@ def _stable(value: Any) -> Any:
 
 
 def _transaction(text: str, what: str) -> None:
-    completed = run([NFT, "-f", "-"], stdin=text, timeout_s=_TIMEOUT_S)
+    # "-" is /dev/stdin to nft 0.9, which not every /dev has.
+    completed = run([NFT, "-f", "/proc/self/fd/0"], stdin=text, timeout_s=_TIMEOUT_S)
     if completed.status != 0:
         _raise_for(what, completed)
 
