@@ -66,7 +66,8 @@ class Stage:
         """Removes the guard. No rule of either family and no state file may be left."""
         self.backend.remove()
         for command in self.backend.commands.values():
-            assert "IMDS" not in run([f"{command}-save", "-t", "filter"]).stdout
+            assert "IMDS" not in run([f"{command}-save"]).stdout
+        assert "imds" not in run(["nft", "list", "tables"]).stdout
         assert self.backend.state_file.read() == ""
         assert os.listdir(self.backend.state_file.folder) == []
 

@@ -19,7 +19,7 @@ from imds_guard.backends.ebpf.reader import Snapshot
 from imds_guard.backends.ebpf.record import decode
 from imds_guard.backends.ebpf.render import render
 from imds_guard.backends.ebpf.state import policy_of
-from imds_guard.backends.iptables.our_rules import ANCHOR
+from imds_guard.backends.iptables.form import FILTER
 from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
 from imds_guard.backends.iptables.render import ResolvedPolicy
 from imds_guard.backends.iptables.render import render as render_rules
@@ -139,7 +139,7 @@ def rules(data: bytes) -> None:
     text = data.decode(errors="surrogateescape")
     found = []
     for version in (4, 6):
-        chains, _ = parse_chains(owned(parse_save(text), ANCHOR))
+        chains, _ = parse_chains(owned(parse_save(text), FILTER))
         found.append(parse_family(chains, version))
     try:
         held = combine(found)

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Callable, TypeVar
 
 from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.backends.iptables.form import Form
+from imds_guard.backends.iptables.probe import ProbeResult
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.run import run
@@ -50,19 +52,26 @@ def one_legacy_at_a_time(kind: str) -> Iterator[None]:
 
 
 class Machine:
-    """A sandbox with iptables of one kind. Every method works inside it."""
+    """A sandbox with iptables of one kind. Every method works inside it.
 
-    def __init__(self, sandbox: Sandbox, kind: str, state_folder: str) -> None:
+    ``form`` is that of the rules, as if no better one worked here; None: the one that the probe finds.
+    """
+
+    def __init__(self, sandbox: Sandbox, kind: str, state_folder: str, form: Form | None = None) -> None:
         self.sandbox = sandbox
+        self.form = form
         self.kind = kind
         self.commands = KINDS[kind]
         self.state_folder = state_folder
 
     def backend(self, *, resolve_groups: bool = False, lock_wait_s: int = 10) -> IptablesBackend:
         """The backend for this kind of iptables."""
-        return IptablesBackend(
+        made = IptablesBackend(
             self.commands, resolve_groups=resolve_groups, state_folder=self.state_folder, lock_wait_s=lock_wait_s
         )
+        if self.form is not None:
+            made._probes.update(dict.fromkeys((False, True), ProbeResult(True, True, form=self.form)))
+        return made
 
     def call(self, fn: Callable[[], T]) -> T:
         """The result of ``fn`` inside."""
@@ -76,10 +85,10 @@ class Machine:
         """The faults that the backend reports."""
         return self.call(lambda: self.backend().faults())
 
-    def rules(self, version: int) -> str:
-        """The chains and rules that iptables-save shows for table filter."""
+    def rules(self, version: int, table: str = "filter") -> str:
+        """The chains and rules that iptables-save shows for a table."""
         command = self.commands[0 if version == 4 else 1]
-        saved = self.call(lambda: run([f"{command}-save", "-t", "filter"]))
+        saved = self.call(lambda: run([f"{command}-save", "-t", table]))
         assert saved.status == 0, saved.complaint
         return "\n".join(line for line in saved.stdout.splitlines() if line and line[0] in ":-")
 
@@ -87,6 +96,11 @@ class Machine:
         """Runs iptables as somebody else would."""
         command = self.commands[0 if version == 4 else 1]
         done = self.call(lambda: run([command, "-w", *arguments]))
+        assert done.status == 0, done.complaint
+
+    def nft(self, text: str) -> None:
+        """Runs nft as somebody else would."""
+        done = self.call(lambda: run(["nft", "-f", "/proc/self/fd/0"], stdin=text))
         assert done.status == 0, done.complaint
 
     def reach(self, uid: int, to: str = V4, port: int = 80, *, gid: int = NO_GROUP, groups: Sequence[int] = ()) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.backends.iptables import IptablesBackend, our_chains, programs, tables
+from imds_guard.backends.iptables import IptablesBackend, output_rules, programs, tables
+from imds_guard.backends.iptables.form import Form
 from imds_guard.backends.iptables.probe import ProbeResult, probe
 from imds_guard.backends.iptables.programs import Program, default_program
 from imds_guard.backends.iptables.tables import NoTable
@@ -102,25 +103,26 @@ def test_earlier_accept_does_not_win(machine: Machine) -> None:
     assert machine.reach(FOO) == "connected"
 
 
+@pytest.mark.parametrize("table", ["filter", "mangle"])
 def test_rules_that_the_kernel_does_not_show_are_not_in_force(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, table: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """iptables-restore reports success and loses a rule: apply() reads back, fails, and the old rules stay."""
     machine.apply(policy_for([FOO]))
-    before = machine.rules(4), machine.rules(6)
+    before = [machine.rules(version, name) for version in (4, 6) for name in ("filter", "mangle")]
     lost: list[str] = []
 
     def losing(program: Program, anchor: tables.Anchor, chains: tables.Table, lock_wait_s: int) -> bool:
-        if not lost:
+        if not lost and anchor.table == table:
             name, rules = next((name, rules) for name, rules in chains.items() if name.endswith("-DENY"))
             lost.append(rules[-1])
             chains = {**chains, name: rules[:-1]}
         return tables.replace(program, anchor, chains, lock_wait_s)
 
-    monkeypatch.setattr(our_chains, "replace", losing)
-    with pytest.raises(GuardError, match=r"took the rules, but iptables-save shows others; nothing was changed"):
+    monkeypatch.setattr(output_rules, "replace", losing)
+    with pytest.raises(GuardError, match=rf"iptables-save shows others in table {table}; nothing was changed"):
         machine.apply(policy_for([BAR]))
-    assert (machine.rules(4), machine.rules(6)) == before
+    assert [machine.rules(version, name) for version in (4, 6) for name in ("filter", "mangle")] == before
     assert machine.reach(FOO) == "connected"
 
 
@@ -175,7 +177,11 @@ def test_allowed_packets_meet_other_peoples_rules(machine: Machine) -> None:
 
 
 def test_a_foreign_flush_is_a_fault(machine: Machine) -> None:
-    """faults() reports each step of someone's ``iptables -F`` and ``-X``, and apply() repairs all of it."""
+    """faults() reports each step of someone's ``iptables -F`` and ``-X``, and apply() repairs all of it.
+
+    Here with rules in filter alone; test_iptables_output.py has the better forms.
+    """
+    machine.form = Form.FILTER
     policy = policy_for([FOO])
     machine.apply(policy)
     assert machine.faults() == []
@@ -195,7 +201,11 @@ def test_a_foreign_flush_is_a_fault(machine: Machine) -> None:
 
 
 def test_a_rule_before_ours_is_a_fault(machine: Machine) -> None:
-    """A rule that was inserted before ours is a fault. apply() puts ours first again and leaves the other one."""
+    """A rule that was inserted before ours is a fault. apply() puts ours first again and leaves the other one.
+
+    Here without nft; test_iptables_output.py shows that the rule changes nothing where there is nft.
+    """
+    machine.form = Form.MANGLE
     machine.apply(policy_for([FOO]))
     machine.iptables("-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT")
     assert machine.reach(STRANGER) == "connected"
@@ -208,6 +218,7 @@ def test_a_rule_before_ours_is_a_fault(machine: Machine) -> None:
 
 def test_a_rule_that_comes_between_reading_and_writing_does_not_stay_before_ours(machine: Machine) -> None:
     """A command reads a table again before it changes it, even within reading_once()."""
+    machine.form = Form.MANGLE
     machine.apply(policy_for([FOO]))
     before_ours = ["-I", "OUTPUT", "1", "-d", V4, "-j", "ACCEPT"]
 

@@ -18,6 +18,7 @@ from typing import Callable
 import pytest
 
 from imds_guard.backends.iptables import IptablesBackend, programs, tables
+from imds_guard.backends.iptables.form import Form
 from imds_guard.backends.iptables.probe import ProbeResult
 from imds_guard.errors import GuardError
 from imds_guard.kernel.children import ChildFailed, fork
@@ -26,6 +27,7 @@ from imds_guard.kernel.listeners import family, sockaddr
 from imds_guard.kernel.run import Completed, run
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.model import Policy
+from tests.kernel.guards import Storm
 from tests.kernel.rules_in_a_sandbox import (
     BAR,
     FOO,
@@ -34,6 +36,7 @@ from tests.kernel.rules_in_a_sandbox import (
     OTHER,
     PORTS,
     SERVED,
+    STAFF,
     STRANGER,
     V4,
     V6,
@@ -147,15 +150,21 @@ def test_a_connection_that_was_open_goes_on(machine: Machine) -> None:
     assert machine.call(try_it) == (b"still here", True)
 
 
-def test_the_rewritten_address_is_judged(machine: Machine) -> None:
-    """Known difference "rewritten": DNAT to a locked address is denied, and from a locked one to another is not."""
+@pytest.mark.parametrize("form", Form)
+def test_both_addresses_are_judged_where_one_is_rewritten(machine: Machine, form: Form) -> None:
+    """Known difference "rewritten": DNAT to a locked address is denied, and from a locked one to another, too.
+
+    Without marks the second is not.
+    """
+    machine.form = form
     for address in ("10.9.9.9", OTHER):
         target = V4 if address == "10.9.9.9" else "127.0.0.1"
         machine.iptables("-t", "nat", "-A", "OUTPUT", "-d", address, "-p", "tcp", "-j", "DNAT", "--to", target)
     machine.call(lambda: run(["ip", "route", "add", "local", "10.9.9.9", "dev", "lo"]))
     machine.apply(policy_for([FOO], to=[V4, OTHER]))
-    assert [machine.reach(STRANGER, to) for to in (V4, "10.9.9.9", OTHER)] == [REFUSED, REFUSED, "connected"]
-    assert machine.reach(FOO, "10.9.9.9") == "connected"
+    from_locked = "connected" if form is Form.FILTER else REFUSED
+    assert [machine.reach(STRANGER, to) for to in (V4, "10.9.9.9", OTHER)] == [REFUSED, REFUSED, from_locked]
+    assert [machine.reach(FOO, to) for to in ("10.9.9.9", OTHER)] == ["connected"] * 2
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
@@ -189,6 +198,33 @@ def _median_connect_s(uid: int, times: int = 400) -> float:
             one.connect((V4, 80))
             took.append(time.perf_counter() - began)
     return statistics.median(took)
+
+
+# --- connects during changes ------------------------------------------------------------------------------------------
+
+_BOTH = 41_004
+"""A user on both lists."""
+_CHANGES, _CONNECTS = 8, 20
+
+
+@pytest.mark.parametrize("redirected", [False, True], ids=["direct", "redirected"])
+@pytest.mark.parametrize("form", [Form.NFT, Form.MANGLE])
+def test_connects_while_the_policy_changes(machine: Machine, form: Form, redirected: bool) -> None:
+    """Whom both policies allow is never refused, and whom neither allows never gets through."""
+    machine.form = form
+    if redirected:
+        to_proxy = ("-p", "tcp", "--dport", "80", "-j", "REDIRECT", "--to-ports", "8080")
+        machine.iptables("-t", "nat", "-A", "OUTPUT", "-d", V4, *to_proxy)
+    policies = policy_for([FOO, _BOTH]), policy_for([BAR, _BOTH], [STAFF])
+    machine.apply(policies[0])
+    storms = Storm(machine.sandbox, _BOTH), Storm(machine.sandbox, STRANGER)
+    for number in range(_CHANGES):
+        machine.apply(policies[(number + 1) % 2])
+        for storm in storms:
+            storm.wait_for(_CONNECTS)
+    (connected, *refused), (through, denied, other) = storms[0].counts(), storms[1].counts()
+    assert (refused, through, denied) == ([0, 0], 0, 0)
+    assert min(connected, other) > 0
 
 
 # --- killed at any step -----------------------------------------------------------------------------------------------
@@ -231,7 +267,7 @@ def _survives(machine: Machine, step: int, act: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("old", [None, policy_for([FOO])], ids=["first", "change"])
 def test_killed_at_any_step_of_apply(machine: Machine, old: Policy | None) -> None:
-    """Whenever apply() is killed, each IP version has old or new rules, faults() reports it, and apply() repairs it."""
+    """Whenever apply() is killed, each table has old or new rules, faults() reports it, and apply() repairs it."""
     new = policy_for([BAR], udp=((80, 80),))
     step = 0
     while True:
@@ -249,15 +285,38 @@ def test_killed_at_any_step_of_apply(machine: Machine, old: Policy | None) -> No
     assert step > 4
 
 
+_BEFORE = {
+    "flushed": ("-t", "mangle", "-F"),
+    "in-front": ("-t", "mangle", "-I", "OUTPUT", "1", "-j", "ACCEPT"),
+}
+
+
+@pytest.mark.parametrize("altered", _BEFORE)
+def test_where_filter_holds_alone_no_step_opens(machine: Machine, altered: str) -> None:
+    """Somebody has flushed mangle, or has put a rule there before ours; then the policy is changed."""
+    new, step, done = policy_for([BAR]), 0, False
+    while not done:
+        step += 1
+        machine.call(lambda: machine.backend().remove())
+        machine.apply(policy_for([FOO]))
+        for version in (4, 6):
+            machine.iptables(*_BEFORE[altered], version=version)
+        done = _survives(machine, step, lambda: _probed(machine).apply(new))
+        assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
+    assert step > 4
+
+
 def _check_state(machine: Machine, old: Policy | None, new: Policy, done: bool) -> None:
     current = machine.call(lambda: machine.backend().read())
     if old is not None:
         assert [machine.reach(STRANGER, to) for to in (V4, V6)] == [REFUSED] * 2
     for to in (V4, V6):
         outcomes = [machine.reach(FOO, to), machine.reach(BAR, to)]
-        possible = [["connected"] * 2 if old is None else ["connected", REFUSED], [REFUSED, "connected"]]
+        # In between each is judged by the policy that denies it.
+        between = [REFUSED, "connected"] if old is None else [REFUSED] * 2
+        possible = [["connected"] * 2 if old is None else ["connected", REFUSED], between, [REFUSED, "connected"]]
         assert outcomes in possible
-        assert not done or outcomes == possible[1]
+        assert not done or outcomes == possible[-1]
     assert current in (old, new) or machine.faults() != []
 
 

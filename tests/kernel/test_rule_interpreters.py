@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -173,11 +174,11 @@ IPTABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def restore_text(row: tuple[str, ...], version: int) -> str:
+def restore_text(row: tuple[str, ...], version: int, table: str = "filter") -> str:
     chains = [f":{line[3:]} - [0:0]" for line in row if line.startswith("-N ")]
     rules = [f"-A {line}" for line in row if not line.startswith("-N ")]
     to, prefix = ("169.254.169.254/32", "169.254.168.0/23") if version == 4 else ("fd00:ec2::254/128", "fd00::/9")
-    text = "\n".join(["*filter", *chains, *rules, "COMMIT", ""])
+    text = "\n".join([f"*{table}", *chains, *rules, "COMMIT", ""])
     return text.replace(" TO ", f" {to} ").replace(" PREFIX ", f" {prefix} ")
 
 
@@ -226,6 +227,61 @@ def _by_interpreter(row: tuple[str, ...], version: int) -> list[str]:
     table = Filter(version)
     table.restore(restore_text(row, version))
     return [as_the_sender_sees_it(table, one, version) for one in SENT]
+
+
+_MARK = "-j MARK --set-xmark 0x696d1064/0xffffffff"
+_MARKED = f"OUTPUT {_TO_80} -m mark --mark 0x696d1064 {_RESET}"
+
+# Rows: rules in mangle, and rules in filter.
+MARKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "what is marked in mangle is marked in filter": ((f"OUTPUT -m owner --uid-owner {FOO} {_MARK}",), (_MARKED,)),
+    "the last mark counts": (
+        (f"OUTPUT {_MARK}", f"OUTPUT -m owner --uid-owner {FOO} -j MARK --set-xmark 0x1/0xffffffff"),
+        (_MARKED,),
+    ),
+    "ACCEPT ends the table alone": (
+        (f"OUTPUT -m owner --uid-owner {FOO} {_MARK}", "OUTPUT -j ACCEPT", f"OUTPUT {_MARK}"),
+        (_MARKED,),
+    ),
+    "RETURN": (("-N A", "OUTPUT -j A", f"A -m owner --uid-owner {FOO} -j RETURN", f"A {_MARK}"), (_MARKED,)),
+}
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_marks(box: Sandbox, kind: str, version: int) -> None:
+    """From mangle to filter. Each row has packets that get through and packets that do not."""
+    command = KINDS[kind][0 if version == 4 else 1]
+    need(command)
+
+    def try_all() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, row in MARKS.items():
+            for table, rules in zip(("mangle", "filter"), row):
+                loaded = run([f"{command}-restore"], stdin=restore_text(rules, version, table))
+                assert loaded.status == 0, (name, loaded.complaint)
+            found[name] = send_all(version)
+        assert run([f"{command}-restore"], stdin="*filter\nCOMMIT\n*mangle\nCOMMIT\n").status == 0
+        return found
+
+    with one_legacy_at_a_time(kind):
+        tried = box.call(try_all, timeout_s=120)
+    assert tried == {name: _through_both(row, version) for name, row in MARKS.items()}
+    assert [name for name, outcomes in tried.items() if len(set(outcomes)) < 2] == []
+
+
+def _through_both(row: tuple[tuple[str, ...], tuple[str, ...]], version: int) -> list[str]:
+    mangle, behind = Filter(version, "mangle"), Filter(version)
+    for table, rules in zip((mangle, behind), row):
+        table.restore(restore_text(rules, version, table.table))
+
+    def outcome(one: Sent) -> str:
+        packet = one.packet(version, "SYN")
+        marked = replace(packet, mark=mangle.judge("OUTPUT", packet).mark)
+        refused = "EPERM" if one.protocol == "udp" else "ECONNREFUSED"
+        return "connected" if behind.judge("OUTPUT", marked).verdict == "ACCEPT" else refused
+
+    return [outcome(one) for one in SENT]
 
 
 _RESETS = "OUTPUT -p tcp -m tcp --tcp-flags RST RST -m owner"
@@ -289,6 +345,7 @@ NFT: dict[str, tuple[str, ...]] = {
         *(f"a meta skuid {FOO}-{BAR} goto b", f"a {_RESET_80}", f"b meta skuid {FOO} return"),
     ),
     "a goto from a base chain": ("-N a", f"tcp dport 80 meta skuid {FOO} goto a", _RESET_80),
+    "a mark": (f"meta mark 0x00000001 {_RESET_80}", f"meta mark 0x00000000 meta skuid {FOO} {_RESET_80}"),
     "log goes on": ('log prefix "test" flags skuid', f"meta skuid {FOO} {_RESET_80}"),
 }
 

@@ -60,9 +60,13 @@ def test_the_rules_of_a_release_are_taken_over(released: Pair, guard: Guard) -> 
     assert (_passing(guard), _rules(guard)) == ({ONE, TWO, STRANGER}, [])
 
 
-def test_a_release_takes_over_the_rules_of_this_tree(released: Pair, guard: Guard) -> None:
-    """After a downgrade ``start`` of the release leaves whole rules, and its ``stop`` removes them."""
+def test_a_release_that_knows_filter_alone_opens_nothing(released: Pair, guard: Guard) -> None:
+    """After a downgrade the rules in mangle stay: who passes is let through by both. ``stop`` before it removes all."""
     _inside(guard, released.new, "start", *_LOCK, "--user", str(ONE))
+    _inside(guard, released.old, "start", *_LOCK, "--user", str(ONE), "--user", str(TWO))
+    assert _passing(guard) == {ONE}
+    _inside(guard, released.new, "stop")
+    assert (_passing(guard), _rules(guard)) == ({ONE, TWO, STRANGER}, [])
     _inside(guard, released.old, "start", *_LOCK, "--user", str(TWO))
     status = _inside(guard, released.old, "status", "--json").values
     assert (status["state"], status["backend"], status["faults"]) == ("active", "iptables", [])

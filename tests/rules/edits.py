@@ -103,6 +103,25 @@ IPTABLES: dict[str, Edit] = {
     "audit mode rejects": replaced(r"-j LOG .*", "-j REJECT"),
 }
 
+MARKS: dict[str, Edit] = {
+    "no mark": without(r"-j MARK"),
+    "another mark": replaced(r"--set-xmark 0x696d1064", "--set-xmark 0x696d1065"),
+    "ACCEPT before the mark": moved(r"-A IMDS-GUARD-DENY -j MARK", behind=r"-A IMDS-GUARD-DENY -j ACCEPT"),
+    "a marked packet meets the rules of others": without(r"-A IMDS-GUARD-DENY -j ACCEPT"),
+    "filter does not reject what is marked": without(r"-m mark --mark"),
+    "who is let through skips the rules of others": replaced(r"-j RETURN", "-j ACCEPT"),
+}
+"""In mangle, and in the first rule of filter."""
+
+CHAIN: dict[str, Edit] = {
+    "behind NAT": replaced(r"priority -101", "priority -99"),
+    "another mark": replaced(r"0x696d1064", "0x696d1065", count=0),
+    "every packet": replaced(r"meta mark 0x696d1064 counter", "counter"),
+    "no reset": without(r"reject with tcp reset"),
+    "TCP alone": without(r"reject with icmpx"),
+    "it drops": replaced(r"reject with tcp reset", "drop"),
+}
+
 FORWARD: dict[str, Edit] = {
     "an address is missing": without(r"-A IMDS-FORWARD .*-d "),
     "an endpoint is missing": without(r"-A IMDS-FORWARD-P .*--dport"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 from imds_guard.policy.model import Network
@@ -69,6 +69,8 @@ class _Rule:
     goto: bool = False
     reject_with: str = ""
     log_prefix: str = ""
+    mark: int = 0
+    """What MARK sets."""
 
 
 @dataclass
@@ -78,21 +80,32 @@ class _Chain:
     rules: list[tuple[str, _Rule]] = field(default_factory=list)
 
 
+_BUILTIN = {
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+}
+_TARGETS = {
+    "filter": ("", "ACCEPT", "DROP", "RETURN", "REJECT", "LOG"),
+    "mangle": ("", "ACCEPT", "DROP", "RETURN", "MARK", "LOG"),
+}
+"""REJECT is for filter alone: reject_tg_reg in Linux net/ipv4/netfilter/ipt_REJECT.c."""
+
+
 class Filter:
-    """Table filter, or mangle, of IP version 4 or 6, at first as it is on a machine without rules."""
+    """Table filter, or another one, of IP version 4 or 6, at first as it is on a machine without rules."""
 
     def __init__(self, version: int, table: str = "filter") -> None:
         self.version = version
-        self._table = table
-        self._chains = {name: _Chain("ACCEPT") for name in ("INPUT", "FORWARD", "OUTPUT")}
+        self.table = table
+        self._chains = {name: _Chain("ACCEPT") for name in _BUILTIN[table]}
 
     # --- iptables-restore -------------------------------------------------------------------------------------------
 
     def restore(self, text: str) -> None:
         """What ``iptables-restore --noflush`` does with the text. Raises BadRules, and leaves the table half done."""
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-        if lines[:1] != [f"*{self._table}"] or lines[-1] != "COMMIT":
-            raise BadRules(f"not table {self._table} from its name to COMMIT")
+        if lines[:1] != [f"*{self.table}"] or lines[-1] != "COMMIT":
+            raise BadRules(f"not table {self.table} from its name to COMMIT")
         for line in lines[1:-1]:
             self._command(line)
         for chain in self._chains.values():
@@ -160,9 +173,7 @@ class Filter:
 
     def _check_target(self, rule: _Rule) -> None:
         chain = self._chains.get(rule.target)
-        if rule.target == "REJECT" and self._table != "filter":
-            raise BadRules("the kernel takes REJECT in table filter alone")
-        if chain is None and (rule.goto or rule.target not in ("", "ACCEPT", "DROP", "RETURN", "REJECT", "LOG")):
+        if chain is None and (rule.goto or rule.target not in _TARGETS[self.table]):
             raise BadRules(f"no target {rule.target}")
         if chain is not None and chain.policy is not None:
             raise BadRules(f"a built-in chain is no target: {rule.target}")
@@ -180,7 +191,7 @@ class Filter:
             chain = self._chains[name]
             if place >= len(chain.rules):
                 if not stack:
-                    return Outcome(str(self._chains[hook].policy), "", tuple(logged), met, depth)
+                    return Outcome(str(self._chains[hook].policy), "", tuple(logged), met, depth, packet.mark)
                 name, place = stack.pop()
                 continue
             rule = chain.rules[place][1]
@@ -188,8 +199,10 @@ class Filter:
             if not all(test(packet) for test in rule.tests):
                 continue
             if rule.target in ("ACCEPT", "DROP", "REJECT"):
-                return Outcome(rule.target, rule.reject_with, tuple(logged), met, depth)
-            if rule.target == "LOG":
+                return Outcome(rule.target, rule.reject_with, tuple(logged), met, depth, packet.mark)
+            if rule.target == "MARK":
+                packet = replace(packet, mark=rule.mark)
+            elif rule.target == "LOG":
                 logged.append(rule.log_prefix)
             elif rule.target == "RETURN":
                 place = len(chain.rules)
@@ -247,6 +260,9 @@ class _Parser:
             self.rule.tests.append(lambda packet: packet.read_port() in ports)
         elif option in ("-f", "--fragfirst", "--ctdir", "--ctstate"):
             self._forwarded(option)
+        elif option == "--mark" and self._match == "mark":
+            mark = self._number(self._next())
+            self.rule.tests.append(lambda packet: packet.mark == mark)
         elif option == "--comment" and self._match == "comment":
             if len(self._next().encode()) > _MAX_COMMENT:
                 raise self._unknown("the comment is too long")
@@ -269,7 +285,7 @@ class _Parser:
         self.rule.tests.append(lambda packet: packet.protocol != "" and (packet.protocol == name) != inverted)
 
     def _open_match(self, name: str) -> None:
-        known = ("tcp", "udp", "owner", "comment", "conntrack", *(["frag"] if self._version == 6 else []))
+        known = ("tcp", "udp", "owner", "comment", "mark", "conntrack", *(["frag"] if self._version == 6 else []))
         if name not in known or (name in ("tcp", "udp") and name != self._protocol):
             raise self._unknown(f"-m {name} is not known here")
         self._match = name
@@ -312,6 +328,11 @@ class _Parser:
             raise self._unknown(f"{option} is not known here")
         self.rule.tests.append(forms[option, match])
 
+    def _number(self, text: str) -> int:
+        if not re.fullmatch(r"0x[0-9a-f]{1,8}", text):
+            raise self._unknown("not a mark in hexadecimal")
+        return int(text, 16)
+
     def _flags(self, text: str) -> frozenset[str]:
         flags = frozenset(text.split(","))
         if not flags <= set(TCP_FLAGS):
@@ -322,6 +343,11 @@ class _Parser:
         target = self.rule.target
         if option == "--reject-with" and target == "REJECT":
             self.rule.reject_with = self._next()
+        elif option == "--set-xmark" and target == "MARK":
+            mark, _, mask = self._next().partition("/")
+            if self._number(mask) != 0xFFFFFFFF:
+                raise self._unknown("a part of the mark is not known here")
+            self.rule.mark = self._number(mark)
         elif option == "--log-prefix" and target == "LOG":
             self.rule.log_prefix = self._next()
             if len(self.rule.log_prefix) > _MAX_LOG_PREFIX:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An interpreter of the nft rules that ``export --format nftables`` writes, and those for forwarded packets: one table.
+"""An interpreter of nft rules: one table, as ``export``, forwarded/by_nft.py and iptables/marks.py write it.
 
 Written from nft(8), and from nft_do_chain() and nft_meta_get_eval_skugid() in Linux. What it does not know is an error.
 tests/kernel/test_rule_interpreters.py compares it with a kernel.
@@ -43,6 +43,8 @@ class Ruleset:
         """Hook -> base chain."""
         self._version = 0
         """The IP version of family ip or ip6; 0 for both."""
+        self.priorities: dict[str, int] = {}
+        """Hook -> the priority of its base chain."""
         lines = [line.strip() for line in text.splitlines()]
         lines = [line for line in lines if line and not line.startswith("#")]
         family = re.match(r"table (inet|ip6|ip) ", lines[0])
@@ -61,13 +63,14 @@ class Ruleset:
         rules: list[_Rule] | None = None
         for line in lines:
             begins = re.fullmatch(r"chain ([\w-]+) \{", line)
-            base = re.fullmatch(r"type filter hook (\w+) priority (?:filter|-?\d+); policy accept;", line)
+            base = re.fullmatch(r"type filter hook (\w+) priority (filter|-?\d+); policy accept;", line)
             if rules is None and begins and begins[1] not in self._chains:
                 rules = self._chains[begins[1]] = []
             elif rules is not None and line == "}":
                 rules = None
             elif rules == [] and base:
                 self._hooks[base[1]] = next(name for name, other in self._chains.items() if other is rules)
+                self.priorities[base[1]] = 0 if base[2] == "filter" else int(base[2])
             elif rules is not None:
                 rules.append(_Parser(line).rule)
             else:
@@ -198,6 +201,9 @@ class _Parser:
             self._forwarded(header, key)
         elif header == "meta" and key in ("skuid", "skgid"):
             self._owner(key)
+        elif (header, key) == ("meta", "mark"):
+            mark = int(self._next(), 16)
+            tests.append(lambda packet: packet.mark == mark)
         else:
             raise self._unknown(f"{header} {key} is not known here")
 

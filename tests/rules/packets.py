@@ -43,6 +43,8 @@ class Packet:
     """The fragment ends before the port."""
     direction: str = ""
     """``original`` or ``reply``; nothing where conntrack has no entry for it, or found it invalid."""
+    mark: int = 0
+    """The firewall mark (SO_MARK in socket(7))."""
 
     def read_port(self) -> int | None:
         """The port, None where the fragment ends before it. Raises BadRules for one that has another part there."""
@@ -64,6 +66,8 @@ class Outcome(NamedTuple):
     """How many rules the packet was compared with."""
     depth: int = 0
     """How many chains led to the deepest one, as nft counts: a goto is a level, too."""
+    mark: int = 0
+    """The firewall mark that the packet has now."""
 
 
 def number_range(text: str, separator: str, highest: int) -> range:

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 
 from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
-from imds_guard.backends.iptables.render import ResolvedPolicy, render, require_supported
+from imds_guard.backends.iptables.render import Part, ResolvedPolicy, render, require_supported
 from imds_guard.backends.iptables.tables import rule_texts
 from imds_guard.errors import Unsupported
 from imds_guard.export import export
@@ -92,9 +92,10 @@ def test_iptables_rules_are_the_policy() -> None:
         random = Random(seed)
         policy, _ = supported(random)
         resolved = ResolvedPolicy(policy, members(random, policy))
+        part = random.choice([Part.ALONE, Part.MANGLE] + [Part.FILTER] * (policy.mode is Mode.ENFORCE))
         families = []
         for version in (4, 6):
-            chains, foreign = parse_chains(rule_texts(render(resolved, version)))
+            chains, foreign = parse_chains(rule_texts(render(resolved, version, part)))
             assert foreign == []
             families.append(parse_family(chains, version))
         held = combine(families)

@@ -213,4 +213,6 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | N
     if pid is not None:
         place = place_of(pid, policy, forwarded() if cgroup is None else None)
     neighbours = [neighbour.fault for neighbour in backend.neighbours()]
+    if backend.name == "iptables":
+        neighbours += backend.faults()  # rules of others are faults there
     return Explanation(decide(policy, caller, destination), destination, place, neighbours)

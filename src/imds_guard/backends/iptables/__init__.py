@@ -2,7 +2,9 @@
 """The fallback: owner rules of iptables in the network namespace of the calling thread.
 
 render: policy to rules, parse: rules to policy, rules: one rule as text (all pure). programs: the commands that are
-here. tables: iptables-save and -restore. our_chains: a change as a whole. probe: do owner rules work?
+here. tables: iptables-save and -restore. form: in which tables, marks: the chain of nft, output_rules: a change of all
+of them as a whole; our_chains: below one anchor. strangers: what others do that ours can't stand before. probe: which
+form works?
 """
 
 from __future__ import annotations

@@ -8,15 +8,17 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from imds_guard.backends import Change, Description, Neighbour
-from imds_guard.backends.iptables import differences, faults
+from imds_guard.backends.iptables import differences, faults, strangers
+from imds_guard.backends.iptables.form import ANCHORS, MANGLE, Applied, Form
 from imds_guard.backends.iptables.members import resolve
-from imds_guard.backends.iptables.our_chains import COMMANDS, OurChains
-from imds_guard.backends.iptables.our_rules import ANCHOR, OurRules, read_rules
+from imds_guard.backends.iptables.our_chains import COMMANDS
+from imds_guard.backends.iptables.our_rules import OurRules, read_rules
+from imds_guard.backends.iptables.output_rules import OutputRules
 from imds_guard.backends.iptables.parse import FamilyPolicy, combine
 from imds_guard.backends.iptables.programs import Program, default_program, ip_versions, titles
 from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, render, require_supported
 from imds_guard.backends.iptables.state_file import STATE_FOLDER, StateFile
-from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table, rule_texts
+from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.policy.model import Mode, Policy
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class IptablesBackend:
-    """Owner rules in OUTPUT, IPv4 and IPv6.
+    """Owner rules in OUTPUT, IPv4 and IPv6. form.py says in which tables.
 
     ``commands`` are for IP version 4 and 6 ("iptables-legacy", "ip6tables-legacy"). ``resolve_groups`` replaces listed
     groups by the user IDs of their members when a policy is applied.
@@ -43,13 +45,13 @@ class IptablesBackend:
     ) -> None:
         self.resolve_groups = resolve_groups
         self.state_file = StateFile(state_folder)
-        self._chains = OurChains(ANCHOR, self.state_file, "applied", commands, lock_wait_s)
+        self._rules = OutputRules(self.state_file, commands, lock_wait_s)
         self._probes: dict[bool, ProbeResult] = {}
 
     @property
     def commands(self) -> dict[int, str]:
         """IP version -> command."""
-        return self._chains.commands
+        return self._rules.commands
 
     # --- what can be enforced ---------------------------------------------------------------------------------------
 
@@ -73,7 +75,8 @@ class IptablesBackend:
 
     def notes(self, policy: Policy) -> list[str]:
         """Backend.notes(): the known differences, and resolved groups."""
-        lines = differences.notes(policy)
+        applied = self._rules.applied()
+        lines = differences.notes(policy, applied.form if applied is not None else None)
         if _has_groups(policy) and self._resolves_groups():
             lines.append(
                 "iptables: groups are in the rules as the user IDs that were their members when the rules were made: "
@@ -86,7 +89,7 @@ class IptablesBackend:
         from imds_guard.backends.iptables.probe import probe  # noqa: PLC0415 -- start-up time: to read rules takes none
 
         if audit not in self._probes:
-            probed = probe(programs, audit, self._chains.lock_wait_s)
+            probed = probe(programs, audit, self._rules.lock_wait_s)
             if not probed.conclusive:
                 return probed
             self._probes[audit] = probed
@@ -115,10 +118,20 @@ class IptablesBackend:
             wanted = ResolvedPolicy(
                 policy, resolve(policy) if _has_groups(policy) and self._resolves_groups() else None
             )
-            self._chains.replace(
-                programs, lambda version: rule_texts(render(wanted, version)), verify=lambda: _verify(programs, wanted)
-            )
-        return Change((f"iptables rules are in force, written with {titles(programs)}",))
+            form = self._form(programs, policy)
+            self._rules.replace(programs, form, wanted, verify=lambda: _verify(programs, form, wanted))
+            # What another program has put where we can't stand before it.
+            warnings = tuple(self.faults())
+        with_nft = " and nft" if form is Form.NFT else ""
+        return Change((f"iptables rules are in force, written with {titles(programs)}{with_nft}",), warnings)
+
+    def _form(self, programs: Sequence[Program], policy: Policy) -> Form:
+        """The best form that works. Where nothing could be tried, the one before, or that of the oldest kernels."""
+        probed = self._probe(programs, policy.mode is Mode.AUDIT)
+        applied = self._rules.applied()
+        if probed.conclusive:
+            return probed.form
+        return applied.form if applied is not None else Form.FILTER
 
     def change(self, policy: Policy) -> Change:
         """Backend.change(): the rules are always replaced as a whole."""
@@ -127,7 +140,7 @@ class IptablesBackend:
     def remove(self) -> Change:
         """Backend.remove(): from both IP versions, nf_tables and legacy."""
         with self.state_file.locked():
-            cleared = self._chains.remove()
+            cleared = self._rules.remove()
         return Change(tuple(f"iptables rules were removed with {program.title}" for program in cleared))
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -138,14 +151,14 @@ class IptablesBackend:
         return current.policy if current is not None else None
 
     def unaltered(self) -> Policy | None:
-        """Backend.unaltered(): None also when the digest in the rules is not that of their policy."""
-        families = _reached(self._read_all())
+        """Backend.unaltered(): None also when the digest in some rules is not that of their policy."""
+        families = self._read_all()
         try:
-            current = combine(families)
+            current = combine(_reached(families))
         except BadPolicy:
             return None
-        whole = current is not None and {family.digest for family in families} == {digest(current.policy)}
-        return current.policy if current is not None and whole else None
+        digests = {policy.digest for policy in (rules.policy for rules in families) if policy is not None}
+        return current.policy if current is not None and digests == {digest(current.policy)} else None
 
     def in_force(self) -> bool:
         """Backend.in_force(): True when there is a chain of ours, whole or not, of either IP version."""
@@ -159,24 +172,29 @@ class IptablesBackend:
 
     def _read_all(self) -> list[OurRules]:
         found: list[OurRules] = []
-        for program in self._chains.programs():
-            with contextlib.suppress(NoTable):
-                found.append(read_rules(program))
+        for anchor in ANCHORS:
+            for program in self._rules.programs(anchor):
+                with contextlib.suppress(NoTable):
+                    found.append(read_rules(program, anchor))
         return found
 
     def faults(self) -> list[str]:
         """Backend.faults()."""
         families = [rules for rules in self._read_all() if rules.present]
+        applied = self._rules.applied()
         if not families:
-            return [faults.GONE] if self.state_file.read() else []
-        lines = faults.of_position(families)
+            return [faults.GONE] if applied is not None else []
+        if applied is None:  # the state file is gone
+            applied = Applied(Form.MANGLE if any(rules.anchor is MANGLE for rules in families) else Form.FILTER)
+        lines = faults.of_position(families, applied.form)
         try:
             current = combine(_reached(families))
         except BadPolicy as error:
             return [*lines, _no_policy(error)]
         if current is None:
             return lines
-        return lines + faults.of_rules(families, current) + faults.of_members(current)
+        lines += faults.of_rules(families, current, applied.form) + faults.of_members(current)
+        return lines + strangers.faults(applied, current.policy.mode, [rules.program for rules in families])
 
     def neighbours(self) -> list[Neighbour]:
         """Backend.neighbours(): none. What other rules do to ours is a fault."""
@@ -191,16 +209,20 @@ class IptablesBackend:
         return Description(policy, tuple(self.faults()))
 
 
-def _verify(programs: Sequence[Program], wanted: ResolvedPolicy) -> None:
+def _verify(programs: Sequence[Program], form: Form, wanted: ResolvedPolicy) -> None:
     """Raises GuardError unless the kernel shows the rules that it was given."""
-    for program in programs:
-        rules, expected = read_rules(program), render(wanted, program.version)
-        if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, ANCHOR)):
-            raise GuardError(f"{program.title} took the rules, but iptables-save shows others; nothing was changed")
+    for anchor, part in form.parts.items():
+        for program in programs:
+            rules, expected = read_rules(program, anchor), render(wanted, program.version, part)
+            if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, anchor)):
+                raise GuardError(
+                    f"{program.title} took the rules, but iptables-save shows others in table {anchor.table}; "
+                    "nothing was changed"
+                )
 
 
 def _reached(families: Iterable[OurRules]) -> list[FamilyPolicy]:
-    """The policy of each IP version. Where both kinds of tables have rules, those of the default program."""
+    """The policy of each IP version: of the first table that has one. Those of the default program come first."""
     found: dict[int, FamilyPolicy] = {}
     for rules in families:
         policy = rules.policy

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from imds_guard.backends.iptables.form import Form
 from imds_guard.policy.model import Policy, Protocol, Verdict
 
 DIFFERENCES: dict[str, str] = {
@@ -15,14 +16,27 @@ DIFFERENCES: dict[str, str] = {
     "udp-connect": "connect() of a UDP socket sends nothing and succeeds; its first datagram is refused",
     "unspecified": "0.0.0.0 and :: are judged by the address that the kernel chose for them, where eBPF must guess",
     "groups": "all groups of a caller are compared, however many they are",
-    "rewritten": "a DNAT rule in table nat acts before our rules, so that the rewritten address is judged",
+    "rewritten": "where a DNAT or REDIRECT rule of this machine changes the address, the one from before and the new "
+    "one are judged, and both must be open to the caller",
     "open": "a TCP connection is judged by its first packet: one that was open before goes on",
 }
 """Key -> sentence. Tests refer to the keys."""
 
 
-def notes(policy: Policy) -> list[str]:
-    """The differences that matter for this policy. Which errno a denied connect gets is not among them."""
+WEAKER: dict[Form, str] = {
+    Form.MANGLE: "nft does not work here, so a rule that another program puts before ours in OUTPUT lets packets pass; "
+    "status names it; install nftables and start again",
+    Form.FILTER: "marks do not work here, so a rule that another program puts before ours in OUTPUT lets packets pass, "
+    "and a DNAT or REDIRECT rule in nat OUTPUT does, too; status names them",
+}
+"""What the lesser forms can't hold against."""
+
+
+def notes(policy: Policy, form: Form | None = None) -> list[str]:
+    """The differences that matter for this policy, and what the form of the rules that are in force can't do.
+
+    Which errno a denied connect gets is not among them.
+    """
     keys = ["opener", "network-namespace"]
     if policy.containers is Verdict.DENY:
         keys.append("containers")
@@ -35,4 +49,6 @@ def notes(policy: Policy) -> list[str]:
         )
     if any(endpoint.ports(Protocol.UDP) for lock in policy.locks for endpoint in lock.endpoints):
         lines.append(DIFFERENCES["udp-connect"])
+    if form in WEAKER:
+        lines.append(WEAKER[form])
     return [f"iptables: {line}" for line in lines]

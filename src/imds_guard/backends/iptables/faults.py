@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from imds_guard.backends.iptables.form import FILTER, Form
 from imds_guard.backends.iptables.members import resolve
-from imds_guard.backends.iptables.our_rules import ANCHOR, OurRules
-from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, render
-from imds_guard.backends.iptables.tables import is_first, is_reached
+from imds_guard.backends.iptables.our_rules import OurRules
+from imds_guard.backends.iptables.render import HEAD, Chains, ResolvedPolicy, digest, render
+from imds_guard.backends.iptables.tables import Anchor, is_first, is_reached
 
 GONE = (
     "iptables rules were put in force here and are gone: another program flushed them, or iptables was removed; "
@@ -16,44 +17,69 @@ GONE = (
 )
 
 
-def of_position(families: Sequence[OurRules]) -> list[str]:
-    """Faults when packets meet our rules not at all, not first, or more than once."""
-    lines = [line for rules in families for line in _of_position(rules)]
-    versions = [rules.program.version for rules in families]
+def of_position(families: Sequence[OurRules], form: Form) -> list[str]:
+    """Faults when packets meet our rules not at all, not first, or more than once.
+
+    Where nft rejects what mangle has marked, filter is a second line: others may stand before ours there.
+    """
+    lines = [line for rules in families for line in _of_position(rules, form)]
+    tables = [(rules.program.version, rules.anchor.table) for rules in families]
     return lines + [
         f"IPv{version}: rules of ours are in nf_tables and in legacy tables; start again to leave those of the default"
         for version in (4, 6)
-        if versions.count(version) > 1
+        if any(tables.count((version, table)) > 1 for _, table in tables)
     ]
 
 
-def _of_position(rules: OurRules) -> list[str]:
-    title = rules.program.title
-    if not is_reached(rules.table, ANCHOR):
-        return [f"{title}: nothing in OUTPUT leads to {HEAD} any more, so its rules do nothing; start again"]
-    if is_first(rules.table, ANCHOR):
+def _of_position(rules: OurRules, form: Form) -> list[str]:
+    title, where, anchor = rules.program.title, _where(rules.anchor), rules.anchor
+    if not is_reached(rules.table, anchor):
+        return [f"{title}: nothing in {where} leads to {HEAD} any more, so its rules do nothing; start again"]
+    if is_first(rules.table, anchor):
         return []
-    output = rules.table[ANCHOR.builtin]
-    position = output.index(ANCHOR.jump)
+    output = rules.table[anchor.builtin]
+    position = output.index(anchor.jump)
     if position == 0:
-        return [f"{title}: OUTPUT leads to {HEAD} more than once; start again"]
-    return [f"{title}: {position} of other people's rules stand before ours, first {output[0]!r}; start again"]
+        return [f"{title}: {where} leads to {HEAD} more than once; start again"]
+    if anchor is FILTER and form is Form.NFT:
+        return []
+    first = f"{position} of other people's rules in {where} stand before ours, first {output[0]!r}"
+    return [f"{title}: {first}: what they accept is not denied; start again to put ours first"]
 
 
-def of_rules(families: Sequence[OurRules], current: ResolvedPolicy) -> list[str]:
+def _where(anchor: Anchor) -> str:
+    return anchor.builtin if anchor is FILTER else f"{anchor.table} {anchor.builtin}"
+
+
+def of_rules(families: Sequence[OurRules], current: ResolvedPolicy, form: Form) -> list[str]:
     """Faults when the rules are not those that render() makes of their policy."""
     foreign = [(rules.program.title, line) for rules in families for line in rules.foreign]
     if foreign:
         return [f"{title}: someone put {line!r} in our chain; start again" for title, line in foreign]
     digests = {policy.digest for policy in (rules.policy for rules in families) if policy is not None}
     if len(digests) > 1:
-        return ["IPv4 and IPv6 hold different policies: a command was ended between the two; start again"]
+        return ["our tables hold different policies: a command was ended before it had changed all; start again"]
     if digests != {digest(current.policy)}:
         return [_other_policy(families)]
-    return [
-        f"{rules.program.title}: someone changed the rules in our chains; start again"
+    return _of_missing(families, current, form) or [
+        f"{rules.program.title}: someone changed the rules in our chains of table {rules.anchor.table}; start again"
         for rules in families
-        if rules.policy is not None and rules.chains != render(current, rules.program.version)
+        if rules.policy is not None and rules.chains != _expected(rules, current, form)
+    ]
+
+
+def _expected(rules: OurRules, current: ResolvedPolicy, form: Form) -> Chains:
+    part = form.parts.get(rules.anchor)
+    return {} if part is None else render(current, rules.program.version, part)
+
+
+def _of_missing(families: Sequence[OurRules], current: ResolvedPolicy, form: Form) -> list[str]:
+    there = {(rules.program.version, rules.anchor) for rules in families}
+    return [
+        f"IPv{version}: our rules in table {anchor.table} are gone: someone flushed it; start again"
+        for version in (4, 6)
+        for anchor, part in form.parts.items()
+        if (version, anchor) not in there and render(current, version, part)
     ]
 
 

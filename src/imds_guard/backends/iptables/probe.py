@@ -12,13 +12,16 @@ import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from imds_guard.backends.iptables import marks
+from imds_guard.backends.iptables.form import FILTER, MANGLE, Form
 from imds_guard.backends.iptables.programs import Program
-from imds_guard.backends.iptables.render import DENY, HEAD
-from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Rule
+from imds_guard.backends.iptables.render import DENY, HEAD, Chains
+from imds_guard.backends.iptables.rules import ACCEPT, LOG, MARK, REJECT, RETURN, Rule
 from imds_guard.backends.iptables.tables import LOCK_WAIT_S, Anchor, LockHeld, replace, rule_texts
 from imds_guard.errors import GuardError, system_text
 from imds_guard.kernel import credentials, netns
 from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.run import find_program
 
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 _FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -37,6 +40,8 @@ class ProbeResult(NamedTuple):
     supplementary: bool
     reason: str = ""
     conclusive: bool = True
+    form: Form = Form.NFT
+    """The best one that works."""
 
 
 def probe(programs: Sequence[Program], audit: bool, lock_wait_s: int = LOCK_WAIT_S) -> ProbeResult:
@@ -49,17 +54,24 @@ def probe(programs: Sequence[Program], audit: bool, lock_wait_s: int = LOCK_WAIT
             return ProbeResult(
                 False, False, f"no network namespace could be made to try them: {netns_error}", conclusive=False
             )
-        reasons = _try(programs, True, audit, lock_wait_s)
-        if not reasons:
-            return ProbeResult(True, True)
-        plain = _try(programs, False, audit, lock_wait_s)
+        return _best(programs, audit, lock_wait_s)
     except LockHeld:
         raise
     except GuardError as error:
         return ProbeResult(False, False, str(error), conclusive=False)
-    if plain:
-        return ProbeResult(False, False, plain[0])
-    return ProbeResult(True, False, reasons[0])
+
+
+def _best(programs: Sequence[Program], audit: bool, lock_wait_s: int) -> ProbeResult:
+    """With supplementary groups in some form, else without them. The first reason counts for the message."""
+    forms = [form for form in Form if form is not Form.NFT or find_program("nft") is not None]
+    failed: list[str] = []
+    for supplementary in (True, False):
+        for form in forms:
+            reasons = _try(programs, form, supplementary, audit, lock_wait_s)
+            if not reasons:
+                return ProbeResult(True, supplementary, "" if supplementary else failed[-1], form=form)
+            failed += reasons[:1]
+    return ProbeResult(False, False, failed[-1])
 
 
 def _can_unshare() -> str:
@@ -70,31 +82,41 @@ def _can_unshare() -> str:
     return ""
 
 
-def _try(programs: Sequence[Program], supplementary: bool, audit: bool, lock_wait_s: int) -> list[str]:
+def _try(programs: Sequence[Program], form: Form, supplementary: bool, audit: bool, lock_wait_s: int) -> list[str]:
     """What failed with each program. Empty when the member of the group got through and the other caller did not."""
 
     def inside() -> list[str]:
         netns.unshare_network([])
-        return [reason for program in programs for reason in _try_program(program, supplementary, audit, lock_wait_s)]
+        try:
+            if form is Form.NFT:
+                marks.put("")
+            for program in programs:
+                for anchor, chains in _chains(form, supplementary, audit).items():
+                    replace(program, anchor, rule_texts(chains), lock_wait_s)
+        except LockHeld:
+            raise
+        except GuardError as error:
+            return [str(error)]
+        return [reason for program in programs for reason in _try_program(program, supplementary)]
 
     return run_in_child(inside, timeout_s=60)
 
 
-def _try_program(program: Program, supplementary: bool, audit: bool, lock_wait_s: int) -> list[str]:
-    chains: dict[str, list[Rule]] = {
-        HEAD: [
-            Rule(RETURN, gids=(_MEMBER_GID, _MEMBER_GID), supplementary=supplementary, comment="probe"),
-            # Only a SYN: the reset that a REJECT sends passes OUTPUT too.
-            Rule(REJECT, protocol="tcp", syn=True, reject_with="tcp-reset"),
-        ],
-        DENY: [Rule(LOG)] if audit else [],
-    }
-    try:
-        replace(program, Anchor("OUTPUT", HEAD), rule_texts(chains), lock_wait_s)
-    except LockHeld:
-        raise
-    except GuardError as error:
-        return [str(error)]
+def _chains(form: Form, supplementary: bool, audit: bool) -> dict[Anchor, Chains]:
+    """Rules like ours, each kind of them once. Only a SYN is denied: the reset of a REJECT passes OUTPUT, too."""
+    allowed = Rule(RETURN, gids=(_MEMBER_GID, _MEMBER_GID), supplementary=supplementary, comment="probe")
+    log = [Rule(LOG)] if audit else []
+    if form is Form.FILTER:
+        reject = Rule(REJECT, protocol="tcp", syn=True, reject_with="tcp-reset")
+        return {FILTER: {HEAD: [allowed, reject], DENY: log}}
+    denied = [allowed, Rule(DENY, goto=True, protocol="tcp", syn=True)]
+    reject = Rule(REJECT, protocol="tcp", marked=True, reject_with="tcp-reset")
+    # Where nft is to reject, filter has the rule in a chain that nothing leads to.
+    behind = {HEAD: [reject]} if form is Form.MANGLE else {HEAD: [], DENY: [reject]}
+    return {MANGLE: {HEAD: denied, DENY: [*log, Rule(MARK), Rule(ACCEPT)]}, FILTER: behind}
+
+
+def _try_program(program: Program, supplementary: bool) -> list[str]:
     with socket.socket(_FAMILY[program.version], socket.SOCK_STREAM) as listener:
         listener.bind((_LOOPBACK[program.version], 0))
         listener.listen()

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rules of one IP version for a policy. Pure: nothing here touches the system.
 
+Table mangle has the policy, and gives a mark to the packets that it denies. The packets that have it are rejected by a
+chain of nft in front of NAT (marks.py), and by the first rule in table filter; mangle can't reject. Behind that rule
+filter has the policy once more: it judges the address that NAT has put in, and holds where somebody lets packets past
+mangle. Where marks don't work, filter has the policy alone.
+
 IMDS-GUARD       separates TCP and UDP; of TCP only packets with a lone SYN go on
 IMDS-GUARD-T, -U find the lock: the most specific endpoint comes first
 IMDS-GUARD-L0    the first lock: deny lists, allow lists, default
@@ -13,11 +18,12 @@ allowed packet meets everybody else's rules as it would without ours.
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from imds_guard.backends.iptables.rules import LOG, REJECT, RETURN, Range, Rule
+from imds_guard.backends.iptables.rules import ACCEPT, LOG, MARK, REJECT, RETURN, Range, Rule
 from imds_guard.errors import Unsupported
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.ports import ALL_PORTS
@@ -47,6 +53,15 @@ MEMBER = "member"
 Chains = dict[str, list[Rule]]
 Members = Mapping[tuple[str, str], frozenset[int]]
 """("lock name", "allow" or "deny") -> the members of that list's groups."""
+
+
+class Part(enum.Enum):
+    """What the rules of one table are for."""
+
+    ALONE = "alone"
+    """Filter, where marks don't work."""
+    FILTER = "filter"
+    MANGLE = "mangle"
 
 
 class ResolvedPolicy(NamedTuple):
@@ -90,15 +105,18 @@ def digest(policy: Policy) -> str:
     return hashlib.sha256("\n".join(fields).encode()).hexdigest()[:16]
 
 
-def render(resolved: ResolvedPolicy, version: int) -> Chains:
-    """Chain -> rules for IP ``version`` 4 or 6. Empty when no endpoint is of that version."""
+def render(resolved: ResolvedPolicy, version: int, part: Part = Part.ALONE) -> Chains:
+    """Chain -> rules for IP ``version`` 4 or 6. Empty when no endpoint is of that version.
+
+    In audit mode mangle alone writes to the kernel log: one line for a packet.
+    """
     policy = resolved.policy
     chains: Chains = {}
     entries = _entries(policy, version)
-    if not entries:
+    if not entries or (part is Part.FILTER and policy.mode is Mode.AUDIT):
         return chains
     header = f"{FORMAT} containers={policy.containers.value} policy={digest(policy)}"
-    chains[HEAD] = []
+    chains[HEAD] = [Rule(DENY, goto=True, marked=True)] if part is Part.FILTER else []
     for protocol, name in ((Protocol.TCP, TCP), (Protocol.UDP, UDP)):
         finders = [rule for entry in entries for rule in _find_lock(*entry, protocol)]
         if finders:
@@ -107,7 +125,7 @@ def render(resolved: ResolvedPolicy, version: int) -> Chains:
             chains[name] = finders
     for number in sorted({number for number, _, _ in entries}):
         _render_lock(chains, resolved, number)
-    chains[DENY] = denial(policy.mode, version)
+    chains[DENY] = denial(policy.mode, version, part)
     return chains
 
 
@@ -151,10 +169,15 @@ def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) 
     ]
 
 
-def denial(mode: Mode, version: int) -> list[Rule]:
-    """The rules for a packet that is denied: it is rejected at once, or in audit mode written to the kernel log."""
+def denial(mode: Mode, version: int, part: Part = Part.ALONE) -> list[Rule]:
+    """The rules for a packet that is denied: it is rejected at once, or in audit mode written to the kernel log.
+
+    In mangle ACCEPT ends the table: no rule behind ours can change the mark. What may pass always goes on (RETURN).
+    """
     if mode is Mode.AUDIT:
         return [Rule(LOG)]
+    if part is Part.MANGLE:
+        return [Rule(MARK), Rule(ACCEPT)]
     unreachable = "icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"
     return [Rule(REJECT, protocol="tcp", reject_with="tcp-reset"), Rule(REJECT, reject_with=unreachable)]
 

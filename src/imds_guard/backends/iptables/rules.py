@@ -16,8 +16,20 @@ Range = tuple[int, int]
 """First and last, inclusive."""
 
 RETURN = "RETURN"
+ACCEPT = "ACCEPT"
 REJECT = "REJECT"
 LOG = "LOG"
+MARK = "MARK"
+
+DENIED_MARK = 0x696D1064
+"""The firewall mark of a packet that is to be rejected. It is the whole mark, not a bit of it: no other program uses
+this number, and no rule of ours changes the mark of a packet that may pass. A process that sets it itself (SO_MARK in
+socket(7)) denies itself.
+
+A packet whose mark has changed in OUTPUT is routed again (ip_route_me_harder() in Linux net/ipv4/netfilter.c). So the
+number has none of the bits that rules for routing ask for: 0x80 (AWS VPC CNI), 0xf00 (Cilium), 0x2000 (the CNI plugin
+portmap), 0xc000 (kube-proxy), 0x100000 (Calico with WireGuard).
+"""
 
 LOG_PREFIX = "imds-guard would deny: "
 """At most 29 bytes: struct xt_log_info in Linux include/uapi/linux/netfilter/xt_LOG.h."""
@@ -42,6 +54,8 @@ class Rule(NamedTuple):
     supplementary: bool = False
     comment: str = ""
     reject_with: str = ""
+    marked: bool = False
+    """It has DENIED_MARK."""
 
     def text(self) -> str:
         """The rule as a line of iptables-restore, without its ``-A CHAIN``."""
@@ -50,6 +64,8 @@ class Rule(NamedTuple):
             arguments += ["-d", str(self.destination)]
         if self.protocol:
             arguments += ["-p", self.protocol]
+        if self.marked:
+            arguments += [f"-m mark --mark {DENIED_MARK:#x}"]
         arguments += self._transport_arguments() + self._owner_arguments()
         if self.comment:
             arguments += ["-m comment --comment", f'"{self.comment}"']
@@ -58,6 +74,8 @@ class Rule(NamedTuple):
             arguments += ["--reject-with", self.reject_with]
         if self.target == LOG:
             arguments += [f'--log-prefix "{LOG_PREFIX}" --log-uid']
+        if self.target == MARK:
+            arguments += [f"--set-xmark {DENIED_MARK:#x}/0xffffffff"]
         return " ".join(arguments)
 
     def _transport_arguments(self) -> list[str]:
@@ -132,7 +150,19 @@ def _inverted(rule: Rule, arguments: list[str], text: str) -> tuple[Rule, list[s
 
 
 def _match_name(rule: Rule, argument: str) -> Rule:
-    if argument not in ("tcp", "udp", "owner", "comment"):
+    if argument not in ("tcp", "udp", "owner", "comment", "mark"):
+        raise ValueError(argument)
+    return rule
+
+
+def _mark(rule: Rule, argument: str) -> Rule:
+    if argument != f"{DENIED_MARK:#x}":
+        raise ValueError(argument)
+    return rule._replace(marked=True)
+
+
+def _set_mark(rule: Rule, argument: str) -> Rule:
+    if argument != f"{DENIED_MARK:#x}/0xffffffff":
         raise ValueError(argument)
     return rule
 
@@ -161,4 +191,6 @@ _OPTIONS: dict[str, Callable[[Rule, str], Rule]] = {
     "-g": lambda rule, argument: rule._replace(target=argument, goto=True),
     "--reject-with": lambda rule, argument: rule._replace(reject_with=argument),
     "--log-prefix": _log_prefix,
+    "--mark": _mark,
+    "--set-xmark": _set_mark,
 }

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our rules in OUTPUT: chains in mangle and filter, and the chain of nft. All are replaced or removed, or none.
+
+Why is every connect judged by the old policy or by the new one, though tables are changed one after the other?
+
+Mangle and filter each hold a whole policy, and each table is exchanged in one step (tables.replace()). A connect passes
+when both let it pass. While one is old and the other new, a connect that both policies allow passes, one that neither
+allows does not, and any other is denied: its verdict is that of the policy that denies it. So no step opens, and a
+command that is killed in the middle leaves the stricter of both. (Where NAT changes one locked address into another,
+mangle judges the first and filter the second: then each address is judged by one of the policies.) The chain of nft
+rejects what is marked, and knows no policy: it is there before the first mark, and goes after the last one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Callable
+
+from imds_guard.backends.iptables import marks
+from imds_guard.backends.iptables.form import ANCHORS, FILTER, MANGLE, Applied, Form, parse_applied
+from imds_guard.backends.iptables.programs import NFT, Program, every_program, has_legacy_table, other_program
+from imds_guard.backends.iptables.render import Part, ResolvedPolicy, render
+from imds_guard.backends.iptables.state_file import StateFile
+from imds_guard.backends.iptables.tables import (
+    Anchor,
+    NoTable,
+    Table,
+    clear,
+    owned,
+    read_table,
+    replace,
+    rule_texts,
+)
+from imds_guard.errors import GuardError
+from imds_guard.kernel.run import find_program
+from imds_guard.policy.model import Mode
+
+_Saved = list[tuple[Program, Anchor, Table]]
+
+
+class OutputRules:
+    """``commands`` are for IP version 4 and 6 ("iptables-legacy", "ip6tables-legacy")."""
+
+    def __init__(self, state_file: StateFile, commands: tuple[str, str], lock_wait_s: int) -> None:
+        self.state_file = state_file
+        self.commands: dict[int, str] = {4: commands[0], 6: commands[1]}
+        self.lock_wait_s = lock_wait_s
+
+    def applied(self) -> Applied | None:
+        """What should be in force. None for nothing."""
+        return parse_applied(self.state_file.read())
+
+    def programs(self, anchor: Anchor) -> list[Program]:
+        """Every program in whose table of this anchor our chains may be."""
+        every = every_program(self.commands, self.applied() is not None, anchor.table)
+        return [one for one in every if _is_used(one, anchor)]
+
+    def replace(
+        self, programs: Sequence[Program], form: Form, wanted: ResolvedPolicy, verify: Callable[[], None]
+    ) -> None:
+        """Puts the rules for a policy in place of ours, and removes ours from other kinds of tables.
+
+        When a step fails, or ``verify`` raises, the rules and the state file are as before.
+        """
+        before = self._saved((anchor, programs) for anchor in ANCHORS)
+        state_before, applied_before = self.state_file.read(), self.applied()
+        with_nft = form is Form.NFT and wanted.policy.mode is Mode.ENFORCE
+        self.state_file.write(Applied(form).text())
+        try:
+            fingerprint = marks.put(applied_before.fingerprint if applied_before else "") if with_nft else ""
+            self.state_file.write(Applied(form, fingerprint).text())
+            for anchor, part in steps(form):
+                for program in programs:
+                    self._put(program, anchor, _chains(wanted, program.version, part))
+            verify()
+        except BaseException as error:
+            self._restore(error, before)
+            if applied_before is None or applied_before.form is not Form.NFT:
+                _remove_nft()
+            self.state_file.write(state_before)
+            raise
+        if not with_nft:
+            _remove_nft()
+        for anchor in ANCHORS:
+            others = [other for program in programs for other in other_program(program, anchor.table)]
+            clear(others, anchor, self.lock_wait_s)
+
+    def remove(self) -> list[Program]:
+        """Removes our rules from all tables. Returns the programs that had some. When a step fails all stay."""
+        everywhere = [(anchor, self.programs(anchor)) for anchor in ANCHORS]
+        before = self._saved(everywhere)
+        try:
+            found = [one for anchor, programs in everywhere for one in clear(programs, anchor, self.lock_wait_s)]
+            if find_program("nft") is not None:
+                marks.remove()
+        except BaseException as error:
+            self._restore(error, before)
+            raise
+        self.state_file.remove()
+        return sorted(set(found))
+
+    def _saved(self, everywhere: Iterable[tuple[Anchor, Sequence[Program]]]) -> _Saved:
+        saved: _Saved = []
+        for anchor, programs in everywhere:
+            for program in programs:
+                with contextlib.suppress(NoTable):
+                    table = read_table(program, anchor.table) if _is_used(program, anchor) else {}
+                    saved.append((program, anchor, owned(table, anchor)))
+        return saved
+
+    def _put(self, program: Program, anchor: Anchor, chains: Table) -> None:
+        if chains or _is_used(program, anchor):
+            replace(program, anchor, chains, self.lock_wait_s)
+
+    def _restore(self, error: BaseException, before: _Saved) -> None:
+        """Our chains as they were before ``error``. Raises GuardError with the texts of both if it fails."""
+        try:
+            for program, anchor, chains in before:
+                self._put(program, anchor, chains)
+        except GuardError as second:
+            raise GuardError(
+                f"{error}; not all of the rules from before could be put back ({second}): run the command again"
+            ) from error
+
+
+def steps(form: Form) -> list[tuple[Anchor, Part | None]]:
+    """Which table is changed to what, one after the other. None: it will have no rules of ours."""
+    if form is Form.FILTER:
+        return [(FILTER, Part.ALONE), (MANGLE, None)]
+    return [(MANGLE, Part.MANGLE), (FILTER, Part.FILTER)]
+
+
+def _chains(wanted: ResolvedPolicy, version: int, part: Part | None) -> Table:
+    return {} if part is None else rule_texts(render(wanted, version, part))
+
+
+def _is_used(program: Program, anchor: Anchor) -> bool:
+    """False for a legacy table that nobody uses: to read it would make it."""
+    return anchor is FILTER or program.kind == NFT or has_legacy_table(program.version, anchor.table)
+
+
+def _remove_nft() -> None:
+    """Without marks it rejects nothing, so a failure does not matter. remove() tries again."""
+    if find_program("nft") is not None:
+        with contextlib.suppress(GuardError):
+            marks.remove()
