@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -183,3 +184,18 @@ def test_any_content_is_read(content: bytes, tmp_path_factory: pytest.TempPathFa
             assert user is not None
             accounts.groups_of(user)
         assert accounts.group_by_name("imds-guard-absent") is None
+
+
+def test_the_machines_own_files_are_read_where_openat2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the units: RestrictSUIDSGID= answers ENOSYS (systemd.exec(5)). At boot names come from these files."""
+
+    def refused(root: int, path: str, flags: int) -> int:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.delenv(accounts.VARIABLE, raising=False)
+    monkeypatch.setattr(accounts.syscalls, "open_in_root", refused)
+    for cached in (accounts._users, accounts._users_by_name):
+        cached.cache_clear()
+    found = accounts.user_in_files("root")
+    assert found is not None
+    assert (found.uid, found.gid) == (0, 0)
