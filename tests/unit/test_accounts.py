@@ -22,7 +22,7 @@ from imds_guard.identity import (
     user_id,
     user_name,
 )
-from imds_guard.kernel import accounts
+from imds_guard.kernel import accounts, syscalls
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="files must belong to root: root only")
 
@@ -193,7 +193,7 @@ def test_the_machines_own_files_are_read_where_openat2_is_refused(monkeypatch: p
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.delenv(accounts.VARIABLE, raising=False)
-    monkeypatch.setattr(accounts.syscalls, "open_in_root", refused)
+    monkeypatch.setattr(syscalls, "open_in_root", refused)
     for cached in (accounts._users, accounts._users_by_name):
         cached.cache_clear()
     found = accounts.user_in_files("root")
