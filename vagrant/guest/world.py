@@ -27,7 +27,8 @@ REFUSALS: dict[str, frozenset[str]] = {
 }
 
 IPV4, IPV6 = "169.254.169.254", "fd00:ec2::254"
-SERVICES = (IPV4, f"::ffff:{IPV4}", IPV6)
+HAS_IPV6 = os.path.exists("/proc/sys/net/ipv6")
+SERVICES = (IPV4, f"::ffff:{IPV4}", IPV6) if HAS_IPV6 else (IPV4,)
 LOCK = ("--ip", IPV4, "--ip", IPV6)
 ONE, TWO, STRANGER = 41_001, 41_002, 41_003
 STAFF, OTHERS = 51_001, 51_002
@@ -109,15 +110,20 @@ def assert_denied(backend: str, outcomes: list[str]) -> None:
     assert [outcome in REFUSALS[backend] for outcome in outcomes] == [True] * len(SERVICES), outcomes
 
 
+_ADD = {IPV4: f"addr replace {IPV4}/32 dev lo", IPV6: f"-6 addr replace {IPV6}/128 dev lo nodad"}
+
+
 @contextmanager
 def listeners() -> Iterator[None]:
     """Listeners at the metadata addresses, on lo. No packet can leave this namespace."""
     assert "IMDS_GUARD_ROW" in os.environ, "this locks the whole machine: run it only in the guests of vagrant/run.py"
     assert [name for _, name in socket.if_nameindex()] == ["lo"], "an interface beside lo: a connect could leave"
-    for arguments in (f"addr replace {IPV4}/32 dev lo", f"-6 addr replace {IPV6}/128 dev lo nodad", "link set lo up"):
+    addresses = (IPV4, IPV6) if HAS_IPV6 else (IPV4,)
+    for arguments in (*(_ADD[address] for address in addresses), "link set lo up"):
         subprocess.run(["ip", *arguments.split()], check=True)  # noqa: S607  (the guest's own)
     with ExitStack() as stack:
-        for family, address in ((socket.AF_INET, IPV4), (socket.AF_INET6, IPV6)):
+        for address in addresses:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
             listener = stack.enter_context(socket.socket(family))
             listener.bind((address, 80))
             listener.listen(512)  # the kernel completes connections, which nobody accepts (listen(2))
@@ -127,7 +133,7 @@ def listeners() -> Iterator[None]:
 def left() -> list[str]:
     """The pins, chains, rules and tables of imds-guard that exist, by the commands that are installed."""
     found = [name for name in os.listdir("/sys/fs/bpf") if "imds" in name]
-    for tables in ("iptables-save", "ip6tables-save"):
+    for tables in ("iptables-save", "ip6tables-save") if HAS_IPV6 else ("iptables-save",):
         if shutil.which(tables):
             said = subprocess.run([tables], capture_output=True, text=True, check=True).stdout
             found += [line for line in said.splitlines() if "imds" in line.lower()]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
 from imds_guard.backends import Backend, choose
-from imds_guard.kernel import listeners
+from imds_guard.kernel import listeners, netns
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
@@ -118,7 +118,7 @@ def run_demo(make_backend: Callable[[str], Backend], *, inside: bool = False) ->
     demonstration's network namespace, as iptables must. Raises Unsupported, NotPermitted.
     """
     policy = demo_policy()
-    with Sandbox((IPV4, IPV6)) as sandbox:
+    with Sandbox(_addresses()) as sandbox:
         sandbox.serve_with(_listen, _serve_forever)
         backend = make_backend(sandbox.cgroup)
         before = _try_all(sandbox)
@@ -129,7 +129,7 @@ def run_demo(make_backend: Callable[[str], Backend], *, inside: bool = False) ->
         finally:
             _run(sandbox, inside, backend.remove)
     rows = tuple(
-        _row(policy, caller, address, *outcomes) for (caller, address), outcomes in zip(ATTEMPTS, zip(before, after))
+        _row(policy, caller, address, *outcomes) for (caller, address), outcomes in zip(_attempts(), zip(before, after))
     )
     return DemoResult(rows, policy, backend.name)
 
@@ -158,7 +158,16 @@ def _why(decision: Decision) -> str:
 
 
 def _try_all(sandbox: Sandbox) -> list[str]:
-    return [sandbox.call(lambda one=one, to=to: _request(one, to)) for one, to in ATTEMPTS]  # type: ignore[misc]
+    return [sandbox.call(lambda one=one, to=to: _request(one, to)) for one, to in _attempts()]  # type: ignore[misc]
+
+
+def _addresses() -> tuple[str, ...]:
+    return (IPV4, IPV6) if netns.has_ipv6() else (IPV4,)
+
+
+def _attempts() -> list[tuple[DemoCaller, str]]:
+    """Those of ATTEMPTS that this kernel knows addresses for."""
+    return [(caller, to) for caller, to in ATTEMPTS if ":" not in to or netns.has_ipv6()]
 
 
 def _request(caller: DemoCaller, address: str) -> str:
@@ -181,7 +190,7 @@ def _request(caller: DemoCaller, address: str) -> str:
 
 
 def _listen() -> list[socket.socket]:
-    return [one for one in listeners.listen((IPV4, IPV6), (_PORT,)) if one.type == socket.SOCK_STREAM]
+    return [one for one in listeners.listen(_addresses(), (_PORT,)) if one.type == socket.SOCK_STREAM]
 
 
 def _serve_forever(sockets: list[socket.socket]) -> None:

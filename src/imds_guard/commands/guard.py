@@ -104,7 +104,10 @@ def _remove_others(running: dict[str, Backend], name: str) -> Change:
     change = Change()
     for other, backend in running.items():
         if other != name:
-            change = change.then(backend.remove())
+            try:
+                change = change.then(backend.remove())
+            except GuardError as error:
+                raise type(error)(f"{name} enforces the policy now, beside what {other} has left: {error}") from error
     return change
 
 
@@ -174,16 +177,24 @@ def stop(cgroup: str | None) -> list[str]:
 
 
 def stop_locked(cgroup: str | None) -> list[str]:
-    """Does the work of stop(). The caller holds one_at_a_time()."""
+    """Does the work of stop(). The caller holds one_at_a_time(). What can't be removed keeps nothing else."""
     change = Change()
     not_asked: Unsupported | None = None
+    failures: list[GuardError] = []
     for name in choose.candidates(choose.AUTO, cgroup):
         try:
             change = change.then(choose.make(name, cgroup).remove())
         except Unsupported as error:
             not_asked = error if name == "ebpf" else not_asked
+        except GuardError as error:
+            failures.append(error)
     if cgroup is None:
-        change = change.then(forwarded().remove())
+        try:
+            change = change.then(forwarded().remove())
+        except GuardError as error:
+            failures.append(error)
+    if failures:
+        raise type(failures[0])("; ".join(dict.fromkeys([*map(str, failures), *change.done])))
     turn.forget(_lock_name(cgroup))
     if not_asked is not None and not change.done:
         raise not_asked

@@ -14,6 +14,7 @@ from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.config.boot_file import BootFile
 from imds_guard.config.read import Config
 from imds_guard.errors import BadPolicy, GuardError
+from imds_guard.policy.edit import without_ipv6
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ def _join_names(
     if incomplete is None or config is None or incomplete.policy == config.policy:
         return []
     active = choose.running(options.cgroup)
-    if not any(backend.read() == incomplete.policy for backend in active.values()):
+    # iptables has no IPv6 where the kernel has none.
+    if not any(backend.read() in (incomplete.policy, without_ipv6(incomplete.policy)) for backend in active.values()):
         return []
     boot.put_in_force(config.policy, options, progress, guard.holding_the_lock(options.cgroup))
     return ["names of the configuration had no ID: they have one now, and its policy was put in force"]

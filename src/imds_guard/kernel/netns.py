@@ -26,6 +26,15 @@ _RT_SCOPE_HOST = 254
 _LOCAL_WITHIN_S, _POLL_S = 10.0, 0.001
 
 
+def has_ipv6() -> bool:
+    """False where the kernel has no IPv6 (ipv6.disable=1): then nothing can connect to an IPv6 address."""
+    try:
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
+    except OSError:
+        return False
+    return True
+
+
 def enter(namespace_fd: int) -> None:
     """Moves the calling thread into the network namespace of ``namespace_fd``. Raises OSError."""
     syscalls.setns(namespace_fd, syscalls.CLONE_NEWNET)

@@ -16,6 +16,12 @@ from imds_guard.policy.ports import common_ports
 Change = Callable[[Lock], Lock]
 
 
+def without_ipv6(policy: Policy) -> Policy:
+    """The policy where no IPv6 exists. May have no locks."""
+    kept = {lock: tuple(one for one in lock.endpoints if one.network.version == 4) for lock in policy.locks}
+    return policy._replace(locks=tuple(lock._replace(endpoints=found) for lock, found in kept.items() if found))
+
+
 def allow(policy: Policy, who: Identities, endpoint: Endpoint | None = None) -> Policy:
     """The policy with ``who`` on the allowlist of every lock, or only at ``endpoint``. Raises UsageError, BadPolicy."""
 

@@ -170,8 +170,7 @@ class Forwarded:
         """What becomes of forwarded packets under the policy in force; None where none is, or it can't be read."""
         held = record.read(self.state_file)
         if policy is None:
-            left = "no policy is in force, but rules for forwarded packets are; stop removes them"
-            return ForwardingState(Forwarding.LEFT, (left,) if self.in_force() else ())
+            return ForwardingState(Forwarding.LEFT, self._left_faults())
         if held.option == LEAVE:
             return ForwardingState(Forwarding.LEFT, why="--forwarded leave")
         if not choose(policy, None):
@@ -179,6 +178,14 @@ class Forwarded:
         if held.written is None:
             return _without_rules(held)
         return self._of_rules(policy, held.written)
+
+    def _left_faults(self) -> tuple[str, ...]:
+        """Faults of rules that are there without a policy."""
+        try:
+            found = self.in_force()
+        except GuardError as error:  # iptables was removed, and its rules were not
+            return (f"rules for forwarded packets can't be seen: {error}",)
+        return ("no policy is in force, but rules for forwarded packets are; stop removes them",) if found else ()
 
     def _of_rules(self, policy: Policy, written: Written) -> ForwardingState:
         writer = self._writers[written.by]

@@ -20,6 +20,8 @@ from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, re
 from imds_guard.backends.iptables.state_file import STATE_FOLDER, StateFile
 from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
+from imds_guard.kernel.netns import has_ipv6
+from imds_guard.policy.edit import without_ipv6
 from imds_guard.policy.model import Mode, Policy
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class IptablesBackend:
             raise Unsupported(f"owner rules of iptables do not work here: {probed.reason}")
         if policy is None:
             return
+        _require_ipv4(policy)
         require_supported(policy)
         grouped = sorted(lock.name for lock in policy.locks if lock.listed_groups)
         if grouped and not probed.supplementary and not self._resolves_groups():
@@ -77,6 +80,11 @@ class IptablesBackend:
         """Backend.notes(): the known differences, and resolved groups."""
         applied = self._rules.applied()
         lines = differences.notes(policy, applied.form if applied is not None else None)
+        if not has_ipv6() and without_ipv6(policy) != policy:
+            lines.append(
+                "iptables: this kernel has no IPv6 (ipv6.disable=1), so its endpoints are in no rule: start again "
+                "where it has"
+            )
         if _has_groups(policy) and self._resolves_groups():
             lines.append(
                 "iptables: groups are in the rules as the user IDs that were their members when the rules were made: "
@@ -114,6 +122,7 @@ class IptablesBackend:
         """Backend.apply()."""
         with self.state_file.locked():
             self.check(policy)
+            policy = policy if has_ipv6() else without_ipv6(policy)
             programs = self.default_programs()
             wanted = ResolvedPolicy(
                 policy, resolve(policy) if _has_groups(policy) and self._resolves_groups() else None
@@ -161,8 +170,11 @@ class IptablesBackend:
         return current.policy if current is not None and digests == {digest(current.policy)} else None
 
     def in_force(self) -> bool:
-        """Backend.in_force(): True when there is a chain of ours, whole or not, of either IP version."""
-        return any(rules.present for rules in self._read_all())
+        """Backend.in_force(): True when there is a chain of ours, whole or not, of either IP version.
+
+        Also where nobody can see it, since iptables was removed: its rules stay.
+        """
+        return bool(self._rules.missing()) or any(rules.present for rules in self._read_all())
 
     def _in_force(self) -> ResolvedPolicy | None:
         try:
@@ -180,6 +192,9 @@ class IptablesBackend:
 
     def faults(self) -> list[str]:
         """Backend.faults()."""
+        missing = self._rules.missing()
+        if missing:
+            return missing
         families = [rules for rules in self._read_all() if rules.present]
         applied = self._rules.applied()
         if not families:
@@ -237,3 +252,9 @@ def _no_policy(error: BadPolicy) -> str:
 
 def _has_groups(policy: Policy) -> bool:
     return any(lock.listed_groups for lock in policy.locks)
+
+
+def _require_ipv4(policy: Policy) -> None:
+    """Raises Unsupported where no rule would be left to write."""
+    if not has_ipv6() and not without_ipv6(policy).locks:
+        raise Unsupported("this kernel has no IPv6 (ipv6.disable=1), and the policy locks nothing else")

@@ -7,13 +7,21 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Callable
 
-from imds_guard.backends.iptables.programs import NFT, Program, every_program, has_legacy_table, other_program
+from imds_guard.backends.iptables.programs import (
+    NFT,
+    Program,
+    every_program,
+    has_legacy_table,
+    other_program,
+    require_none,
+)
 from imds_guard.backends.iptables.state_file import StateFile
 from imds_guard.backends.iptables.tables import Anchor, NoTable, Table, clear, owned, read_table, replace
 from imds_guard.errors import GuardError
 
 COMMANDS = ("iptables", "ip6tables")
 """For IP version 4 and 6: the machine's default."""
+
 
 _Saved = list[tuple[Program, Table]]
 
@@ -34,10 +42,21 @@ class OurChains:
         self._state = state
 
     def programs(self) -> list[Program]:
-        """Every program in whose tables our chains may be. To read a legacy table that nobody uses would make it."""
-        every = every_program(self.commands, self.state_file.read() == self._state, self.anchor.table)
+        """Every program in whose tables our chains may be. Raises GuardError where chains of ours can't be seen."""
+        require_none(self.missing())
+        return self.running()
+
+    def running(self) -> list[Program]:
+        """As programs(), those that run. To read a legacy table that nobody uses would make it."""
         table = self.anchor.table
+        every = every_program(self.commands, table).running
         return [one for one in every if table == "filter" or one.kind == NFT or has_legacy_table(one.version, table)]
+
+    def missing(self) -> list[str]:
+        """A sentence for each command that does not run and in whose tables chains of ours should be in force."""
+        if self.state_file.read() != self._state:
+            return []
+        return every_program(self.commands, self.anchor.table).missing
 
     def replace(
         self, programs: Sequence[Program], chains: Callable[[int], Table], verify: Callable[[], None] | None = None
@@ -63,8 +82,11 @@ class OurChains:
         clear(others, self.anchor, self.lock_wait_s)
 
     def remove(self) -> list[Program]:
-        """Removes our chains from all tables. Returns the programs that had some. When a step fails all stay."""
-        programs = self.programs()
+        """Removes our chains from all tables. Returns the programs that had some. When a step fails all stay.
+
+        Raises GuardError for commands that do not run, with the rules removed that can be.
+        """
+        programs, missing = self.running(), self.missing()
         before: _Saved = []
         for program in programs:
             with contextlib.suppress(NoTable):
@@ -74,6 +96,7 @@ class OurChains:
         except BaseException as error:
             self._restore(error, before)
             raise
+        require_none(missing)
         self.state_file.remove()
         return cleared
 

@@ -19,7 +19,14 @@ from typing import Callable
 
 from imds_guard.backends.iptables import marks
 from imds_guard.backends.iptables.form import ANCHORS, FILTER, MANGLE, Applied, Form, parse_applied
-from imds_guard.backends.iptables.programs import NFT, Program, every_program, has_legacy_table, other_program
+from imds_guard.backends.iptables.programs import (
+    NFT,
+    Program,
+    every_program,
+    has_legacy_table,
+    other_program,
+    require_none,
+)
 from imds_guard.backends.iptables.render import Part, ResolvedPolicy, render
 from imds_guard.backends.iptables.state_file import StateFile
 from imds_guard.backends.iptables.tables import (
@@ -52,9 +59,16 @@ class OutputRules:
         return parse_applied(self.state_file.read())
 
     def programs(self, anchor: Anchor) -> list[Program]:
-        """Every program in whose table of this anchor our chains may be."""
-        every = every_program(self.commands, self.applied() is not None, anchor.table)
-        return [one for one in every if _is_used(one, anchor)]
+        """Every program in whose table of this anchor our chains may be. Raises GuardError where one can't be seen."""
+        require_none(self.missing())
+        return self._running(anchor)
+
+    def _running(self, anchor: Anchor) -> list[Program]:
+        return [one for one in every_program(self.commands, anchor.table).running if _is_used(one, anchor)]
+
+    def missing(self) -> list[str]:
+        """A sentence for each command that does not run and in whose tables rules of ours should be in force."""
+        return [] if self.applied() is None else every_program(self.commands).missing
 
     def replace(
         self, programs: Sequence[Program], form: Form, wanted: ResolvedPolicy, verify: Callable[[], None]
@@ -87,8 +101,12 @@ class OutputRules:
             clear(others, anchor, self.lock_wait_s)
 
     def remove(self) -> list[Program]:
-        """Removes our rules from all tables. Returns the programs that had some. When a step fails all stay."""
-        everywhere = [(anchor, self.programs(anchor)) for anchor in ANCHORS]
+        """Removes our rules from all tables. Returns the programs that had some. When a step fails all stay.
+
+        Raises GuardError for commands that do not run, with the rules removed that can be.
+        """
+        everywhere = [(anchor, self._running(anchor)) for anchor in ANCHORS]
+        missing = self.missing()
         before = self._saved(everywhere)
         try:
             found = [one for anchor, programs in everywhere for one in clear(programs, anchor, self.lock_wait_s)]
@@ -97,6 +115,7 @@ class OutputRules:
         except BaseException as error:
             self._restore(error, before)
             raise
+        require_none(missing)
         self.state_file.remove()
         return sorted(set(found))
 

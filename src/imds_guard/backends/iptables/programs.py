@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from imds_guard.errors import GuardError, Unsupported
+from imds_guard.kernel.netns import has_ipv6
 from imds_guard.kernel.run import find_program, run
 
 NFT = "nf_tables"
@@ -33,12 +33,11 @@ class Program(NamedTuple):
 
 
 def ip_versions() -> tuple[int, ...]:
-    """The IP versions of this kernel. Without 6 (ipv6.disable=1) nothing can connect to an IPv6 address."""
-    try:
-        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM).close()
-    except OSError:
-        return (4,)
-    return (4, 6)
+    """The IP versions of this kernel. Without 6 (ipv6.disable=1) nothing can connect to an IPv6 address.
+
+    There ip6tables-legacy fails, and ip6tables-nft shows empty tables.
+    """
+    return (4, 6) if has_ipv6() else (4,)
 
 
 def default_program(version: int, command: str = "") -> Program:
@@ -88,22 +87,32 @@ def has_legacy_table(version: int, table: str) -> bool:
         return False
 
 
-def every_program(commands: Mapping[int, str], needed: bool, table: str = "filter") -> list[Program]:
-    """Both kinds for both IP versions, the default one first. None where iptables is not installed or does not run.
+class Programs(NamedTuple):
+    """The commands that run here, and a sentence for each default command that does not."""
 
-    With ``needed``, rules of ours should be in force: then a command that does not run is a GuardError.
-    """
-    every: list[Program] = []
-    for version in (4, 6):
+    running: list[Program]
+    missing: list[str]
+
+
+def every_program(commands: Mapping[int, str], table: str = "filter") -> Programs:
+    """Both kinds for each IP version, the default one first. None where iptables is not installed or does not run."""
+    running: list[Program] = []
+    missing: list[str] = []
+    for version in ip_versions():
         try:
             program = default_program(version, commands[version])
-            every += [program, *other_program(program, table)]
+            running += [program, *other_program(program, table)]
         except Unsupported as error:
-            if needed:
-                raise GuardError(
-                    f"{error}; rules of imds-guard should be in force, and can't be seen or changed until it runs"
-                ) from error
-    return every
+            missing.append(
+                f"{error}; rules of imds-guard should be in force, and can't be seen or changed until it runs"
+            )
+    return Programs(running, missing)
+
+
+def require_none(missing: Sequence[str]) -> None:
+    """Raises GuardError with the sentences of Programs.missing."""
+    if missing:
+        raise GuardError("; ".join(missing))
 
 
 def titles(programs: list[Program]) -> str:
