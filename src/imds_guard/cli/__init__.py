@@ -29,7 +29,6 @@ def _on_sigterm(_number: int, _frame: object) -> NoReturn:
 
 def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> NoReturn:
     """Runs a command. An answer that is lost changes the exit status of a command that has succeeded, and no other."""
-    streams.install()
     try:
         _call(command, arguments, name)
     except SystemExit as ended:
@@ -44,6 +43,7 @@ def _call(command: click.Command, arguments: Sequence[str] | None, name: str) ->
     os.umask(0o022)  # the caller's may hide our files from root without CAP_DAC_OVERRIDE, or open them to others
     signal.signal(signal.SIGTERM, _on_sigterm)
     try:
+        streams.install()
         command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)
         sys.exit(0)
     except GuardError as error:

@@ -47,7 +47,7 @@ def print_warnings(sentences: Iterable[str]) -> None:
 
 def _print_error(sentence: str) -> None:
     """Prints to standard error: wrapped between words on a terminal, else one line for programs to read."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         import textwrap  # noqa: PLC0415 -- start-up time: only a terminal needs it
 
         sentence = textwrap.fill(sentence, _columns(), break_long_words=False, break_on_hyphens=False)
@@ -62,6 +62,8 @@ def _columns() -> int:
 
 
 def _put_error(line: str) -> None:
+    if sys.stderr is None:  # closed, and a signal came before it was replaced
+        return
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
 
