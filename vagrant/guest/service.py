@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -88,6 +89,57 @@ def install_early_caller() -> None:
     Path("/etc/systemd/system/early-caller.service").write_text(_UNIT, encoding="utf-8")
     systemctl("daemon-reload")
     systemctl("enable", "early-caller.service", NETWORK)
+
+
+# --- a soft reboot ----------------------------------------------------------------------------------------------------
+
+_SURVIVOR = "survivor.service"
+_OUTCOMES = Path("/run/survivor")
+_STRANGER_CALLS = f"""\
+import errno, json, select, signal, socket
+counts, going = {{}}, True
+def end(*_):
+    global going
+    going = False
+signal.signal(signal.SIGTERM, end)
+while going:
+    with socket.socket() as one:
+        outcome = errno.errorcode.get(one.connect_ex(("{IPV4}", 80)), "connected")
+    counts[outcome] = counts.get(outcome, 0) + 1
+    select.select([], [], [], 0.02)
+print(json.dumps(counts))
+"""
+_SURVIVING_UNIT = f"""\
+# Survives a soft reboot, as systemd-soft-reboot.service(8) describes it.
+[Unit]
+DefaultDependencies=no
+SurviveFinalKillSignal=yes
+IgnoreOnIsolate=yes
+[Service]
+User={STRANGER}
+ExecStart=/usr/bin/python3 -I -S {EARLY}/survivor.py
+StandardOutput=truncate:{_OUTCOMES}
+"""
+
+
+def can_soft_reboot() -> bool:
+    """True for systemd 254 and later."""
+    return int(systemctl("--version").split()[1]) >= 254
+
+
+def start_survivor() -> None:
+    """Starts a caller that goes on through a soft reboot. It is to be denied all the time."""
+    (EARLY / "survivor.py").write_text(_STRANGER_CALLS, encoding="utf-8")
+    Path(f"/etc/systemd/system/{_SURVIVOR}").write_text(_SURVIVING_UNIT, encoding="utf-8")
+    systemctl("daemon-reload")
+    systemctl("start", _SURVIVOR)
+
+
+def outcomes_of_survivor() -> dict[str, int]:
+    """How often each outcome came. Ends it."""
+    systemctl("stop", _SURVIVOR)
+    found: dict[str, int] = json.loads(_OUTCOMES.read_text(encoding="ascii"))
+    return found
 
 
 def _journal() -> str:

@@ -17,7 +17,18 @@ import psutil
 import pytest
 
 from vagrant.guest import world
-from vagrant.guest.service import CONFIG, DROP_IN, SLOW, UNIT, WATCH, install_early_caller, show, systemctl
+from vagrant.guest.service import (
+    CONFIG,
+    DROP_IN,
+    SLOW,
+    UNIT,
+    WATCH,
+    can_soft_reboot,
+    install_early_caller,
+    show,
+    start_survivor,
+    systemctl,
+)
 from vagrant.guest.storm import Storm
 from vagrant.guest.world import ACTIVE, INACTIVE, ONE, STRANGER, command, done, everywhere, left, reach
 
@@ -25,6 +36,8 @@ EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
 RESTARTS = 50
 """A restart takes five seconds on an emulated processor, and two more where the log of denials restarts, too."""
 RESTARTS_WITH_LOG = 3
+QUIET = Path("/run/systemd/system/rescue.service.d/quiet.conf")
+"""Without a shell on the console, whose end would isolate the default target."""
 
 _ADD_A_COMMENT = """
 import imds_guard, pathlib
@@ -138,7 +151,26 @@ def test_stop_opens_and_start_locks(backend: str) -> None:
 
 
 @EBPF
+def test_isolate_leaves_the_lock(backend: str) -> None:
+    """systemctl isolate stops what the target does not want; on the way back the log of denials starts again."""
+    QUIET.parent.mkdir(parents=True)
+    QUIET.write_text("[Service]\nExecStartPre=\nExecStart=\nExecStart=/usr/bin/sleep infinity\n", encoding="ascii")
+    systemctl("daemon-reload")
+    with Storm(STRANGER) as storm:
+        for target in ("rescue.target", "multi-user.target"):
+            systemctl("isolate", target)
+            assert show(target, "ActiveState") == "active"
+            assert show(UNIT, "ActiveState") == "active"
+            assert command("status").returncode == ACTIVE
+    assert_only_denials(storm)
+    assert_locked()
+    assert show(WATCH, "ActiveState") == "active"
+
+
+@EBPF
 def test_preparation_of_the_reboot(backend: str) -> None:
-    """Installs the caller whose result is read after the reboot."""
+    """Installs the caller whose result is read after the reboot, and the one that goes on through a soft reboot."""
     install_early_caller()
     assert show(UNIT, "UnitFileState") == "enabled"
+    if can_soft_reboot():
+        start_survivor()
