@@ -311,6 +311,11 @@ ACCOUNT = [
     ),
 ]  # fmt: skip
 
+_FORMS = _forms()
+
+ON_EVERY_KERNEL = [*SOCKETS, *_FORMS, *(case for case in ALIVE if len(case.policy.filters) == 1)]
+"""Rows that kernels may treat in different ways. Few policies: to apply one takes seconds on an emulated processor."""
+
 CASES = [
     *NAMED,
     *ORDER,
@@ -321,7 +326,7 @@ CASES = [
     *MANY_GROUPS,
     *AUDIT,
     *SOCKETS,
-    *_forms(),
+    *_FORMS,
     *DIRECT,
     *ACCOUNT,
 ]

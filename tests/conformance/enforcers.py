@@ -73,6 +73,8 @@ class Ebpf:
     refusals = frozenset({"EPERM"})
     connects_write = True
     defines: Defines = ()
+    guarded: str | None = None
+    """The cgroup that the programs are attached to. None: the root."""
 
     def __init__(self, folder: Path) -> None:
         self._above = Sandbox()
@@ -81,6 +83,7 @@ class Ebpf:
 
     def __enter__(self) -> Ebpf:
         self._stack.enter_context(self._above)
+        self.guarded = self._above.cgroup
         self._backend = EbpfBackend(self._above.cgroup, self.defines)
         self._stack.callback(self._backend.remove)
         return self
@@ -111,12 +114,12 @@ class Ebpf:
 
     def listeners(self) -> Sequence[Listener]:
         """Enforcer.listeners()."""
-        found = wanted_listeners(PinLocation.of(self._above.cgroup))
+        found = wanted_listeners(PinLocation.of(self.guarded))
         return () if found is None else found.listeners
 
     def serve_filters(self, sandbox: Sandbox) -> int:
         """Enforcer.serve_filters()."""
-        location, wanted = PinLocation.of(self._above.cgroup), self.listeners()
+        location, wanted = PinLocation.of(self.guarded), self.listeners()
 
         def listen() -> list[socket.socket]:
             with ListenerMarks(location) as marks:

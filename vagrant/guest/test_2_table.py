@@ -20,6 +20,7 @@ from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
 from tests.conformance.bench import Bench, by_policy, skip_without
 from tests.conformance.cases import CASES
+from tests.conformance.cases_filter import ON_EVERY_KERNEL
 from tests.conformance.differences import expected_verdict
 from tests.conformance.enforcers import Enforcer, Iptables
 from tests.conformance.model import Case, Setting
@@ -48,14 +49,18 @@ def depends_on_the_kernel(case: Case) -> bool:
 def sample(backend: str, place: int, of: int) -> list[Case]:
     """Policies ``place``, ``place + of``, ...; for eBPF also what depends on the kernel in one of six policies.
 
-    Nearly every kernel has two rows or more. The fallback judges packets, whoever made them and how.
+    Nearly every kernel has two rows or more. The fallback judges packets, whoever made them and how. Connects that are
+    redirected to a filter depend on the kernel most of all.
     """
     chosen = []
     for number, cases in enumerate(portions()):
+        if cases[0].policy.filters and backend != "ebpf":
+            continue  # the fallback refuses filters
         if number % of == place:
             chosen += cases
-        elif backend == "ebpf" and number % 6 == place % 6:
-            chosen += [case for case in cases if depends_on_the_kernel(case)]
+        elif backend == "ebpf":
+            some = number % 6 == place % 6
+            chosen += [c for c in cases if c in ON_EVERY_KERNEL or (some and depends_on_the_kernel(c))]
     return chosen
 
 
