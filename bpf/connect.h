@@ -94,7 +94,6 @@ ig_inline int ig_check_connect(__u32 generation, struct bpf_sock_addr *ctx, stru
 	struct ig_caller caller = {};
 	struct ig_decision decision = { .caller = &caller, .generation = generation, .hook = hook };
 	__u32 filter_ip4 = 0;
-	bool audited = false;
 
 	ig_read_request(&request, ctx, sk, hook);
 	ig_resolve_unspecified(&request);
@@ -105,20 +104,22 @@ ig_inline int ig_check_connect(__u32 generation, struct bpf_sock_addr *ctx, stru
 	settings = ig_map_lookup_elem(IG_MAP(IG_MAP_SETTINGS), &generation);
 	decision.lock = range.lock;
 	decision.reason = IG_NO_SETTINGS;
+	decision.verdict = IG_VERDICT_DENIED;
 	if (settings && settings->valid) {
 		decision.reason = ig_judge(generation, settings, &range, &caller, ctx, sk, hook, &filter_ip4);
 		decision.reason =
 			ig_mark_socket(generation, settings, range.list, &caller, ctx, sk, decision.reason, filter_ip4);
-		audited =
-			settings->mode == IG_AUDIT && (!ig_permits(decision.reason) || decision.reason == IG_FILTERED);
+		if (decision.reason <= IG_DEFAULT_ALLOW)
+			decision.verdict = IG_VERDICT_ALLOWED;
+		else if (settings->mode == IG_AUDIT)
+			decision.verdict = IG_VERDICT_AUDITED;
+		else if (decision.reason == IG_FILTERED)
+			decision.verdict = IG_VERDICT_ALLOWED;
 	}
-	ig_count(decision.reason, audited);
-	decision.verdict = audited		       ? IG_VERDICT_AUDITED :
-			   ig_permits(decision.reason) ? IG_VERDICT_ALLOWED :
-							 IG_VERDICT_DENIED;
+	ig_count(decision.reason, decision.verdict == IG_VERDICT_AUDITED);
 	if (decision.verdict != IG_VERDICT_ALLOWED || ig_log_allowed())
 		ig_notify_connect(&decision, ctx, sk, hook);
-	if (decision.reason == IG_FILTERED && !audited)
+	if (decision.reason == IG_FILTERED && decision.verdict == IG_VERDICT_ALLOWED)
 		ig_redirect(ctx, hook, filter_ip4);
 	return decision.verdict != IG_VERDICT_DENIED;
 }

@@ -85,7 +85,7 @@ FAULTS = (
     Fault("half-of-the-digest", "redirect.h", "mark->digest == digest", "(__u32)mark->digest == (__u32)digest"),
     Fault("a-socket-that-does-not-listen", "redirect.h", "listener->state == BPF_TCP_LISTEN && ", ""),
     Fault("a-device-is-no-hindrance", "redirect.h", "if (sk->bound_dev_if)", "if (0)"),
-    Fault("audit-redirects", "connect.h", "if (decision.reason == IG_FILTERED && !audited)", "if (filter_ip4)"),
+    Fault("audit-redirects", "connect.h", " && decision.verdict == IG_VERDICT_ALLOWED)", ")"),
     Fault("any-mark-is-one-for-a-filter", "egress.h", "mark->kind == IG_MARK_FILTER && mark->gid", "mark->gid"),
     Fault("one-filter-for-another", "egress.h", " && mark->gid == ig_filter_number(filter->word[3])", ""),
     Fault("a-target-without-a-range-of-its-own", _RENDER, "False, abi.TCP, number)", "False, abi.TCP, 0)"),
