@@ -13,8 +13,7 @@ from random import Random
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.decide import Caller, Destination
-from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
-from imds_guard.policy.filters import Filter, FilterRules, targets
+from imds_guard.policy.filters import FILTER_NETWORK, FILTER_PORT, Filter, FilterRules, targets
 from imds_guard.policy.model import (
     MAX_ID,
     Address,

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Callable
 
 from imds_guard.kernel import listeners
-from imds_guard.policy.filter_address import FILTER_PORT, Listener
+from imds_guard.policy.filter_address import Listener
+from imds_guard.policy.filters import FILTER_PORT
 from tests.conformance.families import ADDRESSES, LOOPBACK, PORTS
 
 _WAIT_S = 5.0

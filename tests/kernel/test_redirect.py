@@ -20,8 +20,8 @@ from imds_guard.connections.find import Scope
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
-from imds_guard.policy.filter_address import FILTER_PORT, Listener
-from imds_guard.policy.filters import Filter, FilterRules
+from imds_guard.policy.filter_address import Listener
+from imds_guard.policy.filters import FILTER_PORT, Filter, FilterRules
 from imds_guard.policy.model import Identities, Mode, Policy, make_policy
 from tests.conformance import witness
 from tests.kernel import guards

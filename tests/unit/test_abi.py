@@ -17,8 +17,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.filter_records import filter_bit
 from imds_guard.kernel.btf import Btf
 from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, MAX_WALKED_GROUPS, Reason
-from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
-from imds_guard.policy.filters import MAX_FILTERS, MAX_TARGETS
+from imds_guard.policy.filters import FILTER_NETWORK, FILTER_PORT, MAX_FILTERS, MAX_TARGETS
 from imds_guard.policy.model import MAX_LOCK_NAME_BYTES
 from tests.clang import BPF, compiled_for_bpf, compiled_to_library
 from tests.strategies import patient

@@ -87,6 +87,18 @@ def test_without_filters_no_user_runs_them() -> None:
             (lock("10.0.0.1", deny=Identities(frozenset((990,)))),),
             "lock 'default' denies user 990, which runs the filters",
         ),
+        *(
+            (
+                (one("a"),),
+                (lock("10.0.0.1"), lock(endpoint, name="own")),
+                f"lock 'own': {shown} port 169 is where filters listen",
+            )
+            for endpoint, shown in (
+                ("127.169.1.1", "127.169.1.1/32"),
+                ("127.169.0.0/17:160-170,tcp", "127.169.0.0/17"),
+                ("127.169.0.0/16", "127.169.0.0/16"),
+            )
+        ),
         (tuple(one(f"f{n}") for n in range(MAX_FILTERS + 1)), (), "filter 'f24' is one too many: there can be 24"),
         (
             (one("a"),),
@@ -100,6 +112,11 @@ def test_a_filter_that_can_not_be_is_refused(
 ) -> None:
     with pytest.raises(BadPolicy, match=expected.replace("(", r"\(")):
         policy_of(*filters, locks=locks)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.0/8", "127.169.1.1:80,tcp", "127.169.1.1:169,udp"])
+def test_what_is_not_a_filters_place_may_be_locked(endpoint: str) -> None:
+    assert len(policy_of(one("a"), locks=(lock("10.0.0.1"), lock(endpoint, name="own"))).locks) == 2
 
 
 def test_a_user_on_a_deny_list_is_refused_only_where_there_are_filters() -> None:

@@ -17,8 +17,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.filter_numbers import assigned
 from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.policy.decide import MAX_WALKED_GROUPS
-from imds_guard.policy.filter_address import FILTER_PORT
-from imds_guard.policy.filters import Filter
+from imds_guard.policy.filters import FILTER_PORT, Filter
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 from tests.vm import test_egress

@@ -13,8 +13,7 @@ from imds_guard.backends.ebpf.abi import Map
 from imds_guard.backends.ebpf.filter_numbers import Numbered, Numbers, assigned
 from imds_guard.backends.ebpf.filter_records import filter_bit, listeners_of
 from imds_guard.backends.ebpf.render import render
-from imds_guard.policy.filter_address import FILTER_PORT
-from imds_guard.policy.filters import Filter, FilterRules, Target
+from imds_guard.policy.filters import FILTER_PORT, Filter, FilterRules, Target
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 from tests import packets

@@ -16,7 +16,7 @@ from imds_guard.kernel.abandonable import Limits, Unanswered, Worker
 from imds_guard.kernel.namespaces import Namespace, network_namespaces
 from imds_guard.kernel.sock_diag import CONNECTED, ESTABLISHED, LISTEN, SockDiag, Socket, open_sock_diag
 from imds_guard.policy.decide import Destination
-from imds_guard.policy.filter_address import FILTER_NETWORK, FILTER_PORT
+from imds_guard.policy.filters import FILTER_NETWORK, FILTER_PORT
 from imds_guard.policy.model import Address, Endpoint, Policy, Protocol, unmapped
 from imds_guard.policy.ports import NO_PORTS, Ports, has_port
 from imds_guard.text import count_of, some_of

@@ -10,8 +10,8 @@ import enum
 import ipaddress
 from typing import NamedTuple
 
-from imds_guard.policy.filter_address import FILTER_NETWORK, is_filter_address
-from imds_guard.policy.filters import Filter, Target, targets_of
+from imds_guard.policy.filter_address import is_filter_address
+from imds_guard.policy.filters import FILTER_NETWORK, Filter, Target, targets_of
 from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict, unmapped
 from imds_guard.policy.ports import has_port
 

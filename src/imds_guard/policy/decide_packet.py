@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Union
 
 from imds_guard.policy.decide import Destination, find_lock, is_locked_anywhere
-from imds_guard.policy.filter_address import FILTER_NETWORK, is_filter_address, numbers_in
+from imds_guard.policy.filter_address import is_filter_address, numbers_in
+from imds_guard.policy.filters import FILTER_NETWORK
 from imds_guard.policy.model import Address, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.packet import ACK, RST, SYN, Fragment, Packet
 

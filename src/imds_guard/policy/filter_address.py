@@ -10,11 +10,8 @@ from __future__ import annotations
 import ipaddress
 from typing import NamedTuple
 
-from imds_guard.policy.filters import Target
+from imds_guard.policy.filters import FILTER_NETWORK, FILTER_PORT, Target
 from imds_guard.policy.model import Address, Protocol
-
-FILTER_NETWORK = ipaddress.IPv4Network("127.169.0.0/16")
-FILTER_PORT = 169
 
 
 def listener_address(target: int, number: int) -> ipaddress.IPv4Address:

@@ -6,6 +6,7 @@ A filter is a service that connects in place of the caller (docs/filter.md). pol
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,7 @@ from imds_guard.errors import BadPolicy
 from imds_guard.policy.ports import has_port
 
 if TYPE_CHECKING:
-    from imds_guard.policy.model import Address, Identities, Lock, Policy
+    from imds_guard.policy.model import Address, Identities, Lock, Network, Policy
 
 FILTER_USER = "imds-guard-filter"
 """The account of the service."""
@@ -26,6 +27,9 @@ MAX_TARGETS = 254
 MAX_RULES_BYTES = 64 * 1024
 """Of one filter. Each request is compared with all of them."""
 PLAIN_HTTP = 80
+FILTER_NETWORK = ipaddress.IPv4Network("127.169.0.0/16")
+"""Filters listen in it: policy/filter_address.py."""
+FILTER_PORT = 169
 
 
 class FilterRules(NamedTuple):
@@ -131,6 +135,17 @@ def check_filters(filters: Sequence[Filter], locks: Sequence[Lock], filter_uid: 
     for lock in locks:
         if filters and filter_uid in lock.deny.users:
             raise BadPolicy(f"lock {lock.name!r} denies user {filter_uid}, which runs the filters")
+        for endpoint in lock.endpoints:
+            if filters and _is_inside(endpoint.network) and has_port(endpoint.tcp, FILTER_PORT):
+                raise BadPolicy(
+                    f"lock {lock.name!r}: {endpoint.network} port {FILTER_PORT} is where filters listen: it is "
+                    "locked for everyone while there are filters"
+                )
+
+
+def _is_inside(network: Network) -> bool:
+    """A prefix inside that of the listeners, or the same, would win over it in the kernel."""
+    return isinstance(network, ipaddress.IPv4Network) and network.subnet_of(FILTER_NETWORK)
 
 
 def _check_who(one: Filter, filter_uid: int | None) -> None:
