@@ -109,7 +109,7 @@ def test_every_command_has_its_capabilities() -> None:
     assert set(WORDS) == set(REQUIRED)
 
 
-LOOK = ("status", "check", "explain", "export", "verify", "watch", "report", "metrics", "demo")
+LOOK = ("status", "check", "explain", "export", "verify", "watch", "report", "metrics", "demo", "filter")
 CHANGE = ("start", "ip-lockdown", "allow", "revoke", "stop")
 
 
@@ -300,16 +300,18 @@ def test_a_link_or_a_strange_file_in_place_of_a_lock_file_is_refused(untouched: 
     assert traces(untouched.sandbox.cgroup) == NOTHING
 
 
-def test_a_configuration_that_is_a_link_is_replaced_not_its_target(guard: Guard, tmp_path: Path) -> None:
+def test_a_configuration_that_is_a_link_stays_one(guard: Guard, tmp_path: Path) -> None:
+    """--save changes the file that the link leads to, and keeps its owner and mode."""
     target, config = tmp_path / "target", tmp_path / "config.toml"
     target.write_text('[lock.web]\nendpoints = ["192.0.2.1"]\nusers = [1]\n', encoding="ascii")
-    before = target.read_bytes()
+    target.chmod(0o600)
     guard.start(*LOCK)
     config.symlink_to(target)
     saved = guard("allow", "--user", str(TWO), *SAVE, str(config))
     assert saved.status == 0, saved
-    assert target.read_bytes() == before
-    assert mode(str(config)) == "644 0:0"
+    assert os.readlink(config) == str(target)
+    assert str(TWO) in target.read_text(encoding="utf-8")
+    assert mode(str(target)) == "600 0:0"
 
 
 # --- programs -------------------------------------------------------------------------------------------------------

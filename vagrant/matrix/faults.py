@@ -34,8 +34,8 @@ FAULTS = (
     Fault(
         "connect6 is not attached",
         "src/imds_guard/backends/ebpf/abi.py",
-        "for name in HOOKS if strict or name != EGRESS)",
-        'for name in HOOKS if (strict or name != EGRESS) and name != "connect6")',
+        "for name in HOOKS if not left_out.get(name))",
+        'for name in HOOKS if not left_out.get(name) and name != "connect6")',
         "6.1-debian-12", _WHO_EBPF, _STRANGER_CONNECTS,
     ),
     Fault(
