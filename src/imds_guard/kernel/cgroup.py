@@ -62,7 +62,8 @@ def ancestors(cgroup: Cgroup) -> Iterator[tuple[str, int]]:
     try:
         while os.fstat(fd).st_ino != ROOT_INODE:
             above = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-            if os.fstat(above).st_dev != os.fstat(fd).st_dev:  # the root of a cgroup namespace
+            # Another file system: fd is the root of a cgroup namespace. Itself: it is the root of all files.
+            if os.fstat(above).st_dev != os.fstat(fd).st_dev or os.path.samestat(os.fstat(above), os.fstat(fd)):
                 os.close(above)
                 return
             os.close(fd)
