@@ -222,16 +222,16 @@ def test_a_link_in_place_of_a_lock_file_is_not_followed(as_root: None, tmp_path:
 
 
 def test_the_configuration_is_written_beside_and_renamed(tmp_path: Path) -> None:
-    """A symbolic link in place of the configuration is replaced, not followed. Only the owner can write the file."""
-    victim = tmp_path / "victim"
-    save_config(Config(USUAL), str(victim))
-    before = victim.read_text(encoding="utf-8")
-    path = tmp_path / "config.toml"
-    path.symlink_to(victim)
-    save_config(Config(ELSEWHERE), str(path))
-    assert victim.read_text(encoding="utf-8") == before
-    assert not path.is_symlink()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    """Another name of the old file keeps its content; a symbolic link leads to the new one. Only root can write it."""
+    file, other, link = tmp_path / "config.toml", tmp_path / "other", tmp_path / "link.toml"
+    save_config(Config(USUAL), str(file))
+    os.link(file, other)
+    link.symlink_to(file)
+    before = other.read_text(encoding="utf-8")
+    save_config(Config(ELSEWHERE), str(link))
+    assert other.read_text(encoding="utf-8") == before != file.read_text(encoding="utf-8")
+    assert os.readlink(link) == str(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
 
 
 @pytest.mark.parametrize("act", ["rename", "remove", "open", "list"])
