@@ -229,17 +229,19 @@ class _Asker:
         self._worker: Worker[tuple[Callable[[Any], Any], Any], Any] | None = None
         self._owner = 0
         self._silent_until = 0.0
+        self._waited_s = 0.0
 
     def ask(self, work: Callable[[Q], A], question: Q, within_s: float, what: str) -> A:
         """As _ask()."""
         from imds_guard.kernel.abandonable import Unanswered  # noqa: PLC0415 -- start-up time: files often have it
 
         answer: A | Unanswered = Unanswered.NOT_ASKED
-        if time.monotonic() >= self._silent_until:
+        # Half a second without an answer may be a busy machine: it says nothing about a question that waits for ten.
+        if time.monotonic() >= self._silent_until or within_s > self._waited_s:
             answer = self._own_worker().ask((work, question), within_s)
         if isinstance(answer, Unanswered):
             if answer is Unanswered.HUNG:
-                self._silent_until = time.monotonic() + SILENT_FOR_S
+                self._silent_until, self._waited_s = time.monotonic() + SILENT_FOR_S, within_s
             raise NoAnswer(
                 f"the name service gave no answer about {what} within {within_s:g} s: repair it (nsswitch.conf(5)), or "
                 "give IDs in place of names"
