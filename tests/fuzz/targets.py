@@ -92,6 +92,9 @@ _KEYS_AND_VALUES = {
     Map.MEMBERS: (abi.MEMBER.size, abi.MEMBER_VALUE.size),
     Map.GROUPS: (abi.SMALL_KEY.size, abi.GROUPS.size),
     Map.LISTS: (4, abi.LIST.size),
+    Map.FILTERS: (abi.FILTER_KEY.size, abi.FILTER.size),
+    Map.TARGETS: (abi.SMALL_KEY.size, abi.TARGET.size),
+    Map.FILTER_TEXTS: (abi.FILTER_TEXT_KEY.size, abi.FILTER_PIECE_BYTES),
 }
 
 

@@ -316,13 +316,16 @@ def on_iptables(guard: Guard, *words: str) -> Result:
 
 
 RULES: dict[str, tuple[tuple[str, ...], str, int]] = {
-    "ACCEPT before our jump": (("-I", "OUTPUT", "-j", "ACCEPT"), "other people's rules stand before ours", ONE),
-    "flushed OUTPUT": (("-F", "OUTPUT"), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
+    "ACCEPT before our jump": (("-t", "mangle", "-I", "OUTPUT", "-j", "ACCEPT"), "stand before ours", ONE),
+    "flushed OUTPUT": (("-F", "OUTPUT"), "nothing in OUTPUT leads to IMDS-GUARD any more", ONE),
     "flushed chain": (("-F", "IMDS-GUARD"), "", TWO),
     "ACCEPT in our chain": (("-I", "IMDS-GUARD", "-j", "ACCEPT"), "someone changed the rules in our chains", ONE),
-    "everything flushed": (("-F",), "nothing in OUTPUT leads to IMDS-GUARD any more", TWO),
+    "everything flushed": (("-F",), "nothing in OUTPUT leads to IMDS-GUARD any more", ONE),
 }
-"""An iptables command, the fault that is reported, and who gets through after the repair (see DAMAGE)."""
+"""An iptables command, the fault that is reported, and who gets through after the repair (see DAMAGE).
+
+Table mangle holds the policy, too, so that a flush of filter alone leaves it readable.
+"""
 
 
 @pytest.mark.parametrize(("words", "said", "through"), RULES.values(), ids=RULES.keys())
@@ -344,7 +347,8 @@ def test_changed_rules_are_reported_and_repaired(
 
 def test_supplementary_groups_come_back_with_the_rules(guard: Guard) -> None:
     assert on_iptables(guard, "start", "--group", str(STAFF), "--ip", SERVICE).status == 0
-    inside(guard, "iptables", "-I", "OUTPUT", "-j", "ACCEPT")
+    for table in ("filter", "mangle"):  # either one alone would hold
+        inside(guard, "iptables", "-t", table, "-I", "OUTPUT", "-j", "ACCEPT")
     assert guard.reach(STRANGER) == "connected"
     assert on_iptables(guard, "verify", "--repair", "--config", ABSENT).status == 0
     assert (guard.reach(STRANGER), guard.reach(STRANGER, groups=[STAFF])) == ("ECONNREFUSED", "connected")
