@@ -103,7 +103,10 @@ def test_a_signal_in_front_of_a_call(stage: Stage, command: str, which: signal.S
     for number in range(1, calls + 1, step):
         assert stage.run(again, Fault())[0] == 0
         assert stage.callers.passing() == (under,) * 3
-        status, said, _ = stage.run(arguments, Fault(first=number, instead=lambda: os.kill(os.getpid(), which)))
+        status, said, made = stage.run(arguments, Fault(first=number, instead=lambda: os.kill(os.getpid(), which)))
+        if made < number:  # a shorter run: calls that list all programs of the machine depend on other tests
+            assert number > calls // 2
+            break
         lines = [line for line in said.splitlines() if line and not line.startswith("warning: ")]
         assert (status, len(lines)) == (STATUS[which], 1), (number, said)
         assert lines[0].startswith(f"imds-guard: interrupted by {which.name}: "), lines

@@ -112,7 +112,7 @@ def test_an_invalid_address_leaves_no_cgroup() -> None:
 
 def test_a_listener_that_can_not_bind_is_an_error() -> None:
     """serve() returns only when the listener listens."""
-    with Sandbox() as sandbox, pytest.raises(ChildFailed, match="a listener of the sandbox could not start"):
+    with Sandbox() as sandbox, pytest.raises(ChildFailed, match="a child of the sandbox could not start"):
         sandbox.serve(["192.0.2.7"], [80])
 
 

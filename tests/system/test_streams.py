@@ -87,9 +87,12 @@ def running() -> Iterator[Guard]:
 OF_LOOK = {"closed": DONE, "full": UNSAID, "broken": DONE}
 """A closed stream is for nobody, and a reader that has left has read what it wanted."""
 
+SILENT = {"watch", "filter"}
+"""They say nothing where nothing is denied and no filter is served."""
+
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", sorted({*LOOK, "endpoints"} - {"watch"}))
+@pytest.mark.parametrize("name", sorted({*LOOK, "endpoints"} - SILENT))
 def test_a_command_that_reads(running: Guard, name: str, state: str) -> None:
     words = command.argv(("endpoints",)) if name == "endpoints" else argv(running, name)
     status, said = run(words, stdout=state)
@@ -166,7 +169,7 @@ def test_an_error_has_its_status_whatever_the_streams_are(guard: Guard, state: s
 # --- one write(2) -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted({*LOOK, "start"} - {"watch"}))
+@pytest.mark.parametrize("name", sorted({*LOOK, "start"} - SILENT))
 def test_an_answer_is_one_write(running: Guard, name: str) -> None:
     """So "status | grep -q" reads it whole, and a line is never mixed with those of others. One record, one write."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -81,15 +81,11 @@ class Sandbox:
         return children.run_in_child(inside, timeout_s=timeout_s)
 
     def spawn(self, fn: Callable[[], object]) -> int:
-        """Forks a child that runs ``fn`` in this cgroup and namespace; returns its process ID. The sandbox kills it."""
+        """Forks a child that runs ``fn`` in this cgroup and namespace; returns its process ID. The sandbox kills it.
 
-        def inside() -> None:
-            self.join()
-            fn()
-
-        pid = children.fork(inside)
-        self._spawned.append(pid)
-        return pid
+        The child has joined both when this returns.
+        """
+        return self.serve_with(lambda: None, lambda _: fn())
 
     def end(self, pid: int) -> None:
         """Kills and reaps a child of spawn() or serve()."""
@@ -107,16 +103,18 @@ class Sandbox:
 
             def serve() -> None:
                 ours.close()
+                self.join()
                 listening = listen()
                 theirs.send(b".")
                 theirs.close()
                 answer(listening)
 
-            pid = self.spawn(serve)
+            pid = children.fork(serve)
+            self._spawned.append(pid)
             theirs.close()
             ours.settimeout(_EMPTY_WITHIN_S)
             if not ours.recv(1):
-                raise ChildFailed("a listener of the sandbox could not start; its error is on stderr")
+                raise ChildFailed("a child of the sandbox could not start; its error is on stderr")
         return pid
 
 
