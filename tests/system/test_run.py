@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,13 +81,14 @@ esac
 """
 
 FAKE_APT = """#!/bin/sh
-# Prints when nobody reads any more, then finishes.
+# Says how far it is on descriptor 3, also when nobody reads any more, then finishes.
 cd "$(dirname "$0")" || exit 1
 echo "$@" >>calls
 echo unpacking
+echo dlstatus:1:42.5:Retrieving >&3
 while [ -e reader ]; do sleep 0.01; done
 i=0
-while [ $i -lt 2000 ]; do echo "setting up $i" || exit 100; i=$((i + 1)); done
+while [ $i -lt 2000 ]; do echo "setting up $i" && echo "pmstatus:pip:7.5:words: $i" >&3 || exit 100; i=$((i + 1)); done
 : >installed
 """
 
@@ -120,9 +123,59 @@ def test_the_matrix_installs_what_is_missing(machine: Path, words: list[str]) ->
     """Behind -- are the arguments of the guest's command."""
     done = on(machine, "matrix", *words)
     assert (done.returncode, done.stdout) == (0, "usage: run.py\n")
-    assert "run: installing" in done.stderr
-    assert "unpacking" in done.stderr
+    installing, *more = done.stderr.splitlines()
+    assert installing.startswith("run: installing ")
+    assert [line for line in more if not line.startswith("run: continuing without: ")] == []
     assert "python3-pip" in (machine / "calls").read_text(encoding="utf-8")
+
+
+@as_root
+def test_each_package_is_named_once(machine: Path) -> None:
+    """Where Python is missing, all its modules are, too, for whatever they are needed."""
+    (machine / "python3").unlink()
+    done = on(machine, "start")
+    names = done.stderr.splitlines()[0].removeprefix("run: installing ").removesuffix(" (apt)").split()
+    assert {"python3", "python3-bpfcc", "python3-click"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+@as_root
+def test_on_a_terminal_the_progress_is_one_line(machine: Path) -> None:
+    """What was there is overwritten, and nothing of it stays."""
+    terminal, ours = pty.openpty()
+    environment = {**os.environ, "PATH": f"{machine}:{os.environ['PATH']}"}
+    with subprocess.Popen([machine / "run", "matrix"], env=environment, stdout=ours, stderr=ours) as started:
+        os.close(ours)
+        said = read_terminal(terminal)
+        assert started.wait(timeout=60) == 0
+    progress, *more = said.removeprefix(said.split("\n")[0] + "\n").split("\n")
+    assert "\r\x1b[Krun: downloading: 42 %" in progress
+    assert "\r\x1b[Krun: installing: 7 %" in progress
+    assert progress.rpartition("\x1b[K")[2] in ("usage: run.py\r", "")  # how a terminal shows the line in the end
+    assert not any("%" in line for line in more)
+
+
+def read_terminal(terminal: int) -> str:
+    """All that is written to it until nobody has its other end open."""
+    said = b""
+    with os.fdopen(terminal, "rb", buffering=0) as reader, suppress(OSError):  # EIO at the end
+        while block := reader.read(4096):
+            said += block
+    return said.decode()
+
+
+@as_root
+def test_words_of_apt_are_printed_when_it_fails(machine: Path) -> None:
+    """Once for each attempt that can't be helped: the first one may only lack new package lists."""
+    (machine / "apt-get").write_text("#!/bin/sh\necho E: nothing works\nexit 100\n", encoding="utf-8")
+    said = on(machine, "matrix", "--list").stderr.splitlines()
+    assert said[1:5] == [
+        "run: updating the package lists (apt-get update)",
+        "E: nothing works",
+        "run: apt-get update failed",
+        "E: nothing works",
+    ]
+    assert said[5].endswith(" could not be installed")
 
 
 @as_root
@@ -137,14 +190,14 @@ def test_what_is_required_and_can_not_be_installed_ends_the_run(machine: Path, s
 
 @as_root
 def test_an_installation_outlives_the_reader_of_its_output(machine: Path) -> None:
-    """``./run matrix |& head -2``: a package manager that SIGPIPE ends leaves packages half configured."""
+    """``./run matrix |& head -1``: a package manager that SIGPIPE ends leaves packages half configured."""
     (machine / "reader").touch()
     environment = {**os.environ, "PATH": f"{machine}:{os.environ['PATH']}"}
     output, ours = os.pipe()
     with subprocess.Popen([machine / "run", "matrix"], env=environment, stdout=ours, stderr=ours) as started:
         os.close(ours)
         with os.fdopen(output, encoding="utf-8") as reader:
-            assert "unpacking\n" in (reader.readline(), reader.readline())
+            assert reader.readline().startswith("run: installing ")
         (machine / "reader").unlink()
         started.wait(timeout=60)
     assert (machine / "installed").exists()
