@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from imds_guard import __version__
+from tests import command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +34,17 @@ def test_it_finds_its_tree_from_anywhere(tmp_path: Path) -> None:
     done = run(["--version"], tmp_path, tmp_path / "guard")
     assert (done.returncode, done.stderr) == (0, "")
     assert __version__ in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups needs root")
+def test_messages_name_the_command_as_it_was_called(tmp_path: Path) -> None:
+    """In a clone there is no program imds-guard. What only the package has keeps its name."""
+    assert run(["start", "--help"], tmp_path).stdout.startswith(f"Usage: {ROOT}/run start [OPTIONS]\n")
+    with command.guard() as guard:
+        done = run(["watch", "--once", "--cgroup", guard.sandbox.cgroup], tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("imds-guard: ")
+    assert f"; run {ROOT}/run start first" in done.stderr
 
 
 def test_packages_that_pip_can_not_install_are_reported(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import click
 
 from imds_guard.cli import streams
 from imds_guard.cli.group import cli
-from imds_guard.cli.output import fail
+from imds_guard.cli.output import called_as, fail
 from imds_guard.errors import GuardError, system_text
 
 __all__ = ["cli", "ip_lockdown", "main"]
@@ -79,7 +79,7 @@ def _please() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``imds-guard`` command."""
-    _run(cli, arguments, "imds-guard")
+    _run(cli, arguments, called_as())
 
 
 def ip_lockdown(arguments: Sequence[str] | None = None) -> NoReturn:

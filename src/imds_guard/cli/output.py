@@ -4,21 +4,39 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NoReturn
 
 from imds_guard.cli import streams
+from imds_guard.cli.group import MODULES
 
 if TYPE_CHECKING:
     from imds_guard.commands.outcome import Outcome
 
 _DEFAULT_COLUMNS = 80
 
+_NEEDS_THE_PACKAGE = frozenset({"install-service", "uninstall-service"})
+_COMMAND = re.compile(rf"\bimds-guard (?=(?:{'|'.join(sorted(MODULES.keys() - _NEEDS_THE_PACKAGE))})\b)")
+_PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+~-]+", re.ASCII)
+
+
+def called_as() -> str:
+    """What the user types to call imds-guard: ``./run`` in a clone, where there is no program of that name."""
+    name = os.environ.get("IMDS_GUARD_CALLED_AS", "")  # run sets it
+    return name if _PLAIN_PATH.fullmatch(name) else "imds-guard"
+
+
+def _to_paste(text: str) -> str:
+    """The commands in a text as the user can call them."""
+    name = called_as()
+    return text if name == "imds-guard" else _COMMAND.sub(f"{name} ", text)
+
 
 def print_lines(lines: Iterable[str]) -> None:
     """Prints the answer to standard output."""
-    print_text("".join(f"{line}\n" for line in lines))
+    print_text(_to_paste("".join(f"{line}\n" for line in lines)))
 
 
 def print_text(text: str) -> None:
@@ -36,7 +54,7 @@ def print_json(values: object) -> None:
     """Prints the answer as JSON to standard output."""
     import json  # noqa: PLC0415 -- start-up time: few calls ask for it
 
-    print_lines([json.dumps(values, indent=2, sort_keys=True)])
+    print_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def print_warnings(sentences: Iterable[str]) -> None:
@@ -47,6 +65,7 @@ def print_warnings(sentences: Iterable[str]) -> None:
 
 def _print_error(sentence: str) -> None:
     """Prints to standard error: wrapped between words on a terminal, else one line for programs to read."""
+    sentence = _to_paste(sentence)
     if sys.stderr is not None and sys.stderr.isatty():
         import textwrap  # noqa: PLC0415 -- start-up time: only a terminal needs it
 
