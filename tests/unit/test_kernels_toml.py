@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any, Callable
 
@@ -264,6 +265,17 @@ def test_only_a_guest_of_this_machines_architecture_uses_kvm(
     for row in matrix.rows:
         wanted = "kvm" if row.kernel.architecture == native() else "tcg"
         assert suite.machine(matrix.archive, row, "kvm").accel == wanted, row.name
+
+
+def test_no_runtime_and_no_firewall_of_the_container_suite_starts_at_boot(matrix: table.Matrix, tmp_path: Path) -> None:
+    """Also in the rows without a runtime: a firewall that runs there rejects what the test wants to be forwarded."""
+    plan = suite.Plan(matrix.archive, table.PATH.parent.parent, table.PATH, tmp_path)
+    packed = []
+    for row in (*matrix.containers, *matrix.rows[:1]):
+        suite.pack(plan, row, tmp_path / "job.tar", {"kernels.toml": table.PATH})
+        with tarfile.open(tmp_path / "job.tar") as job:
+            packed += [row] if "before-systemd" in job.getnames() else []
+    assert packed == list(matrix.containers)
 
 
 def test_the_job_writes_to_the_second_serial_line(matrix: table.Matrix) -> None:

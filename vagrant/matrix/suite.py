@@ -14,7 +14,7 @@ from typing import Callable
 
 from vagrant.matrix import guest, installed, job, kernel, userland, verdict, wheel
 from vagrant.matrix.architecture import ARCHITECTURES, POINTER_AUTHENTICATION, native
-from vagrant.matrix.table import BACKENDS, USUAL, Archive, Row
+from vagrant.matrix.table import BACKENDS, CONTAINERS, USUAL, Archive, Row
 from vagrant.matrix.verdict import Verdict
 
 USUAL_TESTS = tuple(f"vagrant/guest/{name}.py" for name in ("test_1_installed", "test_2_table", "test_9_stop"))
@@ -109,7 +109,7 @@ def pack(plan: Plan, row: Row, tarball: Path, prepared: Mapping[str, Path] | Non
         "suite/vagrant/__init__.py": plan.tree / "vagrant" / "__init__.py",
         "suite/vagrant/guest": plan.tree / "vagrant" / "guest",
     }
-    if row.runtimes:
+    if row.userland.name.startswith(CONTAINERS):  # it has services that would start at boot
         files["before-systemd"] = plan.tree / "vagrant" / "guest" / "containers" / "before-systemd"
     job.write(
         tarball,
