@@ -21,6 +21,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imds_guard import __version__
+from imds_guard.backends.ebpf import abi
+from imds_guard.backends.ebpf.abi import Map
 from imds_guard.kernel import bpf
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
@@ -183,6 +185,22 @@ def test_a_user_with_sub_ids_hides_nobody(guard: Guard) -> None:
     shown = guard("report").answer
     assert str(STRANGER) in shown, "no rows of one user hide those of another one"
     assert "188 times" in shown
+
+
+def test_a_caller_that_the_hook_has_not_read_is_nobody(guard: Guard) -> None:
+    """Without the settings of the policy the hook denies before it reads the caller. It is not counted for root."""
+    start(guard)
+    key = abi.ARRAY_KEY.pack(guard.backend.state().generation)
+    fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, Map.SETTINGS.pin_name))
+    settings = bpf.map_lookup(fd, key, abi.SETTINGS.size)
+    assert settings is not None
+    bpf.map_update(fd, key, bytes(abi.SETTINGS.size))
+    assert guard.reach(STRANGER, SERVICE) == "EPERM"
+    bpf.map_update(fd, key, settings)  # without them there is no policy to report on
+    os.close(fd)
+    (row,) = guard("report", "--json").values["rows"]
+    assert (row["who"], row["user"], row["uid"], row["reason"]) == ("unknown", None, None, "no-settings")
+    assert "caller unknown" in guard("report").answer
 
 
 def test_callers_in_a_user_namespace_are_counted_for_its_owner(guard: Guard) -> None:

@@ -11,7 +11,7 @@ from imds_guard.backends.ebpf.report import Report, Row, Who
 from imds_guard.commands.report import ReportResult, Suggestion
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Protocol
-from imds_guard.present.report import MAX_ROWS, report_lines
+from imds_guard.present.report import MAX_ROWS, report_lines, report_values
 from imds_guard.present.wrap import WIDTH
 from imds_guard.text import escaped, host_port
 
@@ -71,6 +71,18 @@ def test_rows_that_are_not_about_one_user() -> None:
         head, *table = lines_of(row(comm=b"x")._replace(who=who, uid=uid, lock=None))[3:]
         column = "".join(line[: head.index("WHY")].strip().replace(" ", "") for line in table)
         assert column == expected.replace(" ", "") + ("anylock" if who is Who.OTHERS else "nolock")
+
+
+def test_a_caller_that_the_hook_has_not_read_is_nobody() -> None:
+    """Without the settings of the policy the hook denies before it reads the credentials: user 0 was not there."""
+    unread = row(comm=b"")._replace(uid=0, reason=Reason.NO_SETTINGS)
+    of_root = row()._replace(uid=0, reason=Reason.UNREADABLE)
+    of_a_packet = row(comm=b"")._replace(reason=Reason.NO_SETTINGS)
+    rows = (unread, of_root, of_a_packet)
+    values = report_values(ReportResult(Report(1, 1, Mode.ENFORCE, rows, 0), Suggestion((), ""), ()))["rows"]
+    shown = [(one["who"], one["user"], one["uid"], one["last_uid"]) for one in values]
+    assert shown == [("unknown", None, None, None), ("user", "root", 0, 0), ("user", str(UID), UID, UID)]
+    assert [line.split("  ")[0] for line in lines_of(*rows)[4::2]] == ["caller unknown", "root (0)", str(UID)]
 
 
 def test_rows_of_one_user_hide_no_other() -> None:

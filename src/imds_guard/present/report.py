@@ -54,10 +54,7 @@ def report_values(result: ReportResult) -> dict[str, Any]:
 def _row_values(row: Row, names: NameCache) -> dict[str, Any]:
     return {
         "lock": row.lock,
-        "who": row.who.label,
-        "user": escaped(names.user(row.uid)) if row.uid == row.last_uid else None,
-        "uid": row.uid,
-        "last_uid": row.last_uid,
+        **_who_values(row, names),
         "reason": row.reason.label,
         "count": row.count,
         "first": iso_time_of(row.first_ns),
@@ -67,6 +64,13 @@ def _row_values(row: Row, names: NameCache) -> dict[str, Any]:
         "protocol": None if row.protocol is None else row.protocol.value,
         "comm": escaped(decoded(row.comm)),
     }
+
+
+def _who_values(row: Row, names: NameCache) -> dict[str, Any]:
+    if not row.has_user:
+        return {"who": "unknown", "user": None, "uid": None, "last_uid": None}
+    user = escaped(names.user(row.uid)) if row.uid == row.last_uid else None
+    return {"who": row.who.label, "user": user, "uid": row.uid, "last_uid": row.last_uid}
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -163,6 +167,8 @@ def _cells(row: Row, names: NameCache) -> tuple[Cell, ...]:
 
 
 def _who(row: Row, names: NameCache) -> str:
+    if not row.has_user:
+        return "caller unknown"
     if row.uid != row.last_uid:
         return f"more of the IDs {row.uid} to {row.last_uid}"
     user = named(row.uid, escaped(names.user(row.uid)))

@@ -14,6 +14,8 @@ from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Address, Mode, Protocol
 
 _ATTEMPTS = 20
+_BEFORE_THE_CALLER = frozenset({Reason.NO_SETTINGS, Reason.UNREADABLE})
+"""Reasons for which a hook may deny before it has read the caller's credentials (bpf/connect.h, bpf/decide.h)."""
 
 
 class Who(enum.IntEnum):
@@ -49,6 +51,14 @@ class Row(NamedTuple):
     port: int
     protocol: Protocol | None
     comm: bytes
+
+    @property
+    def has_user(self) -> bool:
+        """False where the hook denied before it read the caller: it wrote ID 0, and no name of a program.
+
+        Packets of sockets that root has opened are in the same row. Their hook reads no program.
+        """
+        return self.uid != 0 or bool(self.comm) or self.reason not in _BEFORE_THE_CALLER
 
     @property
     def share(self) -> int:
