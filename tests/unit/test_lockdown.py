@@ -8,13 +8,15 @@ import ipaddress
 import pytest
 
 from imds_guard.errors import BadPolicy
+from imds_guard.policy import edit
 from imds_guard.policy.decide import Caller, Destination, decide
+from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.lockdown import lockdown
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS
 
 IMDS, ECS = "169.254.169.254", "169.254.170.2"
-FOO, BAR, ROOT = 1_001, 1_002, 0
+FOO, BAR, BAZ, ROOT = 1_001, 1_002, 1_003, 0
 
 
 def allows(policy: Policy, uid: int, to: str, port: int = 80, protocol: Protocol = Protocol.TCP, gid: int = 9) -> bool:
@@ -112,11 +114,35 @@ def test_ports_of_one_lock_and_the_rest_of_another() -> None:
 
 
 def test_a_prefix_that_contains_the_address_is_not_changed() -> None:
-    """The address gets a lock of its own. The users of the prefix do not reach it."""
-    prefix = lockdown(None, "169.254.0.0/16", [FOO])
+    """The address gets a lock of its own, with the lists of the prefix: nobody loses a right, nobody denied gains one."""
+    (wide,) = lockdown(None, "169.254.0.0/16", [FOO]).locks
+    prefix = make_policy([wide._replace(deny=Identities(frozenset((BAZ,))))])
     policy = lockdown(prefix, IMDS, [BAR])
     assert prefix.locks[0] in policy.locks
-    assert [allows(policy, uid, IMDS) for uid in (FOO, BAR)] == [False, True]
+    assert [allows(policy, uid, IMDS) for uid in (FOO, BAR, BAZ)] == [True, True, False]
+    (inner,) = [lock for lock in policy.locks if lock not in prefix.locks]
+    assert inner.deny == Identities(frozenset((BAZ,)))
+    assert lockdown(policy, IMDS, [BAR]) == policy
+
+
+def test_it_means_what_allow_means_at_an_endpoint_inside_a_prefix() -> None:
+    prefix = lockdown(None, "169.254.0.0/16", [FOO])
+    allowed = edit.allow(prefix, Identities(frozenset((BAR,))), parse_endpoint(IMDS))
+    assert lockdown(prefix, IMDS, [BAR]) == allowed
+
+
+def test_ports_that_only_a_shorter_prefix_locks_have_its_lists() -> None:
+    """10.0.0.0/16 locks port 80 alone: at 443 the /8 decides, as it did before."""
+    policy = make_policy(
+        [
+            Lock("wide", (parse_endpoint("10.0.0.0/8"),), Identities(frozenset((FOO,)))),
+            Lock("near", (parse_endpoint("10.0.0.0/16:80"),), Identities(frozenset((BAR,)))),
+        ]
+    )
+    changed = lockdown(policy, "10.0.0.1", [BAZ])
+    assert [allows(changed, uid, "10.0.0.1", 80) for uid in (FOO, BAR, BAZ)] == [False, True, True]
+    assert [allows(changed, uid, "10.0.0.1", 443) for uid in (FOO, BAR, BAZ)] == [True, False, True]
+    assert changed == edit.allow(policy, Identities(frozenset((BAZ,))), parse_endpoint("10.0.0.1:*"))
     assert allows(policy, FOO, "169.254.1.1")
 
 

@@ -9,9 +9,8 @@ from imds_guard.errors import UsageError
 from imds_guard.policy.builtin import WIRESERVER, host_network
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.filters import Filter, follow_split
-from imds_guard.policy.lockdown import divide, free_name
-from imds_guard.policy.model import Endpoint, Identities, Lock, Network, Policy, Verdict, make_policy
-from imds_guard.policy.ports import common_ports
+from imds_guard.policy.lockdown import divide, free_name, inside_prefixes
+from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
 
 Change = Callable[[Lock], Lock]
 
@@ -112,25 +111,11 @@ def _change_at(policy: Policy, endpoint: Endpoint, change: Change) -> tuple[list
 
 
 def _change_within(policy: Policy, endpoint: Endpoint, change: Change, names: set[str]) -> tuple[list[Lock], bool]:
-    """The locks with one added for ``endpoint`` inside the longest prefix around it; False when there is no prefix.
+    """The locks with one added for ``endpoint`` inside the prefixes around it; False when there is no prefix.
 
     The new lock takes effect because the most specific endpoint decides.
     """
-    locks = list(policy.locks)
-    around = [
-        (lock, one) for lock in policy.locks for one in lock.endpoints if _is_around(one.network, endpoint.network)
-    ]
-    longest = max((one.network.prefixlen for _, one in around), default=0)
-    found = False
-    for lock, one in around:
-        common = Endpoint(endpoint.network, common_ports(one.tcp, endpoint.tcp), common_ports(one.udp, endpoint.udp))
-        if one.network.prefixlen == longest and (common.tcp or common.udp):
-            found = True
-            changed = change(lock._replace(endpoints=(common,)))
-            if changed.allow != lock.allow:
-                locks.append(changed._replace(name=free_name(endpoint, names)))
-    return locks, found
-
-
-def _is_around(network: Network, inner: Network) -> bool:
-    return network.version == inner.version and inner.subnet_of(network)  # type: ignore[arg-type]
+    inherited, _ = inside_prefixes(policy.locks, endpoint)
+    changed = [(lock, change(lock)) for lock in inherited]
+    added = [new._replace(name=free_name(endpoint, names)) for old, new in changed if new.allow != old.allow]
+    return [*policy.locks, *added], bool(inherited)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.filters import follow_split
-from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, Verdict, make_policy
+from imds_guard.policy.model import Endpoint, Identities, Lock, Network, Policy, Verdict, make_policy
 from imds_guard.policy.ports import common_ports, minus_ports
 from imds_guard.policy.wireserver import split_off_wireserver
 
@@ -16,8 +16,8 @@ from imds_guard.policy.wireserver import split_off_wireserver
 def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Policy:
     """The policy that denies ``ip`` to everyone but ``users`` and those on the allowlist of a lock there.
 
-    A lock with other endpoints too is split in two, and both parts keep its lists. Ports of the endpoint that are not
-    locked yet get a lock of their own. A lock there that allows by default denies by default afterwards. A second call
+    A lock with other endpoints too is split in two, and both parts keep its lists. Ports that a prefix around the
+    endpoint locks get a lock with the prefix's lists, ports that are not locked yet one with ``users`` alone. A lock there that allows by default denies by default afterwards. A second call
     changes nothing. Raises BadPolicy, also when a deny list there contains one of ``users``.
     """
     endpoint = parse_endpoint(ip)
@@ -40,11 +40,38 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
             filters = follow_split(filters, lock.name, name)
         allow = Identities(lock.allow.users | added, lock.allow.groups)
         locks.append(lock._replace(name=name, endpoints=inside, allow=allow, default=Verdict.DENY))
+    inherited, unlocked = inside_prefixes(old, unlocked)
+    for lock in inherited:
+        _check_not_denied(lock, added)
+        allow = Identities(lock.allow.users | added, lock.allow.groups)
+        locks.append(lock._replace(name=free_name(endpoint, names), allow=allow, default=Verdict.DENY))
     if unlocked.tcp or unlocked.udp:
         locks += split_off_wireserver(Lock(free_name(endpoint, names), (unlocked,), Identities(added)))
     if policy is None:
         return make_policy(locks)
     return make_policy(locks, policy.mode, policy.containers, policy.strict, filters, policy.filter_uid)
+
+
+def inside_prefixes(locks: Iterable[Lock], endpoint: Endpoint) -> tuple[list[Lock], Endpoint]:
+    """The ports of ``endpoint`` that prefixes around it lock, with the lists there; and the rest.
+
+    The most specific endpoint decides. Without these lists, whoever the prefix lets through would lose that right, and
+    whoever it denies could be allowed.
+    """
+    around = [(lock, one) for lock in locks for one in lock.endpoints if _is_around(one.network, endpoint.network)]
+    around.sort(key=lambda pair: pair[1].network.prefixlen, reverse=True)
+    found: list[Lock] = []
+    for lock, one in around:
+        common = Endpoint(endpoint.network, common_ports(one.tcp, endpoint.tcp), common_ports(one.udp, endpoint.udp))
+        if common.tcp or common.udp:
+            found.append(lock._replace(endpoints=(common,)))
+            endpoint = _without(endpoint, [common])
+    return found, endpoint
+
+
+def _is_around(network: Network, inner: Network) -> bool:
+    """True for the same prefix, too."""
+    return network.version == inner.version and inner.subnet_of(network)  # type: ignore[arg-type]
 
 
 def divide(lock: Lock, endpoint: Endpoint) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:
