@@ -12,6 +12,7 @@ from typing import Callable
 import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend
+from imds_guard.commands import change as changes
 from imds_guard.commands import guard as commands
 from imds_guard.commands.options import GuardOptions
 from imds_guard.policy.model import Identities, Policy
@@ -111,10 +112,10 @@ def test_allow_and_revoke(stage: Stage, verb: str) -> None:
     """allow and revoke of one user, as commands: with the lock of commands, and with reading what is in force."""
     with_new = _seen({OLD, NEW, BOTH}, guards.policy(OLD, NEW, BOTH))
     before, after = (UNDER_OLD, with_new) if verb == "allow" else (with_new, UNDER_OLD)
-    change = commands.allow if verb == "allow" else commands.revoke
+    change = changes.allow if verb == "allow" else changes.revoke
 
     def command() -> object:
-        return change(Identities(frozenset({NEW})), None, stage.cgroup, lambda _: None)
+        return change(Identities(frozenset({NEW})), None, GuardOptions(cgroup=stage.cgroup), lambda _: None)
 
     def put(policy: object) -> Callable[[], object]:
         assert isinstance(policy, Policy)

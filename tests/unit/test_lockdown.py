@@ -114,7 +114,7 @@ def test_ports_of_one_lock_and_the_rest_of_another() -> None:
 
 
 def test_a_prefix_that_contains_the_address_is_not_changed() -> None:
-    """The address gets a lock of its own, with the lists of the prefix: nobody loses a right, nobody denied gains one."""
+    """The address gets a lock of its own, with the lists of the prefix: nobody loses a right, and none is gained."""
     (wide,) = lockdown(None, "169.254.0.0/16", [FOO]).locks
     prefix = make_policy([wide._replace(deny=Identities(frozenset((BAZ,))))])
     policy = lockdown(prefix, IMDS, [BAR])

@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that change the guard that runs: stop, allow, revoke."""
+"""The commands that change the guard that runs: stop, allow, revoke, mode."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import click
 
 from imds_guard import CONFIG_PATH, identity
+from imds_guard.cli.consent import Consent
 from imds_guard.cli.group import cli
-from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option
+from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option, save_options, yes_option
 from imds_guard.cli.output import print_done, print_outcome, print_progress, print_warnings
-from imds_guard.commands import guard
+from imds_guard.commands import change, guard
+from imds_guard.commands import save as saving
 from imds_guard.commands.capabilities import require_root
-from imds_guard.commands.guard import Accept
+from imds_guard.commands.change import Accept
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.outcome import Outcome
 from imds_guard.errors import UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
-from imds_guard.policy.model import Endpoint, Identities, Policy
+from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
 
 
 @cli.command(short_help="Open the locks and leave nothing in the kernel.")
@@ -53,34 +54,52 @@ def _identities(groups: Sequence[str], users: Sequence[str]) -> Identities:
     return Identities(frozenset(map(identity.user_id, users)), frozenset(map(identity.group_id, groups)))
 
 
+class _Saving:
+    """``--save`` of a command: checked before the change, done after it."""
+
+    def __init__(self, save: bool, without_root: bool, config: str | None) -> None:
+        self._save = save
+        self._without_root = without_root
+        self._path = CONFIG_PATH if config is None else config
+
+    def accept(self, policy: Policy) -> None:
+        if self._save:
+            saving.check_saving(policy, self._without_root, self._path)
+
+    def finish(self, outcome: Outcome, cgroup: str | None) -> None:
+        """Saves, and says so. Always says how long the change holds."""
+        if outcome.dry_run:
+            outcome.done.extend([f"would save the policy to {self._path}"] if self._save else [])
+        elif self._save:
+            saving.save(outcome.policy, GuardOptions(cgroup=cgroup), self._path)
+            outcome.done.append(f"saved the policy to {self._path}")
+        else:
+            outcome.done.append(saving.not_saved(self._path))
+
+
+Change = Callable[[Identities, Optional[Endpoint], GuardOptions, Accept], Outcome]
+
+
 def _change(
-    change: Callable[[Identities, Endpoint | None, str | None, Accept], Outcome],
+    change: Change,
+    options: GuardOptions,
     groups: Sequence[str],
     users: Sequence[str],
     ip: str | None,
-    save: bool,
-    without_root: bool,
-    config: str | None,
-    cgroup: str | None,
+    save: _Saving,
     as_json: bool,
 ) -> None:
-    from imds_guard.commands import save as saving  # noqa: PLC0415 -- start-up time
-
     who, endpoint = _identities(groups, users), None if ip is None else parse_endpoint(ip)
-    path = CONFIG_PATH if config is None else config
-
-    def accept(policy: Policy) -> None:
-        if save:
-            saving.check_saving(policy, without_root, path)
-
-    outcome = change(who, endpoint, cgroup, accept)
+    outcome = change(who, endpoint, options, save.accept)
     outcome.warnings.extend(identity.notes_on_digits(users, groups))
-    if save:
-        saving.save(outcome.policy, GuardOptions(cgroup=cgroup), path)
-        outcome.done.append(f"saved the policy to {path}")
-    else:
-        outcome.done.append("this holds until the next boot; --save keeps it")
+    save.finish(outcome, options.cgroup)
     print_outcome(guard.complete(outcome, print_progress), as_json)
+
+
+def _taken(given: dict[str, Any], command: str) -> tuple[GuardOptions, _Saving]:
+    """Takes the options of every change out of ``given``."""
+    options = GuardOptions(cgroup=given.pop("cgroup"), command=command, dry_run=given.pop("dry_run"))
+    return options, _Saving(given.pop("save"), given.pop("without_root"), given.pop("config"))
 
 
 @cli.command(short_help="Let a user or a group through, from now on.")
@@ -88,7 +107,8 @@ def _change(
 def allow(**given: Any) -> None:
     """Add a user or a group to the policy in force, in one step."""
     require_root("allow")
-    _change(guard.allow, **given)
+    options, save = _taken(given, "allow")
+    _change(change.allow, options, save=save, **given)
 
 
 @cli.command(short_help="Take a user or a group off the list.")
@@ -97,4 +117,29 @@ def allow(**given: Any) -> None:
 def revoke(keep_existing: bool, **given: Any) -> None:
     """Take a user or a group off the policy in force, in one step."""
     require_root("revoke")
-    _change(functools.partial(guard.revoke, keep_existing=keep_existing), **given)
+    options, save = _taken(given, "revoke")
+    _change(change.revoke, options._replace(keep_existing=keep_existing), save=save, **given)
+
+
+@cli.command(short_help="Enforce, or only count denials; the lists stay.")
+@click.argument("mode", type=click.Choice(["enforce", "audit"]))
+@save_options
+@keep_existing_option
+@yes_option
+def mode(mode: str, keep_existing: bool, yes: bool, as_json: bool, **given: Any) -> None:
+    """Switch the policy in force between enforce and audit, and keep its lists.
+
+    In audit mode denials are counted, and nobody is denied.
+    """
+    require_root("mode")
+    consent = Consent(may_ask=not as_json and not yes and not given["dry_run"], name_taken=False)
+    options, save = _taken(given, f"mode {mode}")
+    options = options._replace(keep_existing=keep_existing, agree=consent)
+
+    def switch(options: GuardOptions) -> Outcome:
+        return change.set_mode(Mode(mode), options, save.accept)
+
+    consent.ask(lambda: switch(options._replace(dry_run=True)))
+    outcome = switch(options)
+    save.finish(outcome, options.cgroup)
+    print_outcome(guard.complete(outcome, print_progress), as_json)

@@ -11,7 +11,7 @@ from imds_guard import __version__
 
 MODULES: dict[str, str] = {
     **dict.fromkeys(("start", "check", "export"), "start"),
-    **dict.fromkeys(("stop", "allow", "revoke"), "change"),
+    **dict.fromkeys(("stop", "allow", "revoke", "mode"), "change"),
     **dict.fromkeys(("status", "explain"), "status"),
     **dict.fromkeys(("endpoints", "demo"), "builtin"),
     "filter": "filter",

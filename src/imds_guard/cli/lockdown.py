@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import click
 
-from imds_guard import identity
-from imds_guard.cli.options import backend_option, cgroup_option, keep_existing_option
+from imds_guard import CONFIG_PATH, identity
+from imds_guard.cli.options import backend_option, cgroup_option, dry_run_option, keep_existing_option
 from imds_guard.cli.output import print_outcome, print_progress
-from imds_guard.commands import guard
+from imds_guard.commands import change
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.save import not_saved
+from imds_guard.policy.difference import Difference
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,14 +21,21 @@ from imds_guard.commands.options import GuardOptions
 @backend_option
 @cgroup_option
 @keep_existing_option
-def ip_lockdown(ip: str, users: tuple[str, ...], backend: str | None, cgroup: str | None, keep_existing: bool) -> None:
+@dry_run_option
+def ip_lockdown(
+    ip: str, users: tuple[str, ...], backend: str | None, cgroup: str | None, keep_existing: bool, dry_run: bool
+) -> None:
     """Deny IP to everyone but USERS, beside those whom earlier calls let through.
 
     Locks of other addresses are not touched. The same call again changes nothing.
     """
     require_root("ip-lockdown")
-    options = GuardOptions(backend or "auto", cgroup, keep_existing=keep_existing)
+    options = GuardOptions(
+        backend or "auto", cgroup, keep_existing=keep_existing, command="ip-lockdown", dry_run=dry_run
+    )
     user_ids = [identity.user_id(user) for user in users]
-    outcome = guard.ip_lockdown(ip, user_ids, options, print_progress)
+    outcome = change.ip_lockdown(ip, user_ids, options, print_progress)
     outcome.warnings.extend(identity.notes_on_digits(users))
+    if outcome.difference != Difference() and not dry_run:
+        outcome.done.append(not_saved(CONFIG_PATH, ""))
     print_outcome(outcome, as_json=False)

@@ -29,6 +29,8 @@ config_option = click.option("--config", metavar="FILE", help=f"Configuration fi
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "ebpf", "iptables"]), help="What enforces (default auto: eBPF if it can)."
 )
+dry_run_option = click.option("--dry-run", is_flag=True, help="Print what would change, and change nothing.")
+yes_option = click.option("--yes", is_flag=True, help="Do not ask before a change that locks less than now.")
 keep_existing_option = click.option(
     "--keep-existing", is_flag=True, help="Leave open connections that the policy does not allow."
 )
@@ -56,13 +58,18 @@ policy_options = options(
     config_option,
 )
 
-change_options = options(
-    click.option("--group", "groups", multiple=True, metavar="G", help="This group (name or ID; repeatable)."),
-    click.option("--user", "users", multiple=True, metavar="U", help="This user (name or ID; repeatable)."),
-    click.option("--ip", "ip", metavar="ENDPOINT", help="Only at this endpoint. A lock with more endpoints is split."),
+save_options = options(
     click.option("--save", is_flag=True, help="Also write the policy to the configuration file."),
     click.option("--without-root", is_flag=True, help="Save even if an installed metadata client is shut out."),
     config_option,
     cgroup_option,
+    dry_run_option,
     json_option,
+)
+
+change_options = options(
+    click.option("--group", "groups", multiple=True, metavar="G", help="This group (name or ID; repeatable)."),
+    click.option("--user", "users", multiple=True, metavar="U", help="This user (name or ID; repeatable)."),
+    click.option("--ip", "ip", metavar="ENDPOINT", help="Only at this endpoint. A lock with more endpoints is split."),
+    save_options,
 )

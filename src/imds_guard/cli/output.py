@@ -87,6 +87,12 @@ def _put_error(line: str) -> None:
     sys.stderr.flush()
 
 
+def print_question(text: str) -> None:
+    """Prints a question to standard error, where somebody waits for it."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
 def print_progress(line: str) -> None:
     """Prints to standard error where that is a terminal: somebody waits there."""
     if sys.stderr.isatty():

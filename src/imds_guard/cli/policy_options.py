@@ -13,7 +13,7 @@ from imds_guard.config.boot_file import warnings_of_file
 from imds_guard.config.options import policy_from_options
 from imds_guard.config.read import load_config
 from imds_guard.errors import UsageError
-from imds_guard.identity import notes_on_digits
+from imds_guard.identity import is_missing_group, notes_on_digits
 from imds_guard.kernel.dmi import dmi_text
 from imds_guard.policy.model import Mode, Policy, Verdict
 
@@ -39,6 +39,22 @@ class PolicyOptions:
         """True when an option says who or where: then the configuration file is not read."""
         who = self.groups or self.users or self.deny_groups or self.deny_users or self.nobody
         return bool(who or self.ips or self.presets)
+
+    @property
+    def overrides(self) -> bool:
+        """True when an option takes the place of a value of the configuration file."""
+        return bool(self.mode or self.containers or self.strict)
+
+    @property
+    def differ_from_file(self) -> bool:
+        """True when the policy is not what the configuration file says."""
+        return self.describe_policy or self.overrides
+
+    def require_groups(self) -> None:
+        """Raises UsageError for a group that does not exist: a dry run makes none, so its ID is not known."""
+        for name in self.groups:
+            if is_missing_group(name):
+                raise UsageError(f"--dry-run makes no group, and there is no group {name!r} yet: make it first")
 
     def policy(self, options: GuardOptions, create_groups: bool) -> tuple[Policy, GuardOptions, list[str]]:
         """The policy, the options with the file's values, and warnings. From the file unless options describe one."""

@@ -63,7 +63,7 @@ def verify(repair: bool, no_start: bool, config: str | None, cgroup: str | None,
     from imds_guard.present.status import verify_lines, verify_values, verify_warnings  # noqa: PLC0415
 
     require_root("verify")
-    path, options = CONFIG_PATH if config is None else config, GuardOptions(cgroup=cgroup)
+    path, options = CONFIG_PATH if config is None else config, GuardOptions(cgroup=cgroup, command="verify --repair")
     try:
         found = (
             verify_command.repair(path, options, print_progress, may_start=not no_start)

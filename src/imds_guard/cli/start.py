@@ -9,24 +9,29 @@ from typing import Any
 import click
 
 from imds_guard import CONFIG_PATH
+from imds_guard.cli.consent import Consent
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import (
     backend_option,
     cgroup_option,
+    dry_run_option,
     json_option,
     keep_existing_option,
     policy_options,
     resolve_option,
+    yes_option,
 )
 from imds_guard.cli.output import print_json, print_lines, print_outcome, print_progress, print_text, print_warnings
 from imds_guard.cli.policy_options import PolicyOptions
 from imds_guard.commands import boot as boot_command
 from imds_guard.commands import guard, look
+from imds_guard.commands import save as saving
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.sub_ids import sub_id_warnings
 from imds_guard.config.boot_file import BootFile
 from imds_guard.errors import BadPolicy, Unsupported, UsageError
+from imds_guard.policy.model import Policy
 
 
 @cli.command(short_help="Lock the metadata endpoints.")
@@ -48,6 +53,8 @@ from imds_guard.errors import BadPolicy, Unsupported, UsageError
     is_flag=True,
     help="As at boot: the file's policy by its stored IDs, or the emergency lock if the file can't be used.",
 )
+@dry_run_option
+@yes_option
 @json_option
 def start(
     backend: str | None,
@@ -59,6 +66,8 @@ def start(
     save: bool,
     without_root: bool,
     boot: bool,
+    dry_run: bool,
+    yes: bool,
     as_json: bool,
     **given: Any,
 ) -> None:
@@ -71,28 +80,38 @@ def start(
     options = GuardOptions(backend or "auto", cgroup, resolve_groups, forwarded, keep_existing)
     path = CONFIG_PATH if wanted.config is None else wanted.config
     if boot:
-        if wanted.describe_policy or wanted.mode or wanted.containers or wanted.strict or create_group or save:
+        if wanted.describe_policy or wanted.overrides or create_group or save or dry_run:
             raise UsageError(
                 "--boot takes everything from the configuration: only --config, --backend and the like go with it"
             )
         _start_at_boot(path, options, as_json)
         return
-    policy, options, warnings = wanted.policy(options, create_group)
-    if not save:
-        outcome = guard.start_alone(policy, options, print_progress)
-    else:
-        from imds_guard.commands import save as saving  # noqa: PLC0415 -- start-up time
-
+    if dry_run and create_group:
+        wanted.require_groups()
+    consent = Consent(may_ask=not (as_json or yes or dry_run))
+    policy, options, warnings = wanted.policy(options._replace(agree=consent, dry_run=dry_run), create_group)
+    if save:
         saving.check_saving(policy, without_root, path)
-        outcome = guard.start_alone(policy, options, print_progress)
-        saving.save(policy, options, path)
-        outcome.done.append(f"saved the policy to {path}")
+    consent.ask(lambda: guard.start_alone(policy, options._replace(dry_run=True), print_progress))
+    outcome = guard.start_alone(policy, options, print_progress)
+    outcome.done.extend(_saved(policy, options, path, save) if save or wanted.differ_from_file else [])
     outcome.warnings.extend([*warnings, *sub_id_warnings(policy)])
     print_outcome(guard.complete(outcome, print_progress), as_json)
 
 
+def _saved(policy: Policy, options: GuardOptions, path: str, save: bool) -> list[str]:
+    """Saves the policy, and says how long it holds."""
+    if options.dry_run:
+        return [f"would save the policy to {path}"] if save else []
+    if not save:
+        return [saving.not_saved(path)]
+    saving.save(policy, options, path)
+    return [f"saved the policy to {path}"]
+
+
 def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:
     """Exits with the status of the configuration's error, also where the emergency lock is on now."""
+    options = options._replace(command="start --boot", agree=Consent(may_ask=False))
     result = boot_command.start(BootFile(path), options, print_progress)
     if result.outcome is not None:
         print_outcome(result.outcome, as_json)

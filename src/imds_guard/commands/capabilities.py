@@ -33,7 +33,7 @@ Capabilities = tuple[int, ...]
 _GUARDING: Capabilities = (CAP_NET_ADMIN, CAP_SYS_ADMIN)
 
 REQUIRED: dict[str, Capabilities] = {
-    **dict.fromkeys(("start", "stop", "allow", "revoke", "verify", "ip-lockdown"), _GUARDING),
+    **dict.fromkeys(("start", "stop", "allow", "revoke", "mode", "verify", "ip-lockdown"), _GUARDING),
     **dict.fromkeys(("status", "check", "explain", "export", "report", "metrics"), _GUARDING),
     # It opens pinned maps alone. Before Linux c8644cd0efe7 ("bpf: refine kernel.unprivileged_bpf_disabled behaviour")
     # (in v5.19) every use of bpf(2) needs CAP_BPF where that sysctl is set.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands that change the guard: start, stop, allow, revoke, ip-lockdown."""
+"""The commands that put the guard in place and take it away: start, stop. Others change the policy (change.py)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 from typing import Callable, NamedTuple
 
 from imds_guard.backends import Backend, Change, choose
-from imds_guard.commands import turn
+from imds_guard.commands import review, trail, turn
 from imds_guard.commands.look import active_policy, forwarded, reading_tables_once, split_known
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome, Pending
-from imds_guard.errors import BadPolicy, GuardError, Unsupported, UsageError
+from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.kernel import lockfile
-from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
+from imds_guard.policy.difference import Difference
+from imds_guard.policy.model import Policy
 
 
 @contextmanager
@@ -69,28 +70,43 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
     if options.cgroup is not None and options.forwarded is not None:
         raise UsageError("--forwarded is about the packets of the whole machine: it does not go with --cgroup")
     running = choose.running(options.cgroup)
+    before = review.held(running, options.cgroup)
     if options.cgroup is None:
         forwarded().check(policy, options.forwarded)
     refused: list[choose.BackendCheck] = []
     for name in choose.candidates(options.backend, options.cgroup):
         checked = choose.examine(policy, [name], options.cgroup, options.resolve_groups)[0]
         if checked.refusal is None:
+            found = review.compare(before, policy, review.forwarded_of(policy, options.forwarded, options.cgroup))
+            options.agree(found)
+            if options.dry_run:
+                return nothing_done(checked.backend, policy, found)
             progress(_progress_line(checked.backend, running))
             try:
                 change = checked.backend.apply(policy)
             except Unsupported as error:
                 refused.append(choose.BackendCheck(checked.backend, error))
                 continue
-            change = change.then(_remove_others(running, name))
+            logged = trail.record(options.command, options.cgroup, found)
+            change = change.then(Change(warnings=tuple(logged))).then(_remove_others(running, name))
             if options.cgroup is None:
                 change = change.then(forwarded().enforce(policy, options.forwarded))
             change = change.then(remove_orphans())
             change = change.then(_neighbours(checked.backend, options))
             why = tuple(f"{other.backend.name} can't be used: {other.refusal}" for other in refused)
+            why += () if found is not None else (_UNREADABLE,)
             change = Change(warnings=why).then(change)
-            return _outcome(checked.backend, policy, change, options, look=True)
+            return outcome_of(checked.backend, policy, change, options, look=True)._replace(difference=found)
         refused.append(checked)
     raise choose.refused(refused)
+
+
+_UNREADABLE = "what was in force before could not be read, so nothing tells what differs"
+
+
+def nothing_done(backend: Backend, policy: Policy, found: Difference | None) -> Outcome:
+    """The outcome of a dry run."""
+    return Outcome(backend.name, policy, [], [], difference=found, dry_run=True)
 
 
 def _progress_line(backend: Backend, running: dict[str, Backend]) -> str:
@@ -132,7 +148,7 @@ def remove_orphans() -> Change:
         return Change(warnings=(str(error),))
 
 
-def _outcome(backend: Backend, policy: Policy, change: Change, options: GuardOptions, *, look: bool) -> Outcome:
+def outcome_of(backend: Backend, policy: Policy, change: Change, options: GuardOptions, *, look: bool) -> Outcome:
     """Called when the policy is in force: a connection that is cut can't be made again.
 
     A command that has not to ``look`` for open connections does so all the same where the one before it has not ended.
@@ -176,8 +192,9 @@ def stop(cgroup: str | None) -> list[str]:
     return done
 
 
-def stop_locked(cgroup: str | None) -> list[str]:
+def stop_locked(cgroup: str | None, command: str = "stop") -> list[str]:
     """Does the work of stop(). The caller holds one_at_a_time(). What can't be removed keeps nothing else."""
+    before = _held_before(cgroup)
     change = Change()
     not_asked: Unsupported | None = None
     failures: list[GuardError] = []
@@ -198,7 +215,16 @@ def stop_locked(cgroup: str | None) -> list[str]:
     turn.forget(_lock_name(cgroup))
     if not_asked is not None and not change.done:
         raise not_asked
-    return list(change.done)
+    logged = trail.record(command, cgroup, review.compare(before, None)) if change.done else []
+    return [*change.done, *logged]
+
+
+def _held_before(cgroup: str | None) -> review.Held:
+    """For the log alone: whatever is wrong with it, stop goes on."""
+    try:
+        return review.held(choose.running(cgroup), cgroup)
+    except Exception:  # noqa: BLE001
+        return review.Held(readable=False)
 
 
 class Steps(NamedTuple):
@@ -232,90 +258,8 @@ def stop_all() -> list[str]:
 
     done = stop(None)
     with one_at_a_time(None):
-        done += other_guards.remove_all().done
+        removed = other_guards.remove_all().done
+        if removed:
+            done += trail.record("stop --all", "all cgroups", Difference(), "; ".join(removed))
         remove_stale_files()
-        return done
-
-
-# --- changes to the policy in force ---------------------------------------------------------------------------------
-
-Edit = Callable[[Policy], Policy]
-"""Makes the new policy from the one in force. Raises GuardError where the new policy must not come into force."""
-
-Accept = Callable[[Policy], None]
-"""Raises GuardError for a policy that must not come into force."""
-
-
-def change(edit: Edit, options: GuardOptions, *, takes_away: bool) -> Outcome:
-    """Puts the edited policy in force, with the backend that runs.
-
-    With ``takes_away`` somebody loses a right: the caller lets complete() look for connections that rest on it.
-    """
-    with one_at_a_time(options.cgroup):
-        return _change(edit, options, takes_away)
-
-
-def _change(edit: Edit, options: GuardOptions, takes_away: bool) -> Outcome:
-    backend, policy = active_policy(options.cgroup)
-    wanted = edit(policy)
-    if wanted == policy:
-        return Outcome(backend.name, policy, ["the policy says so already"], [])
-    done = backend.change(wanted)
-    if options.cgroup is None:
-        done = done.then(forwarded().change(wanted))
-    return _outcome(backend, wanted, done, options, look=takes_away)
-
-
-def allow(who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept) -> Outcome:
-    """Adds ``who`` to the allowlist of the policy in force; with ``endpoint`` there alone. Then call complete()."""
-    from imds_guard.policy import edit  # noqa: PLC0415
-
-    def edited(policy: Policy) -> Policy:
-        wanted = edit.allow(policy, who, endpoint)
-        _check_not_denied(wanted, who)
-        accept(wanted)
-        return wanted
-
-    return change(edited, GuardOptions(cgroup=cgroup), takes_away=False)
-
-
-def _check_not_denied(policy: Policy, who: Identities) -> None:
-    for lock in policy.locks:
-        for kind, both, asked in (
-            ("user", lock.deny.users & lock.allow.users, who.users),
-            ("group", lock.deny.groups & lock.allow.groups, who.groups),
-        ):
-            if both & asked:
-                raise BadPolicy(
-                    f"allowing {kind} {min(both & asked)}: it is on the deny list of lock {lock.name!r}, and deny "
-                    "lists win; start again without it there"
-                )
-
-
-def revoke(
-    who: Identities, endpoint: Endpoint | None, cgroup: str | None, accept: Accept, keep_existing: bool = False
-) -> Outcome:
-    """Takes ``who`` off the allowlist of the policy in force; with ``endpoint`` there alone. Then call complete()."""
-    from imds_guard.policy import edit  # noqa: PLC0415
-
-    def edited(policy: Policy) -> Policy:
-        wanted = edit.revoke(policy, who, endpoint)
-        accept(wanted)
-        return wanted
-
-    return change(edited, GuardOptions(cgroup=cgroup, keep_existing=keep_existing), takes_away=True)
-
-
-def ip_lockdown(ip: str, users: list[int], options: GuardOptions, progress: Progress) -> Outcome:
-    """Locks one address: adds to the policy in force, or starts a new one with the best backend."""
-    from imds_guard.policy.lockdown import lockdown  # noqa: PLC0415
-
-    with one_at_a_time(options.cgroup):
-        if choose.running(options.cgroup):
-            outcome = _change(lambda policy: lockdown(policy, ip, users), options, takes_away=True)
-        else:
-            outcome = start_locked(lockdown(None, ip, users), options, progress)
-    outcome = complete(outcome, progress)
-    if outcome.policy.mode is Mode.AUDIT:
-        outcome.warnings.append("the policy in force is in audit mode, which denies nobody")
-    return outcome
+        return [*done, *removed]

@@ -3,12 +3,26 @@
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from imds_guard.backends import choose
 
+if TYPE_CHECKING:
+    from imds_guard.policy.difference import Difference
+
 Progress = Callable[[str], None]
 """Takes a line about what is being done now, for someone who waits at a terminal."""
+
+
+Agree = Callable[["Difference | None"], None]
+"""Is called with what a change would change, before it is made. None: the policy before can't be read.
+
+Raises GuardError where the change must not be made.
+"""
+
+
+def agree_to_all(_found: Difference | None) -> None:
+    """For changes that nobody has to be warned of."""
 
 
 class GuardOptions(NamedTuple):
@@ -26,3 +40,8 @@ class GuardOptions(NamedTuple):
     """Connections that the policy does not allow stay open."""
     known_programs: tuple[str, ...] = ()
     """Names of other people's BPF programs that nobody is to be warned of."""
+    command: str = "start"
+    """For the line of a change in the journal."""
+    agree: Agree = agree_to_all
+    dry_run: bool = False
+    """Find out what would change, and change nothing."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from imds_guard.commands.preflight import Preflight
     from imds_guard.commands.turn import Turn
     from imds_guard.connections.values import CutResult
+    from imds_guard.policy.difference import Difference
     from imds_guard.policy.model import Policy
 
 
@@ -40,6 +41,10 @@ class Outcome(NamedTuple):
     existing: CutResult | None = None
     """Connections that are older than the policy; None where nobody lost a right, and before guard.complete()."""
     pending: Pending | None = None
+    difference: Difference | None = None
+    """What changed; None where the policy before could not be read."""
+    dry_run: bool = False
+    """Nothing was changed: ``policy`` is what would be in force."""
 
     @property
     def done_in_short(self) -> list[str]:

@@ -48,3 +48,10 @@ def save(policy: Policy, options: GuardOptions, path: str) -> None:
         save_config(wanted, path)
     except GuardError as error:
         raise GuardError(f"saving the policy, which is in force until the next boot: {error}") from error
+
+
+def not_saved(path: str, advice: str = "; --save keeps it") -> str:
+    """How long a policy holds that was not saved, as a sentence."""
+    if os.path.exists(path):
+        return f"not saved: it holds until {path} is loaded again (boot, reload, restart, upgrade){advice}"
+    return f"not saved, and there is no {path}: it holds until the next boot{advice}"

@@ -59,6 +59,21 @@ def group_in_files(name: str) -> Group | None:
     return _groups_by_name(other_root() or "/").get(name)
 
 
+def user_in_files_by_id(uid: int) -> User | None:
+    """The first account with that ID in the files alone. Raises GuardError where they can't be used."""
+    return _users_by_id(other_root() or "/").get(uid)
+
+
+def group_in_files_by_id(gid: int) -> Group | None:
+    """The first group with that ID in the files alone. Raises GuardError where they can't be used."""
+    return _groups_by_id(other_root() or "/").get(gid)
+
+
+def groups_in_files(user: User) -> list[int]:
+    """The primary group, and every group of the files that lists the user. Raises GuardError."""
+    return [user.gid, *(group.gid for group in _groups(other_root() or "/") if user.name in group.members)]
+
+
 def primary_groups() -> list[tuple[int, int]]:
     """The user ID and primary group ID of all accounts that can be listed. Raises as user_by_name()."""
     root = other_root()
@@ -88,7 +103,7 @@ def groups_of(user: User) -> list[int]:
     root = other_root()
     if root is None:
         return name_service.groups_of(user)
-    return [user.gid, *(group.gid for group in _groups(root) if user.name in group.members)]
+    return groups_in_files(user)
 
 
 def users_with_sub_ids() -> list[User]:

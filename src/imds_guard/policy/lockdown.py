@@ -17,8 +17,9 @@ def lockdown(policy: Policy | None, ip: str, users: Iterable[int] = ()) -> Polic
     """The policy that denies ``ip`` to everyone but ``users`` and those on the allowlist of a lock there.
 
     A lock with other endpoints too is split in two, and both parts keep its lists. Ports that a prefix around the
-    endpoint locks get a lock with the prefix's lists, ports that are not locked yet one with ``users`` alone. A lock there that allows by default denies by default afterwards. A second call
-    changes nothing. Raises BadPolicy, also when a deny list there contains one of ``users``.
+    endpoint locks get a lock with the prefix's lists, ports that are not locked yet one with ``users`` alone. A lock
+    there that allows by default denies by default afterwards. A second call changes nothing. Raises BadPolicy, also
+    when a deny list there contains one of ``users``.
     """
     endpoint = parse_endpoint(ip)
     added = frozenset(users)

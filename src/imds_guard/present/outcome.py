@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.policy.model import Mode
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
+from imds_guard.present.difference import change_lines, difference_values
 from imds_guard.present.policy import filter_lines, lock_lines, policy_values
 from imds_guard.present.wrap import MAX_SHOWN, wrapped
 from imds_guard.text import count_of, some_of
@@ -16,12 +17,18 @@ if TYPE_CHECKING:
     from imds_guard.commands.preflight import Preflight, ShutOut
 
 
+_DRY_RUN = "nothing was changed (--dry-run)"
+
+
 def outcome_lines(outcome: Outcome) -> list[str]:
-    """What was done, and the policy in force now."""
+    """What differs from before, what was done, and the policy in force now."""
     policy = outcome.policy
+    done = [part for line in outcome.done for part in wrapped("", line)]
+    if outcome.dry_run:
+        return [*(change_lines(outcome.difference) or ["nothing would change"]), *done, _DRY_RUN]
     endpoints = sum(len(lock.endpoints) for lock in policy.locks)
     state = "active" if policy.mode is Mode.ENFORCE else "active in audit mode, which denies nobody"
-    lines = [part for line in outcome.done for part in wrapped("", line)]
+    lines = [*change_lines(outcome.difference), *done]
     lines.append(f"imds-guard is {state} ({outcome.backend}): {count_of(endpoints, 'endpoint')} locked")
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
@@ -47,6 +54,8 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
         "backend": outcome.backend,
         "policy": policy_values(outcome.policy),
         "done": outcome.done,
+        "dry_run": outcome.dry_run,
+        "difference": difference_values(outcome.difference),
         "warnings": outcome.warnings,
         "shut_out": shut_out_values(outcome.shut_out),
         "not_inspected": not_inspected_values(outcome.shut_out),

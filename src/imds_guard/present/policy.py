@@ -47,8 +47,8 @@ def policy_values(policy: Policy | None) -> dict[str, Any] | None:
             {
                 "name": lock.name,
                 "endpoints": _endpoints(lock),
-                "allow": _ids(lock.allow),
-                "deny": _ids(lock.deny),
+                "allow": identities_values(lock.allow),
+                "deny": identities_values(lock.deny),
                 "default": lock.default.value,
             }
             for lock in policy.locks
@@ -88,7 +88,7 @@ def _filter_values(one: Filter, policy: Policy) -> dict[str, Any]:
         "locks": list(one.locks),
         "serves": [_target_text(target) for target in targets_of(one, policy.locks)],
         "everyone": one.everyone,
-        "callers": _ids(one.who),
+        "callers": identities_values(one.who),
         "rules": list(one.rules.sets),
         "allow": list(one.rules.allow),
         "deny": list(one.rules.deny),
@@ -107,7 +107,8 @@ def _endpoints(lock: Lock) -> list[str]:
     return [text for endpoint in lock.endpoints for text in format_endpoint(endpoint)]
 
 
-def _ids(who: Identities) -> dict[str, Any]:
+def identities_values(who: Identities) -> dict[str, Any]:
+    """Users and groups with their names, as plain values for JSON."""
     return {
         "users": [{"id": uid, "name": user_name(uid)} for uid in sorted(who.users)],
         "groups": [{"id": gid, "name": group_name(gid)} for gid in sorted(who.groups)],

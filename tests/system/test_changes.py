@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No command opens the lock by surprise: what differs is printed, asked for, and logged."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from imds_guard.kernel import journal
+from imds_guard.text import escaped
+from tests import command
+from tests.command import NEIGHBOUR, ONE, SERVICE, STRANGER, TIMEOUT_S, TWO, Guard, Result
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
+
+BOTH = ("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
+FEWER = ("--user", str(ONE), "--ip", SERVICE)
+
+
+@pytest.fixture
+def guard() -> Iterator[Guard]:
+    with command.guard() as one:
+        yield one
+
+
+def reached(guard: Guard, *uids: int, to: str = SERVICE) -> list[int]:
+    return [uid for uid in uids if guard.reach(uid, to) == "connected"]
+
+
+def in_one_line(text: str) -> str:
+    """Lines are wrapped for people."""
+    return " ".join(text.split())
+
+
+# --- what differs -----------------------------------------------------------------------------------------------------
+
+
+def test_each_command_prints_what_differs(guard: Guard) -> None:
+    assert f"now locked: {SERVICE} and 1 more\n+ user {ONE}\n" in guard.start(*BOTH).stdout
+    assert f"+ user {TWO}\n" in guard("allow", "--user", str(TWO)).answer
+    assert f"- user {TWO} at {SERVICE}\n" in guard("revoke", "--user", str(TWO), "--ip", SERVICE).answer
+    assert "+ user" not in guard("allow", "--user", str(ONE), "--ip", SERVICE).answer
+    fewer = guard.start(*FEWER)
+    assert f"no longer locked: {NEIGHBOUR}\n" in fewer.stdout
+    assert f"warning: this locks less than now: no longer locked: {NEIGHBOUR}\n" in fewer.stderr
+
+
+def test_who_loses_a_right_by_a_start_is_named_before_it_does(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--user", str(TWO), "--ip", SERVICE)
+    done = guard.start(*FEWER)
+    assert f"warning: this takes rights away: - user {TWO}\n" in done.stderr
+    assert reached(guard, ONE, TWO) == [ONE]
+    assert "takes rights away" not in guard.start(*FEWER).stderr
+
+
+def test_json_has_the_difference(guard: Guard) -> None:
+    values = guard.start(*BOTH, "--json").values
+    assert values["difference"]["locked"] == [SERVICE, NEIGHBOUR]
+    assert (values["difference"]["locks_less"], values["dry_run"]) == (False, False)
+    values = guard("allow", "--user", str(TWO), "--json").values
+    (entry,) = values["difference"]["lists"]
+    assert (entry["list"], entry["change"], entry["endpoints"]) == ("allow", "added", None)
+    assert [user["id"] for user in entry["users"]] == [TWO]
+    assert guard.start(*FEWER, "--json").values["difference"]["locks_less"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("start", *FEWER), f"no longer locked: {NEIGHBOUR}"),
+        (("allow", "--user", str(TWO)), f"+ user {TWO}"),
+        (("revoke", "--user", str(ONE)), f"- user {ONE}"),
+        (("mode", "audit"), "mode: enforce -> audit"),
+    ],
+)
+def test_a_dry_run_changes_nothing(guard: Guard, words: tuple[str, ...], says: str) -> None:
+    guard.start(*BOTH)
+    before = guard.status()
+    done = guard(words[0], *words[1:], "--dry-run")
+    assert says in done.answer.splitlines()
+    assert done.stdout.endswith("nothing was changed (--dry-run)\n")
+    values = guard(words[0], *words[1:], "--dry-run", "--json").values
+    assert values["dry_run"]
+    assert guard.status() == before
+
+
+def test_a_dry_run_of_ip_lockdown_and_of_a_first_start(guard: Guard) -> None:
+    arguments = ("--cgroup", guard.sandbox.cgroup, "--dry-run", SERVICE, str(ONE))
+    done = command.run(command.argv(arguments, entry="ip_lockdown"))
+    assert done.answer == f"now locked: {SERVICE}\n+ user {ONE}\nnothing was changed (--dry-run)\n"
+    assert "now locked" in guard("start", *BOTH, "--dry-run").answer
+    assert guard("status").status == 3
+    missing = guard("start", "--group", "there-is-none", "--create-group", "--dry-run")
+    assert (missing.status, "there-is-none" in missing.sentence) == (2, True)
+
+
+def test_a_dry_run_says_no_where_the_change_would_fail(guard: Guard, tmp_path: Path) -> None:
+    guard.start(*BOTH)
+    assert guard("allow", "--user", "nobody-of-that-name", "--dry-run").status == 78
+    config = tmp_path / "config.toml"
+    done = guard("allow", "--user", str(TWO), "--save", "--without-root", "--config", str(config), "--dry-run")
+    assert f"would save the policy to {config}" in in_one_line(done.answer)
+    assert not config.exists()
+
+
+# --- how long it holds ------------------------------------------------------------------------------------------------
+
+
+def test_whether_a_change_is_saved_is_always_said(guard: Guard, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    words = ("--config", str(config))
+    guard.start(*BOTH)
+    unsaved = in_one_line(guard("allow", "--user", str(TWO), *words).answer)
+    assert f"not saved, and there is no {config}: it holds until the next boot; --save keeps it" in unsaved
+    saved = in_one_line(guard("mode", "enforce", *words, "--save", "--without-root").answer)
+    assert f"saved the policy to {config}" in saved
+    unsaved = in_one_line(guard("mode", "audit", *words).answer)
+    assert f"not saved: it holds until {config} is loaded again (boot, reload, restart, upgrade)" in unsaved
+    assert "not saved" not in guard.start("--config", str(config)).stdout
+    assert "not saved" in guard.start("--config", str(config), "--mode", "audit").stdout
+
+
+# --- mode -------------------------------------------------------------------------------------------------------------
+
+
+def test_mode_changes_how_it_is_enforced_and_keeps_the_lists(guard: Guard) -> None:
+    guard.start(*BOTH, "--mode", "audit")
+    guard("allow", "--user", str(TWO))
+    before = guard.status()["policy"]
+    assert reached(guard, ONE, TWO, STRANGER) == [ONE, TWO, STRANGER]
+    assert "mode: audit -> enforce\n" in guard("mode", "enforce").answer
+    assert reached(guard, ONE, TWO, STRANGER) == [ONE, TWO]
+    assert guard.status()["policy"] == {**before, "mode": "enforce"}
+    done = guard("mode", "audit")
+    assert "warning: this locks less than now: mode: enforce -> audit\n" in done.stderr
+    assert reached(guard, STRANGER) == [STRANGER]
+    assert "says so already" in guard("mode", "audit").answer
+
+
+def test_mode_without_a_guard_and_with_another_word(guard: Guard) -> None:
+    assert guard("mode", "enforce").status == 1
+    assert guard("mode", "off").status == 2
+
+
+# --- the question -----------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command whose standard input and standard error are a terminal."""
+
+    def __init__(self, *words: str, before: str = "") -> None:
+        self._master, slave = pty.openpty()
+        try:
+            argv = command.argv(words, before=before)
+            self._process = subprocess.Popen(argv, stdin=slave, stderr=slave, stdout=subprocess.PIPE, text=True)
+        finally:
+            os.close(slave)
+        self.said = ""
+
+    def read_until(self, text: str) -> None:
+        """Waits until the command has printed that."""
+        while text not in self.said:
+            assert select.select([self._master], [], [], TIMEOUT_S)[0], self.said
+            self.said += os.read(self._master, 4096).decode()
+
+    def answer(self, text: str) -> None:
+        """Types a line."""
+        os.write(self._master, f"{text}\n".encode())
+
+    def end(self) -> Result:
+        """The exit status and output. The terminal is read until the command has closed it (EIO)."""
+        while True:
+            try:
+                part = os.read(self._master, 4096).decode()
+            except OSError:
+                part = ""
+            if not part:
+                break
+            self.said += part
+        stdout, _ = self._process.communicate(timeout=TIMEOUT_S)
+        os.close(self._master)
+        return Result(self._process.returncode, stdout, self.said)
+
+
+QUESTION = "[y/N] "
+
+
+@pytest.mark.parametrize(("answer", "agrees"), [("y", True), ("Yes", True), ("n", False), ("", False), ("x", False)])
+def test_a_change_that_unlocks_asks(guard: Guard, answer: str, agrees: bool) -> None:
+    guard.start(*BOTH)
+    terminal = Terminal(*guard.arguments("start", *FEWER))
+    terminal.read_until(QUESTION)
+    assert f"no longer locked: {NEIGHBOUR}" in terminal.said
+    assert reached(guard, STRANGER, to=NEIGHBOUR) == [], "nothing is changed before the answer"
+    terminal.answer(answer)
+    done = terminal.end()
+    assert done.status == (0 if agrees else 1)
+    assert ("nothing was changed" in done.stderr) == (not agrees)
+    assert reached(guard, STRANGER, to=NEIGHBOUR) == ([STRANGER] if agrees else [])
+    assert done.stderr.count("locks less than now") == 1
+
+
+def test_no_answer_is_no(guard: Guard) -> None:
+    guard.start(*BOTH)
+    terminal = Terminal(
+        *guard.arguments("mode", "audit"), before="from imds_guard.cli import consent; consent.ANSWER_WITHIN_S = 0.5"
+    )
+    assert terminal.end().status == 1
+    assert QUESTION in terminal.said
+    assert reached(guard, STRANGER) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("start", *FEWER, "--yes"),
+        ("start", *FEWER, "--json"),
+        ("start", *FEWER, "--dry-run"),
+        ("start", *BOTH, "--ip", "10.9.9.9"),
+        ("mode", "audit", "--yes"),
+        ("revoke", "--user", str(ONE)),
+        ("allow", "--user", str(TWO)),
+        ("stop",),
+    ],
+)
+def test_these_do_not_ask(guard: Guard, words: tuple[str, ...]) -> None:
+    guard.start(*BOTH)
+    terminal = Terminal(*guard.arguments(*words))
+    assert terminal.end().status == 0, terminal.said
+    assert QUESTION not in terminal.said
+
+
+def test_another_change_during_the_question_is_not_what_was_asked(guard: Guard) -> None:
+    guard.start(*BOTH)
+    terminal = Terminal(*guard.arguments("start", *FEWER))
+    terminal.read_until(QUESTION)
+    guard.start(*BOTH, "--ip", "10.9.9.9")
+    terminal.answer("y")
+    done = terminal.end()
+    assert done.status == 1
+    assert "another command changed the policy" in in_one_line(done.stderr)
+    assert reached(guard, STRANGER, to=NEIGHBOUR) == []
+
+
+# --- the audit trail --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def listening(path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+        one.bind(str(path))
+        one.settimeout(TIMEOUT_S)
+        yield one
+
+
+def logged(guard: Guard, path: Path, words: tuple[str, ...], environment: dict[str, str] | None = None) -> Result:
+    """Runs a command that has the journal's socket at ``path``/journal, and syslog's at ``path``/syslog."""
+    sockets = f"journal.JOURNAL, journal.SYSLOG = {str(path / 'journal')!r}, {str(path / 'syslog')!r}"
+    before = f"from imds_guard.kernel import journal; {sockets}"
+    return command.run(command.argv(guard.arguments(*words), before=before), environment)
+
+
+def send_for_ever(one: socket.socket) -> None:
+    while True:
+        one.send(b"x")
+
+
+def test_each_change_is_a_line_in_the_journal(guard: Guard, tmp_path: Path) -> None:
+    """By the native protocol. A command that changes nothing writes nothing."""
+    with listening(tmp_path / "journal") as journald:
+
+        def entry(*words: str) -> dict[str, str]:
+            assert logged(guard, tmp_path, words, {"SUDO_UID": "1000", "SUDO_USER": "jane"}).status == 0
+            lines = journald.recv(65536).decode().splitlines()
+            return dict(line.split("=", 1) for line in lines)
+
+        first = entry("start", *BOTH)
+        assert (first["SYSLOG_IDENTIFIER"], first["PRIORITY"], first["IMDS_GUARD_COMMAND"]) == (
+            "imds-guard",
+            "5",
+            "start",
+        )
+        allowed = entry("allow", "--user", str(TWO))
+        assert allowed["IMDS_GUARD_CHANGE"] == f"+ user {TWO}"
+        assert "command=allow" in allowed["MESSAGE"]
+        assert "sudo_uid=1000 sudo_user=jane" in allowed["MESSAGE"]
+        assert 'uid="root (0)"' in allowed["MESSAGE"]
+        assert " login=" in allowed["MESSAGE"]
+        assert allowed["MESSAGE"].endswith(f": + user {TWO}")
+        logged(guard, tmp_path, ("allow", "--user", str(TWO)))
+        logged(guard, tmp_path, ("revoke", "--user", str(TWO), "--dry-run"))
+        assert entry("revoke", "--user", str(TWO))["IMDS_GUARD_CHANGE"] == f"- user {TWO}"
+        assert entry("mode", "audit")["IMDS_GUARD_COMMAND"] == "mode audit"
+        assert "no longer locked" in entry("stop")["IMDS_GUARD_CHANGE"]
+
+
+def test_without_a_journal_the_line_goes_to_syslog(guard: Guard, tmp_path: Path) -> None:
+    with listening(tmp_path / "syslog") as syslogd:
+        assert logged(guard, tmp_path, ("start", *BOTH)).status == 0
+        line = syslogd.recv(65536).decode()
+    assert line.startswith("<85>imds-guard[")
+    assert "policy changed: command=start guard=" in line
+
+
+def test_without_either_nothing_breaks(guard: Guard, tmp_path: Path) -> None:
+    done = logged(guard, tmp_path, ("start", *BOTH))
+    assert (done.status, "log" in done.stderr) == (0, False)
+
+
+def test_a_log_that_takes_nothing_is_named_and_holds_up_nobody(guard: Guard, tmp_path: Path) -> None:
+    """Everybody may fill its queue."""
+    with listening(tmp_path / "journal"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
+            flood.setblocking(False)
+            flood.connect(str(tmp_path / "journal"))
+            with pytest.raises(BlockingIOError):
+                send_for_ever(flood)
+        done = logged(guard, tmp_path, ("start", *BOTH))
+    assert done.status == 0
+    assert "warning: the change is in force, and is missing in the log" in done.stderr
+    assert reached(guard, STRANGER) == []
+
+
+def test_nothing_that_the_caller_chose_gets_raw_into_the_log(guard: Guard, tmp_path: Path) -> None:
+    evil = "x\nPRIORITY=0\x1b[2J\u202e"
+    with listening(tmp_path / "journal") as journald:
+        assert logged(guard, tmp_path, ("start", *BOTH), {"SUDO_UID": evil, "SUDO_USER": evil + "y" * 5000}).status == 0
+        content = journald.recv(65536)
+    lines = content.decode().splitlines()
+    assert [line for line in lines if line.startswith("PRIORITY=")] == ["PRIORITY=5"]
+    assert b"\x1b" not in content
+    assert escaped("\u202e") in content.decode()
+    assert len(content) < 4 * journal.MAX_BYTES
+    assert "y" * 100 not in content.decode()
