@@ -340,3 +340,109 @@ def test_nothing_that_the_caller_chose_gets_raw_into_the_log(guard: Guard, tmp_p
     assert escaped("\u202e") in content.decode()
     assert len(content) < 4 * journal.MAX_BYTES
     assert "y" * 100 not in content.decode()
+
+
+# --- for a time only --------------------------------------------------------------------------------------------------
+
+_NO_TIMER = """
+from imds_guard.commands import temporary
+temporary.require_timers = lambda: None
+temporary.start_timer = lambda seconds, cgroup: NAME
+"""
+
+
+def allow_for(guard: Guard, span: str, *words: str, timer: str = "first") -> Result:
+    """As where systemd is the init, but no timer runs: the test does what the timer would do."""
+    arguments = guard.arguments("allow", "--for", span, *words)
+    return command.run(command.argv(arguments, before=_NO_TIMER.replace("NAME", repr(timer))))
+
+
+def test_where_no_timer_can_take_it_back_it_is_refused(guard: Guard) -> None:
+    """The tests run from a source tree, too. vagrant/guest/test_5_service.py has the real timer."""
+    guard.start(*BOTH)
+    done = guard("allow", "--user", str(TWO), "--for", "15m")
+    assert (done.status, done.sentence.startswith("allowing for a time only: ")) == (69, True)
+    assert reached(guard, TWO) == []
+
+
+@pytest.mark.parametrize("words", [("--for", "15"), ("--for", "0s"), ("--for", "40d"), ("--for", "1h", "--save")])
+def test_a_wrong_time_is_a_usage_error(guard: Guard, words: tuple[str, ...]) -> None:
+    guard.start(*BOTH)
+    assert guard("allow", "--user", str(TWO), *words).status == 2
+    assert reached(guard, TWO) == []
+
+
+def test_the_timer_takes_back_what_was_added_and_nothing_else(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
+    guard("allow", "--user", str(TWO), "--ip", SERVICE)
+    done = allow_for(guard, "15m", "--user", str(ONE), "--user", str(TWO), "--ip", NEIGHBOUR)
+    assert f"+ user {TWO} at {NEIGHBOUR}\n" in done.answer
+    assert "this ends at " in done.stdout
+    (entry,) = guard.status()["temporary"]
+    assert ([user["id"] for user in entry["users"]], entry["endpoints"]) == ([TWO], [NEIGHBOUR])
+    assert "\nuntil " in guard("status").answer
+    taken = guard("revoke", "--timer", "first")
+    assert f"- user {TWO} at {NEIGHBOUR}\n" in taken.answer
+    assert [reached(guard, ONE, TWO, to=to) for to in (SERVICE, NEIGHBOUR)] == [[ONE, TWO], [ONE]]
+    assert guard.status()["temporary"] == []
+    assert guard("revoke", "--timer", "first").answer == "nothing is left to take back\n"
+
+
+def test_what_was_allowed_for_good_before_does_not_end(guard: Guard) -> None:
+    guard.start(*BOTH)
+    assert "nothing ends" in allow_for(guard, "15m", "--user", str(ONE)).answer
+    assert "nothing is left" in guard("revoke", "--timer", "first").answer
+    assert reached(guard, ONE) == [ONE]
+
+
+def test_what_is_allowed_for_good_meanwhile_does_not_end(guard: Guard) -> None:
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO), "--user", str(STRANGER))
+    assert "for good now" in guard("allow", "--user", str(TWO)).answer
+    assert guard("revoke", "--timer", "first").status == 0
+    assert reached(guard, TWO, STRANGER) == [TWO]
+
+
+def test_a_second_time_takes_the_place_of_the_first(guard: Guard) -> None:
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    allow_for(guard, "2h", "--user", str(TWO), timer="second")
+    assert "nothing is left" in guard("revoke", "--timer", "first").answer
+    assert reached(guard, TWO) == [TWO]
+    assert guard("revoke", "--timer", "second").status == 0
+    assert reached(guard, TWO) == []
+
+
+def test_a_start_and_a_stop_end_what_was_allowed_for_a_time(guard: Guard) -> None:
+    """What a start allows, it allows for good."""
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    guard.start("--user", str(TWO), "--ip", SERVICE)
+    assert "nothing is left" in guard("revoke", "--timer", "first").answer
+    assert reached(guard, TWO) == [TWO]
+    allow_for(guard, "15m", "--user", str(ONE))
+    guard("stop")
+    assert "nothing is left" in guard("revoke", "--timer", "first").answer
+
+
+def test_it_is_not_saved_by_another_command(guard: Guard, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    words = ("--save", "--without-root", "--config", str(config))
+    assert guard("allow", "--user", str(STRANGER), *words).status == 0
+    guard("stop")
+    assert guard("start", "--config", str(config)).status == 0
+    assert reached(guard, ONE, TWO, STRANGER) == [ONE, STRANGER]
+
+
+def test_status_names_a_file_that_says_another_mode(guard: Guard, tmp_path: Path) -> None:
+    """--config of verify is the file that status reads at /etc/imds-guard."""
+    config = tmp_path / "config.toml"
+    config.write_text('mode = "audit"\n[lock.a]\nendpoints = ["192.0.2.1"]\nusers = [41001]\n', encoding="utf-8")
+    guard.start(*BOTH)
+    before = f"from imds_guard.commands import look; look.status.__defaults__ = ({str(config)!r},)"
+    done = command.run(command.argv(guard.arguments("status"), before=before))
+    assert f'note: {config} says mode = "audit"' in in_one_line(done.answer)
+    guard("mode", "audit")
+    assert "note:" not in command.run(command.argv(guard.arguments("status"), before=before)).answer

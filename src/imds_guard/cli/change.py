@@ -13,7 +13,7 @@ from imds_guard.cli.consent import Consent
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option, save_options, yes_option
 from imds_guard.cli.output import print_done, print_outcome, print_progress, print_warnings
-from imds_guard.commands import change, guard
+from imds_guard.commands import change, guard, temporary
 from imds_guard.commands import save as saving
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.change import Accept
@@ -58,23 +58,25 @@ class _Saving:
     """``--save`` of a command: checked before the change, done after it."""
 
     def __init__(self, save: bool, without_root: bool, config: str | None) -> None:
-        self._save = save
+        self.asked = save
+        self.ends = False
+        """The change ends by itself, and says so."""
         self._without_root = without_root
         self._path = CONFIG_PATH if config is None else config
 
     def accept(self, policy: Policy) -> None:
-        if self._save:
+        if self.asked:
             saving.check_saving(policy, self._without_root, self._path)
 
     def finish(self, outcome: Outcome, cgroup: str | None) -> None:
         """Saves, and says so. Always says how long the change holds."""
         if outcome.dry_run:
-            outcome.done.extend([f"would save the policy to {self._path}"] if self._save else [])
-        elif self._save:
+            outcome.done.extend([f"would save the policy to {self._path}"] if self.asked else [])
+        elif self.asked:
             saving.save(outcome.policy, GuardOptions(cgroup=cgroup), self._path)
             outcome.done.append(f"saved the policy to {self._path}")
         else:
-            outcome.done.append(saving.not_saved(self._path))
+            outcome.done.extend([] if self.ends else [saving.not_saved(self._path)])
 
 
 Change = Callable[[Identities, Optional[Endpoint], GuardOptions, Accept], Outcome]
@@ -104,21 +106,44 @@ def _taken(given: dict[str, Any], command: str) -> tuple[GuardOptions, _Saving]:
 
 @cli.command(short_help="Let a user or a group through, from now on.")
 @change_options
-def allow(**given: Any) -> None:
+@click.option("--for", "span", metavar="SPAN", help="Take it back after this time: 90s, 15m, 1h30m, 2d.")
+def allow(span: str | None, **given: Any) -> None:
     """Add a user or a group to the policy in force, in one step."""
     require_root("allow")
-    options, save = _taken(given, "allow")
-    _change(change.allow, options, save=save, **given)
+    options, save = _taken(given, "allow" if span is None else f"allow --for {span}")
+    if span is None:
+        _change(change.allow, options, save=save, **given)
+        return
+    seconds = temporary.seconds_of(span)
+    if save.asked:
+        raise UsageError("--for is for a time, and --save for good: leave one of them out")
+    save.ends = True
+
+    def allow_for(who: Identities, endpoint: Endpoint | None, options: GuardOptions, _: Accept) -> Outcome:
+        return change.allow_for(who, endpoint, options, seconds)
+
+    _change(allow_for, options, save=save, **given)
 
 
 @cli.command(short_help="Take a user or a group off the list.")
 @change_options
 @keep_existing_option
-def revoke(keep_existing: bool, **given: Any) -> None:
+@click.option("--timer", metavar="NAME", help="Take back what one allow --for has added: its timer runs this.")
+def revoke(keep_existing: bool, timer: str | None, **given: Any) -> None:
     """Take a user or a group off the policy in force, in one step."""
     require_root("revoke")
-    options, save = _taken(given, "revoke")
-    _change(change.revoke, options._replace(keep_existing=keep_existing), save=save, **given)
+    options, save = _taken(given, "revoke" if timer is None else f"revoke --timer {timer}")
+    options = options._replace(keep_existing=keep_existing)
+    if timer is None:
+        _change(change.revoke, options, save=save, **given)
+        return
+    if given["groups"] or given["users"] or given["ip"] or save.asked:
+        raise UsageError("--timer says by itself what to revoke: no --group, --user, --ip or --save goes with it")
+    outcome = change.take_back(timer, options)
+    if outcome is None:
+        print_done(["nothing is left to take back"])
+    else:
+        print_outcome(guard.complete(outcome, print_progress), given["as_json"])
 
 
 @cli.command(short_help="Enforce, or only count denials; the lists stay.")

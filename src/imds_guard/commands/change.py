@@ -6,15 +6,17 @@ from __future__ import annotations
 from typing import Callable
 
 from imds_guard.backends import Change, choose
-from imds_guard.commands import review, trail
+from imds_guard.commands import review, temporary, trail
 from imds_guard.commands.guard import complete, nothing_done, one_at_a_time, outcome_of, start_locked
 from imds_guard.commands.look import active_policy, forwarded
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome
-from imds_guard.errors import BadPolicy
+from imds_guard.commands.turn import lock_name
+from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.policy.difference import Difference
 from imds_guard.policy.emergency import is_emergency
 from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
+from imds_guard.watch.timestamps import utc_text
 
 Edit = Callable[[Policy], Policy]
 """Makes the new policy from the one in force. Raises GuardError where the new policy must not come into force."""
@@ -55,7 +57,16 @@ def _forwarded(policy: Policy, options: GuardOptions) -> str | None:
 
 
 def allow(who: Identities, endpoint: Endpoint | None, options: GuardOptions, accept: Accept) -> Outcome:
-    """Adds ``who`` to the allowlist of the policy in force; with ``endpoint`` there alone. Then call complete()."""
+    """Adds ``who`` to the allowlist of the policy in force; with ``endpoint`` there alone. Then call complete().
+
+    What ``allow --for`` has allowed of that is for good now.
+    """
+    with one_at_a_time(options.cgroup):
+        outcome = _change(_allowing(who, endpoint, accept), options, takes_away=False)
+        return _end_earlier(outcome, who, endpoint, options, "what allow --for had allowed of that is for good now")
+
+
+def _allowing(who: Identities, endpoint: Endpoint | None, accept: Accept) -> Edit:
     from imds_guard.policy import edit  # noqa: PLC0415
 
     def edited(policy: Policy) -> Policy:
@@ -64,7 +75,77 @@ def allow(who: Identities, endpoint: Endpoint | None, options: GuardOptions, acc
         accept(wanted)
         return wanted
 
-    return change(edited, options, takes_away=False)
+    return edited
+
+
+def allow_for(who: Identities, endpoint: Endpoint | None, options: GuardOptions, seconds: int) -> Outcome:
+    """allow() for a time. A timer takes back what this call adds, and what an earlier one has added for a time."""
+    temporary.require_timers()
+    if options.dry_run:
+        return allow(who, endpoint, options, lambda _: None)
+    timer = temporary.start_timer(seconds, options.cgroup)
+    until = temporary.now() + seconds
+    try:
+        with one_at_a_time(options.cgroup):
+            outcome, ends = _allow_until(until, timer, (who, endpoint), options)
+    except BaseException:
+        # Once the file has the rights, they may be in force: then the timer has to run.
+        if not any(one.timer == timer for one in temporary.rights(lock_name(options.cgroup))):
+            temporary.stop_timer(timer)
+        raise
+    if not ends:
+        temporary.stop_timer(timer)
+    said = f"this ends at {utc_text(until)}" if ends else "they were allowed for good: nothing ends"
+    outcome.done.append(said)
+    return outcome
+
+
+def _allow_until(
+    until: float, timer: str, asked: tuple[Identities, Endpoint | None], options: GuardOptions
+) -> tuple[Outcome, bool]:
+    """The outcome, and whether something ends. The caller holds one_at_a_time()."""
+    name = lock_name(options.cgroup)
+    before = temporary.rights(name)
+    wanted: list[Policy] = []
+    allowing = _allowing(*asked, wanted.append)
+
+    def noted(found: Difference | None) -> None:
+        """Right before the change, so that whatever comes after it, nothing stays that does not end."""
+        options.agree(found)
+        if found is None:
+            raise GuardError("allowing for a time only: nothing tells what is in force, and so what to take back")
+        temporary.write(name, [*before, *temporary.added_by(found, wanted[-1], timer, until)])
+
+    outcome = _change(allowing, options._replace(agree=noted), takes_away=False)
+    theirs, others = temporary.split(temporary.rights(name), *asked)
+    temporary.write(name, [*others, *(one._replace(timer=timer, until=until) for one in theirs)])
+    return outcome, bool(theirs)
+
+
+def take_back(timer: str, options: GuardOptions) -> Outcome | None:
+    """What the timer of one ``allow --for`` does. None where nothing of it is left. Then call complete()."""
+    name = lock_name(options.cgroup)
+    with one_at_a_time(options.cgroup):
+        held = temporary.rights(name)
+        ours = [one for one in held if one.timer == timer]
+        if not ours:
+            return None
+        outcome = _change(lambda policy: temporary.without(policy, ours), options, takes_away=True)
+        temporary.write(name, [one for one in held if one.timer != timer])
+        return outcome
+
+
+def _end_earlier(
+    outcome: Outcome, who: Identities, endpoint: Endpoint | None, options: GuardOptions, said: str
+) -> Outcome:
+    """Forgets what ``allow --for`` has allowed ``who``: somebody has decided otherwise. Its timer will find nothing."""
+    if not options.dry_run:
+        name = lock_name(options.cgroup)
+        theirs, others = temporary.split(temporary.rights(name), who, endpoint)
+        if theirs:
+            temporary.write(name, others)
+            outcome.done.append(said)
+    return outcome
 
 
 def _check_not_denied(policy: Policy, who: Identities) -> None:
@@ -89,7 +170,9 @@ def revoke(who: Identities, endpoint: Endpoint | None, options: GuardOptions, ac
         accept(wanted)
         return wanted
 
-    return change(edited, options, takes_away=True)
+    with one_at_a_time(options.cgroup):
+        outcome = _change(edited, options, takes_away=True)
+        return _end_earlier(outcome, who, endpoint, options, "what allow --for had allowed of that has ended")
 
 
 def ip_lockdown(ip: str, users: list[int], options: GuardOptions, progress: Progress) -> Outcome:

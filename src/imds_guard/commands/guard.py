@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Callable, NamedTuple
 
 from imds_guard.backends import Backend, Change, choose
-from imds_guard.commands import review, trail, turn
+from imds_guard.commands import review, temporary, trail, turn
 from imds_guard.commands.look import active_policy, forwarded, reading_tables_once, split_known
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome, Pending
+from imds_guard.commands.turn import MACHINE_LOCK, lock_name
 from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.kernel import lockfile
 from imds_guard.policy.difference import Difference
@@ -22,24 +22,13 @@ from imds_guard.policy.model import Policy
 @contextmanager
 def one_at_a_time(cgroup: str | None) -> Iterator[None]:
     """Holds the commands' lock: commands that change something wait for each other."""
-    name = _lock_name(cgroup)
+    name = lock_name(cgroup)
     with lockfile.exclusive(name), reading_tables_once(cgroup):
         try:
             yield
         finally:
-            if name != _MACHINE_LOCK:
+            if name != MACHINE_LOCK:
                 lockfile.forget(name)
-
-
-_MACHINE_LOCK = "command"
-
-
-def _lock_name(cgroup: str | None) -> str:
-    if cgroup is not None:
-        # A cgroup that can't be used is an error of the backend.
-        with suppress(OSError):
-            return f"{_MACHINE_LOCK}-{os.stat(cgroup).st_ino}"
-    return _MACHINE_LOCK
 
 
 def complete(outcome: Outcome, progress: Progress) -> Outcome:
@@ -87,6 +76,8 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
             except Unsupported as error:
                 refused.append(choose.BackendCheck(checked.backend, error))
                 continue
+            if not options.keep_temporary:
+                temporary.forget_all(lock_name(options.cgroup))
             logged = trail.record(options.command, options.cgroup, found)
             change = change.then(Change(warnings=tuple(logged))).then(_remove_others(running, name))
             if options.cgroup is None:
@@ -153,7 +144,7 @@ def outcome_of(backend: Backend, policy: Policy, change: Change, options: GuardO
 
     A command that has not to ``look`` for open connections does so all the same where the one before it has not ended.
     """
-    name = _lock_name(options.cgroup)
+    name = lock_name(options.cgroup)
     look = look or turn.last_duty(name) is turn.Duty.LOOK
     duty = turn.Duty.KEEP if options.keep_existing else turn.Duty.LOOK if look else turn.last_duty(name)
     pending = Pending(turn.take(name, duty), options.cgroup, look, options.keep_existing)
@@ -170,13 +161,13 @@ def look_again(cgroup: str | None) -> Outcome | None:
     if keeps_existing(cgroup):
         return None
     backend, policy = active_policy(cgroup)
-    last = turn.last(_lock_name(cgroup))
+    last = turn.last(lock_name(cgroup))
     return Outcome(backend.name, policy, [], [], pending=Pending(last, cgroup, clients=False))
 
 
 def keeps_existing(cgroup: str | None) -> bool:
     """Whether the last change was to leave open connections alone (--keep-existing)."""
-    return turn.last_duty(_lock_name(cgroup)) is turn.Duty.KEEP
+    return turn.last_duty(lock_name(cgroup)) is turn.Duty.KEEP
 
 
 def stop(cgroup: str | None) -> list[str]:
@@ -212,7 +203,8 @@ def stop_locked(cgroup: str | None, command: str = "stop") -> list[str]:
             failures.append(error)
     if failures:
         raise type(failures[0])("; ".join(dict.fromkeys([*map(str, failures), *change.done])))
-    turn.forget(_lock_name(cgroup))
+    turn.forget(lock_name(cgroup))
+    temporary.forget_all(lock_name(cgroup))
     if not_asked is not None and not change.done:
         raise not_asked
     logged = trail.record(command, cgroup, review.compare(before, None)) if change.done else []
@@ -239,14 +231,14 @@ TAKING_THE_LOCK = Steps(start_alone, stop)
 
 def holding_the_lock(cgroup: str | None) -> Steps:
     """For a caller that holds one_at_a_time(cgroup). A step for another guard takes the lock of that one."""
-    held = _lock_name(cgroup)
+    held = lock_name(cgroup)
 
     def start(policy: Policy, options: GuardOptions, progress: Progress) -> Outcome:
-        step = start_locked if _lock_name(options.cgroup) == held else start_alone
+        step = start_locked if lock_name(options.cgroup) == held else start_alone
         return step(policy, options, progress)
 
     def stop_one(other: str | None) -> list[str]:
-        return stop_locked(other) if _lock_name(other) == held else stop(other)
+        return stop_locked(other) if lock_name(other) == held else stop(other)
 
     return Steps(start, stop_one)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +12,9 @@ from imds_guard import CONFIG_PATH
 from imds_guard.backends import Backend, Neighbour, choose
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.place import Place, place_of
+from imds_guard.commands.turn import UNTIL, lock_name
 from imds_guard.errors import GuardError, UsageError
+from imds_guard.kernel import lockfile
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
 from imds_guard.policy.model import Endpoint, Policy, Protocol
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
     from imds_guard.backends.forwarded import Forwarded, ForwardingState
     from imds_guard.commands.preflight import Preflight
+    from imds_guard.commands.temporary import Right
     from imds_guard.connections.values import CutResult
 
 
@@ -82,6 +86,10 @@ class Status(NamedTuple):
     """What others have beside ours, and the configuration knows: no faults."""
     forwarded: ForwardingState | None = None
     """What becomes of forwarded packets; None for the guard of a cgroup, and when nothing is active."""
+    temporary: tuple[Right, ...] = ()
+    """What allow --for has allowed. It ends by itself."""
+    notes: tuple[str, ...] = ()
+    """What is not wrong, and may surprise somebody later: a sentence each."""
 
     @property
     def emergency(self) -> bool:
@@ -114,7 +122,34 @@ def _status(cgroup: str | None, config: str) -> Status:
     if cgroup is None or not active:
         faults += _orphan_faults()
     state = first.ebpf if first is not None else None
-    return Status(name, policy, faults, state, tuple(known), forwarding if policy is not None else None)
+    forwarding = forwarding if policy is not None else None
+    notes = mode_notes(policy, config) if policy is not None else ()
+    return Status(name, policy, faults, state, tuple(known), forwarding, temporary_rights(cgroup), notes)
+
+
+def temporary_rights(cgroup: str | None) -> tuple[Right, ...]:
+    """What allow --for has allowed, and when it ends."""
+    name = lock_name(cgroup)
+    if not os.path.exists(os.path.join(lockfile.FOLDER, f"{name}.{UNTIL}")):
+        return ()
+    from imds_guard.commands.temporary import rights  # noqa: PLC0415 -- start-up time
+
+    return tuple(rights(name))
+
+
+def mode_notes(policy: Policy, config: str = CONFIG_PATH) -> tuple[str, ...]:
+    """A sentence where the file ``config`` says another mode than the one in force: that one comes back."""
+    if is_emergency(policy) or not os.path.exists(config):
+        return ()
+    from imds_guard.config.boot_file import mode_of  # noqa: PLC0415 -- start-up time
+
+    said = mode_of(config)
+    if said is None or said is policy.mode:
+        return ()
+    return (
+        f'{config} says mode = "{said.value}": that comes into force when it is loaded again (boot, reload, restart, '
+        f"upgrade); imds-guard mode {policy.mode.value} --save keeps what is in force",
+    )
 
 
 def split_known(

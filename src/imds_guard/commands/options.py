@@ -45,3 +45,5 @@ class GuardOptions(NamedTuple):
     agree: Agree = agree_to_all
     dry_run: bool = False
     """Find out what would change, and change nothing."""
+    keep_temporary: bool = False
+    """What allow --for has allowed still ends: the policy in force is only put back."""

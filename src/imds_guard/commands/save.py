@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 
 from imds_guard.backends import choose
-from imds_guard.commands import preflight
+from imds_guard.commands import preflight, temporary
 from imds_guard.commands.options import GuardOptions
+from imds_guard.commands.turn import lock_name
 from imds_guard.config.read import Config, load_config
 from imds_guard.config.store import check_saving_to, save_config
 from imds_guard.errors import BadPolicy, GuardError
@@ -34,8 +35,12 @@ def check_next_boot(policy: Policy, without_root: bool) -> None:
 
 
 def save(policy: Policy, options: GuardOptions, path: str) -> None:
-    """Writes the policy in force to ``path``. Options that are not given keep what the file says."""
+    """Writes the policy in force to ``path``. Options that are not given keep what the file says.
+
+    What ``allow --for`` has allowed is left out: it ends.
+    """
     try:
+        policy = temporary.without(policy, temporary.rights(lock_name(options.cgroup)))
         kept = load_config(path, use_stored_ids=True) if os.path.exists(path) else Config(policy)
         cgroup = options.cgroup or kept.cgroup
         wanted = kept._replace(

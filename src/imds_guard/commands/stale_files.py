@@ -16,7 +16,7 @@ from imds_guard.kernel import lockfile
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.cgroup_names import is_gone
 
-_NAME = re.compile(r"((?:command|imds-guard|watch-imds-guard)-([0-9]+))\.(?:lock|last|last\.new|sock)")
+_NAME = re.compile(r"((?:command|imds-guard|watch-imds-guard)-([0-9]+))\.(?:lock|last|last\.new|sock|until)")
 
 
 def remove_stale_files() -> None:

@@ -14,6 +14,19 @@ from typing import NamedTuple
 
 from imds_guard.kernel import lockfile
 
+MACHINE_LOCK = "command"
+UNTIL = "until"
+"""The suffix of the file beside the lock that says what allow --for has allowed."""
+
+
+def lock_name(cgroup: str | None) -> str:
+    """The name of the commands' lock, and of the files beside it."""
+    if cgroup is not None:
+        # A cgroup that can't be used is an error of the backend.
+        with suppress(OSError):
+            return f"{MACHINE_LOCK}-{os.stat(cgroup).st_ino}"
+    return MACHINE_LOCK
+
 
 class Duty(Enum):
     """What the last change left to do."""

@@ -148,7 +148,7 @@ def _as_it_was(before: Status, options: GuardOptions) -> GuardOptions:
     """The options with which the policy in force was started."""
     asked = look.forwarded().option() if options.cgroup is None else None
     keep = guard.keeps_existing(options.cgroup)
-    return options._replace(backend=str(before.backend), forwarded=asked, keep_existing=keep)
+    return options._replace(backend=str(before.backend), forwarded=asked, keep_existing=keep, keep_temporary=True)
 
 
 def _replace_unreadable(file: BootFile, options: GuardOptions, progress: Progress) -> Repair:

@@ -110,6 +110,15 @@ def require_file_of_root(path: str) -> None:
         raise BadPolicy(f"the configuration {path} is not used: {open_to_others(where)}")
 
 
+def mode_of(path: str) -> Mode | None:
+    """``mode`` of the file ``path``, whatever else is in it. None where it can't be read or used."""
+    try:
+        require_file_of_root(path)
+        return Mode(parse_source(read_text(path), path).string("mode") or Mode.ENFORCE.value)
+    except (GuardError, ValueError):
+        return None
+
+
 def known_programs_of(path: str) -> frozenset[str]:
     """``known_programs`` of the file ``path``, whatever else is in it.
 

@@ -25,6 +25,7 @@ _PACKAGES: dict[str, str] = {
     "nft": "nftables",
     "systemctl": "systemd",
     "systemd-analyze": "systemd",
+    "systemd-run": "systemd",
     "journalctl": "systemd",
     "groupadd": "passwd (shadow-utils on Fedora and RHEL)",
     "groupdel": "passwd (shadow-utils on Fedora and RHEL)",

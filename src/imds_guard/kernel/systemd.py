@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from imds_guard.errors import GuardError
 from imds_guard.kernel.run import run
@@ -37,6 +38,15 @@ def is_active(unit: str) -> bool:
 def is_enabled(unit: str) -> bool:
     """True when a unit is enabled."""
     return run(["systemctl", "is-enabled", "--quiet", unit]).status == 0
+
+
+def run_in(unit: str, seconds: int, description: str, argv: Sequence[str]) -> None:
+    """Makes a transient timer that runs a program once, that many seconds from now (systemd-run(1)). GuardError."""
+    options = [f"--unit={unit}", f"--description={description}", f"--on-active={seconds}s"]
+    options += ["--timer-property=AccuracySec=1s", "--collect", "--quiet"]
+    done = run(["systemd-run", *options, "--", *argv], timeout_s=60)
+    if done.status != 0:
+        raise GuardError(f"systemd-run --unit={unit}: {done.complaint}; nothing was changed")
 
 
 def systemctl(*arguments: str) -> str:

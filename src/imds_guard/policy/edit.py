@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Callable
 
 from imds_guard.errors import UsageError
@@ -48,6 +49,39 @@ def revoke(policy: Policy, who: Identities, endpoint: Endpoint | None = None) ->
         return lock._replace(allow=Identities(users, lock.allow.groups - who.groups))
 
     return _change(policy, endpoint, change)
+
+
+def take_back(policy: Policy, endpoints: Iterable[Endpoint], who: Identities) -> Policy:
+    """The policy without ``who`` on the allowlists at these endpoints. What nobody locks there any more is left out.
+
+    A lock with other endpoints too is split. The policy may have become another one since ``who`` was allowed.
+    """
+    asked = tuple(endpoints)
+    names = {lock.name for lock in policy.locks}
+    filters = policy.filters
+    locks: list[Lock] = []
+    for lock in policy.locks:
+        allow = Identities(lock.allow.users - who.users, lock.allow.groups - who.groups)
+        inside, outside = _parts(lock, asked)
+        if allow == lock.allow or not inside:
+            locks.append(lock)
+        elif not outside:
+            locks.append(lock._replace(allow=allow))
+        else:
+            name = free_name(inside[0], names)
+            filters = follow_split(filters, lock.name, name)
+            locks += [lock._replace(endpoints=outside), lock._replace(name=name, endpoints=inside, allow=allow)]
+    return make_policy(locks, policy.mode, policy.containers, policy.strict, filters, policy.filter_uid)
+
+
+def _parts(lock: Lock, endpoints: Iterable[Endpoint]) -> tuple[tuple[Endpoint, ...], tuple[Endpoint, ...]]:
+    """divide() by several endpoints."""
+    found: tuple[Endpoint, ...] = ()
+    rest = lock
+    for endpoint in endpoints:
+        inside, outside = divide(rest, endpoint)
+        found, rest = found + inside, rest._replace(endpoints=outside)
+    return found, rest.endpoints
 
 
 def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy:

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 from imds_guard.identity import user_name
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Mode, Policy, Verdict
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
 from imds_guard.present.forwarded import forwarding_lines, forwarding_values
-from imds_guard.present.policy import filter_lines, lock_lines, policy_values
+from imds_guard.present.policy import filter_lines, identities_text, identities_values, lock_lines, policy_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
+from imds_guard.text import some_of
+from imds_guard.watch.timestamps import iso_time, utc_text
 
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
     from imds_guard.backends.ebpf.hooks import Hook
     from imds_guard.commands.look import Status
+    from imds_guard.commands.temporary import Right
     from imds_guard.commands.verify import VerifyResult
 
 
@@ -48,7 +52,19 @@ def status_lines(status: Status) -> list[str]:
         lines += forwarding_lines(status.forwarded)
     if status.policy is not None:
         lines += _policy_lines(status.policy)
-    return lines
+    lines += [part for one in status.temporary for part in temporary_lines(one)]
+    return lines + [part for note in status.notes for part in wrapped("note: ", note)]
+
+
+def temporary_lines(one: Right) -> list[str]:
+    """What allow --for has allowed, and until when."""
+    texts = [text for endpoint in one.endpoints for text in format_endpoint(endpoint)]
+    return wrapped(f"until {utc_text(one.until)}: ", f"{identities_text(one.who)} at {some_of(texts, 1, ' ')}")
+
+
+def _temporary_values(one: Right) -> dict[str, Any]:
+    texts = [text for endpoint in one.endpoints for text in format_endpoint(endpoint)]
+    return {"until": iso_time(one.until), "endpoints": texts, **identities_values(one.who)}
 
 
 def _policy_lines(policy: Policy) -> list[str]:
@@ -99,6 +115,8 @@ def status_values(status: Status) -> dict[str, Any]:
         "faults": status.faults,
         "known": [neighbour.fault for neighbour in status.known],
         "policy": policy_values(status.policy),
+        "temporary": [_temporary_values(one) for one in status.temporary],
+        "notes": list(status.notes),
     }
     if status.forwarded is not None:
         values["forwarded"] = forwarding_values(status.forwarded)

@@ -18,6 +18,11 @@ def iso_time(seconds: float) -> str:
     return f"{whole}.{milliseconds % 1000:03d}Z"
 
 
+def utc_text(seconds: float) -> str:
+    """Seconds since the epoch as ``2026-11-21 07:40:00 UTC``."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
 def iso_time_of(boot_ns: int) -> str:
     """A time of CLOCK_BOOTTIME as ``2026-11-21T07:40:00.123Z``."""
     return iso_time(wall_clock(boot_ns))
