@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
 class GuardError(Exception):
-    """Something failed. The process exits with ``exit_status``."""
+    """Something failed. The process exits with ``exit_status``.
+
+    ``parts`` are the clauses of a sentence that is easier to read as a list.
+    """
 
     exit_status = 1
+
+    def __init__(self, sentence: str = "", parts: Sequence[str] = ()) -> None:
+        super().__init__(sentence if not parts else f"{sentence} ({'; '.join(parts)})")
+        self.lines = (str(self),) if not parts else (f"{sentence}:", *(f"  {part}" for part in parts))
+
+
+class NothingLocked(GuardError):
+    """A command needs a policy in force, and there is none."""
 
 
 class UsageError(GuardError):

@@ -17,6 +17,7 @@ from imds_guard.kernel.processes import stat_of, status_of
 from imds_guard.kernel.run import run
 from imds_guard.policy.decide import Caller
 from imds_guard.policy.model import MAX_ID
+from imds_guard.text import did_you_mean
 
 if TYPE_CHECKING:
     from imds_guard.kernel.abandonable import Limits
@@ -46,7 +47,8 @@ def user_id(name_or_id: str | int) -> int:
     user = accounts.user_by_name(name)
     if user is None:
         raise BadPolicy(
-            f"there is no user {name!r}{_where()}: make it (useradd --system {_plain(name, 'NAME')}), or give a user ID"
+            f"there is no user {name!r}{_where()}{_similar(name, 'user')} To make one: useradd --system "
+            f"{_plain(name, 'NAME')}; or give a user ID"
         )
     return user.uid
 
@@ -60,8 +62,8 @@ def group_id(name_or_id: str | int) -> int:
     group = accounts.group_by_name(name)
     if group is None:
         raise BadPolicy(
-            f"there is no group {name!r}{_where()}: add --create-group, or make it (groupadd --system "
-            f"{_plain(name, 'NAME')}), or give a group ID"
+            f"there is no group {name!r}{_where()}{_similar(name, 'group')} To make one: start with --create-group, or "
+            f"groupadd --system {_plain(name, 'NAME')}; or give a group ID"
         )
     return group.gid
 
@@ -103,6 +105,10 @@ def _where() -> str:
     """Where names were looked for, unless the name service was asked."""
     root = accounts.other_root()
     return "" if root is None else f" in the passwd and group files below {root} ({accounts.VARIABLE})"
+
+
+def _similar(name: str, kind: str) -> str:
+    return did_you_mean(name, accounts.names_in_files(kind)) or "."
 
 
 def number_of(name_or_id: str | int, kind: str) -> int | None:

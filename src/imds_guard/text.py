@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ def some_of(items: Sequence[str], maximum: int, separator: str = ", ") -> str:
     """The first ``maximum`` items, then how many more there are: ``a, b, and 3 more``."""
     shown = separator.join(items[:maximum])
     return shown + and_more(len(items), maximum, separator)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean NAME?`` with a name in ``known`` that begins with ``word`` or is like it, if there is one."""
+    import difflib  # noqa: PLC0415 -- start-up time: only errors need it
+
+    names, asked = {name.lower(): name for name in known}, word.lower()
+    longer = sorted(name for name in names if len(asked) > 2 and name.startswith(asked))
+    nearest = longer or difflib.get_close_matches(asked, names, n=1, cutoff=0.7)
+    return f"; did you mean {escaped(names[nearest[0]])}?" if nearest else ""
 
 
 def and_more(number: int, maximum: int, separator: str = ", ") -> str:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -359,7 +360,10 @@ def test_allowing_a_denied_user_is_refused(guard: Guard) -> None:
     before = guard.status()
     result = guard("allow", "--user", str(TWO))
     assert result.status == 78
-    assert "it is on the deny list of lock 'default', and deny lists win" in result.sentence
+    assert result.sentence == (
+        f"user {TWO} is on the deny list of lock 'default', which wins: take it out of deny_users and reload, or start "
+        f"again without --deny-user {TWO}"
+    )
     assert guard.status() == before
 
 
@@ -367,7 +371,7 @@ def test_allowing_a_denied_user_is_refused(guard: Guard) -> None:
 def test_a_change_is_refused_where_nothing_is_active(guard: Guard, change: str) -> None:
     result = guard(change, "--user", str(ONE))
     assert result.status == 1
-    assert "imds-guard is not active" in result.sentence
+    assert "nothing is locked" in result.sentence
     assert traces(guard.sandbox.cgroup) == {"attached": 0, "pins": 0}
 
 
@@ -378,17 +382,79 @@ def test_explain_a_process(guard: Guard) -> None:
     """The answer is what the kernel does: the process itself tries to connect."""
     guard.start()
 
-    def try_and_explain(*ids: int) -> tuple[str, bool, str]:
+    def try_and_explain(*ids: int) -> tuple[str, int, bool, str]:
         uid, gid, *groups = ids
-        with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=groups) as process:
-            explained = guard("explain", "--pid", str(process.pid), f"{SERVICE}:80", "--json").values
-            assert process.stdin is not None
-            process.stdin.close()
-        return guard.reach(uid, gid=gid, groups=groups), explained["allowed"], explained["reason"]
+        with process_of(uid, gid, groups) as pid:
+            explained = guard("explain", "--pid", str(pid), f"{SERVICE}:80", "--json")
+        values = explained.values
+        return guard.reach(uid, gid=gid, groups=groups), explained.status, values["allowed"], values["reason"]
 
-    assert try_and_explain(ONE, 1) == ("connected", True, "allowed-user")
-    assert try_and_explain(STRANGER, 1, 7, STAFF) == ("connected", True, "allowed-group")
-    assert try_and_explain(STRANGER, 1) == ("EPERM", False, "not-listed")
+    assert try_and_explain(ONE, 1) == ("connected", 0, True, "allowed-user")
+    assert try_and_explain(STRANGER, 1, 7, STAFF) == ("connected", 0, True, "allowed-group")
+    assert try_and_explain(STRANGER, 1) == ("EPERM", 1, False, "not-listed")
+
+
+@contextmanager
+def process_of(uid: int, gid: int, groups: Sequence[int] = ()) -> Iterator[int]:
+    """The process ID of a program that runs with these IDs until the end of the block."""
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE, user=uid, group=gid, extra_groups=groups) as process:
+        yield process.pid
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_the_exit_status_of_explain(guard: Guard) -> None:
+    """0 it passes, also in audit mode; 1 denied; 3 nothing is locked; 4 could not tell."""
+    asked = ("explain", "--user", "nobody", SERVICE)
+    nothing = guard(*asked)
+    assert (nothing.status, nothing.sentence) == (3, "nothing is locked: run imds-guard start first")
+    guard.start()
+    denied = guard(*asked)
+    assert (denied.status, denied.stdout.splitlines()[0]) == (1, "denied: not-listed")
+    assert "imds-guard allow --user nobody" in denied.stdout
+    assert guard("explain", "--user", "nobody", NEIGHBOUR).status == 0
+    gone = guard("explain", "--pid", "4194303", SERVICE)
+    assert (gone.status, gone.sentence) == (4, "there is no process 4194303")
+    guard("start", "--user", str(ONE), "--ip", SERVICE, "--mode", "audit")
+    audited = guard(*asked)
+    assert (audited.status, audited.stdout.splitlines()[0]) == (0, "allowed: not-listed")
+    assert "audit mode lets it through" in audited.answer
+
+
+def test_explain_knows_when_a_process_is_older_than_its_groups(guard: Guard) -> None:
+    """The account "daemon" has the group 1 alone. A process keeps the groups that it was started with."""
+    guard("start", "--group", "daemon", "--ip", SERVICE)
+    with process_of(1, 2) as pid:
+        older = guard("explain", "--pid", str(pid), SERVICE)
+        assert older.status == 1
+        assert "a new process of this user would pass" in " ".join(older.stdout.split())
+        assert guard("explain", "--pid", str(pid), SERVICE, "--json").values["new_process"] == "would-pass"
+    with process_of(2, 1) as pid:
+        lost = guard("explain", "--pid", str(pid), SERVICE)
+        assert lost.status == 0
+        assert "a new process of this user would be denied" in " ".join(lost.stdout.split())
+    with process_of(1, 1) as pid:
+        assert "a new process" not in " ".join(guard("explain", "--pid", str(pid), SERVICE).stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("stat",), "there is no command 'stat'; did you mean status?"),
+        (("hello-world",), "there is no command 'hello-world' (see"),
+        (("start", "--grup", "root"), "--group"),
+        (("start", "--group", "rooot"), "there is no group 'rooot'; did you mean root?"),
+        (("start", "--user", "nobodyy"), "there is no user 'nobodyy'; did you mean nobody?"),
+        (("start", "--user", "quite-another"), "there is no user 'quite-another'. To make one: useradd"),
+        (("start", "--user", "0", "--preset", "awss"), "there is no preset 'awss'; did you mean aws?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_word_with_a_typo(guard: Guard, words: tuple[str, ...], said: str) -> None:
+    """The nearest name is said, where one is near."""
+    result = guard(*words) if len(words) > 1 else command.imds_guard_command(*words)
+    assert result.status in (2, 78)
+    assert said in result.sentence
 
 
 def test_explain_a_user_as_text(guard: Guard) -> None:

@@ -63,6 +63,8 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
             "destination",
             "neighbours",
             "filter",
+            "would_allow",
+            "new_process",
         ),
     }
     assert explained["matched"] == {"kind": "group", "id": 0}
@@ -133,7 +135,7 @@ def test_text_fits_a_terminal(guard: Guard) -> None:
         guard("start", *MANY, "--ip", SERVICE, *ips).answer,
         guard("allow", "--user", str(TWO + 5000), "--ip", "10.200.7.0/24:8000-8100+9000,tcp").answer,
         guard("status").answer,
-        guard("explain", "--user", "root", f"{SERVICE}:80").answer,
+        guard("explain", "--user", "root", f"{SERVICE}:80").stdout,
         guard("check").answer,
     ]
     with strangers(guard, 12):

@@ -17,7 +17,7 @@ from tests.command import NEIGHBOUR, ONE, SERVICE, STAFF, TWO, Guard
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
 
-USAGE, OTHER, NO_PERMISSION, BAD = 2, 1, 77, 78
+USAGE, OTHER, UNKNOWN, NO_PERMISSION, BAD = 2, 1, 4, 77, 78
 
 
 class Running(NamedTuple):
@@ -56,9 +56,9 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "unknown group": (
         BAD,
         ("start", "--group", "nobody-has-this"),
-        "there is no group 'nobody-has-this': add -",
+        "there is no group 'nobody-has-this'. To make one: start with --create-group, or groupadd ",
     ),
-    "unknown user": (BAD, ("start", "--user", "nobody-has-this"), "there is no user 'nobody-has-this': make it"),
+    "unknown user": (BAD, ("start", "--user", "nobody-has-this"), "there is no user 'nobody-has-this'. To make one"),
     "unknown denied group": (BAD, ("start", *WHO, "--deny-group", "nobody-has-this"), "there is no group"),
     "unknown denied user": (BAD, ("start", *WHO, "--deny-user", "nobody-has-this"), "there is no user"),
     "one of many": (BAD, ("start", "--user", "0", "--user", "nobody-has-this"), "there is no user 'nobody-has-this'"),
@@ -98,7 +98,7 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "IPv6 with ports": (BAD, ("start", *WHO, "--ip", "fd00:ec2::254:80"), "needs brackets"),
     "open bracket": (BAD, ("start", *WHO, "--ip", "[2001:db8::1"), "is not an endpoint"),
     "DNS of the WireServer": (BAD, ("start", *WHO, "--ip", "168.63.129.16:53"), "where Azure serves DNS"),
-    "unknown preset": (BAD, ("start", *WHO, "--preset", "azur"), "there is no preset 'azur': choose one of "),
+    "unknown preset": (BAD, ("start", *WHO, "--preset", "azur"), "there is no preset 'azur'; did you mean azure?"),
     "empty preset": (BAD, ("start", *WHO, "--preset", ""), "there is no preset ''"),
     # options that do not go together, or are none
     "nobody and somebody": (USAGE, ("start", *WHO, "--nobody"), "--nobody contradicts --user and --group"),
@@ -113,7 +113,7 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "unknown word for containers": (USAGE, ("start", *WHO, "--containers", "maybe"), "'maybe' is not one of"),
     "option without its value": (USAGE, ("start", "--user"), "(see imds-guard"),
     "a word too many": (USAGE, ("stop", "now"), "(see imds-guard stop --help)"),
-    "unknown command": (USAGE, ("restart",), "No such command 'restart'"),
+    "unknown command": (USAGE, ("restart",), "there is no command 'restart'; did you mean start?"),
     "no file": (BAD, ("start", "--config", "/nonexistent/config.toml"), "could not be read: ENOENT"),
     "a folder for a file": (BAD, ("start", "--config", "/tmp"), "could not be read: it is not a regular file"),
     "an empty name of a file": (BAD, ("start", "--config", ""), "could not be read: ENOENT"),
@@ -135,7 +135,7 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "explain an empty user": (BAD, ("explain", "--user", "", SERVICE), "an empty user name"),
     "explain no account": (BAD, ("explain", "--user", str(ONE), SERVICE), "no account has the user ID"),
     "explain process 0": (USAGE, ("explain", "--pid", "0", SERVICE), "0 is not in the range"),
-    "explain no process": (OTHER, ("explain", "--pid", "9" * 30, SERVICE), "there is no process"),
+    "explain no process": (UNKNOWN, ("explain", "--pid", "9" * 30, SERVICE), "there is no process"),
     "explain no number": (USAGE, ("explain", "--pid", "self", SERVICE), "'self' is not a valid integer"),
     "check what is wrong": (BAD, ("check", "--user", "nobody-has-this"), "there is no user"),
     "check without who": (USAGE, ("check", "--ip", SERVICE), "nobody would be allowed"),
@@ -214,11 +214,11 @@ def test_a_file_that_is_not_utf8_changes_nothing(running: Running, tmp_path: Pat
 @needs_root
 @pytest.mark.parametrize("name", ["start", "stop", "status", "allow", "revoke", "explain", "check"])
 def test_a_path_that_is_no_cgroup(running: Running, name: str) -> None:
-    """Another file system, a path that is not there, an empty path. For status that is "could not tell"."""
+    """Another file system, a path that is not there, an empty path. For status and explain that is "could not tell"."""
     words = {"start": WHO, "allow": WHO, "revoke": WHO, "explain": ("--user", "root", SERVICE)}.get(name, ())
     for path, part in (("/tmp", "it is not in a cgroup2"), ("/nonexistent", "ENOENT"), ("", "ENOENT")):
         result = command.imds_guard_command(name, *words, "--cgroup", path)
-        assert result.status == (4 if name == "status" else OTHER), result
+        assert result.status == (UNKNOWN if name in ("status", "explain") else OTHER), result
         assert part in result.sentence
     running.assert_unchanged()
 
@@ -281,14 +281,14 @@ def test_only_root_may(running: Running, name: str) -> None:
     words = NEEDS_ROOT[name] if name == "demo" else ("--cgroup", running.guard.sandbox.cgroup, *NEEDS_ROOT[name])
     result = command.run(command.argv((name, *words), before=BECOME_NOBODY))
     assert result.status == NO_PERMISSION, result
-    assert result.sentence == f"imds-guard {name}: only root may; run it with sudo"
+    assert result.sentence == f"{name} needs root: run it with sudo"
     running.assert_unchanged()
 
 
 @needs_root
 def test_ip_lockdown_needs_root_too() -> None:
     result = command.run(command.argv((SERVICE, "root"), entry="ip_lockdown", before=BECOME_NOBODY))
-    assert (result.status, result.sentence) == (77, "imds-guard ip-lockdown: only root may; run it with sudo")
+    assert (result.status, result.sentence) == (77, "ip-lockdown needs root: run it with sudo")
 
 
 @needs_root

@@ -21,7 +21,7 @@ from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.run import run
 from tests import command
-from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, Result
+from tests.command import NEIGHBOUR, ONE, SERVICE, STRANGER, TWO, Guard, Result
 from tests.kernel import places
 from tests.kernel.guards import traces
 from tests.tree import every_command
@@ -40,7 +40,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "allow": ("--user", str(TWO)),
     "revoke": ("--user", str(ONE)),
     "check": (),
-    "explain": ("--user", "root", SERVICE),
+    "explain": ("--user", "root", NEIGHBOUR),
     "export": ("--format", "nftables"),
     "verify": ("--repair",),
     "watch": ("--once",),
@@ -168,7 +168,7 @@ def test_only_root_may_and_others_learn_nothing(untouched: Guard, running: Guard
     """Exit status 77 and one sentence, which does not depend on whether something is locked."""
     free = command.run(argv(untouched, name, BECOME_NOBODY))
     done = command.run(argv(running, name, BECOME_NOBODY))
-    assert (done.status, done.sentence) == (NO_PERMISSION, f"imds-guard {name}: only root may; run it with sudo")
+    assert (done.status, done.sentence) == (NO_PERMISSION, f"{name} needs root: run it with sudo")
     assert done == free
 
 

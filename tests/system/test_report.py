@@ -227,7 +227,7 @@ def test_callers_in_a_user_namespace_are_counted_for_its_owner(guard: Guard) -> 
 
 
 def test_without_a_guard_there_is_no_report(guard: Guard) -> None:
-    assert guard("report").sentence == "reading the report: imds-guard is not active; run imds-guard start first"
+    assert guard("report").sentence == "nothing is locked, so there is no report: run imds-guard start first"
 
 
 def on_a_terminal(guard: Guard, environment: dict[str, str]) -> tuple[str, int]:

@@ -421,7 +421,7 @@ def test_once_prints_the_records_in_the_ring_buffer_and_ends(guard: Guard) -> No
 
 
 def test_once_fails_without_a_guard_and_beside_another_watch(guard: Guard) -> None:
-    assert "is not active" in guard("watch", "--once").sentence
+    assert "nothing is locked" in guard("watch", "--once").sentence
     start(guard)
     with watch(guard) as one:
         one.event("began")

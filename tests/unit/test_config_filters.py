@@ -89,7 +89,7 @@ def test_filters_are_read_in_their_order() -> None:
             "filter 'rest': its locks have no address of one host with TCP port 81",
             "[filter.rest]",
         ),
-        ("port = 8080", "ports = 8080", "unknown key 'ports' in filter 'rest': known are locks, users", ""),
+        ("port = 8080", "ports = 8080", "unknown key 'ports' in filter 'rest'; did you mean port?", ""),
         ("everyone = true", "everyone = true\nusers = [5]", "filter 'rest' is for everyone, which contradicts", ""),
         ("everyone = true", "", "filter 'rest' is for nobody", "[filter.rest]"),
         ("groups = [51001]", 'groups = ["nobody-has-it"]', "there is no group 'nobody-has-it'", ""),

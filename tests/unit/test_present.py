@@ -371,7 +371,7 @@ def test_the_answer_of_check() -> None:
     none = CheckResult([refused], Preflight((ShutOut(7, "waagent", "root", "is " + LONG),)))
     lines = answers.check_lines(none)
     assert lines[0].startswith("ebpf: a reason that goes on")
-    assert "start would take: nothing, it would fail" in lines
+    assert "start would fail: no backend works here" in lines
     assert fits(lines)
     assert answers.check_values(none)["taken"] is None
     good = CheckResult([BackendCheck(EbpfBackend(), None)], Preflight())

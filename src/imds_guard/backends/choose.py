@@ -57,10 +57,10 @@ def examine(policy: Policy | None, names: Sequence[str], cgroup: str | None, res
 
 def refused(checks: Sequence[BackendCheck]) -> GuardError:
     """One error for backends that all refused. NotPermitted only when each of them lacks a permission."""
-    reasons = "; ".join(f"{check.backend.name}: {check.refusal}" for check in checks)
+    reasons = [f"{check.backend.name}: {check.refusal}" for check in checks]
     if all(isinstance(check.refusal, NotPermitted) for check in checks):
-        return NotPermitted(reasons)
-    return Unsupported(f"no backend can hold the policy here, nothing was changed ({reasons})")
+        return NotPermitted("; ".join(reasons))
+    return Unsupported("no backend works here, so nothing was changed", reasons)
 
 
 def running(cgroup: str | None, wanted: str = AUTO) -> dict[str, Backend]:

@@ -34,6 +34,16 @@ class Commands(click.Group):
             importlib.import_module(f"imds_guard.cli.{MODULES[cmd_name]}")
         return super().get_command(ctx, cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with the nearest name for one that is unknown."""
+        if args and args[0] not in MODULES and not args[0].startswith("-") and not ctx.resilient_parsing:
+            from imds_guard.text import did_you_mean  # noqa: PLC0415 -- start-up time
+
+            ctx.fail(f"there is no command {args[0]!r}{did_you_mean(args[0], MODULES)}")
+        return super().resolve_command(ctx, args)
+
 
 @click.group(
     cls=Commands,

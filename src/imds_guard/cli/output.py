@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from imds_guard.cli import streams
 from imds_guard.cli.group import MODULES
+from imds_guard.errors import GuardError
 
 if TYPE_CHECKING:
     from imds_guard.commands.outcome import Outcome
@@ -69,7 +70,10 @@ def _print_error(sentence: str) -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         import textwrap  # noqa: PLC0415 -- start-up time: only a terminal needs it
 
-        sentence = textwrap.fill(sentence, _columns(), break_long_words=False, break_on_hyphens=False)
+        indent = "    " if sentence.startswith(" ") else ""
+        sentence = textwrap.fill(
+            sentence, _columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
     _put_error(sentence)
 
 
@@ -112,6 +116,8 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
 
 
 def fail(error: BaseException, status: int) -> NoReturn:
-    """Ends the command with one sentence on standard error."""
-    _print_error(f"imds-guard: {error}")
+    """Ends the command with one sentence on standard error. On a terminal its parts are lines of their own."""
+    listed = error.lines if isinstance(error, GuardError) and sys.stderr is not None and sys.stderr.isatty() else ()
+    for line in (f"imds-guard: {listed[0]}", *listed[1:]) if listed else (f"imds-guard: {error}",):
+        _print_error(line)
     sys.exit(status)

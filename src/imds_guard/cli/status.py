@@ -14,11 +14,12 @@ from imds_guard.cli.output import fail, print_json, print_lines, print_warnings
 from imds_guard.commands import look
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.look import Status
-from imds_guard.errors import GuardError, UsageError
+from imds_guard.errors import BadPolicy, GuardError, NothingLocked, NotPermitted, UsageError
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.present.answers import explanation_lines, explanation_values
 from imds_guard.present.status import status_lines, status_values, status_word
 
+STATUS_DENIED = 1
 STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 """The exit statuses of systemctl status (LSB: 0 running, 3 not running, 4 unknown)."""
 
@@ -56,14 +57,26 @@ def exit_status(found: Status) -> int:
 @cgroup_option
 @json_option
 def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None, as_json: bool) -> None:
-    """Say whether a connect to ENDPOINT (ADDRESS[:PORT]) would be allowed, and by which rule."""
+    """Say whether a connect to ENDPOINT (ADDRESS[:PORT]) would be allowed, and by which rule.
+
+    Exit status: 0 it passes (also in audit mode, or through a filter), 1 denied, 3 nothing is locked, 4 could not tell.
+    """
     require_root("explain")
     if (pid is None) == (user is None):
         raise UsageError("name either --pid or --user")
-    caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
+    where = parse_endpoint(endpoint)
+    try:
+        caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
+        found = look.explain(caller, where, cgroup, pid)
+    except NothingLocked as error:
+        fail(error, STATUS_INACTIVE)
+    except (UsageError, BadPolicy, NotPermitted):
+        raise
+    except GuardError as error:
+        fail(error, STATUS_UNKNOWN)
     print_warnings([] if user is None else identity.notes_on_digits([user]))
-    found = look.explain(caller, parse_endpoint(endpoint), cgroup, pid)
     if as_json:
         print_json(explanation_values(caller, found))
     else:
         print_lines(explanation_lines(caller, found))
+    sys.exit(0 if found.decision.allowed else STATUS_DENIED)

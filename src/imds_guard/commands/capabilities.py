@@ -52,7 +52,7 @@ REQUIRED: dict[str, Capabilities] = {
 def require_root(command: str) -> None:
     """Raises NotPermitted unless the effective user is root, with the capabilities that the command needs."""
     if os.geteuid() != 0:
-        raise NotPermitted(f"imds-guard {command}: only root may; run it with sudo")
+        raise NotPermitted(f"{command} needs root: run it with sudo")
     lacking = missing_capabilities(REQUIRED.get(command, ()))
     if lacking:
         raise NotPermitted(

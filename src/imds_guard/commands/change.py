@@ -13,9 +13,11 @@ from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.turn import lock_name
 from imds_guard.errors import BadPolicy, GuardError
+from imds_guard.identity import group_name, user_name
 from imds_guard.policy.difference import Difference
 from imds_guard.policy.emergency import is_emergency
 from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
+from imds_guard.text import escaped
 from imds_guard.watch.timestamps import utc_text
 
 Edit = Callable[[Policy], Policy]
@@ -150,14 +152,15 @@ def _end_earlier(
 
 def _check_not_denied(policy: Policy, who: Identities) -> None:
     for lock in policy.locks:
-        for kind, both, asked in (
-            ("user", lock.deny.users & lock.allow.users, who.users),
-            ("group", lock.deny.groups & lock.allow.groups, who.groups),
+        for kind, both, asked, name_of in (
+            ("user", lock.deny.users & lock.allow.users, who.users, user_name),
+            ("group", lock.deny.groups & lock.allow.groups, who.groups, group_name),
         ):
             if both & asked:
+                name = escaped(name_of(min(both & asked)))
                 raise BadPolicy(
-                    f"allowing {kind} {min(both & asked)}: it is on the deny list of lock {lock.name!r}, and deny "
-                    "lists win; start again without it there"
+                    f"{kind} {name} is on the deny list of lock {lock.name!r}, which wins: take it out of deny_{kind}s "
+                    f"and reload, or start again without --deny-{kind} {name}"
                 )
 
 

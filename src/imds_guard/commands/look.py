@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
-from imds_guard import CONFIG_PATH
+from imds_guard import CONFIG_PATH, identity
 from imds_guard.backends import Backend, Neighbour, choose
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.place import Place, place_of
 from imds_guard.commands.turn import UNTIL, lock_name
-from imds_guard.errors import GuardError, UsageError
+from imds_guard.errors import GuardError, NothingLocked, UsageError
 from imds_guard.kernel import lockfile
 from imds_guard.policy.decide import Caller, Decision, Destination, decide
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
@@ -33,7 +34,7 @@ def active_policy(cgroup: str | None) -> tuple[Backend, Policy]:
     """The backend that enforces, and its policy. Raises GuardError where nothing is active or readable."""
     active = _active(cgroup)
     if not active:
-        raise GuardError("looking for the policy in force: imds-guard is not active; run imds-guard start first")
+        raise NothingLocked("nothing is locked: run imds-guard start first")
     for backend in active.values():
         policy = backend.read()
         if policy is not None:
@@ -220,16 +221,26 @@ def _existing(policy: Policy, options: GuardOptions) -> CutResult:
     return find_denied(policy, scope, listeners_under(policy, options.cgroup))
 
 
+class Older(enum.Enum):
+    """A process keeps the groups that it was started with. What a new one of its user would get now."""
+
+    PASSES = "would-pass"
+    DENIED = "would-be-denied"
+
+
 class Explanation(NamedTuple):
     """How a connect is judged. ``place`` is known of a process alone.
 
-    ``neighbours``: what others have beside ours that may change the answer, a sentence each.
+    ``neighbours``: what others have beside ours that may change the answer, a sentence each. ``advice`` is what would
+    let a denied caller through.
     """
 
     decision: Decision
     destination: Destination
     place: Place
     neighbours: list[str]
+    advice: str | None = None
+    older: Older | None = None
 
 
 def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | None = None) -> Explanation:
@@ -250,4 +261,29 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | N
     neighbours = [neighbour.fault for neighbour in backend.neighbours()]
     if backend.name == "iptables":
         neighbours += backend.faults()  # rules of others are faults there
-    return Explanation(decide(policy, caller, destination), destination, place, neighbours)
+    decision = decide(policy, caller, destination)
+    advice = None if decision.allowed else _advice(policy, caller, decision)
+    older = None if pid is None else _older(policy, caller, decision, destination)
+    return Explanation(decision, destination, place, neighbours, advice, older)
+
+
+def _advice(policy: Policy, caller: Caller, decision: Decision) -> str | None:
+    from imds_guard.watch.advice import would_allow  # noqa: PLC0415
+    from imds_guard.watch.process_info import NameCache  # noqa: PLC0415
+
+    groups = next((lock.allow.groups for lock in policy.locks if lock.name == decision.lock), frozenset())
+    return would_allow(decision.reason, caller.fsuid, groups, NameCache())
+
+
+def _older(policy: Policy, caller: Caller, decision: Decision, destination: Destination) -> Older | None:
+    """Whether a process is judged otherwise than its user would be after a new login, for the groups of now."""
+    if caller.in_container or not caller.user_namespace_is_initial or caller.kernel_thread:
+        return None
+    try:
+        now = identity.caller_of_user(caller.fsuid)
+    except GuardError:  # an ID without an account, or no answer
+        return None
+    passes = decide(policy, now, destination).allowed
+    if passes == decision.allowed or now.groups == caller.groups:
+        return None
+    return Older.PASSES if passes else Older.DENIED

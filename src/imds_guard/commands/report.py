@@ -68,7 +68,7 @@ def report(cgroup: str | None) -> ReportResult:
     require_ebpf(cgroup, "reading the report")
     found = read_report(PinLocation.of(cgroup))
     if found is None:
-        raise GuardError("reading the report: imds-guard is not active; run imds-guard start first")
+        raise GuardError("nothing is locked, so there is no report: run imds-guard start first")
     _, policy = active_policy(cgroup)
     notes = [note(reason) for reason in sorted({row.reason for row in found.rows} - HELPED_BY_ALLOW)]
     notes += [text for who, text in _ABOUT_ROWS.items() if any(row.who is who for row in found.rows)]

@@ -8,6 +8,7 @@ from typing import Any, Callable, NoReturn, TypeVar
 
 from imds_guard.config.toml_lines import KeyLines, Path
 from imds_guard.errors import BadPolicy
+from imds_guard.text import did_you_mean
 
 T = TypeVar("T")
 
@@ -37,7 +38,8 @@ class Table:
         for key in self.values:
             if key not in known:
                 where = f"in {self.kind} {self.name!r}" if self.path else "at the top"
-                self.fail(key, f"unknown key {key!r} {where}: known are {', '.join(known)}")
+                more = did_you_mean(key, known) or f"; known are {', '.join(known)}"
+                self.fail(key, f"unknown key {key!r} {where}{more}")
 
     def flag(self, key: str) -> bool:
         """True or false; false where the key is absent."""
@@ -50,7 +52,8 @@ class Table:
         """One of ``choices``; ``default``, or else the first choice, where the key is absent."""
         value = self.values.get(key, choices[0] if default is None else default)
         if value not in choices:
-            self.fail(key, f"{key} = {value!r} must be {' or '.join(repr(choice) for choice in choices)}")
+            more = did_you_mean(str(value), choices)
+            self.fail(key, f"{key} = {value!r} must be {' or '.join(repr(choice) for choice in choices)}{more}")
         return str(value)
 
     def entries(self, key: str) -> list[Any]:

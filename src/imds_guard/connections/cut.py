@@ -212,7 +212,7 @@ _WHY_OPEN = {
 def _not_seen(holders: Holders) -> list[str]:
     errors = []
     if holders.hidden:
-        errors.append(f"the sockets of {hidden_processes(holders.hidden)} were not seen")
+        errors.append(f"{hidden_processes(holders.hidden)}, so their sockets were not seen")
     if holders.not_read:
         errors.append(f"not all sockets of {holders.not_read} processes were seen before the time was over")
     return errors

@@ -130,7 +130,7 @@ def find_sockets(policy: Policy, scope: Scope, limits: Limits = LIMITS) -> Found
             "root come first, then one of each other user in turn"
         )
     if hidden:
-        found.errors.append(f"the network namespace of {hidden_processes(hidden)} was not found")
+        found.errors.append(f"{hidden_processes(hidden)}, so connections in other network namespaces may be missing")
     wanted = {protocol: _locked_endpoints(policy, protocol) for protocol, _, _ in _PROTOCOLS}
     cgroups = _cgroup_ids(scope.cgroup)
 
@@ -145,8 +145,8 @@ def find_sockets(policy: Policy, scope: Scope, limits: Limits = LIMITS) -> Found
 
 
 def hidden_processes(number: int) -> str:
-    """Processes of which this one can see nothing, as text."""
-    return f"{number} process{'' if number == 1 else 'es'} that this one may not inspect (CAP_SYS_PTRACE)"
+    """That this process can see nothing of so many others."""
+    return f"{number} process{'' if number == 1 else 'es'} may not be inspected (CAP_SYS_PTRACE is missing)"
 
 
 def _search(namespace: Namespace, wanted: _Wanted, cgroups: frozenset[int] | None) -> _Answer:

@@ -74,6 +74,14 @@ def groups_in_files(user: User) -> list[int]:
     return [user.gid, *(group.gid for group in _groups(other_root() or "/") if user.name in group.members)]
 
 
+def names_in_files(kind: str) -> list[str]:
+    """All names of users or groups in the files, to look for a similar one; empty where they can't be used."""
+    try:
+        return list(_users_by_name(other_root() or "/") if kind == "user" else _groups_by_name(other_root() or "/"))
+    except GuardError:
+        return []
+
+
 def primary_groups() -> list[tuple[int, int]]:
     """The user ID and primary group ID of all accounts that can be listed. Raises as user_by_name()."""
     root = other_root()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.model import Address, Endpoint, Network, unmapped
 from imds_guard.policy.ports import ALL_PORTS, Ports, minus_ports
+from imds_guard.text import did_you_mean
 
 DNS = ((53, 53),)
 DNS_AND_DHCP = ((53, 53), (67, 67))
@@ -246,7 +247,8 @@ def _preset_entries(name: str, dmi_text: str) -> tuple[BuiltIn, ...]:
         return tuple(entry for entry in BUILT_IN if entry.default_on is not DefaultOn.NO_MACHINE)
     found = tuple(entry for entry in BUILT_IN if name in entry.presets)
     if not found:
-        raise BadPolicy(f"there is no preset {name!r}: choose one of {', '.join(PRESETS)}")
+        more = did_you_mean(name, PRESETS) or f": choose one of {', '.join(PRESETS)}"
+        raise BadPolicy(f"there is no preset {name!r}{more}")
     return found
 
 

@@ -168,7 +168,9 @@ def _check_locks(one: Filter, locks: Sequence[Lock]) -> None:
     known = {lock.name for lock in locks}
     unknown = next((name for name in one.locks if name not in known), None)
     if unknown is not None:
-        raise BadPolicy(f"filter {one.name!r}: there is no lock {unknown!r}")
+        from imds_guard.text import did_you_mean  # noqa: PLC0415 -- start-up time
+
+        raise BadPolicy(f"filter {one.name!r}: there is no lock {unknown!r}{did_you_mean(unknown, known)}")
     if not targets_of(one, locks):
         raise BadPolicy(
             f"filter {one.name!r}: its locks have no address of one host with TCP port {one.port}, so there is nothing "

@@ -30,7 +30,7 @@ def check_lines(found: CheckResult) -> list[str]:
     for checked in found.backends:
         answer = "works here" if checked.refusal is None else str(checked.refusal)
         lines += wrapped(f"{checked.backend.name}: ", answer)
-    lines.append(f"start would take: {found.chosen or 'nothing, it would fail'}")
+    lines.append(f"start would take: {found.chosen}" if found.chosen else "start would fail: no backend works here")
     lines += [part for line in shut_out_lines(found.shut_out) for part in wrapped("", line)]
     cut = would_cut_lines(found.existing) if found.existing is not None else []
     return lines + [part for line in cut for part in ([line] if line.startswith(" ") else wrapped("", line))]
@@ -67,15 +67,31 @@ _FORWARDED = (
 )
 
 
+_OLDER = {
+    "would-pass": "a new process of this user would pass: the groups have changed since this one started; restart it",
+    "would-be-denied": "a new process of this user would be denied: the groups have changed since this one started; "
+    "restart it, or end it",
+}
+
+
 def explanation_lines(caller: Caller, found: Explanation) -> list[str]:
     """The answer of explain, and what others have beside ours that may change it."""
     lines = decision_lines(caller, found.destination, found.decision, found.place)
+    if found.older is not None:
+        lines += wrapped("  groups now:  ", _OLDER[found.older.value])
+    if found.advice is not None:
+        lines += wrapped("  to allow:    ", found.advice)
     return lines + [part for sentence in found.neighbours for part in wrapped("  but:         ", sentence)]
 
 
 def explanation_values(caller: Caller, found: Explanation) -> dict[str, Any]:
     """The answer of explain as plain values for JSON."""
-    return {**decision_values(caller, found.destination, found.decision, found.place), "neighbours": found.neighbours}
+    return {
+        **decision_values(caller, found.destination, found.decision, found.place),
+        "neighbours": found.neighbours,
+        "would_allow": found.advice,
+        "new_process": None if found.older is None else found.older.value,
+    }
 
 
 def decision_lines(caller: Caller, destination: Destination, decision: Decision, place: Place) -> list[str]:

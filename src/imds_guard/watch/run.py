@@ -145,7 +145,7 @@ def _read_once(location: PinLocation, options: WatchOptions, queue: LineQueue) -
         try:
             leader.check_guard(time.monotonic())
             if leader.source is None:
-                raise GuardError("reading the ring buffer once: imds-guard is not active; run imds-guard start first")
+                raise GuardError("nothing is locked, so there is nothing to watch: run imds-guard start first")
             while leader.drain(time.monotonic()):
                 pass
         finally:
