@@ -7,17 +7,16 @@ import errno
 import http.client
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Callable
 
 from imds_guard.kernel.children import run_in_child
 from imds_guard.kernel.credentials import become
 from vagrant.guest.service import journal, show
 from vagrant.guest.world import ONE, OTHERS, PATIENCE_S, STRANGER
+from vagrant.waiting import wait_until
 
 ADDRESS = "169.254.42.42"
 """The listeners of the other tests, at the address of EC2, speak no HTTP."""
@@ -92,17 +91,14 @@ def _status(path: str) -> str:
         connection.close()
 
 
+def wait_until_active() -> None:
+    """Waits until the service of the filters is active."""
+    wait_until(lambda: show(FILTER, "ActiveState") == "active", lambda: journal(FILTER), PATIENCE_S)
+
+
 def assert_filtered() -> None:
     """The filtered user gets what the rules say, the allowed one everything, root too."""
-    wait_until(lambda: show(FILTER, "ActiveState") == "active", lambda: journal(FILTER))
+    wait_until_active()
     assert ask(STRANGER, REGION, SECRET) == ["200", "403"], journal(FILTER)
     assert ask(ONE, REGION, SECRET) == ["200", "200"]
     assert ask(STRANGER + 1, REGION) == ["EPERM"]
-
-
-def wait_until(is_true: Callable[[], bool], why: Callable[[], str] = str, within_s: float = PATIENCE_S) -> None:
-    """Asks again every half second, and fails after ``within_s``."""
-    deadline = time.monotonic() + within_s
-    while not is_true():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.5)

@@ -28,7 +28,7 @@ from vagrant.guest.filtered import (
     ask,
     assert_filtered,
     metadata_service,
-    wait_until,
+    wait_until_active,
 )
 from vagrant.guest.service import UNIT, journal, show, slow_down, systemctl
 from vagrant.guest.world import ACTIVE, DEGRADED, STRANGER, command, done
@@ -84,9 +84,9 @@ def test_kill_9_under_load_never_gives_direct_access(backend: str) -> None:
     thread = threading.Thread(target=storm)
     thread.start()
     for _ in range(2):
-        wait_until(lambda: show(FILTER, "ActiveState") == "active")
+        wait_until_active()
         os.kill(int(show(FILTER, "MainPID")), signal.SIGKILL)
-        wait_until(lambda: show(FILTER, "ActiveState") == "active")
+        wait_until_active()
     over.set()
     thread.join()
     assert "403" in seen

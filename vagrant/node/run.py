@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace, scratch: Path, folder: Path) -> int:
     )  # fmt: skip
     work = scratch / "job.tar"
     files = {"image.tar": options.image or image(), "before-systemd": HERE / "before-systemd"}
-    files |= {"suite/vagrant/__init__.py": HERE.parent / "__init__.py", "suite/vagrant/node": HERE}
+    files |= {f"suite/vagrant/{name}": HERE.parent / name for name in ("__init__.py", "waiting.py", "node")}
     files["pod.json"] = _pod(options, scratch)
     tools = {"tools": wheel.test_tools(NODE.tools, NODE.python)}
     argv = ["python3", "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir=suite"]

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Any, Callable
 
 from vagrant.node.pod import CONFIG
+from vagrant.waiting import wait_until
 
 JOB = Path("/job")
 FIRST, PLAYED = Path("/run/first.yaml"), Path("/run/pod.yaml")
@@ -89,11 +89,8 @@ def reach(uid: int, gid: int, *groups: int) -> list[str]:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Waits for a condition of the node, which is looked at twice a second."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"it never came: {what}"
-        time.sleep(0.5)  # nothing announces it
+    """Waits for a condition of the node."""
+    wait_until(condition, lambda: f"it never came: {what}", PATIENCE_S)
 
 
 class Storm:

@@ -10,13 +10,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable
 
 from vagrant.guest import world
+from vagrant.waiting import wait_until
 
 IPV4, IPV6 = world.IPV4, world.IPV6
 ALLOWED, STRANGER, OTHERS = world.ONE, world.STRANGER, world.OTHERS
@@ -84,11 +84,8 @@ def as_user(*argv: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
-    """Waits for a condition, which is looked at twice a second."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"it never came: {what}"
-        time.sleep(0.5)  # nothing announces it
+    """Waits for a condition."""
+    wait_until(condition, lambda: f"it never came: {what}", PATIENCE_S)
 
 
 # --- the client -----------------------------------------------------------------------------------------------------
