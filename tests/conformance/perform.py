@@ -7,11 +7,10 @@ import os
 import threading
 from typing import Callable
 
-from imds_guard.backends.ebpf.filter_numbers import assigned
-from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.kernel import netns, syscalls
 from imds_guard.kernel.children import fork, run_in_child
 from imds_guard.kernel.credentials import become
+from imds_guard.policy.filter_numbers import assigned, listeners_of
 from tests.conformance import witness
 from tests.conformance.attempts import make_socket, outcome
 from tests.conformance.families import ADDRESSES

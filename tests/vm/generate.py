@@ -8,11 +8,10 @@ import ipaddress
 from random import Random
 
 from imds_guard.backends.ebpf import abi
-from imds_guard.backends.ebpf.filter_numbers import assigned
-from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.backends.ebpf.render import require_fits
 from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import MAX_SEARCHED_GROUPS, Caller, Destination
+from imds_guard.policy.filter_numbers import assigned, listeners_of
 from imds_guard.policy.filters import FILTER_PORT, Target
 from imds_guard.policy.model import MAX_ID, Address, Identities, Policy, Protocol, unmapped
 from tests import generate

@@ -11,10 +11,11 @@ from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_records import listeners_of, parse_numbers
+from imds_guard.backends.ebpf.filter_records import parse_numbers
 from imds_guard.backends.ebpf.image import Image
 from imds_guard.policy.decide import Decision, Reason, decide, resolve_unspecified
 from imds_guard.policy.filter_address import Listener
+from imds_guard.policy.filter_numbers import listeners_of
 from imds_guard.policy.filters import FILTER_PORT, Target
 from imds_guard.policy.model import Address, Mode, Policy, Protocol, Verdict
 from tests.vm.structs import COUNTS, EARLIER_BYTES, EVENT_BYTES, MARK_BYTES, ROW_BYTES, ROW_KEY_BYTES, OutcomeC

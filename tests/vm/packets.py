@@ -8,10 +8,9 @@ from random import Random
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
-from imds_guard.backends.ebpf.filter_numbers import assigned
-from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.backends.ebpf.render_lists import number_lists
 from imds_guard.policy.decide import Destination
+from imds_guard.policy.filter_numbers import assigned, listeners_of
 from imds_guard.policy.filters import FILTER_PORT
 from imds_guard.policy.model import Policy, Protocol
 from imds_guard.policy.packet import AUTHENTICATION, DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ROUTING

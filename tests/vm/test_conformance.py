@@ -8,9 +8,8 @@ import itertools
 
 import pytest
 
-from imds_guard.backends.ebpf.filter_numbers import assigned
-from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.filter_numbers import assigned, listeners_of
 from imds_guard.policy.filters import FILTER_PORT
 from imds_guard.policy.model import Policy
 from tests.conformance.bench import sorted_by_policy

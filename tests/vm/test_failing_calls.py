@@ -14,9 +14,8 @@ import pytest
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import assigned
-from imds_guard.backends.ebpf.filter_records import listeners_of
 from imds_guard.policy.decide import MAX_WALKED_GROUPS
+from imds_guard.policy.filter_numbers import assigned, listeners_of
 from imds_guard.policy.filters import FILTER_PORT, Filter
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS

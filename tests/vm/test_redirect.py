@@ -10,9 +10,9 @@ import pytest
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import Numbered, Numbers, assigned
-from imds_guard.backends.ebpf.filter_records import filter_bit, listeners_of
+from imds_guard.backends.ebpf.filter_records import filter_bit
 from imds_guard.backends.ebpf.render import render
+from imds_guard.policy.filter_numbers import Numbered, Numbers, assigned, listeners_of
 from imds_guard.policy.filters import FILTER_PORT, Filter, FilterRules, Target
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the listeners of filters are: 127.169.T.F, port 169. T is the number of the target, F that of the filter.
 
-The address says who connects and where to, so that no record of a connection is needed. backends/ebpf/filter_numbers.py
-hands the numbers out.
+The address says who connects and where to, so that no record of a connection is needed. filter_numbers.py hands the
+numbers out.
 """
 
 from __future__ import annotations

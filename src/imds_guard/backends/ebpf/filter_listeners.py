@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import NOTHING, assigned
-from imds_guard.backends.ebpf.filter_records import listeners_of, parse_numbers
+from imds_guard.backends.ebpf.filter_records import parse_numbers
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.reader import MapReader, open_map
 from imds_guard.backends.ebpf.state import policy_of, snapshot_in_force
 from imds_guard.errors import GuardError, trying
 from imds_guard.kernel import bpf
 from imds_guard.policy.filter_address import Listener
+from imds_guard.policy.filter_numbers import NOTHING, assigned, listeners_of
 from imds_guard.policy.model import Policy
 
 _ATTEMPTS = 20

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Mapping
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import Numbered, Numbers
 from imds_guard.backends.ebpf.image import Image, Items
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.policy.filter_address import Listener
-from imds_guard.policy.filter_text import digest, parse_rules, rules_text
-from imds_guard.policy.filters import Filter, Target, targets_of
+from imds_guard.policy.filter_numbers import Numbered, Numbers, listeners_of
+from imds_guard.policy.filter_text import parse_rules, rules_text
+from imds_guard.policy.filters import Filter, Target
 from imds_guard.policy.model import NOBODY, Policy, unmapped
 
 FILTER_MAPS = (Map.FILTERS, Map.TARGETS, Map.FILTER_TEXTS)
@@ -26,15 +25,6 @@ _MAX_PIECES = abi.FILTER_PIECES // len(abi.GENERATIONS)
 def filter_bit(index: int) -> int:
     """IG_FILTER_BIT()."""
     return 1 << abi.FIRST_FILTER_BIT + index
-
-
-def listeners_of(policy: Policy, numbers: Numbers) -> list[Listener]:
-    """What has to listen for a policy: in the order of its filters, then of the targets."""
-    return [
-        Listener(target, one.name, digest(target, one.rules), numbers.targets[target], numbers.filters[one.name])
-        for one in policy.filters
-        for target in targets_of(one, policy.locks)
-    ]
 
 
 def filter_items(policy: Policy, generation: int, numbers: Numbers) -> dict[Map, Items]:

@@ -13,13 +13,13 @@ from typing import NamedTuple, TypeVar
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import Numbered
 from imds_guard.backends.ebpf.filter_records import FILTER_MAPS, parse_numbered
 from imds_guard.backends.ebpf.image import Image, Items, Settings, Stamp, parse_settings, stamp_of
 from imds_guard.backends.ebpf.pins import map_pin
 from imds_guard.errors import GuardError
 from imds_guard.kernel import bpf
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.filter_numbers import Numbered
 from imds_guard.policy.model import Address, Mode, Protocol, unmapped
 
 PROTOCOLS = {abi.TCP: Protocol.TCP, abi.UDP: Protocol.UDP}

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import Numbers, assigned
 from imds_guard.backends.ebpf.filter_records import filter_items
 from imds_guard.backends.ebpf.image import Image, ListKey
 from imds_guard.backends.ebpf.render_lists import groups_of, list_items, list_key, number_lists, users_of
 from imds_guard.errors import Unsupported
+from imds_guard.policy.filter_numbers import Numbers, assigned
 from imds_guard.policy.filters import FILTER_NETWORK, FILTER_PORT
 from imds_guard.policy.model import Address, Endpoint, Network, Policy
 from imds_guard.policy.ports import has_port, minus_ports, normal_ports

@@ -8,13 +8,13 @@ from contextlib import suppress
 
 from imds_guard.backends.ebpf import abi
 from imds_guard.backends.ebpf.abi import Map
-from imds_guard.backends.ebpf.filter_numbers import Numbers, assigned
 from imds_guard.backends.ebpf.image import settings_of
 from imds_guard.backends.ebpf.pins import map_pin
 from imds_guard.backends.ebpf.reader import MapReader
 from imds_guard.backends.ebpf.render import render
 from imds_guard.errors import GuardError, NotPermitted, system_text, trying
 from imds_guard.kernel import bpf, grace, privileges
+from imds_guard.policy.filter_numbers import Numbers, assigned
 from imds_guard.policy.model import Policy
 
 _NEXT_CLEARS = "the new one is in force, and the next command clears the old one away"
