@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import filter_listeners
 from imds_guard.backends.ebpf.pins import PinLocation
-from imds_guard.errors import GuardError, system_text
+from imds_guard.errors import GuardError, Unsupported, system_text
 from imds_guard.filter.client import FilterClient
 from imds_guard.filter.place import PORT, Place
 from imds_guard.kernel.sock_diag import LISTEN, SockDiag
+from imds_guard.policy.filter_address import Listener
 from imds_guard.policy.filters import FILTER_USER, Filter
+from imds_guard.policy.model import Policy
 
 SERVICE = "imds-guard-filter.service"
+
+
+_WITHOUT_MARK = 1
+"""In a digest: a listener of one backend is none of the other, which may want one with the same address and rules."""
 
 
 class WantedPlaces(NamedTuple):
@@ -26,6 +32,8 @@ class WantedPlaces(NamedTuple):
     uid: int | None = None
     """The user that may serve them: Policy.filter_uid."""
     places: tuple[Place, ...] = ()
+    marked: bool = True
+    """Under eBPF the hooks ask for a mark of each listening socket."""
 
     @property
     def keys(self) -> set[tuple[str, int]]:
@@ -35,14 +43,35 @@ class WantedPlaces(NamedTuple):
 
 def wanted_places(cgroup: str | None) -> WantedPlaces:
     """What the policy in force needs; nothing where none is. Raises GuardError when it can't be read."""
-    wanted = filter_listeners.wanted_listeners(PinLocation.of(cgroup))
-    if wanted is None:
+    found = _in_force(cgroup)
+    if found is None:
         return WantedPlaces()
-    rules = {one.name: one.rules for one in wanted.policy.filters}
+    policy, listeners, marked = found
+    rules = {one.name: one.rules for one in policy.filters}
+    kind = 0 if marked else _WITHOUT_MARK
     places = (
-        Place(str(one.address), one.filter, one.target, one.digest, rules[one.filter]) for one in wanted.listeners
+        Place(str(one.address), one.filter, one.target, one.digest ^ kind, rules[one.filter]) for one in listeners
     )
-    return WantedPlaces(wanted.policy.filters, wanted.policy.filter_uid, tuple(places))
+    return WantedPlaces(policy.filters, policy.filter_uid, tuple(places), marked)
+
+
+def _in_force(cgroup: str | None) -> tuple[Policy, Sequence[Listener], bool] | None:
+    """The policy in force, what has to listen for it, and whether it needs a mark. Iptables guards no single cgroup."""
+    unsupported: Unsupported | None = None
+    try:
+        wanted = filter_listeners.wanted_listeners(PinLocation.of(cgroup))
+        if wanted is not None:
+            return wanted.policy, wanted.listeners, True
+    except Unsupported as error:
+        unsupported = error
+    held = None
+    if cgroup is None:
+        from imds_guard.backends.iptables import IptablesBackend  # noqa: PLC0415 -- start-up time
+
+        held = IptablesBackend().wanted()
+    if held is None and unsupported is not None:
+        raise unsupported
+    return None if held is None else (*held, False)
 
 
 def faults(cgroup: str | None) -> list[str]:
@@ -81,13 +110,13 @@ def _sentence(missing: list[Place], total: int) -> str:
 
 
 def _not_listened_at(places: Iterable[Place]) -> list[Place]:
-    """Raises GuardError."""
+    """Where no socket listens that root has made. Raises GuardError."""
     try:
         with SockDiag() as diag:
             listening = {
                 socket.inet_ntoa(one.local)
                 for one in diag.each_socket(socket.AF_INET, socket.IPPROTO_TCP, (LISTEN,))
-                if one.local_port == PORT
+                if one.local_port == PORT and one.uid == 0
             }
     except OSError as error:
         raise GuardError(f"looking whether the filter listens: {system_text(error)}") from error

@@ -20,7 +20,7 @@ from imds_guard.commands.filter_places import SERVICE, WantedPlaces, faults, wan
 from imds_guard.config.read import parse_source, read_text
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.filter.client import FilterClient
-from imds_guard.filter.place import Place, listen_at
+from imds_guard.filter.place import Mark, Place, listen_at
 from imds_guard.kernel import accounts, lockfile, notify, privileges, systemd
 from imds_guard.policy.filters import FILTER_USER
 
@@ -52,7 +52,7 @@ def serve(cgroup: str | None, warn: Callable[[list[str]], object]) -> None:
     with lockfile.exclusive(_RELOADING):
         wanted = wanted_places(cgroup)
         _allow_addresses(wanted.places, is_service=notify.VARIABLE in os.environ)
-        listeners, failures = _listen(cgroup, wanted.places)
+        listeners, failures = _listen(cgroup, wanted, wanted.places)
     if failures and not listeners:
         raise GuardError(failures[0])
     warn(failures)
@@ -112,27 +112,50 @@ def _hand_over(client: FilterClient, cgroup: str | None, wanted: WantedPlaces) -
     if not new:
         return []
     _allow_addresses(wanted.places, is_service=systemd.is_booted() and systemd.is_active(SERVICE))
-    listeners, failures = _listen(cgroup, new)
+    listeners, failures = _listen(cgroup, wanted, new)
     for place, listener in listeners:
         with listener:
             client.serve(place, listener)
     return failures
 
 
-def _listen(cgroup: str | None, places: Iterable[Place]) -> tuple[list[tuple[Place, socket.socket]], list[str]]:
-    """A marked listener for each place, and why there is none for some."""
-    found: list[tuple[Place, socket.socket]] = []
+_Listeners = list[tuple[Place, socket.socket]]
+
+
+def _listen(cgroup: str | None, wanted: WantedPlaces, places: Iterable[Place]) -> tuple[_Listeners, list[str]]:
+    """A listener for each place, and why there is none for some. Under eBPF it has the mark of what it serves."""
+    in_order = list(places)
+    if not in_order:
+        return [], []
+    if wanted.marked:
+        with ListenerMarks(PinLocation.of(cgroup)) as marks:
+            return _listen_at_each(in_order, marks.mark)
+    found, failures = _listen_at_each(in_order, None)
+    return _still_wanted(cgroup, found), failures
+
+
+def _listen_at_each(places: Iterable[Place], mark: Mark | None) -> tuple[_Listeners, list[str]]:
+    found: _Listeners = []
     failures: list[str] = []
-    wanted = list(places)
-    if not wanted:
-        return found, failures
-    with ListenerMarks(PinLocation.of(cgroup)) as marks:
-        for place in wanted:
-            try:
-                found.append((place, listen_at(place, marks.mark)))
-            except GuardError as error:
-                failures.append(str(error))
+    for place in places:
+        try:
+            found.append((place, listen_at(place, mark)))
+        except GuardError as error:
+            failures.append(str(error))
     return found, failures
+
+
+def _still_wanted(cgroup: str | None, found: _Listeners) -> _Listeners:
+    """Without those whose place has been given up since: its number may get another meaning.
+
+    The numbers are given out with a look at who listens, so a listener that is there before this look keeps its number
+    (backends/iptables/filter_listeners.py).
+    """
+    keys = wanted_places(cgroup).keys
+    for place, listener in found:
+        if (place.address, place.digest) not in keys:
+            listener.close()
+    return [(place, listener) for place, listener in found if (place.address, place.digest) in keys]
 
 
 def _allow_addresses(places: Iterable[Place], is_service: bool) -> None:

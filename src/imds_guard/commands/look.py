@@ -7,7 +7,7 @@ import enum
 import os
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from imds_guard import CONFIG_PATH, identity
 from imds_guard.backends import Backend, Neighbour, choose
@@ -16,7 +16,7 @@ from imds_guard.commands.place import Place, place_of
 from imds_guard.commands.turn import UNTIL, lock_name
 from imds_guard.errors import GuardError, NothingLocked, UsageError
 from imds_guard.kernel import lockfile
-from imds_guard.policy.decide import Caller, Decision, Destination, decide
+from imds_guard.policy.decide import Caller, Decision, Destination, decide, decide_by_rules
 from imds_guard.policy.emergency import EMERGENCY_FAULT, is_emergency
 from imds_guard.policy.model import Endpoint, Policy, Protocol
 from imds_guard.policy.ports import has_port
@@ -261,9 +261,10 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | N
     neighbours = [neighbour.fault for neighbour in backend.neighbours()]
     if backend.name == "iptables":
         neighbours += backend.faults()  # rules of others are faults there
-    decision = decide(policy, caller, destination)
+    judge = decide_by_rules if backend.name == "iptables" else decide
+    decision = judge(policy, caller, destination)
     advice = None if decision.allowed else _advice(policy, caller, decision)
-    older = None if pid is None else _older(policy, caller, decision, destination)
+    older = None if pid is None else _older(lambda now: judge(policy, now, destination), caller, decision)
     return Explanation(decision, destination, place, neighbours, advice, older)
 
 
@@ -275,7 +276,7 @@ def _advice(policy: Policy, caller: Caller, decision: Decision) -> str | None:
     return would_allow(decision.reason, caller.fsuid, groups, NameCache())
 
 
-def _older(policy: Policy, caller: Caller, decision: Decision, destination: Destination) -> Older | None:
+def _older(judge: Callable[[Caller], Decision], caller: Caller, decision: Decision) -> Older | None:
     """Whether a process is judged otherwise than its user would be after a new login, for the groups of now."""
     if caller.in_container or not caller.user_namespace_is_initial or caller.kernel_thread:
         return None
@@ -283,7 +284,7 @@ def _older(policy: Policy, caller: Caller, decision: Decision, destination: Dest
         now = identity.caller_of_user(caller.fsuid)
     except GuardError:  # an ID without an account, or no answer
         return None
-    passes = decide(policy, now, destination).allowed
+    passes = judge(now).allowed
     if passes == decision.allowed or now.groups == caller.groups:
         return None
     return Older.PASSES if passes else Older.DENIED

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from imds_guard.backends.iptables.render import id_ranges
+from imds_guard.backends.iptables.rules import id_ranges
 from imds_guard.policy.model import Endpoint, Lock, Policy
 from imds_guard.policy.ports import ALL_PORTS, Ports
 

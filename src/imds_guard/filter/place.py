@@ -47,14 +47,15 @@ def place_of(values: dict[str, Any]) -> Place:
     return Place(values["address"], values["filter"], target, int(values["digest"]), parse_rules(values["rules"]))
 
 
-def listen_at(place: Place, mark: Mark) -> socket.socket:
-    """A marked socket that listens there. It takes CAP_NET_BIND_SERVICE, and what ``mark`` takes. Raises GuardError."""
+def listen_at(place: Place, mark: Mark | None) -> socket.socket:
+    """A socket that listens there. It takes CAP_NET_BIND_SERVICE, and what ``mark`` takes. Raises GuardError."""
     one = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         report_arrivals(one)
         one.bind((place.address, PORT))
-        mark(one.fileno(), place.digest)
+        if mark is not None:
+            mark(one.fileno(), place.digest)
         one.listen(BACKLOG)
     except OSError as error:
         one.close()

@@ -16,6 +16,7 @@ from imds_guard.filter.request_head import MAX_HEAD_BYTES
 from imds_guard.kernel.arrival import arrival_interface
 from imds_guard.kernel.netns import LOOPBACK_INDEX
 from imds_guard.kernel.sock_diag import SockDiag
+from imds_guard.policy.filters import Target
 
 _ACCEPTED_AT_ONCE = 64
 
@@ -83,7 +84,7 @@ class Service:
                 accepted, _ = one.socket.accept()
             except OSError:  # nobody is left in the queue, or the caller has gone
                 return
-            uid = self._caller(accepted)
+            uid = self._caller(accepted, one.place.target)
             if uid is None or not self._has_room(uid):
                 self.records.count(one.place.filter, "closed")
                 accepted.close()
@@ -93,14 +94,20 @@ class Service:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _caller(self, accepted: socket.socket) -> int | None:
-        """The user at the other end. None for a peer on the network (route_localnet), and for one that has closed."""
+    def _caller(self, accepted: socket.socket, target: Target) -> int | None:
+        """The user at the other end. None for a peer on the network (route_localnet), and for one that has closed.
+
+        The hooks of eBPF change the address of the caller's socket, DNAT only that of its packets.
+        """
         try:
             if arrival_interface(accepted) != LOOPBACK_INDEX:
                 return None
             # A response is written in parts: none must wait until the one before it is acknowledged.
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            found = self._sock_diag.find_tcp(accepted.getpeername(), accepted.getsockname())
+            peer = accepted.getpeername()
+            found = self._sock_diag.find_tcp(peer, accepted.getsockname())
+            if found is None and target.address.version == 4:
+                found = self._sock_diag.find_tcp(peer, (str(target.address), target.port))
         except OSError:
             return None
         return None if found is None else found.uid

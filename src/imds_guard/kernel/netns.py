@@ -35,6 +35,18 @@ def has_ipv6() -> bool:
     return True
 
 
+_UNPRIVILEGED = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+
+
+def first_unprivileged_port() -> int:
+    """The first port that every process may bind in this network namespace, also for IPv6.
+
+    Source: ip_unprivileged_port_start in Documentation/networking/ip-sysctl.rst.
+    """
+    with open(_UNPRIVILEGED, encoding="ascii") as file:
+        return int(file.read())
+
+
 def enter(namespace_fd: int) -> None:
     """Moves the calling thread into the network namespace of ``namespace_fd``. Raises OSError."""
     syscalls.setns(namespace_fd, syscalls.CLONE_NEWNET)

@@ -155,6 +155,14 @@ def decide(
     return _at_lock(policy, lock, caller, resolved, source, filter_listens)
 
 
+def decide_by_rules(policy: Policy, caller: Caller, destination: Destination) -> Decision:
+    """decide() under iptables, where nobody is led to a filter by IPv6."""
+    found = decide(policy, caller, destination)
+    if found.reason is Reason.FILTERED and unmapped(destination.address).version == 6:
+        return found._replace(allowed=policy.mode is Mode.AUDIT, reason=Reason.NOT_SERVED)
+    return found
+
+
 def _decision(policy: Policy, reason: Reason, lock: str | None, matched: tuple[str, int] | None = None) -> Decision:
     return Decision(reason.permits or policy.mode is Mode.AUDIT, reason, lock, matched=matched)
 

@@ -33,7 +33,7 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
     for one in policy.filters:
-        lines += ["  " + line for line in filter_lines(one, policy)]
+        lines += ["  " + line for line in filter_lines(one, policy, outcome.backend)]
     return lines + (connection_lines(outcome.existing) if outcome.existing is not None else [])
 
 
@@ -52,7 +52,7 @@ def outcome_values(outcome: Outcome) -> dict[str, Any]:
     """The result as plain values for JSON."""
     return {
         "backend": outcome.backend,
-        "policy": policy_values(outcome.policy),
+        "policy": policy_values(outcome.policy, outcome.backend),
         "done": outcome.done,
         "dry_run": outcome.dry_run,
         "difference": difference_values(outcome.difference),

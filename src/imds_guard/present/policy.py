@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from imds_guard.identity import group_name, user_name
+from imds_guard.policy.edit import without_ipv6
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.filters import Filter, Target, targets_of
 from imds_guard.policy.model import Identities, Lock, Policy, Verdict
@@ -35,7 +36,7 @@ def lock_lines(lock: Lock) -> list[str]:
     return lines
 
 
-def policy_values(policy: Policy | None) -> dict[str, Any] | None:
+def policy_values(policy: Policy | None, backend: str | None = None) -> dict[str, Any] | None:
     """A policy as plain values for JSON; None where there is none."""
     if policy is None:
         return None
@@ -53,15 +54,15 @@ def policy_values(policy: Policy | None) -> dict[str, Any] | None:
             }
             for lock in policy.locks
         ],
-        "filters": [_filter_values(one, policy) for one in policy.filters],
+        "filters": [_filter_values(one, policy, backend) for one in policy.filters],
         "filter_user": policy.filter_uid,
     }
 
 
-def filter_lines(one: Filter, policy: Policy) -> list[str]:
+def filter_lines(one: Filter, policy: Policy, backend: str | None = None) -> list[str]:
     """A filter in a few lines; the first has its name."""
     audit = " (audit: passes on what it would refuse)" if one.rules.audit else ""
-    served = [_target_text(target) for target in targets_of(one, policy.locks)]
+    served = _served(one, policy, backend)
     lines = [f"filter {one.name}{audit}", *wrapped("  serves:    ", some_of(served, MAX_SHOWN))]
     lines += wrapped("  callers:   ", "everyone who is not allowed" if one.everyone else identities_text(one.who))
     rules = one.rules
@@ -82,11 +83,17 @@ _UNBROKEN = "\x1f"
 """In place of a space while lines are broken; no rule has it."""
 
 
-def _filter_values(one: Filter, policy: Policy) -> dict[str, Any]:
+def _served(one: Filter, policy: Policy, backend: str | None) -> list[str]:
+    """What callers reach. Iptables leads them to a filter by IPv4 alone."""
+    locks = (without_ipv6(policy) if backend == "iptables" else policy).locks
+    return [_target_text(target) for target in targets_of(one, locks)]
+
+
+def _filter_values(one: Filter, policy: Policy, backend: str | None) -> dict[str, Any]:
     return {
         "name": one.name,
         "locks": list(one.locks),
-        "serves": [_target_text(target) for target in targets_of(one, policy.locks)],
+        "serves": _served(one, policy, backend),
         "everyone": one.everyone,
         "callers": identities_values(one.who),
         "rules": list(one.rules.sets),

@@ -51,7 +51,7 @@ def status_lines(status: Status) -> list[str]:
     if status.forwarded is not None:
         lines += forwarding_lines(status.forwarded)
     if status.policy is not None:
-        lines += _policy_lines(status.policy)
+        lines += _policy_lines(status.policy, status.backend)
     lines += [part for one in status.temporary for part in temporary_lines(one)]
     return lines + [part for note in status.notes for part in wrapped("note: ", note)]
 
@@ -67,7 +67,7 @@ def _temporary_values(one: Right) -> dict[str, Any]:
     return {"until": iso_time(one.until), "endpoints": texts, **identities_values(one.who)}
 
 
-def _policy_lines(policy: Policy) -> list[str]:
+def _policy_lines(policy: Policy, backend: str | None) -> list[str]:
     lines = [f"containers: {'judged by their IDs' if policy.containers is Verdict.ALLOW else 'denied'}"]
     if policy.strict:
         done = "dropped" if policy.mode is Mode.ENFORCE else "counted, and pass"
@@ -77,7 +77,7 @@ def _policy_lines(policy: Policy) -> list[str]:
     if len(policy.locks) > MAX_SHOWN:
         lines.append(f"and {len(policy.locks) - MAX_SHOWN} more locks (--json has them all)")
     for one in policy.filters[:MAX_SHOWN]:
-        lines += filter_lines(one, policy)
+        lines += filter_lines(one, policy, backend)
     if len(policy.filters) > MAX_SHOWN:
         lines.append(f"and {len(policy.filters) - MAX_SHOWN} more filters (--json has them all)")
     if policy.filter_uid is not None:
@@ -114,7 +114,7 @@ def status_values(status: Status) -> dict[str, Any]:
         "emergency": status.emergency,
         "faults": status.faults,
         "known": [neighbour.fault for neighbour in status.known],
-        "policy": policy_values(status.policy),
+        "policy": policy_values(status.policy, status.backend),
         "temporary": [_temporary_values(one) for one in status.temporary],
         "notes": list(status.notes),
     }

@@ -8,20 +8,23 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from imds_guard.backends import Change, Description, Neighbour
-from imds_guard.backends.iptables import differences, faults, strangers
-from imds_guard.backends.iptables.form import ANCHORS, MANGLE, Applied, Form
+from imds_guard.backends.iptables import differences, faults, filter_listeners, strangers
+from imds_guard.backends.iptables.form import MANGLE, Applied, Form
 from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.our_chains import COMMANDS
-from imds_guard.backends.iptables.our_rules import OurRules, read_rules
+from imds_guard.backends.iptables.our_rules import OurRules, read_rules, verify
 from imds_guard.backends.iptables.output_rules import OutputRules
 from imds_guard.backends.iptables.parse import FamilyPolicy, combine
 from imds_guard.backends.iptables.programs import Program, default_program, ip_versions, titles
-from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, render, require_supported
+from imds_guard.backends.iptables.render import HEAD, ResolvedPolicy, digest, require_supported
+from imds_guard.backends.iptables.render_filters import listeners_under
 from imds_guard.backends.iptables.state_file import STATE_FOLDER, StateFile
-from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, is_first, read_table
+from imds_guard.backends.iptables.tables import LOCK_WAIT_S, NoTable, read_table
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.kernel.netns import has_ipv6
 from imds_guard.policy.edit import without_ipv6
+from imds_guard.policy.filter_address import Listener
+from imds_guard.policy.filter_numbers import NO_NUMBERS, NOTHING, Numbered, Numbers, assigned_afresh
 from imds_guard.policy.model import Mode, Policy
 
 if TYPE_CHECKING:
@@ -69,6 +72,8 @@ class IptablesBackend:
             return
         _require_ipv4(policy)
         require_supported(policy)
+        if policy.filters:
+            filter_listeners.require(policy, programs, probed, self._resolves_groups(), self._rules.lock_wait_s)
         grouped = sorted(lock.name for lock in policy.locks if lock.listed_groups)
         if grouped and not probed.supplementary and not self._resolves_groups():
             raise Unsupported(
@@ -124,15 +129,27 @@ class IptablesBackend:
             self.check(policy)
             policy = policy if has_ipv6() else without_ipv6(policy)
             programs = self.default_programs()
-            wanted = ResolvedPolicy(
-                policy, resolve(policy) if _has_groups(policy) and self._resolves_groups() else None
-            )
+            members = resolve(policy) if _has_groups(policy) and self._resolves_groups() else None
+            wanted = ResolvedPolicy(policy, members, self._numbers(policy))
             form = self._form(programs, policy)
-            self._rules.replace(programs, form, wanted, verify=lambda: _verify(programs, form, wanted))
+            if policy.filters:
+                filter_listeners.require_form(form)
+            with self._rules.filter_file.changing(wanted):
+                self._rules.replace(programs, form, wanted, verify=lambda: verify(programs, form, wanted))
             # What another program has put where we can't stand before it.
             warnings = tuple(self.faults())
         with_nft = " and nft" if form is Form.NFT else ""
         return Change((f"iptables rules are in force, written with {titles(programs)}{with_nft}",), warnings)
+
+    def _numbers(self, policy: Policy) -> Numbers:
+        """The numbers of the filters. They are kept for what does not change."""
+        if not policy.filters:
+            return NO_NUMBERS
+        current = None
+        with contextlib.suppress(GuardError):
+            current = self._in_force()
+        before = NOTHING if current is None else Numbered(current.policy.filters, current.numbers)
+        return assigned_afresh(without_ipv6(policy), before, filter_listeners.listening())
 
     def _form(self, programs: Sequence[Program], policy: Policy) -> Form:
         """The best form that works. Where nothing could be tried, the one before, or that of the oldest kernels."""
@@ -161,13 +178,22 @@ class IptablesBackend:
 
     def unaltered(self) -> Policy | None:
         """Backend.unaltered(): None also when the digest in some rules is not that of their policy."""
-        families = self._read_all()
+        families = [rules for rules in self._read_all() if rules.present]
         try:
-            current = combine(_reached(families))
+            current = self._combined(families)
         except BadPolicy:
             return None
         digests = {policy.digest for policy in (rules.policy for rules in families) if policy is not None}
-        return current.policy if current is not None and digests == {digest(current.policy)} else None
+        if current is None or digests != {digest(current.policy)}:
+            return None
+        if current.policy.filters and faults.of_rules(families, current, self._applied_form(families)):
+            return None  # who is in a filter is in no digest that the rules have
+        return current.policy
+
+    def wanted(self) -> tuple[Policy, list[Listener]] | None:
+        """The policy in force, and what has to listen for its filters. None when nothing is in force."""
+        current = self._in_force()
+        return None if current is None else (current.policy, listeners_under(current.policy, current.numbers))
 
     def in_force(self) -> bool:
         """Backend.in_force(): True when there is a chain of ours, whole or not, of either IP version.
@@ -178,13 +204,22 @@ class IptablesBackend:
 
     def _in_force(self) -> ResolvedPolicy | None:
         try:
-            return combine(_reached(self._read_all()))
+            return self._combined(self._read_all())
         except BadPolicy as error:
             raise GuardError(_no_policy(error)) from error
 
+    def _combined(self, families: Iterable[OurRules]) -> ResolvedPolicy | None:
+        """The policy in these rules. Raises BadPolicy."""
+        found = _reached(families)
+        current = combine(found)
+        filtered = [family.digest for family in found if family.filtered]
+        if current is None or not filtered:
+            return current
+        return self._rules.filter_file.complete(current, filtered[0])
+
     def _read_all(self) -> list[OurRules]:
         found: list[OurRules] = []
-        for anchor in ANCHORS:
+        for anchor in self._rules.anchors():
             for program in self._rules.programs(anchor):
                 with contextlib.suppress(NoTable):
                     found.append(read_rules(program, anchor))
@@ -199,17 +234,21 @@ class IptablesBackend:
         applied = self._rules.applied()
         if not families:
             return [faults.GONE] if applied is not None else []
-        if applied is None:  # the state file is gone
-            applied = Applied(Form.MANGLE if any(rules.anchor is MANGLE for rules in families) else Form.FILTER)
+        applied = applied or Applied(_form_of(families))  # the state file is gone
         lines = faults.of_position(families, applied.form)
         try:
-            current = combine(_reached(families))
+            current = self._combined(families)
         except BadPolicy as error:
             return [*lines, _no_policy(error)]
         if current is None:
             return lines
         lines += faults.of_rules(families, current, applied.form) + faults.of_members(current)
+        lines += filter(None, [filter_listeners.fault_of_port()] if current.policy.filters else [])
         return lines + strangers.faults(applied, current.policy.mode, [rules.program for rules in families])
+
+    def _applied_form(self, families: Iterable[OurRules]) -> Form:
+        applied = self._rules.applied()
+        return _form_of(families) if applied is None else applied.form
 
     def neighbours(self) -> list[Neighbour]:
         """Backend.neighbours(): none. What other rules do to ours is a fault."""
@@ -224,16 +263,8 @@ class IptablesBackend:
         return Description(policy, tuple(self.faults()))
 
 
-def _verify(programs: Sequence[Program], form: Form, wanted: ResolvedPolicy) -> None:
-    """Raises GuardError unless the kernel shows the rules that it was given."""
-    for anchor, part in form.parts.items():
-        for program in programs:
-            rules, expected = read_rules(program, anchor), render(wanted, program.version, part)
-            if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, anchor)):
-                raise GuardError(
-                    f"{program.title} took the rules, but iptables-save shows others in table {anchor.table}; "
-                    "nothing was changed"
-                )
+def _form_of(families: Iterable[OurRules]) -> Form:
+    return Form.MANGLE if any(rules.anchor is MANGLE for rules in families) else Form.FILTER
 
 
 def _reached(families: Iterable[OurRules]) -> list[FamilyPolicy]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from imds_guard.backends.iptables.form import Form
+from imds_guard.policy.filters import targets
 from imds_guard.policy.model import Policy, Protocol, Verdict
 
 DIFFERENCES: dict[str, str] = {
@@ -18,6 +19,11 @@ DIFFERENCES: dict[str, str] = {
     "groups": "all groups of a caller are compared, however many they are",
     "rewritten": "where a DNAT or REDIRECT rule of this machine changes the address, the one from before and the new "
     "one are judged, and both must be open to the caller",
+    "filter-ipv6": "callers of filters are denied at IPv6 endpoints: they are led to a filter by IPv4 alone",
+    "filter-listener": "whoever has the right to bind port 169 can listen in place of a dead filter: rules can't ask "
+    "which socket listens there",
+    "filter-open": "open connections of callers of filters are cut at each change of the policy: nobody can tell them "
+    "from direct ones",
     "open": "a TCP connection is judged by its first packet: one that was open before goes on",
 }
 """Key -> sentence. Tests refer to the keys."""
@@ -49,6 +55,10 @@ def notes(policy: Policy, form: Form | None = None) -> list[str]:
         )
     if any(endpoint.ports(Protocol.UDP) for lock in policy.locks for endpoint in lock.endpoints):
         lines.append(DIFFERENCES["udp-connect"])
+    if policy.filters:
+        is_ipv6 = any(one.address.version == 6 for one in targets(policy))
+        lines += [DIFFERENCES[key] for key in ("filter-listener", "filter-open")]
+        lines += [DIFFERENCES["filter-ipv6"]] if is_ipv6 else []
     if form in WEAKER:
         lines.append(WEAKER[form])
     return [f"iptables: {line}" for line in lines]

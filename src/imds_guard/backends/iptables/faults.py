@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from imds_guard.backends.iptables.form import FILTER, Form
+from imds_guard.backends.iptables.form import FILTER, NAT, Form
 from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.our_rules import OurRules
 from imds_guard.backends.iptables.render import HEAD, Chains, ResolvedPolicy, digest, render
@@ -20,9 +20,11 @@ GONE = (
 def of_position(families: Sequence[OurRules], form: Form) -> list[str]:
     """Faults when packets meet our rules not at all, not first, or more than once.
 
-    Where nft rejects what mangle has marked, filter is a second line: others may stand before ours there.
+    Where nft rejects what mangle has marked, filter is a second line: others may stand before ours there, unless the
+    policy has filters.
     """
-    lines = [line for rules in families for line in _of_position(rules, form)]
+    filtered = any(rules.policy is not None and rules.policy.filtered for rules in families)
+    lines = [line for rules in families for line in _of_position(rules, form, filtered)]
     tables = [(rules.program.version, rules.anchor.table) for rules in families]
     return lines + [
         f"IPv{version}: rules of ours are in nf_tables and in legacy tables; start again to leave those of the default"
@@ -31,7 +33,7 @@ def of_position(families: Sequence[OurRules], form: Form) -> list[str]:
     ]
 
 
-def _of_position(rules: OurRules, form: Form) -> list[str]:
+def _of_position(rules: OurRules, form: Form, filtered: bool) -> list[str]:
     title, where, anchor = rules.program.title, _where(rules.anchor), rules.anchor
     if not is_reached(rules.table, anchor):
         return [f"{title}: nothing in {where} leads to {HEAD} any more, so its rules do nothing; start again"]
@@ -41,8 +43,13 @@ def _of_position(rules: OurRules, form: Form) -> list[str]:
     position = output.index(anchor.jump)
     if position == 0:
         return [f"{title}: {where} leads to {HEAD} more than once; start again"]
-    if anchor is FILTER and form is Form.NFT:
+    if anchor is FILTER and form is Form.NFT and not filtered:
         return []
+    if anchor is NAT:
+        return [
+            f"{title}: {position} of other people's rules in {where} stand before ours, first {output[0]!r}: callers "
+            "of filters whose address they change are denied; start again to put ours first"
+        ]
     first = f"{position} of other people's rules in {where} stand before ours, first {output[0]!r}"
     return [f"{title}: {first}: what they accept is not denied; start again to put ours first"]
 
@@ -64,7 +71,7 @@ def of_rules(families: Sequence[OurRules], current: ResolvedPolicy, form: Form) 
     return _of_missing(families, current, form) or [
         f"{rules.program.title}: someone changed the rules in our chains of table {rules.anchor.table}; start again"
         for rules in families
-        if rules.policy is not None and rules.chains != _expected(rules, current, form)
+        if rules.is_reached and rules.chains != _expected(rules, current, form)
     ]
 
 

@@ -10,8 +10,10 @@ from imds_guard.backends.iptables.render import HEAD, Part
 from imds_guard.backends.iptables.tables import Anchor
 
 FILTER, MANGLE = Anchor("OUTPUT", HEAD), Anchor("OUTPUT", HEAD, "mangle")
-ANCHORS = (MANGLE, FILTER)
-"""Mangle first: where both hold a policy, it is the one that sees the address that the caller has asked for."""
+NAT = Anchor("OUTPUT", HEAD, "nat")
+ANCHORS = (MANGLE, NAT, FILTER)
+"""In the order in which packets meet them. Where mangle and filter both hold a policy, mangle is the one that sees the
+address that the caller has asked for. NAT has rules where the policy has filters."""
 
 
 class Form(enum.Enum):
@@ -27,7 +29,9 @@ class Form(enum.Enum):
     @property
     def parts(self) -> dict[Anchor, Part]:
         """What each table holds."""
-        return {FILTER: Part.ALONE} if self is Form.FILTER else {MANGLE: Part.MANGLE, FILTER: Part.FILTER}
+        if self is Form.FILTER:
+            return {FILTER: Part.ALONE}
+        return {MANGLE: Part.MANGLE, NAT: Part.NAT, FILTER: Part.FILTER}
 
 
 class Applied(NamedTuple):

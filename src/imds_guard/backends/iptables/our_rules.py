@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from imds_guard.backends.iptables.form import NAT, Form
 from imds_guard.backends.iptables.parse import FamilyPolicy, parse_chains, parse_family
 from imds_guard.backends.iptables.programs import Program
-from imds_guard.backends.iptables.render import Chains
-from imds_guard.backends.iptables.tables import Anchor, Table, is_reached, owned, read_table
+from imds_guard.backends.iptables.render import Chains, ResolvedPolicy, render
+from imds_guard.backends.iptables.tables import Anchor, Table, is_first, is_reached, owned, read_table
+from imds_guard.errors import GuardError
 
 
 class OurRules(NamedTuple):
@@ -28,12 +31,19 @@ class OurRules(NamedTuple):
     @property
     def present(self) -> bool:
         """True when there is a chain of ours or a jump to one."""
-        return bool(self.chains) or is_reached(self.table, self.anchor)
+        return bool(self.chains) or self.is_reached
 
     @property
     def policy(self) -> FamilyPolicy | None:
-        """The policy of our chains, if a packet can reach them."""
-        return parse_family(self.chains, self.program.version) if is_reached(self.table, self.anchor) else None
+        """The policy of our chains, if a packet can reach them. NAT has none: it denies nothing."""
+        if self.anchor is NAT or not self.is_reached:
+            return None
+        return parse_family(self.chains, self.program.version)
+
+    @property
+    def is_reached(self) -> bool:
+        """True when packets can reach our chains."""
+        return is_reached(self.table, self.anchor)
 
 
 def read_rules(program: Program, anchor: Anchor) -> OurRules:
@@ -41,3 +51,18 @@ def read_rules(program: Program, anchor: Anchor) -> OurRules:
     table = read_table(program, anchor.table)
     chains, foreign = parse_chains(owned(table, anchor))
     return OurRules(program, anchor, table, chains, tuple(foreign))
+
+
+def verify(programs: Sequence[Program], form: Form, wanted: ResolvedPolicy) -> None:
+    """Raises GuardError unless the kernel shows the rules that it was given."""
+    for anchor, part in form.parts.items():
+        for program in programs:
+            expected = render(wanted, program.version, part)
+            if anchor is NAT and not expected:
+                continue  # somebody else may have what can't be read there
+            rules = read_rules(program, anchor)
+            if rules.foreign or rules.chains != expected or (expected and not is_first(rules.table, anchor)):
+                raise GuardError(
+                    f"{program.title} took the rules, but iptables-save shows others in table {anchor.table}; "
+                    "nothing was changed"
+                )

@@ -9,6 +9,10 @@ allows does not, and any other is denied: its verdict is that of the policy that
 command that is killed in the middle leaves the stricter of both. (Where NAT changes one locked address into another,
 mangle judges the first and filter the second: then each address is judged by one of the policies.) The chain of nft
 rejects what is marked, and knows no policy: it is there before the first mark, and goes after the last one.
+
+With filters NAT holds a part of the policy, too, and filter says who may be where a filter listens. While they are not
+all of one policy, a caller whose filter changes may be led to a place that filter does not let it reach: it is denied,
+and a moment later it is not. Nobody reaches an address that neither policy lets it reach.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from collections.abc import Iterable, Sequence
 from typing import Callable
 
 from imds_guard.backends.iptables import marks
-from imds_guard.backends.iptables.form import ANCHORS, FILTER, MANGLE, Applied, Form, parse_applied
+from imds_guard.backends.iptables.filter_state import FilterFile
+from imds_guard.backends.iptables.form import ANCHORS, FILTER, MANGLE, NAT, Applied, Form, parse_applied
 from imds_guard.backends.iptables.programs import (
     NFT,
     Program,
@@ -34,6 +39,7 @@ from imds_guard.backends.iptables.tables import (
     NoTable,
     Table,
     clear,
+    is_reached,
     owned,
     read_table,
     replace,
@@ -51,6 +57,7 @@ class OutputRules:
 
     def __init__(self, state_file: StateFile, commands: tuple[str, str], lock_wait_s: int) -> None:
         self.state_file = state_file
+        self.filter_file = FilterFile(state_file.folder)
         self.commands: dict[int, str] = {4: commands[0], 6: commands[1]}
         self.lock_wait_s = lock_wait_s
 
@@ -63,8 +70,15 @@ class OutputRules:
         require_none(self.missing())
         return self._running(anchor)
 
+    def anchors(self) -> tuple[Anchor, ...]:
+        """Where rules of ours may be. Table nat is nobody's business where no policy has filters."""
+        return ANCHORS if self.filter_file.exists() else tuple(one for one in ANCHORS if one is not NAT)
+
     def _running(self, anchor: Anchor) -> list[Program]:
-        return [one for one in every_program(self.commands, anchor.table).running if _is_used(one, anchor)]
+        used = [one for one in every_program(self.commands, anchor.table).running if _is_used(one, anchor)]
+        if anchor is NAT and not self.filter_file.exists():
+            return [one for one in used if _has_chains(one, anchor)]
+        return used
 
     def missing(self) -> list[str]:
         """A sentence for each command that does not run and in whose tables rules of ours should be in force."""
@@ -77,14 +91,14 @@ class OutputRules:
 
         When a step fails, or ``verify`` raises, the rules and the state file are as before.
         """
-        before = self._saved((anchor, programs) for anchor in ANCHORS)
+        before = self._saved((anchor, programs) for anchor in self.anchors())
         state_before, applied_before = self.state_file.read(), self.applied()
         with_nft = form is Form.NFT and wanted.policy.mode is Mode.ENFORCE
         self.state_file.write(Applied(form).text())
         try:
             fingerprint = marks.put(applied_before.fingerprint if applied_before else "") if with_nft else ""
             self.state_file.write(Applied(form, fingerprint).text())
-            for anchor, part in steps(form):
+            for anchor, part in steps(form, self.anchors()):
                 for program in programs:
                     self._put(program, anchor, _chains(wanted, program.version, part))
             verify()
@@ -96,7 +110,7 @@ class OutputRules:
             raise
         if not with_nft:
             _remove_nft()
-        for anchor in ANCHORS:
+        for anchor in self.anchors():
             others = [other for program in programs for other in other_program(program, anchor.table)]
             clear(others, anchor, self.lock_wait_s)
 
@@ -116,6 +130,7 @@ class OutputRules:
             self._restore(error, before)
             raise
         require_none(missing)
+        self.filter_file.remove()
         self.state_file.remove()
         return sorted(set(found))
 
@@ -143,19 +158,27 @@ class OutputRules:
             ) from error
 
 
-def steps(form: Form) -> list[tuple[Anchor, Part | None]]:
+def steps(form: Form, anchors: Sequence[Anchor] = ANCHORS) -> list[tuple[Anchor, Part | None]]:
     """Which table is changed to what, one after the other. None: it will have no rules of ours."""
-    if form is Form.FILTER:
-        return [(FILTER, Part.ALONE), (MANGLE, None)]
-    return [(MANGLE, Part.MANGLE), (FILTER, Part.FILTER)]
+    order = (FILTER, NAT, MANGLE) if form is Form.FILTER else ANCHORS
+    return [(anchor, form.parts.get(anchor)) for anchor in order if anchor in anchors]
 
 
 def _chains(wanted: ResolvedPolicy, version: int, part: Part | None) -> Table:
     return {} if part is None else rule_texts(render(wanted, version, part))
 
 
+def _has_chains(program: Program, anchor: Anchor) -> bool:
+    with contextlib.suppress(GuardError):  # of others, or not there
+        table = read_table(program, anchor.table)
+        return bool(owned(table, anchor)) or is_reached(table, anchor)
+    return False
+
+
 def _is_used(program: Program, anchor: Anchor) -> bool:
-    """False for a legacy table that nobody uses: to read it would make it."""
+    """False for a legacy table that nobody uses: to read it would make it. Filters are reached by IPv4 alone."""
+    if anchor is NAT and program.version != 4:
+        return False
     return anchor is FILTER or program.kind == NFT or has_legacy_table(program.version, anchor.table)
 
 

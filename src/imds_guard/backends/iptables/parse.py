@@ -11,8 +11,10 @@ import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, MEMBER, TCP, UDP, Chains, ResolvedPolicy
+from imds_guard.backends.iptables.render import DENY, FORMAT, HEAD, TCP, UDP, Chains, ResolvedPolicy
+from imds_guard.backends.iptables.render_filters import REST
 from imds_guard.backends.iptables.rules import LOG, RETURN, ForeignRule, Range, Rule, parse_rule
+from imds_guard.backends.iptables.user_tree import MEMBER
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Network, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS, Ports
 
@@ -57,6 +59,8 @@ class FamilyPolicy(NamedTuple):
     mode: Mode
     containers: Verdict
     digest: str
+    filtered: bool = False
+    """It has filters. What they allow is in no rule: filter_state.py."""
 
 
 def parse_chains(table: Mapping[str, Sequence[str]]) -> tuple[Chains, list[str]]:
@@ -83,7 +87,8 @@ def parse_family(chains: Chains, version: int) -> FamilyPolicy:
             digest = fields.get("policy", "")
     audit = any(rule.target == LOG for rule in chains.get(DENY, []))
     locks = tuple(_parse_locks(chains, version).values())
-    return FamilyPolicy(locks, Mode.AUDIT if audit else Mode.ENFORCE, containers, digest)
+    filtered = any(name.startswith(REST) for name in chains)
+    return FamilyPolicy(locks, Mode.AUDIT if audit else Mode.ENFORCE, containers, digest, filtered)
 
 
 def _parse_locks(chains: Chains, version: int) -> dict[str, ParsedLock]:
@@ -122,7 +127,7 @@ def _read_lock(chains: Chains, name: str, lock: ParsedLock) -> None:
         elif _is_node(chains, name, rule):
             _read_tree(chains, name, rule, lock)
         else:
-            lock.default = _default(rule)
+            lock.default = _default(chains, rule)
             return
 
 
@@ -139,7 +144,7 @@ def _read_tree(chains: Chains, lock_chain: str, root: Rule, lock: ParsedLock) ->
             elif rule.uids:
                 lock.add(which, _kind(rule), rule.uids)
             elif which == "allow":
-                lock.default = _default(rule)
+                lock.default = _default(chains, rule)
 
 
 def _is_node(chains: Chains, lock_chain: str, rule: Rule) -> bool:
@@ -154,7 +159,10 @@ def _kind(rule: Rule) -> str:
     return "members" if rule.comment == MEMBER else "users"
 
 
-def _default(rule: Rule) -> Verdict:
+def _default(chains: Chains, rule: Rule) -> Verdict:
+    """Filters stand between the lists and the default."""
+    rest = chains.get(rule.target, []) if rule.target.startswith(REST) else []
+    rule = rest[-1] if rest else rule
     return Verdict.ALLOW if rule.target == RETURN else Verdict.DENY
 
 

@@ -16,7 +16,7 @@ from imds_guard.backends.iptables import marks
 from imds_guard.backends.iptables.form import FILTER, MANGLE, Form
 from imds_guard.backends.iptables.programs import Program
 from imds_guard.backends.iptables.render import DENY, HEAD, Chains
-from imds_guard.backends.iptables.rules import ACCEPT, LOG, MARK, REJECT, RETURN, Rule
+from imds_guard.backends.iptables.rules import ACCEPT, DENIED_MARK, LOG, MARK, REJECT, RETURN, Rule
 from imds_guard.backends.iptables.tables import LOCK_WAIT_S, Anchor, LockHeld, replace, rule_texts
 from imds_guard.errors import GuardError, system_text
 from imds_guard.kernel import credentials, netns
@@ -110,10 +110,10 @@ def _chains(form: Form, supplementary: bool, audit: bool) -> dict[Anchor, Chains
         reject = Rule(REJECT, protocol="tcp", syn=True, reject_with="tcp-reset")
         return {FILTER: {HEAD: [allowed, reject], DENY: log}}
     denied = [allowed, Rule(DENY, goto=True, protocol="tcp", syn=True)]
-    reject = Rule(REJECT, protocol="tcp", marked=True, reject_with="tcp-reset")
+    reject = Rule(REJECT, protocol="tcp", mark=DENIED_MARK, reject_with="tcp-reset")
     # Where nft is to reject, filter has the rule in a chain that nothing leads to.
     behind = {HEAD: [reject]} if form is Form.MANGLE else {HEAD: [], DENY: [reject]}
-    return {MANGLE: {HEAD: denied, DENY: [*log, Rule(MARK), Rule(ACCEPT)]}, FILTER: behind}
+    return {MANGLE: {HEAD: denied, DENY: [*log, Rule(MARK, mark=DENIED_MARK), Rule(ACCEPT)]}, FILTER: behind}
 
 
 def _try_program(program: Program, supplementary: bool) -> list[str]:

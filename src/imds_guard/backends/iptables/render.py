@@ -19,12 +19,27 @@ allowed packet meets everybody else's rules as it would without ours.
 from __future__ import annotations
 
 import enum
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import ipaddress
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from imds_guard.backends.iptables.rules import ACCEPT, LOG, MARK, REJECT, RETURN, Range, Rule
+from imds_guard.backends.iptables import render_filters as of_filters
+from imds_guard.backends.iptables.rules import (
+    ACCEPT,
+    DENIED_MARK,
+    LOG,
+    MARK,
+    REJECT,
+    RETURN,
+    Range,
+    Rule,
+    id_ranges,
+)
+from imds_guard.backends.iptables.user_tree import FLAT, MEMBER, Users, tree, user_rule
 from imds_guard.errors import Unsupported
+from imds_guard.policy.filter_numbers import NO_NUMBERS, Numbers
+from imds_guard.policy.filter_text import rules_text
+from imds_guard.policy.filters import Target, targets_of
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict
 from imds_guard.policy.ports import ALL_PORTS
 
@@ -35,21 +50,9 @@ DENY = "IMDS-GUARD-DENY"
 FORMAT = "imds-guard/1"
 """The comment in IMDS-GUARD begins with this. Another layout of the rules gets another number."""
 
-FAN_OUT = 4
-"""Ranges in a leaf, and children of a node. With 1,000 ranges there are five levels, and a packet meets about 12 rules.
-
-nft counts a goto as a level and takes 16 (NFT_JUMP_STACK_SIZE, nft_chain_validate() in Linux
-net/netfilter/nf_tables_api.c); with OUTPUT and our own steps that leaves ten levels, a million ranges.
-"""
 MAX_RANGES = 20_000
 """Ranges of IDs in all lists. iptables-restore takes seconds for so many, and its time grows faster than their number.
 """
-FLAT = 8
-"""Up to so many ranges are in the lock's own chain, without a tree."""
-
-MEMBER = "member"
-"""The comment of a rule for users that are there as members of a listed group."""
-
 Chains = dict[str, list[Rule]]
 Members = Mapping[tuple[str, str], frozenset[int]]
 """("lock name", "allow" or "deny") -> the members of that list's groups."""
@@ -62,6 +65,8 @@ class Part(enum.Enum):
     """Filter, where marks don't work."""
     FILTER = "filter"
     MANGLE = "mangle"
+    NAT = "nat"
+    """Callers of filters are led to them. It denies nothing."""
 
 
 class ResolvedPolicy(NamedTuple):
@@ -69,6 +74,8 @@ class ResolvedPolicy(NamedTuple):
 
     policy: Policy
     members: Members | None = None
+    numbers: Numbers = NO_NUMBERS
+    """Of the filters, which are part of the addresses at which they listen."""
 
 
 def require_supported(policy: Policy) -> None:
@@ -78,8 +85,7 @@ def require_supported(policy: Policy) -> None:
             "iptables can't enforce a strict policy: it judges who opened a socket, and does not know if a connect "
             "was let through; leave --strict (strict = true) out"
         )
-    if policy.filters:
-        raise Unsupported("iptables can't enforce filters: leave the tables [filter.NAME] out")
+    of_filters.require_supported(policy)
     ranges = sum(
         len(id_ranges(ids))
         for lock in policy.locks
@@ -102,6 +108,10 @@ def digest(policy: Policy) -> str:
         fields += [f"{e.network} {e.tcp} {e.udp}" for e in lock.endpoints]
         for identities in (lock.allow, lock.deny):
             fields += [repr(sorted(identities.users)), repr(sorted(identities.groups))]
+    fields += [repr(policy.filter_uid)] if policy.filters else []
+    for one in policy.filters:
+        fields += [one.name, repr(one.locks), repr(one.everyone), str(one.port), rules_text(one.rules)]
+        fields += [repr(sorted(one.who.users)), repr(sorted(one.who.groups))]
     return hashlib.sha256("\n".join(fields).encode()).hexdigest()[:16]
 
 
@@ -113,10 +123,14 @@ def render(resolved: ResolvedPolicy, version: int, part: Part = Part.ALONE) -> C
     policy = resolved.policy
     chains: Chains = {}
     entries = _entries(policy, version)
-    if not entries or (part is Part.FILTER and policy.mode is Mode.AUDIT):
+    if not entries or (part in (Part.FILTER, Part.NAT) and policy.mode is Mode.AUDIT):
         return chains
+    if part is Part.NAT:
+        entries = _entries_of_filters(policy, version)
+        if not entries:
+            return chains
     header = f"{FORMAT} containers={policy.containers.value} policy={digest(policy)}"
-    chains[HEAD] = [Rule(DENY, goto=True, marked=True)] if part is Part.FILTER else []
+    chains[HEAD] = _first_rules(policy, version, part)
     for protocol, name in ((Protocol.TCP, TCP), (Protocol.UDP, UDP)):
         finders = [rule for entry in entries for rule in _find_lock(*entry, protocol)]
         if finders:
@@ -125,8 +139,21 @@ def render(resolved: ResolvedPolicy, version: int, part: Part = Part.ALONE) -> C
             chains[name] = finders
     for number in sorted({number for number, _, _ in entries}):
         _render_lock(chains, resolved, number)
+        _render_rest(chains, resolved, number, version, part)
+    chains.update(_of_places(resolved, version, part))
     chains[DENY] = denial(policy.mode, version, part)
     return chains
+
+
+def _first_rules(policy: Policy, version: int, part: Part) -> list[Rule]:
+    """What comes before the locks: the marks, and direct connects to where filters listen."""
+    deny = Rule(DENY, goto=True)
+    rules = [deny._replace(mark=DENIED_MARK)] if part is Part.FILTER else []
+    if not policy.filters or version != 4 or part is Part.NAT:
+        return rules
+    if part is Part.MANGLE:  # NAT comes later: whoever has such an address here has asked for it
+        return [of_filters.at_places(deny)]
+    return [*rules, of_filters.at_places(Rule(of_filters.PLACES, goto=True)), of_filters.elsewhere(deny)]
 
 
 def lock_chain(number: int) -> str:
@@ -150,6 +177,16 @@ def _entries(policy: Policy, version: int) -> list[tuple[int, Lock, Endpoint]]:
         if endpoint.network.version == version
     ]
     return sorted(entries, key=lambda entry: (-entry[2].network.prefixlen, entry[2].sort_key(), entry[0]))
+
+
+def _entries_of_filters(policy: Policy, version: int) -> list[tuple[int, Lock, Endpoint]]:
+    """The addresses that filters serve, with the ports at which they do. NAT is for IPv4 alone."""
+    return [
+        (number, lock, Endpoint(ipaddress.ip_network(target.address), ((target.port, target.port),)))
+        for number, lock in enumerate(policy.locks)
+        for target in sorted({one for each in policy.filters for one in targets_of(each, (lock,))}, key=Target.sort_key)
+        if target.address.version == version == 4
+    ]
 
 
 def _find_lock(number: int, lock: Lock, endpoint: Endpoint, protocol: Protocol) -> list[Rule]:
@@ -177,7 +214,9 @@ def denial(mode: Mode, version: int, part: Part = Part.ALONE) -> list[Rule]:
     if mode is Mode.AUDIT:
         return [Rule(LOG)]
     if part is Part.MANGLE:
-        return [Rule(MARK), Rule(ACCEPT)]
+        return [Rule(MARK, mark=DENIED_MARK), Rule(ACCEPT)]
+    if part is Part.NAT:
+        return [Rule(RETURN)]
     unreachable = "icmp-port-unreachable" if version == 4 else "icmp6-port-unreachable"
     return [Rule(REJECT, protocol="tcp", reject_with="tcp-reset"), Rule(REJECT, reject_with=unreachable)]
 
@@ -197,21 +236,54 @@ def _render_lock(chains: Chains, resolved: ResolvedPolicy, number: int) -> None:
     if len(denied) > FLAT:
         # -j: packets of users that are not in the tree must come back. In audit mode packets of those in it come back,
         # too, after a line in the log, and a later rule may log them once more.
-        rules.append(Rule(_tree(chains, f"{name}-D", denied, Rule(DENY, goto=True), [])))
+        rules.append(Rule(tree(chains, f"{name}-D", denied, Rule(DENY, goto=True), [])))
     else:
-        rules += [_user_rule(users, Rule(DENY, goto=True)) for users in denied]
+        rules += [user_rule(users, Rule(DENY, goto=True)) for users in denied]
     rules += [Rule(DENY, goto=True, gids=g, supplementary=supplementary) for g in id_ranges(lock.deny.groups)]
     rules += [Rule(RETURN, gids=g, supplementary=supplementary) for g in id_ranges(lock.allow.groups)]
-    default = Rule(DENY, goto=True) if lock.default is Verdict.DENY else Rule(RETURN)
+    default = _default(lock)
+    if of_filters.has_filters(lock, resolved.policy):
+        default = Rule(of_filters.rest_chain(number), goto=True)
     allowed = _listed_users(resolved, lock, "allow", lock.allow)
     if len(allowed) > FLAT:
-        rules.append(Rule(_tree(chains, f"{name}-A", allowed, Rule(RETURN), [default]), goto=True))
+        rules.append(Rule(tree(chains, f"{name}-A", allowed, Rule(RETURN), [default]), goto=True))
     else:
-        rules += [_user_rule(users, Rule(RETURN)) for users in allowed] + [default]
+        rules += [user_rule(users, Rule(RETURN)) for users in allowed] + [default]
 
 
-Users = tuple[int, int, str]
-"""First and last user ID, and the comment: MEMBER or nothing."""
+def _default(lock: Lock) -> Rule:
+    return Rule(DENY, goto=True) if lock.default is Verdict.DENY else Rule(RETURN)
+
+
+def _render_rest(chains: Chains, resolved: ResolvedPolicy, number: int, version: int, part: Part) -> None:
+    """The filters of a lock, between its lists and its default."""
+    policy, deny = resolved.policy, Rule(DENY, goto=True)
+    if not of_filters.has_filters(policy.locks[number], policy):
+        return
+    led = {Part.NAT: of_filters.leading, Part.MANGLE: of_filters.marking}.get(part, of_filters.arriving)
+    led = of_filters.passing if policy.mode is Mode.AUDIT else led
+    listeners = of_filters.listeners_under(policy, resolved.numbers) if version == 4 else []
+    chains[of_filters.rest_chain(number)] = [
+        *of_filters.rest(policy, number, version),
+        _default(policy.locks[number]),
+    ]
+    chains.update(of_filters.filter_chains(policy, number, listeners, led, deny))
+
+
+def _of_places(resolved: ResolvedPolicy, version: int, part: Part) -> Chains:
+    """The chains at which the marks of filters are set and asked for."""
+    policy = resolved.policy
+    if not policy.filters or version != 4 or part is Part.NAT:
+        return {}
+    if part is Part.MANGLE:
+        return {} if policy.mode is Mode.AUDIT else {of_filters.LED: list(of_filters.LED_RULES)}
+    numbers = resolved.numbers.targets
+    finders = [
+        Rule(lock_chain(number), goto=True, destination=of_filters.row(numbers[Target(address, low)]))
+        for number, _, endpoint in _entries_of_filters(policy, version)
+        for address, low in [(endpoint.network.network_address, endpoint.tcp[0][0])]
+    ]
+    return {of_filters.PLACES: [*finders, Rule(DENY, goto=True)]}
 
 
 def _listed_users(resolved: ResolvedPolicy, lock: Lock, which: str, identities: Identities) -> list[Users]:
@@ -219,45 +291,3 @@ def _listed_users(resolved: ResolvedPolicy, lock: Lock, which: str, identities: 
     members = (resolved.members or {}).get((lock.name, which), frozenset()) - identities.users
     listed = [(low, high, "") for low, high in id_ranges(identities.users)]
     return sorted(listed + [(low, high, MEMBER) for low, high in id_ranges(members)])
-
-
-def id_ranges(ids: Iterable[int]) -> list[Range]:
-    """The IDs as ascending ranges that do not touch."""
-    ranges: list[Range] = []
-    for number in sorted(ids):
-        if ranges and ranges[-1][1] == number - 1:
-            ranges[-1] = (ranges[-1][0], number)
-        else:
-            ranges.append((number, number))
-    return ranges
-
-
-def _user_rule(users: Users, hit: Rule) -> Rule:
-    return Rule(hit.target, hit.goto, uids=users[:2], comment=users[2])
-
-
-def _tree(chains: Chains, prefix: str, users: Sequence[Users], hit: Rule, miss: list[Rule]) -> str:
-    """Adds a search tree: it leads a user ID to the one leaf that may list it. Returns the name of the root."""
-    numbers = itertools.count()
-
-    def node(part: Sequence[Users]) -> str:
-        name = f"{prefix}{next(numbers)}"
-        rules = chains[name] = []
-        if len(part) <= FAN_OUT:
-            rules += [_user_rule(one, hit) for one in part] + miss
-            return name
-        children = _split(part)
-        for child in children[:-1]:
-            rules.append(Rule(node(child), goto=True, uids=(child[0][0], child[-1][1])))
-        rules.append(Rule(node(children[-1]), goto=True))
-        return name
-
-    return node(users)
-
-
-def _split(users: Sequence[Users]) -> list[Sequence[Users]]:
-    """At most FAN_OUT parts. The leaves of all but the last are full."""
-    size = FAN_OUT
-    while size * FAN_OUT < len(users):
-        size *= FAN_OUT
-    return [users[low : low + size] for low in range(0, len(users), size)]

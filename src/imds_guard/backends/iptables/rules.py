@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
+from collections.abc import Iterable
 from typing import Callable, NamedTuple
 
 from imds_guard.policy.model import Network
 
 Range = tuple[int, int]
 """First and last, inclusive."""
+Place = tuple[ipaddress.IPv4Address, int]
 
 RETURN = "RETURN"
 ACCEPT = "ACCEPT"
 REJECT = "REJECT"
 LOG = "LOG"
 MARK = "MARK"
+DNAT = "DNAT"
 
 DENIED_MARK = 0x696D1064
 """The firewall mark of a packet that is to be rejected. It is the whole mark, not a bit of it: no other program uses
@@ -29,6 +32,12 @@ socket(7)) denies itself.
 A packet whose mark has changed in OUTPUT is routed again (ip_route_me_harder() in Linux net/ipv4/netfilter.c). So the
 number has none of the bits that rules for routing ask for: 0x80 (AWS VPC CNI), 0xf00 (Cilium), 0x2000 (the CNI plugin
 portmap), 0xc000 (kube-proxy), 0x100000 (Calico with WireGuard).
+"""
+
+FILTERED_MARK = 0x696D1066
+"""The firewall mark of the first packet to a filter. Whoever has it goes there, or nowhere: nobody gains by setting it.
+
+It has none of those bits either.
 """
 
 LOG_PREFIX = "imds-guard would deny: "
@@ -54,8 +63,10 @@ class Rule(NamedTuple):
     supplementary: bool = False
     comment: str = ""
     reject_with: str = ""
-    marked: bool = False
-    """It has DENIED_MARK."""
+    mark: int = 0
+    """DENIED_MARK or FILTERED_MARK: what the target MARK sets, else what the packet must have."""
+    to: Place | None = None
+    """Where DNAT leads to: an IPv4 address and a port."""
 
     def text(self) -> str:
         """The rule as a line of iptables-restore, without its ``-A CHAIN``."""
@@ -64,8 +75,8 @@ class Rule(NamedTuple):
             arguments += ["-d", str(self.destination)]
         if self.protocol:
             arguments += ["-p", self.protocol]
-        if self.marked:
-            arguments += [f"-m mark --mark {DENIED_MARK:#x}"]
+        if self.mark and self.target != MARK:
+            arguments += [f"-m mark --mark {self.mark:#x}"]
         arguments += self._transport_arguments() + self._owner_arguments()
         if self.comment:
             arguments += ["-m comment --comment", f'"{self.comment}"']
@@ -75,7 +86,9 @@ class Rule(NamedTuple):
         if self.target == LOG:
             arguments += [f'--log-prefix "{LOG_PREFIX}" --log-uid']
         if self.target == MARK:
-            arguments += [f"--set-xmark {DENIED_MARK:#x}/0xffffffff"]
+            arguments += [f"--set-xmark {self.mark:#x}/0xffffffff"]
+        if self.to is not None:
+            arguments += ["--to-destination", f"{self.to[0]}:{self.to[1]}"]
         return " ".join(arguments)
 
     def _transport_arguments(self) -> list[str]:
@@ -106,6 +119,17 @@ EVERY_UID: Range = (0, 0xFFFFFFFE)
 
 Source: owner_mt() in Linux net/netfilter/xt_owner.c, "if (filp == NULL)".
 """
+
+
+def id_ranges(ids: Iterable[int]) -> list[Range]:
+    """The IDs as ascending ranges that do not touch."""
+    ranges: list[Range] = []
+    for number in sorted(ids):
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
 
 
 def _range_text(range_: Range, separator: str) -> str:
@@ -155,16 +179,25 @@ def _match_name(rule: Rule, argument: str) -> Rule:
     return rule
 
 
+_MARKS = {f"{mark:#x}": mark for mark in (DENIED_MARK, FILTERED_MARK)}
+
+
 def _mark(rule: Rule, argument: str) -> Rule:
-    if argument != f"{DENIED_MARK:#x}":
+    if argument not in _MARKS:
         raise ValueError(argument)
-    return rule._replace(marked=True)
+    return rule._replace(mark=_MARKS[argument])
 
 
 def _set_mark(rule: Rule, argument: str) -> Rule:
-    if argument != f"{DENIED_MARK:#x}/0xffffffff":
+    mark, _, mask = argument.partition("/")
+    if mask != "0xffffffff":
         raise ValueError(argument)
-    return rule
+    return _mark(rule, mark)
+
+
+def _to_destination(rule: Rule, argument: str) -> Rule:
+    address, _, port = argument.partition(":")
+    return rule._replace(to=(ipaddress.IPv4Address(address), int(port)))
 
 
 def _log_prefix(rule: Rule, argument: str) -> Rule:
@@ -193,4 +226,5 @@ _OPTIONS: dict[str, Callable[[Rule, str], Rule]] = {
     "--log-prefix": _log_prefix,
     "--mark": _mark,
     "--set-xmark": _set_mark,
+    "--to-destination": _to_destination,
 }
