@@ -145,6 +145,7 @@ class Iptables:
 
     def __init__(self, folder: Path) -> None:
         self._backend = IptablesBackend(state_folder=str(folder))
+        self._listeners: Sequence[Listener] = ()
 
     def __enter__(self) -> Iptables:
         # The backend keeps the answer. Asked only in children, which end, it would be asked again for every method.
@@ -164,12 +165,14 @@ class Iptables:
     def apply(self, sandbox: Sandbox, policy: Policy) -> None:
         """Enforcer.apply()."""
 
-        def check_and_apply() -> None:
+        def check_and_apply() -> Sequence[Listener]:
             with reading_once():
                 self._backend.check(policy)
                 self._backend.apply(policy)
+                found = self._backend.wanted()
+                return () if found is None else found[1]
 
-        sandbox.call(check_and_apply, timeout_s=TIMEOUT_S)
+        self._listeners = sandbox.call(check_and_apply, timeout_s=TIMEOUT_S)
 
     def held(self, sandbox: Sandbox) -> tuple[Policy | None, list[str]]:
         """Enforcer.held()."""
@@ -185,12 +188,13 @@ class Iptables:
         return None
 
     def listeners(self) -> Sequence[Listener]:
-        """Enforcer.listeners(): this backend refuses policies with filters."""
-        return ()
+        """Enforcer.listeners()."""
+        return self._listeners
 
     def serve_filters(self, sandbox: Sandbox) -> int:
-        """Enforcer.serve_filters()."""
-        raise NotImplementedError
+        """Enforcer.serve_filters(). No mark tells one listener from another."""
+        wanted = self._listeners
+        return sandbox.serve_with(lambda: witness.listen_as_filters(wanted, None), witness.greet_forever)
 
     def remove(self, sandbox: Sandbox) -> None:
         """Enforcer.remove()."""

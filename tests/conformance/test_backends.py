@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.backends.iptables.render import require_supported
-from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import Reason
 from tests.conformance.attempts import CONNECTED
 from tests.conformance.bench import Bench, apply_or_skip, judged, serve_table, skip_without, sorted_by_policy
@@ -30,14 +28,7 @@ def bench(backend_name: str, enforcer: Enforcer) -> Iterator[Bench]:
 
 @pytest.mark.parametrize("case", sorted_by_policy(CASES), ids=lambda case: case.id)
 def test_row(case: Case, bench: Bench, lacking: dict[str, str | None]) -> None:
-    """The kernel judges the row as the table says, for the reason that the table says. The policy reads back.
-
-    The fallback refuses filters.
-    """
-    if case.policy.filters and bench.backend_name == "iptables":
-        with pytest.raises(Unsupported, match="can't enforce filters"):
-            require_supported(case.policy)
-        return
+    """The kernel judges the row as the table says, for the reason that the table says. The policy reads back."""
     check_row(case, bench, lacking)
 
 

@@ -284,6 +284,74 @@ def _through_both(row: tuple[tuple[str, ...], tuple[str, ...]], version: int) ->
     return [outcome(one) for one in SENT]
 
 
+_BEHIND = f"{OTHER}:{CLOSED_PORT}"
+
+# Rows: rules in table nat, and rules in filter.
+NAT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "DNAT by owner": ((f"OUTPUT {_TO_80} -m owner --uid-owner {FOO} -j DNAT --to-destination {_BEHIND}",), ()),
+    "DNAT by a supplementary group": (
+        (f"OUTPUT {_TO_80} -m owner --gid-owner {STAFF} --suppl-groups -j DNAT --to-destination {_BEHIND}",),
+        (),
+    ),
+    "the first that translates decides": (
+        (
+            f"OUTPUT {_TO_80} -m owner --uid-owner {FOO} -j DNAT --to-destination {OTHER}:8080",
+            f"OUTPUT {_TO_80} -j DNAT --to-destination {_BEHIND}",
+        ),
+        (),
+    ),
+    "RETURN": (
+        (
+            "-N A",
+            "OUTPUT -j A",
+            f"A -m owner --uid-owner {FOO} -j RETURN",
+            f"A {_TO_80} -j DNAT --to-destination {_BEHIND}",
+        ),
+        (),
+    ),
+    "filter sees the new address": (
+        (f"OUTPUT {_TO_80} -m owner --uid-owner {FOO} -j DNAT --to-destination {OTHER}:8080",),
+        (f"OUTPUT -d {OTHER}/32 -p tcp -m tcp --dport 8080 -j REJECT --reject-with tcp-reset",),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_nat(box: Sandbox, kind: str) -> None:
+    """From table nat to filter. Each row has packets that get through and packets that do not."""
+    command = KINDS[kind][0]
+    need(command)
+
+    def try_all() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, row in NAT.items():
+            for table, rules in zip(("nat", "filter"), row):
+                loaded = run([f"{command}-restore"], stdin=restore_text(rules, 4, table))
+                assert loaded.status == 0, (name, loaded.complaint)
+            found[name] = send_all(4)
+        assert run([f"{command}-restore"], stdin="*filter\nCOMMIT\n*nat\nCOMMIT\n").status == 0
+        return found
+
+    with one_legacy_at_a_time(kind):
+        tried = box.call(try_all, timeout_s=120)
+    assert tried == {name: _through_nat(row) for name, row in NAT.items()}
+    assert [name for name, outcomes in tried.items() if len(set(outcomes)) < 2] == []
+
+
+def _through_nat(row: tuple[tuple[str, ...], tuple[str, ...]]) -> list[str]:
+    nat, behind = Filter(4, "nat"), Filter(4)
+    for table, rules in zip((nat, behind), row):
+        table.restore(restore_text(rules, 4, table.table))
+
+    def outcome(one: Sent) -> str:
+        packet = one.packet(4, "SYN")
+        to, port = nat.judge("OUTPUT", packet).led_to or (packet.destination, packet.port)
+        passes = behind.judge("OUTPUT", replace(packet, destination=to, port=port)).verdict == "ACCEPT"
+        return "connected" if passes and port in PORTS else "ECONNREFUSED"
+
+    return [outcome(one) for one in SENT]
+
+
 _RESETS = "OUTPUT -p tcp -m tcp --tcp-flags RST RST -m owner"
 _OWNERLESS = (
     f"{_RESETS} --uid-owner 0-4294967294 -j LOG --log-prefix owned",

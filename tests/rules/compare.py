@@ -82,9 +82,10 @@ def attempt(random: Random, policy: Policy) -> Attempt:
 def as_opener(policy: Policy, caller: Caller) -> Caller:
     """The caller as owner rules know it: no namespaces ("containers", "user-namespace" in differences.py).
 
-    Groups that no lock lists are left out, since rules compare any number of groups ("groups" there).
+    Groups that nothing lists are left out, since rules compare any number of groups ("groups" there).
     """
     listed = frozenset(gid for lock in policy.locks for gid in lock.listed_groups)
+    listed = listed.union(*(one.who.groups for one in policy.filters))
     return caller._replace(groups=caller.groups & listed, pid_namespace_is_initial=True, user_namespace_is_initial=True)
 
 

@@ -122,6 +122,44 @@ CHAIN: dict[str, Edit] = {
     "it drops": replaced(r"reject with tcp reset", "drop"),
 }
 
+
+def _in_table(table: str, edit: Edit) -> Edit:
+    """The edit, in the text of one table alone."""
+    return lambda text: edit(text) if text.startswith(f"*{table}\n") else text
+
+
+_CALLERS = r"-A IMDS-GUARD-R\d+ .*-g IMDS-GUARD-R\d+-F\d+"
+
+FILTERS: dict[str, Edit] = {
+    "a caller of a filter is missing": without(_CALLERS),
+    "the last filter comes first": reversed_lines(_CALLERS),
+    "everyone, without an owner, too": replaced(r"-m owner --uid-owner 0-4294967294 (-g IMDS-GUARD-R)", r"\1"),
+    "who is on a list is led, and not let through": _in_table("nat", without(r"-A IMDS-GUARD-L\d+ .*-j RETURN")),
+    "to another filter": changed_number(r"--to-destination 127\.169\.\d+\.(\d+)", 1, count=0),
+    "to another target": changed_number(r"--to-destination 127\.169\.(\d+)", 1, count=0),
+    "to another port": changed_number(r"--to-destination \S+:(\d+)", 1, count=0),
+    "to nothing": without(r"-j DNAT"),
+    "direct connects": _in_table("mangle", without(r"-A IMDS-GUARD -d 127\.169\.0\.0/16")),
+    "any caller at the address of a filter": _in_table("filter", without(r"-A IMDS-GUARD -d 127\.169\.0\.0/16")),
+    "any filter of the target": replaced(r"-d 127\.169\.(\d+)\.\d+/32", r"-d 127.169.\1.0/24", count=0),
+    "callers of a filter at the endpoint": _in_table(
+        "filter", replaced(r"^(-A IMDS-GUARD-R\d+-F\d+) -g IMDS-GUARD-DENY", r"\1 -j RETURN", count=0)
+    ),
+    "what a filter does not serve": _in_table(
+        "mangle", replaced(r"^(-A IMDS-GUARD-R\d+-F\d+) -g IMDS-GUARD-DENY", r"\1 -j RETURN", count=0)
+    ),
+    "no mark": without(r"-A IMDS-GUARD-LED -j MARK"),
+    "a packet with the mark meets the rules of others": without(r"-A IMDS-GUARD-LED -j ACCEPT"),
+    "the mark elsewhere": without(r"-m mark --mark 0x696d1066"),
+    "the account of the filters is missing": without(r"-A IMDS-GUARD-R\d+ -d .*-j RETURN"),
+    "the account of the filters everywhere": replaced(
+        r"^(-A IMDS-GUARD-R\d+) -d \S+ -p tcp -m tcp --dport \d+ (-m owner)", r"\1 \2", count=0
+    ),
+    "the default behind filters": replaced(r"^(-A IMDS-GUARD-R\d+) -j RETURN$", r"\1 -g IMDS-GUARD-DENY", count=0),
+    "no default behind filters": without(r"-A IMDS-GUARD-R\d+ -g IMDS-GUARD-DENY"),
+}
+"""Of the rules for filters, in mangle, NAT and filter."""
+
 FORWARD: dict[str, Edit] = {
     "an address is missing": without(r"-A IMDS-FORWARD .*-d "),
     "an endpoint is missing": without(r"-A IMDS-FORWARD-P .*--dport"),

@@ -14,7 +14,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from typing import Callable
 
-from imds_guard.policy.model import Network
+from imds_guard.policy.model import Address, Network
 from tests.rules.packets import TCP_FLAGS, BadRules, Outcome, Packet, number_range
 
 Test = Callable[[Packet], bool]
@@ -71,6 +71,8 @@ class _Rule:
     log_prefix: str = ""
     mark: int = 0
     """What MARK sets."""
+    to: tuple[Address, int] | None = None
+    """What DNAT puts in."""
 
 
 @dataclass
@@ -83,10 +85,12 @@ class _Chain:
 _BUILTIN = {
     "filter": ("INPUT", "FORWARD", "OUTPUT"),
     "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
 }
 _TARGETS = {
     "filter": ("", "ACCEPT", "DROP", "RETURN", "REJECT", "LOG"),
     "mangle": ("", "ACCEPT", "DROP", "RETURN", "MARK", "LOG"),
+    "nat": ("", "ACCEPT", "DROP", "RETURN", "DNAT", "LOG"),
 }
 """REJECT is for filter alone: reject_tg_reg in Linux net/ipv4/netfilter/ipt_REJECT.c."""
 
@@ -200,6 +204,8 @@ class Filter:
                 continue
             if rule.target in ("ACCEPT", "DROP", "REJECT"):
                 return Outcome(rule.target, rule.reject_with, tuple(logged), met, depth, packet.mark)
+            if rule.target == "DNAT":
+                return Outcome("ACCEPT", "", tuple(logged), met, depth, packet.mark, rule.to)
             if rule.target == "MARK":
                 packet = replace(packet, mark=rule.mark)
             elif rule.target == "LOG":
@@ -348,6 +354,11 @@ class _Parser:
             if self._number(mask) != 0xFFFFFFFF:
                 raise self._unknown("a part of the mark is not known here")
             self.rule.mark = self._number(mark)
+        elif option == "--to-destination" and target == "DNAT" and self._protocol:
+            address, _, port = self._next().rpartition(":")
+            self.rule.to = ipaddress.ip_address(address), int(port)
+            if self.rule.to[0].version != self._version:
+                raise self._unknown("the address is of the other IP version")
         elif option == "--log-prefix" and target == "LOG":
             self.rule.log_prefix = self._next()
             if len(self.rule.log_prefix) > _MAX_LOG_PREFIX:

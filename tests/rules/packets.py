@@ -68,6 +68,8 @@ class Outcome(NamedTuple):
     """How many chains led to the deepest one, as nft counts: a goto is a level, too."""
     mark: int = 0
     """The firewall mark that the packet has now."""
+    led_to: tuple[Address, int] | None = None
+    """The address and port that DNAT has put in."""
 
 
 def number_range(text: str, separator: str, highest: int) -> range:

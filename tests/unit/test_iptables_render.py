@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imds_guard.backends.iptables.parse import combine, parse_chains, parse_family
-from imds_guard.backends.iptables.render import HEAD, Chains, ResolvedPolicy, digest, id_ranges, lock_comment, render
-from imds_guard.backends.iptables.rules import LOG, REJECT, ForeignRule, Rule, parse_rule
+from imds_guard.backends.iptables.render import HEAD, Chains, ResolvedPolicy, digest, lock_comment, render
+from imds_guard.backends.iptables.rules import LOG, REJECT, ForeignRule, Rule, id_ranges, parse_rule
 from imds_guard.backends.iptables.tables import Anchor, is_first, parse_save, restore_text, rule_texts
 from imds_guard.policy.decide import Caller, Destination, decide
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
