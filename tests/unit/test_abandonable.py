@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -149,6 +150,22 @@ def test_a_signal_of_the_terminal_is_left_to_the_parent() -> None:
         assert isinstance(pid, int)
         os.kill(pid, signal.SIGINT)
         assert worker.ask(2, 5.0) == pid
+
+
+def test_its_descriptors_are_closed_once_also_where_its_end_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Afterwards their numbers are those of other files."""
+    worker: Worker[int, int] = Worker(lambda number: number)
+    assert worker.ask(7, 10) == 7
+    end = children.abandon
+
+    def fail(pid: int) -> None:
+        end(pid)
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(children, "abandon", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        worker.close()
+    worker.close()
 
 
 def test_where_no_child_can_be_forked_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,9 @@ class Worker(Generic[Q, A]):
 
     def close(self) -> None:
         """Ends the child, or abandons it where it hangs."""
-        if self._child is not None:
-            self._child.abandon()
-            self._child = None
+        child, self._child = self._child, None  # its descriptors are closed once, whatever fails
+        if child is not None:
+            child.abandon()
 
     def ask(self, question: Q, within_s: float) -> A | Unanswered:
         """The answer to one question. Raises as ask_each()."""
