@@ -72,6 +72,12 @@ def journal(unit: str) -> str:
     return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
 
+def logged_changes() -> list[str]:
+    """The audit trail since the boot: a line for each change of policy."""
+    argv = ["/usr/bin/journalctl", "-b", "-o", "cat", "--no-pager", "-t", "imds-guard", "-g", "^policy changed: "]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def slow_down(*units: str) -> None:
     """Gives units more time, for an emulated machine."""
     for unit in units:

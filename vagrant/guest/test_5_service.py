@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from vagrant.guest import world
+from vagrant.guest.filtered import wait_until
 from vagrant.guest.service import (
     CONFIG,
     DROP_IN,
@@ -25,6 +26,7 @@ from vagrant.guest.service import (
     WATCH,
     can_soft_reboot,
     install_early_caller,
+    logged_changes,
     show,
     start_survivor,
     systemctl,
@@ -137,6 +139,22 @@ def _is_ours(pid: str) -> bool:
         return b"imds-guard" in Path("/proc", pid, "cmdline").read_bytes().split(b"\0")[1:2][0].rpartition(b"/")[2]
     except (OSError, IndexError):
         return False
+
+
+@EBPF
+def test_allow_for_a_time_takes_itself_back(backend: str) -> None:
+    """A timer of systemd does it, and the journal has a line for both changes. What was there before stays."""
+    answer = done("allow", "--for", "60s", "--user", str(STRANGER), "--user", str(ONE))
+    assert "this ends at" in answer
+    assert reach(STRANGER) == everywhere("connected")
+    (ends,) = json.loads(done("status", "--json"))["temporary"]
+    assert [user["id"] for user in ends["users"]] == [STRANGER]
+    wait_until(lambda: not json.loads(done("status", "--json"))["temporary"])
+    assert_locked()
+    lines = [line for line in logged_changes() if f"user {STRANGER}" in line]
+    assert [line.rpartition(": ")[2] for line in lines] == [f"+ user {STRANGER}", f"- user {STRANGER}"]
+    assert "command=\"allow --for 60s\"" in lines[0]
+    assert "command=\"revoke --timer " in lines[1]
 
 
 @EBPF
