@@ -109,15 +109,71 @@ def test_a_row_has_the_first_destination_and_the_first_and_last_time(guard: Guar
     assert time.gmtime(before - 1) <= first <= last <= time.gmtime(after + 1)
 
 
-def test_a_change_of_policy_begins_a_new_report(guard: Guard) -> None:
-    start(guard)
-    guard.reach(STRANGER, SERVICE)
-    before = guard("report", "--json").values
+def rows_of(guard: Guard) -> dict[tuple[str, int], int]:
+    """(lock, user ID) -> count."""
+    return {(row["lock"], row["uid"]): row["count"] for row in guard("report", "--json").values["rows"]}
+
+
+def test_rows_stay_through_an_allow_until_their_caller_would_pass(guard: Guard) -> None:
+    """A day of audit is not lost with the first command of its report."""
+    start(guard, "--mode", "audit")
+    for uid in (TWO, STRANGER, STRANGER):
+        assert guard.reach(uid, SERVICE) == "connected"
+    first = guard("report", "--json").values
     assert guard("allow", "--user", str(TWO)).status == 0
     after = guard("report", "--json").values
-    assert (len(before["rows"]), len(after["rows"])) == (1, 0)
-    assert after["change"] > before["change"]
+    assert rows_of(guard) == {("default", STRANGER): 2}
+    assert after["change"] > first["change"]
+    assert [row for row in first["rows"] if row["uid"] == STRANGER] == after["rows"]
+    assert guard("mode", "enforce").status == 0
+    assert guard.reach(STRANGER, SERVICE) == "EPERM"
+    assert rows_of(guard) == {("default", STRANGER): 3}
+    assert guard("allow", "--user", str(STRANGER)).status == 0
     assert "nobody yet" in guard("report").answer
+
+
+def test_rows_follow_their_address_to_the_lock_that_decides_now(guard: Guard) -> None:
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR)
+    guard.reach(STRANGER, NEIGHBOUR)
+    assert guard("allow", "--user", str(TWO), "--ip", NEIGHBOUR).status == 0
+    assert rows_of(guard) == {(NEIGHBOUR, STRANGER): 1}
+    guard.start("--user", str(ONE), "--ip", SERVICE)
+    assert rows_of(guard) == {}
+
+
+def test_a_member_of_a_group_that_is_allowed_now_has_no_row_any_more(guard: Guard) -> None:
+    """By /etc/passwd and /etc/group: daemon is an account of every Debian."""
+    start(guard)
+    guard.reach(1, SERVICE)
+    guard.reach(STRANGER, SERVICE)
+    assert guard("allow", "--group", "daemon").status == 0
+    assert rows_of(guard) == {("default", STRANGER): 1}
+
+
+def test_rows_that_stay_count_in_the_share_of_their_user(guard: Guard) -> None:
+    """Else a user with sub-IDs would get as many rows again with each change."""
+    start(guard)
+    guard.sandbox.call(lambda: _connect_as(*range(200_000, 200_512)))
+    assert guard("allow", "--user", str(TWO)).status == 0
+    guard.sandbox.call(lambda: _connect_as(*range(201_000, 201_100)))
+    found = Counter(row["who"] for row in guard("report", "--json").values["rows"])
+    assert found == {"user": 512, "others": 1}
+
+
+def test_the_lines_of_a_report_work_in_order_and_the_last_one_enforces(guard: Guard) -> None:
+    """With several lists, each names the address that was denied, and the cgroup of the guard."""
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", NEIGHBOUR, "--mode", "audit")
+    guard("allow", "--user", str(ONE + 10), "--ip", SERVICE)
+    for uid, to in ((TWO, SERVICE), (STRANGER, NEIGHBOUR), (STRANGER, NEIGHBOUR)):
+        guard.reach(uid, to)
+    lines = [line.split("#")[0] for line in guard("report").answer.splitlines() if line.startswith("  imds-guard ")]
+    assert [shlex.split(line)[1] for line in lines] == ["allow", "allow", "mode"]
+    assert all(f"--cgroup {guard.sandbox.cgroup}" in line for line in lines)
+    assert f"--ip {NEIGHBOUR}" in lines[0]
+    for line in lines:
+        assert imds_guard_command(*shlex.split(line)[1:]).status == 0, line
+    outcomes = [guard.reach(uid, to) for uid, to in ((TWO, SERVICE), (STRANGER, NEIGHBOUR), (STRANGER, SERVICE))]
+    assert outcomes == ["connected", "connected", "EPERM"]
 
 
 def test_locks_with_different_allowlists_get_a_command_each(guard: Guard) -> None:

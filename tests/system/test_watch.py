@@ -20,7 +20,18 @@ from imds_guard.backends.ebpf.pins import map_pin
 from imds_guard.kernel import bpf, lockfile
 from imds_guard.kernel.credentials import become
 from tests import command
-from tests.command import NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STAFF, STRANGER, TIMEOUT_S, TWO, Guard
+from tests.command import (
+    NEIGHBOUR,
+    ONE,
+    SERVICE,
+    SERVICE_V6,
+    STAFF,
+    STRANGER,
+    TIMEOUT_S,
+    TWO,
+    Guard,
+    imds_guard_command,
+)
 from tests.kernel.guards import folder_of
 from tests.watched import Watch, watch
 
@@ -86,7 +97,7 @@ def test_a_denial_is_printed_with_its_caller(guard: Guard) -> None:
         "gid": GID,
         "groups": 2,
         "count": 1,
-        "would_allow": f"imds-guard allow --user {STRANGER}",
+        "would_allow": f"imds-guard allow --user {STRANGER} --cgroup {guard.sandbox.cgroup}",
         "cgroup": "/" + os.path.basename(guard.sandbox.cgroup),
         "cgroup_id": os.stat(guard.sandbox.cgroup).st_ino,
     }
@@ -155,14 +166,27 @@ def test_a_denial_in_audit_mode_is_an_audited_event(guard: Guard) -> None:
 def test_would_allow_comes_from_the_policy_in_the_kernel(guard: Guard) -> None:
     """It names a group of the lock, but not for a user without an account, who can't be put into a group."""
     guard.start("--group", "daemon", "--deny-user", str(TWO), "--ip", SERVICE)
+    here = f" --cgroup {guard.sandbox.cgroup}"
     with watch(guard) as one:
         guard.reach(STRANGER, SERVICE, gid=GID)
         guard.reach(TWO, SERVICE, gid=GID)
         guard.reach(0, SERVICE, gid=GID)
-        assert one.event("denied", uid=STRANGER)["would_allow"] == f"imds-guard allow --user {STRANGER}"
+        assert one.event("denied", uid=STRANGER)["would_allow"] == f"imds-guard allow --user {STRANGER}{here}"
         assert one.event("denied", uid=TWO)["would_allow"] == f"take user {TWO} off the deny list"
-        expected = "add root to group daemon, or imds-guard allow --user root"
+        expected = "add root to group daemon, or imds-guard allow --user root" + here
         assert one.event("denied", uid=0)["would_allow"] == expected
+
+
+def test_where_the_lists_differ_the_advice_names_the_address(guard: Guard) -> None:
+    """Without --ip allow would refuse."""
+    guard.start("--user", str(ONE), "--ip", SERVICE, "--ip", SERVICE_V6)
+    assert guard("allow", "--user", str(TWO), "--ip", SERVICE_V6).status == 0
+    with watch(guard) as one:
+        guard.reach(STRANGER, SERVICE)
+        advice = one.event("denied", uid=STRANGER)["would_allow"]
+        assert advice == f"imds-guard allow --user {STRANGER} --ip {SERVICE} --cgroup {guard.sandbox.cgroup}"
+        assert imds_guard_command(*advice.split()[1:]).status == 0
+        assert guard.reach(STRANGER, SERVICE) == "connected"
 
 
 def test_without_json_an_event_is_a_line_of_key_value(guard: Guard) -> None:
@@ -171,7 +195,9 @@ def test_without_json_an_event_is_a_line_of_key_value(guard: Guard) -> None:
         guard.reach(STRANGER, SERVICE_V6)
         line = one.until(lambda line: "verdict=" in line["line"])["line"]
     assert f" verdict=denied to=[{SERVICE_V6}]:80/tcp lock=default reason=not-listed user={STRANGER} " in line
-    assert line.endswith(f' hook=connect6 would_allow="imds-guard allow --user {STRANGER}"')
+    assert line.endswith(
+        f' hook=connect6 would_allow="imds-guard allow --user {STRANGER} --cgroup {guard.sandbox.cgroup}"'
+    )
 
 
 @pytest.mark.parametrize("as_json", [True, False])

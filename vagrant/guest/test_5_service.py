@@ -153,8 +153,8 @@ def test_allow_for_a_time_takes_itself_back(backend: str) -> None:
     assert_locked()
     lines = [line for line in logged_changes() if f"user {STRANGER}" in line]
     assert [line.rpartition(": ")[2] for line in lines] == [f"+ user {STRANGER}", f"- user {STRANGER}"]
-    assert "command=\"allow --for 60s\"" in lines[0]
-    assert "command=\"revoke --timer " in lines[1]
+    assert 'command="allow --for 60s"' in lines[0]
+    assert 'command="revoke --timer ' in lines[1]
 
 
 @EBPF

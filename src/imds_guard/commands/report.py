@@ -17,9 +17,9 @@ from imds_guard.errors import BadPolicy, GuardError, UsageError
 from imds_guard.identity import user_id, user_name
 from imds_guard.kernel.abandonable import Unanswered, Worker
 from imds_guard.policy import edit
-from imds_guard.policy.endpoint_syntax import format_endpoint
-from imds_guard.policy.model import Identities, Lock, Policy, make_policy
-from imds_guard.watch.advice import HELPED_BY_ALLOW, note
+from imds_guard.policy.endpoint_syntax import endpoint_argument
+from imds_guard.policy.model import Identities, Lock, Mode, Policy, make_policy
+from imds_guard.watch.advice import HELPED_BY_ALLOW, note, place
 from imds_guard.watch.options import require_ebpf
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Suggestion(NamedTuple):
     """What would let the denied users through. Empty when an allowlist helps none of them."""
 
     commands: tuple[tuple[str, int], ...]
-    """(command, how many of the denials it would have prevented), most denials first."""
+    """(command, how many of the denials it would have prevented), most denials first. They work in this order."""
     config: str
     """The whole policy as TOML, with all these users on its allowlists."""
 
@@ -44,6 +44,8 @@ class ReportResult(NamedTuple):
     """Advice for the reasons that an allowlist does not change, and for rows that are not about one user."""
     forwarded: ForwardingState | None = None
     """Forwarded packets, whose users nobody knows; None for the guard of a cgroup."""
+    enforce: str | None = None
+    """In audit mode: the command that enforces, when all who need access are allowed."""
     refusals: Refusals | None = None
     """Of the service of the filters; None where it does not run."""
 
@@ -76,7 +78,8 @@ def report(cgroup: str | None) -> ReportResult:
     if suggestion is None:
         notes.append(_NO_SUGGESTION)
     forwarding = forwarded().describe(policy) if cgroup is None else None
-    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes), forwarding, read_refusals())
+    enforce = f"imds-guard mode enforce{place(None, cgroup)}" if found.mode is Mode.AUDIT else None
+    return ReportResult(found, suggestion or Suggestion((), ""), tuple(notes), forwarding, enforce, read_refusals())
 
 
 def _suggest_in_time(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Suggestion | None:
@@ -99,7 +102,7 @@ def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Sugge
     arguments = {row.uid: _user_argument(row.uid) for row in helped}
     counts: Counter[str] = Counter()
     for row in helped:
-        endpoint = _endpoint_of(policy, row) if needs_endpoint else None
+        endpoint = endpoint_argument(row.address, row.port, row.protocol) if needs_endpoint else None
         counts[_command(arguments[row.uid], endpoint, cgroup)] += row.count
     config = Config(_with_users(policy, helped), cgroup=cgroup)
     return Suggestion(tuple(counts.most_common()), dump_config(config).partition("\n\n")[2])
@@ -118,10 +121,7 @@ def _lock_with_users(lock: Lock, users: set[int]) -> Lock:
 
 
 def _command(user: str, endpoint: str | None, cgroup: str | None) -> str:
-    arguments = ["imds-guard", "allow", "--user", user]
-    arguments += [] if endpoint is None else ["--ip", endpoint]
-    arguments += [] if cgroup is None else ["--cgroup", cgroup]
-    return shlex.join(arguments)
+    return f"imds-guard allow --user {shlex.quote(user)}{place(endpoint, cgroup)}"
 
 
 def _has_one_list(policy: Policy) -> bool:
@@ -131,15 +131,6 @@ def _has_one_list(policy: Policy) -> bool:
     except UsageError:
         return False
     return True
-
-
-def _endpoint_of(policy: Policy, row: Row) -> str:
-    """The endpoint of the row's lock that covers its address; the address alone if the policy has changed since."""
-    for lock in policy.locks:
-        for endpoint in lock.endpoints if lock.name == row.lock else ():
-            if endpoint.covers(row.address):
-                return format_endpoint(endpoint)[0]
-    return str(row.address)
 
 
 def _user_argument(uid: int) -> str:

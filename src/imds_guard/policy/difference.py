@@ -7,14 +7,14 @@ alone changes nobody's rights. policy/difference_text.py has the words.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from imds_guard.policy.emergency import is_emergency
 from imds_guard.policy.filters import Filter, targets_of
+from imds_guard.policy.lock_index import LockIndex
 from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Network, Policy, Protocol, Verdict
-from imds_guard.policy.ports import ALL_PORTS, Ports, common_ports, minus_ports, normal_ports
+from imds_guard.policy.ports import Ports, common_ports, normal_ports
 
 Endpoints = tuple[Endpoint, ...]
 
@@ -124,12 +124,12 @@ _Pairs = dict[_Pair, dict[Network, Endpoint]]
 
 def _pairs(before: Policy | None, after: Policy | None) -> _Pairs:
     """Every port of every prefix in either policy, by the two locks that decide for it."""
-    old, new = _Index(before), _Index(after)
+    old, new = LockIndex(before), LockIndex(after)
     found: _Pairs = {}
     for network in sorted({*old.networks, *new.networks}, key=lambda one: Endpoint(one).sort_key()):
         for protocol in Protocol:
-            for one, one_ports in old.deciding(network, protocol):
-                for other, other_ports in new.deciding(network, protocol):
+            for one, one_ports, _ in old.deciding(network, protocol):
+                for other, other_ports, _ in new.deciding(network, protocol):
                     ports = common_ports(one_ports, other_ports)
                     if ports and (one, other) != (None, None):
                         _add(found.setdefault((one, other), {}), network, protocol, ports)
@@ -140,41 +140,6 @@ def _add(endpoints: dict[Network, Endpoint], network: Network, protocol: Protoco
     known = endpoints.get(network, Endpoint(network))
     both = normal_ports((*known.ports(protocol), *ports))
     endpoints[network] = known._replace(tcp=both) if protocol is Protocol.TCP else known._replace(udp=both)
-
-
-class _Index:
-    """The endpoints of a policy by prefix."""
-
-    def __init__(self, policy: Policy | None) -> None:
-        self.networks: dict[Network, list[tuple[str, Endpoint]]] = {}
-        for lock in policy.locks if policy is not None else ():
-            for endpoint in lock.endpoints:
-                self.networks.setdefault(endpoint.network, []).append((lock.name, endpoint))
-        self._lengths = {
-            version: sorted({one.prefixlen for one in self.networks if one.version == version}, reverse=True)
-            for version in (4, 6)
-        }
-
-    def deciding(self, network: Network, protocol: Protocol) -> Iterator[tuple[str | None, Ports]]:
-        """The lock for each port of a prefix: that of the most specific endpoint around it. None for no lock."""
-        rest: Ports = ALL_PORTS
-        for length in self._lengths[network.version]:
-            if length > network.prefixlen:
-                continue
-            around = _around(network, length)
-            for name, endpoint in self.networks.get(around, ()):
-                ports = common_ports(rest, endpoint.ports(protocol))
-                if ports:
-                    yield name, ports
-                    rest = minus_ports(rest, ports)
-        if rest:
-            yield None, rest
-
-
-def _around(network: Network, length: int) -> Network:
-    if isinstance(network, ipaddress.IPv4Network):
-        return network.supernet(new_prefix=length) if length < network.prefixlen else network
-    return network.supernet(new_prefix=length) if length < network.prefixlen else network
 
 
 def _at(pairs: _Pairs, keys: Iterable[_Pair]) -> Endpoints:

@@ -13,8 +13,9 @@ import re
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.builtin import builtin, builtin_at
-from imds_guard.policy.model import Address, Endpoint, Network
-from imds_guard.policy.ports import ALL_PORTS, NO_PORTS, Ports, minus_ports, normal_ports
+from imds_guard.policy.model import Address, Endpoint, Network, Protocol
+from imds_guard.policy.ports import ALL_PORTS, NO_PORTS, Ports, has_port, minus_ports, normal_ports
+from imds_guard.text import host_port
 
 _BRACKETED = r"\[([^\[\]]*)\](?:/([^:]*))?(?::(.*))?"
 _DECIMAL = r"0|[1-9][0-9]{0,9}"
@@ -187,6 +188,15 @@ def format_endpoint(endpoint: Endpoint) -> list[str]:
         for ports, protocol in ((endpoint.tcp, "tcp"), (endpoint.udp, "udp"))
         if ports
     ]
+
+
+def endpoint_argument(address: Address, port: int, protocol: Protocol | None) -> str:
+    """The shortest argument for an address that has this port: DNS, for example, is not among a built-in one's."""
+    text = str(address)
+    ports = parse_endpoint(text).ports(protocol or Protocol.TCP)
+    if has_port(ports, port):
+        return text
+    return host_port(address, port) + ("" if protocol is None else f",{protocol.value}")
 
 
 def format_ports(ports: Ports, all_ports: str = ":*") -> str:

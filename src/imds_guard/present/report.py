@@ -19,7 +19,7 @@ from imds_guard.watch.timestamps import iso_time_of
 
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf.report import Report, Row
-    from imds_guard.commands.report import ReportResult, Suggestion
+    from imds_guard.commands.report import ReportResult
 
 MAX_ROWS = 40
 """More rows or commands are only in the JSON."""
@@ -27,7 +27,7 @@ MAX_CONFIG_LINES = 400
 """A longer configuration is only in the JSON."""
 _MIN_COLUMN = 12
 _GAP = "  "
-_AUDIT_NOTE = "audit mode denies nobody: when everyone who needs access is on an allowlist, start with --mode enforce"
+_AUDIT_NOTE = "audit mode denies nobody: when everyone who needs access is on an allowlist, run imds-guard mode enforce"
 _HEAD = ("WHO, LOCK", "WHY, HOW OFTEN", "FIRST TO, BY", "FIRST, LAST (UTC)")
 
 
@@ -45,6 +45,7 @@ def report_values(result: ReportResult) -> dict[str, Any]:
         "rows": [_row_values(row, names) for row in result.report.rows],
         "allow": [{"command": command, "denials": count} for command, count in result.suggestion.commands],
         "config": result.suggestion.config or None,
+        "enforce": result.enforce,
         "notes": list(result.notes),
         "forwarded": None if result.forwarded is None else forwarding_values(result.forwarded),
         "refusals": refusal_values(result.refusals),
@@ -87,15 +88,14 @@ def report_lines(result: ReportResult) -> list[str]:
         *_forwarded(result),
         *refusal_lines(result.refusals),
         *_notes(result),
-        *_suggestion(result.suggestion),
+        *_suggestion(result),
     ]
 
 
 def _title(report: Report) -> list[str]:
     audit = report.mode is Mode.AUDIT
-    who = "Who would have been denied" if audit else "Who was denied"
-    since = f"{who} since the policy in force was set{' (audit mode)' if audit else ''}."
-    return [since, "A change of policy begins a new report."]
+    who = "Who would have been denied (audit mode)." if audit else "Who was denied, or would have been in audit mode."
+    return [who, "A change of policy removes the callers whom it lets through."]
 
 
 def _rows(report: Report) -> list[str]:
@@ -135,13 +135,15 @@ def _notes(result: ReportResult) -> list[str]:
     return ["", *(f"note: {note}" for note in notes)] if notes else []
 
 
-def _suggestion(suggestion: Suggestion) -> list[str]:
+def _suggestion(result: ReportResult) -> list[str]:
+    suggestion = result.suggestion
     if not suggestion.commands:
         return []
     lines = ["", "To let them through, run the lines of those who should have access:", ""]
     lines += [f"  {command}    # {count}" for command, count in suggestion.commands[:MAX_ROWS]]
     more = and_more(len(suggestion.commands), MAX_ROWS, "")
     lines += [f"  # {more}"] if more else []
+    lines += [] if result.enforce is None else [f"  {result.enforce}    # denies all others from then on"]
     config = suggestion.config.splitlines()
     if len(config) > MAX_CONFIG_LINES:
         return [*lines, "", f"A configuration file for all of them has {len(config)} lines: --json has it."]

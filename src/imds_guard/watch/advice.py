@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 
 from imds_guard.policy.decide import Reason
@@ -35,16 +36,27 @@ _ADVICE: dict[Reason, str] = {
 """Reason -> advice. NOT_LISTED is in _allow(), which names groups. Nothing lets a kernel thread through."""
 
 
-def would_allow(reason: Reason, uid: int, allowed_groups: Collection[int], names: NameCache) -> str | None:
-    """What would let a denied caller through; None where nothing would. The groups are those that the lock allows."""
+def place(endpoint: str | None, cgroup: str | None) -> str:
+    """The end of a command for one endpoint (None: all), and for the guard of a cgroup (None: the machine's)."""
+    words = ["", *([] if endpoint is None else ["--ip", endpoint]), *([] if cgroup is None else ["--cgroup", cgroup])]
+    return " ".join(shlex.quote(escaped(word)) if word else "" for word in words)
+
+
+def would_allow(
+    reason: Reason, uid: int, allowed_groups: Collection[int], names: NameCache, where: str = ""
+) -> str | None:
+    """What would let a denied caller through; None where nothing would. The groups are those that the lock allows.
+
+    ``where`` is place(), for the commands in it.
+    """
     user = escaped(names.user(uid))
     if reason is Reason.NOT_LISTED:
-        return _allow(user, allowed_groups, names)
-    return _ADVICE[reason].format(user=f"user {user}", name=user) if reason in _ADVICE else None
+        return _allow(user, allowed_groups, names, where)
+    return _ADVICE[reason].format(user=f"user {user}", name=user + where) if reason in _ADVICE else None
 
 
-def _allow(user: str, allowed_groups: Collection[int], names: NameCache) -> str:
-    by_user = f"imds-guard allow --user {user}"
+def _allow(user: str, allowed_groups: Collection[int], names: NameCache, where: str) -> str:
+    by_user = f"imds-guard allow --user {user}{where}"
     if not allowed_groups or user.isdecimal():  # a user without an account can't be put into a group
         return by_user
     groups = [escaped(names.group(gid)) for gid in sorted(allowed_groups)]

@@ -8,7 +8,8 @@ from typing import cast
 from imds_guard.backends.ebpf.record import Record, decode
 from imds_guard.backends.ebpf.record_source import RecordSource
 from imds_guard.kernel.cgroup import open_cgroup
-from imds_guard.watch.advice import would_allow
+from imds_guard.policy.endpoint_syntax import endpoint_argument
+from imds_guard.watch.advice import place, would_allow
 from imds_guard.watch.cgroup_info import CgroupCache, CgroupInfo
 from imds_guard.watch.event import Values, record_values
 from imds_guard.watch.fold import Fold
@@ -19,7 +20,9 @@ from imds_guard.watch.timestamps import iso_time_of
 class Describer:
     """Keeps caches, an open directory and a child. Close it."""
 
-    def __init__(self) -> None:
+    def __init__(self, cgroup: str | None = None) -> None:
+        """``cgroup`` is the path of the cgroup whose guard denies; None for the machine's."""
+        self._cgroup = cgroup
         self._root = open_cgroup()
         self._cgroups = CgroupCache(self._root)
         self._names = NameCache()
@@ -42,8 +45,16 @@ class Describer:
             values["since"] = iso_time_of(decode(fold.first).time_ns)
         if record.verdict != "allowed":
             groups = source.allowed_groups(record) if source is not None else frozenset()
-            values["would_allow"] = would_allow(record.reason, record.fsuid, groups, self._names)
+            where = place(_endpoint_of(record, source), self._cgroup)
+            values["would_allow"] = would_allow(record.reason, record.fsuid, groups, self._names, where)
         return values
+
+
+def _endpoint_of(record: Record, source: RecordSource | None) -> str | None:
+    """The address that was denied, where allow has to be told; None where one command is for all locks."""
+    if source is None or not source.needs_endpoint(record):
+        return None
+    return endpoint_argument(record.address, record.port, record.protocol)
 
 
 def program_for(record: Record, fold: Fold, programs: Programs) -> ProcessInfo:

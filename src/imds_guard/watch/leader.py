@@ -47,7 +47,7 @@ class Leader:
         self._location = location
         self._options = options
         self._output = output
-        self._describer = Describer()
+        self._describer = Describer(options.cgroup)
         self._denied = Folding(similarity_key, process_key)
         self._allowed = Folding(similarity_key, process_key)
         self._foldings = ((self._denied, _RESERVED), (self._allowed, _RESERVED_BY_ALLOWED))

@@ -181,6 +181,17 @@ class MapReader:
             for key, value in self._items(Map.LOCKS, generation)
         }
 
+    def lists_are_alike(self, generation: int) -> bool:
+        """True where all locks allow the same users and groups, user 0 left aside: the WireServer's always has it."""
+        allowed: dict[int, set[tuple[int, int]]] = {
+            abi.LOCK.unpack(value)[0]: set() for _, value in self._items(Map.LOCKS, generation)
+        }
+        for key, value in self._items(Map.MEMBERS, generation):
+            _, kind, number, identity = abi.MEMBER.unpack(key)
+            if abi.MEMBER_VALUE.unpack(value)[0] == abi.ALLOW and (kind == abi.GROUP or identity):
+                allowed.setdefault(number, set()).add((kind, identity))
+        return len({frozenset(members) for members in allowed.values()}) <= 1
+
     def report_records(self, generation: int) -> Items:
         """The report's records of a generation."""
         return self._items(Map.REPORT, generation)

@@ -26,6 +26,7 @@ class RecordSource:
         self._names: dict[int, dict[int, str]] = {}
         self._serials: dict[int, int] = {}
         self._groups: tuple[int, dict[int, frozenset[int]]] = (0, {})
+        self._alike: tuple[int, bool] = (0, True)
         self._maps = MapReader.open_checked(pins)
         try:
             self._watch_fd = open_map(pins, Map.WATCH)
@@ -115,3 +116,12 @@ class RecordSource:
         if self._groups[0] != serial:
             self._groups = (serial, self._maps.allowed_groups(generation))
         return self._groups[1].get(record.lock, frozenset())
+
+    def needs_endpoint(self, record: Record) -> bool:
+        """True where ``allow`` needs --ip, since the locks of the policy that judged the record have other lists."""
+        generation, serial = self._maps.in_force()
+        if record.lock is None or record.generation != generation:
+            return False
+        if self._alike[0] != serial:
+            self._alike = (serial, self._maps.lists_are_alike(generation))
+        return not self._alike[1]

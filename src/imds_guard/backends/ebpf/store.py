@@ -71,8 +71,27 @@ class MapStore(MapReader):
             ) from error
         self.flip(new)
         if old:
+            with suppress(OSError, GuardError):  # the policy is in force: without this the report begins anew
+                self._carry_report(old, new, policy)
             with trying("clearing the policy before from the eBPF maps", _NEXT_CLEARS):
                 self.empty(old)
+
+    def _carry_report(self, old: int, new: int, policy: Policy) -> None:
+        """Moves the rows of the report whose caller the new policy denies, too. No hook uses ``old`` any more."""
+        from imds_guard.backends.ebpf.carry import Carrier, merged, shares_of  # noqa: PLC0415 -- start-up time
+
+        items = self._items(Map.REPORT, old)
+        if not items:
+            return
+        numbers = {name: number for number, name in self.lock_names(new).items()}
+        rows = Carrier(policy, numbers, new).carried(items)
+        bpf.map_delete_all(self._fds[Map.REPORT], [key for key, _ in items])  # so that there is room for the others
+        for key, record in self._items(Map.REPORT, new):  # hooks have written them since the flip
+            if key in rows:
+                rows[key] = merged(rows[key], record)
+        bpf.map_update_all(self._fds[Map.REPORT], list(rows.items()))
+        shares = shares_of([key for key, _ in self._items(Map.REPORT, new)], new)
+        bpf.map_update_all(self._fds[Map.SHARES], [(key, abi.SHARE.pack(rows)) for key, rows in shares.items()])
 
     def _free_generation(self, in_force: int) -> int:
         """The generation for the next policy. When none is in force: not the one that has the last serial number.
