@@ -164,8 +164,10 @@ def test_stop_opens_and_start_locks(backend: str) -> None:
     assert command("status").returncode == INACTIVE
     assert reach(STRANGER) == everywhere("connected")
     assert left() == []
+    assert "no longer locked: " in logged_changes()[-1]
     systemctl("start", UNIT)
     assert_locked()
+    assert 'command="start --boot"' in logged_changes()[-1]
 
 
 @EBPF
