@@ -17,7 +17,6 @@ import psutil
 import pytest
 
 from vagrant.guest import world
-from vagrant.guest.filtered import wait_until
 from vagrant.guest.service import (
     CONFIG,
     DROP_IN,
@@ -32,7 +31,8 @@ from vagrant.guest.service import (
     systemctl,
 )
 from vagrant.guest.storm import Storm
-from vagrant.guest.world import ACTIVE, INACTIVE, ONE, STRANGER, command, done, everywhere, left, reach
+from vagrant.guest.world import ACTIVE, INACTIVE, ONE, PATIENCE_S, STRANGER, command, done, everywhere, left, reach
+from vagrant.waiting import wait_until
 
 EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
 RESTARTS = 50
@@ -149,7 +149,7 @@ def test_allow_for_a_time_takes_itself_back(backend: str) -> None:
     assert reach(STRANGER) == everywhere("connected")
     (ends,) = json.loads(done("status", "--json"))["temporary"]
     assert [user["id"] for user in ends["users"]] == [STRANGER]
-    wait_until(lambda: not json.loads(done("status", "--json"))["temporary"])
+    wait_until(lambda: not json.loads(done("status", "--json"))["temporary"], lambda: str(logged_changes()), PATIENCE_S)
     assert_locked()
     lines = [line for line in logged_changes() if f"user {STRANGER}" in line]
     assert [line.rpartition(": ")[2] for line in lines] == [f"+ user {STRANGER}", f"- user {STRANGER}"]

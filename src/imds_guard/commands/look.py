@@ -263,17 +263,26 @@ def explain(caller: Caller, endpoint: Endpoint, cgroup: str | None, pid: int | N
         neighbours += backend.faults()  # rules of others are faults there
     judge = decide_by_rules if backend.name == "iptables" else decide
     decision = judge(policy, caller, destination)
-    advice = None if decision.allowed else _advice(policy, caller, decision)
+    advice = None if decision.allowed else _advice(policy, caller, decision, place_text(policy, destination, cgroup))
     older = None if pid is None else _older(lambda now: judge(policy, now, destination), caller, decision)
     return Explanation(decision, destination, place, neighbours, advice, older)
 
 
-def _advice(policy: Policy, caller: Caller, decision: Decision) -> str | None:
+def place_text(policy: Policy, to: Destination, cgroup: str | None) -> str:
+    """The end of a command that lets somebody in there: --ip where the locks have different lists, and --cgroup."""
+    from imds_guard.policy.edit import are_alike  # noqa: PLC0415
+    from imds_guard.policy.endpoint_syntax import endpoint_argument  # noqa: PLC0415
+    from imds_guard.watch.advice import place as end_of_command  # noqa: PLC0415
+
+    return end_of_command(None if are_alike(policy) else endpoint_argument(*to), cgroup)
+
+
+def _advice(policy: Policy, caller: Caller, decision: Decision, where: str) -> str | None:
     from imds_guard.watch.advice import would_allow  # noqa: PLC0415
     from imds_guard.watch.process_info import NameCache  # noqa: PLC0415
 
     groups = next((lock.allow.groups for lock in policy.locks if lock.name == decision.lock), frozenset())
-    return would_allow(decision.reason, caller.fsuid, groups, NameCache())
+    return would_allow(decision.reason, caller.fsuid, groups, NameCache(), where)
 
 
 def _older(judge: Callable[[Caller], Decision], caller: Caller, decision: Decision) -> Older | None:

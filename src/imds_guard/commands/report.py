@@ -13,12 +13,12 @@ from imds_guard.commands.filter_refusals import Refusals, read_refusals
 from imds_guard.commands.look import active_policy, forwarded
 from imds_guard.config.read import Config
 from imds_guard.config.write import dump_config
-from imds_guard.errors import BadPolicy, GuardError, UsageError
+from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.identity import user_id, user_name
 from imds_guard.kernel.abandonable import Unanswered, Worker
-from imds_guard.policy import edit
+from imds_guard.policy.edit import are_alike
 from imds_guard.policy.endpoint_syntax import endpoint_argument
-from imds_guard.policy.model import Identities, Lock, Mode, Policy, make_policy
+from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, make_policy
 from imds_guard.watch.advice import HELPED_BY_ALLOW, note, place
 from imds_guard.watch.options import require_ebpf
 
@@ -98,12 +98,12 @@ def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Sugge
     helped = [row for row in rows if row.who is Who.USER and row.reason in HELPED_BY_ALLOW and row.lock is not None]
     if not helped:
         return Suggestion((), "")
-    needs_endpoint = not _has_one_list(policy)
+    alike = are_alike(policy)
     arguments = {row.uid: _user_argument(row.uid) for row in helped}
     counts: Counter[str] = Counter()
     for row in helped:
-        endpoint = endpoint_argument(row.address, row.port, row.protocol) if needs_endpoint else None
-        counts[_command(arguments[row.uid], endpoint, cgroup)] += row.count
+        endpoint = None if alike else endpoint_argument(row.address, row.port, row.protocol or Protocol.TCP)
+        counts[_command(arguments[row.uid], place(endpoint, cgroup))] += row.count
     config = Config(_with_users(policy, helped), cgroup=cgroup)
     return Suggestion(tuple(counts.most_common()), dump_config(config).partition("\n\n")[2])
 
@@ -120,17 +120,8 @@ def _lock_with_users(lock: Lock, users: set[int]) -> Lock:
     return lock._replace(allow=Identities(lock.allow.users | users, lock.allow.groups))
 
 
-def _command(user: str, endpoint: str | None, cgroup: str | None) -> str:
-    return f"imds-guard allow --user {shlex.quote(user)}{place(endpoint, cgroup)}"
-
-
-def _has_one_list(policy: Policy) -> bool:
-    """True when ``allow`` needs no --ip: every lock has the same allowlist."""
-    try:
-        edit.allow(policy, Identities(frozenset((0,))))
-    except UsageError:
-        return False
-    return True
+def _command(user: str, where: str) -> str:
+    return f"imds-guard allow --user {shlex.quote(user)}{where}"
 
 
 def _user_argument(uid: int) -> str:

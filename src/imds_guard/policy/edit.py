@@ -97,12 +97,12 @@ def _change(policy: Policy, endpoint: Endpoint | None, change: Change) -> Policy
 
 def _check_alike(policy: Policy) -> None:
     """Without --ip all locks change. That is clear only when they have the same allowlist."""
-    if not _are_alike(policy):
+    if not are_alike(policy):
         names = "; ".join(f"{lock.name!r}: --ip {format_endpoint(lock.endpoints[0])[0]}" for lock in policy.locks)
         raise UsageError(f"the locks have different allowlists: choose one ({names})")
 
 
-def _are_alike(policy: Policy) -> bool:
+def are_alike(policy: Policy) -> bool:
     """True when all allowlists are equal, apart from user 0, who is always on the WireServer's."""
     others = {lock.allow for lock in policy.locks if not _is_wireserver(lock)}
     with_root = {Identities(lock.allow.users | {0}, lock.allow.groups) for lock in policy.locks}

@@ -190,7 +190,7 @@ def format_endpoint(endpoint: Endpoint) -> list[str]:
     ]
 
 
-def endpoint_argument(address: Address, port: int, protocol: Protocol | None) -> str:
+def endpoint_argument(address: Address, port: int, protocol: Protocol | None = None) -> str:
     """The shortest argument for an address that has this port: DNS, for example, is not among a built-in one's."""
     text = str(address)
     ports = parse_endpoint(text).ports(protocol or Protocol.TCP)
