@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from imds_guard import __version__
+from imds_guard.kernel.sandbox import Sandbox
 from tests.tools import missing, need
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,39 +179,83 @@ def test_shellcheck_finds_nothing_in_the_scripts() -> None:
 def completions(deb: Path, tmp_path: Path) -> Path:
     """/usr/share of the unpacked package, beside a folder bin with an imds-guard that runs it."""
     output("dpkg-deb", "-x", str(deb), str(tmp_path))
-    command = tmp_path / "bin" / "imds-guard"
-    command.parent.mkdir()
-    command.write_text(
-        f"#!/bin/sh\nPYTHONPATH={tmp_path}/usr/lib/python3/dist-packages exec /usr/bin/python3 -m imds_guard\n",
-        encoding="utf-8",
-    )
-    command.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    for name, function in {"imds-guard": "main", "ip-lockdown": "ip_lockdown"}.items():
+        command = tmp_path / "bin" / name
+        command.write_text(
+            f"#!/bin/sh\nPYTHONPATH={tmp_path}/usr/lib/python3/dist-packages "
+            f"exec /usr/bin/python3 -c 'from imds_guard.cli import {function}; {function}()'\n",
+            encoding="utf-8",
+        )
+        command.chmod(0o755)
     return tmp_path / "usr" / "share"
 
 
-def in_shell(completions: Path, *command: str) -> list[str]:
+def in_shell(completions: Path, *command: str, lines: bool = False) -> list[str]:
     path = f"{completions.parents[1]}/bin:{os.environ['PATH']}"
     done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.split()
+    return done.stdout.splitlines() if lines else done.stdout.split()
 
 
-def test_bash_completes_commands_and_choices(completions: Path) -> None:
-    script = completions / "bash-completion" / "completions" / "imds-guard"
+VALUES = {
+    "imds-guard st": {"start", "status", "stop"},
+    "imds-guard start --mode ": {"enforce", "audit"},
+    "imds-guard start --group roo": {"root"},
+    "imds-guard revoke --user nobo": {"nobody"},
+    "imds-guard start --preset az": {"azure"},
+    "imds-guard start --ip 169.254.4": {"169.254.42.42"},
+    "imds-guard explain --user root 169.254.4": {"169.254.42.42"},
+    "ip-lockdown 169.254.4": {"169.254.42.42"},
+}
+"""What is typed -> what TAB offers. The endpoints are those of the built-in table, where nothing is locked."""
+
+
+@pytest.mark.parametrize("typed", VALUES)
+def test_bash_completes(completions: Path, typed: str) -> None:
+    words = typed.split(" ")
+    script = completions / "bash-completion" / "completions" / words[0]
+    function = f"_{words[0].replace('-', '_')}_completion"
     tries = (
-        "COMP_WORDS=(imds-guard st) COMP_CWORD=1; _imds_guard_completion imds-guard; "
-        "COMP_WORDS=(imds-guard start --mode ''); COMP_CWORD=3; _imds_guard_completion imds-guard; "
-        'echo "${COMPREPLY[@]}"'
+        f'COMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}; {function} {words[0]}; echo "${{COMPREPLY[@]}}"'
     )
-    found = in_shell(completions, "bash", "-c", f"source {script}; {tries}")
-    assert found == ["start", "status", "stop", "enforce", "audit"]
+    assert set(in_shell(completions, "bash", "-c", f"source {script}; {tries}")) == VALUES[typed]
 
 
-def test_fish_completes_commands(completions: Path) -> None:
+@pytest.mark.parametrize("typed", VALUES)
+def test_fish_completes(completions: Path, typed: str) -> None:
     need("fish")
-    script = completions / "fish" / "vendor_completions.d" / "imds-guard.fish"
-    found = in_shell(completions, "fish", "--no-config", "-c", f"source {script}; complete -C 'imds-guard unin'")
-    assert found[0] == "uninstall-service"
+    folder = completions / "fish" / "vendor_completions.d"
+    loaded = "; ".join(f"source {folder}/{name}.fish" for name in ("imds-guard", "ip-lockdown"))
+    found = in_shell(
+        completions, "fish", "--no-config", "-c", f"{loaded}; complete -C {shlex.quote(typed)}", lines=True
+    )
+    assert {line.split("\t")[0] for line in found} == VALUES[typed]
+
+
+@pytest.mark.parametrize("typed", [typed for typed in VALUES if len(VALUES[typed]) == 1])
+def test_zsh_completes(completions: Path, typed: str) -> None:
+    """On a terminal, as a user presses TAB: the function is loaded from a file of fpath at that moment."""
+    need("zsh")
+    folder = completions / "zsh" / "vendor-completions"
+    path = f"{completions.parents[1]}/bin:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PS1": "", "TERM": "dumb", "HOME": str(completions)}
+    shell = pexpect.spawn("zsh", ["-f", "-i"], env=environment, encoding="utf-8", timeout=30, echo=False)
+    with closing(shell):
+        shell.sendline(f"fpath=({folder} $fpath); autoload -Uz compinit; compinit -u -D; echo ready")
+        shell.expect_exact("ready\r\n")
+        shell.send(f"{typed}\t")
+        (value,) = VALUES[typed]
+        shell.expect_exact(value)
+
+
+def test_cgroups_are_completed_level_by_level(completions: Path) -> None:
+    """Those in the folder that was typed; not those of other file systems."""
+    with Sandbox() as sandbox:
+        script = completions / "bash-completion" / "completions" / "imds-guard"
+        words = f"(imds-guard status --cgroup {sandbox.cgroup[:-3]})"
+        tries = f'COMP_WORDS={words} COMP_CWORD=3; _imds_guard_completion imds-guard; echo "${{COMPREPLY[@]}}"'
+        assert in_shell(completions, "bash", "-c", f"source {script}; {tries}") == [sandbox.cgroup]
 
 
 def test_zsh_runs_the_completion_when_it_loads_it(completions: Path) -> None:

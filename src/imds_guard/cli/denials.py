@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from imds_guard.cli import streams
+from imds_guard.cli import complete, streams
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import print_json, print_lines
@@ -53,7 +53,12 @@ def report(as_json: bool, cgroup: str | None) -> None:
 
 
 @cli.command()
-@click.option("--textfile", metavar="PATH", help="Write them to a file, for node_exporter's textfile collector.")
+@click.option(
+    "--textfile",
+    metavar="PATH",
+    shell_complete=complete.files,
+    help="Write them to a file, for node_exporter's textfile collector.",
+)
 @cgroup_option
 def metrics(textfile: str | None, cgroup: str | None) -> None:
     """Print state and counters as Prometheus text."""

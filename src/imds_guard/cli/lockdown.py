@@ -6,6 +6,7 @@ from __future__ import annotations
 import click
 
 from imds_guard import CONFIG_PATH, identity
+from imds_guard.cli import complete
 from imds_guard.cli.options import backend_option, cgroup_option, dry_run_option, keep_existing_option
 from imds_guard.cli.output import print_outcome, print_progress
 from imds_guard.commands import change
@@ -16,8 +17,8 @@ from imds_guard.policy.difference import Difference
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("ip")
-@click.argument("users", nargs=-1)
+@click.argument("ip", shell_complete=complete.endpoints)
+@click.argument("users", nargs=-1, shell_complete=complete.users)
 @backend_option
 @cgroup_option
 @keep_existing_option

@@ -8,6 +8,7 @@ from typing import Any, Callable, TypeVar
 import click
 
 from imds_guard import CONFIG_PATH
+from imds_guard.cli import complete
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -24,8 +25,15 @@ def options(*several: Callable[[F], F]) -> Callable[[F], F]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-cgroup_option = click.option("--cgroup", metavar="PATH", help="Guard this cgroup2 subtree, not the whole machine.")
-config_option = click.option("--config", metavar="FILE", help=f"Configuration file (default {CONFIG_PATH}).")
+cgroup_option = click.option(
+    "--cgroup",
+    metavar="PATH",
+    shell_complete=complete.cgroups,
+    help="Guard this cgroup2 subtree, not the whole machine.",
+)
+config_option = click.option(
+    "--config", metavar="FILE", shell_complete=complete.files, help=f"Configuration file (default {CONFIG_PATH})."
+)
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "ebpf", "iptables"]), help="What enforces (default auto: eBPF if it can)."
 )
@@ -41,15 +49,55 @@ resolve_option = click.option(
 )
 
 policy_options = options(
-    click.option("--group", "groups", multiple=True, metavar="G", help="Allow this group (name or ID; repeatable)."),
-    click.option("--user", "users", multiple=True, metavar="U", help="Allow this user (name or ID; repeatable)."),
     click.option(
-        "--deny-group", "deny_groups", multiple=True, metavar="G", help="Deny this group, whoever is allowed."
+        "--group",
+        "groups",
+        multiple=True,
+        metavar="G",
+        shell_complete=complete.groups,
+        help="Allow this group (name or ID; repeatable).",
     ),
-    click.option("--deny-user", "deny_users", multiple=True, metavar="U", help="Deny this user, whoever is allowed."),
+    click.option(
+        "--user",
+        "users",
+        multiple=True,
+        metavar="U",
+        shell_complete=complete.users,
+        help="Allow this user (name or ID; repeatable).",
+    ),
+    click.option(
+        "--deny-group",
+        "deny_groups",
+        multiple=True,
+        metavar="G",
+        shell_complete=complete.groups,
+        help="Deny this group, whoever is allowed.",
+    ),
+    click.option(
+        "--deny-user",
+        "deny_users",
+        multiple=True,
+        metavar="U",
+        shell_complete=complete.users,
+        help="Deny this user, whoever is allowed.",
+    ),
     click.option("--nobody", is_flag=True, help="Allow nobody at all, root included."),
-    click.option("--ip", "ips", multiple=True, metavar="ENDPOINT", help="Lock ADDR[/LEN][:PORTS][,tcp|udp|any]."),
-    click.option("--preset", "presets", multiple=True, metavar="NAME", help="Lock a built-in set of endpoints."),
+    click.option(
+        "--ip",
+        "ips",
+        multiple=True,
+        metavar="ENDPOINT",
+        shell_complete=complete.endpoints,
+        help="Lock ADDR[/LEN][:PORTS][,tcp|udp|any].",
+    ),
+    click.option(
+        "--preset",
+        "presets",
+        multiple=True,
+        metavar="NAME",
+        shell_complete=complete.presets,
+        help="Lock a built-in set of endpoints.",
+    ),
     click.option("--mode", type=click.Choice(["enforce", "audit"]), help="audit: count denials, deny nobody."),
     click.option(
         "--containers", type=click.Choice(["deny", "allow"]), help="Deny containers, or judge them by their IDs."
@@ -68,8 +116,28 @@ save_options = options(
 )
 
 change_options = options(
-    click.option("--group", "groups", multiple=True, metavar="G", help="This group (name or ID; repeatable)."),
-    click.option("--user", "users", multiple=True, metavar="U", help="This user (name or ID; repeatable)."),
-    click.option("--ip", "ip", metavar="ENDPOINT", help="Only at this endpoint. A lock with more endpoints is split."),
+    click.option(
+        "--group",
+        "groups",
+        multiple=True,
+        metavar="G",
+        shell_complete=complete.groups,
+        help="This group (name or ID; repeatable).",
+    ),
+    click.option(
+        "--user",
+        "users",
+        multiple=True,
+        metavar="U",
+        shell_complete=complete.users,
+        help="This user (name or ID; repeatable).",
+    ),
+    click.option(
+        "--ip",
+        "ip",
+        metavar="ENDPOINT",
+        shell_complete=complete.locked,
+        help="Only at this endpoint. A lock with more endpoints is split.",
+    ),
     save_options,
 )
