@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Union
 
 import pytest
@@ -201,3 +202,45 @@ def test_a_descriptor_that_does_not_block_gets_the_whole_answer() -> None:
     assert process.wait(command.TIMEOUT_S) == DONE
     thread.join()
     assert read[0].decode() == command.imds_guard_command(*words).answer
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def in_journal(file: Path, *words: str) -> list[str]:
+    """The lines of a program whose streams systemd has connected to the journal: a file that it says to be that."""
+    with file.open("wb") as stream:
+        status = os.fstat(stream.fileno())
+        subprocess.run(
+            command.argv(words),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+            timeout=command.TIMEOUT_S,
+            check=False,
+        )
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def test_lines_of_the_journal_have_priorities(guard: Guard, tmp_path: Path) -> None:
+    """Warnings 4, errors 3 (sd-daemon(3)). What was done is one entry."""
+    words = ("start", "--nobody", "--ip", SERVICE, "--cgroup", guard.sandbox.cgroup)
+    done, *warnings = in_journal(tmp_path / "journal", *words)
+    assert done.startswith("imds-guard is active (ebpf): 1 endpoint locked; ")
+    assert "<4>warning: lock default lets nobody through, root included" in warnings
+    assert all(line.startswith("<4>warning: ") for line in warnings)
+    (error,) = in_journal(tmp_path / "journal", "start", "--group", "no-such-group", "--cgroup", guard.sandbox.cgroup)
+    assert error.startswith("<3>imds-guard: there is no group 'no-such-group'")
+
+
+def test_other_streams_have_no_priorities(guard: Guard) -> None:
+    """JOURNAL_STREAM is inherited by whatever a unit starts, with its output somewhere else."""
+    started = command.run(
+        command.argv(("start", "--nobody", "--ip", SERVICE, "--cgroup", guard.sandbox.cgroup)),
+        {"JOURNAL_STREAM": "1:2"},
+    )
+    assert started.status == DONE
+    assert "warning: lock default lets nobody through" in started.stderr
+    assert "<4>" not in started.stderr
+    assert "  lock default" in started.stdout.splitlines()

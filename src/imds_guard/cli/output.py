@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _DEFAULT_COLUMNS = 80
 
+_ERROR, _WARNING = "<3>", "<4>"
+"""What systemd takes for the priority of a line in the journal (sd-daemon(3))."""
+
 _NEEDS_THE_PACKAGE = frozenset({"install-service", "uninstall-service"})
 _COMMAND = re.compile(rf"\bimds-guard (?=(?:{'|'.join(sorted(MODULES.keys() - _NEEDS_THE_PACKAGE))})\b)")
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_./+~-]+", re.ASCII)
@@ -61,12 +64,14 @@ def print_json(values: object) -> None:
 def print_warnings(sentences: Iterable[str]) -> None:
     """Prints each sentence to standard error, after ``warning:``."""
     for sentence in sentences:
-        _print_error(f"warning: {sentence}")
+        _print_error(f"warning: {sentence}", _WARNING)
 
 
-def _print_error(sentence: str) -> None:
+def _print_error(sentence: str, priority: str) -> None:
     """Prints to standard error: wrapped between words on a terminal, else one line for programs to read."""
     sentence = _to_paste(sentence)
+    if sys.stderr is not None and streams.is_journal(sys.stderr.fileno()):
+        sentence = priority + sentence
     if sys.stderr is not None and sys.stderr.isatty():
         import textwrap  # noqa: PLC0415 -- start-up time: only a terminal needs it
 
@@ -105,13 +110,18 @@ def print_progress(line: str) -> None:
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
     """Prints the result of a change, and its warnings."""
-    from imds_guard.present.outcome import outcome_lines, outcome_values, outcome_warnings  # noqa: PLC0415
+    from imds_guard.present.outcome import (  # noqa: PLC0415
+        outcome_lines,
+        outcome_sentence,
+        outcome_values,
+        outcome_warnings,
+    )
 
     streams.require_reader()
     if as_json:
         print_json(outcome_values(outcome))
         return
-    print_lines(outcome_lines(outcome))
+    print_lines([outcome_sentence(outcome)] if streams.is_journal(sys.stdout.fileno()) else outcome_lines(outcome))
     print_warnings(outcome_warnings(outcome))
 
 
@@ -119,5 +129,5 @@ def fail(error: BaseException, status: int) -> NoReturn:
     """Ends the command with one sentence on standard error. On a terminal its parts are lines of their own."""
     listed = error.lines if isinstance(error, GuardError) and sys.stderr is not None and sys.stderr.isatty() else ()
     for line in (f"imds-guard: {listed[0]}", *listed[1:]) if listed else (f"imds-guard: {error}",):
-        _print_error(line)
+        _print_error(line, _ERROR)
     sys.exit(status)

@@ -72,6 +72,14 @@ class Stream(io.TextIOBase):
             self.error = self.error or error
 
 
+def is_journal(fd: int) -> bool:
+    """True where systemd has connected the descriptor to the journal (JOURNAL_STREAM in systemd.exec(5))."""
+    with suppress(OSError):
+        status = os.fstat(fd)
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
+
+
 def _write_all(fd: int, content: bytes) -> None:
     rest = memoryview(content)
     while rest:

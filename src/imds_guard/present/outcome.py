@@ -26,15 +26,24 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     done = [part for line in outcome.done for part in wrapped("", line)]
     if outcome.dry_run:
         return [*(change_lines(outcome.difference) or ["nothing would change"]), *done, _DRY_RUN]
-    endpoints = sum(len(lock.endpoints) for lock in policy.locks)
-    state = "active" if policy.mode is Mode.ENFORCE else "active in audit mode, which denies nobody"
-    lines = [*change_lines(outcome.difference), *done]
-    lines.append(f"imds-guard is {state} ({outcome.backend}): {count_of(endpoints, 'endpoint')} locked")
+    lines = [*change_lines(outcome.difference), *done, _headline(outcome)]
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
     for one in policy.filters:
         lines += ["  " + line for line in filter_lines(one, policy, outcome.backend)]
     return lines + (connection_lines(outcome.existing) if outcome.existing is not None else [])
+
+
+def outcome_sentence(outcome: Outcome) -> str:
+    """What was done and what is in force now, as one entry of a log. What differs has an entry of its own."""
+    return "; ".join([_headline(outcome), *outcome.done])
+
+
+def _headline(outcome: Outcome) -> str:
+    policy = outcome.policy
+    endpoints = sum(len(lock.endpoints) for lock in policy.locks)
+    state = "active" if policy.mode is Mode.ENFORCE else "active in audit mode, which denies nobody"
+    return f"imds-guard is {state} ({outcome.backend}): {count_of(endpoints, 'endpoint')} locked"
 
 
 def outcome_warnings(outcome: Outcome) -> list[str]:
