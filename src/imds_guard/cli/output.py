@@ -70,7 +70,7 @@ def print_warnings(sentences: Iterable[str]) -> None:
 def _print_error(sentence: str, priority: str) -> None:
     """Prints to standard error: wrapped between words on a terminal, else one line for programs to read."""
     sentence = _to_paste(sentence)
-    if sys.stderr is not None and streams.is_journal(sys.stderr.fileno()):
+    if sys.stderr is not None and streams.is_journal(sys.stderr):
         sentence = priority + sentence
     if sys.stderr is not None and sys.stderr.isatty():
         import textwrap  # noqa: PLC0415 -- start-up time: only a terminal needs it
@@ -121,7 +121,7 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         print_json(outcome_values(outcome))
         return
-    print_lines([outcome_sentence(outcome)] if streams.is_journal(sys.stdout.fileno()) else outcome_lines(outcome))
+    print_lines([outcome_sentence(outcome)] if streams.is_journal(sys.stdout) else outcome_lines(outcome))
     print_warnings(outcome_warnings(outcome))
 
 

@@ -72,10 +72,10 @@ class Stream(io.TextIOBase):
             self.error = self.error or error
 
 
-def is_journal(fd: int) -> bool:
-    """True where systemd has connected the descriptor to the journal (JOURNAL_STREAM in systemd.exec(5))."""
-    with suppress(OSError):
-        status = os.fstat(fd)
+def is_journal(stream: TextIO) -> bool:
+    """True where systemd has connected the stream to the journal (JOURNAL_STREAM in systemd.exec(5))."""
+    with suppress(OSError):  # also one without a descriptor
+        status = os.fstat(stream.fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     return False
 
