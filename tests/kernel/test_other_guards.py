@@ -131,3 +131,25 @@ def test_all_guards_of_cgroups_can_be_removed_at_once(orphan: other_guards.Orpha
         assert f"removed the guard of the cgroup with ID {orphan.cgroup_id} (it is gone)" in done
         assert (passing(one, (OLD, NEW)), passing(two, (OLD, NEW))) == (frozenset({OLD, NEW}),) * 2
     assert guards_in(own_bpffs) == []
+
+
+@pytest.mark.parametrize("first", ["a pin", "all pins"])
+def test_two_commands_remove_the_same_orphan(
+    orphan: other_guards.Orphan, own_bpffs: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """A guard that stop is removing looks like an orphan to another start: each may find that the other was faster."""
+    listed = os.listdir
+
+    def by_somebody_else(path: str) -> list[str]:
+        names = listed(path)
+        if path == orphan.path or path == f"{orphan.path}~old":
+            for name in names[: 1 if first == "a pin" else None]:
+                os.unlink(os.path.join(path, name))
+            if first == "all pins":
+                os.rmdir(path)
+        return names
+
+    monkeypatch.setattr(os, "listdir", by_somebody_else)
+    other_guards.remove_orphans()
+    monkeypatch.undo()
+    assert not list(own_bpffs.glob("imds-guard*"))

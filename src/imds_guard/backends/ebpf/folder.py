@@ -116,9 +116,11 @@ class Folder:
             return
         if detach:
             hooks.detach_all(path)
-        with trying(f"removing {path}", "run the command again"):
+        # A guard that is being removed looks like one whose cgroup is gone, which any start removes.
+        with trying(f"removing {path}", "run the command again"), suppress(FileNotFoundError):
             for name in os.listdir(path):
-                os.unlink(os.path.join(path, name))
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(path, name))
             os.rmdir(path)
 
 
