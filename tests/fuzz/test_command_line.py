@@ -51,7 +51,19 @@ _VALUES = (
         "\udcff",
     ),
 )
-_COMMANDS = ("start", "stop", "allow", "revoke", "check", "explain", "export", "status", "endpoints", "nonsense")
+_COMMANDS = (
+    "start",
+    "stop",
+    "allow",
+    "revoke",
+    "mode",
+    "check",
+    "explain",
+    "export",
+    "status",
+    "endpoints",
+    "nonsense",
+)
 
 
 def command_lines() -> st.SearchStrategy[list[str]]:

@@ -37,9 +37,15 @@ def guard() -> Iterator[Guard]:
 def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     """Scripts read these keys: one that is removed or renamed breaks them."""
     started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
-    assert set(started.values) == {"backend", "policy", "done", "warnings", "shut_out", "not_inspected", "connections"}
+    assert set(started.values) == {
+        *("backend", "policy", "done", "warnings", "shut_out", "not_inspected", "connections"),
+        *("difference", "dry_run"),
+    }
+    assert set(started.values["difference"]) == {
+        *("locked", "unlocked", "lists", "others", "settings", "filters", "locks_less"),
+    }
     status = guard("status", "--json").values
-    assert set(status) == {"state", "backend", "emergency", "faults", "known", "policy", "ebpf"}
+    assert set(status) == {"state", "backend", "emergency", "faults", "known", "policy", "ebpf", "temporary", "notes"}
     assert set(status["ebpf"]) == {
         *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "other_programs", "counters"),
     }
@@ -80,6 +86,8 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
         "known": [],
         "policy": None,
         "ebpf": None,
+        "temporary": [],
+        "notes": [],
     }
 
 
@@ -167,7 +175,9 @@ def test_the_built_in_table_fits_a_terminal_but_for_long_urls() -> None:
     assert [line for line in lines if len(line) > COLUMNS and not line.strip().startswith("https://")] == []
 
 
-@pytest.mark.parametrize("name", ["", "start", "stop", "status", "allow", "revoke", "check", "explain", "endpoints"])
+@pytest.mark.parametrize(
+    "name", ["", "start", "stop", "status", "allow", "revoke", "mode", "check", "explain", "endpoints"]
+)
 def test_help(name: str) -> None:
     """--help and -h print the same, in 80 columns."""
     words = (name,) if name else ()

@@ -126,6 +126,8 @@ ARGUMENTS: dict[str, tuple[int, tuple[str, ...], str]] = {
     "allow at an empty address": (BAD, ("allow", "--user", str(TWO), "--ip", ""), "'' is not an endpoint"),
     "allow at the unspecified address": (BAD, ("allow", "--user", str(TWO), "--ip", "0.0.0.0"), "is not an endpoint"),
     "revoke an endless number": (BAD, ("revoke", "--user", "9" * 50), "is not a user ID"),
+    "a mode that is none": (USAGE, ("mode", "off"), "'off' is not one of"),
+    "a timer and a user": (USAGE, ("revoke", "--timer", "a", *WHO), "--timer says by itself what to revoke"),
     "explain nobody": (USAGE, ("explain", SERVICE), "name either --pid or --user"),
     "explain two": (USAGE, ("explain", "--pid", "1", "--user", "root", SERVICE), "name either --pid or --user"),
     "explain nothing": (USAGE, ("explain", "--user", "root"), "Missing argument"),

@@ -39,6 +39,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "status": (),
     "allow": ("--user", str(TWO)),
     "revoke": ("--user", str(ONE)),
+    "mode": ("enforce",),
     "check": (),
     "explain": ("--user", "root", NEIGHBOUR),
     "export": ("--format", "nftables"),
@@ -110,7 +111,7 @@ def test_every_command_has_its_capabilities() -> None:
 
 
 LOOK = ("status", "check", "explain", "export", "verify", "watch", "report", "metrics", "demo", "filter")
-CHANGE = ("start", "ip-lockdown", "allow", "revoke", "stop")
+CHANGE = ("start", "ip-lockdown", "allow", "revoke", "mode", "stop")
 
 
 def test_each_command_is_tested() -> None:
@@ -126,7 +127,7 @@ def test_a_reading_command_works_with_its_capabilities_alone(running: Guard, nam
 
 def test_changing_commands_work_with_their_capabilities_alone(guard: Guard) -> None:
     """One after the other: the lock holds, and nothing is left in the end."""
-    allowed = {"start": [ONE], "ip-lockdown": [0, ONE], "allow": [0, ONE, TWO], "revoke": [0, TWO]}
+    allowed = {"start": [ONE], "ip-lockdown": [0, ONE], "allow": [0, ONE, TWO], "revoke": [0, TWO], "mode": [0, TWO]}
     for name in CHANGE:
         done = run_with(guard, name, REQUIRED[name])
         assert done.status == 0, (name, done)
@@ -150,7 +151,7 @@ def test_a_command_is_refused_without_any_one_of_its_capabilities(untouched: Gua
 
 def test_a_refused_command_does_not_change_a_running_guard(running: Guard) -> None:
     before = running.status()
-    for name in ("start", "stop", "allow", "revoke", "verify", "ip-lockdown"):
+    for name in ("start", "stop", "allow", "revoke", "mode", "verify", "ip-lockdown"):
         assert run_with(running, name, ()).status == NO_PERMISSION
     assert running.status() == before
 

@@ -132,7 +132,7 @@ def test_standard_error_changes_no_status(running: Guard, name: str, state: str)
 # --- commands that change something -----------------------------------------------------------------------------------
 
 OF_CHANGE = {"closed": DONE, "full": UNSAID, "broken": UNSAID}
-ALLOWED = {"start": [ONE], "ip-lockdown": [0, ONE], "allow": [0, ONE, TWO], "revoke": [0, TWO]}
+ALLOWED = {"start": [ONE], "ip-lockdown": [0, ONE], "allow": [0, ONE, TWO], "revoke": [0, TWO], "mode": [0, TWO]}
 """Who is let through after each of CHANGE."""
 
 
