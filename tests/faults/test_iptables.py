@@ -15,7 +15,8 @@ import pytest
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
-from imds_guard.policy.model import Policy
+from imds_guard.policy.filters import Filter
+from imds_guard.policy.model import Identities, Policy, make_policy
 from tests.faults import trials
 from tests.faults.callers import Callers
 from tests.faults.trials import Before, Trial
@@ -35,6 +36,14 @@ def _seen(users: AbstractSet[int], read: Policy | None) -> Before:
 NOTHING = _seen(EVERYONE, None)
 UNDER_OLD = _seen({OLD, BOTH}, OLD_POLICY)
 UNDER_NEW = _seen({NEW, BOTH}, NEW_POLICY)
+
+
+FILTERED_POLICY = make_policy(
+    NEW_POLICY.locks,
+    filters=[Filter("one", (NEW_POLICY.locks[0].name,), Identities(frozenset((STRANGER,))), port=PORT)],
+)
+"""Nobody listens as the filter, so its caller is denied."""
+UNDER_FILTERED = _seen({NEW, BOTH}, FILTERED_POLICY)
 
 
 @dataclass
@@ -110,6 +119,18 @@ def test_a_change(stage: Stage) -> None:
             8,
         )
     )
+
+
+def test_a_change_to_filters(stage: Stage) -> None:
+    """Three tables and one file more. After a failed change the old or the new policy is in force."""
+    put, apply = stage.put, lambda: stage.backend.apply(FILTERED_POLICY)
+    stage.inside(Trial(put(OLD_POLICY), apply, stage.look, UNDER_OLD, UNDER_FILTERED, put(FILTERED_POLICY), 8))
+
+
+def test_stop_with_filters(stage: Stage) -> None:
+    """As test_stop()."""
+    put, remove = stage.put(FILTERED_POLICY), stage.backend.remove
+    stage.inside(Trial(put, remove, stage.look, UNDER_FILTERED, NOTHING, stage.stop, 6))
 
 
 def test_stop(stage: Stage) -> None:
