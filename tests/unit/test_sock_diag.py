@@ -91,6 +91,19 @@ def test_a_socket_is_described_correctly(
 
 
 @needs_root
+def test_a_listener_is_no_connection() -> None:
+    """The kernel answers with it where there is none."""
+    with socket.socket() as server, SockDiag() as diag:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        here = server.getsockname()
+        with socket.create_connection(here) as client:
+            found = diag.find_tcp(client.getsockname(), here)
+            assert found is not None
+            assert (found.state, found.local_port) == (ESTABLISHED, client.getsockname()[1])
+        assert diag.find_tcp(here, ("127.0.0.9", 9)) is None
+
+
 def test_the_maker_has_a_user_id() -> None:
     def work() -> None:
         become((STRANGER,) * 3)

@@ -112,7 +112,11 @@ class SockDiag:
                 yield _parse(protocol, answer.body)
 
     def find_tcp(self, local: tuple[str, int], remote: tuple[str, int]) -> Socket | None:
-        """The TCP socket with this pair of IPv4 addresses and ports, also one of AF_INET6; None where there is none."""
+        """The TCP socket with this pair of IPv4 addresses and ports, also one of AF_INET6; None where there is none.
+
+        Where there is none the kernel answers with a listener at ``local``: inet_diag_find_one_icsk() in Linux
+        net/ipv4/inet_diag.c. Anybody may have one at a caller's port.
+        """
         ports = struct.pack("!HH", local[1], remote[1])
         addresses = b"".join(socket.inet_aton(address).ljust(16, b"\0") for address, _ in (local, remote))
         body = _REQUEST.pack(
@@ -122,7 +126,8 @@ class SockDiag:
             answers = list(self._ask(_SOCK_DIAG_BY_FAMILY, netlink.ACK, body))
         except FileNotFoundError:
             return None
-        return next((_parse(socket.IPPROTO_TCP, answer.body) for answer in answers), None)
+        found = (_parse(socket.IPPROTO_TCP, answer.body) for answer in answers)
+        return next((one for one in found if one.state != LISTEN), None)
 
     def destroy(self, one: Socket) -> bool:
         """Ends a connection: its holders get ECONNABORTED, its peer a reset. False when it was gone already.
