@@ -21,11 +21,14 @@ from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.backends.iptables.form import Form
 from imds_guard.commands import filter_places, filter_refusals, filter_service
+from imds_guard.connections.cut import find_denied
+from imds_guard.connections.find import Scope
 from imds_guard.errors import GuardError, Unsupported
 from imds_guard.kernel import accounts, lockfile
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
+from imds_guard.kernel.sock_diag import ESTABLISHED, SockDiag
 from imds_guard.policy.filters import FILTER_PORT, Filter, FilterRules
 from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
 from imds_guard.policy.ports import ALL_PORTS
@@ -241,6 +244,48 @@ def test_a_place_that_was_given_up_meanwhile_is_not_served(scene: Scene) -> None
         return len(stale), len(fresh)
 
     assert scene.machine.call(listen) == (0, 1)
+
+
+def test_open_connections_to_a_filter_stay(machine: Machine) -> None:
+    """Their sockets look like direct ones. One that is direct, and one of a caller of another filter now, are found."""
+    scene = Scene(machine)
+    scene.sandbox.spawn(serve_metadata)
+    wait_until(lambda: scene.ask(ALLOWED, SECRET) == "200")
+    scene.sandbox.spawn(partial(_hold, 40_011))
+    wait_until(lambda: _are_open(machine, {40_011}))
+    machine.apply(POLICY)
+    scene.start()
+    scene.sandbox.spawn(partial(_hold, 40_012))
+    wait_until(lambda: _are_open(machine, {40_011, 40_012}))
+    second = Filter("second", ("default",), Identities(frozenset((BY_USER,))), rules=SECOND)
+    other = make_policy(POLICY.locks, filters=(second, *POLICY.filters), filter_uid=ACCOUNT.uid)
+
+    def find(policy: Policy) -> list[int]:
+        held = machine.backend().wanted()
+        assert held is not None
+        found = find_denied(policy, Scope(every_namespace=False), held[1], by_nat=True)
+        return sorted(one.local[1] for one in found.still_open if one.local[1] in (40_011, 40_012))
+
+    assert machine.call(lambda: [find(POLICY), find(other)]) == [[40_011], [40_011, 40_012]]
+
+
+def _hold(port: int) -> None:
+    """A connection of a caller of the filter, until it is killed."""
+    become(uids=(BY_USER,) * 3, gids=(62_001,) * 3, groups=())
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((METADATA, port))
+        one.connect((METADATA, 80))
+        signal.pause()
+
+
+def _are_open(machine: Machine, ports: set[int]) -> bool:
+    def find() -> set[int]:
+        with SockDiag() as diag:
+            sockets = list(diag.each_socket(socket.AF_INET, socket.IPPROTO_TCP, (ESTABLISHED,)))
+        return {one.local_port for one in sockets if one.remote_port == 80}
+
+    return ports <= machine.call(find)
 
 
 def test_the_other_backend_takes_over(scene: Scene) -> None:

@@ -8,6 +8,7 @@ All of it reads what processes chose themselves. So nobody waits for it but the 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from imds_guard.backends.ebpf.filter_listeners import listeners_under
@@ -15,12 +16,14 @@ from imds_guard.commands import preflight
 from imds_guard.connections.cut import SWEEP_S, Sweep
 from imds_guard.connections.find import Scope
 from imds_guard.connections.values import WhyOpen
+from imds_guard.errors import GuardError
 from imds_guard.kernel import lockfile
 from imds_guard.policy.filters import FILTER_SOCKET
 from imds_guard.policy.model import Mode
 
 if TYPE_CHECKING:
     from imds_guard.commands.outcome import Outcome, Pending
+    from imds_guard.policy.filter_address import Listener
     from imds_guard.policy.model import Policy
 
 PREFLIGHT_S = 3.0
@@ -67,5 +70,18 @@ def _sweep(outcome: Outcome, pending: Pending) -> Sweep:
     """iptables judges one network namespace, eBPF all of them."""
     scope = Scope(pending.cgroup, every_namespace=outcome.backend == "ebpf")
     why = WhyOpen.AUDIT if outcome.policy.mode is Mode.AUDIT else WhyOpen.KEPT if pending.keep else None
-    listeners = listeners_under(outcome.policy, pending.cgroup) if outcome.backend == "ebpf" else []
-    return Sweep(scope, why, pending.turn.is_last, cut=why is None, listeners=listeners)
+    by_nat = outcome.backend == "iptables"
+    listeners = _led_by_nat(outcome.policy) if by_nat else listeners_under(outcome.policy, pending.cgroup)
+    return Sweep(scope, why, pending.turn.is_last, cut=why is None, listeners=listeners, by_nat=by_nat)
+
+
+def _led_by_nat(policy: Policy) -> list[Listener]:
+    """What listens for the filters under iptables. Where that can't be read, their connections count as direct."""
+    if not policy.filters:
+        return []
+    from imds_guard.backends.iptables import IptablesBackend  # noqa: PLC0415 -- start-up time
+
+    with suppress(GuardError):
+        held = IptablesBackend().wanted()
+        return [] if held is None else held[1]
+    return []

@@ -43,9 +43,13 @@ MAX_SEARCHES = 5
 """When this many searches in a row find connections, new ones are opened all the time."""
 
 
-def find_denied(policy: Policy, scope: Scope, listeners: Iterable[Listener] = ()) -> CutResult:
-    """The connections that ``policy`` would not allow. None is cut. ``listeners`` are those of its filters."""
-    sweep = Sweep(scope, WhyOpen.AUDIT if policy.mode is Mode.AUDIT else None, cut=False, listeners=listeners)
+def find_denied(policy: Policy, scope: Scope, listeners: Iterable[Listener] = (), *, by_nat: bool = False) -> CutResult:
+    """The connections that ``policy`` would not allow. None is cut. ``listeners`` are those of its filters.
+
+    ``by_nat``: NAT leads callers to these.
+    """
+    why = WhyOpen.AUDIT if policy.mode is Mode.AUDIT else None
+    sweep = Sweep(scope, why, cut=False, listeners=listeners, by_nat=by_nat)
     sweep.look(policy)
     return sweep.result()
 
@@ -70,12 +74,14 @@ class Sweep:
         *,
         cut: bool = True,
         listeners: Iterable[Listener] = (),
+        by_nat: bool = False,
     ) -> None:
         self._scope = scope
         self._keep = keep
         self._is_wanted = is_wanted
         self._cut = cut
         self._listeners = {(one.target_number, one.number): one for one in listeners}
+        self._by_nat = by_nat
         self._done: dict[bytes, Connection] = {}
         self._open: dict[bytes, Connection] = {}
         self._why: dict[bytes, WhyOpen | None] = {}
@@ -159,7 +165,7 @@ class Sweep:
     def _search(self, policy: Policy) -> list[Denied]:
         """The connections of the scope that the policy denies."""
         self._whole = True
-        rules = Rules(policy, self._listeners)
+        rules = Rules(policy, self._listeners, self._by_nat)
         found = self._timed(0.6, find.LIMITS, lambda limits: find_sockets(policy, self._scope, limits))
         inodes = frozenset(one.socket.inode for one in found.sockets)
         holders = self._timed(0.6, socket_holders.LIMITS, lambda limits: holders_of(inodes, limits))

@@ -22,6 +22,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from imds_guard.connections.find import FoundSocket, address_of
+from imds_guard.connections.led import filters_of
 from imds_guard.connections.values import Connection, Holder, WhyOpen
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import caller_of_user, callers_of_pids, user_name
@@ -49,14 +50,17 @@ class Rules(NamedTuple):
     policy: Policy
     listeners: Mapping[tuple[int, int], Listener]
     """T and F of its address -> the listener."""
+    by_nat: bool = False
+    """NAT leads callers to them (led.py), not the hooks."""
 
 
 def judge(rules: Rules, sockets: Sequence[FoundSocket], holders: Holders, limits: Limits) -> list[Denied]:
     """The sockets that the policy denies, with the reasons."""
+    led = filters_of(sockets, rules.listeners.values(), limits) if rules.by_nat else {}
     known = _Known(callers_of_pids({pid for pids in holders.pids.values() for pid in pids}, limits))
     with Worker(_of_user) as worker:
         known.ask(worker, [(one.socket.uid, False) for one in sockets], limits)
-        found = [(one, _denied(rules, one, holders, known)) for one in sockets]
+        found = [(one, _denied(rules, one, holders, known, led.get(one.socket.identity))) for one in sockets]
         denied = [(one, verdict) for one, verdict in found if verdict is not None]
         shown = [caller.fsuid for _, verdict in denied for caller in verdict.holders.values()]
         known.ask(worker, [(uid, True) for uid in (*shown, *(one.socket.uid for one, _ in denied))], limits)
@@ -129,24 +133,24 @@ class _Verdict(NamedTuple):
     keep: bool
 
 
-def _denied(rules: Rules, one: FoundSocket, holders: Holders, known: _Known) -> _Verdict | None:
-    """None where everybody who could use the socket is allowed."""
+def _denied(rules: Rules, one: FoundSocket, holders: Holders, known: _Known, led_to: str | None) -> _Verdict | None:
+    """None where everybody who could use the socket is allowed. ``led_to``: the filter at the other end."""
     pids = holders.pids.get(one.socket.inode, ())
     callers = {pid: known.callers[pid] for pid in pids if pid in known.callers}
     is_shown = any(caller.fsuid == one.socket.uid for caller in callers.values()) or (callers and not one.socket.uid)
     makers = [] if is_shown else [known.maker(one, callers.values())]
     for caller in (*callers.values(), *makers):
-        why = _reason(rules, caller, one.destination)
+        why = _reason(rules, caller, one.destination, led_to)
         if why:
             return _Verdict(callers, why, not pids and one.socket.uid == 0 and known.is_on_host(one))
     return None
 
 
-def _reason(rules: Rules, caller: Caller, destination: Destination) -> str:
+def _reason(rules: Rules, caller: Caller, destination: Destination, led_to: str | None) -> str:
     """Why the policy denies it, also in audit mode. "" where it is allowed."""
     if not rules.policy.filters or not is_filter_address(*destination):
         decision = decide(rules.policy, caller, destination)
-        return "" if decision.reason.permits and decision.filter is None else _text(decision)
+        return "" if decision.reason.permits and decision.filter in (None, led_to) else _text(decision)
     listener = rules.listeners.get(numbers_in(destination.address))
     if listener is None:
         return "its filter has other rules now"

@@ -22,8 +22,6 @@ DIFFERENCES: dict[str, str] = {
     "filter-ipv6": "callers of filters are denied at IPv6 endpoints: they are led to a filter by IPv4 alone",
     "filter-listener": "whoever has the right to bind port 169 can listen in place of a dead filter: rules can't ask "
     "which socket listens there",
-    "filter-open": "open connections of callers of filters are cut at each change of the policy: nobody can tell them "
-    "from direct ones",
     "open": "a TCP connection is judged by its first packet: one that was open before goes on",
 }
 """Key -> sentence. Tests refer to the keys."""
@@ -57,7 +55,7 @@ def notes(policy: Policy, form: Form | None = None) -> list[str]:
         lines.append(DIFFERENCES["udp-connect"])
     if policy.filters:
         is_ipv6 = any(one.address.version == 6 for one in targets(policy))
-        lines += [DIFFERENCES[key] for key in ("filter-listener", "filter-open")]
+        lines.append(DIFFERENCES["filter-listener"])
         lines += [DIFFERENCES["filter-ipv6"]] if is_ipv6 else []
     if form in WEAKER:
         lines.append(WEAKER[form])
