@@ -51,6 +51,10 @@ def _of_position(rules: OurRules, form: Form, filtered: bool) -> list[str]:
             "of filters whose address they change are denied; start again to put ours first"
         ]
     first = f"{position} of other people's rules in {where} stand before ours, first {output[0]!r}"
+    if anchor is FILTER and form is Form.NFT:
+        return [
+            f"{title}: {first}: a caller of a filter that they accept may reach more; start again to put ours first"
+        ]
     return [f"{title}: {first}: what they accept is not denied; start again to put ours first"]
 
 
