@@ -238,6 +238,18 @@ def test_these_do_not_ask(guard: Guard, words: tuple[str, ...]) -> None:
     assert QUESTION not in terminal.said
 
 
+def test_the_end_of_the_emergency_lock_is_not_asked_for(guard: Guard, tmp_path: Path) -> None:
+    """It locks every built-in endpoint: nearly each configuration locks less, and everybody waits for it."""
+    bad = tmp_path / "config.toml"
+    bad.write_text("nonsense", encoding="ascii")
+    assert guard("start", "--boot", "--config", str(bad)).status == 78
+    assert guard.status()["emergency"]
+    terminal = Terminal(*guard.arguments("start", *FEWER))
+    assert terminal.end().status == 0
+    assert QUESTION not in terminal.said
+    assert "locks less" not in terminal.said
+
+
 def test_another_change_during_the_question_is_not_what_was_asked(guard: Guard) -> None:
     guard.start(*BOTH)
     terminal = Terminal(*guard.arguments("start", *FEWER))
@@ -434,6 +446,21 @@ def test_it_is_not_saved_by_another_command(guard: Guard, tmp_path: Path) -> Non
     guard("stop")
     assert guard("start", "--config", str(config)).status == 0
     assert reached(guard, ONE, TWO, STRANGER) == [ONE, STRANGER]
+
+
+def test_verify_takes_back_what_no_timer_has(guard: Guard, tmp_path: Path) -> None:
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    later = "from imds_guard.commands import temporary; now = temporary.now; temporary.now = lambda: now() + HOW"
+    words = guard.arguments("verify", "--repair", "--config", str(tmp_path / "none"))
+
+    def verified(seconds: int) -> Result:
+        return command.run(command.argv(words, before=later.replace("HOW", str(seconds))))
+
+    assert verified(600).answer.startswith("imds-guard: active")
+    assert reached(guard, TWO) == [TWO]
+    assert "still in force after its time" in verified(1000).answer
+    assert reached(guard, ONE, TWO) == [ONE]
 
 
 def test_status_names_a_file_that_says_another_mode(guard: Guard, tmp_path: Path) -> None:

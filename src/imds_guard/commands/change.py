@@ -137,6 +137,18 @@ def take_back(timer: str, options: GuardOptions) -> Outcome | None:
         return outcome
 
 
+def take_back_overdue(options: GuardOptions) -> Outcome | None:
+    """take_back() for timers that did not run: systemd may have been told to stop them. For verify --repair."""
+    latest = temporary.now() - OVERDUE_S
+    timers = dict.fromkeys(one.timer for one in temporary.rights(lock_name(options.cgroup)) if one.until < latest)
+    outcomes = [outcome for outcome in (take_back(timer, options) for timer in timers) if outcome is not None]
+    return outcomes[-1] if outcomes else None
+
+
+OVERDUE_S = 60.0
+"""A timer whose command is running may take that long."""
+
+
 def _end_earlier(
     outcome: Outcome, who: Identities, endpoint: Endpoint | None, options: GuardOptions, said: str
 ) -> Outcome:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 from imds_guard.backends import choose
-from imds_guard.commands import boot, filter_service, guard, look
+from imds_guard.commands import boot, change, filter_service, guard, look
 from imds_guard.commands.look import Status
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.config.boot_file import BootFile
@@ -59,8 +59,10 @@ def repair(path: str, options: GuardOptions, progress: Progress, *, may_start: b
     incomplete = _usable(file)
     config = _with_answers(file, incomplete)  # before the lock is taken: it may take seconds
     where = _with_config(config, options)
+    overdue = _take_back_overdue(where)
     with guard.one_at_a_time(where.cgroup):
         result = _repair(file, where, progress)
+        result = result._replace(repaired=overdue + result.repaired)
         if result.failure is not None:
             return result
         joined = _join_names(incomplete, config, where, progress)
@@ -73,6 +75,14 @@ def repair(path: str, options: GuardOptions, progress: Progress, *, may_start: b
         joined += served
         after = look.status(where.cgroup) if served else after
     return result._replace(after=after, repaired=result.repaired + joined, existing=existing)
+
+
+def _take_back_overdue(where: GuardOptions) -> list[str]:
+    """Where that fails, the policy in force may be what is to be repaired."""
+    with suppress(GuardError):
+        if change.take_back_overdue(where) is not None:
+            return ["what allow --for had allowed was still in force after its time: it was taken back"]
+    return []
 
 
 def _repair(file: BootFile, where: GuardOptions, progress: Progress) -> VerifyResult:
