@@ -20,6 +20,7 @@ import pytest
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.backends.iptables.form import Form
+from imds_guard.backends.iptables.probe import ProbeResult
 from imds_guard.commands import filter_places, filter_refusals, filter_service
 from imds_guard.connections.cut import find_denied
 from imds_guard.connections.find import Scope
@@ -505,6 +506,26 @@ def test_what_can_not_be_enforced_is_refused(machine: Machine) -> None:
             machine.apply(policy)
     with pytest.raises(Unsupported, match="'region' lists groups, and groups of filters are never put in the rules"):
         machine.call(lambda: machine.backend(resolve_groups=True).apply(POLICY))
+    assert "IMDS-GUARD" not in machine.rules(4, "mangle") + machine.rules(4)
+
+
+@pytest.mark.parametrize(
+    ("probed", "why"),
+    [
+        (ProbeResult(True, False, "no --suppl-groups here"), "users: no --suppl-groups here"),
+        (ProbeResult(True, True, form=Form.FILTER), r"marks \(the target MARK and the match mark\) do not work"),
+    ],
+)
+def test_what_does_not_work_here_is_refused(machine: Machine, probed: ProbeResult, why: str) -> None:
+    """As if it were not in this kernel, or this iptables."""
+
+    def apply() -> None:
+        backend = machine.backend()
+        backend._probes[False] = probed
+        backend.apply(POLICY)
+
+    with pytest.raises(Unsupported, match=why):
+        machine.call(apply)
     assert "IMDS-GUARD" not in machine.rules(4, "mangle") + machine.rules(4)
 
 
