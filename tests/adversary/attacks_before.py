@@ -190,7 +190,8 @@ ATTACKS = (
         "answer), so that the kernel can't cut it",
         Verdict.STRICT,
         "It is cut as soon as the kernel gets the lock of the socket, but other calls may have queued for that lock "
-        "before. The command ends in time and names the connection; all others are cut.",
+        "before. The command ends in time and names the connection; all others are cut. Before Linux 6.9 no command "
+        "can list connections from then on, until the socket is let go: others from before a later change stay open.",
         test="kernel/test_held_connections.py",
     ),
     Attack(

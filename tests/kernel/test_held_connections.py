@@ -33,9 +33,9 @@ pytestmark = NEEDS_THE_HOST
 
 COMPILED_WITHIN_S = 120.0
 """An emulated processor compiles for 20 s and more."""
-IN_PARALLEL = pytest.mark.skipif(
+SEARCHED_MEANWHILE = pytest.mark.skipif(
     tuple(map(int, re.findall("[0-9]+", os.uname().release)[:2])) < (6, 9),
-    reason="before Linux 6.9 one mutex serialises sock_diag: a held socket keeps those behind it from being cut",
+    reason="before Linux 6.9 one mutex serialises sock_diag: nobody can list sockets while one is waited for",
 )
 LOCK = ("--user", str(ONE), "--ip", f"{SERVICE}:80")
 
@@ -109,7 +109,7 @@ def test_it_is_cut_when_it_is_let_go(here: Stage, held: Held) -> None:
     assert held.client.write() == ["ECONNABORTED"]
 
 
-@IN_PARALLEL
+@SEARCHED_MEANWHILE
 def test_nobody_waits_twice_for_the_same_socket(here: Stage, held: Held) -> None:
     """A timer looks for connections each five minutes: it would leave a process behind each time."""
 
@@ -134,7 +134,7 @@ def test_what_was_not_held_after_all_is_cut(here: Stage) -> None:
     assert pids(cut_denied(locked(ONE), here.scope).cut) == [again.pid]
 
 
-@IN_PARALLEL
+@SEARCHED_MEANWHILE
 def test_who_holds_more_sockets_than_there_are_threads_keeps_none_from_being_cut(
     here: Stage, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,12 +172,12 @@ def begun(guard: Guard, *arguments: str) -> subprocess.Popen[str]:
 
 
 def hangs_below(pid: int) -> bool:
-    """Whether a thread of a child of a process waits for the lock of a socket."""
+    """Whether a thread of a child of a process waits for the lock of a socket that it ends."""
     for one in process_ids():
         with contextlib.suppress(OSError):  # it has ended, or one of its threads has
             for path in [Path(f"/proc/{one}/task/{thread}") for thread in os.listdir(f"/proc/{one}/task")]:
                 state, parent = (path / "stat").read_bytes().rsplit(b")", 1)[1].split()[:2]
-                if (state, int(parent)) == (b"D", pid) and "lock_sock" in (path / "stack").read_text("ascii"):
+                if (state, int(parent)) == (b"D", pid) and "tcp_abort" in (path / "stack").read_text("ascii"):
                     return True
     return False
 
@@ -222,6 +222,7 @@ def test_a_signal_ends_it_at_once(held: Held, guard: Guard, signal_number: signa
     wait_until(lambda: held.client.write() == ["ECONNABORTED"])
 
 
+@SEARCHED_MEANWHILE
 def test_other_commands_go_on_meanwhile_and_take_the_search_over(here: Stage, held: Held, guard: Guard) -> None:
     """The one that was overtaken stops: what it would cut may be allowed now."""
     with begun(guard, "--json") as process:

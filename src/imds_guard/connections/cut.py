@@ -120,8 +120,7 @@ class Sweep:
         """False when there is nothing more to do."""
         denied = self._search(policy)
         fresh = _in_turns([one for one in denied if self._is_fresh(one)])
-        targets = [Target(one.found.namespace, one.found.socket, one.found.seems_accepted) for one in fresh]
-        ended = end_each(targets, min(CUT_S, self._left_s()), self._is_wanted, self._cut)
+        ended = end_each(list(map(_target, fresh)), min(CUT_S, self._left_s()), self._is_wanted, self._cut)
         endings = {one.found.socket.identity: what for one, what in zip(fresh, ended)}
         self._settle(denied, endings, self._keep)
         return any(what.ending in _GO_ON for what in ended) and self._left_s() > 0
@@ -189,6 +188,11 @@ class Sweep:
 
     def _left_s(self) -> float:
         return max(0.0, self._ends - time.monotonic())
+
+
+def _target(one: Denied) -> Target:
+    pids = tuple(holder.pid for holder in one.connection.holders)
+    return Target(one.found.namespace, one.found.socket, one.found.seems_accepted, pids)
 
 
 def _in_turns(several: list[Denied]) -> list[Denied]:

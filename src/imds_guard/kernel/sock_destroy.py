@@ -2,7 +2,10 @@
 """Ends sockets, in a child that can be abandoned: one thread for each, so that a socket that hangs delays no other.
 
 Before v6.9 ("sock_diag: remove sock_diag_mutex") one mutex serialises all requests of sock_diag, of whomever. There, a
-socket that hangs keeps those behind it from being ended.
+request that waits for a socket stops all others on the machine, those of ss(8), too. So each socket is locked once by a
+copy of a holder's descriptor before sock_diag is asked to end it, and those for which that takes long come last, as do
+those without a descriptor (in an io_uring, in the queue of a Unix socket). That is no guarantee: a socket may be locked
+again meanwhile.
 
 A thread that hangs stays until its socket is let go, and ends it then. Commands come again and again (a timer runs
 verify --repair), so no other thread waits for that socket: pending.py.
@@ -10,10 +13,12 @@ verify --repair), so no other thread waits for that socket: pending.py.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import select
+import socket
 import struct
 import threading
 import time
@@ -21,7 +26,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Callable, NamedTuple
 
-from imds_guard.kernel import children, pending
+from imds_guard.kernel import children, pending, syscalls, untrusted
 from imds_guard.kernel.namespaces import Namespace
 from imds_guard.kernel.sock_diag import Socket, open_sock_diag
 from imds_guard.kernel.tcp_birth import was_accepted
@@ -30,9 +35,16 @@ MAX_THREADS = 512
 """That hang. Each takes two descriptors and a few pages."""
 _STACK = 256 << 10
 _CHECK_S = 0.1
-_STUCK_S = 0.3
+_TURN_S = 0.5
+"""After so long a socket is ended although somebody may have locked it."""
+_STUCK_S = 0.8
 """When as many threads as there may be hang for so long, the sockets behind them are left for the next call."""
 _RESULT = struct.Struct("=III")
+_LOCKING = {
+    socket.IPPROTO_TCP: (socket.IPPROTO_TCP, socket.TCP_INFO),
+    socket.IPPROTO_UDP: (socket.IPPROTO_IP, socket.IP_TOS),
+}
+"""Options for which the kernel locks the socket: tcp_get_info(), and do_ip_getsockopt() up to v6.6."""
 
 
 class Ending(IntEnum):
@@ -62,6 +74,8 @@ class Target(NamedTuple):
     socket: Socket
     unless_accepted: bool
     """Leave it where its peer made the connection for certain."""
+    pids: tuple[int, ...] = ()
+    """Of processes that hold it."""
 
 
 class Ended(NamedTuple):
@@ -147,6 +161,9 @@ class _Work:
         self._is_wanted = is_wanted
         self._cut = cut
         self._places = threading.BoundedSemaphore(MAX_THREADS)
+        self._inodes = frozenset(one.socket.inode for one in targets)
+        self._descriptors: dict[int, dict[int, int]] = {}
+        self._reading = threading.Lock()
 
     def run(self, numbers: Sequence[int]) -> None:
         """Does not return before its parent kills the process."""
@@ -177,6 +194,7 @@ class _Work:
         self._answer(number, ended)
 
     def _ended(self, one: Target) -> Ended:
+        self._wait_for_lock(one)
         with open_sock_diag(one.namespace) as diag:
             if one.unless_accepted:
                 info = diag.tcp_info(one.socket)
@@ -189,6 +207,31 @@ class _Work:
             if not self._is_wanted():
                 return Ended(Ending.NOT_WANTED)
             return Ended(Ending.CUT if diag.destroy(one.socket) else Ending.GONE)
+
+    def _wait_for_lock(self, one: Target) -> None:
+        """Returns when nobody has locked the socket, or when those that nobody has locked have had their turn."""
+        is_free = threading.Event()
+        if one.pids:
+            threading.Thread(target=self._lock, args=(one, is_free), daemon=True).start()
+        is_free.wait(_TURN_S)
+
+    def _lock(self, one: Target, is_free: threading.Event) -> None:
+        for pid in one.pids:
+            with contextlib.suppress(OSError, KeyError):
+                copy = untrusted.copy_of_socket(pid, self._descriptors_of(pid)[one.socket.inode], one.socket.inode)
+                try:
+                    syscalls.getsockopt(copy, *_LOCKING[one.socket.protocol])
+                finally:
+                    os.close(copy)
+                is_free.set()
+                return
+
+    def _descriptors_of(self, pid: int) -> dict[int, int]:
+        """Reads them once for all targets, of which a process may hold thousands. Raises OSError."""
+        with self._reading:
+            if pid not in self._descriptors:
+                self._descriptors[pid] = untrusted.sockets_of(pid, self._inodes).descriptors
+            return self._descriptors[pid]
 
     def _answer(self, number: int, ended: Ended) -> None:
         """A write of so few bytes is whole (PIPE_BUF in pipe(7))."""

@@ -72,4 +72,4 @@ def _read(process: Process, wanted: frozenset[int]) -> _Read:
         return _Read(hidden=processes.is_alive(process.pid))
     except OSError:
         return _Read()  # it has ended
-    return _Read(sockets.inodes, all_read=sockets.all_read)
+    return _Read(frozenset(sockets.descriptors), all_read=sockets.all_read)

@@ -117,6 +117,17 @@ def setns(fd: int, kind: int) -> None:
     _checked(_libc.setns(ctypes.c_int(fd), ctypes.c_int(kind)), "setns")
 
 
+def pidfd_getfd(process: int, descriptor: int) -> int:
+    """A copy of another process's descriptor (pidfd_getfd(2)). ``process`` is of pidfd_open(2)."""
+    return _by_number("pidfd_getfd", process, descriptor, 0)
+
+
+def getsockopt(fd: int, level: int, option: int) -> None:
+    """getsockopt(2) for the time that it takes: Python's own keeps all threads waiting for a socket that is locked."""
+    value, size = ctypes.create_string_buffer(4), ctypes.c_uint(4)
+    _checked(_libc.getsockopt(fd, level, option, value, ctypes.byref(size)), "getsockopt")
+
+
 def die_with_parent() -> None:
     """The kernel kills this process when its parent ends, unless it changes its IDs (PR_SET_PDEATHSIG in prctl(2))."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), 0, 0, 0), "prctl")

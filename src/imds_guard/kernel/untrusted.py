@@ -33,10 +33,11 @@ read directly. Everything is bytes until printable() has made text of it.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import NamedTuple
 
-from imds_guard.kernel import children
+from imds_guard.kernel import children, syscalls
 from imds_guard.kernel.processes import stat_fields
 from imds_guard.text import escaped
 
@@ -135,29 +136,46 @@ def _link(folder: int, name: str) -> bytes:
 
 
 class Sockets(NamedTuple):
-    """The inodes of sockets that a process holds."""
+    """The sockets that a process holds."""
 
-    inodes: frozenset[int]
+    descriptors: dict[int, int]
+    """The inode of each, and a descriptor of it."""
     all_read: bool
     """False where the process has more than MAX_DESCRIPTORS."""
 
 
 def sockets_of(pid: int, wanted: frozenset[int]) -> Sockets:
-    """Which of the sockets ``wanted`` a process holds. Raises OSError."""
+    """Which of the sockets ``wanted`` (inodes) a process holds. Raises OSError."""
     children.require_detached()
     folder = os.open(f"/proc/{pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    found: set[int] = set()
+    found: dict[int, int] = {}
     try:
         with os.scandir(folder) as entries:
             for number, entry in enumerate(entries):
                 if number == MAX_DESCRIPTORS:
-                    return Sockets(frozenset(found), False)
+                    return Sockets(found, False)
                 inode = _socket_inode(folder, entry.name)
                 if inode in wanted:
-                    found.add(inode)
+                    found[inode] = int(entry.name)
     finally:
         os.close(folder)
-    return Sockets(frozenset(found), True)
+    return Sockets(found, True)
+
+
+def copy_of_socket(pid: int, descriptor: int, inode: int) -> int:
+    """A descriptor of our own for a socket that a process holds. Raises OSError, EBADF where it is another file now.
+
+    Since Linux 8649c322f75c ("pid: Implement pidfd_getfd syscall") (in v5.6).
+    """
+    process = os.pidfd_open(pid)
+    try:
+        copy = syscalls.pidfd_getfd(process, descriptor)
+    finally:
+        os.close(process)
+    if os.fstat(copy).st_ino != inode:
+        os.close(copy)
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"descriptor {descriptor} of process {pid}")
+    return copy
 
 
 def _socket_inode(folder: int, name: str) -> int:
