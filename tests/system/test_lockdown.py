@@ -131,6 +131,25 @@ def test_after_another_tool_flushes_the_status_is_degraded_and_start_repairs(gua
     assert guard.reach(STRANGER) == "ECONNREFUSED"
 
 
+def test_changes_are_named_and_audit_is_left_in_one_step(guard: Guard) -> None:
+    """The same words as under eBPF. The rules for forwarded packets follow the mode."""
+    need("nft")
+    start = ("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
+    assert f"now locked: {SERVICE} and 1 more\n" in _inside(guard, *start, "--ip", NEIGHBOUR, "--mode", "audit").stdout
+    assert guard.reach(STRANGER) == "connected"
+    done = _inside(guard, "mode", "enforce")
+    assert done.stdout.startswith("mode: audit -> enforce\n")
+    assert "forwarded packets to locked endpoints are rejected" in done.stdout
+    assert guard.reach(STRANGER) == "ECONNREFUSED"
+    dry = _inside(guard, "allow", "--user", str(TWO), "--ip", SERVICE, "--dry-run")
+    assert dry.stdout == f"+ user {TWO} at {SERVICE}\nnothing was changed (--dry-run)\n"
+    assert guard.reach(TWO) == "ECONNREFUSED"
+    fewer = _inside(guard, *start, "--forwarded", "leave")
+    assert fewer.stdout.startswith(f"no longer locked: {NEIGHBOUR}\nforwarded: drop -> leave\n")
+    assert "locks less than now" in fewer.stderr
+    assert _inside(guard, "stop").status == 0
+
+
 def test_a_cgroup_needs_ebpf(guard: Guard) -> None:
     done = guard("start", "--backend", "iptables", "--user", str(ONE), "--ip", SERVICE)
     assert done.status == 2
