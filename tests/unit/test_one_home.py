@@ -44,6 +44,7 @@ HOMES = {
     r"'=IHHII'": "kernel/netlink",
     r"\bstat\.S_IW": "kernel/ownership",
     r"st_uid [!=]= 0": "kernel/ownership",
+    r"/dev/log'|journal/socket'": "kernel/journal",
     r"SOCK_DESTROY": "kernel/sock_diag",
     r"diag\.destroy\(|\.tcp_info\(": "kernel/sock_destroy",
     r"/proc/\{[^}]*\}/stat\b": "kernel/processes",
