@@ -142,7 +142,7 @@ def test_two_commands_remove_the_same_orphan(
 
     def by_somebody_else(path: str) -> list[str]:
         names = listed(path)
-        if path == orphan.path or path == f"{orphan.path}~old":
+        if path in (orphan.path, f"{orphan.path}~old"):
             for name in names[: 1 if first == "a pin" else None]:
                 os.unlink(os.path.join(path, name))
             if first == "all pins":
