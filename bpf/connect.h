@@ -45,6 +45,8 @@ ig_inline __u32 ig_judge(__u32 generation, const struct ig_settings *settings, c
 {
 	__u32 reason = ig_judge_caller(generation, settings, range, caller) + settings->zero;
 
+	if (!IG_HAS_FILTERS)
+		return reason;
 	*filter_ip4 = settings->zero;
 	if (reason != IG_FILTERED)
 		return reason;
@@ -63,7 +65,7 @@ ig_inline __u32 ig_mark_socket(__u32 generation, const struct ig_settings *setti
 	/* MPTCP sends packets by the sockets of its subflows, which would not have this mark (net/mptcp/). */
 	if (ctx->protocol == IG_IPPROTO_MPTCP)
 		return ig_permits(reason) ? IG_UNAPPROVED_SOCKET : reason;
-	if (reason == IG_FILTERED && !audited)
+	if (IG_HAS_FILTERS && reason == IG_FILTERED && !audited)
 		marked = ig_set_filter_mark(sk, settings, caller, filter_ip4);
 	else
 		marked = ig_set_mark(sk, settings, caller, generation, list, reason);
@@ -113,13 +115,15 @@ ig_inline int ig_check_connect(__u32 generation, struct bpf_sock_addr *ctx, stru
 			decision.verdict = IG_VERDICT_ALLOWED;
 		else if (settings->mode == IG_AUDIT)
 			decision.verdict = IG_VERDICT_AUDITED;
-		else if (decision.reason == IG_FILTERED)
+		else if (IG_HAS_FILTERS && decision.reason == IG_FILTERED)
 			decision.verdict = IG_VERDICT_ALLOWED;
+	} else {
+		ig_read_caller(&caller, ig_get_current_task()); /* for the record: it is a denial in any case */
 	}
 	ig_count(decision.reason, decision.verdict == IG_VERDICT_AUDITED);
 	if (decision.verdict != IG_VERDICT_ALLOWED || ig_log_allowed())
 		ig_notify_connect(&decision, ctx, sk, hook);
-	if (decision.reason == IG_FILTERED && decision.verdict == IG_VERDICT_ALLOWED)
+	if (IG_HAS_FILTERS && decision.reason == IG_FILTERED && decision.verdict == IG_VERDICT_ALLOWED)
 		ig_redirect(ctx, hook, filter_ip4);
 	return decision.verdict != IG_VERDICT_DENIED;
 }

@@ -14,7 +14,7 @@
 /* policy/decide.py: Reason.permits */
 ig_inline bool ig_permits(__u32 reason)
 {
-	return reason <= IG_DEFAULT_ALLOW || reason == IG_FILTERED;
+	return reason <= IG_DEFAULT_ALLOW || (IG_HAS_FILTERS && reason == IG_FILTERED);
 }
 
 /*
@@ -76,13 +76,17 @@ ig_inline __u32 ig_judge_lists(__u32 generation, const struct ig_port_range *ran
 			return IG_ALLOWED_GROUP;
 		user |= group;
 	}
-	if ((user & IG_FILTER_ACCOUNT) && range->target)
-		return IG_ALLOWED_USER;
-	if (user & IG_FILTERS_UNKNOWN)
-		return IG_TOO_MANY_GROUPS;
-	user &= IG_FILTER_BITS;
-	if (user | list->everyone)
-		return ig_judge_filters(list, caller, user);
+	if (IG_HAS_FILTERS) {
+		if ((user & IG_FILTER_ACCOUNT) && range->target)
+			return IG_ALLOWED_USER;
+		if (user & IG_FILTERS_UNKNOWN)
+			return IG_TOO_MANY_GROUPS;
+		user &= IG_FILTER_BITS;
+		if (user | list->everyone)
+			return ig_judge_filters(list, caller, user);
+	} else if (user | list->everyone) {
+		return IG_UNREADABLE; /* a filter: user space has loaded the wrong program */
+	}
 	if (!(list->flags & IG_LIST_DEFAULT_ALLOW))
 		return IG_NOT_LISTED;
 	switch (ig_in_initial_user_namespace(caller->cred)) {
@@ -113,6 +117,14 @@ ig_inline __u32 ig_judge_container(const struct ig_settings *settings, const cha
 	return user && pid ? 0 : IG_CONTAINER;
 }
 
+/* False when they can't be read. */
+ig_inline bool ig_read_caller(struct ig_caller *caller, const char *task)
+{
+	return !ig_read(&caller->cred, task + IG_OFF_TASK_STRUCT_CRED) && caller->cred &&
+	       !ig_read(&caller->fsuid, caller->cred + IG_OFF_CRED_FSUID) &&
+	       !ig_read(&caller->fsgid, caller->cred + IG_OFF_CRED_FSGID);
+}
+
 /* The reason (enum ig_reason) to let the caller through or to deny it. All that can't be read is a denial. */
 ig_inline __u32 ig_judge_caller(__u32 generation, const struct ig_settings *settings, const struct ig_port_range *range,
 				struct ig_caller *caller)
@@ -123,13 +135,11 @@ ig_inline __u32 ig_judge_caller(__u32 generation, const struct ig_settings *sett
 	__u32 reason;
 
 	/* First of all, because the record of every denial names the caller. */
-	if (ig_read(&caller->cred, task + IG_OFF_TASK_STRUCT_CRED) || !caller->cred ||
-	    ig_read(&caller->fsuid, caller->cred + IG_OFF_CRED_FSUID) ||
-	    ig_read(&caller->fsgid, caller->cred + IG_OFF_CRED_FSGID))
+	if (!ig_read_caller(caller, task))
 		return IG_UNREADABLE;
 	if (number == IG_NO_LIST)
 		return IG_UNSPECIFIED_DESTINATION;
-	if (number == IG_FILTER_LIST)
+	if (IG_HAS_FILTERS && number == IG_FILTER_LIST)
 		return IG_FILTER_ADDRESS;
 	if (!list || !(list->flags & IG_LIST_VALID))
 		return IG_UNREADABLE;

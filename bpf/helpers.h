@@ -7,6 +7,16 @@
 #include <linux/bpf.h>
 #include "imds_guard.h"
 
+/*
+ * Features: what only some policies need. A program has the code of those that its policy has, so that other policies
+ * don't pay for it: backends/ebpf/features.py.
+ */
+#ifdef IG_FEATURE_FILTERS
+#define IG_HAS_FILTERS 1
+#else
+#define IG_HAS_FILTERS 0
+#endif
+
 #define ig_inline static inline __attribute__((always_inline))
 #define ig_likely(x) __builtin_expect(!!(x), 1)
 

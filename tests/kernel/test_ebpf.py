@@ -8,7 +8,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend, abi, program
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.features import FEATURES, Feature, defines_of
 from imds_guard.backends.ebpf.pins import link_pin, map_pin
 from imds_guard.backends.ebpf.reader import MapReader
 from imds_guard.errors import GuardError
@@ -323,8 +324,10 @@ def test_a_symbolic_link_at_the_path_of_the_pins_is_not_followed(guarded: Guarde
     assert guards.traces(sandbox.cgroup) == {"attached": 4, "pins": 1}
 
 
-def test_the_best_form_for_this_kernel_loads() -> None:
-    """Otherwise load_hooks() would load the plain form, and only a longer start would show it."""
+@pytest.mark.parametrize("features", [(), FEATURES], ids=["bare", "whole"])
+@pytest.mark.parametrize("form", ["plain", "better"])
+def test_each_form_loads(form: str, features: Sequence[Feature]) -> None:
+    """If the best form did not, load_hooks() would load the plain one, and only a longer start would show it."""
     if os.geteuid() != 0:
         pytest.skip("loading programs needs root")
     privileges.lift_memory_lock_limit()
@@ -332,6 +335,7 @@ def test_the_best_form_for_this_kernel_loads() -> None:
         fds = [bpf.map_create(shape, "ig_test") for shape in abi.SHAPES.values()]
         for fd in fds:
             stack.callback(os.close, fd)
-        code = program.compile_hooks(list(abi.HOOKS), program.better_form())
+        better = program.better_form() if form == "better" else ()
+        code = program.compile_hooks(list(abi.HOOKS), better + defines_of(features))
         for hook in abi.HOOKS:
             stack.callback(os.close, program.load_hook(hook, code, fds, program.source_version()))

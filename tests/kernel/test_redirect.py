@@ -11,12 +11,17 @@ from contextlib import contextmanager
 
 import pytest
 
-from imds_guard.backends.ebpf import EbpfBackend, abi
+from imds_guard.backends.ebpf import EbpfBackend, abi, program
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.features import FILTERS, Feature, loaded_features
 from imds_guard.backends.ebpf.filter_listeners import ListenerMarks, listeners_under, wanted_listeners
-from imds_guard.backends.ebpf.pins import PinLocation, map_pin
+from imds_guard.backends.ebpf.hooks import pinned_links
+from imds_guard.backends.ebpf.pins import PinLocation, link_pin, map_pin
+from imds_guard.backends.ebpf.reader import MapReader
+from imds_guard.backends.ebpf.store import MapStore
 from imds_guard.connections.cut import cut_denied
 from imds_guard.connections.find import Scope
+from imds_guard.kernel import bpf
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
@@ -121,6 +126,107 @@ def test_filters_come_and_go(here: Scene) -> None:
     assert hooks(here) == set(abi.needed_hooks(guards.policy(OLD)))
     assert [here.reached(user) for user in (OLD, NEW)] == ["endpoint", "EPERM"]
     assert here.listeners() == ()
+
+
+def loaded(here: Scene) -> frozenset[Feature]:
+    """The features of each program at connect and sendmsg; they are the same."""
+    with MapReader.open(here.location.pins() or "") as maps:
+        guarding = [hook for hook in here.backend.state().hooks if hook.name not in abi.INDIFFERENT]
+        (found,) = {loaded_features([hook], maps.map_id) for hook in guarding}
+        return found
+
+
+def links(here: Scene) -> dict[int, int]:
+    """Hook -> the ID of its link."""
+    return {link.attach_type: link.id for link in pinned_links(here.location.pins() or "")}
+
+
+def test_programs_have_the_code_of_filters_where_the_policy_has_some(here: Scene) -> None:
+    """They replace each other in the same links. A change of users leaves them alone."""
+    here.backend.apply(guards.policy(OLD))
+    before = links(here)
+    assert loaded(here) == frozenset()
+    done = here.backend.change(filtering(NEW)).done
+    assert "put programs with filters in place" in done
+    assert loaded(here) == {FILTERS}
+    programs = here.backend.state().versions
+    here.backend.change(filtering(NEW, STRANGER))
+    here.backend.apply(filtering(NEW, STRANGER))
+    assert here.backend.state().versions == programs
+    done = here.backend.apply(guards.policy(OLD)).done
+    assert "put programs without filters in place" in done
+    assert (loaded(here), links(here), here.backend.faults()) == (frozenset(), before, [])
+    assert [here.reached(user) for user in (OLD, NEW)] == ["endpoint", "EPERM"]
+
+
+def test_start_gives_a_policy_the_form_that_it_needs_at_once(here: Scene) -> None:
+    here.backend.apply(filtering(NEW))
+    assert loaded(here) == {FILTERS}
+    here.backend.remove()
+    here.backend.apply(guards.policy(OLD))
+    assert loaded(here) == frozenset()
+
+
+def test_a_program_without_the_code_that_its_policy_needs_is_a_fault(here: Scene) -> None:
+    """Another tool put it there: callers of filters are denied until it is repaired."""
+    here.backend.apply(filtering(NEW))
+    here.serve()
+    pins = here.location.pins() or ""
+    with MapStore.open(pins) as maps:
+        fd = program.load_hooks(["connect4"], maps.fds(), guards.FAST)["connect4"]
+    link_fd = bpf.pinned(link_pin(pins, "connect4"))
+    bpf.link_update(link_fd, fd)
+    os.close(link_fd)
+    os.close(fd)
+    assert here.reached(NEW) == "EPERM"
+    (fault,) = here.backend.faults()
+    assert "connect4 has no code for filters" in fault
+    here.backend.apply(filtering(NEW))
+    assert (here.backend.faults(), here.reached(NEW)) == ([], address(here))
+
+
+@pytest.mark.parametrize("hook", abi.GETPEERNAME)
+def test_a_hook_of_getpeername_that_is_gone_is_a_fault(here: Scene, hook: str) -> None:
+    """Its link is gone, or runs a program on other maps."""
+    here.backend.apply(filtering(NEW))
+    pins = here.location.pins() or ""
+    fd = bpf.pinned(link_pin(pins, hook))
+    bpf.link_detach(fd)
+    os.close(fd)
+    assert [fault for fault in here.backend.faults() if hook in fault and "not attached" in fault]
+    here.backend.change(filtering(NEW))
+    assert here.backend.faults() == []
+    replacement = _program_on_other_maps(hook)
+    fd = bpf.pinned(link_pin(pins, hook))
+    bpf.link_update(fd, replacement)
+    os.close(fd)
+    os.close(replacement)
+    assert [fault for fault in here.backend.faults() if hook in fault and "uses other maps" in fault]
+    here.backend.change(filtering(NEW))
+    assert here.backend.faults() == []
+    here.serve()
+    assert peer_of(here, IPV4) == (IPV4, PORT)
+
+
+def _program_on_other_maps(hook: str) -> int:
+    fds = [bpf.map_create(shape, "ig_test") for _, shape in sorted(abi.SHAPES.items())]
+    try:
+        return program.load_hooks([hook], fds, ())[hook]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def peer_of(here: Scene, to: str) -> tuple[str, int]:
+    """What getpeername(2) shows to a caller of the filter."""
+
+    def connect() -> tuple[str, int]:
+        become((NEW,) * 3, (GROUP,) * 3, ())
+        with socket.create_connection((to, PORT), 5) as one:
+            address, port, *_ = one.getpeername()
+            return str(address), int(port)
+
+    return here.sandbox.call(connect)
 
 
 def test_an_unchanged_filter_keeps_its_address_and_a_changed_one_does_not(here: Scene) -> None:

@@ -243,8 +243,8 @@ def test_a_user_with_sub_ids_hides_nobody(guard: Guard) -> None:
     assert "188 times" in shown
 
 
-def test_a_caller_that_the_hook_has_not_read_is_nobody(guard: Guard) -> None:
-    """Without the settings of the policy the hook denies before it reads the caller. It is not counted for root."""
+def test_without_settings_the_row_still_names_the_caller(guard: Guard) -> None:
+    """Without the settings of the policy the hook denies everybody. Nobody is counted for root."""
     start(guard)
     key = abi.ARRAY_KEY.pack(guard.backend.state().generation)
     fd = bpf.pinned(os.path.join(folder_of(guard.sandbox.cgroup).path, Map.SETTINGS.pin_name))
@@ -255,8 +255,8 @@ def test_a_caller_that_the_hook_has_not_read_is_nobody(guard: Guard) -> None:
     bpf.map_update(fd, key, settings)  # without them there is no policy to report on
     os.close(fd)
     (row,) = guard("report", "--json").values["rows"]
-    assert (row["who"], row["user"], row["uid"], row["reason"]) == ("unknown", None, None, "no-settings")
-    assert "caller unknown" in guard("report").answer
+    assert (row["who"], row["uid"], row["reason"]) == ("user", STRANGER, "no-settings")
+    assert "caller unknown" not in guard("report").answer
 
 
 def test_callers_in_a_user_namespace_are_counted_for_its_owner(guard: Guard) -> None:

@@ -32,6 +32,12 @@ CONFIGURED = f"""
 endpoints = ["{SERVICE}"]
 users = [{TWO}]
 """
+FILTERED = f"""{CONFIGURED}
+[filter.region]
+locks = ["default"]
+users = [{STRANGER}]
+allow = ["GET /latest/**"]
+"""
 ABSENT = "/nonexistent/config.toml"
 
 
@@ -131,6 +137,21 @@ def test_repair_takes_a_usable_configuration_in_place_of_the_emergency_lock(guar
 
 def unlink_hook(guard: Guard) -> None:
     os.unlink(link_pin(folder_of(guard.sandbox.cgroup).path, "connect6"))
+
+
+@pytest.mark.parametrize("hook", abi.GETPEERNAME)
+def test_a_detached_hook_of_getpeername_is_repaired(guard: Guard, tmp_path: Path, hook: str) -> None:
+    """Clients of filters would see the filter's address: a policy with filters is not whole without these hooks."""
+    path = configured(tmp_path, FILTERED)
+    assert guard("start", "--config", path).status == 0
+    before = guard("verify", "--config", path).stdout
+    os.unlink(link_pin(folder_of(guard.sandbox.cgroup).path, hook))
+    seen = guard("verify", "--config", path)
+    assert seen.status == 1
+    assert f"the hook {hook} is not attached" in seen.stdout
+    assert f"the hook {hook} is not attached" in guard("status").stdout
+    assert f"repaired: the hook {hook} is not attached" in repair(guard, path).stdout
+    assert guard("verify", "--config", path).stdout == before
 
 
 def unpin_map(guard: Guard) -> None:

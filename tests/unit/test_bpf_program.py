@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from imds_guard.backends.ebpf import abi, program
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.features import FEATURES, defines_of
 from imds_guard.errors import GuardError
 from imds_guard.kernel import btf_encode
 from imds_guard.kernel.compiler import relocated, with_callbacks
@@ -123,13 +124,16 @@ def test_the_types_of_functions_name_them_in_their_order() -> None:
     assert at + 2 * 12 == strings
 
 
+WITH_FEATURES = [f"-D{name}={value}" for name, value in defines_of(FEATURES)]
+
+
 # --- the hooks as clang compiles them -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def code_of_clang(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """All hooks, as clang alone compiles them."""
-    return compiled_hooks(tmp_path_factory.mktemp("hooks") / "hooks.o")
+    """All hooks with all features, as clang alone compiles them."""
+    return compiled_hooks(tmp_path_factory.mktemp("hooks") / "hooks.o", *WITH_FEATURES)
 
 
 def compiled_hooks(made: Path, *more: str) -> bytes:
@@ -141,13 +145,23 @@ def compiled_hooks(made: Path, *more: str) -> bytes:
 
 
 def test_the_hooks_use_every_map_but_those_of_texts(code_of_clang: bytes) -> None:
-    code = relocated(code_of_clang, {abi.HOOK_PLACEHOLDER: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
-    used = {
+    assert used_maps(code_of_clang) == set(FDS) - {FDS[Map.LOCKS], FDS[Map.FILTER_TEXTS]}
+
+
+def test_without_features_the_hooks_use_none_of_their_maps(tmp_path: Path) -> None:
+    """By its maps user space sees which features a program has."""
+    used = used_maps(compiled_hooks(tmp_path / "hooks.o"))
+    assert used.isdisjoint(FDS[feature.uses] for feature in FEATURES)
+
+
+def used_maps(code: bytes) -> set[int]:
+    """Their numbers in FDS."""
+    code = relocated(code, {abi.HOOK_PLACEHOLDER: abi.HOOK_CONNECT4}, abi.MAP_BASE, FDS)
+    return {
         struct.unpack_from("=i", code, at + 4)[0]
         for at in range(0, len(code), 8)
         if code[at] == LD_IMM64 and code[at + 1] & 0xF0 == PSEUDO_MAP_FD
     }
-    assert used == set(FDS) - {FDS[Map.LOCKS], FDS[Map.FILTER_TEXTS]}
 
 
 HELPERS = {

@@ -74,7 +74,7 @@ def test_rows_that_are_not_about_one_user() -> None:
 
 
 def test_a_caller_that_the_hook_has_not_read_is_nobody() -> None:
-    """Without the settings of the policy the hook denies before it reads the credentials: user 0 was not there."""
+    """Credentials that could not be read are no user 0."""
     unread = row(comm=b"")._replace(uid=0, reason=Reason.NO_SETTINGS)
     of_root = row()._replace(uid=0, reason=Reason.UNREADABLE)
     of_a_packet = row(comm=b"")._replace(reason=Reason.NO_SETTINGS)

@@ -29,7 +29,8 @@ def run_everything(machine: Machine) -> None:
     """A share of what the tests of this folder run, and all that random cases reach too seldom."""
     all_failures(machine, Random(SEED))
     for number in range(DECISIONS):
-        assert next(decisions.differences(decisions.scene_of(SEED, number), machine), None) is None
+        scene = decisions.scene_of(SEED, number, filters=machine.has_filters)
+        assert next(decisions.differences(scene, machine), None) is None
     for number in range(PACKETS):
         assert next(egress.differences(egress.egress_scene(SEED, number), machine), None) is None
     assert next(decisions.differences(test_odd_states.odd_addresses(), machine), None) is None
@@ -38,9 +39,15 @@ def run_everything(machine: Machine) -> None:
     for _ in test_odd_states.every_odd_state(machine):
         for form in machine.forms:
             machine.cross(form, test_odd_states.TRIED, 1)
+    for form in machine.forms:
+        test_odd_states.without_settings(machine, form)
     test_odd_states.try_odd_packets(machine)
     test_report.try_full_shares(machine)
-    test_redirect.try_redirects(machine)
+    if machine.has_filters:
+        test_redirect.try_redirects(machine)
+    else:
+        test_redirect.without_its_code_a_filter_denies(machine)
+        test_odd_states.mptcp_under_strict(machine)
 
 
 def coverage(machine: Machine, form: str, hook: str) -> Coverage:

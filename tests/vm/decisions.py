@@ -56,10 +56,10 @@ class Difference:
         return "\n".join([*lines, *differing_fields(self.expected, self.got)])
 
 
-def scene_of(seed: int, number: int) -> Scene:
-    """The scene with this number; the same seed gives the same scenes."""
+def scene_of(seed: int, number: int, *, filters: bool = True) -> Scene:
+    """The scene with this number; the same seed gives the same scenes. ``filters``: Machine.has_filters."""
     r = Random(f"{seed} {number}")
-    locked, serial = policy(r), r.getrandbits(63) | 1
+    locked, serial = policy(r, filters=filters), r.getrandbits(63) | 1
     return Scene(
         locked,
         generation=r.choice((1, 2)),

@@ -46,10 +46,10 @@ def chance(r: Random, share: float) -> bool:
     return r.random() < share
 
 
-def policy(r: Random, strict: bool | None = None) -> Policy:
-    """A policy that the maps can hold."""
+def policy(r: Random, strict: bool | None = None, *, filters: bool = True) -> Policy:
+    """A policy that the maps can hold; with ``filters`` some have filters."""
     while True:
-        made = generate.policy(r, strict=strict, filters=chance(r, 0.4))
+        made = generate.policy(r, strict=strict, filters=chance(r, 0.4) and filters)
         if chance(r, 0.15):
             made = _with_many_groups(r, made)
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi, program
-from tests.vm.programs import FORMS, compiled
+from tests.vm.programs import ALL_FORMS, compiled
 
 _DEBUG_SOURCE = 8
 """DEBUG_SOURCE in bcc's src/python/bcc/__init__.py."""
@@ -104,7 +104,7 @@ def _main(form: str) -> None:
     source, origin = _flattened()
     folder = program.source_folder()
     os.environ["BCC_KERNEL_SOURCE"] = str(folder / "include")
-    flags = [f"-I{folder}", *(f"-D{name}={value}" for name, value in program.kernel_offsets() + FORMS[form])]
+    flags = [f"-I{folder}", *(f"-D{name}={value}" for name, value in program.kernel_offsets() + ALL_FORMS[form])]
     log = Path(f"/proc/self/fd/{os.memfd_create('log')}")
     saved = os.dup(2)
     with log.open("r+") as file:

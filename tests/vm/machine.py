@@ -17,7 +17,7 @@ from imds_guard.backends.ebpf.program import Defines
 from imds_guard.backends.ebpf.render import render
 from imds_guard.policy.model import Policy
 from tests.vm.library import buffer, library, words
-from tests.vm.programs import FORMS, HOOKS, compiled, reads_directly
+from tests.vm.programs import BARE_FORMS, FORMS, HOOKS, compiled, reads_directly
 from tests.vm.replay import Replays
 from tests.vm.structs import CALLBACK, AttemptC, CallC, ControlsC, LayoutC, OutcomeC, PacketCaseC, ReplayC
 from tests.vm.values import Attempt, Call, Outcome, Packet, Socket, Task, outcome_of
@@ -89,6 +89,11 @@ class Machine:
                 self.set_instructions(form, hook, code.instructions)
                 self._original[form, hook] = code.instructions
         self.reset()
+
+    @property
+    def has_filters(self) -> bool:
+        """False when some form is for policies without filters alone."""
+        return not set(self.forms) & set(BARE_FORMS)
 
     def close(self) -> None:
         """Frees its memory."""

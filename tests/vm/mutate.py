@@ -33,7 +33,7 @@ from tests.vm.machine import Machine
 from tests.vm.model import OUTCOME, Expected
 from tests.vm.mutants import MOVE, Decoded, Mutant, decoded, is_condition, is_operation, mutants
 from tests.vm.packets import PacketCase
-from tests.vm.programs import ADDRESS_HOOKS, FORMS
+from tests.vm.programs import ADDRESS_HOOKS, ALL_FORMS
 from tests.vm.replay import Replays
 from tests.vm.structs import PacketCaseC, ReplayC
 
@@ -84,7 +84,7 @@ class Stages:
 
     def _decisions(self) -> Iterator[Stage]:
         for number in self._count(30):
-            scene = scene_of(SEED, number)
+            scene = scene_of(SEED, number, filters=self._machine.has_filters)
             yield self._connects("decisions", scene)
         yield self._connects("decisions", test_odd_states.odd_addresses())
 
@@ -128,7 +128,8 @@ class Stages:
 
     def _failing(self, programs: Sequence[str]) -> Iterator[Stage]:
         if "connect" in programs:
-            scenes = [scene_of(SEED, number) for number in self._count(test_failing_calls.SCENES)]
+            filters = self._machine.has_filters
+            scenes = [scene_of(SEED, number, filters=filters) for number in self._count(test_failing_calls.SCENES)]
             for deny in (NOBODY, Identities(groups=frozenset({test_failing_calls.DENIED}))):
                 scenes.append(test_failing_calls.with_very_many_groups(deny))
                 scenes.append(test_failing_calls.with_some_groups(deny))
@@ -327,7 +328,7 @@ def class_of(line: Line, original: Decoded, kind: str) -> str:
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python3 -m tests.vm.mutate")
-    parser.add_argument("--form", choices=FORMS, default="better")
+    parser.add_argument("--form", choices=ALL_FORMS, default="better")
     parser.add_argument("--only", choices=HOOKS_OF)
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many mutants of each program")
     parser.add_argument("--seed", type=int, default=SEED)

@@ -15,14 +15,29 @@ from collections import Counter
 import pytest
 
 from imds_guard.policy.decide import Reason
+from tests.vm.conftest import need_compiled_hooks
 from tests.vm.decisions import differences, runs_of, scene_of
 from tests.vm.machine import Machine
+from tests.vm.programs import BARE_FORMS
 from tests.vm.shrink import shrunk
 
 FIXED_SEED = 17
+BARE_SCENES = 60
 
 _ONLY_FAULTS = {Reason.UNREADABLE, Reason.NO_SETTINGS}
 """No policy leads to these, a failing call does."""
+
+
+@pytest.mark.parametrize("form", BARE_FORMS)
+def test_the_forms_without_filters_do_the_same(form: str) -> None:
+    """For policies that have none."""
+    need_compiled_hooks()
+    seed = random.SystemRandom().getrandbits(32)
+    with Machine([form]) as machine:
+        for number in range(BARE_SCENES):
+            scene = scene_of(seed, number, filters=False)
+            found = next(differences(scene, machine), None)
+            assert found is None, f"scene_of({seed}, {number}, filters=False)\n{shrunk(found, machine)}"
 
 
 @pytest.mark.parametrize("which", ["fixed", "fresh"])

@@ -176,12 +176,13 @@ def all_failures(machine: Machine, r: Random) -> Failures:
     """All failures, in all forms, on every path that some thousands of cases take."""
     made = Failures(machine, r)
     for number in range(SCENES):
-        made.connects(scene_of(SEED, number), TASKS, ATTEMPTS)
+        made.connects(scene_of(SEED, number, filters=machine.has_filters), TASKS, ATTEMPTS)
     for deny in (NOBODY, Identities(groups=frozenset({DENIED}))):
         made.connects(with_very_many_groups(deny), 3, len(ADDRESS_HOOKS))
         made.connects(with_some_groups(deny), 14, len(ADDRESS_HOOKS))
     made.connects(with_a_denied_user(), 2, len(ADDRESS_HOOKS))
-    made.connects(with_filters(), 3, len(ADDRESS_HOOKS))
+    if machine.has_filters:
+        made.connects(with_filters(), 3, len(ADDRESS_HOOKS))
     for number in range(EGRESS_SCENES):
         made.packets(egress_scene(SEED, number), PACKETS)
     made.packets(packets_of_a_denied_user(), PACKETS)

@@ -22,15 +22,17 @@ from imds_guard.policy.ports import ALL_PORTS
 from tests import packets
 from tests.packets import Ipv4, Ipv6
 from tests.vm import decisions, egress
+from tests.vm.conftest import need_compiled_hooks
 from tests.vm.decisions import Scene
 from tests.vm.egress import EgressScene, egress_forms
-from tests.vm.machine import CRED, GROUP_INFO, NOTHING, PID, TASK, USER_NS, Controls, Machine
+from tests.vm.machine import CRED, GROUP_INFO, NOTHING, PID, TASK, USER_NS, Controls, Machine, failing
 from tests.vm.packets import PacketCase
-from tests.vm.programs import ADDRESS_HOOKS, FORMS, reads_directly
+from tests.vm.programs import ADDRESS_HOOKS, BARE_FORMS, FORMS, reads_directly
 from tests.vm.structs import OutcomeC
 from tests.vm.values import (
     ESTABLISHED,
     ETH_P_IPV6,
+    IPPROTO_MPTCP,
     IPPROTO_TCP,
     IPPROTO_UDP,
     PF_KTHREAD,
@@ -268,6 +270,56 @@ RECORD_ROWS: dict[str, tuple[Change, Task, tuple[int, str | None]]] = {
     "searched-129": (searched(0, 129), IN_MANY_GROUPS, UNREADABLE),
     "nothing-to-search": (without_groups_to_search, IN_MANY_GROUPS, UNREADABLE),
 }
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Machine]:
+    """The forms for policies without filters."""
+    need_compiled_hooks()
+    with Machine(tuple(BARE_FORMS)) as made:
+        yield made
+
+
+def test_a_strict_policy_approves_no_socket_of_mptcp(machine: Machine, bare: Machine) -> None:
+    for one in (machine, bare):
+        mptcp_under_strict(one)
+
+
+def mptcp_under_strict(machine: Machine) -> None:
+    """In each form and mode, for an allowed caller and another one."""
+    for form, mode in itertools.product(machine.forms, Mode):
+        machine.load(locked(mode), serial=SERIAL)
+        machine.set_tasks([LISTED_USER, STRANGER])
+        tried = CONNECT._replace(protocol=IPPROTO_MPTCP)
+        passes = int(mode is Mode.AUDIT)
+        assert verdict(machine.attempt(form, tried, 0)) == (passes, "unapproved-socket")
+        assert verdict(machine.attempt(form, tried, 1)) == (passes, "not-listed")
+
+
+CALLS_BEFORE_THE_RECORD = 8
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_settings_the_record_still_names_the_caller(machine: Machine, form: str) -> None:
+    without_settings(machine, form)
+
+
+def without_settings(machine: Machine, form: str) -> None:
+    """A caller that can't be read either is denied all the same."""
+    machine.load(locked(), serial=SERIAL)
+    machine.set_tasks([LISTED_USER])
+    ZERO_SETTINGS(machine)
+    outcome = machine.attempt(form, CONNECT)
+    assert (verdict(outcome), outcome.traps) == (DENIED_WITHOUT_SETTINGS, frozenset())
+    found = outcome.record
+    assert found is not None
+    assert (found.fsuid, found.fsgid, found.comm) == (USER, LISTED_USER.fsgid, LISTED_USER.comm)
+    for number in range(5, CALLS_BEFORE_THE_RECORD + 1):  # those before find the settings
+        outcome = machine.attempt(form, CONNECT, controls=failing(number))
+        assert (outcome.returned, outcome.traps) == (0, frozenset())
+    TASK_CRED.set(machine, 0)
+    outcome = machine.attempt(form, CONNECT)
+    assert (verdict(outcome), outcome.traps) == (DENIED_WITHOUT_SETTINGS, frozenset())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,9 +19,10 @@ from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Po
 from imds_guard.policy.ports import ALL_PORTS
 from tests import packets
 from tests.packets import Ipv4
+from tests.vm.conftest import need_compiled_hooks
 from tests.vm.egress import egress_forms
 from tests.vm.machine import CRED, Machine, failing
-from tests.vm.programs import FORMS
+from tests.vm.programs import BARE_FORMS, FORMS
 from tests.vm.values import (
     ESTABLISHED,
     IPPROTO_MPTCP,
@@ -281,6 +283,32 @@ def test_a_mark_is_for_its_filter(machine: Machine) -> None:
 # --- for coverage.py ------------------------------------------------------------------------------------------------
 
 _TARGETS = (IPV6, "::1", "0:1::", "0:0:1::", "::ffff:10.0.0.1")
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Machine]:
+    """The forms for policies without filters."""
+    need_compiled_hooks()
+    with Machine(tuple(BARE_FORMS)) as made:
+        yield made
+
+
+def test_without_its_code_a_filter_denies(bare: Machine) -> None:
+    """User space never pairs the two. If it did, nobody may get more than the policy says, as by a default."""
+    without_its_code_a_filter_denies(bare)
+
+
+def without_its_code_a_filter_denies(machine: Machine) -> None:
+    """In each form, a caller that a filter names, and a connect to the filter itself."""
+    open_lock = LOCK._replace(default=Verdict.ALLOW)
+    for one, everyone in itertools.product((LOCK, open_lock), (False, True)):
+        named = REGION._replace(who=NOBODY, everyone=True) if everyone else REGION
+        for form in machine.forms:
+            load(machine, policy=make_policy([one], filters=[named]))
+            for tried in (*(tried for tried, _, _ in TRIED.values()), Attempt("connect4", _HERE4, FILTER_PORT)):
+                outcome = machine.attempt(form, tried._replace(others=(listener(T4), listener(T6))))
+                assert (outcome.returned, outcome.reason, outcome.to) == (0, "unreadable", None)
+                assert outcome.traps == frozenset()
 
 
 def try_redirects(machine: Machine) -> None:

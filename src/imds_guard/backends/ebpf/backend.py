@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Callable, TypeVar
 
 from imds_guard.backends import Change, Description, Neighbour
 from imds_guard.backends.ebpf import abi, hooks, other_programs, probe
+from imds_guard.backends.ebpf.features import defines_of, needed_features
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.render import require_fits
@@ -48,7 +49,7 @@ class EbpfBackend:
     def check(self, policy: Policy | None) -> None:
         """Backend.check(). Compiles nothing and attaches nothing."""
         with self._cgroup() as cgroup, trying("asking what eBPF can do here", "nothing was changed, run it again"):
-            self._require_hooks(cgroup, abi.needed_hooks(policy))
+            self._require_hooks(cgroup, policy)
         if policy is not None:
             require_fits(policy)
 
@@ -159,7 +160,7 @@ class EbpfBackend:
             with lockfile.exclusive(folder.name):
                 yield Target(cgroup, folder, self._defines)
 
-    def _require_hooks(self, cgroup: Cgroup, needed: tuple[str, ...]) -> None:
+    def _require_hooks(self, cgroup: Cgroup, policy: Policy | None) -> None:
         """Raises unless the hooks run this version, or can be compiled and loaded here."""
         from imds_guard.backends.ebpf import program  # noqa: PLC0415
         from imds_guard.kernel import compiler  # noqa: PLC0415
@@ -169,7 +170,8 @@ class EbpfBackend:
         path = bpffs.find_bpffs()
         if path is not None and os.statvfs(path).f_flag & os.ST_RDONLY:
             bpffs.require_bpffs()
-        version = program.source_version(self._defines)
+        needed, more = abi.needed_hooks(policy), defines_of(needed_features(policy))
+        version = program.source_version(self._defines + more)
         found = hooks.inspect(cgroup, PinLocation(cgroup).pins())
         current = [hook.name for hook in found if hook.ours and hook.ours.version == version]
         other_programs.require_place(cgroup, [hook.name for hook in found if hook.name in needed and hook.ours is None])

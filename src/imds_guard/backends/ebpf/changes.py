@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from imds_guard.backends import Change
 from imds_guard.backends.ebpf import abi, hooks, other_programs
 from imds_guard.backends.ebpf.abi import Map
+from imds_guard.backends.ebpf.features import Feature, defines_of, lacks, loaded_features, names_of, needed_features
 from imds_guard.backends.ebpf.folder import Folder
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.pins import map_pin
@@ -38,7 +39,6 @@ The other maps hold a policy, or records that name a generation of one. Without 
 connection that it has approved. Without those of listeners, filters would be closed until they are started again.
 """
 
-
 _MARKS_LOST = (
     "connections that were approved before are dropped: their marks are missing, or of another version of imds-guard"
 )
@@ -51,6 +51,10 @@ class Target(NamedTuple):
     folder: Folder
     defines: Defines
 
+    def with_features(self, features: Collection[Feature]) -> Target:
+        """With the programs that have these features."""
+        return self._replace(defines=self.defines + defines_of(features))
+
     @property
     def version(self) -> str:
         """The version of the programs that would be loaded."""
@@ -61,6 +65,7 @@ class Target(NamedTuple):
 
 def install(target: Target, policy: Policy) -> Change:
     """Makes a guard: maps at generation 0, then all hooks, then the policy. Nothing is locked until the flip."""
+    target = target.with_features(needed_features(policy))
     cgroup, folder, _ = target
     privileges.lift_memory_lock_limit()
     needed = abi.needed_hooks(policy)
@@ -93,33 +98,57 @@ def change_running(target: Target, policy: Policy, *, keep_version: bool) -> Cha
         if not maps.are_current():
             return _replace_maps(target, policy)
         needed = abi.needed_hooks(policy)
-        done = _renew_hooks(target, maps, needed, keep_version)
+        done = _renew_hooks(target, maps, policy, keep_version)
         snapshot = snapshot_in_force(maps)
         if snapshot is not None and policy_of(snapshot) == (policy, []):
             done.append("the policy was in force already")
         else:
             maps.change(policy)
+        if not keep_version:
+            done += _drop_features(target, maps, policy)
     hooks.detach_unneeded(target.folder.path, needed)  # only now: the policy before may have needed them
     return Change(tuple(done)).then(Change() if keep_version else _put_first(target))
 
 
-def _renew_hooks(target: Target, maps: MapStore, needed: tuple[str, ...], keep_version: bool) -> list[str]:
-    """Loads the programs again, on the same maps and with the policy unchanged, unless they are as they should be."""
+def _renew_hooks(target: Target, maps: MapStore, policy: Policy, keep_version: bool) -> list[str]:
+    """Loads the programs again, on the same maps and with the policy unchanged, unless they are as they should be.
+
+    They keep the features that they have, because the policy in force may need them.
+    """
     cgroup, folder, _ = target
-    ids = set(maps.ids())
+    ids, needed, features = set(maps.ids()), abi.needed_hooks(policy), needed_features(policy)
     found = _inspect(cgroup, folder.path, needed)
+    target = target.with_features(features | loaded_features(found, maps.map_id))
     missing = {hook.name for hook in found if hook.ours is None or not set(hook.ours.map_ids) <= ids}
-    if not missing and (keep_version or _are_of(found, target.version)):
+    lacking = sorted({name for hook in found for name in lacks(hook, features, maps.map_id)})
+    if not missing and not lacking and (keep_version or _are_of(found, target.version)):
         return _detach_unpinned(cgroup, folder)
     privileges.lift_memory_lock_limit()
     _attach(target, maps, found, folder.path)
     hooks.verify(cgroup, folder.path, maps.ids(), needed)
     done = _detach_unpinned(cgroup, folder)
-    if not missing:
-        return [*done, f"put version {target.version} of the programs in place"]
-    if missing.isdisjoint(_needed_before(maps)):
+    needed_before = _needed_before(maps)
+    if missing & set(needed_before):
+        return [*done, "repaired the hooks"]
+    if lacking:
+        done.append(f"put programs with {', '.join(lacking)} in place")
+    if missing:
         return [*done, f"attached {', '.join(sorted(missing))}, too"]
-    return [*done, "repaired the hooks"]
+    return done if lacking else [*done, f"put version {target.version} of the programs in place"]
+
+
+def _drop_features(target: Target, maps: MapStore, policy: Policy) -> list[str]:
+    """After the change: programs without what the policy in force does not need."""
+    found = _inspect(target.cgroup, target.folder.path, abi.needed_hooks(policy))
+    features = needed_features(policy)
+    extra = loaded_features(found, maps.map_id) - features
+    if not extra:
+        return []
+    try:
+        _attach(target.with_features(features), maps, found, target.folder.path)
+    except (GuardError, OSError) as error:  # the policy is in force, and each of the programs serves it
+        return [f"left programs with {names_of(extra)} in place: {error}"]
+    return [f"put programs without {names_of(extra)} in place"]
 
 
 # --- maps of another version ------------------------------------------------------------------------------------------
@@ -134,6 +163,7 @@ class _Kept(NamedTuple):
 
 def _replace_maps(target: Target, policy: Policy) -> Change:
     """New maps are filled before any hook uses them. Then hook after hook moves over to them."""
+    target = target.with_features(needed_features(policy))
     cgroup, folder, _ = target
     privileges.lift_memory_lock_limit()
     needed = abi.needed_hooks(policy)

@@ -95,6 +95,10 @@ class MapReader:
         """The kernel's IDs of the maps."""
         return [self._described(number)[0] for number in self._fds]
 
+    def map_id(self, number: Map) -> int:
+        """The kernel's ID of one of them."""
+        return self._described(number)[0]
+
     def misfits(self) -> list[Map]:
         """Maps whose type, sizes or flags are not those of this version."""
         return [number for number in self._fds if self._described(number)[1] != abi.SHAPES[number]]

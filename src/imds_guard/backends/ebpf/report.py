@@ -15,7 +15,7 @@ from imds_guard.policy.model import Address, Mode, Protocol
 
 _ATTEMPTS = 20
 _BEFORE_THE_CALLER = frozenset({Reason.NO_SETTINGS, Reason.UNREADABLE})
-"""Reasons for which a hook may deny before it has read the caller's credentials (bpf/connect.h, bpf/decide.h)."""
+"""Reasons for which a hook may deny without the caller's credentials: where they can't be read, or for a packet."""
 
 
 class Who(enum.IntEnum):
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
     @property
     def has_user(self) -> bool:
-        """False where the hook denied before it read the caller: it wrote ID 0, and no name of a program.
+        """False where the hook could not read the caller: it wrote ID 0, and no name of a program.
 
         Packets of sockets that root has opened are in the same row. Their hook reads no program.
         """

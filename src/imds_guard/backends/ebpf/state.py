@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from imds_guard.backends.ebpf import abi, hooks, other_programs
+from imds_guard.backends.ebpf.features import lacks, needed_features
 from imds_guard.backends.ebpf.filter_records import parse_numbers
 from imds_guard.backends.ebpf.hooks import Hook
 from imds_guard.backends.ebpf.other_programs import OtherProgram
@@ -103,7 +104,7 @@ def _with_maps(cgroup: Cgroup, pins: str, found: tuple[Hook, ...], maps: MapRead
     counters = maps.counters()
     policy, faults_of_maps = policy_of(snapshot)
     needed = abi.needed_hooks(policy)
-    faults = (*_faults_of_hooks(found, maps.ids(), needed), *faults_of_maps) if generation else ()
+    faults = (*_faults_of_hooks(found, maps, policy), *faults_of_maps) if generation else ()
     others = other_programs.find(cgroup, found) if generation else []
     return State(
         cgroup.path,
@@ -151,7 +152,8 @@ def _renders_to(policy: Policy, snapshot: Snapshot) -> bool:
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def _faults_of_hooks(found: Sequence[Hook], map_ids: list[int], needed: tuple[str, ...]) -> Iterator[str]:
+def _faults_of_hooks(found: Sequence[Hook], maps: MapReader, policy: Policy | None) -> Iterator[str]:
+    map_ids, needed, features = maps.ids(), abi.needed_hooks(policy), needed_features(policy)
     for hook in found:
         if hook.name not in needed:
             continue
@@ -159,6 +161,9 @@ def _faults_of_hooks(found: Sequence[Hook], map_ids: list[int], needed: tuple[st
             yield f"the hook {hook.name} is not attached: what goes through it is not checked"
         elif not set(hook.ours.map_ids) <= set(map_ids):
             yield f"the hook {hook.name} uses other maps than the pinned ones: a change of policy does not reach it"
+        else:
+            for name in lacks(hook, features, maps.map_id):
+                yield f"the program at the hook {hook.name} has no code for {name}: those they are for are denied"
     yield from _unpinned(found)
 
 
