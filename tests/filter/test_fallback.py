@@ -19,6 +19,7 @@ import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.backends.iptables import IptablesBackend
+from imds_guard.backends.iptables.filter_listeners import listening
 from imds_guard.backends.iptables.form import Form
 from imds_guard.backends.iptables.probe import ProbeResult
 from imds_guard.commands import filter_places, filter_refusals, filter_service
@@ -487,7 +488,7 @@ def test_a_listener_that_root_has_not_made_is_no_filter(scene: Scene) -> None:
 
     scene.machine.call(lambda: _lower(100))
     scene.sandbox.spawn(squat)
-    wait_until(lambda: FIRST_FILTER in scene.machine.call(lambda: run(["ss", "-ltnH"])).stdout)
+    wait_until(lambda: scene.machine.call(listening) == {(1, 1)})
     assert "the filter does not serve 'region'" in scene.served()[0]
 
 
