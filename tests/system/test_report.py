@@ -335,7 +335,7 @@ def samples(text: str) -> Samples:
     """(name, labels) -> value, parsed by prometheus_client."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)  # type: ignore[no-untyped-call]
+        for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
 
