@@ -18,6 +18,7 @@ from imds_guard.errors import BadPolicy
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.listeners import sockaddr
 from imds_guard.policy.decide import Caller, Decision, Destination, decide, find_lock
+from imds_guard.policy.filters import Filter, FilterRules
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
 from imds_guard.policy.ports import ALL_PORTS, Ports, normal_ports
 from tests.conformance.families import ADDRESSES, IPV4, IPV6, PORTS
@@ -74,10 +75,10 @@ class Block:
         return [decide(self.policy, _caller(attempt), _destination(attempt)) for attempt in self.attempts]
 
 
-def make_block(seed: int, size: int = CASES_OF_A_POLICY) -> Block:
-    """The block of a seed; the same seed gives the same block."""
+def make_block(seed: int, size: int = CASES_OF_A_POLICY, *, filters: bool = False) -> Block:
+    """The block of a seed; the same seed gives the same block. With ``filters`` its policy has some."""
     random = Random(seed)
-    policy = _policy(random)
+    policy = _policy(random, filters)
     return Block(seed, policy, tuple(_attempt(random, policy) for _ in range(size)))
 
 
@@ -92,15 +93,38 @@ def _destination(attempt: Attempt) -> Destination:
 # --- random values --------------------------------------------------------------------------------------------------
 
 
-def _policy(random: Random) -> Policy:
+def _policy(random: Random, filters: bool) -> Policy:
     mode = Mode.AUDIT if random.random() < 0.05 else Mode.ENFORCE
     containers = random.choice(tuple(Verdict))
     while True:
         locks = [_lock(random, f"lock {number}") for number in range(random.randint(1, 4))]
+        some = _filters(random, locks) if filters else []
+        if filters and not some:
+            continue
+        account = random.choice(_IDS) if some and random.random() < 0.5 else None
         try:
-            return make_policy(locks, mode, containers)
+            return make_policy(locks, mode, containers, filters=some, filter_uid=account)
         except BadPolicy:
             continue  # two locks claim the same port: this is frequent, and not a valid policy
+
+
+def _filters(random: Random, locks: Sequence[Lock]) -> list[Filter]:
+    """One to three, for locks with a single address. There is none where no lock has one."""
+    served = [
+        (lock.name, random.choice((low, 80)) if low <= 80 <= high else low)
+        for lock in locks
+        for endpoint in lock.endpoints
+        if endpoint.network.num_addresses == 1
+        for low, high in endpoint.tcp
+        if low
+    ]
+    return [
+        Filter(f"filter {number}", (name,), _identities(random, 0.0 if everyone else 0.8), everyone, rules, port)
+        for number in range(random.randint(1, 3) if served else 0)
+        for name, port in [random.choice(served)]
+        for everyone in [random.random() < 0.2]
+        for rules in [FilterRules(allow=("GET /**",))]
+    ]
 
 
 def _lock(random: Random, name: str) -> Lock:
@@ -170,12 +194,15 @@ def _three(random: Random) -> tuple[int, int, int]:
 # --- connects -------------------------------------------------------------------------------------------------------
 
 
-def attempt_all(attempts: Sequence[Attempt]) -> list[str]:
-    """``connected`` or the errno of each attempt. The calling thread, which must be root, makes them one by one."""
-    return [_one(attempt) for attempt in attempts]
+def attempt_all(attempts: Sequence[Attempt], *, listen: bool = False) -> list[str]:
+    """What became of each attempt. The calling thread, which must be root, makes them one by one.
+
+    ``connected``, the name of the errno, or, if it is to ``listen``, the address of the filter that answered.
+    """
+    return [_one(attempt, listen) for attempt in attempts]
 
 
-def _one(attempt: Attempt) -> str:
+def _one(attempt: Attempt, listen: bool) -> str:
     become(
         uids=(attempt.ruid, attempt.euid, 0),
         gids=(attempt.rgid, attempt.egid, 0),
@@ -184,13 +211,13 @@ def _one(attempt: Attempt) -> str:
         fsgid=None if attempt.fsgid == attempt.egid else attempt.fsgid,
     )
     try:
-        return _connect(attempt)
+        return _connect(attempt, listen)
     finally:
         become(uids=(0, 0, 0))
         become(gids=(0, 0, 0), groups=())
 
 
-def _connect(attempt: Attempt) -> str:
+def _connect(attempt: Attempt, listen: bool) -> str:
     family = socket.AF_INET6 if ":" in attempt.to else socket.AF_INET
     kind = socket.SOCK_DGRAM if attempt.protocol is Protocol.UDP else socket.SOCK_STREAM
     with socket.socket(family, kind) as one:
@@ -202,6 +229,8 @@ def _connect(attempt: Attempt) -> str:
                 # Close with a reset (SO_LINGER in socket(7)): sockets in TIME_WAIT would use up the ports.
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
                 one.connect(sockaddr(attempt.to, attempt.port))
+                if listen:  # the table's service says nothing
+                    return one.recv(64).decode() or "connected"
         except OSError as error:
             return errno.errorcode.get(error.errno or 0, repr(error))
     return "connected"
