@@ -330,6 +330,9 @@ SECRETS = [
     *("/metadata/instance?api-version=2021-02-01", "/metadata/instance/compute", "/metadata/instance/compute/userData"),
     *("/openstack/latest/user_data", "/openstack/2018-08-27/password", "/openstack/2012-08-10/user_data"),
     *("/openstack/latest/vendor_data.json", "/openstack/2016-10-06/vendor_data2.json", "/openstack/latest/securitykey"),
+    # Paths of one segment: Azure's WireServer, Scaleway.
+    *("/machine/?comp=goalstate", "/conf?format=json", "/user_data", "/openstack/content/0000"),
+    *("/latest/dynamic/instance-identity/rsa2048/x", "/openstack/latest/user_data/x"),
     # Trees that the set does not know: Oracle, DigitalOcean, ECS, EKS.
     *(
         "/opc/v2/instance/",
@@ -360,6 +363,20 @@ def test_no_credentials_adds_to_what_the_file_allows() -> None:
     assert judged(rules, "GET /opc/v2/instance/region").allowed
     assert not judged(rules, "GET /latest/user-data").allowed
     assert not judged(rules, "GET /openstack").allowed
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/ec2/latest/user-data", "/ec2/2009-04-04/meta-data/iam/security-credentials/x"),
+        *("/v2/credentials/x", "/v1/credentials", "/machine/?comp=goalstate", "/openstack/content/0000"),
+        *("/EC2/latest/User-Data/", "/latest/dynamic/instance-identity/pkcs7/x"),
+        *("/openstack/latest/password/x", "/vmSettings"),
+    ],
+)
+def test_no_credentials_refuses_them_where_the_file_allows_everything(path: str) -> None:
+    """Nova answers a path with /ec2 in front as the one without. ECS, EKS and WireServer are addresses of their own."""
+    assert not judged(FilterRules(("GET /**",), sets=("no-credentials",)), f"GET {path}").allowed
 
 
 def test_a_token_of_imdsv2_can_be_had_under_no_credentials() -> None:

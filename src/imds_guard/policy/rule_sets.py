@@ -9,8 +9,9 @@ from imds_guard.policy.filters import FilterRules
 NO_CREDENTIALS = "no-credentials"
 
 _READ = (
-    # EC2, and services that speak its language: the root lists the versions.
-    *("GET /", "GET /*", "GET /*/meta-data/**", "GET /*/dynamic/**", "PUT /*/api/token"),
+    # EC2, and services that speak its language: the root lists the versions. No "GET /*": other services have secrets
+    # in a path of one segment (/conf and /user_data of Scaleway, /machine of Azure's 168.63.129.16).
+    *("GET /", "GET /latest", "GET /*/meta-data/**", "GET /*/dynamic/**", "PUT /*/api/token"),
     # Google Cloud, Azure, OpenStack.
     *("GET /computeMetadata/**", "GET /metadata/instance/**", "GET /metadata/versions", "GET /openstack/**"),
     *("GET /metadata/scheduledevents", "GET /metadata/loadbalancer"),
@@ -22,8 +23,12 @@ _AWS = (
     *("/*/meta-data/iam/**", "/*/meta-data/identity-credentials/**", "/*/user-data/**"),
     # Signatures over the identity document: other services take them as the machine's identity.
     # https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/instance-identity-documents.html
-    *("/*/dynamic/instance-identity/pkcs7", "/*/dynamic/instance-identity/rsa2048"),
-    "/*/dynamic/instance-identity/signature",
+    *("/*/dynamic/instance-identity/pkcs7/**", "/*/dynamic/instance-identity/rsa2048/**"),
+    "/*/dynamic/instance-identity/signature/**",
+    # Roles of tasks (169.254.170.2) and of pods (169.254.170.23).
+    # https://docs.aws.amazon.com/AmazonECS/latest/developerguide/task-iam-roles.html
+    # https://docs.aws.amazon.com/eks/latest/userguide/pod-id-how-it-works.html
+    "/*/credentials/**",
     # Alibaba Cloud and Tencent Cloud have their credentials elsewhere in the same tree.
     # https://www.alibabacloud.com/help/en/ecs/user-guide/view-instance-metadata
     # https://www.tencentcloud.com/document/product/213/4934
@@ -47,14 +52,22 @@ _AZURE = (
     "/metadata/identity/**",
     # https://learn.microsoft.com/en-us/azure/virtual-machines/instance-metadata-service
     "/metadata/attested/**",
-    *("/metadata/instance/compute/userData", "/metadata/instance/compute/customData"),
+    *("/metadata/instance/compute/userData/**", "/metadata/instance/compute/customData/**"),
+    # The agent's protocol at 168.63.129.16: certificates and protected settings of extensions.
+    # https://learn.microsoft.com/en-us/azure/virtual-network/what-is-ip-address-168-63-129-16
+    *("/machine/**", "/vmSettings/**"),
 )
 _OPENSTACK = (
     # https://docs.openstack.org/nova/latest/user/metadata.html
-    *("/openstack/*/user_data", "/openstack/*/password", "/openstack/*/vendor_data.json"),
-    "/openstack/*/vendor_data2.json",
+    *("/openstack/*/user_data/**", "/openstack/*/password/**", "/openstack/*/vendor_data.json/**"),
+    "/openstack/*/vendor_data2.json/**",
+    # Files that were put into the machine when it was made.
+    "/openstack/content/**",
+    # Nova puts /ec2 in front of every path that does not begin so: it answers /ec2/latest/user-data, too.
+    # https://github.com/openstack/nova/blob/master/nova/api/metadata/base.py, lookup()
+    *("/ec2/*/user-data/**", "/ec2/*/meta-data/iam/**", "/ec2/*/meta-data/identity-credentials/**"),
     # Huawei Cloud: https://support.huaweicloud.com/intl/en-us/usermanual-ecs/ecs_03_0166.html
-    "/openstack/*/securitykey",
+    "/openstack/*/securitykey/**",
 )
 
 _SETS = {NO_CREDENTIALS: (_READ, (*_AWS, *_GCP, *_AZURE, *_OPENSTACK))}
