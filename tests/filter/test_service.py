@@ -81,6 +81,50 @@ def test_a_head_response_has_the_length_and_no_body() -> None:
     assert response.endswith(b"\r\n\r\n")
 
 
+def test_a_refusal_of_a_head_request_has_no_body() -> None:
+    """What follows the head would be read as the next response of the connection."""
+    with Stage(ALL, lambda request: b"nonsense\r\n\r\n") as stage:
+        sent = stage.request("HEAD /a").replace(b"Connection: close\r\n", b"")
+        response = stage.ask(sent)
+    assert status_of(response) == 502
+    assert response.endswith(b"\r\n\r\n")
+
+
+def test_a_chunked_response_is_passed_on_without_a_length() -> None:
+    """RFC 9112 section 6.3: Content-Length does not count there. The caller must not read by it."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+    with Stage(ALL, lambda request: answer) as stage:
+        response = stage.ask(stage.request("GET /a"))
+    assert b"Content-Length" not in response
+    assert response.endswith(b"\r\n\r\n2\r\nok\r\n0\r\n\r\n")
+
+
+def test_an_answer_that_drips_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte of a head must not begin the time anew: the slots of a user would be taken for hours."""
+    ended = asyncio.Event()
+
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while not writer.is_closing():
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.05)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+            ended.set()
+
+    with Stage(ALL) as stage:
+        monkeypatch.setattr(stage.metadata, "_serve", drip)
+        monkeypatch.setattr("imds_guard.filter.upstream.Upstream.ask.__defaults__", (0.5,))
+        port = stage.run(stage.metadata.start())
+        stage.address = stage.serve_in_loop(ALL, port, 2)
+        stage.host = f"127.0.0.1:{port}"
+        assert status_of(stage.run(stage.exchange(stage.request("GET /a"), half_close=False), 5)) == 502
+        stage.run(ended.wait(), 5)
+
+
 def test_a_response_that_breaks_off_breaks_off() -> None:
     """The caller must not take it for whole."""
     with Stage(ALL, lambda request: b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\nConnection: close\r\n\r\nok") as stage:
@@ -304,7 +348,9 @@ def test_requests_beyond_the_limit_wait_and_then_are_503() -> None:
         assert stage.run(run()) == [503, 503, 503]
 
 
-def test_a_caller_that_waits_for_a_change_and_goes_frees_its_slot() -> None:
+@pytest.mark.parametrize("more", [b"", b"GET"])
+def test_a_caller_that_waits_for_a_change_and_goes_frees_its_slot(more: bytes) -> None:
+    """Also one that has sent the beginning of another request."""
     with Stage(ALL, lambda request: b"", Limits(requests_of_a_user=1)) as stage:
 
         async def run() -> None:
@@ -313,6 +359,8 @@ def test_a_caller_that_waits_for_a_change_and_goes_frees_its_slot() -> None:
             while not stage.metadata.requests:
                 await asyncio.sleep(0.01)
             stage.metadata.answer = lambda request: OK
+            writer.write(more)
+            await asyncio.sleep(0.05)
             writer.close()
             assert status_of(await stage.exchange(stage.request("GET /b"))) == 200
 

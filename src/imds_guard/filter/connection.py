@@ -135,7 +135,7 @@ class Connection:
         if not outcome.allowed:
             self._record(head.request.method, path_of(head.request.target), outcome, audited)
             if not audited:
-                await self._refuse(outcome, head.keeps_alive, without_body=head.request.method == "HEAD")
+                await self._refuse(outcome, head.keeps_alive, head.is_bodiless)
                 return head.keeps_alive
         return await self._pass_on(head, body)
 
@@ -172,7 +172,7 @@ class Connection:
     async def _pass_on(self, head: Head, body: bytes) -> bool:
         self._no_limit()  # from here on the connection to the service has one
         if not await self._services.slots.take(self.uid):
-            await self._refuse(Outcome(503, "too many requests at the same time"), head.keeps_alive)
+            await self._refuse(Outcome(503, "too many requests at the same time"), head.keeps_alive, head.is_bodiless)
             return head.keeps_alive
         try:
             return await self._exchange(head, body)
@@ -188,7 +188,8 @@ class Connection:
                 link, response = await upstream.ask(head, body)
         except NoAnswer as error:
             self._services.records.count(self.rules.name, "unanswered")
-            await self._refuse(Outcome(502, f"the metadata service did not answer: {error}"), head.keeps_alive)
+            outcome = Outcome(502, f"the metadata service did not answer: {error}")
+            await self._refuse(outcome, head.keeps_alive, head.is_bodiless)
             return head.keeps_alive
         is_whole = False
         try:
@@ -206,16 +207,23 @@ class Connection:
     async def _unless_gone(self, asking: Coroutine[Any, Any, Asked]) -> Asked:
         """Waits for the answer as long as the caller does. A caller that closes frees its slot at once."""
         asked = asyncio.ensure_future(asking)
-        more = asyncio.ensure_future(self._reader.read(_READ_BYTES))
+        gone = asyncio.ensure_future(self._until_gone())
         try:
-            await asyncio.wait((asked, more), return_when=asyncio.FIRST_COMPLETED)
-            if more.done() and not more.result() and not asked.done():
+            await asyncio.wait((asked, gone), return_when=asyncio.FIRST_COMPLETED)
+            if gone.done() and not asked.done():
                 raise _Ended
             return await asked
         finally:
             await _cancelled(asked)
-            if not await _cancelled(more):
-                self._buffer += more.result()
+            await _cancelled(gone)
+
+    async def _until_gone(self) -> None:
+        """Keeps what the caller sends meanwhile. One that sends more than a head is taken for gone."""
+        while len(self._buffer) <= MAX_HEAD_BYTES:
+            received = await self._reader.read(_READ_BYTES)
+            if not received:
+                return
+            self._buffer += received
 
     async def _relay(self, link: Link, response: Response, head: Head, keeps_alive: bool) -> None:
         chunked = response.has_body and response.length is None and not head.is_http_1_0
@@ -234,7 +242,7 @@ class Connection:
         if unsent:
             await self._write(unsent)
 
-    async def _refuse(self, outcome: Outcome, keeps_alive: bool, without_body: bool = False) -> None:
+    async def _refuse(self, outcome: Outcome, keeps_alive: bool, is_bodiless: bool = False) -> None:
         text = f"imds-guard: filter {self.rules.name!r} refuses this request ({outcome.rule})\n"
         if outcome.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             text = f"imds-guard: filter {self.rules.name!r}: {outcome.rule}\n"
@@ -245,7 +253,7 @@ class Connection:
             f"Content-Length: {len(body)}",
             *([] if keeps_alive else ["Connection: close"]),
         ]
-        await self._write("\r\n".join((*lines, "", "")).encode() + (b"" if without_body else body))
+        await self._write("\r\n".join((*lines, "", "")).encode() + (b"" if is_bodiless else body))
 
     async def _write(self, sent: bytes) -> None:
         self._within(self._services.limits.stalled_s)

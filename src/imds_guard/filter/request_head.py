@@ -31,6 +31,14 @@ _HOP_BY_HOP = frozenset(("connection", "keep-alive", "proxy-connection", "te", "
 """About this connection alone (RFC 9110 section 7.6.1)."""
 _OURS = frozenset(("host", "content-length"))
 """Made anew for the metadata service."""
+_OVERRIDES = frozenset(
+    (
+        *("x-http-method", "x-http-method-override", "x-method-override"),
+        *("x-original-url", "x-rewrite-url", "x-original-uri", "x-rewrite-uri"),
+    )
+)
+"""Frameworks and reverse proxies take the method or the path from these in place of the request line's: the rules would
+judge another request. Source: https://portswigger.net/web-security/access-control."""
 
 
 class Head(NamedTuple):
@@ -42,6 +50,11 @@ class Head(NamedTuple):
     keeps_alive: bool
     expects_continue: bool
     is_http_1_0: bool
+
+    @property
+    def is_bodiless(self) -> bool:
+        """True when the response ends with its head, whatever its Content-Length says (RFC 9110 section 9.3.2)."""
+        return self.request.method == "HEAD"
 
     def headers_to_send(self) -> Headers:
         """The headers that are passed on. None of them is named by Connection: parse_head() refuses that."""
@@ -72,6 +85,8 @@ def parse_head(head: bytes, hosts: Collection[str]) -> Head:
     if len(headers) > MAX_HEADERS:
         raise BadRequest(f"the request has more than {MAX_HEADERS} headers")
     _check_host(headers, hosts)
+    if any(name in _OVERRIDES for name, _ in headers):
+        raise BadRequest("a header that replaces the method or the path is not accepted")
     length = _length(headers)
     tokens = _connection_tokens(headers)
     is_old = version == b"HTTP/1.0"

@@ -81,6 +81,13 @@ class Link:
         except h11.LocalProtocolError as error:
             raise NoAnswer(f"the request can't be sent: {error}") from None
         self.writer.write(sent)
+        timer = asyncio.get_running_loop().call_later(within_s, self._expire)  # for the whole head, however it drips
+        try:
+            return await self._answer()
+        finally:
+            timer.cancel()
+
+    async def _answer(self) -> Response:
         while True:
             event = await self._event()
             if isinstance(event, h11.Response):
@@ -139,6 +146,8 @@ class Link:
             for token in bytes(value).split(b",")
         }
         dropped = _HOP_BY_HOP | named
+        if any(name == b"transfer-encoding" for name, _ in event.headers):
+            dropped |= {b"content-length"}  # it does not count (RFC 9112 section 6.3), and the body is sent anew
         headers = [
             (bytes(name), bytes(value)) for name, value in event.headers.raw_items() if name.lower() not in dropped
         ]
