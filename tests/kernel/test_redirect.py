@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -22,6 +23,7 @@ from imds_guard.backends.ebpf.store import MapStore
 from imds_guard.connections.cut import cut_denied
 from imds_guard.connections.find import Scope
 from imds_guard.kernel import bpf
+from imds_guard.kernel.children import ChildFailed
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.decide import Reason
@@ -270,6 +272,117 @@ def test_nobody_connects_to_a_filter_directly(here: Scene) -> None:
         for to in (address(here), f"::ffff:{address(here)}"):
             assert here.reached(user, to, FILTER_PORT) == "EPERM"
     assert here.backend.state().counters[Reason.FILTER_ADDRESS] == (8, 0)
+
+
+def test_no_detour_leads_to_a_filter(here: Scene) -> None:
+    """By its address as one's own and 0.0.0.0 or ::, and by Fast Open."""
+    here.backend.apply(filtering(NEW))
+    here.serve()
+    filter_address = address(here)
+
+    def attempts() -> dict[str, str]:
+        become((STRANGER,) * 3, (GROUP,) * 3, ())
+        found = {}
+        for family, own, to in (
+            (socket.AF_INET, filter_address, "0.0.0.0"),
+            (socket.AF_INET6, f"::ffff:{filter_address}", "::"),
+            (socket.AF_INET6, f"::ffff:{filter_address}", "::ffff:0.0.0.0"),
+        ):
+            with socket.socket(family) as one:
+                one.bind((own, 0))
+                found[f"own address, {to}"] = errno.errorcode.get(one.connect_ex((to, FILTER_PORT)), "connected")
+        with socket.socket() as one:
+            try:
+                one.sendto(b"GET /", socket.MSG_FASTOPEN, (filter_address, FILTER_PORT))
+                found["fast open"] = "connected"
+            except OSError as error:
+                found["fast open"] = errno.errorcode[error.errno or 0]
+        return found
+
+    assert set(here.sandbox.call(attempts).values()) == {"EPERM"}
+
+
+def test_a_socket_that_is_disconnected_is_judged_anew(here: Scene) -> None:
+    """By whoever connects it then: its first connect gives no right."""
+    here.backend.apply(filtering(NEW, strict=True))
+    here.serve()
+
+    def connect_twice() -> tuple[str, list[str]]:
+        with socket.socket() as one:
+            one.settimeout(5)
+            become((0, NEW, 0), (GROUP,) * 3, ())
+            one.connect((IPV4, PORT))
+            first = one.recv(64).decode()
+            assert _disconnect(one) == 0
+            become((0, 0, 0))
+            become((STRANGER,) * 3)
+            codes = [one.connect_ex(to) for to in ((IPV4, PORT), (filter_address, FILTER_PORT))]
+            return first, [errno.errorcode.get(code, "connected") for code in codes]
+
+    filter_address = address(here)
+    assert here.sandbox.call(connect_twice) == (filter_address, ["EPERM", "EPERM"])
+
+
+def _disconnect(one: socket.socket) -> int:
+    """connect(2) with AF_UNSPEC, which Python can't write."""
+    return ctypes.CDLL(None).connect(one.fileno(), bytes(16), 16)  # type: ignore[no-any-return]
+
+
+REUSE_ADDRESS, REUSE_PORT = (socket.SO_REUSEADDR, 1), (socket.SO_REUSEPORT, 1)
+ON_LOOPBACK = (socket.SO_BINDTODEVICE, b"lo")
+BESIDE: dict[str, tuple[str, tuple[tuple[int, int | bytes], ...]]] = {
+    "same": ("{}", ()),
+    "same-reuse": ("{}", (REUSE_ADDRESS, REUSE_PORT)),
+    "same-on-loopback": ("{}", (REUSE_ADDRESS, REUSE_PORT, ON_LOOPBACK)),
+    "mapped-on-loopback": ("::ffff:{}", (REUSE_ADDRESS, REUSE_PORT, ON_LOOPBACK)),
+    "all": ("0.0.0.0", (REUSE_ADDRESS, REUSE_PORT)),
+    "all-on-loopback": ("0.0.0.0", (REUSE_ADDRESS, REUSE_PORT, ON_LOOPBACK)),
+    "all-ipv6-on-loopback": ("::", (REUSE_ADDRESS, REUSE_PORT, ON_LOOPBACK)),
+}
+"""Where somebody with CAP_NET_BIND_SERVICE listens beside a filter. The kernel prefers a listener on the interface at
+which a connection arrives, and the hook asks for none."""
+
+
+def opened(to: str, options: Sequence[tuple[int, int | bytes]]) -> socket.socket:
+    one = socket.socket(socket.AF_INET6 if ":" in to else socket.AF_INET)
+    for option, value in options:
+        one.setsockopt(socket.SOL_SOCKET, option, value)
+    one.bind((to, FILTER_PORT))
+    return one
+
+
+@pytest.mark.parametrize("bound_first", [False, True], ids=["afterwards", "bound-before"])
+@pytest.mark.parametrize("row", BESIDE)
+def test_nobody_takes_the_callers_of_a_filter(here: Scene, row: str, bound_first: bool) -> None:
+    """The other listener can't be had, or callers go on reaching the filter or nothing, and never the other one."""
+    here.backend.apply(filtering(NEW))
+    shape, options = BESIDE[row]
+    where = shape.format(address(here))
+    ours, theirs = socket.socketpair()
+
+    def bound() -> list[socket.socket]:
+        return [opened(where, options)] if bound_first else []
+
+    def squat(sockets: list[socket.socket]) -> None:
+        theirs.recv(1)
+        try:
+            (one,) = sockets or [opened(where, options)]
+            one.listen()
+        except OSError as error:
+            theirs.send(errno.errorcode[error.errno or 0].encode())
+            return
+        theirs.send(b"listens")
+        while True:
+            one.accept()[0].send(b"taken")
+
+    with ours, theirs:
+        here.sandbox.serve_with(bound, squat)
+        with suppress(ChildFailed):  # the address was taken, so that there is no filter
+            here.serve()
+        ours.settimeout(5)
+        ours.send(b".")
+        assert ours.recv(64) in (b"listens", b"EADDRINUSE")
+        assert here.reached(NEW) in (address(here), "EPERM")
 
 
 def test_a_socket_for_ipv6_alone_does_not_reach_the_filter(here: Scene) -> None:
