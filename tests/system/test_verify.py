@@ -289,7 +289,7 @@ def test_a_program_that_the_configuration_knows_is_no_fault(guard: Guard, tmp_pa
             done = guard(*words, "--config", path)
             assert (done.status, done.stdout, done.stderr) == (0, "imds-guard: active (ebpf)\n", "")
         asked = ("explain", "--user", "root", SERVICE)
-        assert "  but:         program somebody_else (id " in guard(*asked).answer
+        assert "  but:         program somebody_else (id " in guard(*asked).stdout
         assert ["somebody_else" in sentence for sentence in guard(*asked, "--json").values["neighbours"]] == [True]
         found = guard("status", "--json").values["ebpf"]["other_programs"]
         assert [(one["name"], one["hook"], one["runs"], one["cgroups"]) for one in found] == [
