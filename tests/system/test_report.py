@@ -412,12 +412,20 @@ def test_a_textfile_is_replaced_in_one_step_and_readable_for_everyone(guard: Gua
 
 
 def test_a_textfile_that_cannot_be_written_is_an_error_and_leaves_no_file(guard: Guard, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "absent" / "x.prom", tmp_path / "folder"):
+    (tmp_path / "folder.prom").mkdir()
+    for path in (tmp_path / "absent" / "x.prom", tmp_path / "folder.prom"):
         done = guard("metrics", "--textfile", str(path))
         assert done.status == 1
         assert done.sentence.startswith(f"writing metrics to {path}: E")
-    assert [one.name for one in tmp_path.iterdir()] == ["folder"]
+    assert [one.name for one in tmp_path.iterdir()] == ["folder.prom"]
+
+
+def test_a_textfile_that_node_exporter_would_not_read_is_refused(guard: Guard, tmp_path: Path) -> None:
+    path = tmp_path / "imds-guard.txt"
+    done = guard("metrics", "--textfile", str(path))
+    assert done.status == 2
+    assert done.sentence == f"--textfile {path}: node_exporter reads only *.prom; end the name in .prom"
+    assert not path.exists()
 
 
 def test_without_prometheus_client_the_error_names_the_package(guard: Guard) -> None:

@@ -64,6 +64,8 @@ def metrics(textfile: str | None, cgroup: str | None) -> None:
     """Print state and counters as Prometheus text."""
     from imds_guard.commands import metrics as metrics_command  # noqa: PLC0415
 
+    if textfile is not None:
+        metrics_command.check_textfile_name(textfile)
     require_root("metrics")
     text = metrics_command.metrics(cgroup)
     if textfile is not None:

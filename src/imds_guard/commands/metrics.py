@@ -14,7 +14,7 @@ from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.backends.ebpf.report import Report, read_report
 from imds_guard.commands.filter_refusals import Refusals, read_refusals
 from imds_guard.commands.look import Status, status
-from imds_guard.errors import GuardError, Unsupported, system_text
+from imds_guard.errors import GuardError, Unsupported, UsageError, system_text
 from imds_guard.kernel import files
 from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode
@@ -192,6 +192,12 @@ def _of_filter(refusals: Refusals) -> Iterator[Metric]:
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
+
+
+def check_textfile_name(path: str) -> None:
+    """Raises UsageError: node_exporter reads no other name (github.com/prometheus/node_exporter#textfile-collector)."""
+    if not path.endswith(".prom"):
+        raise UsageError(f"--textfile {path}: node_exporter reads only *.prom; end the name in .prom")
 
 
 def write_textfile(text: bytes, path: str) -> None:
