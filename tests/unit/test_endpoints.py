@@ -150,3 +150,23 @@ def test_dmi_is_read_from_the_files_that_exist(tmp_path: Path) -> None:
 
 def test_without_dmi_the_text_is_empty(tmp_path: Path) -> None:
     assert dmi_text(str(tmp_path / "absent")) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("fd00::1:80", "for port 80 write [fd00::1]:80"),
+        ("fd00::1:443,tcp", "for port 443 write [fd00::1]:443"),
+        ("fd00::1", None),
+        ("[fd00::1]:80", None),
+        ("fd00::1:81", None),
+        ("1:2:3:4:5:6:7:80", None),
+        ("10.0.0.1:80", None),
+    ],
+)
+def test_an_address_whose_end_looks_like_a_port_is_questioned(text: str, meant: str | None) -> None:
+    """It is an address all the same."""
+    assert parse_endpoint(text)
+    doubts = doubts_about([text])
+    assert len(doubts) == (meant is not None)
+    assert meant is None or doubts[0].endswith(meant)

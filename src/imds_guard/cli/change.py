@@ -20,7 +20,7 @@ from imds_guard.commands.change import Accept
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.outcome import Outcome
 from imds_guard.errors import UsageError
-from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.endpoint_syntax import doubts_about, parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
 
 
@@ -94,6 +94,7 @@ def _change(
     who, endpoint = _identities(groups, users), None if ip is None else parse_endpoint(ip)
     outcome = change(who, endpoint, options, save.accept)
     outcome.warnings.extend(identity.notes_on_digits(users, groups))
+    outcome.warnings.extend(doubts_about([] if ip is None else [ip]))
     save.finish(outcome, options.cgroup)
     print_outcome(guard.complete(outcome, print_progress), as_json)
 

@@ -15,6 +15,7 @@ from imds_guard.config.read import load_config
 from imds_guard.errors import UsageError
 from imds_guard.identity import is_missing_group, notes_on_digits
 from imds_guard.kernel.dmi import dmi_text
+from imds_guard.policy.endpoint_syntax import doubts_about
 from imds_guard.policy.model import Mode, Policy, Verdict
 
 
@@ -77,7 +78,7 @@ class PolicyOptions:
             create_groups=create_groups,
         )
         users, groups = (*self.users, *self.deny_users), (*self.groups, *self.deny_groups)
-        return policy, options, notes_on_digits(users, groups)
+        return policy, options, [*notes_on_digits(users, groups), *doubts_about(self.ips)]
 
     def _from_file(self, options: GuardOptions) -> tuple[Policy, GuardOptions, list[str]]:
         path = CONFIG_PATH if self.config is None else self.config

@@ -16,7 +16,7 @@ from imds_guard.commands import look
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.look import Status
 from imds_guard.errors import BadPolicy, GuardError, NothingLocked, NotPermitted, UsageError
-from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.endpoint_syntax import doubts_about, parse_endpoint
 from imds_guard.present.answers import explanation_lines, explanation_values
 from imds_guard.present.status import status_lines, status_values, status_word
 
@@ -75,7 +75,7 @@ def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None
         raise
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
-    print_warnings([] if user is None else identity.notes_on_digits([user]))
+    print_warnings([*([] if user is None else identity.notes_on_digits([user])), *doubts_about([endpoint])])
     if as_json:
         print_json(explanation_values(caller, found))
     else:

@@ -22,7 +22,7 @@ from imds_guard.kernel import files
 from imds_guard.kernel.dmi import dmi_text as read_dmi_text
 from imds_guard.policy.builtin import preset_endpoints
 from imds_guard.policy.emergency import EMERGENCY_LOCK
-from imds_guard.policy.endpoint_syntax import parse_endpoint
+from imds_guard.policy.endpoint_syntax import doubts_about, parse_endpoint
 from imds_guard.policy.model import Endpoint, Identities, Lock, Mode, Policy, Verdict, make_policy
 from imds_guard.policy.wireserver import split_off_wireserver
 
@@ -194,6 +194,7 @@ class _Reader:
 
     def endpoints(self, table: Table) -> tuple[Endpoint, ...]:
         found = [table.convert("endpoints", text, parse_endpoint) for text in table.strings("endpoints")]
+        self.names.warnings += doubts_about(table.strings("endpoints"))
         for name in table.strings("preset", single=True):
             found += table.convert("preset", name, self.preset)
         if not found:

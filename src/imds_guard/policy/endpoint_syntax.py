@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterable
 
 from imds_guard.errors import BadPolicy
 from imds_guard.policy.builtin import builtin, builtin_at
@@ -29,6 +30,19 @@ def parse_endpoint(text: str) -> Endpoint:
         return _parse(text)
     except _NotAnEndpoint as error:
         raise BadPolicy(f"{text!r} is not an endpoint: {error}") from None
+
+
+_WEB_PORTS = ("80", "443", "8080", "8443")
+
+
+def doubts_about(texts: Iterable[str]) -> list[str]:
+    """A sentence for each IPv6 address without brackets whose end may be meant as a port: ``fd00::1:80``."""
+    found = []
+    for text in texts:
+        address, _, last = text.partition(",")[0].rpartition(":")
+        if "::" in address and last in _WEB_PORTS and not address.startswith("["):
+            found.append(f"{text!r} was taken as an address without a port; for port {last} write [{address}]:{last}")
+    return found
 
 
 class _NotAnEndpoint(ValueError):
