@@ -19,6 +19,7 @@ from imds_guard.policy.builtin import (
     default_endpoints,
     preset_endpoints,
 )
+from imds_guard.policy.endpoint_syntax import doubts_about, parse_endpoint
 from imds_guard.policy.model import Endpoint, Protocol
 from imds_guard.policy.ports import ALL_PORTS, minus_ports
 
