@@ -130,7 +130,7 @@ if "docker" in RUNTIMES:  # no other runtime is asked, so that no guest skips it
         container = run("docker", "run", "--detach", *options, "client", "/bin/sleep", "3600").stdout.strip()
         try:
             pid = run("docker", "inspect", "--format={{.State.Pid}}", container).stdout.strip()
-            explained = json.loads(world.done("explain", "--pid", pid, IPV4, "--json"))
+            explained = json.loads(world.command("explain", "--pid", pid, IPV4, "--json").stdout)
         finally:
             run("docker", "rm", "--force", container)
         assert (explained["container"], explained["forwarded"]) == (f"docker:{container[:12]}", forwarded)
