@@ -33,6 +33,8 @@ from imds_guard.kernel.tcp_birth import was_accepted
 
 MAX_THREADS = 512
 """That hang. Each takes two descriptors and a few pages."""
+_MAX_LOCKERS = 2048
+"""Threads that wait for a locked socket by a copy of its descriptor, or for a file that was put in its place."""
 _STACK = 256 << 10
 _CHECK_S = 0.1
 _TURN_S = 0.5
@@ -161,6 +163,7 @@ class _Work:
         self._is_wanted = is_wanted
         self._cut = cut
         self._places = threading.BoundedSemaphore(MAX_THREADS)
+        self._lockers = threading.BoundedSemaphore(_MAX_LOCKERS)
         self._inodes = frozenset(one.socket.inode for one in targets)
         self._descriptors: dict[int, dict[int, int]] = {}
         self._reading = threading.Lock()
@@ -211,11 +214,17 @@ class _Work:
     def _wait_for_lock(self, one: Target) -> None:
         """Returns when nobody has locked the socket, or when those that nobody has locked have had their turn."""
         is_free = threading.Event()
-        if one.pids:
+        if one.pids and self._lockers.acquire(blocking=False):
             threading.Thread(target=self._lock, args=(one, is_free), daemon=True).start()
         is_free.wait(_TURN_S)
 
     def _lock(self, one: Target, is_free: threading.Event) -> None:
+        try:
+            self._lock_once(one, is_free)
+        finally:
+            self._lockers.release()
+
+    def _lock_once(self, one: Target, is_free: threading.Event) -> None:
         for pid in one.pids:
             with contextlib.suppress(OSError, KeyError):
                 copy = untrusted.copy_of_socket(pid, self._descriptors_of(pid)[one.socket.inode], one.socket.inode)

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from typing import NamedTuple
 
 from imds_guard.kernel import children, syscalls
@@ -172,9 +173,15 @@ def copy_of_socket(pid: int, descriptor: int, inode: int) -> int:
         copy = syscalls.pidfd_getfd(process, descriptor)
     finally:
         os.close(process)
-    if os.fstat(copy).st_ino != inode:
+    try:
+        # Its holder may have put another file there, and fstat(2) would ask the server of a FUSE mount. This call needs
+        # a socket, and waits for nobody.
+        syscalls.getsockopt(copy, socket.SOL_SOCKET, socket.SO_TYPE)
+        if os.fstat(copy).st_ino != inode:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"descriptor {descriptor} of process {pid}")
+    except OSError:
         os.close(copy)
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"descriptor {descriptor} of process {pid}")
+        raise
     return copy
 
 
