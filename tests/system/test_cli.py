@@ -518,3 +518,16 @@ def test_save_keeps_what_the_policy_does_not_say(guard: Guard, tmp_path: Path) -
     assert 'on_error = "open"' in saved
     assert 'backend = "ebpf"' in saved
     assert str(TWO) in saved
+
+
+def test_check_says_that_a_file_is_fine(guard: Guard, tmp_path: Path) -> None:
+    """Or names the line: as the command that validates a file before it is installed."""
+    file = tmp_path / "config.toml"
+    file.write_text(f'[lock.web]\nendpoints = ["{SERVICE}", "{NEIGHBOUR}"]\nusers = ["root"]\n', encoding="utf-8")
+    fine = guard("check", "--config", str(file))
+    assert " ".join(fine.answer.split()).startswith(f"{file} is fine: 1 lock, 2 endpoints ebpf: ")
+    assert guard("check", "--config", str(file), "--json").values["configuration"] == str(file)
+    file.write_text(f'[lock.web]\nendpoints = ["{SERVICE}"]\ngroops = ["root"]\n', encoding="utf-8")
+    wrong = guard("check", "--config", str(file))
+    assert (wrong.status, wrong.stdout) == (78, "")
+    assert wrong.sentence.startswith(f"{file}:3: unknown key 'groops' in lock 'web'; did you mean groups?")

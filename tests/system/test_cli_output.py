@@ -75,7 +75,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     }
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
-    assert set(checked) == {"backends", "taken", "shut_out", "not_inspected", "connections"}
+    assert set(checked) == {"backends", "configuration", "taken", "shut_out", "not_inspected", "connections"}
     assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
     guard("stop")
     assert guard.status() | {"ebpf": None} == {

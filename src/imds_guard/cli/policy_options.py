@@ -51,6 +51,16 @@ class PolicyOptions:
         """True when the policy is not what the configuration file says."""
         return self.describe_policy or self.overrides
 
+    @property
+    def path(self) -> str:
+        """The configuration file."""
+        return CONFIG_PATH if self.config is None else self.config
+
+    @property
+    def has_file(self) -> bool:
+        """True when there is a configuration file, or one was named."""
+        return self.config is not None or os.path.exists(CONFIG_PATH)
+
     def require_groups(self) -> None:
         """Raises UsageError for a group that does not exist: a dry run makes none, so its ID is not known."""
         for name in self.groups:
@@ -81,8 +91,8 @@ class PolicyOptions:
         return policy, options, [*notes_on_digits(users, groups), *doubts_about(self.ips)]
 
     def _from_file(self, options: GuardOptions) -> tuple[Policy, GuardOptions, list[str]]:
-        path = CONFIG_PATH if self.config is None else self.config
-        if self.config is None and not os.path.exists(path):
+        path = self.path
+        if not self.has_file:
             raise UsageError(
                 f"nothing says who is allowed: name a --group or a --user, or write {path} "
                 "(imds-guard start --group canAccessIP --create-group)"

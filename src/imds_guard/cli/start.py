@@ -126,17 +126,20 @@ def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:
 @resolve_option
 @json_option
 def check(backend: str | None, cgroup: str | None, resolve_groups: bool, as_json: bool, **given: Any) -> None:
-    """Say what this machine can do, which backend would be taken, and why not the others. Changes nothing."""
+    """Say what this machine can do, which backend would be taken, and why not the others. Changes nothing.
+
+    Without options that say who or where, for the policy of the configuration file, if there is one.
+    """
     from imds_guard.present.answers import check_lines, check_values  # noqa: PLC0415
 
     wanted = PolicyOptions(given)
     require_root("check")
     policy, warnings = None, list[str]()
     options = GuardOptions(backend or "auto", cgroup, resolve_groups)
-    if wanted.describe_policy or wanted.config is not None:
+    if wanted.describe_policy or wanted.has_file:
         policy, options, warnings = wanted.policy(options, create_groups=False)
         warnings = [*warnings, *sub_id_warnings(policy)]
-    found = look.check(policy, options)
+    found = look.check(policy, options, None if wanted.describe_policy or policy is None else wanted.path)
     if as_json:
         print_json(check_values(found))
     else:

@@ -187,13 +187,16 @@ def _orphan_faults() -> list[str]:
 
 
 class CheckResult(NamedTuple):
-    """Each backend's answer in the order of preference, and what start would cause."""
+    """Each backend's answer in the order of preference, and what start would cause: nobody knows without a policy.
+
+    ``file`` is the configuration that the policy is from, and which is fine.
+    """
 
     backends: list[choose.BackendCheck]
     shut_out: Preflight
-    """Empty without a policy."""
     existing: CutResult | None = None
-    """Connections that start would cut; None without a policy."""
+    file: str | None = None
+    policy: Policy | None = None
 
     @property
     def chosen(self) -> str | None:
@@ -201,7 +204,7 @@ class CheckResult(NamedTuple):
         return next((checked.backend.name for checked in self.backends if checked.refusal is None), None)
 
 
-def check(policy: Policy | None, options: GuardOptions) -> CheckResult:
+def check(policy: Policy | None, options: GuardOptions, file: str | None = None) -> CheckResult:
     """Asks each backend; changes nothing. With a policy, also who would be shut out and which connections be cut."""
     names = choose.candidates(options.backend, options.cgroup)
     backends = choose.examine(policy, names, options.cgroup, options.resolve_groups)
@@ -209,7 +212,7 @@ def check(policy: Policy | None, options: GuardOptions) -> CheckResult:
 
     if policy is None:
         return CheckResult(backends, preflight.Preflight())
-    return CheckResult(backends, preflight.shut_out(policy), _existing(policy, options))
+    return CheckResult(backends, preflight.shut_out(policy), _existing(policy, options), file, policy)
 
 
 def _existing(policy: Policy, options: GuardOptions) -> CutResult:

@@ -13,12 +13,13 @@ from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.present.connections import connections_values, would_cut_lines
 from imds_guard.present.outcome import not_inspected_values, shut_out_lines, shut_out_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
-from imds_guard.text import and_more, escaped, host_port
+from imds_guard.text import and_more, count_of, escaped, host_port
 
 if TYPE_CHECKING:
     from imds_guard.commands.demo import DemoResult
     from imds_guard.commands.look import CheckResult, Explanation
     from imds_guard.commands.place import Place
+    from imds_guard.policy.model import Policy
 
 
 # --- check ----------------------------------------------------------------------------------------------------------
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def check_lines(found: CheckResult) -> list[str]:
     """Each backend's answer, which backend start would take, and what start would cut."""
-    lines = []
+    lines = [] if found.file is None or found.policy is None else wrapped("", _fine(found.file, found.policy))
     for checked in found.backends:
         answer = "works here" if checked.refusal is None else str(checked.refusal)
         lines += wrapped(f"{checked.backend.name}: ", answer)
@@ -34,6 +35,13 @@ def check_lines(found: CheckResult) -> list[str]:
     lines += [part for line in shut_out_lines(found.shut_out) for part in wrapped("", line)]
     cut = would_cut_lines(found.existing) if found.existing is not None else []
     return lines + [part for line in cut for part in ([line] if line.startswith(" ") else wrapped("", line))]
+
+
+def _fine(file: str, policy: Policy) -> str:
+    endpoints = sum(len(lock.endpoints) for lock in policy.locks)
+    locks, filters = count_of(len(policy.locks), "lock"), count_of(len(policy.filters), "filter")
+    parts = [locks, *([filters] if policy.filters else []), count_of(endpoints, "endpoint")]
+    return f"{file} is fine: {', '.join(parts)}"
 
 
 def check_values(found: CheckResult) -> dict[str, Any]:
@@ -47,6 +55,7 @@ def check_values(found: CheckResult) -> dict[str, Any]:
             }
             for checked in found.backends
         ],
+        "configuration": found.file,
         "taken": found.chosen,
         "shut_out": shut_out_values(found.shut_out),
         "not_inspected": not_inspected_values(found.shut_out),
