@@ -400,6 +400,22 @@ def test_the_timer_takes_back_what_was_added_and_nothing_else(guard: Guard) -> N
     assert guard("revoke", "--timer", "first").answer == "nothing is left to take back\n"
 
 
+def test_a_timer_that_ends_before_the_change_leaves_no_right_for_ever(guard: Guard) -> None:
+    """Another command held the lock for that long, or somebody stopped this one (Ctrl-Z)."""
+    guard.start(*BOTH)
+    late = (
+        _NO_TIMER.replace("NAME", "''")
+        + "import threading; temporary.start_timer = lambda s, _: threading.Event().wait(s) or 'late'"
+    )
+    done = command.run(command.argv(guard.arguments("allow", "--for", "1s", "--user", str(TWO)), before=late))
+    assert (done.status, done.sentence.startswith("the time was over before anybody was allowed")) == (1, True)
+    assert reached(guard, TWO) == []
+    allow_for(guard, "15m", "--user", str(TWO))
+    again = command.run(command.argv(guard.arguments("allow", "--for", "1s", "--user", str(TWO)), before=late))
+    assert again.status == 1
+    assert f"- user {TWO}\n" in guard("revoke", "--timer", "first").answer
+
+
 def test_what_was_allowed_for_good_before_does_not_end(guard: Guard) -> None:
     guard.start(*BOTH)
     assert "nothing ends" in allow_for(guard, "15m", "--user", str(ONE)).answer

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Callable
 
 from imds_guard.backends import Change, choose
@@ -85,10 +86,12 @@ def allow_for(who: Identities, endpoint: Endpoint | None, options: GuardOptions,
     temporary.require_timers()
     if options.dry_run:
         return allow(who, endpoint, options, lambda _: None)
+    timer_runs_until = time.monotonic() + seconds
     timer = temporary.start_timer(seconds, options.cgroup)
     until = temporary.now() + seconds
     try:
         with one_at_a_time(options.cgroup):
+            _require_before(timer_runs_until)
             outcome, ends = _allow_until(until, timer, (who, endpoint), options)
     except BaseException:
         # Once the file has the rights, they may be in force: then the timer has to run.
@@ -100,6 +103,12 @@ def allow_for(who: Identities, endpoint: Endpoint | None, options: GuardOptions,
     said = f"this ends at {utc_text(until)}" if ends else "they were allowed for good: nothing ends"
     outcome.done.append(said)
     return outcome
+
+
+def _require_before(end: float) -> None:
+    """Raises GuardError once a timer may have found nothing to take back. From now on it waits for our lock."""
+    if time.monotonic() >= end:
+        raise GuardError("the time was over before anybody was allowed: nothing was changed, try again with more time")
 
 
 def _allow_until(
