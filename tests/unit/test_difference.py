@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,6 +105,41 @@ def test_filters_are_compared_by_what_they_do() -> None:
     assert lines(before, changed) == ["filter f: changed"]
     split = edit.allow(before, Identities(frozenset((5,))), parse_endpoint(IMDS))
     assert lines(before, split) == [f"+ user u5 at {IMDS}"]
+
+
+STRONG = FilterRules(
+    ("GET /**",), ("GET /a",), "ec2-metadata-filter", ("aws-cli/",), require_imdsv2=True, sets=("no-credentials",)
+)
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        {"audit": True},
+        {"deny": ()},
+        {"sets": ()},
+        {"require_imdsv2": False},
+        {"headers": None, "user_agents": ()},
+        {"user_agents": ("aws-cli/", "x")},
+    ],
+)
+def test_a_filter_that_loses_a_restriction_opens(less: dict[str, Any]) -> None:
+    one = Filter("f", ("a",), Identities(frozenset((7,))), rules=STRONG)
+    weak = one._replace(rules=STRONG._replace(**less))
+    strong, weaker = (make_policy(BOTH.locks, filters=(each,), filter_uid=99) for each in (one, weak))
+    assert difference_lines(difference(strong, weaker).opening, NAMES) == ["filter f: changed"]
+    assert not difference(strong, strong).opening
+    if "user_agents" not in less:
+        assert not difference(weaker, strong).opening
+
+
+def test_a_filter_that_is_for_everyone_now_opens() -> None:
+    one = Filter("f", ("a",), Identities(frozenset((7,))), rules=STRONG)
+    before, after = (
+        make_policy(BOTH.locks, filters=(each,), filter_uid=99)
+        for each in (one, one._replace(who=Identities(), everyone=True))
+    )
+    assert (bool(difference(before, after).opening), bool(difference(after, before).opening)) == (True, False)
 
 
 def test_what_opens_and_what_takes_away() -> None:

@@ -65,6 +65,8 @@ class Difference(NamedTuple):
     filters_added: tuple[str, ...] = ()
     filters_removed: tuple[str, ...] = ()
     filters_changed: tuple[str, ...] = ()
+    filters_weaker: tuple[str, ...] = ()
+    """Those of ``filters_changed`` that refuse less than before."""
     emergency_ends: bool = False
     """The policy before was the emergency lock: another one is what everybody waits for."""
 
@@ -79,6 +81,7 @@ class Difference(NamedTuple):
             lists=tuple(one for one in self.lists if one.kind == "deny" and not one.added),
             others=tuple(one for one in self.others if one.after is Verdict.ALLOW),
             settings=tuple(one for one in self.settings if one.weaker),
+            filters_changed=self.filters_weaker,
         )
 
     @property
@@ -107,6 +110,7 @@ def difference(
         filters_added=added,
         filters_removed=removed,
         filters_changed=changed,
+        filters_weaker=tuple(_weaker_filters(before, after)),
         emergency_ends=before is not None and is_emergency(before) and not (after and is_emergency(after)),
     )
 
@@ -237,6 +241,26 @@ def _filters(before: Policy | None, after: Policy | None) -> tuple[tuple[str, ..
     old, new = _filters_by_name(before), _filters_by_name(after)
     changed = [name for name in new if name in old and old[name] != new[name]]
     return tuple(n for n in new if n not in old), tuple(n for n in old if n not in new), tuple(changed)
+
+
+def _weaker_filters(before: Policy | None, after: Policy | None) -> Iterator[str]:
+    """The names of filters that lost a restriction. An entry of ``allow`` that somebody asked for is none."""
+    old = {one.name: one for one in (before.filters if before else ())}
+    for one in after.filters if after else ():
+        if one.name in old and _lost_restriction(old[one.name], one):
+            yield one.name
+
+
+def _lost_restriction(before: Filter, after: Filter) -> bool:
+    old, new = before.rules, after.rules
+    return (
+        after.everyone > before.everyone
+        or new.audit > old.audit
+        or new.require_imdsv2 < old.require_imdsv2
+        or not set(new.deny) >= set(old.deny)
+        or not set(new.sets) >= set(old.sets)  # they deny, too
+        or (old.headers is not None and (new.headers != old.headers or new.user_agents != old.user_agents))
+    )
 
 
 def _filters_by_name(policy: Policy | None) -> dict[str, tuple[object, ...]]:
