@@ -215,7 +215,10 @@ class _Work:
         """Returns when nobody has locked the socket, or when those that nobody has locked have had their turn."""
         is_free = threading.Event()
         if one.pids and self._lockers.acquire(blocking=False):
-            threading.Thread(target=self._lock, args=(one, is_free), daemon=True).start()
+            try:
+                threading.Thread(target=self._lock, args=(one, is_free), daemon=True).start()
+            except RuntimeError:  # no more threads (pids.max): it is ended all the same
+                self._lockers.release()
         is_free.wait(_TURN_S)
 
     def _lock(self, one: Target, is_free: threading.Event) -> None:
