@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from imds_guard.kernel import journal
+from imds_guard.commands.turn import lock_name
+from imds_guard.kernel import journal, lockfile
 from imds_guard.text import escaped
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, STRANGER, TIMEOUT_S, TWO, Guard, Result
@@ -414,6 +415,20 @@ def test_a_timer_that_ends_before_the_change_leaves_no_right_for_ever(guard: Gua
     again = command.run(command.argv(guard.arguments("allow", "--for", "1s", "--user", str(TWO)), before=late))
     assert again.status == 1
     assert f"- user {TWO}\n" in guard("revoke", "--timer", "first").answer
+
+
+def test_the_timer_waits_longer_than_others_for_the_lock(guard: Guard) -> None:
+    """It runs once: what it does not take back then, stays."""
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    impatient = "from imds_guard.kernel import lockfile; lockfile.WAIT_S = 0.1"
+    argv = command.argv(guard.arguments("revoke", "--timer", "first"), before=impatient)
+    with lockfile.exclusive(lock_name(guard.sandbox.cgroup)):
+        waiting = subprocess.Popen(argv)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(3)
+    assert waiting.wait(TIMEOUT_S) == 0
+    assert reached(guard, TWO) == []
 
 
 def test_what_was_allowed_for_good_before_does_not_end(guard: Guard) -> None:

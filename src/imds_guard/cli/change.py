@@ -140,7 +140,7 @@ def revoke(keep_existing: bool, timer: str | None, **given: Any) -> None:
         return
     if given["groups"] or given["users"] or given["ip"] or save.asked:
         raise UsageError("--timer says by itself what to revoke: no --group, --user, --ip or --save goes with it")
-    outcome = change.take_back(timer, options)
+    outcome = change.take_back(timer, options, change.TIMER_WAIT_S)
     if outcome is None:
         print_done(["nothing is left to take back"])
     else:

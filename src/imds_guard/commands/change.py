@@ -133,10 +133,14 @@ def _allow_until(
     return outcome, bool(theirs)
 
 
-def take_back(timer: str, options: GuardOptions) -> Outcome | None:
+TIMER_WAIT_S = 3600.0
+"""How long a timer's command waits for others: it runs once, and nobody runs it again by hand."""
+
+
+def take_back(timer: str, options: GuardOptions, wait_s: float | None = None) -> Outcome | None:
     """What the timer of one ``allow --for`` does. None where nothing of it is left. Then call complete()."""
     name = lock_name(options.cgroup)
-    with one_at_a_time(options.cgroup):
+    with one_at_a_time(options.cgroup, wait_s):
         held = temporary.rights(name)
         ours = [one for one in held if one.timer == timer]
         if not ours:

@@ -20,10 +20,10 @@ from imds_guard.policy.model import Policy
 
 
 @contextmanager
-def one_at_a_time(cgroup: str | None) -> Iterator[None]:
+def one_at_a_time(cgroup: str | None, wait_s: float | None = None) -> Iterator[None]:
     """Holds the commands' lock: commands that change something wait for each other."""
     name = lock_name(cgroup)
-    with lockfile.exclusive(name), reading_tables_once(cgroup):
+    with lockfile.exclusive(name, wait_s), reading_tables_once(cgroup):
         try:
             yield
         finally:
