@@ -263,6 +263,19 @@ def test_another_change_during_the_question_is_not_what_was_asked(guard: Guard) 
     assert reached(guard, STRANGER, to=NEIGHBOUR) == []
 
 
+def test_a_change_that_opens_only_since_another_command_is_not_made_unasked(guard: Guard) -> None:
+    """When the question would have been asked there was none: the policy was the same."""
+    guard.start(*FEWER)
+    other = guard.arguments("start", *BOTH)
+    meanwhile = (
+        "from imds_guard.cli import consent; import subprocess; ask = consent.Consent.ask; "
+        f"consent.Consent.ask = lambda *a: (ask(*a), subprocess.run({command.argv(other)!r}, check=True))"
+    )
+    done = Terminal(*guard.arguments("start", *FEWER), before=meanwhile).end()
+    assert (done.status, "another command changed the policy" in in_one_line(done.stderr)) == (1, True)
+    assert reached(guard, STRANGER, to=NEIGHBOUR) == []
+
+
 # --- the audit trail --------------------------------------------------------------------------------------------------
 
 

@@ -30,15 +30,16 @@ class Consent:
         self._may_ask = may_ask
         self._name_taken = name_taken
         self._seen: Difference | None = None
-        self._asked = False
+        self._previewed = False
+        """Somebody at a terminal was asked, or would have been, had there been something to ask."""
 
     def __call__(self, found: Difference | None) -> None:
         """Warns. Raises GuardError where another change is about to open something than the one that was asked for."""
         if found is None or found == self._seen or found.emergency_ends:
             return
-        if self._asked and found.opening:
+        if self._previewed and found.opening:
             raise GuardError(
-                "another command changed the policy while you were asked: nothing was changed, run the command again"
+                "another command changed the policy while this one began: nothing was changed, run the command again"
             )
         self._seen = found
         print_warnings(self._sentences(found))
@@ -56,12 +57,12 @@ class Consent:
         if not self._may_ask or not (os.isatty(_STDIN) and sys.stderr is not None and sys.stderr.isatty()):
             return
         found = preview().difference
+        self._previewed = True
         if found is None or found.emergency_ends or not found.opening:
             return
         print_question(f"Go on? No answer within {ANSWER_WITHIN_S:.0f} s is no. [y/N] ")
         if _answer() not in _YES:
             raise GuardError("nothing was changed, since nobody said yes (--yes does not ask)")
-        self._asked = True
 
 
 def _answer() -> str:
