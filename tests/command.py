@@ -49,7 +49,14 @@ class Result:
 
     @property
     def sentence(self) -> str:
-        """The error message, without the prefix. It must be the only output: one line on stderr, no traceback."""
+        """The error message, without the prefix. It must be the only output: one line on stderr, no traceback.
+
+        Where JSON was asked for, it is an object on stdout.
+        """
+        if self.stdout.startswith('{"error": '):
+            assert self.stderr == "", self
+            assert self.values["error"]["status"] == self.status, self
+            return str(self.values["error"]["message"])
         lines = self.stderr.splitlines()
         assert len(lines) == 1, self
         assert lines[0].startswith("imds-guard: "), self

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
+JSON_SCHEMA = 1
+"""The number in every JSON output. It grows when a key is removed, is renamed or means something else."""
+
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@%+,\[\]~^*?!-]+", re.ASCII)
 _UNSAFE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 """Unicode categories: control, format (with the bidirectional ones), surrogate, private, unassigned, line ends."""

@@ -39,13 +39,15 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     started = guard("start", "--json", "--user", str(ONE), "--group", "root", "--ip", SERVICE)
     assert set(started.values) == {
         *("backend", "policy", "done", "warnings", "shut_out", "not_inspected", "connections"),
-        *("difference", "dry_run"),
+        *("schema", "difference", "dry_run"),
     }
     assert set(started.values["difference"]) == {
         *("locked", "unlocked", "lists", "others", "settings", "filters", "locks_less"),
     }
     status = guard("status", "--json").values
-    assert set(status) == {"state", "backend", "emergency", "faults", "known", "policy", "ebpf", "temporary", "notes"}
+    assert set(status) == {
+        *("schema", "state", "backend", "emergency", "faults", "known", "policy", "ebpf", "temporary", "notes"),
+    }
     assert set(status["ebpf"]) == {
         *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "other_programs", "counters"),
     }
@@ -59,6 +61,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     explained = guard("explain", "--json", "--user", "root", SERVICE).values
     assert set(explained) == {
         *(
+            "schema",
             "allowed",
             "reason",
             "lock",
@@ -75,10 +78,11 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     }
     assert explained["matched"] == {"kind": "group", "id": 0}
     checked = guard("check", "--json").values
-    assert set(checked) == {"backends", "configuration", "taken", "shut_out", "not_inspected", "connections"}
+    assert set(checked) == {"schema", "backends", "configuration", "taken", "shut_out", "not_inspected", "connections"}
     assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
     guard("stop")
     assert guard.status() | {"ebpf": None} == {
+        "schema": 1,
         "state": "inactive",
         "backend": None,
         "emergency": False,
@@ -92,7 +96,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
 
 
 def test_endpoints_as_json() -> None:
-    rows = json.loads(command.imds_guard_command("endpoints", "--json").answer)
+    rows = json.loads(command.imds_guard_command("endpoints", "--json").answer)["endpoints"]
     keys = {"address", "endpoint", "protocol", "presets", "default", "locked_by_default_here", "services", "note"}
     assert all(set(row) == keys for row in rows)
     assert all(service["source"] for row in rows for service in row["services"])
@@ -103,7 +107,7 @@ def test_endpoints_as_json() -> None:
 @needs_root
 def test_the_demonstration_as_json() -> None:
     shown = command.imds_guard_command("demo", "--json").values
-    assert set(shown) == {"backend", "as_decided", "rows"}
+    assert set(shown) == {"schema", "backend", "as_decided", "rows"}
     assert shown["as_decided"] is True
     assert all(set(row) == {"caller", "address", "before", "after", "why"} for row in shown["rows"])
 
@@ -226,3 +230,24 @@ def test_a_terminal_without_unicode(guard: Guard, tmp_path: Path) -> None:
     shown = command.run(command.argv(guard.arguments("status"), interpreter=("-s",)), plain)
     assert shown.status == 0, shown
     assert "lock Z" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("status", "--json", "--cgroup", "/nowhere"), 4),
+        (("explain", "--json", "--user", "nobody-has-this", SERVICE), 78),
+        (("start", "--group", "nobody-has-this", "--json"), 78),
+        (("allow", "--json"), 2),
+        (("report", "--json", "--frobnicate"), 2),
+        (("watch", "--once", "--json", "--cgroup", "/nowhere"), 1),
+        (("frobnicate", "--json"), 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+@needs_root
+def test_an_error_is_json_where_that_was_asked_for(words: tuple[str, ...], status: int) -> None:
+    """One line, with the number of the schema, and nothing on standard error."""
+    result = command.imds_guard_command(*words)
+    assert (result.status, result.stderr, result.stdout.count("\n")) == (status, "", 1)
+    assert result.values == {"schema": 1, "error": {"status": status, "message": result.values["error"]["message"]}}

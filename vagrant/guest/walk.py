@@ -70,7 +70,7 @@ DAY_2 = (
     Line("imds-guard report", SAVED, r"www-data"),
     Line("journalctl -u imds-guard-watch", SAVED, r"verdict=denied .*user=www-data"),
     Line("journalctl -t imds-guard", SAVED, r"policy changed: command=revoke"),
-    Line("imds-guard stop", EVERYBODY, r"systemctl restart imds-guard"),
+    Line("imds-guard stop", EVERYBODY, r"systemctl stop imds-guard stops it, too"),
     Line("systemctl restart imds-guard", SAVED),
     Line("imds-guard verify --repair", SAVED),
     Line("systemctl stop imds-guard", EVERYBODY),

@@ -13,7 +13,7 @@ import click
 
 from imds_guard.cli import streams
 from imds_guard.cli.group import cli
-from imds_guard.cli.output import called_as, fail
+from imds_guard.cli.output import answer_in_json, called_as, fail
 from imds_guard.errors import GuardError, system_text
 
 __all__ = ["cli", "ip_lockdown", "main"]
@@ -42,6 +42,7 @@ def _call(command: click.Command, arguments: Sequence[str] | None, name: str) ->
     """Turns every way that a command can end into an exit status."""
     os.umask(0o022)  # the caller's may hide our files from root without CAP_DAC_OVERRIDE, or open them to others
     signal.signal(signal.SIGTERM, _on_sigterm)
+    answer_in_json(sys.argv[1:] if arguments is None else list(arguments))
     try:
         streams.install()
         command.main(args=None if arguments is None else list(arguments), prog_name=name, standalone_mode=False)

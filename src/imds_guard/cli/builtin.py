@@ -18,7 +18,7 @@ def endpoints(as_json: bool) -> None:
 
     rows = answers.endpoint_rows(dmi_text())
     if as_json:
-        print_json(rows)
+        print_json({"endpoints": rows})
     else:
         print_lines(answers.endpoint_lines(rows))
 

@@ -35,6 +35,7 @@ from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
 def stop(service: str | None, everywhere: bool, cgroup: str | None) -> None:
     """Open the locks and remove everything of imds-guard from the kernel."""
     from imds_guard.commands.service import may_unlock, repairs_itself  # noqa: PLC0415
+    from imds_guard.kernel.systemd import is_active, is_booted  # noqa: PLC0415
 
     require_root("stop")
     if everywhere and (service is not None or cgroup is not None):
@@ -46,6 +47,8 @@ def stop(service: str | None, everywhere: bool, cgroup: str | None) -> None:
     print_done(done or ["imds-guard was not active: nothing to remove"])
     if service is None and cgroup is None and repairs_itself():
         print_warnings(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
+    elif service is None and cgroup is None and is_booted() and is_active("imds-guard.service"):
+        print_warnings(["imds-guard.service counts as started all the same: systemctl restart imds-guard locks again"])
 
 
 def _identities(groups: Sequence[str], users: Sequence[str]) -> Identities:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from imds_guard.cli import streams
 from imds_guard.cli.group import MODULES
-from imds_guard.errors import GuardError
+from imds_guard.errors import AnswerLost, GuardError
 
 if TYPE_CHECKING:
     from imds_guard.commands.outcome import Outcome
@@ -54,11 +54,13 @@ def print_done(lines: Iterable[str]) -> None:
     print_lines(lines)
 
 
-def print_json(values: object) -> None:
+def print_json(values: Mapping[str, object], indent: int | None = 2) -> None:
     """Prints the answer as JSON to standard output."""
     import json  # noqa: PLC0415 -- start-up time: few calls ask for it
 
-    print_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    from imds_guard.text import JSON_SCHEMA  # noqa: PLC0415
+
+    print_text(json.dumps({"schema": JSON_SCHEMA, **values}, indent=indent, sort_keys=True) + "\n")
 
 
 def print_warnings(sentences: Iterable[str]) -> None:
@@ -125,8 +127,23 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     print_warnings(outcome_warnings(outcome))
 
 
+_asks_for_json = False
+
+
+def answer_in_json(arguments: Sequence[str]) -> None:
+    """Tells fail() whether a command line asks for JSON: that is known also where the rest of it is wrong."""
+    global _asks_for_json  # noqa: PLW0603 -- an error may come before, in and after the command
+    _asks_for_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
+
+
 def fail(error: BaseException, status: int) -> NoReturn:
-    """Ends the command with one sentence on standard error. On a terminal its parts are lines of their own."""
+    """Ends the command with one sentence on standard error. On a terminal its parts are lines of their own.
+
+    Where JSON was asked for, it is an object in one line on standard output, as the answer would be.
+    """
+    if _asks_for_json and not isinstance(error, AnswerLost):
+        print_json({"error": {"status": status, "message": str(error)}}, indent=None)
+        sys.exit(status)
     listed = error.lines if isinstance(error, GuardError) and sys.stderr is not None and sys.stderr.isatty() else ()
     for line in (f"imds-guard: {listed[0]}", *listed[1:]) if listed else (f"imds-guard: {error}",):
         _print_error(line, _ERROR)

@@ -9,7 +9,7 @@ from typing import Any
 
 from imds_guard.backends.ebpf.abi import EGRESS
 from imds_guard.backends.ebpf.record import Record
-from imds_guard.text import host_port, key_value
+from imds_guard.text import JSON_SCHEMA, host_port, key_value
 from imds_guard.watch.cgroup_info import CgroupInfo
 from imds_guard.watch.process_info import ProcessInfo, decoded, os_text
 from imds_guard.watch.timestamps import iso_time_of
@@ -63,7 +63,7 @@ def _printable(text: str | None) -> str | None:
 
 def as_json(values: Values) -> str:
     """One line of ASCII. Everything else is escaped, so that no control character reaches a terminal."""
-    return json.dumps(values, ensure_ascii=True).replace("\x7f", "\\u007f")
+    return json.dumps({"schema": JSON_SCHEMA, **values}, ensure_ascii=True).replace("\x7f", "\\u007f")
 
 
 # --- lines for people -----------------------------------------------------------------------------------------------

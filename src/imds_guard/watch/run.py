@@ -105,6 +105,7 @@ def _put(lines: list[bytes], queue: LineQueue) -> None:
 
     for line in lines:
         values = json.loads(line)
+        del values["schema"]  # the line of this process has its own
         if values["event"] == TOO_MANY:
             raise GuardError(
                 f"following the imds-guard watch that reads the ring buffer: it has {MAX_FOLLOWERS} followers, which "
