@@ -420,6 +420,16 @@ def test_a_textfile_that_cannot_be_written_is_an_error_and_leaves_no_file(guard:
     assert [one.name for one in tmp_path.iterdir()] == ["folder.prom"]
 
 
+def test_the_emergency_lock_has_a_metric_of_its_own(guard: Guard, tmp_path: Path) -> None:
+    start(guard)
+    assert of(samples(guard("metrics").answer), "emergency") == 0
+    bad = tmp_path / "bad.toml"
+    bad.write_text("mode =")
+    guard("stop")  # a policy that is in force stays, however bad the file
+    guard("start", "--boot", "--config", str(bad))
+    assert of(samples(guard("metrics").answer), "emergency") == 1
+
+
 def test_a_textfile_that_node_exporter_would_not_read_is_refused(guard: Guard, tmp_path: Path) -> None:
     path = tmp_path / "imds-guard.txt"
     done = guard("metrics", "--textfile", str(path))

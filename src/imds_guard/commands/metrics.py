@@ -17,6 +17,7 @@ from imds_guard.commands.look import Status, status
 from imds_guard.errors import GuardError, Unsupported, UsageError, system_text
 from imds_guard.kernel import files
 from imds_guard.policy.decide import Reason
+from imds_guard.policy.emergency import is_emergency
 from imds_guard.policy.model import Mode
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def _families(found: Status, report: Report | None) -> Iterator[Metric]:
     yield _versions(found)
     yield _gauge("active", "1 when a policy is in force.", found.backend is not None)
     yield _gauge("degraded", "1 when the guard has a fault: imds-guard status names it.", bool(found.faults))
+    emergency = found.policy is not None and is_emergency(found.policy)
+    yield _gauge("emergency", "1 while the emergency lock replaces a configuration that can't be used.", emergency)
     audit = found.policy is not None and found.policy.mode is Mode.AUDIT
     yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
     if found.ebpf is not None:
