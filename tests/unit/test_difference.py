@@ -181,3 +181,11 @@ def test_no_decision_changes_without_a_difference(data: st.DataObject, one: Poli
         assert found
     if after and not before:
         assert found.opening or found.filters_added or any(c.kind == "allow" and c.added for c in found.lists)
+
+
+def test_another_account_of_the_filters_is_a_setting() -> None:
+    """That user may connect to what the filters serve."""
+    one = Filter("f", ("a",), Identities(frozenset((7,))), rules=FilterRules(allow=("GET /**",)))
+    before, after = (make_policy(BOTH.locks, filters=(one,), filter_uid=uid) for uid in (99, 98))
+    assert lines(before, after) == ["filter account: 99 -> 98"]
+    assert lines(BOTH, before) == ["+ filter f"]

@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     """A value for the whole policy."""
 
     name: str
-    """``mode``, ``containers``, ``strict`` or ``forwarded``."""
+    """``mode``, ``containers``, ``strict``, ``forwarded``; ``filter account`` is the user ID of the filters' service."""
     before: str
     after: str
 
@@ -226,6 +226,7 @@ def _settings(before: Policy, after: Policy, forwarded: tuple[str | None, str | 
         ("containers", before.containers.value, after.containers.value),
         ("strict", _switch(before.strict), _switch(after.strict)),
         ("forwarded", *forwarded),
+        ("filter account", *(None if one.filter_uid is None else str(one.filter_uid) for one in (before, after))),
     )
     for name, old, new in values:
         if old is not None and new is not None and old != new:
