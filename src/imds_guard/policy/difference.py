@@ -43,7 +43,7 @@ class Setting(NamedTuple):
     """A value for the whole policy."""
 
     name: str
-    """``mode``, ``containers``, ``strict``, ``forwarded``; ``filter account`` is the user ID of the filters' service."""
+    """``mode``, ``containers``, ``strict``, ``forwarded``; ``filter account``: the user ID of the filters' service."""
     before: str
     after: str
 
@@ -226,11 +226,15 @@ def _settings(before: Policy, after: Policy, forwarded: tuple[str | None, str | 
         ("containers", before.containers.value, after.containers.value),
         ("strict", _switch(before.strict), _switch(after.strict)),
         ("forwarded", *forwarded),
-        ("filter account", *(None if one.filter_uid is None else str(one.filter_uid) for one in (before, after))),
+        ("filter account", _account(before), _account(after)),
     )
     for name, old, new in values:
         if old is not None and new is not None and old != new:
             yield Setting(name, old, new)
+
+
+def _account(policy: Policy) -> str | None:
+    return None if policy.filter_uid is None else str(policy.filter_uid)
 
 
 def _switch(on: bool) -> str:
