@@ -35,7 +35,7 @@ from vagrant.guest.world import ACTIVE, INACTIVE, ONE, PATIENCE_S, STRANGER, com
 from vagrant.waiting import wait_until
 
 EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
-RESTARTS = 50
+RESTARTS = 20
 """A restart takes five seconds on an emulated processor, and two more where the log of denials restarts, too."""
 RESTARTS_WITH_LOG = 3
 QUIET = Path("/run/systemd/system/rescue.service.d/quiet.conf")
