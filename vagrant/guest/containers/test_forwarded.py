@@ -138,6 +138,8 @@ def test_packets_stay_rejected(docker: None, backend: str, neighbour: str) -> No
     assert forwarded() == ["ECONNREFUSED"] * 2
     if (backend, neighbour) == ("iptables", "iptables -F"):
         lock(backend)  # its rules in OUTPUT are gone
+    if (backend, neighbour) == ("iptables", "firewalld") and world.command("status").returncode == world.INACTIVE:
+        lock(backend)  # firewalld before 2.0 flushes all tables of iptables when it starts
     assert state() == "rejected"
 
 
