@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from vagrant.guest.test_5_walk import assert_does, who_passes
 from vagrant.guest.walk import Line
 
 CONFIG = Path("/etc/imds-guard/config.toml")
+WRONG = "\ngroops = ['canAccessIP']\n"
 
 
 @pytest.mark.parametrize("line", walk.AFTER_REBOOT, ids=lambda line: line.written)
@@ -34,23 +34,22 @@ def test_an_upgrade() -> None:
     assert who_passes() == walk.SAVED
 
 
-@pytest.fixture(scope="module")
-def broken_file() -> Iterator[None]:
-    """A word too many in the configuration."""
-    good = CONFIG.read_text(encoding="utf-8")
-    CONFIG.write_text(f"{good}\ngroops = ['canAccessIP']\n", encoding="utf-8")
-    yield
-    CONFIG.write_text(good, encoding="utf-8")
+def test_a_word_too_many_in_the_file() -> None:
+    """An edit changes nothing by itself."""
+    text = CONFIG.read_text(encoding="utf-8")
+    CONFIG.write_text(f"{text}{WRONG}", encoding="utf-8")
+    assert who_passes() == walk.SAVED
 
 
 @pytest.mark.parametrize("line", walk.BROKEN_FILE, ids=lambda line: line.written)
-def test_a_broken_file(broken_file: None, line: Line) -> None:
+def test_a_broken_file(line: Line) -> None:
     """The policy in force stays."""
     assert_does(line)
 
 
 def test_the_corrected_file() -> None:
     """It is used again."""
+    CONFIG.write_text(CONFIG.read_text(encoding="utf-8").replace(WRONG, ""), encoding="utf-8")
     systemctl("restart", UNIT)
     assert who_passes() == walk.SAVED
 
