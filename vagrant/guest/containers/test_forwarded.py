@@ -131,15 +131,17 @@ NEIGHBOURS: dict[str, Callable[[], None]] = {
 }
 
 
+FLUSHES = {"iptables -F", "firewalld", "ufw"}
+"""The fallback's rules in OUTPUT go with these. Debian 12's firewalld flushes all of iptables when it starts and stops."""
+
+
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 def test_packets_stay_rejected(docker: None, backend: str, neighbour: str) -> None:
     """After what others do to their rules, which come later. A firewall that rejects answers otherwise."""
     NEIGHBOURS[neighbour]()
     assert forwarded() == ["ECONNREFUSED"] * 2
-    if (backend, neighbour) == ("iptables", "iptables -F"):
-        lock(backend)  # its rules in OUTPUT are gone
-    if backend == "iptables" and neighbour in ("firewalld", "ufw") and world.command("status").returncode == world.INACTIVE:
-        lock(backend)  # Debian 12's firewalld flushes all tables of iptables when it starts and when it stops
+    if backend == "iptables" and neighbour in FLUSHES and world.command("status").returncode == world.INACTIVE:
+        lock(backend)
     assert state() == "rejected"
 
 
