@@ -132,7 +132,7 @@ NEIGHBOURS: dict[str, Callable[[], None]] = {
 
 
 FLUSHES = {"iptables -F", "firewalld", "ufw"}
-"""The fallback's rules in OUTPUT go with these. Debian 12's firewalld flushes all of iptables when it starts and stops."""
+"""The fallback's rules go with these: Debian 12's firewalld flushes iptables when it starts and when it stops."""
 
 
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
