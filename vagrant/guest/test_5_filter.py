@@ -91,7 +91,8 @@ def test_kill_9_under_load_never_gives_direct_access(backend: str) -> None:
     thread.join()
     assert "403" in seen
     assert "EPERM" in seen
-    assert seen <= {"403", "EPERM", "ECONNRESET", "RemoteDisconnected"}, seen
+    # The listener may go between the hook's look at it and the arrival of the SYN: ECONNREFUSED.
+    assert seen <= {"403", "EPERM", "ECONNREFUSED", "ECONNRESET", "RemoteDisconnected"}, seen
     assert_filtered()
 
 
