@@ -255,3 +255,28 @@ def test_the_policy_imports_nothing_but_the_standard_library_and_errors() -> Non
     filters = {"policy.filter_address", "policy.filters"}
     assert found == {"errors", "policy", "policy.decide", "policy.model", "policy.ports"} | filters
     assert imported.isdisjoint({"ctypes", "subprocess", "bcc", "psutil", "click"})
+
+
+class _ValuesOnly(ast.NodeTransformer):
+    """Removes annotations, which ``from __future__ import annotations`` keeps from being evaluated."""
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        return ast.Expr(node.value) if node.value is not None else None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.returns = None
+        self.generic_visit(node)
+        return node
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_no_type_is_joined_with_none_at_run_time(name: str) -> None:
+    """``str | None`` is a TypeError before Python 3.10, unless it is an annotation."""
+    values = _ValuesOnly().visit(ast.parse(ast.unparse(SOURCES[name])))
+    joined = [node for node in ast.walk(values) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr)]
+    nones = [node for node in joined if isinstance(node.right, ast.Constant) and node.right.value is None]
+    assert [ast.unparse(node) for node in nones] == []

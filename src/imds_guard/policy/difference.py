@@ -121,7 +121,7 @@ def _by_name(policy: Policy | None) -> dict[str, Lock]:
 
 # --- which lock decided for an endpoint, and which one decides now ----------------------------------------------------
 
-_Pair = tuple[str | None, str | None]
+_Pair = tuple["str | None", "str | None"]
 """The names of the lock before and the lock after; None where nothing was locked."""
 _Pairs = dict[_Pair, dict[Network, Endpoint]]
 
