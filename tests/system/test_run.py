@@ -44,7 +44,7 @@ def test_messages_name_the_command_as_it_was_called(tmp_path: Path) -> None:
         done = run(["watch", "--once", "--cgroup", guard.sandbox.cgroup], tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("imds-guard: ")
-    assert f"; run {ROOT}/run start first" in done.stderr
+    assert f": run {ROOT}/run start first" in done.stderr
 
 
 def test_packages_that_pip_can_not_install_are_reported(tmp_path: Path) -> None:

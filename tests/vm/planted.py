@@ -36,8 +36,8 @@ FAULTS = (
     # Three that releases had.
     Fault(
         "an-unspecified-destination-before-the-credentials", "decide.h",
-        "\tif (ig_read(&caller->cred,",
-        "\tif (number == IG_NO_LIST)\n\t\treturn IG_UNSPECIFIED_DESTINATION;\n\tif (ig_read(&caller->cred,",
+        "\tif (!ig_read_caller(caller, task))",
+        "\tif (number == IG_NO_LIST)\n\t\treturn IG_UNSPECIFIED_DESTINATION;\n\tif (!ig_read_caller(caller, task))",
     ),
     Fault("an-unspecified-destination-names-the-first-lock", _RENDER, "lock = abi.NO_LOCK\n", "lock = 0\n"),
     Fault("an-entry-without-ranges-locks", "egress.h", "return endpoint && endpoint->ranges_len;", "return endpoint;"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from imds_guard.backends.iptables.render import ResolvedPolicy, digest
 from imds_guard.backends.iptables.state_file import StateFile
-from imds_guard.errors import BadPolicy
+from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.policy.filter_numbers import Numbers
 from imds_guard.policy.filter_text import parse_rules, rules_text
 from imds_guard.policy.filters import Filter, Target
@@ -62,7 +62,9 @@ class FilterFile:
         try:
             yield
         except BaseException:
-            self._file.write(before)
+            if new:
+                with contextlib.suppress(GuardError):  # the error of the change is the one to tell
+                    self._file.write(before)
             raise
         self._file.write(_text({digest(wanted.policy): _state(wanted)}) if wanted.policy.filters else "")
 
