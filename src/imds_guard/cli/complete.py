@@ -6,13 +6,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Callable
 
 from click import Context, Parameter
-from click.shell_completion import CompletionItem
 
 from imds_guard.errors import GuardError
 
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
 # Modules are imported where they are used: start-up time of commands.
+
+
+def by(values: Callable[[Context, Parameter, str], list[CompletionItem]]) -> dict[str, Any]:
+    """The keyword of an option or argument for its values. click 7, of Debian 11, completes no values."""
+    return {"shell_complete": values} if hasattr(Parameter, "shell_complete") else {}
 
 
 def users(_ctx: Context, _param: Parameter, incomplete: str) -> list[CompletionItem]:
@@ -66,6 +74,8 @@ def cgroups(_ctx: Context, _param: Parameter, incomplete: str) -> list[Completio
 
 def files(_ctx: Context, _param: Parameter, incomplete: str) -> list[CompletionItem]:
     """Files, which the shell itself lists."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415
+
     return [CompletionItem(incomplete, type="file")]
 
 
@@ -77,4 +87,6 @@ def _names(kind: str) -> list[str]:
 
 def _beginning_with(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:
     """An answer has a line for each word, so one with other characters than printable ones is left out."""
+    from click.shell_completion import CompletionItem  # noqa: PLC0415
+
     return [CompletionItem(word) for word in sorted(set(words)) if word.startswith(incomplete) and word.isprintable()]

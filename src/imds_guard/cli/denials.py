@@ -56,7 +56,7 @@ def report(as_json: bool, cgroup: str | None) -> None:
 @click.option(
     "--textfile",
     metavar="PATH",
-    shell_complete=complete.files,
+    **complete.by(complete.files),
     help="Write them to a file, for node_exporter's textfile collector.",
 )
 @cgroup_option

@@ -17,8 +17,8 @@ from imds_guard.policy.difference import Difference
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("ip", shell_complete=complete.endpoints)
-@click.argument("users", nargs=-1, shell_complete=complete.users)
+@click.argument("ip", **complete.by(complete.endpoints))
+@click.argument("users", nargs=-1, **complete.by(complete.users))
 @backend_option
 @cgroup_option
 @keep_existing_option

@@ -28,11 +28,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 cgroup_option = click.option(
     "--cgroup",
     metavar="PATH",
-    shell_complete=complete.cgroups,
+    **complete.by(complete.cgroups),
     help="Guard this cgroup2 subtree, not the whole machine.",
 )
 config_option = click.option(
-    "--config", metavar="FILE", shell_complete=complete.files, help=f"Configuration file (default {CONFIG_PATH})."
+    "--config", metavar="FILE", **complete.by(complete.files), help=f"Configuration file (default {CONFIG_PATH})."
 )
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "ebpf", "iptables"]), help="What enforces (default auto: eBPF if it can)."
@@ -54,7 +54,7 @@ policy_options = options(
         "groups",
         multiple=True,
         metavar="G",
-        shell_complete=complete.groups,
+        **complete.by(complete.groups),
         help="Allow this group (name or ID; repeatable).",
     ),
     click.option(
@@ -62,7 +62,7 @@ policy_options = options(
         "users",
         multiple=True,
         metavar="U",
-        shell_complete=complete.users,
+        **complete.by(complete.users),
         help="Allow this user (name or ID; repeatable).",
     ),
     click.option(
@@ -70,7 +70,7 @@ policy_options = options(
         "deny_groups",
         multiple=True,
         metavar="G",
-        shell_complete=complete.groups,
+        **complete.by(complete.groups),
         help="Deny this group, whoever is allowed.",
     ),
     click.option(
@@ -78,7 +78,7 @@ policy_options = options(
         "deny_users",
         multiple=True,
         metavar="U",
-        shell_complete=complete.users,
+        **complete.by(complete.users),
         help="Deny this user, whoever is allowed.",
     ),
     click.option("--nobody", is_flag=True, help="Allow nobody at all, root included."),
@@ -87,7 +87,7 @@ policy_options = options(
         "ips",
         multiple=True,
         metavar="ENDPOINT",
-        shell_complete=complete.endpoints,
+        **complete.by(complete.endpoints),
         help="Lock ADDR[/LEN][:PORTS][,tcp|udp|any].",
     ),
     click.option(
@@ -95,7 +95,7 @@ policy_options = options(
         "presets",
         multiple=True,
         metavar="NAME",
-        shell_complete=complete.presets,
+        **complete.by(complete.presets),
         help="Lock a built-in set of endpoints.",
     ),
     click.option("--mode", type=click.Choice(["enforce", "audit"]), help="audit: count denials, deny nobody."),
@@ -121,7 +121,7 @@ change_options = options(
         "groups",
         multiple=True,
         metavar="G",
-        shell_complete=complete.groups,
+        **complete.by(complete.groups),
         help="This group (name or ID; repeatable).",
     ),
     click.option(
@@ -129,14 +129,14 @@ change_options = options(
         "users",
         multiple=True,
         metavar="U",
-        shell_complete=complete.users,
+        **complete.by(complete.users),
         help="This user (name or ID; repeatable).",
     ),
     click.option(
         "--ip",
         "ip",
         metavar="ENDPOINT",
-        shell_complete=complete.locked,
+        **complete.by(complete.locked),
         help="Only at this endpoint. A lock with more endpoints is split.",
     ),
     save_options,

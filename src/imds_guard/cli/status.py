@@ -53,8 +53,8 @@ def exit_status(found: Status) -> int:
 
 @cli.command(short_help="Say how a connect would be judged, and why.")
 @click.option("--pid", type=click.IntRange(min=1), metavar="N", help="Ask for a running process.")
-@click.option("--user", metavar="U", shell_complete=complete.users, help="Ask for a user as after a fresh login.")
-@click.argument("endpoint", shell_complete=complete.locked)
+@click.option("--user", metavar="U", **complete.by(complete.users), help="Ask for a user as after a fresh login.")
+@click.argument("endpoint", **complete.by(complete.locked))
 @cgroup_option
 @json_option
 def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None, as_json: bool) -> None:
