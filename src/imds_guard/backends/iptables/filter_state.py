@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from imds_guard.backends.iptables.render import ResolvedPolicy, digest
 from imds_guard.backends.iptables.state_file import StateFile
-from imds_guard.errors import BadPolicy, GuardError
+from imds_guard.errors import BadPolicy
 from imds_guard.policy.filter_numbers import Numbers
 from imds_guard.policy.filter_text import parse_rules, rules_text
 from imds_guard.policy.filters import Filter, Target
@@ -51,21 +51,14 @@ class FilterFile:
     def changing(self, wanted: ResolvedPolicy) -> Iterator[None]:
         """Within the block the file has the old filters and those of ``wanted``; after it the latter alone.
 
-        After an exception it is as before.
+        After an exception it keeps both: where the rules could not be put back, they are those of either policy.
         """
-        before = self._file.read()
         new = {digest(wanted.policy): _state(wanted)} if wanted.policy.filters else {}
         if new:
             with contextlib.suppress(BadPolicy):  # one that nobody can read has nothing to keep
                 new = {**self._read(), **new}
             self._file.write(_text(new))
-        try:
-            yield
-        except BaseException:
-            if new:
-                with contextlib.suppress(GuardError):  # the error of the change is the one to tell
-                    self._file.write(before)
-            raise
+        yield
         self._file.write(_text({digest(wanted.policy): _state(wanted)}) if wanted.policy.filters else "")
 
     def remove(self) -> None:
