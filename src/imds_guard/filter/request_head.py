@@ -91,7 +91,7 @@ def parse_head(head: bytes, hosts: Collection[str]) -> Head:
     tokens = _connection_tokens(headers)
     is_old = version == b"HTTP/1.0"
     return Head(
-        Request(method, parse_target(target), headers),
+        Request(method, parse_target(_with_one_slash(target)), headers),
         length,
         not is_old and "close" not in tokens,
         _expects_continue(headers),
@@ -105,6 +105,15 @@ def _request_line(line: bytes) -> tuple[str, bytes, bytes]:
     if len(parts) != 3 or not _METHOD.fullmatch(parts[0]) or not _VERSION.fullmatch(parts[2]):
         raise BadRequest("the request line is not METHOD PATH HTTP/1.1")
     return parts[0].decode(), parts[1], parts[2]
+
+
+def _with_one_slash(target: bytes) -> bytes:
+    """A second slash at the very beginning is dropped, before rules are looked at. It is not passed on.
+
+    EC2 ignores it, and the SDK for JavaScript sends it: @aws-sdk/ec2-metadata-service puts the endpoint's path, which is
+    ``/``, in front of the path that it is asked for (MetadataService.request).
+    """
+    return target[1:] if target.startswith(b"//") else target
 
 
 def _header(line: bytes) -> tuple[str, str]:
