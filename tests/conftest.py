@@ -18,6 +18,9 @@ settings.register_profile("quick", max_examples=20, deadline=None)
 settings.register_profile("full", max_examples=100, deadline=None)
 settings.load_profile(os.environ.get("IMDS_GUARD_HYPOTHESIS") or ("full" if os.environ.get("CI") else "quick"))
 
+collect_ignore = [] if os.environ.get("IMDS_GUARD_CLIENTS") else ["clients"]
+"""./run clients sets the variable. Its clients come from PyPI and npm: a user's ./run test does not fetch them."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/vm. They are here because pytest asks only the first conftest.py."""

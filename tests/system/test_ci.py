@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-""".ci/run: the gate fails when the tests fail, when a kernel in the background fails, and when a tool is missing.
+""".ci/run: the gate fails when tests, clients or a kernel in the background fail, and when a tool is missing.
 
 A copy of it runs beside a ``run`` and an apt-get that only end as they are told.
 """
@@ -18,7 +18,9 @@ FAKE_RUN = """#!/bin/sh
 case "$1 $2" in
   "test --version") exit "${PREPARE_TESTS:-0}" ;;
   "matrix --list") exit "${PREPARE_MATRIX:-0}" ;;
+  "clients --version") exit "${PREPARE_CLIENTS:-0}" ;;
   test*) echo "tests: $2 $IMDS_GUARD_EXPECT $IMDS_GUARD_HYPOTHESIS"; exit "${TESTS:-0}" ;;
+  clients*) echo "clients: $2"; exit "${CLIENTS:-0}" ;;
   matrix*) shift; echo "guests: $*"; exit "${GUESTS:-0}" ;;
 esac
 """
@@ -54,19 +56,21 @@ def ci(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
         ({"MISSING": "1"}, 0),
         ({"TESTS": "1"}, 1),
         ({"TESTS": "5"}, 5),
+        ({"CLIENTS": "4"}, 4),
         ({"GUESTS": "3"}, 3),
         ({"TESTS": "1", "GUESTS": "3"}, 1),
     ],
-    ids=["good", "a tool that can be installed", "tests", "no tests", "guests", "both"],
+    ids=["good", "a tool that can be installed", "tests", "no tests", "clients", "guests", "both"],
 )
-def test_the_gate_fails_with_the_tests_and_with_the_guests(
+def test_the_gate_fails_with_the_tests_the_clients_and_the_guests(
     settings: dict[str, str], status: int, tmp_path: Path
 ) -> None:
-    """Both run to their end, with all tools and backends expected, and both outputs are printed."""
+    """All run to their end, with all tools and backends expected, and all outputs are printed."""
     done = ci(tmp_path, **settings)
     assert done.returncode == status
     assert done.stdout.splitlines() == [
         "tests: chosen ebpf,iptables,tools full",
+        "clients: ",
         "guests: --jobs 1 5.10-debian-11 7.3-debian-13 lockdown 6.12-arm64-16k-debian-13 containers-docker",
     ]
 
@@ -79,8 +83,9 @@ def test_the_gate_fails_with_the_tests_and_with_the_guests(
         ({"machine": "aarch64"}, 69),
         ({"PREPARE_TESTS": "77"}, 77),
         ({"PREPARE_MATRIX": "78"}, 78),
+        ({"PREPARE_CLIENTS": "69"}, 69),
     ],
-    ids=["a tool", "package lists", "another architecture", "the tests' environment", "the emulator"],
+    ids=["a tool", "package lists", "another architecture", "the tests' environment", "the emulator", "the clients"],
 )
 def test_what_is_missing_fails_the_gate_before_anything_runs(
     settings: dict[str, str], status: int, tmp_path: Path

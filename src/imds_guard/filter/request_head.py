@@ -110,8 +110,8 @@ def _request_line(line: bytes) -> tuple[str, bytes, bytes]:
 def _with_one_slash(target: bytes) -> bytes:
     """A second slash at the very beginning is dropped, before rules are looked at. It is not passed on.
 
-    EC2 ignores it, and the SDK for JavaScript sends it: @aws-sdk/ec2-metadata-service puts the endpoint's path, which is
-    ``/``, in front of the path that it is asked for (MetadataService.request).
+    EC2 ignores it, and the SDK for JavaScript sends it: @aws-sdk/ec2-metadata-service puts the endpoint's path, ``/``,
+    in front of the path that it is asked for (MetadataService.request).
     """
     return target[1:] if target.startswith(b"//") else target
 
