@@ -56,14 +56,15 @@ def _entry(name: str, recipe: dict[str, object], build: Callable[[Path], None]) 
 
 def _pip(draft: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    wanted = ["--no-deps", "--only-binary=:all:", "--requirement", str(HERE / "requirements.txt")]
+    wanted = ["--require-hashes", "--no-deps", "--only-binary=:all:", "--requirement", str(HERE / "requirements.txt")]
     _run("PyPI", [*command, *wanted, "--target", str(draft)])
 
 
 def _npm(draft: Path) -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(HERE / name, draft)
-    _run("npm", ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], draft)
+    # A Node that is too old is an error here: a client would fail by it in the middle of a test.
+    _run("npm", ["npm", "ci", "--engine-strict", "--ignore-scripts", "--no-audit", "--no-fund"], draft)
 
 
 def _cloud_init() -> Path:
@@ -89,10 +90,11 @@ def _run(registry: str, command: list[str], folder: Path | None = None) -> None:
 
 
 def _complaint(text: str) -> str:
-    """Of what a program said, the first line that is an error of pip or npm; otherwise the last line."""
+    """Of what a program said: what npm asks of Node, else the first error of pip or npm, else the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("ERROR:", "npm error"))]
-    return errors[0] if errors else (lines or ["it said nothing"])[-1]
+    unfit = [line.removeprefix("npm error notsup ") for line in lines if line.startswith("npm error notsup ")]
+    errors = [line for line in lines if line.startswith(("ERROR:", "npm error")) and "npm error code" not in line]
+    return " ".join(unfit) or (errors[:1] or lines[-1:] or ["it said nothing"])[0]
 
 
 def main() -> int:
