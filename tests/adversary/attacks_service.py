@@ -187,6 +187,15 @@ ATTACKS = (
         test="adversary/test_guard.py",
     ),
     Attack(
+        "planted-cache",
+        "A program that lets everybody through, in the cache of compiled programs or in place of its folder; an old "
+        "file, another entry's content, one bit changed",
+        Verdict.BLOCKED,
+        "A file counts only where root alone can change it and every folder above, and where it is whole. Its name is "
+        "a digest of all that it was made of.",
+        test="kernel/test_compiled.py",
+    ),
+    Attack(
         "flood",
         "A flood of denials: more than the record buffer holds, from more users than the report has rows",
         Verdict.BLOCKED,

@@ -296,6 +296,9 @@ umount -l /run
 mount -t tmpfs tmpfs /run
 mkdir -p /etc/imds-guard /run/imds-guard /etc/systemd/system/sysinit.target.wants
 mkdir -p /etc/systemd/system/networking.service.requires
+mount -t tmpfs tmpfs /var/cache
+mkdir /var/cache/imds-guard
+touch /var/cache/imds-guard/instructions
 touch /etc/imds-guard/config.toml /run/imds-guard/command.lock /run/there.service
 ln -s /usr/lib/systemd/system/imds-guard-gone.service /etc/systemd/system/sysinit.target.wants/imds-guard.service
 ln -s /run/there.service /etc/systemd/system/sysinit.target.wants/imds-guard-watch.service
@@ -305,7 +308,7 @@ ln -s /usr/lib/systemd/system/imds-guard-required.service /etc/systemd/system/ne
 
 _WHAT_IS_LEFT = """
 find /etc/systemd/system -name 'imds-guard*' -printf '%f\\n' | sort
-find /etc/imds-guard /run/imds-guard -type f -printf '%f\\n' 2>/dev/null | sort
+find /etc/imds-guard /run/imds-guard /var/cache/imds-guard -type f -printf '%f\\n' 2>/dev/null | sort
 """
 
 
@@ -327,6 +330,7 @@ EVERYTHING = [
     "imds-guard.service",
     "command.lock",
     "config.toml",
+    "instructions",
 ]
 
 

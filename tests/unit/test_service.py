@@ -67,6 +67,12 @@ def test_an_answer_that_is_lost_fails_no_unit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GUARDING)
+def test_the_cache_is_optional(name: str) -> None:
+    """A unit whose ReadWritePaths= are not there fails, unless the path begins with "-" (systemd.exec(5))."""
+    assert "-/var/cache/imds-guard" in of(name, "Service", "ReadWritePaths")
+
+
+@pytest.mark.parametrize("name", GUARDING)
 def test_units_that_change_or_read_the_guard_have_the_same_hardening(name: str) -> None:
     """systemd has no include, so each file repeats these options."""
     assert hardening(name) == hardening("imds-guard.service")

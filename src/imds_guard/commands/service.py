@@ -7,6 +7,7 @@ import os
 from typing import NamedTuple
 
 from imds_guard import CONFIG_PATH
+from imds_guard.backends.ebpf import compiled
 from imds_guard.commands import filter_account, look, own_files
 from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
@@ -99,6 +100,7 @@ def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, fold
         )
     lines = filter_account.make() if options.filter else []
     lines += [line for name in options.files for line in _install_unit(name, program, folder)]
+    compiled.FOLDER.make()  # the units may write there, and nowhere above
     lines += _enable(options)
     return Installed(lines, warnings)
 
@@ -247,6 +249,7 @@ def uninstall(folder: str = FOLDER) -> list[str]:
             os.unlink(path)
             lines.append(f"removed {path}")
             lines += filter_account.remove() if name == FILTER else []
+    compiled.FOLDER.remove()
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
         _stop_removed_units(folder)

@@ -7,6 +7,7 @@ Format: Documentation/bpf/btf.rst and include/uapi/linux/btf.h.
 from __future__ import annotations
 
 import enum
+import hashlib
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -178,9 +179,18 @@ class Btf:
 
 def read_kernel_btf() -> Btf:
     """The running kernel's BTF. Raises Unsupported when it has none."""
+    return Btf(_kernel_blob())
+
+
+def kernel_btf_digest() -> str:
+    """The SHA-256 of the running kernel's BTF, which tells whether offsets are still those. Raises Unsupported."""
+    return hashlib.sha256(_kernel_blob()).hexdigest()
+
+
+def _kernel_blob() -> bytes:
     try:
         with open(PATH, "rb") as file:
-            return Btf(file.read())
+            return file.read()
     except OSError as error:
         raise Unsupported(
             f"opening {PATH} for the offsets of the kernel's structs: {system_text(error)}; this kernel was built or "

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from imds_guard.backends.ebpf import abi, probe
+from imds_guard.backends.ebpf import abi, compiled, probe
 from imds_guard.errors import GuardError, Unsupported, trying
 from imds_guard.kernel import bpf, btf, compiler
 
@@ -42,20 +42,29 @@ def source_folder() -> Path:
 
 def source_version(defines: Defines = ()) -> str:
     """8 hexadecimal digits that change with any source of the hooks. They are part of the programs' names."""
+    return _source_digest(defines)[: abi.VERSION_DIGITS]
+
+
+def _source_digest(defines: Defines = ()) -> str:
     state = hashlib.sha256()
     folder = source_folder()
     for path in sorted(folder.rglob("*.[ch]")):
         text = path.read_bytes()
         state.update(f"{path.relative_to(folder)} {len(text)}\n".encode() + text)
     state.update(repr(defines).encode())
-    return state.hexdigest()[: abi.VERSION_DIGITS]
+    return state.hexdigest()
 
 
 @functools.cache
 def kernel_offsets() -> Defines:
     """The macros IG_OFF_*, from the running kernel's BTF. Raises Unsupported when they can't be had from it."""
+    found = compiled.offsets((OFFSETS, btf.kernel_btf_digest()), _offsets_in_btf)
+    return tuple(found.items())
+
+
+def _offsets_in_btf() -> Mapping[str, int]:
     offsets = btf.read_kernel_btf().offsets(OFFSETS)
-    return tuple((f"IG_OFF_{struct}_{member}".upper(), offset) for (struct, member), offset in offsets.items())
+    return {f"IG_OFF_{struct}_{member}".upper(): offset for (struct, member), offset in offsets.items()}
 
 
 def compile_hooks(names: Collection[str], defines: Defines = (), offsets: Defines | None = None) -> Mapping[str, bytes]:
@@ -63,14 +72,24 @@ def compile_hooks(names: Collection[str], defines: Defines = (), offsets: Define
 
     ``offsets`` are those of another kernel, for tests. By default the running kernel's are used.
     """
-    folder = source_folder()
     callbacks = set(abi.CALLBACKS.values()) if BPF_LOOP[0] in defines else set()
-    return compiler.compile_functions(
-        (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
-        str(folder),
-        str(folder / "include"),
-        tuple(sorted({abi.HOOKS[name].function for name in names} | callbacks)),
-        (kernel_offsets() if offsets is None else offsets) + defines + (() if abi.EGRESS in names else WITHOUT_EGRESS),
+    functions = tuple(sorted({abi.HOOKS[name].function for name in names} | callbacks))
+    without = () if abi.EGRESS in names else WITHOUT_EGRESS
+    return _compiled(functions, (kernel_offsets() if offsets is None else offsets) + defines + without)
+
+
+@functools.cache
+def _compiled(functions: tuple[str, ...], defines: Defines) -> Mapping[str, bytes]:
+    folder = source_folder()
+    return compiled.instructions(
+        (_source_digest(), functions, defines),
+        lambda: compiler.compile_functions(
+            (folder / "imds_guard.bpf.c").read_text(encoding="utf-8"),
+            str(folder),
+            str(folder / "include"),
+            functions,
+            defines,
+        ),
     )
 
 
