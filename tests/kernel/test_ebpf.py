@@ -339,3 +339,19 @@ def test_each_form_loads(form: str, features: Sequence[Feature]) -> None:
         code = program.compile_hooks(list(abi.HOOKS), better + defines_of(features))
         for hook in abi.HOOKS:
             stack.callback(os.close, program.load_hook(hook, code, fds, program.source_version()))
+
+
+def test_a_refusal_names_its_reason() -> None:
+    """It is at the end of a log that with every path of such a program has a megabyte and more."""
+    if os.geteuid() != 0:
+        pytest.skip("loading programs needs root")
+    privileges.lift_memory_lock_limit()
+    get_random, if_zero = struct.pack("=BBhi", 0x85, 0, 0, 7), struct.pack("=BBhi", 0x15, 0, 0, 0)
+    reads_r1_after_a_call = struct.pack("=BBhi", 0x61, 0x10, 400, 0)
+    ends = struct.pack("=BBhi", 0xB7, 0, 0, 1) + struct.pack("=BBhi", 0x95, 0, 0, 0)
+    code = (get_random + if_zero) * 1500 + reads_r1_after_a_call + ends
+    fd, refusal = bpf.prog_load_explained(code, "ig_test", abi.HOOKS["connect4"].attach_type)
+    assert fd == -1
+    assert "EACCES" in refusal
+    assert "R1 !read_ok" in refusal
+    assert len(refusal) < 1000

@@ -25,9 +25,11 @@ from imds_guard.kernel.bpf.attr import (
 )
 from imds_guard.kernel.bpf.syscall import address, call, load_btf
 
-_LOG_BYTES = (1 << 20, 256 << 20)
-"""Sizes of the buffer for the verifier's log, tried in this order: ENOSPC means that one is too small. The maximum is
-1 GiB (UINT_MAX >> 2)."""
+_LOG_STATS = 4
+"""A log without the instructions on each path (BPF_LOG_STATS in Linux include/linux/bpf_verifier.h). The reason of a
+refusal is in it all the same: verbose() in kernel/bpf/verifier.c writes at each level. With every path the log of a
+large program takes 100 MiB and more, and the machine may have 512."""
+_LOG_BYTES = 1 << 20
 
 _MAX_MAPS = 64
 """Capacity for the IDs of a program's maps."""
@@ -52,7 +54,7 @@ def prog_load(
     is_egress = attach_type == AttachType.CGROUP_INET_EGRESS
     attr.prog_type = ProgType.CGROUP_SKB if is_egress else ProgType.CGROUP_SOCK_ADDR
     if log is not None:
-        attr.log_level, attr.log_size, attr.log_buf = 1, len(log), address(log)
+        attr.log_level, attr.log_size, attr.log_buf = _LOG_STATS, len(log), address(log)
     return call(Command.PROG_LOAD, attr) if len(functions) < 2 else _load_with_types(attr, functions)
 
 
@@ -82,13 +84,11 @@ def prog_load_explained(
         if error.errno not in (errno.EINVAL, errno.EACCES, errno.E2BIG, errno.EFAULT):
             raise
         refusal = error
-    for size in _LOG_BYTES:
-        log = ctypes.create_string_buffer(size)
-        try:
-            return prog_load(instructions, name, attach_type, log, functions), ""
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                break
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    try:
+        return prog_load(instructions, name, attach_type, log, functions), ""
+    except OSError:  # the same once more: the log has the reason
+        pass
     last_lines = log.value.decode(errors="replace").strip().splitlines()[-4:]
     return -1, "; ".join([system_text(refusal), *last_lines])
 
