@@ -181,7 +181,7 @@ def test_a_configuration_is_one_and_lets_root(name: str, text: str) -> None:
 
 def test_configurations_are_found() -> None:
     assert [name for name, _ in configurations()] == [
-        *("config.toml", "user-data.yaml", "imds-guard.pkr.hcl"),
+        *("config.toml.j2", "user-data.yaml", "imds-guard.pkr.hcl"),
     ]
 
 
