@@ -35,8 +35,7 @@ from tests.clients.fake_cloud import (
     SECRETS,
     Cloud,
 )
-from tests.filter.test_end_to_end import ACCOUNT
-from tests.filter.test_process import wait_until
+from tests.filter.scene import ACCOUNT, wait_until
 from tests.kernel import guards
 from tests.kernel.rules_in_a_sandbox import KINDS
 from tests.tools import need

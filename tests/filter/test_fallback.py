@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import errno
 import ipaddress
 import os
 import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from imds_guard.backends.ebpf import EbpfBackend
-from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.backends.iptables.filter_listeners import listening
 from imds_guard.backends.iptables.form import Form
 from imds_guard.backends.iptables.probe import ProbeResult
@@ -26,7 +22,6 @@ from imds_guard.commands import filter_places, filter_refusals, filter_service
 from imds_guard.connections.cut import find_denied
 from imds_guard.connections.find import Scope
 from imds_guard.errors import GuardError, Unsupported
-from imds_guard.kernel import accounts, lockfile
 from imds_guard.kernel.credentials import become
 from imds_guard.kernel.run import run
 from imds_guard.kernel.sandbox import Sandbox
@@ -34,128 +29,40 @@ from imds_guard.kernel.sock_diag import ESTABLISHED, SockDiag
 from imds_guard.policy.filters import FILTER_PORT, Filter, FilterRules
 from imds_guard.policy.model import Endpoint, Identities, Lock, Policy, make_policy
 from imds_guard.policy.ports import ALL_PORTS
-from tests.filter.test_end_to_end import (
+from tests.filter.scene import (
     ACCOUNT,
     ALLOWED,
     BY_GROUP,
     BY_USER,
     GROUP,
+    METADATA,
     POLICY,
     REGION,
+    RESET,
     SECRET,
     STRANGER,
+    FallbackScene,
     policy_of,
+    serve_metadata,
+    wait_until,
 )
-from tests.filter.test_process import METADATA, serve_metadata, wait_until
 from tests.kernel import guards
-from tests.kernel.rules_in_a_sandbox import KINDS, V6, Machine, one_legacy_at_a_time
+from tests.kernel.rules_in_a_sandbox import V6, Machine
 from tests.tools import need
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="writes rules in a namespace of its own")
 
-DENIED, RESET = "ECONNREFUSED", "reset"
+DENIED = "ECONNREFUSED"
 FIRST_FILTER = "127.169.1.1"
 SECOND = FilterRules(("GET /latest/**",))
 
 
-@dataclass
-class Scene:
-    """A namespace with rules in force."""
-
-    machine: Machine
-    service: int = 0
-    metadata: int = 0
-
-    @property
-    def sandbox(self) -> Sandbox:
-        """The namespace."""
-        return self.machine.sandbox
-
-    def start(self) -> None:
-        """Starts the service, and returns when it serves."""
-        self.service = self.sandbox.spawn(lambda: filter_service.serve(None, _fail))
-        wait_until(lambda: self.served() == [])
-
-    def kill(self, pid: int) -> None:
-        """Ends a process of the scene at once."""
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        self.sandbox._spawned.remove(pid)
-
-    def serve_metadata(self) -> None:
-        """The metadata service."""
-        self.metadata = self.sandbox.spawn(serve_metadata)
-        wait_until(lambda: self.ask(ALLOWED, SECRET) == "200")
-
-    def served(self) -> list[str]:
-        """What status says of the filters."""
-        return self.machine.call(lambda: filter_places.faults(None))
-
-    def reload(self) -> list[str]:
-        """What a command does after a change of the policy."""
-        return self.machine.call(lambda: filter_service.reload(None))
-
-    def ask(
-        self, user: int, path: str, group: int = 62_001, to: tuple[str, int] = (METADATA, 80), port: int = 0
-    ) -> str:
-        """The status that a GET of this user gets, or the errno of its connect."""
-        return self.machine.call(lambda: _ask(user, path, group, to, port))
-
-    def change(self, policy: Policy) -> None:
-        """Puts another policy in force. Nobody tells the service."""
-        self.machine.call(lambda: self.machine.backend().change(policy))
-
-
-def _fail(warnings: list[str]) -> None:
-    assert warnings == []
-
-
-def _ask(user: int, path: str, group: int, to: tuple[str, int], port: int) -> str:
-    become(uids=(user,) * 3, gids=(62_001,) * 3, groups=(group,))
-    with socket.socket() as one:
-        one.settimeout(5)
-        if port:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind((METADATA, port))
-        try:
-            one.connect(to)
-            assert one.getpeername() == to
-            one.sendall(f"GET {path} HTTP/1.1\r\nHost: {METADATA}\r\nConnection: close\r\n\r\n".encode())
-            return one.recv(65536).split(b" ")[1].decode()
-        except OSError as error:
-            if error.errno == errno.ECONNREFUSED:
-                return DENIED
-            if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
-                return RESET
-            raise
-
-
-@pytest.fixture(params=[*((kind, None) for kind in sorted(KINDS)), ("nf_tables", Form.MANGLE)], ids=str)
-def machine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """Each kind of iptables. The commands use the same kind, and the same folder."""
-    kind, form = request.param
-    need(KINDS[kind][0])
-    folder = tmp_path / "run"
-    folder.mkdir(mode=0o700)
-    monkeypatch.setattr(lockfile, "FOLDER", str(folder))
-    monkeypatch.setattr(accounts, "user_in_files", lambda name: ACCOUNT)
-    monkeypatch.setattr(IptablesBackend.__init__, "__defaults__", (KINDS[kind],))
-    defaults = IptablesBackend.__init__.__kwdefaults__ or {}
-    monkeypatch.setitem(defaults, "state_folder", str(folder))
-    with one_legacy_at_a_time(kind), Sandbox((METADATA, V6)) as sandbox:
-        yield Machine(sandbox, kind, str(folder), form)
-
-
 @pytest.fixture
-def scene(machine: Machine) -> Scene:
-    """The policy of one filter in force, a metadata service, and no service of the filters yet."""
-    machine.apply(POLICY)
-    one = Scene(machine)
-    one.serve_metadata()
-    return one
+def scene(by_iptables: FallbackScene) -> FallbackScene:
+    return by_iptables
 
 
-def test_who_gets_what(scene: Scene) -> None:
+def test_who_gets_what(scene: FallbackScene) -> None:
     """The allowed user is not filtered, and nobody else gets anything. The service knows the callers."""
     assert scene.ask(BY_USER, REGION) == DENIED, "without the service"
     scene.start()
@@ -180,14 +87,14 @@ def test_who_gets_what(scene: Scene) -> None:
     assert [(row.uid, row.path, row.times) for row in refusals.rows] == [(BY_USER, SECRET, 1), (BY_GROUP, SECRET, 1)]
 
 
-def test_nobody_connects_to_a_filter_directly(scene: Scene) -> None:
+def test_nobody_connects_to_a_filter_directly(scene: FallbackScene) -> None:
     """Neither its own callers, nor allowed users, nor root."""
     scene.start()
     users = (BY_USER, ALLOWED, STRANGER, ACCOUNT.uid, 0)
     assert [scene.ask(user, REGION, GROUP, (FIRST_FILTER, FILTER_PORT)) for user in users] == [DENIED] * len(users)
 
 
-def test_the_policy_is_read_back(scene: Scene) -> None:
+def test_the_policy_is_read_back(scene: FallbackScene) -> None:
     """Also the order of the filters, and what they allow. A rule that somebody has removed is noticed."""
     lock = POLICY.locks[0]
     more = (
@@ -211,18 +118,18 @@ def test_the_policy_is_read_back(scene: Scene) -> None:
     assert "someone changed the rules in our chains of table mangle" in faults[0]
 
 
-def test_a_changed_rule_has_a_new_listener(scene: Scene) -> None:
+def test_a_changed_rule_has_a_new_listener(scene: FallbackScene) -> None:
     """Until a command has made it, the caller is denied: nobody leads it to the old one."""
     scene.start()
     assert (scene.ask(BY_USER, REGION), scene.ask(BY_USER, SECRET)) == ("200", "403")
     scene.change(policy_of("GET /**", deny=("/*/meta-data/placement/**",)))
     assert (scene.ask(BY_USER, REGION), scene.ask(BY_USER, SECRET)) == (DENIED, DENIED)
-    assert "the filter does not serve 'region'" in scene.served()[0]
+    assert "the filter does not serve 'region'" in scene.faults()[0]
     assert scene.reload() == []
-    assert (scene.ask(BY_USER, REGION), scene.ask(BY_USER, SECRET), scene.served()) == ("403", "200", [])
+    assert (scene.ask(BY_USER, REGION), scene.ask(BY_USER, SECRET), scene.faults()) == ("403", "200", [])
 
 
-def test_a_listener_with_old_rules_is_never_reached(scene: Scene) -> None:
+def test_a_listener_with_old_rules_is_never_reached(scene: FallbackScene) -> None:
     """A service that hangs goes on listening. Its numbers get no other meaning, however often the policy changes."""
     scene.start()
     os.kill(scene.service, signal.SIGSTOP)
@@ -231,10 +138,10 @@ def test_a_listener_with_old_rules_is_never_reached(scene: Scene) -> None:
         assert scene.ask(BY_USER, REGION) == DENIED
     os.kill(scene.service, signal.SIGCONT)
     assert scene.reload() == []
-    assert (scene.ask(BY_USER, "/2"), scene.ask(BY_USER, REGION), scene.served()) == ("200", "403", [])
+    assert (scene.ask(BY_USER, "/2"), scene.ask(BY_USER, REGION), scene.faults()) == ("200", "403", [])
 
 
-def test_a_place_that_was_given_up_meanwhile_is_not_served(scene: Scene) -> None:
+def test_a_place_that_was_given_up_meanwhile_is_not_served(scene: FallbackScene) -> None:
     """The service has read the policy, and binds when another one is in force."""
 
     def listen() -> tuple[int, int]:
@@ -250,7 +157,7 @@ def test_a_place_that_was_given_up_meanwhile_is_not_served(scene: Scene) -> None
 
 def test_open_connections_to_a_filter_stay(machine: Machine) -> None:
     """Their sockets look like direct ones. One that is direct, and one of a caller of another filter now, are found."""
-    scene = Scene(machine)
+    scene = FallbackScene(machine)
     scene.sandbox.spawn(serve_metadata)
     wait_until(lambda: scene.ask(ALLOWED, SECRET) == "200")
     scene.sandbox.spawn(partial(_hold, 40_011))
@@ -290,7 +197,7 @@ def _are_open(machine: Machine, ports: set[int]) -> bool:
     return ports <= machine.call(find)
 
 
-def test_the_other_backend_takes_over(scene: Scene) -> None:
+def test_the_other_backend_takes_over(scene: FallbackScene) -> None:
     """The hooks ask for marks, which the listeners from before don't have, though rules and addresses are the same."""
     scene.start()
     before = scene.machine.call(lambda: filter_places.wanted_places(None))
@@ -307,27 +214,27 @@ def test_the_other_backend_takes_over(scene: Scene) -> None:
         backend.remove()
 
 
-def test_a_policy_without_filters_removes_them(scene: Scene) -> None:
+def test_a_policy_without_filters_removes_them(scene: FallbackScene) -> None:
     scene.start()
     scene.change(make_policy(POLICY.locks))
     assert scene.reload() == []
-    assert (scene.ask(BY_USER, REGION), scene.ask(ALLOWED, SECRET), scene.served()) == (DENIED, "200", [])
+    assert (scene.ask(BY_USER, REGION), scene.ask(ALLOWED, SECRET), scene.faults()) == (DENIED, "200", [])
     assert "IMDS-GUARD" not in scene.machine.rules(4, "nat")
 
 
-def test_kill_9_never_gives_direct_access(scene: Scene) -> None:
+def test_kill_9_never_gives_direct_access(scene: FallbackScene) -> None:
     """The caller is denied at once, since nobody listens. Status says so, and a new service takes over."""
     scene.start()
     scene.kill(scene.service)
     before = time.monotonic()
     assert (scene.ask(BY_USER, SECRET), scene.ask(BY_USER, REGION)) == (DENIED, DENIED)
     assert time.monotonic() - before < 4
-    assert "the filter does not serve 'region', so its callers are denied" in scene.served()[0]
+    assert "the filter does not serve 'region', so its callers are denied" in scene.faults()[0]
     scene.start()
     assert (scene.ask(BY_USER, REGION), scene.ask(BY_USER, SECRET)) == ("200", "403")
 
 
-def test_stop_removes_everything(scene: Scene) -> None:
+def test_stop_removes_everything(scene: FallbackScene) -> None:
     scene.machine.call(lambda: scene.machine.backend().remove())
     tables = [scene.machine.rules(version, table) for version in (4, 6) for table in ("mangle", "filter")]
     assert "IMDS-GUARD" not in "".join((*tables, scene.machine.rules(4, "nat")))
@@ -335,7 +242,7 @@ def test_stop_removes_everything(scene: Scene) -> None:
     assert scene.ask(STRANGER, SECRET) == "200"
 
 
-def test_stop_removes_the_rules_in_nat_also_when_the_file_is_gone(scene: Scene) -> None:
+def test_stop_removes_the_rules_in_nat_also_when_the_file_is_gone(scene: FallbackScene) -> None:
     for file in Path(scene.machine.state_folder).glob("iptables-filters-*"):
         file.unlink()
     with pytest.raises(GuardError, match="the file that says what its filters allow is gone"):
@@ -353,7 +260,7 @@ def test_a_routed_address(machine: Machine) -> None:
             assert sandbox.call(partial(run, ["ip", *line.split()])).status == 0, line
         sandbox.call(lambda: Path("/proc/sys/net/ipv4/conf/all/rp_filter").write_text("1", encoding="ascii"))
         routed.apply(POLICY)
-        scene = Scene(routed)
+        scene = FallbackScene(routed)
         assert scene.ask(BY_USER, SECRET) == DENIED
         scene.start()
         assert (scene.ask(BY_USER, SECRET), scene.ask(STRANGER, SECRET)) == ("403", DENIED)
@@ -383,7 +290,7 @@ def _connects_on(device: str) -> bool:
 # --- beside rules of others -------------------------------------------------------------------------------------------
 
 
-def test_without_the_rules_in_nat_callers_are_denied(scene: Scene) -> None:
+def test_without_the_rules_in_nat_callers_are_denied(scene: FallbackScene) -> None:
     scene.start()
     scene.machine.iptables("-t", "nat", "-F")
     assert (scene.ask(BY_USER, SECRET), scene.ask(BY_USER, REGION), scene.ask(ALLOWED, SECRET)) == (
@@ -396,7 +303,7 @@ def test_without_the_rules_in_nat_callers_are_denied(scene: Scene) -> None:
     assert (scene.ask(BY_USER, REGION), scene.machine.faults()) == ("200", [])
 
 
-def test_who_translates_the_address_before_us_opens_nothing(scene: Scene) -> None:
+def test_who_translates_the_address_before_us_opens_nothing(scene: FallbackScene) -> None:
     """A local proxy for the locked address: the caller of a filter would reach it in place of its filter."""
     scene.start()
     scene.sandbox.spawn(partial(_serve_at, ("127.0.0.1", 8080)))
@@ -420,13 +327,13 @@ def _serve_at(address: tuple[str, int]) -> None:
                 one.sendall(b"HTTP/1.1 299 Proxy\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
 
 
-def test_an_accept_in_front_is_named(scene: Scene) -> None:
+def test_an_accept_in_front_is_named(scene: FallbackScene) -> None:
     """The owner of a connect at the address of a filter is asked for in table filter."""
     scene.machine.iptables("-I", "OUTPUT", "-j", "ACCEPT")
     assert any("stand before ours" in fault for fault in scene.machine.faults())
 
 
-def test_nobody_inherits_the_translation_of_a_failed_connection(scene: Scene) -> None:
+def test_nobody_inherits_the_translation_of_a_failed_connection(scene: FallbackScene) -> None:
     """Conntrack keeps a connection that the server has reset (10 s), and NAT is not asked for the same ports.
 
     A caller of a filter must not get the direct way of an allowed user, nor one of another filter.
@@ -471,7 +378,7 @@ def _lower(first: int) -> None:
     Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").write_text(str(first), encoding="ascii")
 
 
-def test_a_port_that_anybody_may_take_is_refused(scene: Scene) -> None:
+def test_a_port_that_anybody_may_take_is_refused(scene: FallbackScene) -> None:
     """At start, and named when it is so later: somebody could answer in place of a dead filter."""
     scene.machine.call(lambda: _lower(169))
     with pytest.raises(Unsupported, match="ip_unprivileged_port_start is 169, so any process can listen at port 169"):
@@ -481,7 +388,7 @@ def test_a_port_that_anybody_may_take_is_refused(scene: Scene) -> None:
     assert scene.machine.faults() == []
 
 
-def test_a_listener_that_root_has_not_made_is_no_filter(scene: Scene) -> None:
+def test_a_listener_that_root_has_not_made_is_no_filter(scene: FallbackScene) -> None:
     def squat() -> None:
         become((STRANGER,) * 3, (STRANGER,) * 3, ())
         _serve_at((FIRST_FILTER, FILTER_PORT))
@@ -489,7 +396,7 @@ def test_a_listener_that_root_has_not_made_is_no_filter(scene: Scene) -> None:
     scene.machine.call(lambda: _lower(100))
     scene.sandbox.spawn(squat)
     wait_until(lambda: scene.machine.call(listening) == {(1, 1)})
-    assert "the filter does not serve 'region'" in scene.served()[0]
+    assert "the filter does not serve 'region'" in scene.faults()[0]
 
 
 def test_what_can_not_be_enforced_is_refused(machine: Machine) -> None:

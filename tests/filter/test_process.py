@@ -6,14 +6,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-import select
 import signal
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
 
 import pytest
 
@@ -21,16 +18,13 @@ from imds_guard.errors import GuardError
 from imds_guard.filter import place as places
 from imds_guard.filter.client import FilterClient
 from imds_guard.filter.place import Place, listen_at
-from imds_guard.kernel import lockfile
-from imds_guard.kernel.name_service import User
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.filters import FilterRules, Target
+from tests.filter.scene import ACCOUNT, METADATA, serve_metadata
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="takes port 169 and another user in a namespace")
 
-METADATA = "169.254.169.254"
 TARGET = Target(ipaddress.ip_address(METADATA), 80)
-ACCOUNT = User("imds-guard-filter", 41_990, 51_990)
 REGION = FilterRules(("GET /latest/meta-data/placement/**",))
 MORE = FilterRules(("GET /latest/**",))
 
@@ -39,39 +33,8 @@ def place(number: int, rules: FilterRules, digest: int) -> Place:
     return Place(f"127.169.1.{number}", "region", TARGET, digest, rules)
 
 
-def wait_until(is_true: Callable[[], bool], within_s: float = 15.0) -> None:
-    """Asks again every 50 ms, and fails after ``within_s``."""
-    deadline = time.monotonic() + within_s
-    while not is_true():
-        assert time.monotonic() < deadline
-        select.select([], [], [], 0.05)
-
-
 def no_mark(fd: int, digest: int) -> None:
     """Instead of the map of marks, which needs a guard."""
-
-
-def serve_metadata() -> None:
-    """A metadata service that says who asked: the port of the peer tells the test nothing, so its address does."""
-    server = socket.socket()
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind((METADATA, 80))
-    server.listen(16)
-    while True:
-        one, _ = server.accept()
-        with one:
-            head = one.recv(65536)
-            body = head.split(b" ")[1]
-            one.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /run/imds-guard."""
-    path = tmp_path / "run"
-    path.mkdir(mode=0o700)
-    monkeypatch.setattr(lockfile, "FOLDER", str(path))
-    return path
 
 
 @pytest.fixture
