@@ -14,6 +14,7 @@ from tests.adversary.scene import WAIT_S
 from tests.adversary.talk import REQUEST
 
 SYN, PUSH, ACK = 0x02, 0x08, 0x10  # RFC 9293 section 3.1
+_MORE_FRAGMENTS = 0x2000  # RFC 791 section 3.1
 _TCP, _UDP = socket.IPPROTO_TCP, socket.IPPROTO_UDP
 
 
@@ -70,11 +71,31 @@ def udp_packet_with_options(flow: Flow, payload: bytes) -> bytes:
     return _ipv4(flow, _UDP, datagram(flow, payload), options=b"\x01" * 8)
 
 
+def with_options(packet: bytes, options: bytes) -> bytes:
+    """An IPv4 packet without options, with these."""
+    head, payload = packet[:20], packet[20:]
+    length = 20 + len(options)
+    head = struct.pack("!BBH", 4 << 4 | length // 4, 0, length + len(payload)) + head[4:10] + bytes(2) + head[12:]
+    return head[:10] + struct.pack("!H", checksum(head + options)) + head[12:] + options + payload
+
+
+def fragments(packet: bytes, first: int) -> tuple[bytes, bytes]:
+    """An IPv4 packet without options in two fragments. The first has so many bytes of the payload: eight times N."""
+    head, payload = packet[:20], packet[20:]
+    made = []
+    for place, part in ((_MORE_FRAGMENTS, payload[:first]), (first // 8, payload[first:])):
+        one = (
+            head[:2] + struct.pack("!H", 20 + len(part)) + head[4:6] + struct.pack("!H", place) + head[8:10] + bytes(2)
+        )
+        one += head[12:]
+        made.append(one[:10] + struct.pack("!H", checksum(one)) + one[12:] + part)
+    return made[0], made[1]
+
+
 def udp_fragments(flow: Flow, payload: bytes) -> tuple[bytes, bytes]:
     """A UDP datagram in two IPv4 fragments: the first has only the UDP header, the second only the payload."""
     body = datagram(flow, payload)
-    more_fragments = 0x2000
-    return _ipv4(flow, _UDP, body[:8], fragment=more_fragments), _ipv4(flow, _UDP, body[8:], fragment=1)
+    return _ipv4(flow, _UDP, body[:8], fragment=_MORE_FRAGMENTS), _ipv4(flow, _UDP, body[8:], fragment=1)
 
 
 _DESTINATION_OPTIONS, _FRAGMENT = 60, 44  # RFC 8200 section 4

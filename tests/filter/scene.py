@@ -14,6 +14,7 @@ from typing import Callable, TypeVar
 
 from imds_guard.commands import filter_places, filter_service
 from imds_guard.kernel.credentials import become
+from imds_guard.kernel.listeners import family
 from imds_guard.kernel.name_service import User
 from imds_guard.kernel.sandbox import Sandbox
 from imds_guard.policy.filters import Filter, FilterRules
@@ -55,7 +56,7 @@ def wait_until(is_true: Callable[[], bool], within_s: float = 15.0) -> None:
 
 def serve_metadata(address: str = METADATA, backlog: int = 16) -> None:
     """A metadata service: the body of each response is the path."""
-    server = socket.socket()
+    server = socket.socket(family(address))
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.bind((address, 80))
     server.listen(backlog)

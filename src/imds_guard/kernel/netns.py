@@ -47,6 +47,30 @@ def first_unprivileged_port() -> int:
         return int(file.read())
 
 
+def accepted_routes() -> list[str]:
+    """The sysctls by which this network namespace passes on its own packets by a route that is in their header.
+
+    Such a packet leaves for its first hop, another address of this machine, and comes back in by lo. The switch of lo
+    counts, too. Sources: IN_DEV_SOURCE_ROUTE in Linux include/linux/inetdevice.h, ipv6_srh_rcv() in net/ipv6/exthdrs.c.
+    """
+    return [f"net.{version}.conf.all.{name}" for version, name in _ROUTES if _is_on(version, name)]
+
+
+_ROUTES = (("ipv4", "accept_source_route"), ("ipv6", "seg6_enabled"))
+
+
+def _is_on(version: str, name: str) -> bool:
+    """False also where the kernel was built without it."""
+    for interface in ("all", "lo"):
+        try:
+            with open(f"/proc/sys/net/{version}/conf/{interface}/{name}", encoding="ascii") as file:
+                if int(file.read()) <= 0:
+                    return False
+        except FileNotFoundError:
+            return False
+    return True
+
+
 def enter(namespace_fd: int) -> None:
     """Moves the calling thread into the network namespace of ``namespace_fd``. Raises OSError."""
     syscalls.setns(namespace_fd, syscalls.CLONE_NEWNET)

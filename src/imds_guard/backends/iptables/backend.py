@@ -244,6 +244,7 @@ class IptablesBackend:
             return lines
         lines += faults.of_rules(families, current, applied.form) + faults.of_members(current)
         lines += filter(None, [filter_listeners.fault_of_port()] if current.policy.filters else [])
+        lines += faults.of_routes(current.policy)
         return lines + strangers.faults(applied, current.policy.mode, [rules.program for rules in families])
 
     def _applied_form(self, families: Iterable[OurRules]) -> Form:

@@ -10,6 +10,8 @@ from imds_guard.backends.iptables.members import resolve
 from imds_guard.backends.iptables.our_rules import OurRules
 from imds_guard.backends.iptables.render import HEAD, Chains, ResolvedPolicy, digest, render
 from imds_guard.backends.iptables.tables import Anchor, is_first, is_reached
+from imds_guard.kernel.netns import accepted_routes
+from imds_guard.policy.model import Mode, Policy
 
 GONE = (
     "iptables rules were put in force here and are gone: another program flushed them, or iptables was removed; "
@@ -114,4 +116,15 @@ def of_members(current: ResolvedPolicy) -> list[str]:
     return [
         f"lock {name!r}: its groups have other members now than when the rules were made; start again"
         for name in changed
+    ]
+
+
+def of_routes(policy: Policy) -> list[str]:
+    """Faults when a packet that names a route goes on to a locked address after our rules have seen its first hop."""
+    if policy.mode is Mode.AUDIT:
+        return []
+    return [
+        f"{name} is 1, so a route in the packet leads past our rules by way of another address of this machine; set it "
+        "to 0"
+        for name in accepted_routes()
     ]
