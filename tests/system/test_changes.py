@@ -495,7 +495,11 @@ def test_it_is_not_saved_by_another_command(guard: Guard, tmp_path: Path) -> Non
 def test_verify_takes_back_what_no_timer_has(guard: Guard, tmp_path: Path) -> None:
     guard.start(*BOTH)
     allow_for(guard, "15m", "--user", str(TWO))
-    later = "from imds_guard.commands import temporary; now = temporary.now; temporary.now = lambda: now() + HOW"
+    # The clock that nobody sets is the one that counts: somebody has set the other one to 1970.
+    later = (
+        "import time; now = time.clock_gettime; time.time = lambda: 0.0\n"
+        "time.clock_gettime = lambda clock: now(clock) + (HOW if clock == time.CLOCK_BOOTTIME else 0)"
+    )
     words = guard.arguments("verify", "--repair", "--config", str(tmp_path / "none"))
 
     def verified(seconds: int) -> Result:
@@ -504,6 +508,37 @@ def test_verify_takes_back_what_no_timer_has(guard: Guard, tmp_path: Path) -> No
     assert verified(600).answer.startswith("imds-guard: active")
     assert reached(guard, TWO) == [TWO]
     assert "still in force after its time" in verified(1000).answer
+    assert reached(guard, ONE, TWO) == [ONE]
+
+
+def test_rights_without_a_known_end_are_named_and_end_by_the_configuration(guard: Guard, tmp_path: Path) -> None:
+    """Nothing can take them back, so who looks is told. Where a configuration says what is meant, repair does it."""
+    config = tmp_path / "config.toml"
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    file = Path(lockfile.FOLDER) / f"{lock_name(guard.sandbox.cgroup)}.until"
+    file.write_text("[", encoding="ascii")
+    status = guard("status")
+    assert (status.status, "nothing tells what allow --for has allowed" in in_one_line(status.stdout)) == (1, True)
+    assert "nothing tells what" in guard("revoke", "--timer", "first").sentence
+    assert allow_for(guard, "15m", "--user", str(STRANGER)).status == 1
+    assert reached(guard, TWO, STRANGER) == [TWO]
+
+    repair = ("verify", "--repair", "--config", str(config))
+    assert "rights whose end is not known" in guard(*repair).stderr
+    assert reached(guard, TWO) == [TWO]
+    config.write_text(f'[lock.a]\nendpoints = ["{SERVICE}"]\nusers = [{ONE}]\n', encoding="utf-8")
+    assert "the configuration's policy took its place" in in_one_line(guard(*repair).answer)
+    assert (reached(guard, ONE, TWO), file.exists(), guard("status").status) == ([ONE], False, 0)
+
+
+def test_a_damaged_file_does_not_keep_a_right(guard: Guard) -> None:
+    """What is asked for is done, and the warning says what is not known."""
+    guard.start(*BOTH)
+    allow_for(guard, "15m", "--user", str(TWO))
+    (Path(lockfile.FOLDER) / f"{lock_name(guard.sandbox.cgroup)}.until").write_text("[", encoding="ascii")
+    taken = guard("revoke", "--user", str(TWO))
+    assert (taken.status, "nothing tells what" in taken.stderr) == (0, True)
     assert reached(guard, ONE, TWO) == [ONE]
 
 

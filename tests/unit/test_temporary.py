@@ -9,7 +9,7 @@ import pytest
 
 from imds_guard.commands import temporary
 from imds_guard.commands.temporary import Right, added_by, rights, seconds_of, split, without, write
-from imds_guard.errors import UsageError
+from imds_guard.errors import GuardError, UsageError
 from imds_guard.kernel import lockfile
 from imds_guard.policy import edit
 from imds_guard.policy.difference import difference
@@ -36,7 +36,7 @@ def test_what_is_no_time_is_refused(span: str) -> None:
 
 def granted(before: Policy, who: Identities, endpoint: Endpoint | None = None) -> tuple[Policy, list[Right]]:
     after = edit.allow(before, who, endpoint)
-    return after, added_by(difference(before, after), after, "t", 5.0)
+    return after, added_by(difference(before, after), after, "t", temporary.End(5.0, 6.0))
 
 
 @pytest.mark.parametrize("endpoint", [None, A, parse_endpoint("10.0.0.2:80,tcp")])
@@ -82,7 +82,22 @@ def test_the_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.
     found = [Right("t", 5.5, (A, B), TWO), Right("u", 6.0, (A,), ONE)]
     write("command", found)
     assert rights("command") == found
-    (tmp_path / "command.until").write_text("[{}]", encoding="ascii")
-    assert rights("command") == []
     temporary.forget_all("command")
-    assert list(tmp_path.iterdir()) == []
+    assert (rights("command"), list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize("text", ["", "[", "[{}]", "[1]", "1", '{"a": 1}', "[[]]", "\x00", "[" * 100_000])
+def test_a_damaged_file_is_not_an_empty_one(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it were, what it said would be allowed for good, and nobody would be told."""
+    monkeypatch.setattr(lockfile, "FOLDER", str(tmp_path))
+    (tmp_path / "command.until").write_text(text, encoding="ascii")
+    with pytest.raises(GuardError, match=r"command\.until can't be read: nothing tells what allow --for has allowed"):
+        rights("command")
+
+
+def test_the_end_does_not_move_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = temporary.end_after(60)
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    after = temporary.end_after(60)
+    assert after.until == 60
+    assert 0 <= after.ends - before.ends < 30

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Callable
 
 from imds_guard.backends import Change, choose
@@ -86,21 +87,23 @@ def allow_for(who: Identities, endpoint: Endpoint | None, options: GuardOptions,
     temporary.require_timers()
     if options.dry_run:
         return allow(who, endpoint, options, lambda _: None)
+    temporary.rights(lock_name(options.cgroup))  # what is there must be known, before anything is done
     timer_runs_until = time.monotonic() + seconds
     timer = temporary.start_timer(seconds, options.cgroup)
-    until = temporary.now() + seconds
+    end = temporary.end_after(seconds)
     try:
         with one_at_a_time(options.cgroup):
             _require_before(timer_runs_until)
-            outcome, ends = _allow_until(until, timer, (who, endpoint), options)
+            outcome, ends = _allow_until(end, timer, (who, endpoint), options)
     except BaseException:
         # Once the file has the rights, they may be in force: then the timer has to run.
-        if not any(one.timer == timer for one in temporary.rights(lock_name(options.cgroup))):
-            temporary.stop_timer(timer)
+        with suppress(GuardError):
+            if not any(one.timer == timer for one in temporary.rights(lock_name(options.cgroup))):
+                temporary.stop_timer(timer)
         raise
     if not ends:
         temporary.stop_timer(timer)
-    said = f"this ends at {utc_text(until)}" if ends else "they were allowed for good: nothing ends"
+    said = f"this ends at {utc_text(end.until)}" if ends else "they were allowed for good: nothing ends"
     outcome.done.append(said)
     return outcome
 
@@ -112,7 +115,7 @@ def _require_before(end: float) -> None:
 
 
 def _allow_until(
-    until: float, timer: str, asked: tuple[Identities, Endpoint | None], options: GuardOptions
+    end: temporary.End, timer: str, asked: tuple[Identities, Endpoint | None], options: GuardOptions
 ) -> tuple[Outcome, bool]:
     """The outcome, and whether something ends. The caller holds one_at_a_time()."""
     name = lock_name(options.cgroup)
@@ -125,11 +128,11 @@ def _allow_until(
         options.agree(found)
         if found is None:
             raise GuardError("allowing for a time only: nothing tells what is in force, and so what to take back")
-        temporary.write(name, [*before, *temporary.added_by(found, wanted[-1], timer, until)])
+        temporary.write(name, [*before, *temporary.added_by(found, wanted[-1], timer, end)])
 
     outcome = _change(allowing, options._replace(agree=noted), takes_away=False)
     theirs, others = temporary.split(temporary.rights(name), *asked)
-    temporary.write(name, [*others, *(one._replace(timer=timer, until=until) for one in theirs)])
+    temporary.write(name, [*others, *(one._replace(timer=timer, until=end.until, ends=end.ends) for one in theirs)])
     return outcome, bool(theirs)
 
 
@@ -143,7 +146,7 @@ def take_back(timer: str, options: GuardOptions, wait_s: float | None = None) ->
     with one_at_a_time(options.cgroup, wait_s):
         held = temporary.rights(name)
         ours = [one for one in held if one.timer == timer]
-        if not ours:
+        if not ours or not choose.running(options.cgroup):  # where nothing is locked nobody has a right
             return None
         outcome = _change(lambda policy: temporary.without(policy, ours), options, takes_away=True)
         temporary.write(name, [one for one in held if one.timer != timer])
@@ -152,8 +155,8 @@ def take_back(timer: str, options: GuardOptions, wait_s: float | None = None) ->
 
 def take_back_overdue(options: GuardOptions) -> Outcome | None:
     """take_back() for timers that did not run: systemd may have been told to stop them. For verify --repair."""
-    latest = temporary.now() - OVERDUE_S
-    timers = dict.fromkeys(one.timer for one in temporary.rights(lock_name(options.cgroup)) if one.until < latest)
+    latest = temporary.end_after(-OVERDUE_S).ends
+    timers = dict.fromkeys(one.timer for one in temporary.rights(lock_name(options.cgroup)) if one.ends < latest)
     outcomes = [outcome for outcome in (take_back(timer, options) for timer in timers) if outcome is not None]
     return outcomes[-1] if outcomes else None
 
@@ -166,12 +169,17 @@ def _end_earlier(
     outcome: Outcome, who: Identities, endpoint: Endpoint | None, options: GuardOptions, said: str
 ) -> Outcome:
     """Forgets what ``allow --for`` has allowed ``who``: somebody has decided otherwise. Its timer will find nothing."""
-    if not options.dry_run:
-        name = lock_name(options.cgroup)
+    if options.dry_run:
+        return outcome
+    name = lock_name(options.cgroup)
+    try:
         theirs, others = temporary.split(temporary.rights(name), who, endpoint)
-        if theirs:
-            temporary.write(name, others)
-            outcome.done.append(said)
+    except GuardError as error:  # what was asked for is done
+        outcome.warnings.append(str(error))
+        return outcome
+    if theirs:
+        temporary.write(name, others)
+        outcome.done.append(said)
     return outcome
 
 

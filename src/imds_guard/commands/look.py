@@ -125,7 +125,12 @@ def _status(cgroup: str | None, config: str) -> Status:
     state = first.ebpf if first is not None else None
     forwarding = forwarding if policy is not None else None
     notes = mode_notes(policy, config) if policy is not None else ()
-    return Status(name, policy, faults, state, tuple(known), forwarding, temporary_rights(cgroup), notes)
+    temporary: tuple[Right, ...] = ()
+    try:
+        temporary = temporary_rights(cgroup)
+    except GuardError as error:
+        faults.append(str(error))
+    return Status(name, policy, faults, state, tuple(known), forwarding, temporary, notes)
 
 
 def temporary_rights(cgroup: str | None) -> tuple[Right, ...]:

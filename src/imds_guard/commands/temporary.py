@@ -39,9 +39,18 @@ class Right(NamedTuple):
 
     timer: str
     until: float
-    """Seconds since the epoch. The timer counts monotonic time: a change of the clock moves this, not the end."""
+    """Seconds since the epoch, to show. Who sets the clock moves this, and not the end."""
     endpoints: tuple[Endpoint, ...]
     who: Identities
+    ends: float = 0.0
+    """The same in seconds of CLOCK_BOOTTIME (clock_gettime(2)), which nobody sets and which counts suspended time."""
+
+
+class End(NamedTuple):
+    """When a right ends, as in Right."""
+
+    until: float
+    ends: float
 
 
 def seconds_of(span: str) -> int:
@@ -100,18 +109,25 @@ def stop_timer(name: str) -> None:
 
 
 def rights(lock_name: str) -> list[Right]:
-    """The rights that end by themselves. Empty where the file can't be read."""
+    """The rights that end by themselves. Raises GuardError where the file can't be read: their end is not known."""
     import json  # noqa: PLC0415 -- start-up time: few machines have such a file
 
-    with suppress(OSError, ValueError, KeyError, TypeError, GuardError):
-        values = json.loads(files.read_regular(_path(lock_name)))
-        return [_right(one) for one in values]
-    return []
+    path = _path(lock_name)
+    try:
+        return [_right(one) for one in json.loads(files.read_regular(path))]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, GuardError) as error:
+        raise GuardError(
+            f"{path} can't be read: nothing tells what allow --for has allowed, or takes it back; run imds-guard start "
+            "with the policy that is meant"
+        ) from error
 
 
 def _right(values: dict[str, Any]) -> Right:
     who = Identities(frozenset(map(int, values["users"])), frozenset(map(int, values["groups"])))
-    return Right(str(values["timer"]), float(values["until"]), tuple(map(parse_endpoint, values["endpoints"])), who)
+    endpoints = tuple(map(parse_endpoint, values["endpoints"]))
+    return Right(str(values["timer"]), float(values["until"]), endpoints, who, float(values["ends"]))
 
 
 def write(lock_name: str, found: Iterable[Right]) -> None:
@@ -122,6 +138,7 @@ def write(lock_name: str, found: Iterable[Right]) -> None:
         {
             "timer": one.timer,
             "until": one.until,
+            "ends": one.ends,
             "endpoints": [text for endpoint in one.endpoints for text in format_endpoint(endpoint)],
             "users": sorted(one.who.users),
             "groups": sorted(one.who.groups),
@@ -153,11 +170,11 @@ def _path(lock_name: str) -> str:
 # --- what the rights are ----------------------------------------------------------------------------------------------
 
 
-def added_by(found: Difference, policy: Policy, timer: str, until: float) -> list[Right]:
+def added_by(found: Difference, policy: Policy, timer: str, end: End) -> list[Right]:
     """The rights that a change adds to the allow lists. ``policy`` is the one after it."""
     everywhere = tuple(endpoint for lock in policy.locks for endpoint in lock.endpoints)
     return [
-        Right(timer, until, everywhere if one.endpoints is None else one.endpoints, one.who)
+        Right(timer, end.until, everywhere if one.endpoints is None else one.endpoints, one.who, end.ends)
         for one in found.lists
         if one.kind == "allow" and one.added
     ]
@@ -190,6 +207,6 @@ def without(policy: Policy, found: Iterable[Right]) -> Policy:
     return policy
 
 
-def now() -> float:
-    """Seconds since the epoch."""
-    return time.time()
+def end_after(seconds: float) -> End:
+    """The end of a right that begins now. A negative number: how long ago it ended."""
+    return End(time.time() + seconds, time.clock_gettime(time.CLOCK_BOOTTIME) + seconds)

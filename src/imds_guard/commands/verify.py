@@ -148,10 +148,24 @@ def _put_back(before: Status, file: BootFile, options: GuardOptions, progress: P
         if result.error is not None and (before.backend is None or before.faults == [EMERGENCY_FAULT]):
             raise result.error
     policy = choose.running(options.cgroup)[str(before.backend)].unaltered()
+    if _has_rights_without_end(options.cgroup):
+        if _usable(file) is None:
+            raise BadPolicy(
+                "the policy in force has rights whose end is not known, and no configuration says what is meant"
+            )
+        policy = None
     if policy is not None:
         outcome = guard.start_locked(policy, _as_it_was(before, options), progress)
         return _with_details("the policy in force was put back", outcome.done_in_short), []
     return _replace_unreadable(file, options, progress)
+
+
+def _has_rights_without_end(cgroup: str | None) -> bool:
+    try:
+        look.temporary_rights(cgroup)
+    except GuardError:
+        return True
+    return False
 
 
 def _as_it_was(before: Status, options: GuardOptions) -> GuardOptions:

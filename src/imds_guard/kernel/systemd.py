@@ -41,8 +41,12 @@ def is_enabled(unit: str) -> bool:
 
 
 def run_in(unit: str, seconds: int, description: str, argv: Sequence[str]) -> None:
-    """Makes a transient timer that runs a program once, that many seconds from now (systemd-run(1)). GuardError."""
+    """Makes a transient timer that runs a program, that many seconds from now (systemd-run(1)). Raises GuardError.
+
+    Where the program fails it is run again every half minute, until it ends with 0.
+    """
     options = [f"--unit={unit}", f"--description={description}", f"--on-active={seconds}s"]
+    options += ["--property=Restart=on-failure", "--property=RestartSec=30s", "--property=StartLimitIntervalSec=0"]
     options += ["--timer-property=AccuracySec=1s", "--collect", "--quiet"]
     done = run(["systemd-run", *options, "--", *argv], timeout_s=60)
     if done.status != 0:
