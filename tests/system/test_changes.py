@@ -8,6 +8,7 @@ import pty
 import select
 import socket
 import subprocess
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from imds_guard.kernel import journal, lockfile
 from imds_guard.text import escaped
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, STRANGER, TIMEOUT_S, TWO, Guard, Result
+from tests.kernel.clients import wait_until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
 
@@ -157,14 +159,21 @@ def test_mode_without_a_guard_and_with_another_word(guard: Guard) -> None:
 class Terminal:
     """A command whose standard input and standard error are a terminal."""
 
-    def __init__(self, *words: str, before: str = "") -> None:
+    def __init__(self, *words: str, before: str = "", stopped: bool = False) -> None:
+        """``stopped``: somebody has pressed Ctrl-S."""
         self._master, slave = pty.openpty()
         try:
             argv = command.argv(words, before=before)
+            if stopped:
+                termios.tcflow(slave, termios.TCOOFF)
             self._process = subprocess.Popen(argv, stdin=slave, stderr=slave, stdout=subprocess.PIPE, text=True)
         finally:
-            os.close(slave)
+            self._slave = slave
         self.said = ""
+
+    def resume(self) -> None:
+        """As Ctrl-Q does."""
+        termios.tcflow(self._slave, termios.TCOON)
 
     def read_until(self, text: str) -> None:
         """Waits until the command has printed that."""
@@ -178,6 +187,7 @@ class Terminal:
 
     def end(self) -> Result:
         """The exit status and output. The terminal is read until the command has closed it (EIO)."""
+        os.close(self._slave)
         while True:
             try:
                 part = os.read(self._master, 4096).decode()
@@ -192,6 +202,19 @@ class Terminal:
 
 
 QUESTION = "[y/N] "
+
+
+def test_a_terminal_that_is_stopped_keeps_nobody_waiting(guard: Guard) -> None:
+    """Ctrl-S stops what the command says. It must stop neither the change nor the commands that wait for their turn."""
+    terminal = Terminal(*guard.arguments("start", *BOTH), stopped=True)
+    try:
+        wait_until(lambda: guard("status").status == 0)
+        guard("revoke", "--user", str(ONE))
+        assert reached(guard, ONE) == []
+    finally:
+        terminal.resume()
+    done = terminal.end()
+    assert (done.status, "compiling" in done.stderr) == (0, True)
 
 
 @pytest.mark.parametrize(("answer", "agrees"), [("y", True), ("Yes", True), ("n", False), ("", False), ("x", False)])

@@ -32,6 +32,7 @@ def _run(command: click.Command, arguments: Sequence[str] | None, name: str) -> 
     try:
         _call(command, arguments, name)
     except SystemExit as ended:
+        streams.flush()
         lost = streams.answer_lost()
         if ended.code in (0, None) and lost is not None:
             fail(lost, lost.exit_status)

@@ -15,10 +15,14 @@ from contextlib import suppress
 from typing import TextIO
 
 from imds_guard.errors import AnswerLost, system_text
+from imds_guard.kernel import lockfile
 
 
 class Stream(io.TextIOBase):
-    """Text for a file descriptor. flush() writes it with one write(2), where the system takes all of it at once."""
+    """Text for a file descriptor. flush() writes it with one write(2), where the system takes all of it at once.
+
+    While this process holds a lock nothing is written that nobody takes at once: others would wait for that reader.
+    """
 
     def __init__(self, fd: int, encoding: str) -> None:
         super().__init__()
@@ -64,12 +68,15 @@ class Stream(io.TextIOBase):
         self._pending.append(content)
 
     def flush(self) -> None:
-        """Writes what is kept."""
+        """Writes what is kept. While a lock is held: what can be written without waiting for a reader."""
         content, self._pending = b"".join(self._pending), []
         try:
-            _write_all(self._fd, content)
+            rest = _write_what_fits(self._fd, content) if lockfile.is_held() else _write_all(self._fd, content)
         except OSError as error:
             self.error = self.error or error
+            return
+        if rest:
+            self._pending = [rest, *self._pending]
 
 
 def is_journal(stream: TextIO) -> bool:
@@ -80,7 +87,23 @@ def is_journal(stream: TextIO) -> bool:
     return False
 
 
-def _write_all(fd: int, content: bytes) -> None:
+_AT_ONCE = 256
+"""Bytes that a terminal takes when poll(2) says that it takes any. Pipes take PIPE_BUF, which is more (pipe(7))."""
+
+
+def _write_what_fits(fd: int, content: bytes) -> bytes:
+    """Returns the rest. Ctrl-S stops a terminal for as long as somebody likes, and the reader of a pipe may wait."""
+    import select  # noqa: PLC0415 -- start-up time
+
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while content and any(events & select.POLLOUT for _, events in poll.poll(0)):
+        content = content[os.write(fd, content[:_AT_ONCE]) :]
+    return content
+
+
+def _write_all(fd: int, content: bytes) -> bytes:
+    """Returns what is left: nothing."""
     rest = memoryview(content)
     while rest:
         try:
@@ -91,6 +114,7 @@ def _write_all(fd: int, content: bytes) -> None:
             poll = select.poll()
             poll.register(fd, select.POLLOUT)
             poll.poll()
+    return b""
 
 
 def install() -> None:
@@ -129,6 +153,13 @@ def put_utf8(content: bytes) -> None:
         sys.stdout.flush()
     else:
         put(content.decode())
+
+
+def flush() -> None:
+    """Writes what was kept while a lock was held."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Stream):
+            stream.flush()
 
 
 def require_reader() -> None:

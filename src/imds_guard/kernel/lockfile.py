@@ -26,10 +26,20 @@ def exclusive(name: str, wait_s: float | None = None) -> Iterator[None]:
     An unprivileged process can't open the file, so it can't hold the lock.
     """
     fd = _acquire(name, WAIT_S if wait_s is None else wait_s)
+    _held.append(name)
     try:
         yield
     finally:
+        _held.remove(name)
         os.close(fd)
+
+
+_held: list[str] = []
+
+
+def is_held() -> bool:
+    """True while this process holds a lock: others wait, so it must not wait for somebody outside."""
+    return bool(_held)
 
 
 def attempt(name: str) -> int | None:
