@@ -15,7 +15,6 @@ from contextlib import suppress
 from typing import TextIO
 
 from imds_guard.errors import AnswerLost, system_text
-from imds_guard.kernel import lockfile
 
 
 class Stream(io.TextIOBase):
@@ -71,7 +70,7 @@ class Stream(io.TextIOBase):
         """Writes what is kept. While a lock is held: what can be written without waiting for a reader."""
         content, self._pending = b"".join(self._pending), []
         try:
-            rest = _write_what_fits(self._fd, content) if lockfile.is_held() else _write_all(self._fd, content)
+            rest = _write_what_fits(self._fd, content) if _is_waited_for() else _write_all(self._fd, content)
         except OSError as error:
             self.error = self.error or error
             return
@@ -85,6 +84,12 @@ def is_journal(stream: TextIO) -> bool:
         status = os.fstat(stream.fileno())
         return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
     return False
+
+
+def _is_waited_for() -> bool:
+    """True while this process holds a lock. It can't where the module was never imported, which most commands don't."""
+    lockfile = sys.modules.get("imds_guard.kernel.lockfile")
+    return lockfile is not None and bool(lockfile.is_held())
 
 
 _AT_ONCE = 256
