@@ -75,6 +75,9 @@ FAULTS = (
     Fault("a-fast-open-answer-is-dropped", "incoming.h", "|| ig_has_data(skb, transport_offset)", ""),
     Fault("an-accepted-socket-counts-as-a-client", "egress.h", "&& mark->kind != IG_MARK_ACCEPTED", ""),
     Fault("a-mark-of-another-list", "mark.h", "mark->list = list;", "mark->list = 0;"),
+)  # fmt: skip
+"""In each form of the programs."""
+FAULTS_OF_FILTERS = (
     # Who is sent to a filter, and where to.
     Fault("the-last-filter-wins", "decide.h", "caller->filter = all & -all;", "caller->filter = all;"),
     Fault("everyone-in-every-user-namespace", "decide.h", "if (named & caller->filter)", "if (all & caller->filter)"),
@@ -90,6 +93,7 @@ FAULTS = (
     Fault("one-filter-for-another", "egress.h", " && mark->gid == ig_filter_number(filter->word[3])", ""),
     Fault("a-target-without-a-range-of-its-own", _RENDER, "False, abi.TCP, number)", "False, abi.TCP, 0)"),
 )  # fmt: skip
+"""Of code that the programs of other policies do not have."""
 
 
 @contextmanager
@@ -103,12 +107,18 @@ def planted(fault: Fault, folder: Path) -> Iterator[None]:
     shutil.copytree(program.source_folder(), copy)
     path = copy / fault.file
     path.write_text(fault.edited(path.read_text(encoding="utf-8")), encoding="utf-8")
-    compiled.cache_clear()
+    _forget_compiled()
     try:
         with patch.object(program, "source_folder", lambda: copy):
             yield
     finally:
-        compiled.cache_clear()
+        _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """In this process. The files of earlier ones have the digest of their source."""
+    compiled.cache_clear()
+    program._compiled.cache_clear()
 
 
 @contextmanager

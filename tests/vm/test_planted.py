@@ -10,7 +10,7 @@ import pytest
 from tests.vm.conftest import need_compiled_hooks
 from tests.vm.decisions import differences, scene_of
 from tests.vm.machine import Machine
-from tests.vm.planted import FAULTS, Fault, planted
+from tests.vm.planted import FAULTS, FAULTS_OF_FILTERS, Fault, planted
 from tests.vm.test_corners import empty_entry_passes
 from tests.vm.test_decisions import FIXED_SEED
 from tests.vm.test_egress import connections_of_others_are_known, every_earlier_mark_counts
@@ -36,10 +36,17 @@ _OTHER_TESTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_planted_fault_is_found(fault: Fault, tmp_path: Path) -> None:
+_PLANTED = [
+    *(pytest.param(fault, "plain", id=fault.name) for fault in (*FAULTS, *FAULTS_OF_FILTERS)),
+    *(pytest.param(fault, "bare-plain", id=f"{fault.name}-bare") for fault in FAULTS),
+]
+
+
+@pytest.mark.parametrize(("fault", "form"), _PLANTED)
+def test_a_planted_fault_is_found(fault: Fault, form: str, tmp_path: Path) -> None:
+    """Also in the programs of policies without filters, which are compiled from the same source."""
     need_compiled_hooks()
-    with planted(fault, tmp_path), Machine(forms=["plain"]) as machine:
+    with planted(fault, tmp_path), Machine(forms=[form]) as machine:
         test = _OTHER_TESTS.get(fault.name)
         if test is not None:
             assert not test(machine)
@@ -56,4 +63,4 @@ def test_a_copy_without_a_fault_passes(file: str, tmp_path: Path) -> None:
 
 
 def _differs(number: int, machine: Machine) -> bool:
-    return next(differences(scene_of(FIXED_SEED, number), machine), None) is not None
+    return next(differences(scene_of(FIXED_SEED, number, filters=machine.has_filters), machine), None) is not None

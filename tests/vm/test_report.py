@@ -58,9 +58,9 @@ def denied(machine: Machine, form: str, tasks: list[Task], locks: range = range(
 def rows_beyond_a_share_are_of_all_locks(machine: Machine) -> bool:
     """What an account has beyond its share is in one row. Another account has its own."""
     machine.load(policy())
-    rows = denied(machine, "plain", [Task(STRANGER, 1)], range(LOCKS))
+    rows = denied(machine, machine.forms[0], [Task(STRANGER, 1)], range(LOCKS))
     beyond = LOCKS - abi.ROWS_OF_ACCOUNT
-    last = denied(machine, "plain", [Task(ANOTHER, 1)])
+    last = denied(machine, machine.forms[0], [Task(ANOTHER, 1)])
     return (
         len(rows) == abi.ROWS_OF_ACCOUNT + 1
         and rows[abi.NO_LOCK, abi.WHO_OTHERS, STRANGER] == beyond
