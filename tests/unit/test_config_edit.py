@@ -17,6 +17,7 @@ from imds_guard.commands.save import save
 from imds_guard.config import edit as config_edit
 from imds_guard.config.options import policy_from_options
 from imds_guard.config.read import Config, load_config, parse_config
+from imds_guard.config.source import parse_source
 from imds_guard.config.store import check_saving_to, save_config
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
@@ -59,6 +60,11 @@ nobody = true
 """
 
 
+def edited_text(text: str, config: Config) -> str:
+    """A file without drop-ins, changed."""
+    return config_edit.edit(parse_source(text, "config"), config)["config"]
+
+
 def comments(text: str) -> list[str]:
     """Every comment of a text that has no # in its strings."""
     return ["#" + line.partition("#")[2] for line in text.splitlines() if "#" in line]
@@ -72,7 +78,7 @@ def changed(text: str, users: list[int], lock: str = "web") -> str:
         for one in before.policy.locks
     ]
     wanted = before._replace(policy=make_policy(locks))
-    edited = config_edit.edit(text, "config", wanted)
+    edited = edited_text(text, wanted)
     assert parse_config(edited) == wanted
     return edited
 
@@ -112,7 +118,7 @@ usable = configurations.filter(can_be_written)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 def test_any_configuration_can_become_any_other(before: Config, after: Config) -> None:
     """The two have names of locks in common, so tables are kept, changed, removed and added."""
-    edited = config_edit.edit(commented(dump_config(before)), "config", after)
+    edited = edited_text(commented(dump_config(before)), after)
     assert parse_config(edited, use_stored_ids=True) == after
     assert edited.startswith("# top\n")
 
@@ -122,7 +128,7 @@ def test_any_configuration_can_become_any_other(before: Config, after: Config) -
 def test_a_file_that_already_means_the_configuration_is_not_changed(config: Config) -> None:
     """Not one byte."""
     text = commented(dump_config(config))
-    assert config_edit.edit(text, "config", config) == text
+    assert edited_text(text, config) == text
 
 
 @keeps_lists
@@ -150,7 +156,7 @@ def test_a_new_key_is_in_its_table_before_the_next_comment() -> None:
 def test_new_keys_at_the_top_follow_the_existing_ones() -> None:
     before = parse_config(HAND_MADE)
     wanted = before._replace(backend="iptables", policy=Policy(before.policy.locks, containers=Verdict.ALLOW))
-    edited = config_edit.edit(HAND_MADE, "config", wanted)
+    edited = edited_text(HAND_MADE, wanted)
     assert parse_config(edited) == wanted
     added = ['containers = "allow"', 'backend = "iptables"']
     assert sorted(edited.splitlines()[2:4]) == sorted(added)
@@ -165,7 +171,7 @@ def test_a_new_lock_is_at_the_end_and_a_removed_one_is_gone() -> None:
         name="192.0.2.9",
         endpoints=parse_config(HAND_MADE.replace("192.0.2.1", "192.0.2.9")).policy.locks[1].endpoints,
     )
-    edited = config_edit.edit(HAND_MADE, "config", before._replace(policy=make_policy([kept, more])))
+    edited = edited_text(HAND_MADE, before._replace(policy=make_policy([kept, more])))
     table = HAND_MADE[: HAND_MADE.index("# and the batch jobs")]
     assert edited.startswith(table)
     assert '[lock."192.0.2.9"]' in edited[len(table) :]
@@ -179,7 +185,7 @@ def test_a_preset_stays_while_it_means_the_wanted_locks(dmi: str, monkeypatch: p
     before = parse_config(SAMPLE)
     assert len(before.policy.locks) == (2 if dmi else 1)
     locks = [one._replace(allow=Identities(one.allow.users | {41001}, one.allow.groups)) for one in before.policy.locks]
-    edited = config_edit.edit(SAMPLE, "config", before._replace(policy=make_policy(locks)))
+    edited = edited_text(SAMPLE, before._replace(policy=make_policy(locks)))
     assert parse_config(edited).policy.locks == tuple(locks)
     assert [line for line in SAMPLE.splitlines() if line not in edited.splitlines()] == []
     assert 'preset = "default"' in edited.splitlines()
@@ -189,7 +195,7 @@ def test_a_lock_that_lost_an_endpoint_of_its_preset_lists_the_others() -> None:
     before = parse_config(SAMPLE)
     one = before.policy.locks[0]
     wanted = before._replace(policy=make_policy([Lock(one.name, one.endpoints[1:], one.allow)]))
-    edited = config_edit.edit(SAMPLE, "config", wanted)
+    edited = edited_text(SAMPLE, wanted)
     assert parse_config(edited) == wanted
     assert comments(edited) == comments(SAMPLE)
 

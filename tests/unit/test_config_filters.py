@@ -9,7 +9,8 @@ import pytest
 
 from imds_guard.config import edit as config_edit
 from imds_guard.config.names import BootNames, Name
-from imds_guard.config.read import Config, config_of, parse_config, parse_source
+from imds_guard.config.read import Config, config_of, parse_config
+from imds_guard.config.source import parse_source
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, UsageError
 from imds_guard.export import export
@@ -139,15 +140,18 @@ def test_written_filters_are_read_back() -> None:
     assert parse_config(dump_config(config)) == config
 
 
+SOURCE = parse_source(TEXT, "x")
+
+
 def test_saving_leaves_the_tables_alone() -> None:
     """allow changes a lock; where that splits the lock, the filter names both parts."""
     pytest.importorskip("tomlkit")
     before = parse_config(TEXT)
     who = Identities(frozenset((41009,)))
-    edited = config_edit.edit(TEXT, "x", before._replace(policy=edit.allow(before.policy, who)))
+    edited = config_edit.edit(SOURCE, before._replace(policy=edit.allow(before.policy, who)))["x"]
     assert edited.partition("# Region")[2] == TEXT.partition("# Region")[2]
     split = before._replace(policy=edit.allow(before.policy, who, parse_endpoint("10.0.0.2:80,tcp")))
-    edited = config_edit.edit(TEXT, "x", split)
+    edited = config_edit.edit(SOURCE, split)["x"]
     assert parse_config(edited).policy == split.policy
     assert "# collectd" in edited
 
@@ -156,7 +160,7 @@ def test_saving_a_policy_without_filters_removes_the_tables(tmp_path: Path) -> N
     pytest.importorskip("tomlkit")
     before = parse_config(TEXT)
     wanted = Config(before.policy._replace(filters=(), filter_uid=None))
-    assert "filter" not in config_edit.edit(TEXT, "x", wanted)
+    assert "filter" not in config_edit.edit(SOURCE, wanted)["x"]
 
 
 @pytest.mark.parametrize("format", ["iptables", "nftables", "pf", "windows", "systemd"])

@@ -17,7 +17,7 @@ from imds_guard import CONFIG_PATH
 from imds_guard.backends.ebpf.filter_listeners import ListenerMarks
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.commands.filter_places import SERVICE, WantedPlaces, faults, wanted_places
-from imds_guard.config.read import parse_source, read_text
+from imds_guard.config.source import read_file
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.filter.client import FilterClient
 from imds_guard.filter.place import Mark, Place, listen_at
@@ -62,7 +62,7 @@ def serve(cgroup: str | None, warn: Callable[[list[str]], object]) -> None:
 def configured_cgroup(path: str = CONFIG_PATH) -> str | None:
     """The cgroup that the configuration guards, which the unit of the filter does not name. None: the machine."""
     try:
-        return parse_source(read_text(path), path).string("cgroup")
+        return read_file(path).string("cgroup")
     except GuardError:
         return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from imds_guard.config.known_programs import known_programs
 from imds_guard.config.names import ANSWERS_WITHIN_S, BootNames, Name, ask
-from imds_guard.config.read import Config, Source, config_of, parse_source, read_text
+from imds_guard.config.read import Config, config_of
+from imds_guard.config.source import DROP_INS, Source, drop_ins, read_file
 from imds_guard.config.table import Table
 from imds_guard.config.toml_lines import KeyLines
 from imds_guard.errors import BadPolicy, GuardError, system_text
@@ -18,10 +19,11 @@ _MAX_SHOWN = 3
 
 
 class BootFile:
-    """The file ``path``. It is read once."""
+    """The file ``path`` and its drop-ins. They are read once."""
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._file: Source | None = None
         self._source: Source | None = None
         self._answers: dict[Name, int | None] = {}
         self._asked: set[Name] = set()
@@ -33,10 +35,14 @@ class BootFile:
         Raises BadPolicy.
         """
         if self._source is None:
-            require_file_of_root(self.path)
-            self._source = parse_source(read_text(self.path), self.path)
+            self._source = self._read()
         self._names = BootNames(self._answers)
         return config_of(self._source, self._names)
+
+    def _read(self) -> Source:
+        self._file = self._file or _read_of_root(self.path)
+        require_folder_of_root(self.path)
+        return self._file._replace(drop_ins=tuple(_read_of_root(one) for one in drop_ins(self.path)))
 
     @property
     def has_questions(self) -> bool:
@@ -68,7 +74,7 @@ class BootFile:
 
     def string(self, key: str) -> str | None:
         """The string value of a key outside all tables. None also where the file can't be read, or not be trusted."""
-        return None if self._source is None else self._source.string(key)
+        return None if self._file is None else self._file.string(key)
 
 
 AUDIT_WITHIN_S = 1.0
@@ -88,8 +94,12 @@ def says_audit(path: str) -> bool:
 
 
 def _says_audit(path: str) -> bool:
+    return _read_of_root(path).string("mode") == Mode.AUDIT.value
+
+
+def _read_of_root(path: str) -> Source:
     require_file_of_root(path)
-    return parse_source(read_text(path), path).string("mode") == Mode.AUDIT.value
+    return read_file(path)
 
 
 def _quoted(names: list[Name]) -> str:
@@ -110,11 +120,25 @@ def require_file_of_root(path: str) -> None:
         raise BadPolicy(f"the configuration {path} is not used: {open_to_others(where)}")
 
 
+def require_folder_of_root(path: str) -> None:
+    """Raises BadPolicy when others than root can change the folder of the drop-ins of the file ``path``."""
+    where = _folder_open_to_others(path)
+    if where is not None:
+        raise BadPolicy(f"the drop-ins of the configuration {path} are not used: {open_to_others(where)}")
+
+
+def _folder_open_to_others(path: str) -> str | None:
+    folder = DROP_INS.get(path)
+    try:
+        return None if folder is None else ownership.others_can_change(folder)
+    except OSError:  # it is not there, or drop_ins() says what is wrong
+        return None
+
+
 def mode_of(path: str) -> Mode | None:
     """``mode`` of the file ``path``, whatever else is in it. None where it can't be read or used."""
     try:
-        require_file_of_root(path)
-        return Mode(parse_source(read_text(path), path).string("mode") or Mode.ENFORCE.value)
+        return Mode(_read_of_root(path).string("mode") or Mode.ENFORCE.value)
     except (GuardError, ValueError):
         return None
 
@@ -125,8 +149,7 @@ def known_programs_of(path: str) -> frozenset[str]:
     Empty where it can't be read, or others than root can change it.
     """
     try:
-        require_file_of_root(path)
-        source = parse_source(read_text(path), path)
+        source = _read_of_root(path)
         return frozenset(known_programs(Table(path, KeyLines(source.text), (), source.values)))
     except GuardError:
         return frozenset()
@@ -138,11 +161,14 @@ def open_to_others(where: str) -> str:
 
 
 def warnings_of_file(path: str) -> list[str]:
-    """A warning for a configuration that others than root can change. Empty for any other."""
+    """A warning for each part of a configuration that others than root can change."""
+    found = [(path, _open(path)), (DROP_INS.get(path), _folder_open_to_others(path))]
+    found += [(one, _open(one)) for one in drop_ins(path)]
+    return [f"at boot {one} would not be used: {open_to_others(where)}" for one, where in found if where is not None]
+
+
+def _open(path: str) -> str | None:
     try:
-        where = ownership.others_can_change(path)
+        return ownership.others_can_change(path)
     except OSError:
-        return []
-    if where is None:
-        return []
-    return [f"at boot {path} would not be used: {open_to_others(where)}"]
+        return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes a configuration file that a person wrote: comments, order and spelling stay.
+"""Changes the files of a configuration that a person wrote: comments, order and spelling stay.
 
 tomlkit changes and removes existing keys. New keys are inserted as text, because tomlkit puts them after the comment of
 the next table. The result is read again, and used only if it is the configuration that was wanted.
@@ -7,9 +7,11 @@ the next table. The result is read again, and used only if it is the configurati
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from imds_guard.config.read import Config, locks_by_table, parse_config
+from imds_guard.config.names import PresentNames
+from imds_guard.config.read import Config, config_of, locks_by_table
+from imds_guard.config.source import Source, parse_source
 from imds_guard.config.toml_lines import KeyLines, Path
 from imds_guard.config.write import (
     IdList,
@@ -44,28 +46,51 @@ def require_tomlkit(path: str) -> Any:
     return tomlkit
 
 
-def edit(text: str, path: str, config: Config) -> str:
-    """``text``, a usable configuration, changed so that it means ``config``. Raises GuardError."""
-    require_tomlkit(path)
+def edit(source: Source, config: Config) -> dict[str, str]:
+    """The texts of a usable configuration, by file, changed so that it means ``config``. Raises GuardError."""
+    require_tomlkit(source.name)
     # tomlkit before 0.11 breaks lists when an item is added or removed: then the whole list is written anew.
     for in_place in (True, False):
-        edited = _try(text, config, in_place)
+        edited = _try(source, config, in_place)
         if edited is not None:
             return edited
-    raise GuardError(f"saving to {path}: the file can't be changed without losing its comments; move the file away")
+    raise GuardError(
+        f"saving to {source.name}: the file can't be changed without losing its comments; move the file away"
+    )
 
 
-def _try(text: str, config: Config, in_place: bool) -> str | None:
-    """The changed text; None when it does not mean ``config``."""
-    import tomlkit  # noqa: PLC0415
+def _try(source: Source, config: Config, in_place: bool) -> dict[str, str] | None:
+    """The changed texts; None when they do not mean ``config``."""
     from tomlkit.exceptions import TOMLKitError  # noqa: PLC0415
 
     try:
-        document = tomlkit.parse(text)
-        edited = _Edit(document, text, config, in_place).run()
-        return edited if _same(parse_config(edited, use_stored_ids=True), config) else None
+        edited = _edited(source, config, in_place)
+        again = [parse_source(edited[part.name], part.name) for part in source.parts]
+        read = config_of(again[0]._replace(drop_ins=tuple(again[1:])), PresentNames(use_stored_ids=True))
+        return edited if _same(read, config) else None
     except (TOMLKitError, BadPolicy):
         return None
+
+
+def _edited(source: Source, config: Config, in_place: bool) -> dict[str, str]:
+    """Drop-ins come first: what is in none of them is new, and written to the file itself."""
+    import tomlkit  # noqa: PLC0415
+
+    unwritten = _Unwritten(
+        {lock.name: lock for lock in config.policy.locks}, {one.name: one for one in config.policy.filters}
+    )
+    texts: dict[str, str] = {}
+    for part in reversed(source.parts):
+        one = _Edit(tomlkit.parse(part.text), part.text, config, unwritten, in_place)
+        texts[part.name] = one.run() if part is source else one.run_drop_in()
+    return texts
+
+
+class _Unwritten(NamedTuple):
+    """What no file has yet, by name."""
+
+    locks: dict[str, Lock]
+    filters: dict[str, Filter]
 
 
 def _same(one: Config, other: Config) -> bool:
@@ -74,37 +99,41 @@ def _same(one: Config, other: Config) -> bool:
 
 
 class _Edit:
-    """One change of a file. ``in_place``: change lists item by item."""
+    """The change of one file. ``in_place``: change lists item by item."""
 
-    def __init__(self, document: Any, text: str, config: Config, in_place: bool) -> None:
+    def __init__(self, document: Any, text: str, config: Config, unwritten: _Unwritten, in_place: bool) -> None:
         self.document = document
         self.config = config
         self.in_place = in_place
         self.tables = locks_by_table(text)
-        self.unwritten: dict[str, Lock] = {lock.name: lock for lock in config.policy.locks}
-        self.new_filters: list[Filter] = []
+        self.unwritten = unwritten.locks
+        self.filters = unwritten.filters
         self.insertions: list[Insertion] = []
 
     def run(self) -> str:
+        """The text of the file itself, with all that is in no file yet."""
         self.edit_top()
+        text = self.run_drop_in()
+        new = [line for lock in self.unwritten.values() for line in dump_lock(lock)]
+        new += [line for one in self.filters.values() for line in dump_filter(one)]
+        return text.rstrip("\r\n") + "\n" + "".join(line + "\n" for line in new) if new else text
+
+    def run_drop_in(self) -> str:
+        """The text with its own locks and filters alone."""
         for name, locks in self.tables.items():
             self.edit_lock(name, locks)
         self.edit_filters()
-        text = _insert(self.document.as_string(), self.insertions)
-        new = [line for lock in self.unwritten.values() for line in dump_lock(lock)]
-        new += [line for one in self.new_filters for line in dump_filter(one)]
-        return text.rstrip("\r\n") + "\n" + "".join(line + "\n" for line in new) if new else text
+        return _insert(self.document.as_string(), self.insertions)
 
     def edit_filters(self) -> None:
         """Filters change only in their locks, when a lock is split; all else in their tables stays as written."""
         tables = self.document.get("filter", {})
-        wanted = {one.name: one for one in self.config.policy.filters}
         for name in list(tables):
-            if name not in wanted:
+            wanted = self.filters.pop(name, None)
+            if wanted is None:
                 del tables[name]
-            elif tuple(sorted(set(tables[name]["locks"]))) != wanted[name].locks:
-                tables[name]["locks"] = _parse_value("\n".join(dump_filter_locks(wanted[name])), "locks")
-        self.new_filters = [one for one in wanted.values() if one.name not in tables]
+            elif tuple(sorted(set(tables[name]["locks"]))) != wanted.locks:
+                tables[name]["locks"] = _parse_value("\n".join(dump_filter_locks(wanted)), "locks")
 
     def edit_top(self) -> None:
         for key, value, default in top_values(self.config):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Callable
 
 from imds_guard.config.names import Names
@@ -24,15 +24,15 @@ FILTER_KEYS = (
 ReadIdentities = Callable[[Table, str, str], Identities]
 
 
-def read_filters(top: Table, names: Names, identities: ReadIdentities) -> list[Filter]:
-    """The filters in the file's order. Raises BadPolicy.
+def read_filters(tables: Iterable[Table], names: Names, identities: ReadIdentities) -> list[Filter]:
+    """The filters of the tables [filter.NAME], in their order. Raises BadPolicy.
 
     A filter that comes first may be the stricter one. So as long as a name in it has no ID, the later ones are for
     nobody.
     """
     found: list[Filter] = []
     is_complete = True
-    for table in _tables(top):
+    for table in tables:
         missing = len(names.missing)
         one = _filter(table, identities)
         found.append(one if is_complete else one._replace(who=NOBODY, everyone=False))
@@ -56,17 +56,6 @@ def filter_uid(filters: list[Filter], names: Names) -> int | None:
             "makes it"
         )
     return None if user is None else user.uid
-
-
-def _tables(top: Table) -> Iterator[Table]:
-    tables = top.values.get("filter", {})
-    if not isinstance(tables, dict):
-        top.fail("filter", "filters are tables with a name: write [filter.NAME]")
-    for name, values in tables.items():
-        table = Table(top.file, top.lines, ("filter", name), values, "filter")
-        if not isinstance(values, dict):
-            table.fail(None, f"filter.{name} must be a table: write [filter.{name}]")
-        yield table
 
 
 def _filter(table: Table, identities: ReadIdentities) -> Filter:

@@ -6,19 +6,19 @@ The commented sample, data/config.toml, is the grammar. Nothing unknown in a fil
 
 from __future__ import annotations
 
-import codecs
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from imds_guard import CONFIG_PATH
 from imds_guard.config.filters import filter_uid, read_filters
 from imds_guard.config.known_programs import known_programs
 from imds_guard.config.names import GROUPS, USERS, Name, Names, PresentNames
-from imds_guard.config.table import Table
+from imds_guard.config.source import Source, parse_source, read_source
+from imds_guard.config.table import Table, named_tables
 from imds_guard.config.toml_lines import KeyLines, Path, load_toml
-from imds_guard.errors import BadPolicy, system_text
+from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, user_id
-from imds_guard.kernel import files
 from imds_guard.kernel.dmi import dmi_text as read_dmi_text
 from imds_guard.policy.builtin import preset_endpoints
 from imds_guard.policy.emergency import EMERGENCY_LOCK
@@ -30,6 +30,7 @@ TOP_KEYS = (
     *("mode", "containers", "strict", "on_error", "backend", "cgroup", "forwarded", "resolve_groups"),
     *("known_programs", "lock", "filter"),
 )
+DROP_IN_KEYS = ("lock", "filter")
 LOCK_KEYS = ("endpoints", "preset", "users", "groups", "deny_users", "deny_groups", "default", "nobody")
 
 
@@ -60,43 +61,9 @@ class Config(NamedTuple):
         return hash(tuple(self[:-1]))
 
 
-class Source(NamedTuple):
-    """A text that is TOML, and may still be no usable configuration. ``name`` is the file's in errors."""
-
-    name: str
-    text: str
-    values: dict[str, Any]
-
-    def string(self, key: str) -> str | None:
-        """The string value of a key outside all tables; None when it has none."""
-        value = self.values.get(key)
-        return value if isinstance(value, str) else None
-
-
 def load_config(path: str = CONFIG_PATH, use_stored_ids: bool = False) -> Config:
-    """parse_config() of the file ``path``. Raises BadPolicy: one sentence with the file and the line."""
-    return parse_config(read_text(path), path, use_stored_ids)
-
-
-def read_text(path: str) -> str:
-    """The text of a configuration file, its line ends unchanged, without a byte order mark. Raises BadPolicy."""
-    try:
-        content = files.read_regular(path)
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise BadPolicy(f"{path}: this is not TOML: it is UTF-16; save it as UTF-8")
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
-    except UnicodeDecodeError as error:
-        raise BadPolicy(f"{path}: this is not TOML: byte {error.start} is not UTF-8") from error
-
-
-def parse_source(text: str, name: str) -> Source:
-    """Raises BadPolicy, with the line, where the text is no TOML."""
-    try:
-        return Source(name, text, load_toml(text, name))
-    except MemoryError:
-        raise BadPolicy(f"{name}: it takes more memory than there is") from None
+    """The configuration of the file ``path`` and its drop-ins. Raises BadPolicy: one sentence with file and line."""
+    return config_of(read_source(path), PresentNames(use_stored_ids))
 
 
 def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, dmi_text: str | None = None) -> Config:
@@ -110,12 +77,15 @@ def parse_config(text: str, name: str = "config", use_stored_ids: bool = False, 
 
 def config_of(source: Source, names: Names, dmi_text: str | None = None) -> Config:
     """The configuration in ``source``, with the IDs that ``names`` has. Raises BadPolicy."""
-    name = source.name
     try:
-        return _Reader(names, dmi_text).config(Table(name, KeyLines(source.text), (), source.values))
+        return _Reader(names, dmi_text).config([_top(part) for part in source.parts])
     except (ValueError, RecursionError, MemoryError) as error:
         # Python's own limits: of the digits of a number that becomes text, of nested calls, of memory.
-        raise BadPolicy(f"{name}: it can't be used: {str(error) or type(error).__name__}") from None
+        raise BadPolicy(f"{source.name}: it can't be used: {str(error) or type(error).__name__}") from None
+
+
+def _top(part: Source) -> Table:
+    return Table(part.name, KeyLines(part.text), (), part.values)
 
 
 def locks_by_table(text: str) -> dict[str, tuple[Lock, ...]]:
@@ -133,46 +103,41 @@ def locks_by_table(text: str) -> dict[str, tuple[Lock, ...]]:
 
 
 class _Reader:
-    """Reads one file."""
+    """Reads one configuration: the top of its file, and those of its drop-ins."""
 
     def __init__(self, names: Names, dmi_text: str | None) -> None:
         self.names = names
         self.dmi_text = dmi_text
 
-    def config(self, top: Table) -> Config:
+    def config(self, tops: Sequence[Table]) -> Config:
+        top = tops[0]
         top.check_keys(TOP_KEYS)
+        for drop_in in tops[1:]:
+            _check_drop_in(drop_in)
         mode = Mode(top.choice("mode", ("enforce", "audit")))
         containers = Verdict(top.choice("containers", ("deny", "allow")))
         on_error = top.choice("on_error", ("closed", "open"))
         backend = top.choice("backend", ("auto", "ebpf", "iptables"))
         cgroup = _cgroup(top)
-        policy = self.policy(top, mode, containers)
+        policy = self.policy(tops, mode, containers)
         forwarded = _forwarded(top, cgroup)
         resolve, known = top.flag("resolve_groups"), known_programs(top)
         return Config(policy, on_error, backend, cgroup, forwarded, resolve, known, tuple(self.names.warnings))
 
-    def policy(self, top: Table, mode: Mode, containers: Verdict) -> Policy:
-        locks = self.locks(top)
-        filters = read_filters(top, self.names, self.identities)
-        strict = top.flag("strict")
+    def policy(self, tops: Sequence[Table], mode: Mode, containers: Verdict) -> Policy:
+        locks = self.locks(tops)
+        filters = read_filters(named_tables(tops, "filter"), self.names, self.identities)
+        strict = tops[0].flag("strict")
         try:
             return make_policy(locks, mode, containers, strict, filters, filter_uid(filters, self.names))
         except BadPolicy as error:
-            _fail_at_table(top, str(error))
+            _fail_at_table(tops, str(error))
 
-    def locks(self, top: Table) -> list[Lock]:
-        tables = top.values.get("lock", {})
-        if not isinstance(tables, dict):
-            top.fail("lock", "locks are tables with a name: write [lock.NAME]")
+    def locks(self, tops: Sequence[Table]) -> list[Lock]:
+        tables = named_tables(tops, "lock")
         if not tables:
-            top.fail(None, "no lock is described: add [lock.NAME]")
-        found: list[Lock] = []
-        for name, values in tables.items():
-            table = Table(top.file, top.lines, ("lock", name), values)
-            if not isinstance(values, dict):
-                table.fail(None, f"lock.{name} must be a table: write [lock.{name}]")
-            found += self.lock(table)
-        return found
+            tops[0].fail(None, "no lock is described: add [lock.NAME]")
+        return [lock for table in tables for lock in self.lock(table)]
 
     def lock(self, table: Table) -> tuple[Lock, ...]:
         """The lock of a table; two where the WireServer is one of its endpoints."""
@@ -245,12 +210,27 @@ def _forwarded(top: Table, cgroup: str | None) -> str | None:
     return top.choice("forwarded", ("drop", "leave"))
 
 
-def _fail_at_table(top: Table, sentence: str) -> NoReturn:
+def _check_drop_in(top: Table) -> None:
+    for key in top.values:
+        if key in TOP_KEYS and key not in DROP_IN_KEYS:
+            top.fail(
+                key, f"{key} is for the whole configuration, so it stands in config.toml; here are locks and filters"
+            )
+    top.check_keys(DROP_IN_KEYS)
+
+
+def _fail_at_table(tops: Sequence[Table], sentence: str) -> NoReturn:
     """Raises BadPolicy at the table that the sentence is about. One about two tables is shown at the later one."""
     kind = "filter" if sentence.startswith("filter ") or "filter name" in sentence else "lock"
-    named = [(kind, name) for name in top.values.get(kind, {}) if repr(name) in sentence]
-    last: Path = max(named, key=lambda path: top.lines.find(path) or 0, default=())
-    Table(top.file, top.lines, last, {}).fail(None, sentence)
+    named = [
+        (number, top.lines.find((kind, name)) or 0, name)
+        for number, top in enumerate(tops)
+        for name in top.values.get(kind, {})
+        if repr(name) in sentence
+    ]
+    number, _, name = max(named, default=(0, 0, ""))
+    path: Path = (kind, name) if named else ()
+    Table(tops[number].file, tops[number].lines, path, {}).fail(None, sentence)
 
 
 def _root_at_most(allow: Identities, deny: Identities, default: Verdict) -> Identities:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves the configuration file in one step, and keeps its comments."""
+"""Saves the configuration, each file in one step, and keeps its comments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 
 from imds_guard import CONFIG_PATH
 from imds_guard.config import edit as config_edit
-from imds_guard.config.read import Config, load_config, read_text
+from imds_guard.config.read import Config, load_config
+from imds_guard.config.source import drop_ins, read_source, read_text
 from imds_guard.config.write import dump_config
 from imds_guard.errors import GuardError, system_text
 from imds_guard.kernel import files
@@ -21,20 +22,24 @@ def check_saving_to(path: str) -> None:
 
 def _is_generated(path: str) -> bool:
     """True for a file that is exactly as dump_config() writes it, so that overwriting it loses nothing."""
-    return read_text(path) == dump_config(load_config(path, use_stored_ids=True))
+    return not drop_ins(path) and read_text(path) == dump_config(load_config(path, use_stored_ids=True))
 
 
 def save_config(config: Config, path: str = CONFIG_PATH) -> None:
-    """Write the file in one step: a reader sees the old content or the new one. Raises GuardError.
+    """Writes the configuration: a reader sees the old content of a file or the new one. Raises GuardError.
 
     An existing file keeps its comments, its order, and the spelling of every lock that does not change. It also keeps
-    its owner and mode, and a symbolic link still leads to it.
+    its owner and mode, and a symbolic link still leads to it. A lock stays in the file where it stands, a drop-in or
+    ``path``; a new lock is written to ``path``.
     """
     if not os.path.exists(path) or _is_generated(path):
-        text = dump_config(config)
-    else:
-        text = config_edit.edit(read_text(path), path, config)
-    _write(text, path)
+        _write(dump_config(config), path)
+        return
+    source = read_source(path)
+    edited = config_edit.edit(source, config)
+    for part in reversed(source.parts):  # drop-ins first: what is taken from them may be new in ``path``
+        if edited[part.name] != part.text:
+            _write(edited[part.name], part.name)
 
 
 def _write(text: str, path: str) -> None:

@@ -28,6 +28,12 @@ class Table:
         """The last part of the path; empty at the top of the file."""
         return self.path[-1] if self.path else ""
 
+    @property
+    def place(self) -> str:
+        """The file and the line of the table."""
+        line = self.lines.find(self.path)
+        return f"{self.file}:{line}" if line else self.file
+
     def fail(self, key: str | None, sentence: str, text: str = "") -> NoReturn:
         """Raises BadPolicy with the line of ``text`` in the value of ``key``. None is the table itself."""
         line = self.lines.find(self.path if key is None else (*self.path, key), text)
@@ -77,3 +83,20 @@ class Table:
             return convert(entry)
         except BadPolicy as error:
             self.fail(key, str(error), str(entry))
+
+
+def named_tables(tops: Sequence[Table], kind: str) -> list[Table]:
+    """The tables [lock.NAME] or [filter.NAME] of all files, in their order. Raises BadPolicy for two of one name."""
+    found: dict[str, Table] = {}
+    for top in tops:
+        tables = top.values.get(kind, {})
+        if not isinstance(tables, dict):
+            top.fail(kind, f"{kind}s are tables with a name: write [{kind}.NAME]")
+        for name, values in tables.items():
+            table = Table(top.file, top.lines, (kind, name), values, kind)
+            if not isinstance(values, dict):
+                table.fail(None, f"{kind}.{name} must be a table: write [{kind}.{name}]")
+            if name in found:
+                table.fail(None, f"{kind} {name!r} is defined in {found[name].place}, too")
+            found[name] = table
+    return list(found.values())
