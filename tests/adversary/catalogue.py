@@ -13,6 +13,7 @@ from tests.adversary import (
     attacks_address,
     attacks_before,
     attacks_connect,
+    attacks_filter,
     attacks_handover,
     attacks_identity,
     attacks_packets,
@@ -32,6 +33,7 @@ CHAPTERS: tuple[tuple[str, tuple[Attack, ...]], ...] = (
     ("Older sockets", attacks_before.ATTACKS),
     ("Other people's sockets", attacks_handover.ATTACKS),
     ("Packets", attacks_packets.ATTACKS),
+    ("Filters", attacks_filter.ATTACKS),
     ("The guard itself", attacks_service.ATTACKS),
 )
 CATALOGUE: tuple[Attack, ...] = tuple(attack for _, attacks in CHAPTERS for attack in attacks)

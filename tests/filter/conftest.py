@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Optional, TypeVar
 
 import pytest
 
@@ -20,6 +20,7 @@ from tests.kernel import guards
 from tests.kernel.rules_in_a_sandbox import KINDS, V6, Machine, one_legacy_at_a_time
 from tests.tools import need
 
+AnyScene = TypeVar("AnyScene", bound=Scene)
 Fallback = tuple[str, Optional[Form]]
 FALLBACKS: tuple[Fallback, ...] = (*((kind, None) for kind in sorted(KINDS)), ("nf_tables", Form.MANGLE))
 """Kinds of iptables, and the form of the rules; None: the best one."""
@@ -36,14 +37,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def _guarded_by_ebpf() -> Iterator[Scene]:
+def _ebpf() -> Iterator[Scene]:
     with Sandbox((METADATA,)) as sandbox:
         backend = EbpfBackend(sandbox.cgroup, guards.FAST)
-        backend.apply(POLICY)
         try:
-            one = Scene(sandbox, sandbox.cgroup, "EPERM", backend.change)
-            one.serve_metadata()
-            yield one
+            yield Scene(sandbox, sandbox.cgroup, "EPERM", backend.apply)
         finally:
             backend.remove()
 
@@ -59,9 +57,8 @@ def _machine(one: Fallback, folder: Path, monkeypatch: pytest.MonkeyPatch) -> It
         yield Machine(sandbox, kind, str(folder), form)
 
 
-def _in_force(machine: Machine) -> FallbackScene:
-    machine.apply(POLICY)
-    one = FallbackScene(machine)
+def _in_force(one: AnyScene) -> AnyScene:
+    one.change(POLICY)
     one.serve_metadata()
     return one
 
@@ -76,22 +73,28 @@ def machine(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def by_ebpf(folder: Path) -> Iterator[Scene]:
     """POLICY in force, a metadata service, and no service of the filters yet."""
-    with _guarded_by_ebpf() as one:
-        yield one
+    with _ebpf() as one:
+        yield _in_force(one)
 
 
 @pytest.fixture
 def by_iptables(machine: Machine) -> FallbackScene:
     """The same."""
-    return _in_force(machine)
+    return _in_force(FallbackScene(machine))
 
 
 @pytest.fixture(params=["ebpf", *FALLBACKS], ids=str)
-def by_each(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
-    """The same, by each backend."""
+def unguarded(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+    """For each backend: nothing is in force yet, and no metadata service is there."""
     if request.param == "ebpf":
-        with _guarded_by_ebpf() as one:
+        with _ebpf() as one:
             yield one
         return
     with _machine(request.param, folder, monkeypatch) as machine:
-        yield _in_force(machine)
+        yield FallbackScene(machine)
+
+
+@pytest.fixture
+def by_each(unguarded: Scene) -> Scene:
+    """As by_ebpf, by each backend."""
+    return _in_force(unguarded)

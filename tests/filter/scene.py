@@ -32,6 +32,7 @@ REGION = "/latest/meta-data/placement/region"
 SECRET = "/latest/meta-data/iam/security-credentials/role"
 RESET = "reset"
 """The connection was there, and ended without an answer."""
+TIMED_OUT = "timed out"
 
 
 def policy_of(*allow: str, users: Sequence[int] = (BY_USER,), deny: tuple[str, ...] = ()) -> Policy:
@@ -160,9 +161,9 @@ def ask_on(one: socket.socket, path: str, to: tuple[str, int] = (METADATA, 80)) 
         one.sendall(request_for(path))
         answer = one.recv(65536)
         return answer.split(b" ")[1].decode() if answer else RESET
+    except socket.timeout:
+        return TIMED_OUT
     except OSError as error:
         if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
             return RESET
-        if error.errno is None:
-            raise
-        return errno.errorcode[error.errno]
+        return errno.errorcode[error.errno or 0]

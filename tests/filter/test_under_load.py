@@ -10,13 +10,25 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Callable
 
 import pytest
 
-from tests.filter.scene import BY_USER, METADATA, POLICY, REGION, RESET, SECRET, Scene, become_caller, policy_of
+from imds_guard.policy.model import Policy
+from tests.filter.scene import (
+    BY_USER,
+    METADATA,
+    POLICY,
+    REGION,
+    RESET,
+    SECRET,
+    TIMED_OUT,
+    Scene,
+    become_caller,
+    policy_of,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="guards a namespace of its own")
 
@@ -99,7 +111,7 @@ class _Client:
                 self._kept, one = one, None
             return answer.split(b" ")[1].decode() if answer else RESET
         except socket.timeout:
-            return "timed out"
+            return TIMED_OUT
         except OSError as error:
             is_reset = error.errno in (errno.EPIPE, errno.ECONNRESET)
             return RESET if is_reset else errno.errorcode[error.errno or 0]
@@ -120,14 +132,28 @@ def _whole(one: socket.socket) -> bytes:
     return answer
 
 
-def actions(scene: Scene) -> Iterator[Callable[[], object]]:
+def actions(scene: Scene) -> list[Callable[[], None]]:
     """From a service that runs to one that runs, and back to the first policy."""
-    yield lambda: scene.kill(scene.service)
-    yield scene.start
-    for policy in (OTHER_POLICY, POLICY):
-        yield lambda policy=policy: (scene.change(policy), scene.reload())  # type: ignore[misc]
-    yield lambda: (scene.kill(scene.service), scene.start())
-    yield lambda: (scene.change(OTHER_POLICY), scene.kill(scene.service), scene.change(POLICY), scene.start())
+
+    def kill() -> None:
+        scene.kill(scene.service)
+
+    def reload(policy: Policy) -> None:
+        scene.change(policy)
+        assert scene.reload() == []
+
+    def restart() -> None:
+        kill()
+        scene.start()
+
+    def restart_under_another_policy() -> None:
+        scene.change(OTHER_POLICY)
+        kill()
+        scene.change(POLICY)
+        scene.start()
+
+    reloads = [partial(reload, OTHER_POLICY), partial(reload, POLICY)]
+    return [kill, scene.start, *reloads, restart, restart_under_another_policy]
 
 
 def test_no_caller_gets_past_the_service_and_none_waits(by_each: Scene) -> None:
@@ -136,7 +162,7 @@ def test_no_caller_gets_past_the_service_and_none_waits(by_each: Scene) -> None:
     total: Counter[str] = Counter()
     with ExitStack() as stack:
         callers = Callers(by_each, stack)
-        for number, action in enumerate((*actions(by_each), *actions(by_each))):
+        for number, action in enumerate(2 * actions(by_each)):
             seen, slowest = callers.during(action)
             assert slowest < WITHIN_S, (number, seen)
             total += seen

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways past the rules that lead callers to filters under iptables. Each works before there are rules."""
+"""Ways past a filter, by each backend. Each works before there is a guard."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import ipaddress
 import os
 import socket
 import struct
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -15,6 +18,9 @@ import pytest
 
 from imds_guard.backends.iptables.rules import DENIED_MARK, FILTERED_MARK
 from imds_guard.commands import filter_refusals
+from imds_guard.kernel import netns
+from imds_guard.kernel.children import run_in_child
+from imds_guard.kernel.syscall_numbers import syscall_number
 from imds_guard.policy.filters import FILTER_PORT
 from imds_guard.policy.model import Endpoint, make_policy
 from imds_guard.policy.ports import ALL_PORTS
@@ -29,11 +35,15 @@ from tests.filter.scene import (
     METADATA,
     OTHER_GROUP,
     POLICY,
+    REGION,
     RESET,
     SECRET,
     STRANGER,
+    TIMED_OUT,
     FallbackScene,
+    Scene,
     ask_on,
+    become_caller,
     request_for,
     serve_metadata,
 )
@@ -118,7 +128,7 @@ def _by_hand(packets: Packets) -> Way:
 def _sniffer() -> socket.socket:
     one = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(3))
     one.bind(("lo", 3))
-    one.settimeout(WAIT_S)
+    one.settimeout(1)
     return one
 
 
@@ -127,7 +137,7 @@ def _reversed(packet: bytes) -> tuple[bytes, ...]:
     return last, first
 
 
-WAYS: dict[str, Way] = {
+SOCKETS: dict[str, Way] = {
     "tcp": _by_socket(_nothing),
     "mapped": _by_socket(_nothing, socket.AF_INET6),
     "mptcp": _by_socket(_nothing, protocol=IPPROTO_MPTCP),
@@ -141,15 +151,17 @@ WAYS: dict[str, Way] = {
     "another mark": _by_socket(_option(socket.SOL_SOCKET, SO_MARK, 1)),
     "no operation": _by_socket(_option(socket.IPPROTO_IP, IP_OPTIONS, bytes([NO_OPERATION] * 8))),
     "record route": _by_socket(_option(socket.IPPROTO_IP, IP_OPTIONS, bytes([RECORD_ROUTE, 7, 4, 0, 0, 0, 0, 1]))),
+}
+PACKETS: dict[str, Way] = {
     "raw socket": _by_hand(lambda packet: (packet,)),
-    "raw socket, options": _by_hand(lambda packet: (with_options(packet, bytes([NO_OPERATION] * 8)),)),
-    "raw socket, flags in the later fragment": _by_hand(lambda packet: fragments(packet, 8)),
-    "raw socket, flags in the first fragment": _by_hand(lambda packet: fragments(packet, 16)),
-    "raw socket, later fragment first": _by_hand(_reversed),
+    "options": _by_hand(lambda packet: (with_options(packet, bytes([NO_OPERATION] * 8)),)),
+    "flags in the later fragment": _by_hand(lambda packet: fragments(packet, 8)),
+    "flags in the first fragment": _by_hand(lambda packet: fragments(packet, 16)),
+    "later fragment first": _by_hand(_reversed),
 }
 
 
-def _tried(machine: Machine, user: int, way: Way) -> str:
+def _tried(scene: Scene, user: int, way: Way) -> str:
     """With CAP_NET_RAW and CAP_NET_ADMIN, which raw sockets and marks take."""
 
     def inside() -> str:
@@ -159,7 +171,7 @@ def _tried(machine: Machine, user: int, way: Way) -> str:
         except OSError as error:
             return errno.errorcode[error.errno] if error.errno else type(error).__name__
 
-    return machine.call(inside)
+    return scene.call(inside)
 
 
 def _prepare() -> None:
@@ -168,20 +180,95 @@ def _prepare() -> None:
     privileges.prepare_network()
 
 
-def test_no_detour_gets_an_answer_past_the_rules(machine: Machine) -> None:
-    """Neither of a caller of a filter, nor of a denied one. Before there are rules each is answered."""
-    scene = FallbackScene(machine)
-    machine.call(_prepare)
-    scene.serve_metadata()
-    before = {name: _tried(machine, STRANGER, way) for name, way in WAYS.items()}
-    assert before == dict.fromkeys(WAYS, "200")
-    machine.apply(POLICY)
-    scene.start()
-    after = {name: [_tried(machine, user, way) for user in (BY_USER, STRANGER)] for name, way in WAYS.items()}
-    assert {name: found for name, found in after.items() if "200" in found} == {}
+@pytest.fixture
+def attacked(unguarded: Scene) -> Scene:
+    """A metadata service, and addresses to attack from."""
+    unguarded.call(_prepare)
+    unguarded.serve_metadata()
+    return unguarded
 
 
-# --- a route in the packet --------------------------------------------------------------------------------------------
+def _those_that_work(scene: Scene, ways: dict[str, Way], *users: int) -> set[str]:
+    """An answer to SECRET with status 200 was never by the filter."""
+    return {name for name, way in ways.items() if "200" in {_tried(scene, user, way) for user in users}}
+
+
+def test_no_socket_gets_an_answer_past_the_filter(attacked: Scene) -> None:
+    """Neither of a caller of a filter, nor of a denied one, whatever options the socket has."""
+    assert _those_that_work(attacked, SOCKETS, STRANGER) == set(SOCKETS)
+    attacked.change(POLICY)
+    attacked.start()
+    assert _those_that_work(attacked, SOCKETS, BY_USER, STRANGER) == set()
+
+
+def test_no_packet_gets_an_answer_past_the_filter(attacked: Scene) -> None:
+    """By eBPF with --strict alone: without it raw sockets are not seen, with a filter or without one."""
+    assert _those_that_work(attacked, PACKETS, STRANGER) == set(PACKETS)
+    attacked.change(POLICY)
+    attacked.start()
+    found = _those_that_work(attacked, PACKETS, BY_USER, STRANGER)
+    if attacked.cgroup is not None:
+        assert found == set(PACKETS)
+        attacked.change(POLICY._replace(strict=True))
+        assert attacked.ask(BY_USER, REGION) == "200"
+        found = _those_that_work(attacked, PACKETS, BY_USER, STRANGER)
+    assert found == set()
+
+
+def test_another_network_namespace_has_no_filter(by_ebpf: Scene) -> None:
+    """Whatever listens there: a caller is neither led to it, nor let through to what has the locked address there.
+
+    iptables judges one network namespace alone.
+    """
+    by_ebpf.start()
+
+    def elsewhere() -> list[str]:
+        netns.unshare_network((METADATA, "127.169.1.1"))
+        places = ((METADATA, 80), ("127.169.1.1", FILTER_PORT))
+        with ExitStack() as stack:
+            for place in places:
+                stack.enter_context(socket.create_server(place))
+            return [run_in_child(partial(_connects, user)) for user in (ALLOWED, BY_USER, STRANGER)]
+
+    assert by_ebpf.call(elsewhere) == ["connected", "EPERM", "EPERM"]
+
+
+def _connects(user: int) -> str:
+    become_caller(user)
+    with socket.socket() as one:
+        return errno.errorcode.get(one.connect_ex((METADATA, 80)), "connected")
+
+
+def test_a_process_that_holds_the_listener_of_a_dead_filter_opens_nothing(by_each: Scene) -> None:
+    """A child that it has forked, for example. Callers wait, status says so, and a filter starts when it has ended."""
+    by_each.start()
+    ours, theirs = socket.socketpair()
+
+    def hold() -> None:
+        pidfd = os.pidfd_open(by_each.service)
+        held = [fd for fd in map(partial(_taken, pidfd), range(3, 64)) if fd >= 0]
+        theirs.send(b"%d" % len(held))
+        theirs.recv(1)
+
+    with ours, theirs:
+        holder = by_each.sandbox.spawn(hold)
+        ours.settimeout(10)
+        assert int(ours.recv(8)) > 0
+        by_each.kill(by_each.service)
+        assert by_each.ask(BY_USER, SECRET) == TIMED_OUT
+        assert "systemctl restart imds-guard-filter" in by_each.faults()[0]
+        by_each.kill(holder)
+    assert by_each.ask(BY_USER, SECRET) == by_each.denied
+    by_each.start()
+    assert [by_each.ask(BY_USER, path) for path in (REGION, SECRET)] == ["200", "403"]
+
+
+def _taken(pidfd: int, number: int) -> int:
+    """A descriptor of the other process as our own (pidfd_getfd(2)); -1 where it has none with this number."""
+    return int(ctypes.CDLL(None).syscall(syscall_number("pidfd_getfd"), pidfd, number, 0))
+
+
+# --- iptables: a route in the packet ----------------------------------------------------------------------------------
 
 
 def _segment_route(one: socket.socket) -> None:
@@ -223,19 +310,19 @@ def test_a_route_in_the_packet_is_named_where_it_opens(machine: Machine, name: s
     ipv6 = Endpoint(ipaddress.ip_network(V6), ALL_PORTS)
     lock = POLICY.locks[0]._replace(endpoints=(*POLICY.locks[0].endpoints, ipv6))
     machine.apply(make_policy([lock], filters=POLICY.filters, filter_uid=ACCOUNT.uid))
-    assert (_tried(machine, STRANGER, way) == "200", machine.faults()) == (False, [])
+    assert (_tried(scene, STRANGER, way) == "200", machine.faults()) == (False, [])
 
     def switch_on() -> None:
         for switch in switches:
             Path("/proc/sys/net", switch).write_text("1", encoding="ascii")
 
     machine.call(switch_on)
-    assert _tried(machine, STRANGER, way) == "200"
+    assert _tried(scene, STRANGER, way) == "200"
     (fault,) = machine.faults()
     assert f"{name} is 1" in fault
 
 
-# --- ports of connections that have ended -----------------------------------------------------------------------------
+# --- iptables: ports of connections that have ended -------------------------------------------------------------------
 
 
 def test_nobody_inherits_the_way_of_a_connection_that_has_ended(by_iptables: FallbackScene) -> None:
@@ -261,7 +348,7 @@ def test_the_account_of_a_request_is_the_callers_whatever_it_is_bound_to(by_ipta
     """The service finds the caller by both ends of its socket, which DNAT does not change."""
     by_iptables.start()
     for address in (METADATA, "127.0.0.1", "127.169.1.1", "127.169.1.2"):
-        assert _tried(by_iptables.machine, BY_USER, _by_socket(_bound(address))) == "403"
+        assert _tried(by_iptables, BY_USER, _by_socket(_bound(address))) == "403"
     refusals = by_iptables.call(filter_refusals.read_refusals)
     assert refusals is not None
     assert [(row.uid, row.times) for row in refusals.rows] == [(BY_USER, 4)]
