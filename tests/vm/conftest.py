@@ -12,6 +12,7 @@ from imds_guard.errors import Unsupported
 from imds_guard.kernel import compiler
 from tests.tools import missing
 from tests.vm.machine import Machine
+from tests.vm.programs import BARE_FORMS
 
 
 def need_compiled_hooks() -> None:
@@ -28,4 +29,12 @@ def machine() -> Iterator[Machine]:
     """Every form of every hook. Each test loads its own policy."""
     need_compiled_hooks()
     with Machine() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def bare() -> Iterator[Machine]:
+    """The forms for policies without filters."""
+    need_compiled_hooks()
+    with Machine(tuple(BARE_FORMS)) as made:
         yield made

@@ -22,12 +22,11 @@ from imds_guard.policy.ports import ALL_PORTS
 from tests import packets
 from tests.packets import Ipv4, Ipv6
 from tests.vm import decisions, egress
-from tests.vm.conftest import need_compiled_hooks
 from tests.vm.decisions import Scene
 from tests.vm.egress import EgressScene, egress_forms
 from tests.vm.machine import CRED, GROUP_INFO, NOTHING, PID, TASK, USER_NS, Controls, Machine, failing
 from tests.vm.packets import PacketCase
-from tests.vm.programs import ADDRESS_HOOKS, BARE_FORMS, FORMS, reads_directly
+from tests.vm.programs import ADDRESS_HOOKS, FORMS, reads_directly
 from tests.vm.structs import OutcomeC
 from tests.vm.values import (
     ESTABLISHED,
@@ -270,14 +269,6 @@ RECORD_ROWS: dict[str, tuple[Change, Task, tuple[int, str | None]]] = {
     "searched-129": (searched(0, 129), IN_MANY_GROUPS, UNREADABLE),
     "nothing-to-search": (without_groups_to_search, IN_MANY_GROUPS, UNREADABLE),
 }
-
-
-@pytest.fixture(scope="module")
-def bare() -> Iterator[Machine]:
-    """The forms for policies without filters."""
-    need_compiled_hooks()
-    with Machine(tuple(BARE_FORMS)) as made:
-        yield made
 
 
 def test_a_strict_policy_approves_no_socket_of_mptcp(machine: Machine, bare: Machine) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
-from collections.abc import Iterator
 
 import pytest
 
@@ -19,10 +18,9 @@ from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Mode, Po
 from imds_guard.policy.ports import ALL_PORTS
 from tests import packets
 from tests.packets import Ipv4
-from tests.vm.conftest import need_compiled_hooks
 from tests.vm.egress import egress_forms
 from tests.vm.machine import CRED, Machine, failing
-from tests.vm.programs import BARE_FORMS, FORMS
+from tests.vm.programs import FORMS
 from tests.vm.values import (
     ESTABLISHED,
     IPPROTO_MPTCP,
@@ -283,14 +281,6 @@ def test_a_mark_is_for_its_filter(machine: Machine) -> None:
 # --- for coverage.py ------------------------------------------------------------------------------------------------
 
 _TARGETS = (IPV6, "::1", "0:1::", "0:0:1::", "::ffff:10.0.0.1")
-
-
-@pytest.fixture(scope="module")
-def bare() -> Iterator[Machine]:
-    """The forms for policies without filters."""
-    need_compiled_hooks()
-    with Machine(tuple(BARE_FORMS)) as made:
-        yield made
 
 
 def test_without_its_code_a_filter_denies(bare: Machine) -> None:
