@@ -10,13 +10,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import imds_guard
 from imds_guard.backends.ebpf import EbpfBackend
 from imds_guard.kernel.sandbox import Sandbox
+from tests import schemas
 from tests.kernel.rules_in_a_sandbox import NO_GROUP, connect
 
 SOURCES = str(Path(imds_guard.__file__).resolve().parents[1])
@@ -41,11 +42,15 @@ class Result:
     status: int
     stdout: str
     stderr: str
+    command: str = field(default="", compare=False)
+    """The command of this tree that printed JSON."""
 
     @property
     def values(self) -> Any:
-        """The JSON that the command printed."""
-        return json.loads(self.stdout)
+        """The JSON that the command printed. It must be as the schema of the command says."""
+        found = json.loads(self.stdout)
+        schemas.check(self.command, found)
+        return found
 
     @property
     def sentence(self) -> str:
@@ -97,7 +102,8 @@ def run(argv: Sequence[str], environment: dict[str, str] | None = None) -> Resul
         encoding="utf-8",
         errors="surrogateescape",
     )
-    return Result(done.returncode, done.stdout, done.stderr)
+    ours = any(repr(SOURCES) in word for word in argv)  # tests of upgrades run older versions, too
+    return Result(done.returncode, done.stdout, done.stderr, schemas.command_of(argv) if ours else "")
 
 
 def imds_guard_command(*arguments: str) -> Result:

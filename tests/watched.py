@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Callable
 
+from tests import schemas
 from tests.command import Guard, argv
 
 TIMEOUT_S = 60.0
@@ -37,7 +38,7 @@ class Watch:
         assert ready, f"nothing more came after {self.seen}"
         more = os.read(self.process.stdout.fileno(), 1 << 16)
         *lines, self._text = (self._text + more).split(b"\n")
-        self.seen += [json.loads(line) if self._as_json else {"line": line.decode()} for line in lines]
+        self.seen += [_event(line) if self._as_json else {"line": line.decode()} for line in lines]
         return bool(more)
 
     def until(self, test: Callable[[Line], bool], within_s: float = TIMEOUT_S) -> Line:
@@ -76,6 +77,13 @@ class Watch:
         assert self.process.stderr is not None
         self.errors += self.process.stderr.read()
         return self.process.wait(TIMEOUT_S)
+
+
+def _event(line: bytes) -> Line:
+    """A line of JSON, which must be as the schema says."""
+    found: Line = json.loads(line)
+    schemas.check("watch", found)
+    return found
 
 
 @contextmanager

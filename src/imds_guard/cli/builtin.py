@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import backend_option, json_option
-from imds_guard.cli.output import print_json, print_lines, print_progress
+from imds_guard.cli.output import fail, print_json, print_lines, print_progress
 from imds_guard.errors import GuardError
 from imds_guard.kernel.dmi import dmi_text
 
@@ -35,9 +35,10 @@ def demo(backend: str | None, as_json: bool) -> None:
     require_root("demo")
     print_progress("making a network namespace with a fake metadata service, and trying to reach it ...")
     result = demonstration.demo(backend or "auto")
-    if as_json:
-        print_json(answers.demo_values(result))
-    else:
+    if not as_json:
         print_lines([demonstration.render(result.rows), demonstration.LEGEND])
+    elif result.whole:
+        print_json(answers.demo_values(result))
     if not result.whole:
-        raise GuardError("showing what the lock does: the kernel did not do what the policy says, see AFTER and WHY")
+        error = GuardError("showing what the lock does: the kernel did not do what the policy says, see AFTER and WHY")
+        fail(error, error.exit_status, answers.demo_values(result))

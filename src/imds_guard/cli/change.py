@@ -12,7 +12,7 @@ from imds_guard import CONFIG_PATH, identity
 from imds_guard.cli.consent import Consent
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option, save_options, yes_option
-from imds_guard.cli.output import print_done, print_outcome, print_progress, print_warnings
+from imds_guard.cli.output import print_done, print_json, print_outcome, print_progress, print_warnings
 from imds_guard.commands import change, guard, temporary
 from imds_guard.commands import save as saving
 from imds_guard.commands.capabilities import require_root
@@ -144,8 +144,11 @@ def revoke(keep_existing: bool, timer: str | None, **given: Any) -> None:
     if given["groups"] or given["users"] or given["ip"] or save.asked:
         raise UsageError("--timer says by itself what to revoke: no --group, --user, --ip or --save goes with it")
     outcome = change.take_back(timer, options, change.TIMER_WAIT_S)
-    if outcome is None:
-        print_done(["nothing is left to take back"])
+    nothing = ["nothing is left to take back"]
+    if outcome is None and given["as_json"]:
+        print_json({"done": nothing})
+    elif outcome is None:
+        print_done(nothing)
     else:
         print_outcome(guard.complete(outcome, print_progress), given["as_json"])
 

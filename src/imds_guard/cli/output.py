@@ -110,8 +110,8 @@ def print_progress(line: str) -> None:
         _put_error(line)
 
 
-def print_outcome(outcome: Outcome, as_json: bool) -> None:
-    """Prints the result of a change, and its warnings."""
+def print_outcome(outcome: Outcome, as_json: bool, error: GuardError | None = None) -> None:
+    """Prints the result of a change, and its warnings. With an error as JSON, it ends the command: see fail()."""
     from imds_guard.present.outcome import (  # noqa: PLC0415
         outcome_lines,
         outcome_sentence,
@@ -121,6 +121,8 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
 
     streams.require_reader()
     if as_json:
+        if error is not None:
+            fail(error, error.exit_status, outcome_values(outcome))
         print_json(outcome_values(outcome))
         return
     print_lines([outcome_sentence(outcome)] if streams.is_journal(sys.stdout) else outcome_lines(outcome))
@@ -136,13 +138,15 @@ def answer_in_json(arguments: Sequence[str]) -> None:
     _asks_for_json = "--json" in arguments[: arguments.index("--") if "--" in arguments else None]
 
 
-def fail(error: BaseException, status: int) -> NoReturn:
+def fail(error: BaseException, status: int, answer: Mapping[str, object] | None = None) -> NoReturn:
     """Ends the command with one sentence on standard error. On a terminal its parts are lines of their own.
 
-    Where JSON was asked for, it is an object in one line on standard output, as the answer would be.
+    Where JSON was asked for, it is an object in one line on standard output, as the answer would be. If there is an
+    ``answer`` all the same, the error is a key of it, because a program reads one object.
     """
     if _asks_for_json and not isinstance(error, AnswerLost):
-        print_json({"error": {"status": status, "message": str(error)}}, indent=None)
+        body = {"error": {"status": status, "message": str(error)}}
+        print_json({**(answer or {}), **body}, indent=None if answer is None else 2)
         sys.exit(status)
     listed = error.lines if isinstance(error, GuardError) and sys.stderr is not None and sys.stderr.isatty() else ()
     for line in (f"imds-guard: {listed[0]}", *listed[1:]) if listed else (f"imds-guard: {error}",):

@@ -74,11 +74,11 @@ def verify(repair: bool, no_start: bool, config: str | None, cgroup: str | None,
         raise
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
-    if as_json:
-        print_json(verify_values(found))
-    else:
+    if not as_json:
         print_lines(verify_lines(found))
         print_warnings(verify_warnings(found))
+    elif found.failure is None:
+        print_json(verify_values(found))
     if found.failure is not None:
-        fail(found.failure, exit_status(found.after))
+        fail(found.failure, exit_status(found.after), verify_values(found))
     sys.exit(exit_status(found.after))

@@ -114,7 +114,7 @@ def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:
     options = options._replace(command="start --boot", agree=Consent(may_ask=False))
     result = boot_command.start(BootFile(path), options, print_progress)
     if result.outcome is not None:
-        print_outcome(result.outcome, as_json)
+        print_outcome(result.outcome, as_json, result.error)
     if result.error is not None:
         raise result.error
 
