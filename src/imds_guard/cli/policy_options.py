@@ -88,7 +88,11 @@ class PolicyOptions:
             create_groups=create_groups,
         )
         users, groups = (*self.users, *self.deny_users), (*self.groups, *self.deny_groups)
-        return policy, options, [*notes_on_digits(users, groups), *doubts_about(self.ips)]
+        return (
+            policy,
+            options._replace(presets=self.presets),
+            [*notes_on_digits(users, groups), *doubts_about(self.ips)],
+        )
 
     def _from_file(self, options: GuardOptions) -> tuple[Policy, GuardOptions, list[str]]:
         path = self.path

@@ -47,3 +47,5 @@ class GuardOptions(NamedTuple):
     """Find out what would change, and change nothing."""
     keep_temporary: bool = False
     """What allow --for has allowed still ends: the policy in force is only put back."""
+    presets: tuple[str, ...] = ()
+    """The names of presets that the command line has: --save writes them as such."""

@@ -12,6 +12,7 @@ from imds_guard.backends.ebpf.report import Report, Row, Who, read_report
 from imds_guard.commands.filter_refusals import Refusals, read_refusals
 from imds_guard.commands.look import active_policy, forwarded
 from imds_guard.config.read import Config
+from imds_guard.config.spelling import known_presets
 from imds_guard.config.write import dump_config
 from imds_guard.errors import BadPolicy, GuardError
 from imds_guard.identity import user_id, user_name
@@ -105,7 +106,7 @@ def _suggest(policy: Policy, rows: tuple[Row, ...], cgroup: str | None) -> Sugge
         endpoint = None if alike else endpoint_argument(row.address, row.port, row.protocol or Protocol.TCP)
         counts[_command(arguments[row.uid], place(endpoint, cgroup))] += row.count
     config = Config(_with_users(policy, helped), cgroup=cgroup)
-    return Suggestion(tuple(counts.most_common()), dump_config(config).partition("\n\n")[2])
+    return Suggestion(tuple(counts.most_common()), dump_config(config, known_presets()).partition("\n\n")[2])
 
 
 def _with_users(policy: Policy, rows: list[Row]) -> Policy:

@@ -50,7 +50,7 @@ def save(policy: Policy, options: GuardOptions, path: str) -> None:
             forwarded=None if cgroup is not None else options.forwarded or kept.forwarded,
             resolve_groups=options.resolve_groups or kept.resolve_groups,
         )
-        save_config(wanted, path)
+        save_config(wanted, path, options.presets)
     except GuardError as error:
         raise GuardError(f"saving the policy, which is in force until the next boot: {error}") from error
 

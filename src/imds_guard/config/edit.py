@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from imds_guard.config.names import PresentNames
 from imds_guard.config.read import Config, config_of, locks_by_table
 from imds_guard.config.source import Source, parse_source
+from imds_guard.config.spelling import NO_PRESETS, Presets, known_presets, spelling
 from imds_guard.config.toml_lines import KeyLines, Path
 from imds_guard.config.write import (
     IdList,
@@ -19,7 +20,8 @@ from imds_guard.config.write import (
     dump_filter,
     dump_filter_locks,
     dump_list,
-    dump_lock,
+    dump_locks,
+    dump_preset,
     format_value,
     id_lists,
     quoted,
@@ -46,12 +48,12 @@ def require_tomlkit(path: str) -> Any:
     return tomlkit
 
 
-def edit(source: Source, config: Config) -> dict[str, str]:
+def edit(source: Source, config: Config, presets: Presets = NO_PRESETS) -> dict[str, str]:
     """The texts of a usable configuration, by file, changed so that it means ``config``. Raises GuardError."""
     require_tomlkit(source.name)
     # tomlkit before 0.11 breaks lists when an item is added or removed: then the whole list is written anew.
     for in_place in (True, False):
-        edited = _try(source, config, in_place)
+        edited = _try(source, _Wanted(config, presets), in_place)
         if edited is not None:
             return edited
     raise GuardError(
@@ -59,31 +61,39 @@ def edit(source: Source, config: Config) -> dict[str, str]:
     )
 
 
-def _try(source: Source, config: Config, in_place: bool) -> dict[str, str] | None:
+def _try(source: Source, wanted: _Wanted, in_place: bool) -> dict[str, str] | None:
     """The changed texts; None when they do not mean ``config``."""
     from tomlkit.exceptions import TOMLKitError  # noqa: PLC0415
 
     try:
-        edited = _edited(source, config, in_place)
+        edited = _edited(source, wanted, in_place)
         again = [parse_source(edited[part.name], part.name) for part in source.parts]
         read = config_of(again[0]._replace(drop_ins=tuple(again[1:])), PresentNames(use_stored_ids=True))
-        return edited if _same(read, config) else None
+        return edited if _same(read, wanted.config) else None
     except (TOMLKitError, BadPolicy):
         return None
 
 
-def _edited(source: Source, config: Config, in_place: bool) -> dict[str, str]:
+def _edited(source: Source, wanted: _Wanted, in_place: bool) -> dict[str, str]:
     """Drop-ins come first: what is in none of them is new, and written to the file itself."""
     import tomlkit  # noqa: PLC0415
 
     unwritten = _Unwritten(
-        {lock.name: lock for lock in config.policy.locks}, {one.name: one for one in config.policy.filters}
+        {lock.name: lock for lock in wanted.config.policy.locks},
+        {one.name: one for one in wanted.config.policy.filters},
     )
     texts: dict[str, str] = {}
     for part in reversed(source.parts):
-        one = _Edit(tomlkit.parse(part.text), part.text, config, unwritten, in_place)
+        one = _Edit(tomlkit.parse(part.text), part.text, wanted, unwritten, in_place)
         texts[part.name] = one.run() if part is source else one.run_drop_in()
     return texts
+
+
+class _Wanted(NamedTuple):
+    """What the files should mean, and the presets by which new endpoints are written."""
+
+    config: Config
+    presets: Presets
 
 
 class _Unwritten(NamedTuple):
@@ -101,9 +111,10 @@ def _same(one: Config, other: Config) -> bool:
 class _Edit:
     """The change of one file. ``in_place``: change lists item by item."""
 
-    def __init__(self, document: Any, text: str, config: Config, unwritten: _Unwritten, in_place: bool) -> None:
+    def __init__(self, document: Any, text: str, wanted: _Wanted, unwritten: _Unwritten, in_place: bool) -> None:
         self.document = document
-        self.config = config
+        self.config = wanted.config
+        self.presets = wanted.presets
         self.in_place = in_place
         self.tables = locks_by_table(text)
         self.unwritten = unwritten.locks
@@ -114,7 +125,7 @@ class _Edit:
         """The text of the file itself, with all that is in no file yet."""
         self.edit_top()
         text = self.run_drop_in()
-        new = [line for lock in self.unwritten.values() for line in dump_lock(lock)]
+        new = dump_locks(self.unwritten, self.presets)
         new += [line for one in self.filters.values() for line in dump_filter(one)]
         return text.rstrip("\r\n") + "\n" + "".join(line + "\n" for line in new) if new else text
 
@@ -160,12 +171,20 @@ class _Edit:
         # Endpoints and presets can stay as written if, with the new lists, every lock that they mean is wanted.
         endpoints = tuple(endpoint for lock in locks for endpoint in lock.endpoints)
         if not self.mark_written(make_policy(split_off_wireserver(wanted._replace(endpoints=endpoints))).locks):
-            del self.unwritten[name]
-            table = self.document["lock"][name]
-            if "preset" in table:
-                del table["preset"]  # pop() of tomlkit before 0.8 leaves the text in the file
-            self.set_key(name, table, "endpoints", dump_endpoints(wanted))
+            self.edit_endpoints(name, wanted)
         self.edit_lists(name, self.document["lock"][name], wanted, before)
+
+    def edit_endpoints(self, name: str, wanted: Lock) -> None:
+        table = self.document["lock"][name]
+        written = spelling(wanted, self.unwritten, {**_presets_of(table), **self.presets})
+        for one in written.locks:
+            del self.unwritten[one]
+        if "preset" in table and not written.presets:
+            del table["preset"]  # pop() of tomlkit before 0.8 leaves the text in the file
+        if written.presets:
+            self.set_key(name, table, "preset", dump_preset(written))
+        if written.endpoints or "endpoints" in table:
+            self.set_key(name, table, "endpoints", dump_endpoints(written))
 
     def mark_written(self, locks: tuple[Lock, ...]) -> bool:
         """Remove ``locks`` from the unwritten ones. False, and no change, unless all of them are unwritten."""
@@ -201,6 +220,13 @@ class _Edit:
             table[key] = _parse_value("\n".join(lines), key)
         else:
             del table[key]
+
+
+def _presets_of(table: Any) -> Presets:
+    """Those that the table has, by all their names: they stay when endpoints join them."""
+    names = table.get("preset", [])
+    listed = [names] if isinstance(names, str) else list(names)
+    return known_presets([str(name) for name in listed])
 
 
 def _edit_list(array: Any, new: IdList, old: IdList) -> None:

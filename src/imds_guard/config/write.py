@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Callable, NamedTuple, Union
 
 from imds_guard.config.read import Config
+from imds_guard.config.spelling import NO_PRESETS, Presets, Spelling, spellings
 from imds_guard.errors import BadPolicy
 from imds_guard.identity import group_id, group_name, user_id, user_name
 from imds_guard.kernel.name_service import NoAnswer
@@ -40,12 +41,11 @@ class TopValue(NamedTuple):
     """The value that an absent key stands for."""
 
 
-def dump_config(config: Config) -> str:
+def dump_config(config: Config, presets: Presets = NO_PRESETS) -> str:
     """TOML that parse_config() reads as the same configuration. Names are written with their IDs."""
     lines = ["# Written by imds-guard --save.", ""]
     lines += [f"{top.key} = {format_value(top.value)}" for top in top_values(config) if top.value is not None]
-    for lock in config.policy.locks:
-        lines += dump_lock(lock)
+    lines += dump_locks({lock.name: lock for lock in config.policy.locks}, presets)
     for one in config.policy.filters:
         lines += dump_filter(one)
     return "\n".join(lines) + "\n"
@@ -73,9 +73,14 @@ def _path_text(path: str) -> str:
         raise BadPolicy(f"writing the path {path!r}: it is not UTF-8, and TOML has nothing else") from error
 
 
-def dump_lock(lock: Lock) -> list[str]:
-    """The lines of a lock's table, after an empty line."""
-    lines = ["", f"[lock.{quoted(lock.name)}]", *dump_endpoints(lock)]
+def dump_locks(locks: Mapping[str, Lock], presets: Presets) -> list[str]:
+    """The lines of the tables of these locks, each after an empty line."""
+    tables = spellings(locks, presets)
+    return [line for name, written in tables.items() for line in _dump_lock(locks[name], written)]
+
+
+def _dump_lock(lock: Lock, written: Spelling) -> list[str]:
+    lines = ["", f"[lock.{quoted(lock.name)}]", *dump_preset(written), *dump_endpoints(written)]
     for listed in id_lists(lock):
         lines += dump_list(listed.key, [listed.format(number) for number in sorted(listed.ids)])
     lines.append(f"default = {quoted(lock.default.value)}")
@@ -115,9 +120,15 @@ def dump_filter_locks(one: Filter) -> list[str]:
     return dump_list("locks", [quoted(name) for name in one.locks])
 
 
-def dump_endpoints(lock: Lock) -> list[str]:
+def dump_preset(written: Spelling) -> list[str]:
+    """The line of the key ``preset``; none without presets."""
+    names = list(written.presets)
+    return [f"preset = {format_value(names[0] if len(names) == 1 else names)}"] if names else []
+
+
+def dump_endpoints(written: Spelling) -> list[str]:
     """The lines of the key ``endpoints``."""
-    return dump_list("endpoints", [quoted(text) for item in lock.endpoints for text in format_endpoint(item)])
+    return dump_list("endpoints", [quoted(text) for item in written.endpoints for text in format_endpoint(item)])
 
 
 def id_lists(lock: Lock) -> list[IdList]:
