@@ -42,7 +42,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
         *("schema", "difference", "dry_run"),
     }
     assert set(started.values["difference"]) == {
-        *("locked", "unlocked", "lists", "others", "settings", "filters", "locks_less"),
+        *("locked", "unlocked", "lists", "others", "settings", "filters", "many_groups", "locks_less"),
     }
     status = guard("status", "--json").values
     assert set(status) == {

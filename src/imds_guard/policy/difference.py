@@ -7,16 +7,14 @@ alone changes nobody's rights. policy/difference_text.py has the words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from imds_guard.policy.decide import MAX_SEARCHED_GROUPS
+from imds_guard.policy.difference_filters import filter_changes
+from imds_guard.policy.difference_pairs import Endpoints, Pair, Pairs, endpoints_at, pairs_of
 from imds_guard.policy.emergency import is_emergency
-from imds_guard.policy.filters import Filter, targets_of
-from imds_guard.policy.lock_index import LockIndex
-from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Network, Policy, Protocol, Verdict
-from imds_guard.policy.ports import Ports, common_ports, normal_ports
-
-Endpoints = tuple[Endpoint, ...]
+from imds_guard.policy.model import NOBODY, Identities, Lock, Policy, Verdict
 
 
 class ListChange(NamedTuple):
@@ -43,14 +41,16 @@ class Setting(NamedTuple):
     """A value for the whole policy."""
 
     name: str
-    """``mode``, ``containers``, ``strict``, ``forwarded``; ``filter account``: the user ID of the filters' service."""
+    """``mode``, ``containers``, ``strict``, ``forwarded``; ``filter account``: the user ID of the filters' service.
+
+    That user may connect to what the filters serve."""
     before: str
     after: str
 
     @property
     def weaker(self) -> bool:
-        """True where less is denied than before."""
-        return self.after in ("audit", "allow", "off", "leave")
+        """True where something is not denied that was."""
+        return self.name == "filter account" or self.after in ("audit", "allow", "off", "leave")
 
 
 class Difference(NamedTuple):
@@ -65,8 +65,10 @@ class Difference(NamedTuple):
     filters_added: tuple[str, ...] = ()
     filters_removed: tuple[str, ...] = ()
     filters_changed: tuple[str, ...] = ()
-    filters_weaker: tuple[str, ...] = ()
-    """Those of ``filters_changed`` that refuse less than before."""
+    filters_opening: tuple[str, ...] = ()
+    """Those of the three before by which something passes that did not."""
+    many_groups: Endpoints = ()
+    """Where callers with more groups than a backend searches are not denied any more."""
     emergency_ends: bool = False
     """The policy before was the emergency lock: another one is what everybody waits for."""
 
@@ -75,14 +77,20 @@ class Difference(NamedTuple):
 
     @property
     def opening(self) -> Difference:
-        """The part by which less is locked than before. An entry on an allow list that somebody asked for is not."""
+        """The part by which something passes that did not. A user or group that somebody has put on a list is not."""
         return Difference(
             unlocked=self.unlocked,
             lists=tuple(one for one in self.lists if one.kind == "deny" and not one.added),
             others=tuple(one for one in self.others if one.after is Verdict.ALLOW),
             settings=tuple(one for one in self.settings if one.weaker),
-            filters_changed=self.filters_weaker,
+            filters_added=self._opening(self.filters_added),
+            filters_removed=self._opening(self.filters_removed),
+            filters_changed=self._opening(self.filters_changed),
+            many_groups=self.many_groups,
         )
+
+    def _opening(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in self.filters_opening)
 
     @property
     def taking(self) -> Difference:
@@ -99,18 +107,20 @@ def difference(
     before: Policy | None, after: Policy | None, forwarded: tuple[str | None, str | None] = (None, None)
 ) -> Difference:
     """What differs. None is "nothing is in force". ``forwarded``: ``drop`` or ``leave``, before and after."""
-    pairs = _pairs(before, after)
-    added, removed, changed = _filters(before, after)
+    pairs = pairs_of(before, after)
+    filters = filter_changes(before, after, pairs)
+    old, new = _by_name(before), _by_name(after)
     return Difference(
-        locked=_at(pairs, (key for key in pairs if key[0] is None)),
-        unlocked=_at(pairs, (key for key in pairs if key[1] is None)),
-        lists=tuple(_lists(pairs, {lock.name: lock for lock in (after.locks if after else ())}, _by_name(before))),
-        others=tuple(_others(pairs, _by_name(before), _by_name(after))),
+        locked=endpoints_at(pairs, (key for key in pairs if key[0] is None)),
+        unlocked=endpoints_at(pairs, (key for key in pairs if key[1] is None)),
+        lists=tuple(_lists(pairs, new, old)),
+        others=tuple(_others(pairs, old, new)),
         settings=tuple(_settings(before, after, forwarded)) if before and after else (),
-        filters_added=added,
-        filters_removed=removed,
-        filters_changed=changed,
-        filters_weaker=tuple(_weaker_filters(before, after)),
+        filters_added=filters.added,
+        filters_removed=filters.removed,
+        filters_changed=filters.changed,
+        filters_opening=filters.opening,
+        many_groups=endpoints_at(pairs, (key for key in pairs if _searches_again(key, old, new))),
         emergency_ends=before is not None and is_emergency(before) and not (after and is_emergency(after)),
     )
 
@@ -119,55 +129,17 @@ def _by_name(policy: Policy | None) -> dict[str, Lock]:
     return {lock.name: lock for lock in policy.locks} if policy is not None else {}
 
 
-# --- which lock decided for an endpoint, and which one decides now ----------------------------------------------------
-
-_Pair = tuple["str | None", "str | None"]
-"""The names of the lock before and the lock after; None where nothing was locked."""
-_Pairs = dict[_Pair, dict[Network, Endpoint]]
-
-
-def _pairs(before: Policy | None, after: Policy | None) -> _Pairs:
-    """Every port of every prefix in either policy, by the two locks that decide for it."""
-    old, new = LockIndex(before), LockIndex(after)
-    found: _Pairs = {}
-    for network in sorted({*old.networks, *new.networks}, key=lambda one: Endpoint(one).sort_key()):
-        for protocol in Protocol:
-            for one, one_ports, _ in old.deciding(network, protocol):
-                for other, other_ports, _ in new.deciding(network, protocol):
-                    ports = common_ports(one_ports, other_ports)
-                    if ports and (one, other) != (None, None):
-                        _add(found.setdefault((one, other), {}), network, protocol, ports)
-    return found
-
-
-def _add(endpoints: dict[Network, Endpoint], network: Network, protocol: Protocol, ports: Ports) -> None:
-    known = endpoints.get(network, Endpoint(network))
-    both = normal_ports((*known.ports(protocol), *ports))
-    endpoints[network] = known._replace(tcp=both) if protocol is Protocol.TCP else known._replace(udp=both)
-
-
-def _at(pairs: _Pairs, keys: Iterable[_Pair]) -> Endpoints:
-    """The endpoints of several pairs, in order."""
-    merged: dict[Network, Endpoint] = {}
-    for key in keys:
-        for network, endpoint in pairs[key].items():
-            for protocol in Protocol:
-                if endpoint.ports(protocol):
-                    _add(merged, network, protocol, endpoint.ports(protocol))
-    return tuple(sorted(merged.values(), key=Endpoint.sort_key))
-
-
 # --- who may, and who may not ---------------------------------------------------------------------------------------
 
 _Entry = tuple[str, bool, str, int]
 """(allow or deny, whether it was added, users or groups, ID)."""
-_Place = tuple[str, bool, tuple[_Pair, ...], bool]
+_Place = tuple[str, bool, tuple[Pair, ...], bool]
 """(allow or deny, whether it was added, where, whether it is so everywhere now)."""
 
 
-def _lists(pairs: _Pairs, after: Mapping[str, Lock], before: Mapping[str, Lock]) -> Iterator[ListChange]:
+def _lists(pairs: Pairs, after: Mapping[str, Lock], before: Mapping[str, Lock]) -> Iterator[ListChange]:
     """Entries that changed at the same endpoints are one ListChange."""
-    where: dict[_Entry, list[_Pair]] = {}
+    where: dict[_Entry, list[Pair]] = {}
     for old, new in pairs:
         if new is not None:
             lists_before = before[old] if old is not None else None
@@ -183,7 +155,7 @@ def _lists(pairs: _Pairs, after: Mapping[str, Lock], before: Mapping[str, Lock])
     for place, who in sorted(grouped.items(), key=lambda item: _order(item[0])):
         kind, added, keys_of, everywhere = place
         identities = Identities(frozenset(who["users"]), frozenset(who["groups"]))
-        yield ListChange(kind, added, identities, None if everywhere else _at(pairs, keys_of))
+        yield ListChange(kind, added, identities, None if everywhere else endpoints_at(pairs, keys_of))
 
 
 def _order(key: _Place) -> tuple[str, bool, bool, list[tuple[str, str]]]:
@@ -206,7 +178,7 @@ def _has(lock: Lock, kind: str, what: str, number: int) -> bool:
     return number in getattr(getattr(lock, kind), what)
 
 
-def _others(pairs: _Pairs, before: Mapping[str, Lock], after: Mapping[str, Lock]) -> Iterator[OthersChange]:
+def _others(pairs: Pairs, before: Mapping[str, Lock], after: Mapping[str, Lock]) -> Iterator[OthersChange]:
     for old, new in ((Verdict.DENY, Verdict.ALLOW), (Verdict.ALLOW, Verdict.DENY)):
         keys = [
             (one, other)
@@ -214,7 +186,14 @@ def _others(pairs: _Pairs, before: Mapping[str, Lock], after: Mapping[str, Lock]
             if one is not None and other is not None and (before[one].default, after[other].default) == (old, new)
         ]
         if keys:
-            yield OthersChange(old, new, _at(pairs, keys))
+            yield OthersChange(old, new, endpoints_at(pairs, keys))
+
+
+def _searches_again(pair: Pair, before: Mapping[str, Lock], after: Mapping[str, Lock]) -> bool:
+    """Whether callers with many groups were denied for that, and now may pass: TOO_MANY_GROUPS of decide()."""
+    if pair[0] is None or pair[1] is None:
+        return False
+    return len(before[pair[0]].listed_groups) > MAX_SEARCHED_GROUPS >= len(after[pair[1]].listed_groups)
 
 
 # --- the rest -------------------------------------------------------------------------------------------------------
@@ -226,54 +205,16 @@ def _settings(before: Policy, after: Policy, forwarded: tuple[str | None, str | 
         ("containers", before.containers.value, after.containers.value),
         ("strict", _switch(before.strict), _switch(after.strict)),
         ("forwarded", *forwarded),
-        ("filter account", _account(before), _account(after)),
+        *([("filter account", _account(before), _account(after))] if before.filters and after.filters else []),
     )
     for name, old, new in values:
         if old is not None and new is not None and old != new:
             yield Setting(name, old, new)
 
 
-def _account(policy: Policy) -> str | None:
-    return None if policy.filter_uid is None else str(policy.filter_uid)
+def _account(policy: Policy) -> str:
+    return "none" if policy.filter_uid is None else str(policy.filter_uid)
 
 
 def _switch(on: bool) -> str:
     return "on" if on else "off"
-
-
-def _filters(before: Policy | None, after: Policy | None) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """The names of filters that are new, gone and changed."""
-    old, new = _filters_by_name(before), _filters_by_name(after)
-    changed = [name for name in new if name in old and old[name] != new[name]]
-    return tuple(n for n in new if n not in old), tuple(n for n in old if n not in new), tuple(changed)
-
-
-def _weaker_filters(before: Policy | None, after: Policy | None) -> Iterator[str]:
-    """The names of filters that lost a restriction. An entry of ``allow`` that somebody asked for is none."""
-    old = {one.name: one for one in (before.filters if before else ())}
-    for one in after.filters if after else ():
-        if one.name in old and _lost_restriction(old[one.name], one):
-            yield one.name
-
-
-def _lost_restriction(before: Filter, after: Filter) -> bool:
-    old, new = before.rules, after.rules
-    return (
-        after.everyone > before.everyone
-        or new.audit > old.audit
-        or new.require_imdsv2 < old.require_imdsv2
-        or not set(new.deny) >= set(old.deny)
-        or not set(new.sets) >= set(old.sets)  # they deny, too
-        or (old.headers is not None and (new.headers != old.headers or new.user_agents != old.user_agents))
-    )
-
-
-def _filters_by_name(policy: Policy | None) -> dict[str, tuple[object, ...]]:
-    """What counts of each filter: its place, what it serves and for whom. Not the names of its locks."""
-    if policy is None:
-        return {}
-    return {one.name: _content(number, one, policy) for number, one in enumerate(policy.filters)}
-
-
-def _content(number: int, one: Filter, policy: Policy) -> tuple[object, ...]:
-    return number, targets_of(one, policy.locks), one._replace(locks=())

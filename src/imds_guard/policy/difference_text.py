@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Callable, NamedTuple
 
-from imds_guard.policy.difference import Difference, Endpoints, ListChange
+from imds_guard.policy.difference import Difference, ListChange
+from imds_guard.policy.difference_pairs import Endpoints
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.policy.model import Verdict
 from imds_guard.text import and_more
@@ -48,6 +49,8 @@ def _lines(found: Difference, names: Names, shown: int) -> Iterator[str]:
     for one in found.others:
         now = "allowed" if one.after is Verdict.ALLOW else "denied"
         yield f"everyone else is {now} now at {_endpoints(one.endpoints, shown)}"
+    if found.many_groups:
+        yield f"callers with many groups are judged by the lists now at {_endpoints(found.many_groups, shown)}"
     for setting in found.settings:
         yield f"{setting.name}: {setting.before} -> {setting.after}"
     yield from (f"+ filter {name}" for name in found.filters_added)

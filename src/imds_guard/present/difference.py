@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from imds_guard.identity import group_name, user_name
-from imds_guard.policy.difference import Difference, Endpoints, ListChange
+from imds_guard.policy.difference import Difference, ListChange
+from imds_guard.policy.difference_pairs import Endpoints
 from imds_guard.policy.difference_text import Names, difference_lines
 from imds_guard.policy.endpoint_syntax import format_endpoint
 from imds_guard.present.policy import identities_values
@@ -45,6 +46,7 @@ def difference_values(found: Difference | None) -> dict[str, Any] | None:
             "removed": list(found.filters_removed),
             "changed": list(found.filters_changed),
         },
+        "many_groups": _texts(found.many_groups),
         "locks_less": bool(found.opening),
     }
 
