@@ -86,10 +86,11 @@ def test_the_configuration_of_a_report_can_be_started(guard: Guard, tmp_path: Pa
     start(guard)
     for uid, to in ((STRANGER, SERVICE), (TWO, SERVICE_V6)):
         assert guard.reach(uid, to) == "EPERM"
-    text = guard("report").answer
     config = tmp_path / "config.toml"
-    config.write_text(text.partition("as a configuration file:\n")[2])
-    assert config.read_text().strip() == guard("report", "--json").values["config"].strip()
+    config.write_text(guard("report", "--as-config").answer)
+    assert config.read_text() == guard("report", "--json").values["config"]
+    assert "[lock." not in guard("report").answer
+    assert guard("report", "--as-config", "--json").status == 2
     assert imds_guard_command("start", "--config", str(config)).status == 0
     assert [guard.reach(uid, SERVICE) for uid in (ONE, STRANGER, TWO, 0)] == ["connected"] * 3 + ["EPERM"]
 
@@ -240,7 +241,7 @@ def test_a_user_with_sub_ids_hides_nobody(guard: Guard) -> None:
     assert len(found["allow"]) == 513
     shown = guard("report").answer
     assert str(STRANGER) in shown, "no rows of one user hide those of another one"
-    assert "188 times" in shown
+    assert re.search(r"\b188\b", shown)
 
 
 def test_without_settings_the_row_still_names_the_caller(guard: Guard) -> None:
@@ -322,8 +323,8 @@ def test_on_a_terminal_the_table_fits_and_has_no_colour(guard: Guard) -> None:
     assert text == guard("report").answer
     table = table_of(text)
     assert max(map(len, table)) <= 80
-    assert any(f"{SERVICE}:80 tcp" in line for line in table)
-    assert any(re.search(r"\broot \(0\) .*not-listed .*2001:db8::1\]:80 tcp", line) for line in table)
+    assert any(f"{SERVICE}:80" in line for line in table)
+    assert any(re.search(r"^root \(0\) .*2001:db8::1\]:80 .*not-listed", line) for line in table)
 
 
 # --- metrics --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import time
 
 import pytest
 
@@ -41,18 +42,46 @@ def test_the_table_fits_and_has_every_character(one: Row) -> None:
     lines = lines_of(one)
     assert max(map(len, lines)) <= WIDTH
     head, *table = lines[3:]
-    starts = [head.index(title) for title in ("WHO", "WHY", "FIRST TO", "FIRST, LAST")]
+    starts = [head.index(title) for title in ("WHO", "BY", "FIRST TO", "WHY", "TIMES", "FIRST, LAST")]
     columns = ["".join(line[a:b].strip() for line in table) for a, b in zip(starts, [*starts[1:], WIDTH])]
-    assert columns[0] == f"{UID}{one.lock}"
-    assert columns[1] == "unspecified-destination1,234 times"
-    assert columns[2].replace(" ", "") == f"{host_port(one.address, 80)}tcp{escaped(one.comm.decode())}"
+    assert [column.replace(" ", "") for column in columns[:5]] == [
+        str(UID),
+        escaped(one.comm.decode()),
+        host_port(one.address, 80),
+        "unspecified-destination",
+        "1,234",
+    ]
 
 
-def test_a_row_is_two_lines_where_they_fit() -> None:
-    head, first, second = lines_of(row(comm=b"x"))[3:]
-    assert head.split("  ")[0] == "WHO, LOCK"
-    assert first.split()[:4] == [str(UID), "unspecified-destination", "192.0.2.1:80", "tcp"]
-    assert second.split()[:4] == ["default", "1,234", "times", "x"]
+def test_a_row_is_one_line_where_it_fits() -> None:
+    one = row(comm=b"curl")._replace(reason=Reason.NOT_LISTED)
+    head, *table = lines_of(one)[3:]
+    assert head.split("  ")[0] == "WHO"
+    (line,) = table
+    assert line.split()[:5] == [str(UID), "curl", "192.0.2.1:80", "not-listed", "1,234"]
+
+
+def test_the_lock_is_shown_where_there_are_several() -> None:
+    one = row(comm=b"x")._replace(reason=Reason.NOT_LISTED)
+    assert "LOCK" not in "".join(lines_of(one))
+    lines = lines_of(one, one._replace(lock="web"), one._replace(protocol=Protocol.UDP))
+    assert [line.split()[-1] for line in lines[3:6]] == ["LOCK", "default", "web"]
+    assert "192.0.2.1:80 udp" in lines[6]
+
+
+def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of today, and the day of earlier ones, as the clock on the wall shows them."""
+    now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    noon = time.mktime((*time.localtime()[:3], 12, 0, 0, 0, 0, -1))
+    monkeypatch.setattr("imds_guard.present.report.wall_clock", lambda ns: noon - (now - ns) / 1e9)
+    hour, day = 3600 * 10**9, 24 * 3600 * 10**9
+    for first, last, expected in (
+        (now, now, "12:00"),
+        (now - hour, now, "11:00, 12:00"),
+        (now - 2 * day, now, f"{time.strftime('%b %d', time.localtime(noon - 2 * 86400))}, 12:00"),
+    ):
+        one = row(comm=b"x")._replace(reason=Reason.NOT_LISTED, first_ns=first, last_ns=last)
+        assert lines_of(one)[4].endswith(f"  {expected}")
 
 
 def test_rows_and_commands_beyond_the_maximum_are_counted() -> None:
@@ -69,8 +98,8 @@ def test_rows_that_are_not_about_one_user() -> None:
         (Who.OTHERS, 196_608, "more of the IDs 196608 to 262143"),
     ):
         head, *table = lines_of(row(comm=b"x")._replace(who=who, uid=uid, lock=None))[3:]
-        column = "".join(line[: head.index("WHY")].strip().replace(" ", "") for line in table)
-        assert column == expected.replace(" ", "") + ("anylock" if who is Who.OTHERS else "nolock")
+        column = "".join(line[: head.index("BY")].strip().replace(" ", "") for line in table)
+        assert column == expected.replace(" ", "")
 
 
 def test_a_caller_that_the_hook_has_not_read_is_nobody() -> None:
@@ -82,7 +111,7 @@ def test_a_caller_that_the_hook_has_not_read_is_nobody() -> None:
     values = report_values(ReportResult(Report(1, 1, Mode.ENFORCE, rows, 0), Suggestion((), ""), ()))["rows"]
     shown = [(one["who"], one["user"], one["uid"], one["last_uid"]) for one in values]
     assert shown == [("unknown", None, None, None), ("user", "root", 0, 0), ("user", str(UID), UID, UID)]
-    assert [line.split("  ")[0] for line in lines_of(*rows)[4::2]] == ["caller unknown", "root (0)", str(UID)]
+    assert [line.split("  ")[0] for line in lines_of(*rows)[4:]] == ["caller unknown", "root (0)", str(UID)]
 
 
 def test_rows_of_one_user_hide_no_other() -> None:

@@ -12,6 +12,7 @@ from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import print_json, print_lines
 from imds_guard.commands.capabilities import require_root
+from imds_guard.errors import UsageError
 
 
 @cli.command(short_help="Print denials as they happen.")
@@ -37,16 +38,21 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: str | None) -> None:
 
 
 @cli.command(short_help="Show who was denied, and what would let them through.")
+@click.option("--as-config", is_flag=True, help="Print only a configuration (TOML) that lets all of them through.")
 @json_option
 @cgroup_option
-def report(as_json: bool, cgroup: str | None) -> None:
+def report(as_config: bool, as_json: bool, cgroup: str | None) -> None:
     """Show who was denied, or would have been in audit mode, and what would let them through."""
     from imds_guard.commands import report as report_command  # noqa: PLC0415
     from imds_guard.present.report import report_lines, report_values  # noqa: PLC0415
 
+    if as_config and as_json:
+        raise UsageError("--as-config contradicts --json, which has the configuration, too")
     require_root("report")
     result = report_command.report(cgroup)
-    if as_json:
+    if as_config:
+        streams.put(report_command.require_config(result))
+    elif as_json:
         print_json(report_values(result))
     else:
         print_lines(report_lines(result))

@@ -51,6 +51,13 @@ class ReportResult(NamedTuple):
     """Of the service of the filters; None where it does not run."""
 
 
+def require_config(result: ReportResult) -> str:
+    """The configuration that lets everybody in the report through. Raises GuardError where nobody is helped by one."""
+    if not result.suggestion.config:
+        raise GuardError("the report has nobody whom an allowlist would let through, so there is no configuration")
+    return result.suggestion.config
+
+
 _ABOUT_ROWS = {
     Who.USER_NAMESPACES: "user namespaces: a process in one has any of its IDs, so the row is about the user who made "
     "it; the lines of watch have the ID of each caller",

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from imds_guard.backends.ebpf.report import Who
-from imds_guard.policy.model import Mode
+from imds_guard.policy.model import Mode, Protocol
 from imds_guard.present.forwarded import count_texts, forwarding_values
 from imds_guard.present.refusals import refusal_lines, refusal_values
 from imds_guard.present.wrap import WIDTH, named, wrapped
 from imds_guard.text import and_more, count_of, escaped, host_port
 from imds_guard.watch.process_info import NameCache, decoded
-from imds_guard.watch.timestamps import iso_time_of
+from imds_guard.watch.timestamps import iso_time_of, wall_clock
 
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf.report import Report, Row
@@ -23,12 +24,10 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 """More rows or commands are only in the JSON."""
-MAX_CONFIG_LINES = 400
-"""A longer configuration is only in the JSON."""
 _MIN_COLUMN = 12
 _GAP = "  "
 _AUDIT_NOTE = "audit mode denies nobody: when everyone who needs access is on an allowlist, run imds-guard mode enforce"
-_HEAD = ("WHO, LOCK", "WHY, HOW OFTEN", "FIRST TO, BY", "FIRST, LAST (UTC)")
+_HEAD = ("WHO", "BY", "FIRST TO", "WHY", "TIMES", "FIRST, LAST")
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -102,7 +101,9 @@ def _rows(report: Report) -> list[str]:
     if not report.rows:
         return ["nobody yet"]
     names = NameCache()
-    table = _table([_cells(row, names) for row in _shown(report.rows)])
+    shown = _shown(report.rows)
+    with_lock = len({row.lock for row in shown}) > 1
+    table = _table([_cells(row, with_lock, names) for row in shown], (*_HEAD, *(["LOCK"] if with_lock else [])))
     more = and_more(len(report.rows), MAX_ROWS, "")
     return [*table, f"{more} (--json has them all)"] if more else table
 
@@ -144,28 +145,30 @@ def _suggestion(result: ReportResult) -> list[str]:
     more = and_more(len(suggestion.commands), MAX_ROWS, "")
     lines += [f"  # {more}"] if more else []
     lines += [] if result.enforce is None else [f"  {result.enforce}    # denies all others from then on"]
-    config = suggestion.config.splitlines()
-    if len(config) > MAX_CONFIG_LINES:
-        return [*lines, "", f"A configuration file for all of them has {len(config)} lines: --json has it."]
-    return [*lines, "", "The same for all of them, as a configuration file:", "", *config]
+    return [*lines, "", "--as-config prints a configuration that lets all of them through."]
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
 
-Cell = tuple[str, str]
-"""Two lines."""
 
-
-def _cells(row: Row, names: NameCache) -> tuple[Cell, ...]:
+def _cells(row: Row, with_lock: bool, names: NameCache) -> tuple[str, ...]:
     where = "any lock" if row.who is Who.OTHERS else "no lock"
-    protocol = "" if row.protocol is None else f" {row.protocol.value}"
-    times = "once" if row.count == 1 else f"{row.count:,} times"
+    protocol = "" if row.protocol is None or row.protocol is Protocol.TCP else f" {row.protocol.value}"
     return (
-        (_who(row, names), row.lock or where),
-        (row.reason.label, times),
-        (f"{host_port(row.address, row.port)}{protocol}", escaped(decoded(row.comm))),
-        (_seconds(row.first_ns), _seconds(row.last_ns)),
+        _who(row, names),
+        escaped(decoded(row.comm)),
+        f"{host_port(row.address, row.port)}{protocol}",
+        row.reason.label,
+        f"{row.count:,}",
+        ", ".join(dict.fromkeys((_clock(row.first_ns), _clock(row.last_ns)))),
+        *([row.lock or where] if with_lock else []),
     )
+
+
+def _clock(boot_ns: int) -> str:
+    """The local time of today, or the day. The JSON has both."""
+    then, today = time.localtime(wall_clock(boot_ns)), time.localtime()
+    return time.strftime("%H:%M" if then[:3] == today[:3] else "%b %d", then)
 
 
 def _who(row: Row, names: NameCache) -> str:
@@ -178,13 +181,9 @@ def _who(row: Row, names: NameCache) -> str:
     return before[row.who] + user
 
 
-def _seconds(boot_ns: int) -> str:
-    return iso_time_of(boot_ns)[: len("2026-11-21T07:40:00")].replace("T", " ")
-
-
-def _table(rows: list[tuple[Cell, ...]]) -> list[str]:
-    """Two lines a row, in columns. Where that is wider than WIDTH, long cells are broken into more lines."""
-    lines = [_HEAD, *(line for row in rows for line in zip(*row))]
+def _table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> list[str]:
+    """A line a row, in columns. Where that is wider than WIDTH, long cells are broken into more lines."""
+    lines = [head, *rows]
     widths = _widths(lines)
     return [_joined(parts, widths) for line in lines for parts in _broken(line, widths)]
 
