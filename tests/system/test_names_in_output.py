@@ -98,7 +98,7 @@ def test_what_a_process_chose_is_escaped_in_every_output(guard: Guard, name: byt
             output_of(guard, "status", *options)
             assert "not-listed" in output_of(guard, "explain", "--pid", str(pid), SERVICE, *options)
         counted = samples(output_of(guard, "metrics"))
-        assert of(counted, "lock_denials_total", lock="default", reason="not-listed") == 2
+        assert of(counted, "report_denials", lock="default", reason="not-listed") == 2
         output_of(guard, "start", "--user", str(ONE), "--ip", SERVICE)
     finally:
         for fd in (*out, hold[1]):

@@ -357,12 +357,13 @@ def test_metrics_count_by_reason_outcome_and_lock(guard: Guard) -> None:
     for uid in (ONE, ONE, STRANGER, TWO, STRANGER):
         guard.reach(uid, SERVICE)
     found = samples(guard("metrics").answer)
-    assert (of(found, "active"), of(found, "degraded"), of(found, "audit_mode")) == (1, 0, 0)
+    assert (of(found, "active"), of(found, "degraded"), of(found, "audit")) == (1, 0, 0)
     assert of(found, "policy_generation") in (1, 2)
     assert of(found, "decisions_total", reason="allowed-user", outcome="allowed") == 2
     assert of(found, "decisions_total", reason="not-listed", outcome="denied") == 3
     assert of(found, "decisions_total", reason="not-listed", outcome="audited") == 0
-    assert of(found, "lock_denials_total", reason="not-listed", lock="default") == 3
+    assert of(found, "report_denials", reason="not-listed", lock="default") == 3
+    assert of(found, "policy_changes_total") == 1
     assert (of(found, "lost_records_total"), of(found, "report_overflow_total")) == (0, 0)
     assert of(found, "hook_attached", hook="connect4") == 1
     assert ("imds_guard_hook_attached", (("hook", "egress"),)) not in found
@@ -372,7 +373,7 @@ def test_metrics_of_audit_mode(guard: Guard) -> None:
     start(guard, "--mode", "audit")
     guard.reach(STRANGER, SERVICE)
     found = samples(guard("metrics").answer)
-    assert of(found, "audit_mode") == 1
+    assert of(found, "audit") == 1
     assert of(found, "decisions_total", reason="not-listed", outcome="audited") == 1
     assert of(found, "decisions_total", reason="not-listed", outcome="denied") == 0
 

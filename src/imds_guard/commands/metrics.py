@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state and the counters as Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+"""The state and the counters as Prometheus text (https://prometheus.io/docs/instrumenting/exposition_formats/).
+
+Names follow https://prometheus.io/docs/practices/naming. What a change of policy can make smaller, but not zero, is a
+gauge: Prometheus takes any smaller value of a counter for a restart from zero.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from imds_guard.commands.look import Status, status
 from imds_guard.errors import GuardError, Unsupported, UsageError, system_text
 from imds_guard.kernel import files
 from imds_guard.policy.decide import Reason
-from imds_guard.policy.emergency import is_emergency
 from imds_guard.policy.model import Mode
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ def metrics(cgroup: str | None) -> bytes:
             "(python3-prometheus_client on Fedora and RHEL)"
         ) from error
     registry = CollectorRegistry(auto_describe=False)
-    _register(registry, list(_families(*_read(cgroup))))
+    register(registry, list(families(*_read(cgroup))))
     text: bytes = generate_latest(registry)
     return text
 
@@ -55,18 +58,20 @@ class _Collected:
         return self._families
 
 
-def _register(registry: CollectorRegistry, families: list[Metric]) -> None:
-    registry.register(_Collected(families))  # type: ignore[arg-type]
+def register(registry: CollectorRegistry, found: list[Metric]) -> None:
+    """Makes the registry print these metrics."""
+    registry.register(_Collected(found))  # type: ignore[arg-type]
 
 
-def _read(cgroup: str | None) -> tuple[Status, Report | None]:
+def _read(cgroup: str | None) -> tuple[Status, Report | None, Refusals | None]:
     found = status(cgroup)
+    refusals = read_refusals() if found.policy is not None and found.policy.filters else None
     if found.ebpf is None:
-        return found, None
+        return found, None, refusals
     try:
-        return found, read_report(PinLocation.of(cgroup))
+        return found, read_report(PinLocation.of(cgroup)), refusals
     except GuardError:
-        return found, None  # found.faults says that its maps can't be read
+        return found, None, refusals  # found.faults says that its maps can't be read
 
 
 # --- families -------------------------------------------------------------------------------------------------------
@@ -78,10 +83,17 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"{_NAME}_{name}", text, value=value)
 
 
-def _counter(name: str, text: str, labels: tuple[str, ...] = ()) -> CounterMetricFamily:
+def _labelled_gauge(name: str, text: str, labels: tuple[str, ...]) -> GaugeMetricFamily:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
+
+    return GaugeMetricFamily(f"{_NAME}_{name}", text, labels=labels)
+
+
+def _counter(name: str, text: str, labels: tuple[str, ...] = (), unit: str = "") -> CounterMetricFamily:
+    """The library adds _total."""
     from prometheus_client.core import CounterMetricFamily  # noqa: PLC0415
 
-    return CounterMetricFamily(f"{_NAME}_{name}", text, labels=labels)
+    return CounterMetricFamily(f"{_NAME}_{name}", text, labels=labels, unit=unit)
 
 
 def _versions(found: Status) -> InfoMetricFamily:
@@ -92,22 +104,22 @@ def _versions(found: Status) -> InfoMetricFamily:
     return InfoMetricFamily(_NAME, "Versions of imds-guard and of its programs; the backend in force.", value=labels)
 
 
-def _families(found: Status, report: Report | None) -> Iterator[Metric]:
+def families(found: Status, report: Report | None, refusals: Refusals | None) -> Iterator[Metric]:
+    """All metrics that there are for these values."""
     yield _versions(found)
     yield _gauge("active", "1 when a policy is in force.", found.backend is not None)
     yield _gauge("degraded", "1 when the guard has a fault: imds-guard status names it.", bool(found.faults))
-    emergency = found.policy is not None and is_emergency(found.policy)
-    yield _gauge("emergency", "1 while the emergency lock replaces a configuration that can't be used.", emergency)
+    text = "1 while the emergency lock replaces a configuration that can't be used."
+    yield _gauge("emergency", text, found.emergency)
     audit = found.policy is not None and found.policy.mode is Mode.AUDIT
-    yield _gauge("audit_mode", "1 when the policy in force only counts denials.", audit)
+    yield _gauge("audit", "1 when the policy in force only counts denials.", audit)
     if found.ebpf is not None:
         yield from _of_state(found.ebpf)
         yield from _of_hooks(found.ebpf, needed_hooks(found.policy))
     if report is not None:
         yield from _of_report(report)
     if found.forwarded is not None:
-        yield from _of_forwarded(found.forwarded)
-    refusals = read_refusals() if found.policy is not None and found.policy.filters else None
+        yield from _of_forwarded(found.forwarded, "audited" if audit else "denied")
     if refusals is not None:
         yield from _of_filter(refusals)
 
@@ -136,9 +148,10 @@ def _of_state(state: State) -> Iterator[Metric]:
 
 def _of_hooks(state: State, needed: tuple[str, ...]) -> Iterator[Metric]:
     """The kernel counts runs only while kernel.bpf_stats_enabled is 1 or somebody holds BPF_ENABLE_STATS (bpf(2))."""
-    attached = _gauge_by_hook("hook_attached", "1 when the hook runs our program.")
+    attached = _labelled_gauge("hook_attached", "1 when the hook runs our program.", ("hook",))
     runs = _counter("hook_runs", "Runs of the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
-    seconds = _counter("hook_seconds", "Time spent in the hook, while kernel.bpf_stats_enabled was on.", ("hook",))
+    text = "Time spent in the hook, while kernel.bpf_stats_enabled was on."
+    seconds = _counter("hook_seconds", text, ("hook",), unit="seconds")
     for hook in state.hooks:
         if hook.name not in needed:
             continue
@@ -152,16 +165,13 @@ def _of_hooks(state: State, needed: tuple[str, ...]) -> Iterator[Metric]:
         yield seconds
 
 
-def _gauge_by_hook(name: str, text: str) -> GaugeMetricFamily:
-    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
-
-    return GaugeMetricFamily(f"{_NAME}_{name}", text, labels=("hook",))
-
-
 def _of_report(report: Report) -> Iterator[Metric]:
-    yield _gauge("policy_changes", "The number of policies since the guard was started.", report.serial)
-    text = "Denials under the policy in force, by lock and reason. A change of policy resets them."
-    denials = _counter("lock_denials", text, ("lock", "reason"))
+    changes = _counter("policy_changes", "Policies that came into force since the guard was started.")
+    changes.add_metric([], report.serial)
+    yield changes
+    # Not a counter: a row goes when the policy lets its caller through.
+    text = "Denials in the report, by lock and reason. Those of a caller go when a change of policy allows it."
+    denials = _labelled_gauge("report_denials", text, ("lock", "reason"))
     sums: Counter[tuple[str, str]] = Counter()
     for row in report.rows:
         sums[row.lock or "", row.reason.label] += row.count
@@ -170,18 +180,19 @@ def _of_report(report: Report) -> Iterator[Metric]:
     yield denials
 
 
-def _of_forwarded(state: ForwardingState) -> Iterator[Metric]:
+def _of_forwarded(state: ForwardingState, outcome: str) -> Iterator[Metric]:
     in_force = state.by is not None and not state.is_open
     yield _gauge("forwarded_rules", "1 when rules for forwarded packets are in force.", in_force)
     if not in_force:
         return
-    text = "Forwarded packets to locked endpoints: rejected, or counted in audit mode. New rules reset them."
-    packets = _counter("forwarded_packets", text, ("lock", "ip", "protocol"))
+    text = "Forwarded packets to locked endpoints: denied, or counted in audit mode. New rules reset them."
+    packets = _counter("forwarded_packets", text, ("lock", "ip", "protocol", "outcome"))
     for one in state.counts.rejected:
-        packets.add_metric([one.lock, str(one.version), one.protocol.value], one.packets)
+        packets.add_metric([one.lock, str(one.version), one.protocol.value, outcome], one.packets)
     yield packets
-    fragments = _counter("forwarded_fragments", "Forwarded fragments to locked addresses that were dropped.")
-    fragments.add_metric([], state.counts.fragments)
+    text = "Forwarded fragments to locked addresses: dropped, or counted in audit mode. New rules reset them."
+    fragments = _counter("forwarded_fragments", text, ("outcome",))
+    fragments.add_metric([outcome], state.counts.fragments)
     yield fragments
 
 
