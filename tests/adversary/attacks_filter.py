@@ -44,7 +44,7 @@ ATTACKS = (
         Verdict.BLOCKED,
         "A rule that changes gets a new listener, and the connections of the old one end after the response that is "
         "under way.",
-        test="filter/test_service.py",
+        test="filter/test_attacks.py",
     ),
     Attack(
         "filter-socket",
