@@ -61,6 +61,39 @@ def test_cloud_init_takes_the_user_data() -> None:
     passes("unshare", "--map-root-user", "--net", "cloud-init", "schema", "--config-file", str(CLOUD_INIT))
 
 
+def run_lines(folder: Path, checksum: str) -> list[str]:
+    """The programs that runcmd of the user data calls, each of them one that does nothing, but for sha256sum.
+
+    cloud-init makes one script for sh of the lines (cloudinit.util.shellify()).
+    """
+    lines = CLOUD_INIT.read_text(encoding="utf-8").partition("\nruncmd:\n")[2].splitlines()
+    script = "".join(f"{line.strip()[2:]}\n" for line in lines).replace("PUT-THE-SHA256-HERE", checksum)
+    package, called = folder / "imds-guard.deb", folder / "called"
+    package.write_bytes(b"")
+    for name in ("curl", "apt-get", "systemctl", "imds-guard"):
+        (folder / name).write_text(f"#!/bin/sh\necho {name} >>{called}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    subprocess.run(
+        ["sh", "-c", script.replace("/run/imds-guard.deb", str(package))],
+        env={"PATH": f"{folder}:/usr/bin:/bin"},
+        capture_output=True,
+        check=False,
+    )
+    return called.read_text(encoding="utf-8").split()
+
+
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+"""The SHA-256 of no bytes."""
+
+
+@pytest.mark.parametrize(
+    ("checksum", "called"),
+    [(EMPTY, ["curl", "apt-get", "systemctl", "imds-guard"]), (EMPTY.replace("e", "f"), ["curl"])],
+)
+def test_a_package_with_another_checksum_is_not_installed(tmp_path: Path, checksum: str, called: list[str]) -> None:
+    assert run_lines(tmp_path, checksum) == called
+
+
 def test_packer_takes_the_template() -> None:
     not_of_the_gate("packer")
     passes("packer", "fmt", "-check", "-diff", str(PACKER))
