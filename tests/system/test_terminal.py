@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every help text, table and error on a terminal of 80 columns: no line is wider, and none has an escape sequence.
+"""Every help text, table and error on a terminal of 80 columns: no line is wider, and a few words have a colour.
 
 A line that nobody could break may be wider: a URL, a path, a command to paste.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import termios
@@ -17,15 +18,17 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from imds_guard.backends.ebpf.pins import link_pin
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, SERVICE_V6, STRANGER, TWO, Guard
+from tests.kernel.guards import folder_of
 from tests.tree import every_command
 
 COLUMNS, ROWS = 80, 24
 TIMEOUT_S = 120
 
 
-def shown(words: Sequence[str], entry: str = "main") -> str:
+def shown(words: Sequence[str], entry: str = "main", **environment: str) -> str:
     """What a command shows on a terminal, both streams, whatever its exit status."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("=4H", ROWS, COLUMNS, 0, 0))
@@ -35,7 +38,7 @@ def shown(words: Sequence[str], entry: str = "main") -> str:
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,
-        env={**plain, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
+        env={**plain, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environment},
     ) as process:
         os.close(theirs)
         text = b"".join(_parts(ours))
@@ -66,8 +69,12 @@ def unbreakable(line: str) -> bool:
     return " " not in text or text.startswith(("imds-guard ", "sudo imds-guard ", "systemctl "))
 
 
+COLOUR = re.compile(r"\x1b\[3[123]m([a-z]+)\x1b\[39m")
+
+
 def check(text: str) -> None:
-    """Raises where a line is too wide, or something is no plain text."""
+    """Raises where a line is too wide, or something is neither plain text nor a word in colour."""
+    text = COLOUR.sub(r"\1", text)
     assert text.strip(), "nothing was shown"
     assert "Traceback" not in text
     assert [line for line in text.splitlines() if width(line) > COLUMNS and not unbreakable(line)] == []
@@ -138,8 +145,8 @@ TABLES: tuple[tuple[str, ...], ...] = (
     ("status",),
     ("report",),
     ("verify", "--config", "/nonexistent"),
-    ("explain", "--user", str(ONE), SERVICE),
-    ("explain", "--user", str(STRANGER), f"[{SERVICE_V6}]:80"),
+    ("explain", "--user", "root", SERVICE),
+    ("explain", "--user", "nobody", f"[{SERVICE_V6}]:80"),
     ("allow", "--user", str(STRANGER), "--dry-run"),
     ("allow", "--user", str(STRANGER), "--ip", SERVICE),
     ("revoke", "--user", str(ONE)),
@@ -159,3 +166,42 @@ def test_the_check_of_this_machine() -> None:
 
 def test_the_built_in_endpoints() -> None:
     check(shown(["endpoints"]))
+
+
+# --- colour ----------------------------------------------------------------------------------------------------------
+
+
+def coloured(text: str) -> list[tuple[str, str]]:
+    """The words in colour, with the numbers of their colours."""
+    return re.findall(r"\x1b\[(3[123])m([a-z]+)\x1b\[39m", text)
+
+
+GREEN, YELLOW, RED = "32", "33", "31"
+
+
+def test_how_it_stands_has_a_colour(guard: Guard) -> None:
+    assert coloured(shown(guard.arguments("status")))[0] == (GREEN, "active")
+    assert coloured(shown(guard.arguments("explain", "--user", "root", NEIGHBOUR))) == [(RED, "denied")]
+    with command.guard() as other:
+        assert coloured(shown(other.arguments("status"))) == [(RED, "inactive")]
+        other.start("--user", "root", "--ip", SERVICE)
+        assert coloured(shown(other.arguments("explain", "--user", "root", SERVICE))) == [(GREEN, "allowed")]
+        os.unlink(link_pin(folder_of(other.sandbox.cgroup).path, "connect6"))
+        assert coloured(shown(other.arguments("status")))[:2] == [(YELLOW, "degraded"), (YELLOW, "fault")]
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"TERM": ""}], ids=str)
+def test_nobody_gets_colour_who_wants_none(environment: dict[str, str], guard: Guard) -> None:
+    for words in (("status",), ("explain", "--user", "root", NEIGHBOUR), ("report",)):
+        text = shown(guard.arguments(*words), **environment)
+        assert "\x1b" not in text
+        check(text)
+
+
+def test_an_empty_no_color_is_none(guard: Guard) -> None:
+    """https://no-color.org: "when present and not an empty string"."""
+    assert coloured(shown(guard.arguments("status"), NO_COLOR=""))
+
+
+def test_a_file_or_a_pipe_gets_no_colour(guard: Guard) -> None:
+    assert "\x1b" not in guard("status").stdout

@@ -40,7 +40,12 @@ def _to_paste(text: str) -> str:
 
 def print_lines(lines: Iterable[str]) -> None:
     """Prints the answer to standard output."""
-    print_text(_to_paste("".join(f"{line}\n" for line in lines)))
+    text = _to_paste("".join(f"{line}\n" for line in lines))
+    if sys.stdout.isatty():
+        from imds_guard.cli import colour  # noqa: PLC0415 -- start-up time
+
+        text = colour.painted(text, sys.stdout)
+    print_text(text)
 
 
 def print_text(text: str) -> None:
