@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Callable, Optional
 
@@ -13,7 +14,7 @@ from imds_guard.cli.consent import Consent
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, change_options, keep_existing_option, save_options, yes_option
 from imds_guard.cli.output import print_done, print_json, print_outcome, print_progress, print_warnings
-from imds_guard.commands import change, guard, temporary
+from imds_guard.commands import change, guard, temporary, which
 from imds_guard.commands import save as saving
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.change import Accept
@@ -34,8 +35,10 @@ from imds_guard.policy.model import Endpoint, Identities, Mode, Policy
 @cgroup_option
 def stop(service: str | None, everywhere: bool, cgroup: str | None) -> None:
     """Open the locks and remove everything of imds-guard from the kernel."""
+    from imds_guard.commands import all_guards  # noqa: PLC0415
     from imds_guard.commands.service import may_unlock, repairs_itself  # noqa: PLC0415
     from imds_guard.kernel.systemd import is_active, is_booted  # noqa: PLC0415
+    from imds_guard.present.guards import left_warnings  # noqa: PLC0415
 
     require_root("stop")
     if everywhere and (service is not None or cgroup is not None):
@@ -43,12 +46,21 @@ def stop(service: str | None, everywhere: bool, cgroup: str | None) -> None:
     if service is not None and not may_unlock(service):
         print_done([f"the lock stays in force: {service} is restarted, or the machine goes down"])
         return
-    done = guard.stop_all() if everywhere else guard.stop(cgroup)
+    done = guard.stop_all() if everywhere or service is not None else _stop(cgroup)
     print_done(done or ["imds-guard was not active: nothing to remove"])
+    if service is None and cgroup is None:
+        print_warnings(left_warnings(all_guards.found()))
     if service is None and cgroup is None and repairs_itself():
         print_warnings(["imds-guard-verify.timer runs and will lock again; systemctl stop imds-guard stops it, too"])
     elif service is None and cgroup is None and is_booted() and is_active("imds-guard.service"):
         print_warnings(["imds-guard.service counts as started all the same: systemctl restart imds-guard locks again"])
+
+
+def _stop(cgroup: str | None) -> list[str]:
+    where = which.configured(cgroup)
+    if cgroup is None and where is not None and not os.path.isdir(where):
+        return []  # the configuration names a cgroup that is not there: nothing is locked in it
+    return guard.stop(where)
 
 
 def _identities(groups: Sequence[str], users: Sequence[str]) -> Identities:
@@ -104,8 +116,10 @@ def _change(
 
 def _taken(given: dict[str, Any], command: str) -> tuple[GuardOptions, _Saving]:
     """Takes the options of every change out of ``given``."""
-    options = GuardOptions(cgroup=given.pop("cgroup"), command=command, dry_run=given.pop("dry_run"))
-    return options, _Saving(given.pop("save"), given.pop("without_root"), given.pop("config"))
+    config = given.pop("config")
+    cgroup = which.in_force(given.pop("cgroup"), config)
+    options = GuardOptions(cgroup=cgroup, command=command, dry_run=given.pop("dry_run"))
+    return options, _Saving(given.pop("save"), given.pop("without_root"), config)
 
 
 @cli.command(short_help="Let a user or a group through, from now on.")
@@ -136,6 +150,7 @@ def allow(span: str | None, **given: Any) -> None:
 def revoke(keep_existing: bool, timer: str | None, **given: Any) -> None:
     """Take a user or a group off the policy in force, in one step."""
     require_root("revoke")
+    exactly = given["cgroup"]
     options, save = _taken(given, "revoke" if timer is None else f"revoke --timer {timer}")
     options = options._replace(keep_existing=keep_existing)
     if timer is None:
@@ -143,7 +158,8 @@ def revoke(keep_existing: bool, timer: str | None, **given: Any) -> None:
         return
     if given["groups"] or given["users"] or given["ip"] or save.asked:
         raise UsageError("--timer says by itself what to revoke: no --group, --user, --ip or --save goes with it")
-    outcome = change.take_back(timer, options, change.TIMER_WAIT_S)
+    # The configuration may name another cgroup than when the timer was started.
+    outcome = change.take_back(timer, options._replace(cgroup=exactly), change.TIMER_WAIT_S)
     nothing = ["nothing is left to take back"]
     if outcome is None and given["as_json"]:
         print_json({"done": nothing})

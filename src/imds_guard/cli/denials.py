@@ -11,6 +11,7 @@ from imds_guard.cli import complete, streams
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import print_json, print_lines
+from imds_guard.commands import which
 from imds_guard.commands.capabilities import require_root
 from imds_guard.errors import UsageError
 
@@ -32,7 +33,7 @@ def watch(as_json: bool, allowed: bool, once: bool, cgroup: str | None) -> None:
 
     require_root("watch")
     queue = LineQueue(sys.stdout.fileno(), event.as_json if as_json else event.as_line, sys.stdout.encoding)
-    run.watch(WatchOptions(cgroup, allowed, once), queue, notify.ready)
+    run.watch(WatchOptions(which.configured(cgroup), allowed, once), queue, notify.ready)
     if queue.error is not None:
         streams.note_error(queue.error)
 
@@ -49,7 +50,7 @@ def report(as_config: bool, as_json: bool, cgroup: str | None) -> None:
     if as_config and as_json:
         raise UsageError("--as-config contradicts --json, which has the configuration, too")
     require_root("report")
-    result = report_command.report(cgroup)
+    result = report_command.report(which.in_force(cgroup))
     if as_config:
         streams.put(report_command.require_config(result))
     elif as_json:
@@ -73,7 +74,7 @@ def metrics(textfile: str | None, cgroup: str | None) -> None:
     if textfile is not None:
         metrics_command.check_textfile_name(textfile)
     require_root("metrics")
-    text = metrics_command.metrics(cgroup)
+    text = metrics_command.metrics(which.in_force(cgroup))
     if textfile is not None:
         metrics_command.write_textfile(text, textfile)
     else:

@@ -8,6 +8,7 @@ import click
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option
 from imds_guard.cli.output import print_warnings
+from imds_guard.commands import which
 from imds_guard.commands.capabilities import require_root
 
 
@@ -22,7 +23,7 @@ def run_filter(is_reload: bool, cgroup: str | None) -> None:
     from imds_guard.commands import filter_service  # noqa: PLC0415
 
     require_root("filter")
-    where = cgroup or filter_service.configured_cgroup()
+    where = which.configured(cgroup)
     if is_reload:
         print_warnings(filter_service.reload(where))
     else:

@@ -9,7 +9,7 @@ from imds_guard import CONFIG_PATH, identity
 from imds_guard.cli import complete
 from imds_guard.cli.options import backend_option, cgroup_option, dry_run_option, keep_existing_option
 from imds_guard.cli.output import print_outcome, print_progress
-from imds_guard.commands import change
+from imds_guard.commands import change, which
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.save import not_saved
@@ -32,7 +32,7 @@ def ip_lockdown(
     """
     require_root("ip-lockdown")
     options = GuardOptions(
-        backend or "auto", cgroup, keep_existing=keep_existing, command="ip-lockdown", dry_run=dry_run
+        backend or "auto", which.in_force(cgroup), keep_existing=keep_existing, command="ip-lockdown", dry_run=dry_run
     )
     user_ids = [identity.user_id(user) for user in users]
     outcome = change.ip_lockdown(ip, user_ids, options, print_progress)

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from imds_guard import CONFIG_PATH
+from imds_guard.commands import which
 from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
 from imds_guard.config.boot_file import warnings_of_file
@@ -70,7 +71,8 @@ class PolicyOptions:
     def policy(self, options: GuardOptions, create_groups: bool) -> tuple[Policy, GuardOptions, list[str]]:
         """The policy, the options with the file's values, and warnings. From the file unless options describe one."""
         if not self.describe_policy:
-            return self._from_file(options)
+            policy, options, warnings = self._from_file(options)
+            return policy, options._replace(cgroup=which.given(options.cgroup)), warnings
         if self.config is not None:
             raise UsageError("--config contradicts options that say who or where: give one or the other")
         policy = policy_from_options(
@@ -88,11 +90,10 @@ class PolicyOptions:
             create_groups=create_groups,
         )
         users, groups = (*self.users, *self.deny_users), (*self.groups, *self.deny_groups)
-        return (
-            policy,
-            options._replace(presets=self.presets),
-            [*notes_on_digits(users, groups), *doubts_about(self.ips)],
-        )
+        cgroup = which.configured(options.cgroup)
+        where = [] if options.cgroup is not None or cgroup is None else [_only_there(cgroup)]
+        options = options._replace(cgroup=cgroup, presets=self.presets)
+        return policy, options, [*where, *notes_on_digits(users, groups), *doubts_about(self.ips)]
 
     def _from_file(self, options: GuardOptions) -> tuple[Policy, GuardOptions, list[str]]:
         path = self.path
@@ -108,3 +109,10 @@ class PolicyOptions:
             strict=self.strict or config.policy.strict,
         )
         return policy, with_config(options, config), [*config.warnings, *warnings_of_file(path)]
+
+
+def _only_there(cgroup: str) -> str:
+    return (
+        f"this is about the processes of {cgroup} alone, since {CONFIG_PATH} says cgroup = ...; to lock the whole "
+        "machine, take that line out, or name the root of cgroup2 with --cgroup"
+    )

@@ -24,7 +24,7 @@ from imds_guard.cli.options import (
 from imds_guard.cli.output import print_json, print_lines, print_outcome, print_progress, print_text, print_warnings
 from imds_guard.cli.policy_options import PolicyOptions
 from imds_guard.commands import boot as boot_command
-from imds_guard.commands import guard, look
+from imds_guard.commands import guard, look, which
 from imds_guard.commands import save as saving
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.options import GuardOptions
@@ -168,7 +168,7 @@ def export(form: str, force: bool, cgroup: str | None, **given: Any) -> None:
     if wanted.describe_policy or wanted.config is not None:
         policy, _, _ = wanted.policy(GuardOptions(cgroup=cgroup), create_groups=False)
     else:
-        policy = look.active_policy(cgroup)[1]
+        policy = look.active_policy(which.in_force(cgroup))[1]
     exported = export_policy(policy, form)
     if exported.weakenings and not force:
         raise BadPolicy(

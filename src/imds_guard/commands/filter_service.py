@@ -13,11 +13,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Callable
 
-from imds_guard import CONFIG_PATH
 from imds_guard.backends.ebpf.filter_listeners import ListenerMarks
 from imds_guard.backends.ebpf.pins import PinLocation
 from imds_guard.commands.filter_places import SERVICE, WantedPlaces, faults, wanted_places
-from imds_guard.config.source import read_file
 from imds_guard.errors import BadPolicy, GuardError, Unsupported
 from imds_guard.filter.client import FilterClient
 from imds_guard.filter.place import Mark, Place, listen_at
@@ -57,14 +55,6 @@ def serve(cgroup: str | None, warn: Callable[[list[str]], object]) -> None:
         raise GuardError(failures[0])
     warn(failures)
     run.run(listeners, account)
-
-
-def configured_cgroup(path: str = CONFIG_PATH) -> str | None:
-    """The cgroup that the configuration guards, which the unit of the filter does not name. None: the machine."""
-    try:
-        return read_file(path).string("cgroup")
-    except GuardError:
-        return None
 
 
 def reload(cgroup: str | None) -> list[str]:

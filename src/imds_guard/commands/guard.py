@@ -12,7 +12,7 @@ from imds_guard.commands import review, temporary, trail, turn
 from imds_guard.commands.look import active_policy, forwarded, reading_tables_once, split_known
 from imds_guard.commands.options import GuardOptions, Progress
 from imds_guard.commands.outcome import Outcome, Pending
-from imds_guard.commands.turn import MACHINE_LOCK, lock_name
+from imds_guard.commands.turn import MACHINE_LOCK, lock_name, lock_name_of_id
 from imds_guard.errors import GuardError, Unsupported, UsageError
 from imds_guard.kernel import lockfile
 from imds_guard.policy.difference import Difference
@@ -248,10 +248,21 @@ def stop_all() -> list[str]:
     from imds_guard.backends.ebpf import other_guards  # noqa: PLC0415 -- start-up time
     from imds_guard.commands.stale_files import remove_stale_files  # noqa: PLC0415
 
-    done = stop(None)
+    done: list[str] = []
+    failures: list[GuardError] = []
+    try:
+        done += stop(None)
+    except GuardError as error:  # guards of cgroups do not stay because of it
+        failures.append(error)
     with one_at_a_time(None):
+        names = [lock_name_of_id(one.cgroup_id) for one in other_guards.found()]
         removed = other_guards.remove_all().done
+        for name in names:
+            turn.forget(name)
+            temporary.forget_all(name)
         if removed:
             done += trail.record("stop --all", "all cgroups", Difference(), "; ".join(removed))
         remove_stale_files()
-        return [*done, *removed]
+    if failures and not (removed and isinstance(failures[0], Unsupported)):
+        raise type(failures[0])("; ".join([str(failures[0]), *removed]))
+    return [*done, *removed]

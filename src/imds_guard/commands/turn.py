@@ -24,8 +24,13 @@ def lock_name(cgroup: str | None) -> str:
     if cgroup is not None:
         # A cgroup that can't be used is an error of the backend.
         with suppress(OSError):
-            return f"{MACHINE_LOCK}-{os.stat(cgroup).st_ino}"
+            return lock_name_of_id(os.stat(cgroup).st_ino)
     return MACHINE_LOCK
+
+
+def lock_name_of_id(cgroup_id: int) -> str:
+    """lock_name() of the cgroup with this ID."""
+    return f"{MACHINE_LOCK}-{cgroup_id}"
 
 
 class Duty(Enum):
@@ -49,9 +54,12 @@ class Turn(NamedTuple):
         return _read(self.path)[0] == self.token
 
     def finish(self) -> None:
-        """Notes that connections were looked for. Harmless for a command that was overtaken."""
+        """Notes that connections were looked for. Harmless for a command that was overtaken.
+
+        The time of the file stays that of the change.
+        """
         if self.token and _read(self.path) == (self.token, Duty.LOOK):
-            _write(self.path, f"{self.token} {Duty.NONE.value}")
+            _write(self.path, f"{self.token} {Duty.NONE.value}", _changed_at(self.path))
 
 
 def take(name: str, duty: Duty) -> Turn:
@@ -76,6 +84,11 @@ def last_duty(name: str) -> Duty:
     return _read(_path(name))[1]
 
 
+def changed_at(name: str) -> float | None:
+    """When the last change was made, in seconds since the epoch. None where nobody knows."""
+    return _changed_at(_path(name))
+
+
 def forget(name: str) -> None:
     """Removes the file: nothing is in force any more. A search that goes on then ends."""
     with suppress(OSError):
@@ -95,12 +108,21 @@ def _read(path: str) -> tuple[str, Duty]:
         return "", Duty.NONE
 
 
-def _write(path: str, text: str) -> bool:
-    """A reader sees the old text or the new one."""
+def _changed_at(path: str) -> float | None:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:
+        return None
+
+
+def _write(path: str, text: str, changed_at: float | None = None) -> bool:
+    """A reader sees the old text or the new one. ``changed_at`` is the time of the file; None: now."""
     try:
         with open(f"{path}.new", "w", encoding="ascii", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             os.fchmod(file.fileno(), 0o600)  # the umask may have taken more
             file.write(text)
+        if changed_at is not None:
+            os.utime(f"{path}.new", (changed_at, changed_at))
         os.replace(f"{path}.new", path)
     except OSError:
         return False

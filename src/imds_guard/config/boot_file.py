@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from imds_guard.config.known_programs import known_programs
 from imds_guard.config.names import ANSWERS_WITHIN_S, BootNames, Name, ask
-from imds_guard.config.read import Config, config_of
+from imds_guard.config.read import Config, cgroup_path, config_of
 from imds_guard.config.source import DROP_INS, Source, drop_ins, read_file
 from imds_guard.config.table import Table
 from imds_guard.config.toml_lines import KeyLines
@@ -140,6 +140,15 @@ def mode_of(path: str) -> Mode | None:
     try:
         return Mode(_read_of_root(path).string("mode") or Mode.ENFORCE.value)
     except (GuardError, ValueError):
+        return None
+
+
+def cgroup_of(path: str) -> str | None:
+    """``cgroup`` of the file ``path``, whatever else is in it. None where it can't be read or used."""
+    try:
+        source = _read_of_root(path)
+        return cgroup_path(Table(path, KeyLines(source.text), (), source.values))
+    except GuardError:
         return None
 
 

@@ -118,7 +118,7 @@ class _Reader:
         containers = Verdict(top.choice("containers", ("deny", "allow")))
         on_error = top.choice("on_error", ("closed", "open"))
         backend = top.choice("backend", ("auto", "ebpf", "iptables"))
-        cgroup = _cgroup(top)
+        cgroup = cgroup_path(top)
         policy = self.policy(tops, mode, containers)
         forwarded = _forwarded(top, cgroup)
         resolve, known = top.flag("resolve_groups"), known_programs(top)
@@ -195,7 +195,8 @@ class _Reader:
         return table.convert(key, name, lambda one: self.names.stored(key, Name(kind, one), stored))
 
 
-def _cgroup(top: Table) -> str | None:
+def cgroup_path(top: Table) -> str | None:
+    """The value of ``cgroup``. None: the whole machine."""
     value = top.values.get("cgroup")
     if value is not None and not (isinstance(value, str) and os.path.isabs(value) and value.isprintable()):
         top.fail("cgroup", f"cgroup = {value!r} must be an absolute path")

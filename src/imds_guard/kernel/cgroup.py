@@ -56,6 +56,15 @@ def open_cgroup(path: str | None = None) -> Cgroup:
     return root
 
 
+def is_root(path: str) -> bool:
+    """True when ``path`` is the root of the cgroup2 hierarchy. False also where it can't be opened."""
+    try:
+        with _open_given(path) as opened:
+            return opened.is_root
+    except GuardError:
+        return False
+
+
 def ancestors(cgroup: Cgroup) -> Iterator[tuple[str, int]]:
     """(path, fd) of each cgroup above, the nearest first, as far as the mount goes. The fds are closed."""
     fd, path = os.dup(cgroup.fd), cgroup.path

@@ -41,6 +41,22 @@ class Orphan(NamedTuple):
         )
 
 
+class CgroupGuard(NamedTuple):
+    """The guard of a cgroup, or its pins where the cgroup is gone."""
+
+    cgroup_id: int
+    path: str
+    """The folder of its pins."""
+    is_orphan: bool
+
+
+def found() -> list[CgroupGuard]:
+    """Every guard of a cgroup, by cgroup ID. Empty where this process can't reach the pins."""
+    with trying("looking for guards of cgroups", "run the command again"):
+        guards = [CgroupGuard(identity, folder.path, _is_orphan(folder)) for identity, folder in _cgroup_guards()]
+        return [one for one in guards if one.is_orphan or is_roots_folder(one.path)]
+
+
 def orphans() -> list[Orphan]:
     """The guards whose cgroup is gone, by cgroup ID. Empty where this process can't reach the pins."""
     with trying("looking for guards of cgroups that are gone", "run the command again"):
