@@ -47,6 +47,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     status = guard("status", "--json").values
     assert set(status) == {
         *("schema", "state", "backend", "emergency", "faults", "known", "policy", "ebpf", "temporary", "notes"),
+        *("since", "guards", "boot", "file"),
     }
     assert set(status["ebpf"]) == {
         *("cgroup", "cgroup_is_root", "pins", "generation", "versions", "hooks", "other_programs", "counters"),
@@ -81,7 +82,11 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert set(checked) == {"schema", "backends", "configuration", "taken", "shut_out", "not_inspected", "connections"}
     assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
     guard("stop")
-    assert guard.status() | {"ebpf": None} == {
+    status = guard.status()
+    assert set(status.pop("file")) == {"path", "exists", "error", "line", "in_force"}
+    assert (status.pop("since"), set(status.pop("boot"))) == (None, {"unit"})
+    assert not [one for one in status.pop("guards") if one["cgroup"] == guard.sandbox.cgroup]
+    assert status | {"ebpf": None} == {
         "schema": 1,
         "state": "inactive",
         "backend": None,
@@ -151,7 +156,7 @@ def test_text_fits_a_terminal(guard: Guard) -> None:
         guard("check").answer,
     ]
     with strangers(guard, 12):
-        degraded = guard("status")
+        degraded = guard("status", "-v")
     assert degraded.status == 1
     assert degraded.stdout.count("somebody_else") >= 24
     assert [line for text in (*shown, degraded.stdout) for line in too_long(text, guard)] == []

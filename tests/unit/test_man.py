@@ -46,7 +46,7 @@ def described(text: str) -> set[str]:
 
 def synopsis(text: str) -> set[str]:
     """The options of the lines before a command's first sentence."""
-    return {f"--{long}" for long, _ in SHOWN.findall(text.split(".Pp", maxsplit=1)[0])}
+    return {f"--{long}" if long else f"-{short}" for long, short in SHOWN.findall(text.split(".Pp", maxsplit=1)[0])}
 
 
 def options_of(command: click.Command) -> set[str]:

@@ -265,12 +265,18 @@ def test_audit_mode_is_on_the_first_line() -> None:
 
 
 def test_hooks_show_other_programs_in_their_order() -> None:
-    lines = status_text.status_lines(Status("ebpf", POLICY, [], state()))
+    lines = status_text.status_lines(Status("ebpf", POLICY, [], state()), verbose=True)
     assert "attached to: /sys/fs/cgroup, every process of the machine" in lines
     assert "version: 01234567, generation 2" in lines
     assert "  connect4: (unnamed) (id 9), ig_c4_01234567 (id 11) [ours]" in lines
     assert "  connect6: nothing attached" in lines
     assert "connects to locked endpoints: none yet" in lines
+
+
+def test_only_verbose_has_hooks_and_versions() -> None:
+    lines = status_text.status_lines(Status("ebpf", POLICY, [], state()))
+    assert "attached to: /sys/fs/cgroup, every process of the machine" in lines
+    assert [line for line in lines if "connect4" in line or "version" in line or "id " in line] == []
 
 
 def test_counters_are_shown_by_reason() -> None:
@@ -288,9 +294,15 @@ def test_counters_are_shown_by_reason() -> None:
 
 def test_many_locks_are_counted() -> None:
     policy = make_policy(Lock(f"lock {n:02}", (parse_endpoint(f"192.0.2.{n}"),), FOO) for n in range(1, 15))
-    lines = status_text.status_lines(Status("ebpf", policy, []))
+    lines = status_text.status_lines(Status("ebpf", policy, []), verbose=True)
     assert lines[-1] == "and 2 more locks (--json has them all)"
     assert sum(line.startswith("lock ") for line in lines) == 12
+    screen = status_text.status_lines(Status("ebpf", policy, []))
+    assert len(screen) <= status_text.SCREEN_LINES
+    assert (screen[-1], sum(line.startswith("lock ") for line in screen)) == (
+        "and 8 more locks (--json has them all)",
+        6,
+    )
     assert len(status_text.status_values(Status("ebpf", policy, []))["policy"]["locks"]) == 14
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -12,7 +13,7 @@ from imds_guard.cli import complete
 from imds_guard.cli.group import cli
 from imds_guard.cli.options import cgroup_option, json_option
 from imds_guard.cli.output import fail, print_json, print_lines, print_warnings
-from imds_guard.commands import look
+from imds_guard.commands import look, which
 from imds_guard.commands.capabilities import require_root
 from imds_guard.commands.look import Status
 from imds_guard.errors import BadPolicy, GuardError, NothingLocked, NotPermitted, UsageError
@@ -28,20 +29,27 @@ STATUS_ACTIVE, STATUS_DEGRADED, STATUS_INACTIVE, STATUS_UNKNOWN = 0, 1, 3, 4
 @cli.command()
 @cgroup_option
 @json_option
-def status(cgroup: str | None, as_json: bool) -> None:
-    """Show what the kernel enforces.
+@click.option("-v", "--verbose", is_flag=True, help="Also show hooks, programs, and every lock.")
+def status(cgroup: str | None, as_json: bool, verbose: bool) -> None:
+    """Show what the kernel enforces, what the next boot does, and every other guard.
 
     Exit status: 0 active and whole, 1 degraded, 3 not active, 4 could not tell.
     """
     require_root("status")
+    where = which.in_force(cgroup)
+    if cgroup is None and where is not None and not os.path.isdir(where):
+        where = None  # the configuration names a cgroup that is not there
     try:
-        found = look.status(cgroup)
+        found = look.status(where)
+        from imds_guard.commands import surroundings  # noqa: PLC0415 -- start-up time
+
+        seen = surroundings.surroundings(found, where)
     except GuardError as error:
         fail(error, STATUS_UNKNOWN)
     if as_json:
-        print_json(status_values(found))
+        print_json(status_values(found, seen))
     else:
-        print_lines(status_lines(found))
+        print_lines(status_lines(found, seen, verbose))
     sys.exit(exit_status(found))
 
 
@@ -68,7 +76,7 @@ def explain(pid: int | None, user: str | None, endpoint: str, cgroup: str | None
     where = parse_endpoint(endpoint)
     try:
         caller = identity.caller_of_pid(pid) if pid is not None else identity.caller_of_user(str(user))
-        found = look.explain(caller, where, cgroup, pid)
+        found = look.explain(caller, where, which.in_force(cgroup), pid)
     except NothingLocked as error:
         fail(error, STATUS_INACTIVE)
     except (UsageError, BadPolicy, NotPermitted):

@@ -40,6 +40,11 @@ def is_enabled(unit: str) -> bool:
     return run(["systemctl", "is-enabled", "--quiet", unit]).status == 0
 
 
+def enablement(unit: str) -> str:
+    """``enabled``, ``disabled`` and others of ``systemctl is-enabled``; ``not-found`` for a unit without a file."""
+    return run(["systemctl", "is-enabled", unit]).stdout.strip() or "not-found"
+
+
 def run_in(unit: str, seconds: int, description: str, argv: Sequence[str]) -> None:
     """Makes a transient timer that runs a program, that many seconds from now (systemd-run(1)). Raises GuardError.
 

@@ -12,16 +12,22 @@ from imds_guard.policy.model import Mode, Policy, Verdict
 from imds_guard.present.connections import connection_lines, connection_warnings, connections_values
 from imds_guard.present.forwarded import forwarding_lines, forwarding_values
 from imds_guard.present.policy import filter_lines, identities_text, identities_values, lock_lines, policy_values
+from imds_guard.present.surroundings import surroundings_lines, surroundings_values
 from imds_guard.present.wrap import MAX_SHOWN, named, wrapped
-from imds_guard.text import some_of
+from imds_guard.text import count_of, some_of
 from imds_guard.watch.timestamps import iso_time, utc_text
 
 if TYPE_CHECKING:
     from imds_guard.backends.ebpf import State
     from imds_guard.backends.ebpf.hooks import Hook
     from imds_guard.commands.look import Status
+    from imds_guard.commands.surroundings import Surroundings
     from imds_guard.commands.temporary import Right
     from imds_guard.commands.verify import VerifyResult
+
+
+SCREEN_LINES = 23
+"""Lines of a terminal, without the one of the next prompt."""
 
 
 def status_word(status: Status) -> str:
@@ -39,21 +45,25 @@ def state_line(status: Status) -> str:
     return f"imds-guard: {status_word(status)}{emergency}{backend}{mode}"
 
 
-def status_lines(status: Status) -> list[str]:
-    """The state as text, the most important line first."""
+def status_lines(status: Status, seen: Surroundings | None = None, verbose: bool = False) -> list[str]:
+    """The state as text, the most important line first. Unless ``verbose`` the locks take what is left of a screen."""
     lines = [state_line(status)]
     for fault in status.faults:
         lines += wrapped("  fault: ", fault)
     for neighbour in status.known:
         lines += wrapped("  known: ", neighbour.fault)
     if status.ebpf is not None:
-        lines += _ebpf_lines(status.ebpf)
+        lines += _ebpf_lines(status.ebpf, verbose)
+    if seen is not None:
+        lines += surroundings_lines(seen, status.backend is not None)
     if status.forwarded is not None:
         lines += forwarding_lines(status.forwarded)
-    if status.policy is not None:
-        lines += _policy_lines(status.policy, status.backend)
     lines += [part for one in status.temporary for part in temporary_lines(one)]
-    return lines + [part for note in status.notes for part in wrapped("note: ", note)]
+    lines += [part for note in status.notes for part in wrapped("note: ", note)]
+    if status.policy is None:
+        return lines
+    lines += _caller_lines(status.policy)
+    return lines + _lock_lines(status.policy, status.backend, None if verbose else SCREEN_LINES - len(lines))
 
 
 def temporary_lines(one: Right) -> list[str]:
@@ -67,29 +77,49 @@ def _temporary_values(one: Right) -> dict[str, Any]:
     return {"until": iso_time(one.until), "endpoints": texts, **identities_values(one.who)}
 
 
-def _policy_lines(policy: Policy, backend: str | None) -> list[str]:
+def _caller_lines(policy: Policy) -> list[str]:
+    """What holds for all locks."""
     lines = [f"containers: {'judged by their IDs' if policy.containers is Verdict.ALLOW else 'denied'}"]
     if policy.strict:
         done = "dropped" if policy.mode is Mode.ENFORCE else "counted, and pass"
         lines.append(f"strict: packets of sockets that were not let through are {done}")
-    for lock in policy.locks[:MAX_SHOWN]:
-        lines += lock_lines(lock)
-    if len(policy.locks) > MAX_SHOWN:
-        lines.append(f"and {len(policy.locks) - MAX_SHOWN} more locks (--json has them all)")
-    for one in policy.filters[:MAX_SHOWN]:
-        lines += filter_lines(one, policy, backend)
-    if len(policy.filters) > MAX_SHOWN:
-        lines.append(f"and {len(policy.filters) - MAX_SHOWN} more filters (--json has them all)")
     if policy.filter_uid is not None:
         lines.append(f"user {named(policy.filter_uid, user_name(policy.filter_uid))} runs the filters, and may connect")
     return lines
 
 
-def _ebpf_lines(state: State) -> list[str]:
+def _lock_lines(policy: Policy, backend: str | None, room: int | None) -> list[str]:
+    """Locks, then filters, whole ones as long as there is ``room``, and at least one lock."""
+    blocks = [lock_lines(lock) for lock in policy.locks[:MAX_SHOWN]]
+    more_locks = len(policy.locks)
+    blocks_of_filters = [filter_lines(one, policy, backend) for one in policy.filters[:MAX_SHOWN]]
+    shown = blocks[: _fitting(blocks, room)]
+    used = sum(map(len, shown))
+    shown_filters = blocks_of_filters[: _fitting(blocks_of_filters, None if room is None else room - used, 0)]
+    lines = [line for block in (*shown, *shown_filters) for line in block]
+    left = [(more_locks - len(shown), "more lock"), (len(policy.filters) - len(shown_filters), "more filter")]
+    texts = [count_of(number, noun) for number, noun in left if number]
+    return [*lines, f"and {' and '.join(texts)} (--json has them all)"] if texts else lines
+
+
+def _fitting(blocks: list[list[str]], room: int | None, least: int = 1) -> int:
+    """How many of the first blocks fit, with a line for how many more there are."""
+    if room is None:
+        return len(blocks)
+    used = 0
+    for number, block in enumerate(blocks):
+        used += len(block)
+        if used > room - (number + 1 < len(blocks)):
+            return max(number, least)
+    return len(blocks)
+
+
+def _ebpf_lines(state: State, verbose: bool) -> list[str]:
     where = f"{state.cgroup}, every process of the machine" if state.cgroup_is_root else state.cgroup
-    lines = [f"attached to: {where}", f"version: {', '.join(state.versions) or 'none'}, generation {state.generation}"]
-    for hook in state.hooks:
-        lines += _hook_lines(hook)
+    lines = [f"attached to: {where}"]
+    if verbose:
+        lines.append(f"version: {', '.join(state.versions) or 'none'}, generation {state.generation}")
+        lines += [part for hook in state.hooks for part in _hook_lines(hook)]
     counted = [
         f"{reason.label} {enforced + audited}" + (f" ({audited} let through by audit mode)" if audited else "")
         for reason, (enforced, audited) in zip(Reason, state.counters)
@@ -106,7 +136,7 @@ def _hook_lines(hook: Hook) -> list[str]:
     return wrapped(f"  {hook.name}: ", order or "nothing attached")
 
 
-def status_values(status: Status) -> dict[str, Any]:
+def status_values(status: Status, seen: Surroundings | None = None) -> dict[str, Any]:
     """The state as plain values for JSON."""
     values: dict[str, Any] = {
         "state": status_word(status),
@@ -118,6 +148,8 @@ def status_values(status: Status) -> dict[str, Any]:
         "temporary": [_temporary_values(one) for one in status.temporary],
         "notes": list(status.notes),
     }
+    if seen is not None:
+        values.update(surroundings_values(seen))
     if status.forwarded is not None:
         values["forwarded"] = forwarding_values(status.forwarded)
     if status.ebpf is not None:
