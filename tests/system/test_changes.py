@@ -21,6 +21,7 @@ from imds_guard.text import escaped
 from tests import command
 from tests.command import NEIGHBOUR, ONE, SERVICE, STRANGER, TIMEOUT_S, TWO, Guard, Result
 from tests.kernel.clients import wait_until
+from tests.kernel.guards import folder_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups and attaching programs needs root")
 
@@ -230,6 +231,48 @@ def test_a_change_that_unlocks_asks(guard: Guard, answer: str, agrees: bool) -> 
     assert ("nothing was changed" in done.stderr) == (not agrees)
     assert reached(guard, STRANGER, to=NEIGHBOUR) == ([STRANGER] if agrees else [])
     assert done.stderr.count("locks less than now") == 1
+
+
+def a_map(guard: Guard) -> Path:
+    """A pin without which nobody can read the policy in force."""
+    return Path(folder_of(guard.sandbox.cgroup).path, "members")
+
+
+@pytest.mark.parametrize(("answer", "agrees"), [("y", True), ("n", False)])
+def test_what_cannot_be_compared_is_asked_for(guard: Guard, answer: str, agrees: bool) -> None:
+    """The maps are damaged: the new policy may lock less, and nobody can tell."""
+    guard.start(*BOTH)
+    a_map(guard).unlink()
+    terminal = Terminal(*guard.arguments("start", *FEWER))
+    terminal.read_until(QUESTION)
+    assert "what is in force can't be read" in in_one_line(terminal.said)
+    assert reached(guard, STRANGER, to=NEIGHBOUR) == []
+    terminal.answer(answer)
+    done = terminal.end()
+    assert (done.status, "nothing was changed" in done.stderr) == ((0, False) if agrees else (1, True))
+    assert reached(guard, STRANGER, to=NEIGHBOUR) == ([STRANGER] if agrees else [])
+    assert done.stderr.count("what is in force can't be read") == 1
+
+
+def test_what_cannot_be_read_any_more_is_not_changed_unasked(guard: Guard) -> None:
+    """When the question would have been asked, it could be read."""
+    guard.start(*FEWER)
+    meanwhile = (
+        "from imds_guard.cli import consent; import os; ask = consent.Consent.ask; "
+        f"consent.Consent.ask = lambda *a: (ask(*a), os.unlink({str(a_map(guard))!r}))"
+    )
+    done = Terminal(*guard.arguments("start", *FEWER), before=meanwhile).end()
+    assert (done.status, "another command changed the policy" in in_one_line(done.stderr)) == (1, True)
+
+
+def test_a_dry_run_says_that_it_cannot_compare(guard: Guard) -> None:
+    guard.start(*BOTH)
+    a_map(guard).unlink()
+    done = guard("start", *FEWER, "--dry-run")
+    assert (done.status, "can't be read" in done.stderr, "nothing would change" in done.stdout) == (0, True, False)
+    assert guard("start", *FEWER, "--dry-run", "--json").values["difference"] is None
+    done = guard.start(*FEWER)
+    assert done.stderr.count("before could not be read") == 1
 
 
 def test_no_answer_is_no(guard: Guard) -> None:

@@ -93,11 +93,13 @@ def start_locked(policy: Policy, options: GuardOptions, progress: Progress) -> O
 
 
 _UNREADABLE = "what was in force before could not be read, so nothing tells what differs"
+_NOT_COMPARED = "what is in force can't be read, so nothing tells what would differ"
 
 
 def nothing_done(backend: Backend, policy: Policy, found: Difference | None) -> Outcome:
     """The outcome of a dry run."""
-    return Outcome(backend.name, policy, [], [], difference=found, dry_run=True)
+    warnings = [] if found is not None else [_NOT_COMPARED]
+    return Outcome(backend.name, policy, [], warnings, difference=found, dry_run=True)
 
 
 def _progress_line(backend: Backend, running: dict[str, Backend]) -> str:

@@ -25,7 +25,8 @@ def outcome_lines(outcome: Outcome) -> list[str]:
     policy = outcome.policy
     done = [part for line in outcome.done for part in wrapped("", line)]
     if outcome.dry_run:
-        return [*(change_lines(outcome.difference) or ["nothing would change"]), *done, _DRY_RUN]
+        same = outcome.difference is not None and not outcome.difference
+        return [*(["nothing would change"] if same else change_lines(outcome.difference)), *done, _DRY_RUN]
     lines = [*change_lines(outcome.difference), *done, _headline(outcome)]
     for lock in policy.locks:
         lines += ["  " + line for line in lock_lines(lock)]
