@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from imds_guard.backends.iptables import IptablesBackend
 from imds_guard.kernel import syscalls
 from tests import command
 from tests.command import ONE, SERVICE, STRANGER, TWO, Guard, Result
@@ -165,6 +166,24 @@ def test_stop_all_forgets_the_rights_of_allow_for(world: World) -> None:
     assert os.path.exists(f"/run/imds-guard/command-{number}.last")
     assert world("stop", "--all").status == 0
     assert not os.path.exists(f"/run/imds-guard/command-{number}.last")
+
+
+def test_the_rules_of_the_fallback_are_a_guard_too(world: World) -> None:
+    """Those of the machine, beside the configured guard; then rules for forwarded packets that stand there alone."""
+    machine = ("--user", str(TWO), "--ip", SERVICE)
+    configuration = world.config.read_text(encoding="utf-8")
+    world.config.unlink()
+    assert world("start", "--backend", "iptables", *machine).status == 0
+    world.write(configuration)
+    assert world("start").status == 0
+    text = unwrapped(world("status").answer)
+    assert "also locked: the machine (iptables): 1 endpoint, enforced, since " in text
+    world.guard.sandbox.call(lambda: IptablesBackend().remove())
+    done = world("stop")
+    assert "still locked: the machine; imds-guard stop --all" in done.stderr, done
+    assert "rules for forwarded packets are; stop removes them" in unwrapped(world("status").stdout)
+    assert world("stop", "--all").status == 0
+    assert world.status()["guards"] == []
 
 
 # --- status ---------------------------------------------------------------------------------------------------------

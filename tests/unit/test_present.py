@@ -12,20 +12,25 @@ from imds_guard.backends.choose import BackendCheck
 from imds_guard.backends.ebpf import EbpfBackend, State
 from imds_guard.backends.ebpf.hooks import Attached, Hook
 from imds_guard.backends.forwarded import Forwarding
+from imds_guard.commands.all_guards import GuardFound
 from imds_guard.commands.look import CheckResult, Status
 from imds_guard.commands.outcome import Outcome
 from imds_guard.commands.place import Place
 from imds_guard.commands.preflight import Preflight, ShutOut
+from imds_guard.commands.surroundings import ConfigFile, Surroundings, WrongLine
 from imds_guard.connections.values import Connection, Holder
 from imds_guard.errors import Unsupported
 from imds_guard.policy.decide import Caller, Decision, Destination, Reason, decide
+from imds_guard.policy.emergency import emergency_policy
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.filters import Filter, FilterRules
 from imds_guard.policy.model import Identities, Lock, Mode, Policy, Protocol, Verdict, make_policy
 from imds_guard.present import answers
+from imds_guard.present import guards as guards_text
 from imds_guard.present import outcome as outcome_text
 from imds_guard.present import policy as policy_text
 from imds_guard.present import status as status_text
+from imds_guard.present import surroundings as surroundings_text
 from imds_guard.present.connections import connection_text
 
 FOO = Identities(frozenset([41_001]))
@@ -304,6 +309,64 @@ def test_many_locks_are_counted() -> None:
         6,
     )
     assert len(status_text.status_values(Status("ebpf", policy, []))["policy"]["locks"]) == 14
+
+
+def test_every_other_guard_has_a_line() -> None:
+    """Three of them; and what stop has left."""
+    found = [
+        GuardFound(backends=("iptables",), policy=make_policy([lock()], Mode.AUDIT), since=0.0),
+        GuardFound("/sys/fs/cgroup/\x1b[2J", 7, ("ebpf",), emergency_policy("")),
+        GuardFound(None, 8, ("ebpf",), fault="the path of its cgroup is not known here"),
+        GuardFound("/sys/fs/cgroup/b", 9, ("ebpf",), POLICY),
+        GuardFound(None, 10, pins="/sys/fs/bpf/imds-guard-10"),
+    ]
+    lines = guards_text.other_guard_lines(found, with_gone=True)
+    assert fits(lines)
+    text = " ".join(" ".join(lines).split())
+    assert "also locked: the machine (iptables): 1 endpoint, audit mode, since 1970-01-01 00:00:00 UTC" in text
+    assert "also locked: /sys/fs/cgroup/\\x1b[2J (ebpf): " in text
+    assert "endpoints, emergency lock" in text
+    assert "also locked: the cgroup with ID 8 (ebpf): the path of its cgroup is not known here" in text
+    assert "and 1 more guard (--json has them all)" in text
+    assert "left: pins of guards whose cgroup is gone (ID 10)" in text
+    assert "left: " not in " ".join(guards_text.other_guard_lines(found, with_gone=False))
+    states = [guards_text.guard_values(one)["state"] for one in found]
+    assert states == ["in-force", "in-force", "unreadable", "in-force", "gone"]
+    assert guards_text.left_warnings([]) == []
+    (left,) = guards_text.left_warnings(found[2:])
+    assert left == (
+        "still locked: the cgroup with ID 8, /sys/fs/cgroup/b; left: pins of guards whose cgroup is gone (ID 10); "
+        "imds-guard stop --all removes every guard"
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "file", "said"),
+    [
+        (None, ConfigFile("/c"), ["at boot: systemd is not the init here", "file: there is no /c"]),
+        (
+            "enabled",
+            ConfigFile("/c", True, is_in_force=True),
+            ["service is enabled", "/c says what is in force"],
+        ),
+        (
+            "disabled",
+            ConfigFile("/c", True, is_in_force=False),
+            ["is disabled: nothing is locked", "another policy"],
+        ),
+        ("unknown", ConfigFile("/c", True), ["systemd does not say", "only the name service knows"]),
+        (
+            "enabled",
+            ConfigFile("/c", True, "/c:2: bad", WrongLine("/c", 2, "x" * 200)),
+            ["unusable: /c:2: bad", "line 2: x"],
+        ),
+    ],
+)
+def test_the_boot_state_and_the_file(unit: str | None, file: ConfigFile, said: list[str]) -> None:
+    seen = Surroundings(None, (), unit, file, None)
+    lines = surroundings_text.surroundings_lines(seen, in_force=True)
+    assert fits(lines)
+    assert [text for text in said if text not in " ".join(" ".join(lines).split())] == []
 
 
 # --- explain and check ----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from imds_guard.backends import Backend, choose
 from imds_guard.backends.ebpf import other_guards
-from imds_guard.commands import turn
+from imds_guard.commands import look, turn
 from imds_guard.errors import GuardError
 from imds_guard.kernel.cgroup import open_cgroup
 from imds_guard.kernel.cgroup_names import path_of_cgroup
@@ -22,7 +22,10 @@ class GuardFound(NamedTuple):
     cgroup_id: int | None = None
     """None for the machine's."""
     backends: tuple[str, ...] = ()
-    """What enforces: ``ebpf``, ``iptables``. Empty where the cgroup is gone: that locks nothing."""
+    """What enforces: ``ebpf``, ``iptables``. Empty where the cgroup is gone: that locks nothing.
+
+    ``forwarded``: rules for forwarded packets that stand there without a policy.
+    """
     policy: Policy | None = None
     pins: str | None = None
     since: float | None = None
@@ -53,7 +56,8 @@ def _of_the_machine() -> list[GuardFound]:
     except GuardError as error:
         return [GuardFound(backends=("unknown",), fault=str(error))]
     if not running:
-        return []
+        left = "; ".join(look.forwarded().describe(None).faults)
+        return [GuardFound(backends=("forwarded",), fault=left)] if left else []
     policy, fault = _policy_of(running)
     return [GuardFound(None, None, tuple(running), policy, None, turn.changed_at(turn.MACHINE_LOCK), fault)]
 

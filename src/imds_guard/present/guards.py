@@ -29,13 +29,20 @@ def left_warnings(found: Iterable[GuardFound]) -> list[str]:
     return [f"{'; '.join(parts)}; imds-guard stop --all removes every guard"] if parts else []
 
 
-def other_guard_lines(found: Iterable[GuardFound]) -> list[str]:
-    """A line for each guard that is in force. status has a fault for each one whose cgroup is gone."""
-    others = [one for one in found if not one.is_gone]
+def other_guard_lines(found: Iterable[GuardFound], with_gone: bool) -> list[str]:
+    """A line for each guard that is in force; ``with_gone``: and one for those whose cgroup is gone."""
+    guards = list(found)
+    others = [one for one in guards if not one.is_gone]
     lines = [part for one in others[:_MAX_SHOWN] for part in wrapped("also locked: ", _guard_text(one))]
     if len(others) > _MAX_SHOWN:
         lines.append(f"and {count_of(len(others) - _MAX_SHOWN, 'more guard')} (--json has them all)")
-    return lines
+    return lines + (_gone_lines(guards) if with_gone else [])
+
+
+def _gone_lines(guards: list[GuardFound]) -> list[str]:
+    gone = [str(one.cgroup_id) for one in guards if one.is_gone]
+    text = f"pins of guards whose cgroup is gone (ID {some_of(gone, _MAX_SHOWN)}); imds-guard stop --all removes them"
+    return wrapped("left: ", text) if gone else []
 
 
 def _guard_text(one: GuardFound) -> str:

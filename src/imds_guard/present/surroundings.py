@@ -20,7 +20,9 @@ _ENABLED = ("enabled", "enabled-runtime", "alias", "static", "indirect", "genera
 def surroundings_lines(seen: Surroundings, in_force: bool) -> list[str]:
     """Since when, what the next boot does, what the file says, and the other guards."""
     since = [] if seen.since is None else [f"in force since: {utc_text(seen.since)}"]
-    return [*since, *_boot_lines(seen.unit), *_file_lines(seen.file, in_force), *other_guard_lines(seen.others)]
+    # Else those whose cgroup is gone are faults.
+    others = other_guard_lines(seen.others, with_gone=in_force and seen.cgroup is not None)
+    return [*since, *_boot_lines(seen.unit), *_file_lines(seen.file, in_force), *others]
 
 
 def _boot_lines(unit: str | None) -> list[str]:
