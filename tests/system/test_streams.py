@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import socket
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Union
@@ -178,7 +181,7 @@ def test_an_answer_is_one_write(running: Guard, name: str) -> None:
         with theirs:
             process = subprocess.Popen(argv(running, name), stdout=theirs.fileno(), stderr=subprocess.DEVNULL)
         records = list(iter(lambda: ours.recv(1 << 20), b""))
-        assert process.wait(command.TIMEOUT_S) == DONE
+        assert process.wait(8) == DONE
     assert [record[-1:] for record in records] == [b"\n"]
 
 
@@ -199,7 +202,7 @@ def test_a_descriptor_that_does_not_block_gets_the_whole_answer() -> None:
 
     thread = threading.Thread(target=read_all)
     thread.start()
-    assert process.wait(command.TIMEOUT_S) == DONE
+    assert process.wait(8) == DONE
     thread.join()
     assert read[0].decode() == command.imds_guard_command(*words).answer
 
@@ -244,3 +247,63 @@ def test_other_streams_have_no_priorities(guard: Guard) -> None:
     assert "warning: lock default lets nobody through" in started.stderr
     assert "<4>" not in started.stderr
     assert "  lock default" in started.stdout.splitlines()
+
+
+# --- while a lock is held ---------------------------------------------------------------------------------------------
+
+_WRITES = """
+import sys
+from imds_guard.cli import streams
+from imds_guard.kernel import lockfile
+lockfile.FOLDER = sys.argv[1]
+streams.install()
+with lockfile.exclusive("a"):
+    sys.stderr.write("y" * int(sys.argv[2]))
+    sys.stderr.flush()
+    print("let go")
+"""
+
+
+def taken(fd: int, size: int) -> int:
+    """Writes up to ``size`` bytes, as many as the descriptor takes now, and returns their number."""
+    os.set_blocking(fd, False)
+    written = 0
+    try:
+        while written < size:
+            written += os.write(fd, b"x" * min(4096, size - written))
+    except BlockingIOError:
+        pass
+    finally:
+        os.set_blocking(fd, True)
+    return written
+
+
+def ends() -> dict[str, Callable[[], tuple[int, int]]]:
+    """Pairs of a reader and a writer."""
+
+    def both(pair: tuple[socket.socket, socket.socket]) -> tuple[int, int]:
+        return pair[0].detach(), pair[1].detach()
+
+    return {"terminal": pty.openpty, "pipe": os.pipe, "socket": lambda: both(socket.socketpair())}
+
+
+@pytest.mark.parametrize("room", [0, 100, 5000])
+@pytest.mark.parametrize("kind", ends())
+def test_nobody_waits_for_a_reader_that_waits(kind: str, room: int, tmp_path: Path) -> None:
+    """The reader takes ``room`` bytes more, and then nothing."""
+    capacity = 0
+    for size in (1 << 30, None):
+        reader, writer = ends()[kind]()
+        capacity = taken(writer, capacity - room if size is None else size)
+        if size is not None:
+            os.close(reader)
+            os.close(writer)
+    argv = [sys.executable, "-c", _WRITES, str(tmp_path), "20000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=writer) as process:
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], command.TIMEOUT_S)
+        said = os.read(process.stdout.fileno(), 100) if ready else b""
+        process.kill()
+    os.close(writer)
+    os.close(reader)
+    assert said == b"let go\n"

@@ -92,19 +92,41 @@ def _is_waited_for() -> bool:
     return lockfile is not None and bool(lockfile.is_held())
 
 
-_AT_ONCE = 256
-"""Bytes that a terminal takes when poll(2) says that it takes any. Pipes take PIPE_BUF, which is more (pipe(7))."""
-
-
 def _write_what_fits(fd: int, content: bytes) -> bytes:
-    """Returns the rest. Ctrl-S stops a terminal for as long as somebody likes, and the reader of a pipe may wait."""
-    import select  # noqa: PLC0415 -- start-up time
+    """Returns the rest. Ctrl-S stops a terminal for as long as somebody likes, and the reader of a pipe may wait.
 
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    while content and any(events & select.POLLOUT for _, events in poll.poll(0)):
-        content = content[os.write(fd, content[:_AT_ONCE]) :]
+    poll(2) does not say how much a terminal takes, and others may write to it, too. So nothing here waits.
+    """
+    import stat  # noqa: PLC0415 -- start-up time
+
+    mode = os.fstat(fd).st_mode
+    if not (os.isatty(fd) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return _write_all(fd, content)
+    try:
+        while content:
+            content = content[(_send if stat.S_ISSOCK(mode) else _write_by_another)(fd, content) :]
+    except BlockingIOError:
+        pass
     return content
+
+
+def _send(fd: int, content: bytes) -> int:
+    import socket  # noqa: PLC0415 -- start-up time
+
+    with socket.socket(fileno=os.dup(fd)) as one:
+        return one.send(content, socket.MSG_DONTWAIT)
+
+
+def _write_by_another(fd: int, content: bytes) -> int:
+    """Opens the terminal or pipe once more: whoever shares our descriptor must not find O_NONBLOCK set on it."""
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:  # no /proc, a terminal of somebody else, a pipe without a reader: it is written later
+        raise BlockingIOError from error
+    try:
+        return os.write(own, content)
+    finally:
+        os.close(own)
 
 
 def _write_all(fd: int, content: bytes) -> bytes:
