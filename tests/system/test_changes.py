@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from imds_guard.commands.turn import lock_name
+from imds_guard.errors import GuardError
 from imds_guard.kernel import journal, lockfile
 from imds_guard.text import escaped
 from tests import command
@@ -407,18 +409,43 @@ def test_without_either_nothing_breaks(guard: Guard, tmp_path: Path) -> None:
     assert (done.status, "log" in done.stderr) == (0, False)
 
 
+def fill(path: Path) -> None:
+    """Everybody may do that to the socket of the journal and of syslog."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
+        flood.setblocking(False)
+        flood.connect(str(path))
+        with pytest.raises(BlockingIOError):
+            send_for_ever(flood)
+
+
 def test_a_log_that_takes_nothing_is_named_and_holds_up_nobody(guard: Guard, tmp_path: Path) -> None:
-    """Everybody may fill its queue."""
     with listening(tmp_path / "journal"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as flood:
-            flood.setblocking(False)
-            flood.connect(str(tmp_path / "journal"))
-            with pytest.raises(BlockingIOError):
-                send_for_ever(flood)
+        fill(tmp_path / "journal")
         done = logged(guard, tmp_path, ("start", *BOTH))
     assert done.status == 0
     assert "warning: the change is in force, and is missing in the log" in done.stderr
     assert reached(guard, STRANGER) == []
+
+
+def test_a_log_that_takes_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever logs holds the commands' lock."""
+    monkeypatch.setattr(journal, "JOURNAL", str(tmp_path / "journal"))
+    monkeypatch.setattr(journal, "SYSLOG", str(tmp_path / "none"))
+    with listening(tmp_path / "journal"):
+        fill(tmp_path / "journal")
+        begin = time.monotonic()
+        for _ in range(10):
+            with pytest.raises(GuardError, match="the queue is full"):
+                journal.log("line", {})
+    assert time.monotonic() - begin < 5
+
+
+def test_where_the_journal_takes_nothing_the_line_goes_to_syslog(guard: Guard, tmp_path: Path) -> None:
+    with listening(tmp_path / "journal"), listening(tmp_path / "syslog") as syslogd:
+        fill(tmp_path / "journal")
+        done = logged(guard, tmp_path, ("start", *BOTH))
+        assert "policy changed: command=start" in syslogd.recv(65536).decode()
+    assert (done.status, "missing in the log" in done.stderr) == (0, False)
 
 
 def test_nothing_that_the_caller_chose_gets_raw_into_the_log(guard: Guard, tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from imds_guard.text import escaped
 JOURNAL = "/run/systemd/journal/socket"
 SYSLOG = "/dev/log"
 IDENTIFIER = "imds-guard"
-WAIT_S = 1.0
-"""The daemon's queue can be full: everybody may write to it. Whoever logs must not wait for that long."""
 MAX_BYTES = 8000
 """Of the message. rsyslog cuts lines at 8 KiB by default."""
 
@@ -33,9 +31,15 @@ def log(message: str, fields: Mapping[str, str]) -> bool:
     entry = {"MESSAGE": line, "PRIORITY": str(_NOTICE), "SYSLOG_IDENTIFIER": IDENTIFIER}
     entry.update(SYSLOG_FACILITY=str(_AUTHPRIV), **fields)
     native = "".join(f"{name}={_plain(value)}\n" for name, value in entry.items())
+    full: list[str] = []
     for path, text in ((JOURNAL, native), (SYSLOG, f"<{_AUTHPRIV * 8 + _NOTICE}>{IDENTIFIER}[{os.getpid()}]: {line}")):
-        if _send(path, text.encode("utf-8", "backslashreplace")):
-            return True
+        try:
+            if _send(path, text.encode("utf-8", "backslashreplace")):
+                return True
+        except BlockingIOError:
+            full.append(path)
+    if full:
+        raise GuardError(f"logging to {' and '.join(full)}: the queue is full")
     return False
 
 
@@ -46,18 +50,21 @@ def _plain(text: str) -> str:
 
 
 def _send(path: str, content: bytes) -> bool:
-    """False where nothing listens at ``path``."""
+    """False where nothing listens at ``path``. Raises BlockingIOError where the daemon's queue is full.
+
+    Everybody may fill that queue, and whoever logs holds the commands' lock. So nothing here waits. With systemd the
+    two sockets have a queue each.
+    """
     import socket  # noqa: PLC0415 -- start-up time
 
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
-            one.settimeout(WAIT_S)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as one:
             one.connect(path)
             one.sendall(content)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         return False
+    except BlockingIOError:
+        raise
     except OSError as error:
-        # Python before 3.10: socket.timeout is no TimeoutError.
-        reason = f"it took nothing for {WAIT_S:.0f} s" if isinstance(error, socket.timeout) else system_text(error)
-        raise GuardError(f"logging to {path}: {reason}") from error
+        raise GuardError(f"logging to {path}: {system_text(error)}") from error
     return True
