@@ -86,7 +86,24 @@ def test_the_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.
     assert (rights("command"), list(tmp_path.iterdir())) == ([], [])
 
 
-@pytest.mark.parametrize("text", ["", "[", "[{}]", "[1]", "1", '{"a": 1}', "[[]]", "\x00", "[" * 100_000])
+def stored(until: str = "5", ends: str = "6") -> str:
+    return f'[{{"timer":"t","until":{until},"ends":{ends},"endpoints":["10.0.0.1"],"users":[1],"groups":[]}}]'
+
+
+NO_ENDS = (
+    *(stored(ends="NaN"), stored(ends="Infinity"), stored(ends="1e12"), stored(ends='"x"'), stored(ends="null")),
+    *(stored(until="NaN"), stored(until="-1"), stored(until="1e300")),
+)
+
+
+def test_a_right_that_ended_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the next test damages."""
+    monkeypatch.setattr(lockfile, "FOLDER", str(tmp_path))
+    (tmp_path / "command.until").write_text(stored(), encoding="ascii")
+    assert [(one.until, one.ends) for one in rights("command")] == [(5.0, 6.0)]
+
+
+@pytest.mark.parametrize("text", ["", "[", "[{}]", "[1]", "1", '{"a": 1}', "[[]]", "\x00", "[" * 100_000, *NO_ENDS])
 def test_a_damaged_file_is_not_an_empty_one(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If it were, what it said would be allowed for good, and nobody would be told."""
     monkeypatch.setattr(lockfile, "FOLDER", str(tmp_path))

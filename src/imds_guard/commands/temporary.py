@@ -32,6 +32,7 @@ PREFIX = "imds-guard-allow-"
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _SPAN = re.compile(rf"(?:[0-9]{{1,6}}(?:{'|'.join(sorted(_UNITS, key=len, reverse=True))}))+")
 MAX_S = 30 * 86400
+_LAST_YEAR = 253402300799  # of datetime: the end of 9999
 
 
 class Right(NamedTuple):
@@ -43,7 +44,11 @@ class Right(NamedTuple):
     endpoints: tuple[Endpoint, ...]
     who: Identities
     ends: float = 0.0
-    """The same in seconds of CLOCK_BOOTTIME (clock_gettime(2)), which nobody sets and which counts suspended time."""
+    """The same in seconds of CLOCK_BOOTTIME (clock_gettime(2)), which nobody sets and which counts suspended time.
+
+    No boot ID stands beside it. The file is in /run, which a reboot empties. Where it does not, nothing is in force
+    after a reboot, and the start that puts a policy in force forgets the file (forget_all()).
+    """
 
 
 class End(NamedTuple):
@@ -127,7 +132,11 @@ def rights(lock_name: str) -> list[Right]:
 def _right(values: dict[str, Any]) -> Right:
     who = Identities(frozenset(map(int, values["users"])), frozenset(map(int, values["groups"])))
     endpoints = tuple(map(parse_endpoint, values["endpoints"]))
-    return Right(str(values["timer"]), float(values["until"]), endpoints, who, float(values["ends"]))
+    until, ends = float(values["until"]), float(values["ends"])
+    # Not a number is in no order with others: such a right would never be overdue.
+    if not (0 <= until <= _LAST_YEAR and ends <= end_after(MAX_S).ends):
+        raise ValueError("it ends later than --for can say")
+    return Right(str(values["timer"]), until, endpoints, who, ends)
 
 
 def write(lock_name: str, found: Iterable[Right]) -> None:

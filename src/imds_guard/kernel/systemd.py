@@ -48,10 +48,12 @@ def enablement(unit: str) -> str:
 def run_in(unit: str, seconds: int, description: str, argv: Sequence[str]) -> None:
     """Makes a transient timer that runs a program, that many seconds from now (systemd-run(1)). Raises GuardError.
 
-    Where the program fails it is run again every half minute, until it ends with 0.
+    Where the program fails it is run again every half minute, until it ends with 0, or is gone (203, EXIT_EXEC of
+    systemd.exec(5)): nobody would end that.
     """
     options = [f"--unit={unit}", f"--description={description}", f"--on-active={seconds}s"]
     options += ["--property=Restart=on-failure", "--property=RestartSec=30s", "--property=StartLimitIntervalSec=0"]
+    options += ["--property=RestartPreventExitStatus=203"]
     options += ["--timer-property=AccuracySec=1s", "--collect", "--quiet"]
     done = run(["systemd-run", *options, "--", *argv], timeout_s=60)
     if done.status != 0:
