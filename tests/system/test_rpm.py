@@ -161,6 +161,7 @@ def test_erasing_opens_the_lock_and_leaves_the_configuration(packages: Path, sys
     grep -v is-active /systemctl-calls || :
     """
     units = "imds-guard-watch.service imds-guard-verify.timer imds-guard-verify.service"
+    units += " imds-guard-metrics.timer imds-guard-metrics.service"
     units += " imds-guard-filter.service imds-guard-rules@*.service imds-guard.service"
     lines = on_the_machine(packages, script, systemd=systemd)
     assert lines == [

@@ -89,7 +89,7 @@ def test_severity_and_annotations_are_there() -> None:
 def test_a_command_in_an_alert_is_one_and_takes_its_options() -> None:
     """What follows the name of the program and is no command is the verb of a sentence."""
     text = " ".join(text for rule in ALERTS for text in rule["annotations"].values())
-    called = re.findall(r"\bimds-guard ([a-z-]+)((?: enforce)?(?: --[a-z]+(?: x\.prom| FOLDER)?)*)", text)
+    called = re.findall(r"\bimds-guard ([a-z-]+)((?: enforce)?(?: --[a-z]+(?: FOLDER)?)*)", text)
     assert {word for word, _ in called if word not in every_command()} == {
         "are",
         "denies",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import imds_guard
-from imds_guard.commands import own_files, service
+from imds_guard.commands import metrics_timer, own_files, service, unit_files
 from imds_guard.errors import AnswerLost, BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import notify
 from imds_guard.watch.process_info import MAX_ABANDONED
@@ -84,7 +84,7 @@ def test_every_command_and_option_of_a_unit_exists(name: str) -> None:
     assert commands
     for command in commands:
         program, word, *words = command.split()
-        assert program == service.PROGRAM
+        assert program == unit_files.PROGRAM
         taken = {option for one in every_command()[word].params for option in one.opts}
         assert {one for one in words if one.startswith("--")} <= taken
 
@@ -135,9 +135,11 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
     from tests.command import run
 
     for unit in UNITS.iterdir():
-        text = unit.read_text(encoding="utf-8").replace(service.PROGRAM, "/bin/true")
+        text = unit.read_text(encoding="utf-8").replace(unit_files.PROGRAM, "/bin/true")
         (tmp_path / unit.name).write_text(text, encoding="utf-8")
-    said = run(["systemd-analyze", "verify", "--man=no", *(str(path) for path in sorted(tmp_path.iterdir()))])
+    metrics_timer.write_drop_in(str(tmp_path), "/bin/true", str(tmp_path))
+    units = [path for path in tmp_path.iterdir() if path.is_file()]
+    said = run(["systemd-analyze", "verify", "--man=no", *(str(path) for path in sorted(units))])
     ours = [line for line in said.stderr.splitlines() if "imds-guard" in line]
     assert (said.status, ours) == (0, [])
 
@@ -150,7 +152,7 @@ def test_rules_are_put_back_after_a_service_that_flushes_them() -> None:
     assert {"imds-guard.service", "%i.service"} <= set(of(service.RULES, "Unit", "After"))
     assert of(service.RULES, "Service", "RemainAfterExit") == ["yes"]
     commands = {value for key, value in settings(service.RULES)["Service"] if key.startswith("Exec")}
-    assert commands == {f"{service.PROGRAM} verify --repair --no-start"}
+    assert commands == {f"{unit_files.PROGRAM} verify --repair --no-start"}
 
 
 def test_the_lock_waits_for_no_service_that_flushes_rules() -> None:
@@ -308,9 +310,9 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
     path = tmp_path / "imds-guard.service"
     assert (first, again) == ([f"wrote {path}"], [f"{path} is there already"])
     text = path.read_text(encoding="utf-8")
-    assert text.startswith(service.MARK)
+    assert text.startswith(unit_files.MARK)
     assert 'ExecStart="/opt/a b/imds-guard" start --boot\n' in text
-    assert service.PROGRAM not in text
+    assert unit_files.PROGRAM not in text
 
 
 @pytest.mark.parametrize(
@@ -324,10 +326,106 @@ def test_a_unit_runs_the_program_that_installs_it(tmp_path: Path) -> None:
         ),
         (service.ServiceOptions(require_lock=True), {"imds-guard.service", "imds-guard-required.service"}),
         (service.ServiceOptions(filter=True), {"imds-guard.service", "imds-guard-filter.service"}),
+        (
+            service.ServiceOptions(textfile="/srv"),
+            {"imds-guard.service", "imds-guard-metrics.timer", "imds-guard-metrics.service"},
+        ),
     ],
 )
 def test_options_choose_the_files(options: service.ServiceOptions, files: list[str]) -> None:
     assert set(options.files) == set(files)
+
+
+# --- the metrics ----------------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_are_written_while_the_lock_is_stopped() -> None:
+    """imds_guard_active becomes 0 then, which is what somebody alerts on."""
+    for name in (service.METRICS, metrics_timer.SERVICE):
+        keys = {key for key, _ in settings(name)["Unit"]}
+        assert keys.isdisjoint({"PartOf", "BindsTo", "Requires", "Requisite", "Conflicts"})
+    assert of(service.METRICS, "Install", "WantedBy") == ["timers.target"]
+
+
+def test_the_unit_may_write_to_the_folder_of_the_file() -> None:
+    unit = dict(settings(metrics_timer.SERVICE)["Service"])
+    file = f"{metrics_timer.FOLDER}/{metrics_timer.FILE}"
+    assert unit["ExecStart"] == f"{unit_files.PROGRAM} metrics --textfile {file}"
+    assert f"-{metrics_timer.FOLDER}" in of(metrics_timer.SERVICE, "Service", "ReadWritePaths")
+
+
+def test_a_drop_in_names_another_folder_and_goes_when_it_is_not_needed(tmp_path: Path) -> None:
+    folder, units = tmp_path / "collector", tmp_path / "units"
+    folder.mkdir()
+    units.mkdir()
+    path = units / f"{metrics_timer.SERVICE}.d" / "textfile.conf"
+    assert metrics_timer.write_drop_in(str(folder), "/opt/a b/imds-guard", str(units)) == [f"wrote {path}"]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:3] == [unit_files.MARK, "[Service]", "ExecStart="]
+    assert f'ExecStart="/opt/a b/imds-guard" metrics --textfile {folder}/imds-guard.prom' in lines
+    assert f"ReadWritePaths={folder}" in lines
+    again = metrics_timer.write_drop_in(str(folder), "/opt/a b/imds-guard", str(units))
+    assert again == [f"{path} is there already"]
+    assert metrics_timer.remove_drop_in(str(units)) == [f"removed {path}"]
+    assert list(units.iterdir()) == []
+    assert metrics_timer.remove_drop_in(str(units)) == []
+
+
+def test_the_exposure_is_not_above_that_of_the_lock(tmp_path: Path) -> None:
+    """By "systemd-analyze security" of systemd 250 and later. It starts nothing."""
+    need("systemd-analyze")
+    from tests.command import run
+
+    def exposure(name: str) -> float:
+        text = (UNITS / name).read_text(encoding="utf-8").replace(unit_files.PROGRAM, "/bin/true")
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        said = run(["systemd-analyze", "security", "--offline=true", "--no-pager", str(tmp_path / name)])
+        if "unrecognized option" in said.stderr:
+            pytest.skip("this systemd-analyze rates no file")
+        return float(said.stdout.rpartition("exposure level for ")[2].split()[1])
+
+    assert exposure(metrics_timer.SERVICE) <= exposure(service.MAIN)
+
+
+def test_a_drop_in_of_the_administrator_stays(tmp_path: Path) -> None:
+    path = tmp_path / f"{metrics_timer.SERVICE}.d" / "textfile.conf"
+    path.parent.mkdir()
+    path.write_text("[Service]\nNice=0\n", encoding="utf-8")
+    assert metrics_timer.remove_drop_in(str(tmp_path)) == []
+    assert path.exists()
+
+
+@pytest.mark.parametrize("is_of_root", [True, False])
+def test_only_a_folder_of_another_user_needs_a_capability(is_of_root: bool) -> None:
+    text = metrics_timer.drop_in("/srv/x", unit_files.PROGRAM, is_of_root)
+    assert ("CapabilityBoundingSet=CAP_DAC_OVERRIDE\n" in text) is not is_of_root
+    assert bool(metrics_timer.drop_in(metrics_timer.FOLDER, unit_files.PROGRAM, is_of_root)) is not is_of_root
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("absent", "there is no such folder"),
+        ("file", "there is no such folder"),
+        ("a b", "take a path of letters, digits"),
+        ("a%h", "take a path of letters, digits"),
+    ],
+)
+def test_a_folder_that_the_unit_can_not_use_is_refused(folder: str, message: str, tmp_path: Path) -> None:
+    for name in ("a b", "a%h"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UsageError, match=message):
+        metrics_timer.check_folder(str(tmp_path / folder), ())
+
+
+def test_a_folder_that_services_do_not_see_is_refused(tmp_path: Path) -> None:
+    """A symbolic link is followed first."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, tmp_path / "link"):
+        with pytest.raises(UsageError, match="services do not see that folder"):
+            metrics_timer.check_folder(str(folder), ("/nonexistent", str(tmp_path)))
+    assert metrics_timer.check_folder(str(tmp_path / "link"), ()) == str(tmp_path)
 
 
 # --- sd_notify ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,12 @@ from imds_guard.errors import GuardError, UsageError
 @click.option("--verify", is_flag=True, help="Also check and repair every five minutes, and after others flush rules.")
 @click.option("--require-lock", is_flag=True, help="Keep the network down at boot until something is locked.")
 @click.option("--filter", is_flag=True, help="Also install the filter (imds-guard-filter.service), and its account.")
+@click.option(
+    "--textfile",
+    metavar="FOLDER",
+    type=click.Path(file_okay=False),
+    help="Also write metrics there every minute, for node_exporter (imds-guard-metrics.timer).",
+)
 @click.option("--without-root", is_flag=True, help="Install even if an installed metadata client is shut out.")
 @click.option("--now", is_flag=True, help="Also start the units.")
 def install_service(**given: Any) -> None:

@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 from imds_guard import CONFIG_PATH
 from imds_guard.backends.ebpf import compiled
-from imds_guard.commands import filter_account, look, own_files
+from imds_guard.commands import filter_account, look, metrics_timer, own_files
 from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.save import check_next_boot
+from imds_guard.commands.unit_files import MARK, PROGRAM, escaped, read, write
 from imds_guard.config.boot_file import require_file_of_root
 from imds_guard.config.read import load_config
-from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError, system_text
-from imds_guard.kernel import files, systemd
+from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
+from imds_guard.kernel import systemd
 from imds_guard.policy.model import Policy
 
 MAIN = "imds-guard.service"
@@ -24,7 +25,11 @@ VERIFY = "imds-guard-verify.timer"
 REQUIRED = "imds-guard-required.service"
 FILTER = "imds-guard-filter.service"
 RULES = "imds-guard-rules@.service"
-UNITS = (MAIN, WATCH, VERIFY, "imds-guard-verify.service", RULES, REQUIRED, FILTER)
+METRICS = "imds-guard-metrics.timer"
+UNITS = (
+    *(MAIN, WATCH, VERIFY, "imds-guard-verify.service", RULES, REQUIRED, FILTER),
+    *(METRICS, metrics_timer.SERVICE),
+)
 
 FLUSHING = ("nftables", "netfilter-persistent", "iptables", "ip6tables", "firewalld", "docker")
 """Services that remove or rewrite others' rules when they are started, restarted or reloaded. None has to be here."""
@@ -32,11 +37,6 @@ FLUSHING = ("nftables", "netfilter-persistent", "iptables", "ip6tables", "firewa
 FOLDER = "/etc/systemd/system"
 PACKAGED_FOLDERS = ("/usr/lib/systemd/system", "/lib/systemd/system")
 """Where a package of the distribution installs units (systemd.unit(5))."""
-
-PROGRAM = "/usr/bin/imds-guard"
-"""The program in the units of data/systemd."""
-
-MARK = "# Written by imds-guard install-service."
 
 _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 -- refused, not used
 """Folders that ProtectHome= and PrivateTmp= hide from the units."""
@@ -49,6 +49,8 @@ class ServiceOptions(NamedTuple):
     verify: bool = False
     require_lock: bool = False
     filter: bool = False
+    textfile: str | None = None
+    """The folder that node_exporter reads, for the metrics."""
     without_root: bool = False
     now: bool = False
 
@@ -57,7 +59,7 @@ class ServiceOptions(NamedTuple):
         """The units to enable, beside the instances of RULES."""
         chosen = (
             *((MAIN, True), (WATCH, self.watch), (VERIFY, self.verify), (REQUIRED, self.require_lock)),
-            (FILTER, self.filter),
+            *((FILTER, self.filter), (METRICS, self.textfile is not None)),
         )
         return tuple(name for name, is_chosen in chosen if is_chosen)
 
@@ -71,7 +73,8 @@ class ServiceOptions(NamedTuple):
     def files(self) -> tuple[str, ...]:
         """The unit files that these need."""
         with_verify = (VERIFY, "imds-guard-verify.service", RULES) if self.verify else ()
-        return tuple(name for name in UNITS if name in self.enabled or name in with_verify)
+        with_textfile = (METRICS, metrics_timer.SERVICE) if self.textfile is not None else ()
+        return tuple(name for name in UNITS if name in (*self.enabled, *with_verify, *with_textfile))
 
 
 class Installed(NamedTuple):
@@ -91,6 +94,7 @@ def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, fold
     out a client.
     """
     program = check_program(program)
+    textfile = None if options.textfile is None else metrics_timer.check_folder(options.textfile, _HIDDEN)
     warnings = _check_configuration(options, path)
     _require_root_alone(own_files.package_open_to_others(lasting=True))
     if options.require_lock and not _network_units():
@@ -100,6 +104,7 @@ def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, fold
         )
     lines = filter_account.make() if options.filter else []
     lines += [line for name in options.files for line in _install_unit(name, program, folder)]
+    lines += [] if textfile is None else metrics_timer.write_drop_in(textfile, program, folder)
     compiled.FOLDER.make()  # the units may write there, and nowhere above
     lines += _enable(options)
     return Installed(lines, warnings)
@@ -180,37 +185,12 @@ def _install_unit(name: str, program: str, folder: str) -> list[str]:
     """Writes one unit, unless a package has installed it with the same program."""
     if program == PROGRAM and any(os.path.exists(os.path.join(one, name)) for one in PACKAGED_FOLDERS):
         return []
-    text = f"{MARK}\n{_text(name).replace(PROGRAM, _escaped(program))}"
+    text = f"{MARK}\n{_text(name).replace(PROGRAM, escaped(program))}"
     path = os.path.join(folder, name)
-    if _read(path) == text:
+    if read(path) == text:
         return [f"{path} is there already"]
-    _write(path, text)
+    write(path, text)
     return [f"wrote {path}"]
-
-
-def _escaped(program: str) -> str:
-    """The path as one argument of ExecStart= (systemd.service(5), "Command lines")."""
-    plain = program.replace("%", "%%").replace("$", "$$")
-    if all(character.isalnum() or character in "/._+-%$" for character in plain):
-        return plain
-    return '"' + plain.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        return ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise GuardError(f"reading {path}: {error}; check what it is and move it away") from error
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        files.replace(path, text.encode())
-    except OSError as error:
-        raise GuardError(f"writing {path}: {system_text(error)}; the service is not installed") from error
 
 
 def _enable(options: ServiceOptions) -> list[str]:
@@ -245,10 +225,11 @@ def uninstall(folder: str = FOLDER) -> list[str]:
                 systemd.systemctl("stop", name.replace("@.", "@*."))
     for name in installed:
         path = os.path.join(folder, name)
-        if _read(path).startswith(MARK):
+        if read(path).startswith(MARK):
             os.unlink(path)
             lines.append(f"removed {path}")
             lines += filter_account.remove() if name == FILTER else []
+    lines += metrics_timer.remove_drop_in(folder)
     compiled.FOLDER.remove()
     if systemd.is_booted():
         systemd.systemctl("daemon-reload")
