@@ -60,6 +60,13 @@ def with_read_only_bpffs() -> None:
     _mount("none", "/sys/fs/bpf", flags=MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
+def with_read_only_folder(folder: str) -> None:
+    """``folder`` can be read alone, as where an image or a ConfigMap gives it."""
+    own_mounts()
+    _mount(folder, folder, flags=MS_BIND)
+    _mount("none", folder, flags=MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
 def with_private_bpffs() -> None:
     """Another bpffs is at the usual path; it ends with the namespace."""
     own_mounts()

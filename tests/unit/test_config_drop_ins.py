@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 
+from imds_guard.commands import service
 from imds_guard.config import source
-from imds_guard.config.boot_file import BootFile, mode_of, says_audit, warnings_of_file
+from imds_guard.config.boot_file import BootFile, mode_of, require_files_of_root, says_audit, warnings_of_file
 from imds_guard.config.read import Config, load_config
-from imds_guard.config.store import check_saving_to, save_config
-from imds_guard.errors import BadPolicy
+from imds_guard.config.store import check_saving_to, make_folder, save_config
+from imds_guard.errors import BadPolicy, GuardError
+from imds_guard.kernel.children import run_in_child
 from imds_guard.policy import edit
 from imds_guard.policy.endpoint_syntax import parse_endpoint
 from imds_guard.policy.model import Identities, Lock, Policy, make_policy
+from tests.kernel import places
 
 MAIN = """\
 # the machine's
@@ -79,8 +82,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Iterator[Folder]:
         pytest.skip("only root has a folder that root alone can change")
     above = Path(tempfile.mkdtemp(dir="/run", prefix="imds-guard-test-"))
     folder = Folder(above)
-    monkeypatch.setattr(source, "DROP_INS", {folder.path: str(folder.drop_ins)})
-    monkeypatch.setattr("imds_guard.config.boot_file.DROP_INS", source.DROP_INS)
+    monkeypatch.setitem(source.DROP_INS, folder.path, str(folder.drop_ins))
     yield folder
     shutil.rmtree(above)
 
@@ -214,20 +216,71 @@ def test_what_the_file_itself_says_holds_beside_a_bad_drop_in(config: Folder) ->
     assert mode.value == "audit"
 
 
+def test_install_service_refuses_what_boot_would_refuse(config: Folder) -> None:
+    """Or the next boot would put the emergency lock on."""
+    path = config.write(TEAM, "team.toml")
+    require_files_of_root(config.path)
+    os.chown(path, 41002, -1)
+    with pytest.raises(BadPolicy, match=r"team\.toml is not used: .* can be changed by others than root"):
+        service._check_configuration(service.ServiceOptions(), config.path)
+    os.chown(path, 0, 0)
+    config.drop_ins.chmod(0o777)
+    with pytest.raises(BadPolicy, match=r"the drop-ins of the configuration .* are not used"):
+        service._check_configuration(service.ServiceOptions(), config.path)
+
+
+def test_the_folder_is_made_for_all_to_read(config: Folder) -> None:
+    config.drop_ins.rmdir()
+    before = os.umask(0o077)
+    try:
+        assert make_folder(config.path) == str(config.drop_ins)
+    finally:
+        os.umask(before)
+    assert config.drop_ins.stat().st_mode & 0o7777 == 0o755
+    config.drop_ins.chmod(0o700)
+    assert make_folder(config.path) is None
+    assert config.drop_ins.stat().st_mode & 0o7777 == 0o700, "what is there stays as it is"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_has_another_id_now_is_named_with_file_and_line(config: Folder) -> None:
+    path = config.write(TEAM.replace("41002", '{ name = "root", id = 41002 }'), "team.toml")
+    file = BootFile(config.path)
+    file.load()
+    file.ask()  # one of files alone is no definite answer
+    file.load()
+    sentence = f"{path}:5: users: 'root' was 41002 when it was saved and is 0 now: correct the name or the id"
+    assert str(file.changed_names()) == sentence
+
+
+def test_so_is_a_name_without_an_answer(config: Folder) -> None:
+    path = config.write(TEAM.replace("41002", '"imds-guard-absent"'), "team.toml")
+    file = BootFile(config.path)
+    file.load()
+    with pytest.raises(BadPolicy) as caught:
+        file.require_answers()
+    assert str(caught.value).startswith(f"{path}:5: the name service gave no ID for 'imds-guard-absent' within ")
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def saved(config: Folder, policy: Policy) -> None:
+def saved(config: Folder, policy: Policy) -> list[str]:
+    """Saves ``policy``, and returns the files that were written."""
     check_saving_to(config.path)
-    save_config(load_config(config.path)._replace(policy=policy), config.path)
+    written = save_config(load_config(config.path)._replace(policy=policy), config.path)
     assert load_config(config.path).policy == policy
+    return written
 
 
 def test_a_lock_is_saved_where_it_stands(config: Folder) -> None:
     pytest.importorskip("tomlkit")
     config.write(TEAM, "team.toml")
     before = load_config(config.path).policy
-    saved(config, edit.allow(before, Identities(frozenset({41009})), parse_endpoint("192.0.2.2")))
+    written = saved(config, edit.allow(before, Identities(frozenset({41009})), parse_endpoint("192.0.2.2")))
+    assert written == [str(config.drop_ins / "team.toml")]
     assert config.read() == MAIN
     text = config.read("team.toml")
     assert "41009" in text
@@ -275,6 +328,52 @@ def test_a_generated_file_beside_drop_ins_is_edited(config: Folder) -> None:
     before = load_config(config.path).policy
     saved(config, edit.allow(before, Identities(frozenset({41009})), parse_endpoint("192.0.2.1")))
     assert config.read("team.toml") == TEAM
+
+
+def test_without_the_file_itself_drop_ins_count_when_it_is_saved(config: Folder) -> None:
+    """Else the new file would lock what they lock, and the next boot could use neither."""
+    pytest.importorskip("tomlkit")
+    config.write(TEAM, "team.toml")
+    before = load_config(config.path)
+    os.unlink(config.path)
+    check_saving_to(config.path)
+    assert save_config(before, config.path) == [config.path]
+    assert load_config(config.path) == before
+    assert config.read("team.toml") == TEAM
+    assert "lock.team" not in config.read()
+
+
+def test_without_the_file_itself_a_bad_drop_in_is_named_before_anything_is_saved(config: Folder) -> None:
+    config.write(TEAM + "user = [1]\n", "team.toml")
+    os.unlink(config.path)
+    with pytest.raises(BadPolicy, match=r"team\.toml:7: unknown key 'user'"):
+        check_saving_to(config.path)
+    assert not os.path.exists(config.path)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_when_one_file_can_not_be_written_none_is_changed(config: Folder, exists: bool) -> None:
+    """A part of the change would be another policy: an endpoint gone from one file, and not yet in the other."""
+    pytest.importorskip("tomlkit")
+    config.write(TEAM.replace('"192.0.2.2"', '"192.0.2.2", "192.0.2.3"'), "team.toml")
+    before = load_config(config.path)
+    if not exists:
+        os.unlink(config.path)
+    texts = [config.read(name) for name in (["", "team.toml"] if exists else ["team.toml"])]
+    wanted = before._replace(
+        policy=edit.allow(before.policy, Identities(frozenset({41009})), parse_endpoint("192.0.2.3"))
+    )
+
+    def inside() -> str:
+        places.with_read_only_folder(str(config.drop_ins))
+        with pytest.raises(GuardError) as caught:
+            save_config(wanted, config.path)
+        return str(caught.value)
+
+    said = run_in_child(inside, timeout_s=60)
+    assert "team.toml could not be written" in said
+    assert [config.read(name) for name in (["", "team.toml"] if exists else ["team.toml"])] == texts
+    assert os.path.exists(config.path) is exists
 
 
 def load_one(text: str, config: Folder) -> Config:

@@ -88,8 +88,7 @@ class _Saving:
         if outcome.dry_run:
             outcome.done.extend([f"would save the policy to {self._path}"] if self.asked else [])
         elif self.asked:
-            saving.save(outcome.policy, GuardOptions(cgroup=cgroup), self._path)
-            outcome.done.append(f"saved the policy to {self._path}")
+            outcome.done.append(saving.save(outcome.policy, GuardOptions(cgroup=cgroup), self._path))
         else:
             outcome.done.extend([] if self.ends else [saving.not_saved(self._path)])
 

@@ -105,8 +105,7 @@ def _saved(policy: Policy, options: GuardOptions, path: str, save: bool) -> list
         return [f"would save the policy to {path}"] if save else []
     if not save:
         return [saving.not_saved(path)]
-    saving.save(policy, options, path)
-    return [f"saved the policy to {path}"]
+    return [saving.save(policy, options, path)]
 
 
 def _start_at_boot(path: str, options: GuardOptions, as_json: bool) -> None:

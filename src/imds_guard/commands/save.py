@@ -34,8 +34,10 @@ def check_next_boot(policy: Policy, without_root: bool) -> None:
         )
 
 
-def save(policy: Policy, options: GuardOptions, path: str) -> None:
-    """Writes the policy in force to ``path``. Options that are not given keep what the file says.
+def save(policy: Policy, options: GuardOptions, path: str) -> str:
+    """Writes the policy in force to ``path`` and its drop-ins, and says where it stands now.
+
+    Options that are not given keep what the file says.
 
     What ``allow --for`` has allowed is left out: it ends.
     """
@@ -50,9 +52,10 @@ def save(policy: Policy, options: GuardOptions, path: str) -> None:
             forwarded=None if cgroup is not None else options.forwarded or kept.forwarded,
             resolve_groups=options.resolve_groups or kept.resolve_groups,
         )
-        save_config(wanted, path, options.presets)
+        written = save_config(wanted, path, options.presets)
     except GuardError as error:
         raise GuardError(f"saving the policy, which is in force until the next boot: {error}") from error
+    return f"saved the policy to {' and '.join(written or [path])}"
 
 
 def not_saved(path: str, advice: str = "; --save keeps it") -> str:

@@ -13,8 +13,9 @@ from imds_guard.commands.boot import with_config
 from imds_guard.commands.options import GuardOptions
 from imds_guard.commands.save import check_next_boot
 from imds_guard.commands.unit_files import MARK, PROGRAM, escaped, read, write
-from imds_guard.config.boot_file import require_file_of_root
+from imds_guard.config.boot_file import require_files_of_root
 from imds_guard.config.read import load_config
+from imds_guard.config.store import make_folder
 from imds_guard.errors import BadPolicy, GuardError, NotPermitted, UsageError
 from imds_guard.kernel import systemd
 from imds_guard.policy.model import Policy
@@ -102,7 +103,9 @@ def install(options: ServiceOptions, program: str, path: str = CONFIG_PATH, fold
             f"making the network wait for the lock: no unit that {REQUIRED} knows brings the network up here "
             f"({', '.join(_required_by())}); leave --require-lock out, or add a drop-in to the unit that does"
         )
-    lines = filter_account.make() if options.filter else []
+    made = make_folder(path)
+    lines = [] if made is None else [f"made {made}"]
+    lines += filter_account.make() if options.filter else []
     lines += [line for name in options.files for line in _install_unit(name, program, folder)]
     lines += [] if textfile is None else metrics_timer.write_drop_in(textfile, program, folder)
     compiled.FOLDER.make()  # the units may write there, and nowhere above
@@ -146,7 +149,7 @@ def _check_configuration(options: ServiceOptions, path: str) -> list[str]:
             f"installing the service: there is no configuration {path} for it; save one first with imds-guard start "
             "... --save"
         )
-    require_file_of_root(path)
+    require_files_of_root(path)
     config = load_config(path, use_stored_ids=True)
     check_next_boot(config.policy, options.without_root)
     warnings = [*config.warnings, *_filter_warnings(options, config.policy)]

@@ -61,16 +61,17 @@ class BootFile:
     def require_answers(self) -> None:
         """Raises BadPolicy where an entry has no ID since the name service did not answer."""
         if self._names.missing:
+            place, names = self._names.place_of_missing, _quoted(self._names.missing)
             raise BadPolicy(
-                f"{self.path}: the name service gave no ID for {_quoted(self._names.missing)} within "
-                f"{ANSWERS_WITHIN_S:.0f} s; try again, or save the IDs with imds-guard start --save"
+                f"{place}: the name service gave no ID for {names} within {ANSWERS_WITHIN_S:.0f} s; try again, "
+                "or save the IDs with imds-guard start --save"
             )
 
     def changed_names(self) -> BadPolicy | None:
         """The error for stored IDs that are now another name's, or None."""
         if not self._names.changed:
             return None
-        return BadPolicy(f"{self.path}: {'; '.join(self._names.changed)}: correct the name or the id")
+        return BadPolicy(f"{'; '.join(self._names.changed)}: correct the name or the id")
 
     def string(self, key: str) -> str | None:
         """The string value of a key outside all tables. None also where the file can't be read, or not be trusted."""
@@ -118,6 +119,14 @@ def require_file_of_root(path: str) -> None:
         raise BadPolicy(f"the configuration {path} could not be read: {system_text(error)}") from error
     if where is not None:
         raise BadPolicy(f"the configuration {path} is not used: {open_to_others(where)}")
+
+
+def require_files_of_root(path: str) -> None:
+    """Raises BadPolicy when others than root can change the file ``path``, a drop-in of it, or their folder."""
+    require_file_of_root(path)
+    require_folder_of_root(path)
+    for one in drop_ins(path):
+        require_file_of_root(one)
 
 
 def require_folder_of_root(path: str) -> None:

@@ -41,11 +41,13 @@ class Names(ABC):
         self.warnings: list[str] = []
         """Sentences about names that are not as the file says."""
         self.changed: list[str] = []
-        """Sentences about names that now have another ID than the stored one."""
+        """Sentences, with file and line, about names that now have another ID than the stored one."""
         self.missing: list[Name] = []
         """Names whose entries are left out until the name service gives an ID, in the file's order."""
         self.unchecked: list[Name] = []
         """Names with a stored ID of which the name service has not said whether it is still theirs."""
+        self.place_of_missing = ""
+        """The file and the line of the first name in ``missing``."""
 
     @abstractmethod
     def number(self, key: str, kind: str, entry: str | int) -> int | None:

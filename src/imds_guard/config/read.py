@@ -176,8 +176,18 @@ class _Reader:
 
     def ids(self, table: Table, key: str, kind: str) -> frozenset[int]:
         """The IDs of a list, without the entries that are left out."""
-        found = (self.identity(table, key, kind, entry) for entry in table.entries(key))
+        found = (self.placed_identity(table, key, kind, entry) for entry in table.entries(key))
         return frozenset(number for number in found if number is not None)
+
+    def placed_identity(self, table: Table, key: str, kind: str, entry: Any) -> int | None:
+        """identity(); what is wrong with its name gets its place, since a later sentence is about all files."""
+        changed, missing = len(self.names.changed), len(self.names.missing)
+        found = self.identity(table, key, kind, entry)
+        if len(self.names.changed) > changed:
+            self.names.changed[-1] = f"{table.place_of(key, entry['name'])}: {self.names.changed[-1]}"
+        if len(self.names.missing) > missing and not missing:
+            self.names.place_of_missing = table.place_of(key, str(entry))
+        return found
 
     def identity(self, table: Table, key: str, kind: str, entry: Any) -> int | None:
         if isinstance(entry, dict):

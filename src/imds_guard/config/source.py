@@ -38,7 +38,12 @@ class Source(NamedTuple):
 
 def read_source(path: str) -> Source:
     """The file ``path`` and its drop-ins. Raises BadPolicy."""
-    return read_file(path)._replace(drop_ins=tuple(read_file(one) for one in drop_ins(path)))
+    return with_drop_ins(read_file(path))
+
+
+def with_drop_ins(file: Source) -> Source:
+    """``file`` with the drop-ins that are read now. Raises BadPolicy."""
+    return file._replace(drop_ins=tuple(read_file(one) for one in drop_ins(file.name)))
 
 
 def read_file(path: str) -> Source:

@@ -34,10 +34,14 @@ class Table:
         line = self.lines.find(self.path)
         return f"{self.file}:{line}" if line else self.file
 
+    def place_of(self, key: str, text: str) -> str:
+        """The file and the line of ``text`` in the value of ``key``."""
+        line = self.lines.find((*self.path, key), text)
+        return f"{self.file}:{line}" if line else self.file
+
     def fail(self, key: str | None, sentence: str, text: str = "") -> NoReturn:
         """Raises BadPolicy with the line of ``text`` in the value of ``key``. None is the table itself."""
-        line = self.lines.find(self.path if key is None else (*self.path, key), text)
-        raise BadPolicy(f"{self.file}:{line}: {sentence}" if line else f"{self.file}: {sentence}")
+        raise BadPolicy(f"{self.place if key is None else self.place_of(key, text)}: {sentence}")
 
     def check_keys(self, known: Sequence[str]) -> None:
         """No other keys are allowed."""
