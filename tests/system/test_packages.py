@@ -312,11 +312,18 @@ find /etc/imds-guard /run/imds-guard /var/cache/imds-guard -type f -printf '%f\\
 """
 
 
-def after(stage: Path, *calls: str) -> list[str]:
-    """The names of what is left after calls of the scripts, in namespaces of their own without a systemd."""
+PURGE = ("prerm remove", "postrm remove", "postrm purge")
+MADE_BY_THE_PACKAGE = "mkdir -p /etc/imds-guard/config.d"
+
+
+def after(stage: Path, *calls: str, before: str = "", look: str = "") -> list[str]:
+    """The names of what is left after calls of the scripts, in namespaces of their own without a systemd.
+
+    ``before`` runs before them; what ``look`` prints follows.
+    """
     lines = "\n".join(f"sh {PACKAGING}/debian/imds-guard.{call}" for call in calls)
     path = f"PATH={stage}/bin:{stage}/no-chroot:/usr/sbin:/usr/bin:/sbin:/bin"
-    script = f"set -e\n{_OVER}\n{path}\n{lines}\n{_WHAT_IS_LEFT}"
+    script = f"set -e\n{_OVER}\n{before}\n{path}\n{lines}\n{_WHAT_IS_LEFT}\n{look}"
     return output("unshare", "--mount", "--net", "sh", "-c", script).split()
 
 
@@ -354,7 +361,15 @@ def test_removal_opens_the_lock_and_keeps_configuration_and_what_is_switched_on(
 
 @needs_root
 def test_purge_leaves_nothing_but_what_is_of_another_installation(stage: Path) -> None:
-    assert after(stage, "prerm remove", "postrm remove", "postrm purge") == ["imds-guard-watch.service"]
+    purged = after(stage, *PURGE, before=MADE_BY_THE_PACKAGE, look="ls -d /etc/imds-guard* 2>/dev/null || :")
+    assert purged == ["imds-guard-watch.service"]
+
+
+@needs_root
+def test_purge_leaves_drop_ins(stage: Path) -> None:
+    """They may belong to another package."""
+    before = f"{MADE_BY_THE_PACKAGE}; touch /etc/imds-guard/config.d/team.toml /etc/imds-guard/config.toml.old"
+    assert after(stage, *PURGE, before=before) == ["imds-guard-watch.service", "team.toml"]
 
 
 @needs_root
