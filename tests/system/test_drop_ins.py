@@ -67,6 +67,12 @@ def test_a_bad_drop_in_changes_nothing(configured: Configured) -> None:
     assert (configured.who(SERVICE), configured.who(NEIGHBOUR)) == ([ONE], [TWO])
 
 
+def test_check_names_the_file_and_the_line(configured: Configured) -> None:
+    configured.drop_in.write_text(TEAM + "user = [1]\n", encoding="utf-8")
+    done = configured("check")
+    assert (done.status, f"{configured.drop_in}:5: unknown key 'user'" in done.stderr) == (78, True)
+
+
 def test_one_of_others_is_not_used_at_boot(configured: Configured) -> None:
     """Then everything is locked for all but root, since nobody can tell what was meant."""
     os.chown(configured.drop_in, TWO, TWO)
@@ -80,7 +86,11 @@ def test_save_changes_the_file_in_which_the_lock_stands(configured: Configured) 
     pytest.importorskip("tomlkit")
     configured("start")
     saving = ("--save", "--without-root")
-    assert configured("allow", "--user", str(STRANGER), "--ip", NEIGHBOUR, *saving).status == 0
+    allowed = configured("allow", "--user", str(STRANGER), "--ip", NEIGHBOUR, *saving)
+    assert allowed.status == 0
+    # The first save also writes the cgroup of the guard, a key of the file itself.
+    said = " ".join(allowed.answer.split())
+    assert f"saved the policy to {configured.file} and {configured.drop_in}" in said
     assert configured.file.read_text(encoding="utf-8").endswith(MAIN), "only the cgroup is new"
     assert "# theirs" in configured.drop_in.read_text(encoding="utf-8")
     configured.guard("stop")
