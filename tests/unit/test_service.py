@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import imds_guard
-from imds_guard.commands import metrics_timer, own_files, service, unit_files
+from imds_guard.commands import filter_service, metrics_timer, own_files, service, unit_files
+from imds_guard.commands.filter_places import WantedPlaces
 from imds_guard.errors import AnswerLost, BadPolicy, GuardError, NotPermitted, UsageError
-from imds_guard.kernel import notify
+from imds_guard.kernel import notify, systemd
 from imds_guard.watch.process_info import MAX_ABANDONED
 from tests.tools import need
 from tests.tree import every_command
@@ -127,6 +128,25 @@ def test_the_filter_ends_with_the_lock_as_a_whole_and_when_it_hangs() -> None:
     assert (unit["Type"], unit["KillMode"], unit["Restart"]) == ("notify", "control-group", "always")
     assert int(unit["WatchdogSec"].rstrip("s")) > 0
     assert (unit["IPAddressDeny"], unit["IPAddressAllow"]) == ("any", "localhost")
+
+
+def test_a_unit_that_makes_listeners_for_the_filter_refuses_no_address() -> None:
+    """A socket keeps the IPAddressDeny= of the unit that made it, and callers may have any address of the machine."""
+    for name in GUARDING:
+        assert not [key for key, _ in settings(name)["Service"] if key.startswith("IPAddress")]
+
+
+@pytest.mark.parametrize(("marked", "expected"), [(True, "127.0.0.0/8 ::1/128"), (False, "any")])
+def test_the_filter_is_reached_from_every_address_that_a_caller_may_have(
+    monkeypatch: pytest.MonkeyPatch, marked: bool, expected: str
+) -> None:
+    """DNAT does not change the source of a packet. The hooks lead a caller before it has one."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(systemd, "is_booted", lambda: True)
+    monkeypatch.setattr(systemd, "systemctl", lambda *words: asked.append(words))
+    filter_service._allow_addresses(WantedPlaces(marked=marked), is_service=True)
+    (words,) = asked
+    assert words[-2:] == ("IPAddressAllow=", f"IPAddressAllow={expected}")
 
 
 def test_systemd_accepts_the_units(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def serve(cgroup: str | None, warn: Callable[[list[str]], object]) -> None:
     privileges.lift_memory_lock_limit()
     with lockfile.exclusive(_RELOADING):
         wanted = wanted_places(cgroup)
-        _allow_addresses(wanted.places, is_service=notify.VARIABLE in os.environ)
+        _allow_addresses(wanted, is_service=notify.VARIABLE in os.environ)
         listeners, failures = _listen(cgroup, wanted, wanted.places)
     if failures and not listeners:
         raise GuardError(failures[0])
@@ -101,7 +101,7 @@ def _hand_over(client: FilterClient, cgroup: str | None, wanted: WantedPlaces) -
     new = [place for place in wanted.places if (place.address, place.digest) not in left]
     if not new:
         return []
-    _allow_addresses(wanted.places, is_service=systemd.is_booted() and systemd.is_active(SERVICE))
+    _allow_addresses(wanted, is_service=systemd.is_booted() and systemd.is_active(SERVICE))
     listeners, failures = _listen(cgroup, wanted, new)
     for place, listener in listeners:
         with listener:
@@ -148,13 +148,16 @@ def _still_wanted(cgroup: str | None, found: _Listeners) -> _Listeners:
     return [(place, listener) for place, listener in found if (place.address, place.digest) in keys]
 
 
-def _allow_addresses(places: Iterable[Place], is_service: bool) -> None:
-    """Lets the unit send to the addresses that are served, and to no other (systemd.resource-control(5)).
+def _allow_addresses(wanted: WantedPlaces, is_service: bool) -> None:
+    """Lets the unit exchange packets with what is served, and with nobody else (systemd.resource-control(5)).
+
+    The hooks of eBPF lead a caller to 127.0.0.0/8 before it has an address of its own. DNAT leads packets, which have
+    one already, and it can be any address of this machine: then the unit may refuse none.
 
     An empty assignment first: it removes what was allowed before.
     """
     if not is_service or not systemd.is_booted():
         return
-    targets = sorted({str(place.target.address) for place in places})
-    allowed = " ".join(("127.0.0.0/8", "::1/128", *targets))
+    targets = sorted({str(place.target.address) for place in wanted.places})
+    allowed = " ".join(("127.0.0.0/8", "::1/128", *targets)) if wanted.marked else "any"
     systemd.systemctl("set-property", "--runtime", SERVICE, "IPAddressAllow=", f"IPAddressAllow={allowed}")
