@@ -73,7 +73,8 @@ def repair(path: str, options: GuardOptions, progress: Progress, *, may_start: b
     if after.policy is not None and after.policy.filters:
         served = filter_service.repair(where.cgroup)
         joined += served
-        after = look.status(where.cgroup) if served else after
+        if served or after.faults:  # the change of policy may have served them already
+            after = look.status(where.cgroup, file.path)
     return result._replace(after=after, repaired=result.repaired + joined, existing=existing)
 
 
