@@ -29,7 +29,7 @@ from imds_guard.policy.requests import Judge, Request
 from imds_guard.policy.rule_sets import NO_CREDENTIALS
 
 FIRST_SEED = int(os.environ.get("IMDS_GUARD_SEED", "1"))
-PAIRS = int(os.environ.get("IMDS_GUARD_DIFFERENCES", "4000"))
+PAIRS = int(os.environ.get("IMDS_GUARD_DIFFERENCES", "2500"))
 PROBES = 25
 """Of one pair of policies."""
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from imds_guard.policy.difference_pairs import Pairs
 from imds_guard.policy.difference_rules import pass_more
 from imds_guard.policy.filters import Filter, Target, targets_of
-from imds_guard.policy.model import NOBODY, Endpoint, Identities, Lock, Network, Policy, Verdict
+from imds_guard.policy.model import Endpoint, Identities, Lock, Network, Policy, Verdict
 from imds_guard.policy.ports import has_port
 
 
@@ -105,9 +105,10 @@ def _at_lock(policy: Policy, lock: Lock) -> _AtLock:
 def _opening(old: _AtLock, new: _AtLock, endpoints: dict[Network, Endpoint]) -> Iterator[tuple[str, ...]]:
     """For each way in which something passes that did not: the filters by which, the one to be named first."""
     served = {id(one): _served(one, each.lock, endpoints) for each in (old, new) for one in each.filters}
-    for now in (*new.filters, None):
-        for was in (*old.filters, None):
-            if (was or now) and _opens(old, new, was, now, served) and _can_change_from(old, new, was, now):
+    moves = _moves(old.filters, new.filters)
+    for j, now in enumerate((*new.filters, None)):
+        for i, was in enumerate((*old.filters, None)):
+            if (was or now) and _opens(old, new, was, now, served) and _can_move(old, new, (i, j), moves):
                 yield tuple(one.name for one in (now, was) if one is not None)
     if old.names_groups and not new.names_groups and (new.filters or new.lets_others_in):
         yield from ((one.name,) for one in old.filters if one.who.groups)
@@ -137,23 +138,51 @@ def _opens(old: _AtLock, new: _AtLock, was: Filter | None, now: Filter | None, s
     return bool(served[id(now)]) and pass_more(was.rules, now.rules)
 
 
-def _can_change_from(old: _AtLock, new: _AtLock, was: Filter | None, now: Filter | None) -> bool:
-    """Whether there is a caller whose filter was ``was`` and is ``now``: no filter before these names it."""
-    earlier = [*_before(old.filters, was), *_before(new.filters, now)]
-    if any(one.everyone for one in earlier):
+# --- who can be a caller of one filter before, and of another one after -----------------------------------------------
+
+_Move = tuple[int, int]
+"""The places of the first filter that names somebody, before and after; one behind the last where none does."""
+
+
+class _Moves(NamedTuple):
+    """Those of all users and groups that are named. There may be 100,000 of them, and there are few moves."""
+
+    users: frozenset[_Move]
+    groups: frozenset[_Move]
+
+
+def _moves(old: Sequence[Filter], new: Sequence[Filter]) -> _Moves:
+    found = []
+    for kind in Identities._fields:
+        before, after = ({one: at for at, one in _places(filters, kind)} for filters in (old, new))
+        named = before.keys() | after.keys()
+        found.append(frozenset((before.get(one, len(old)), after.get(one, len(new))) for one in named))
+    return _Moves(*found)
+
+
+def _places(filters: Sequence[Filter], kind: str) -> Iterator[tuple[int, int]]:
+    """The place of a filter with each ID that it names, from the last to the first."""
+    for place in reversed(range(len(filters))):
+        yield from ((place, one) for one in getattr(filters[place].who, kind))
+
+
+def _can_move(old: _AtLock, new: _AtLock, move: _Move, moves: _Moves) -> bool:
+    """Whether there is a caller for whom these two filters are the first."""
+    if any(one.everyone for one in (*old.filters[: move[0]], *new.filters[: move[1]])):
         return False
-    users = frozenset[int]().union(*(one.who.users for one in earlier))
-    groups = frozenset[int]().union(*(one.who.groups for one in earlier))
-    rests = [
-        Identities(one.who.users - users, one.who.groups - groups)
-        for one in (was, now)
-        if one is not None and not one.everyone
-    ]
-    if NOBODY in rests:
+    # One entry makes it a caller of the filter before, one of the filter after, and no entry one of an earlier filter.
+    users, groups = (
+        [{(one[side] == move[side]) and one[1 - side] >= move[1 - side] for one in kind} for side in (0, 1)]
+        for kind in moves
+    )
+    sides = [side for side, each in ((0, old), (1, new)) if _names(each.filters, move[side])]
+    by_user, by_group = ([True in kind[side] for side in sides] for kind in (users, groups))
+    if not all(one or other for one, other in zip(by_user, by_group)):
         return False
     # A caller has one user ID, and any number of groups.
-    return len(rests) < 2 or any(rest.groups for rest in rests) or bool(rests[0].users & rests[1].users)
+    return len(sides) < 2 or any(by_group) or move in moves.users
 
 
-def _before(filters: Sequence[Filter], one: Filter | None) -> Sequence[Filter]:
-    return filters if one is None else filters[: filters.index(one)]
+def _names(filters: Sequence[Filter], place: int) -> bool:
+    """False for "everyone", and behind the last filter: there a caller needs no entry."""
+    return place < len(filters) and not filters[place].everyone
