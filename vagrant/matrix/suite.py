@@ -106,6 +106,7 @@ def pack(plan: Plan, row: Row, tarball: Path, prepared: Mapping[str, Path] | Non
     files = {
         f"{plan.wheel.name}": plan.wheel,
         "suite/tests": plan.tree / "tests",
+        "suite/examples": plan.tree / "examples",
         **{f"suite/vagrant/{name}": plan.tree / "vagrant" / name for name in ("__init__.py", "waiting.py", "guest")},
     }
     if row.userland.name.startswith(CONTAINERS):  # it has services that would start at boot

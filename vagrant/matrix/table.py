@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,7 +204,9 @@ def _row(body: Mapping[str, Any], kernels: Mapping[str, Kernel], userlands: Mapp
             raise MatrixError(f"{what}: {key} = {body.get(key)!r} is not described in the file")
     merged: dict[str, Any] = dict(body)
     merged["kernel"] = kernels[body["kernel"]]
-    merged["userland"] = userlands[body["userland"]]
+    userland = userlands[body["userland"]]
+    packages = (*userland.packages, *merged.pop("packages", ()))
+    merged["userland"] = replace(userland, packages=tuple(sorted(set(packages))))
     merged["expect"] = _known_values(body.get("expect", ()), EXPECTATIONS, f"{what}: expect")
     merged["tests"] = tuple(body.get("tests", (USUAL,)))
     merged["runtimes"] = tuple(body.get("runtimes", ()))
