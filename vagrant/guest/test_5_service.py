@@ -38,6 +38,7 @@ EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
 RESTARTS = 20
 """A restart takes five seconds on an emulated processor, and two more where the log of denials restarts, too."""
 RESTARTS_WITH_LOG = 3
+BY_HAND = Path("/sys/fs/cgroup/by-hand")
 QUIET = Path("/run/systemd/system/rescue.service.d/quiet.conf")
 """Without a shell on the console, whose end would isolate the default target."""
 
@@ -159,8 +160,12 @@ def test_allow_for_a_time_takes_itself_back(backend: str) -> None:
 
 @EBPF
 def test_stop_opens_and_start_locks(backend: str) -> None:
-    """systemctl stop leaves nothing; systemctl start locks again by the configuration."""
+    """systemctl stop leaves nothing, no guard of a cgroup either; systemctl start locks again by the configuration."""
+    BY_HAND.mkdir()
+    done("start", "--cgroup", str(BY_HAND), *CONFIG)
+    assert f"also locked: {BY_HAND} (ebpf)" in done("status")
     systemctl("stop", UNIT)
+    BY_HAND.rmdir()
     assert command("status").returncode == INACTIVE
     assert reach(STRANGER) == everywhere("connected")
     assert left() == []
@@ -168,6 +173,17 @@ def test_stop_opens_and_start_locks(backend: str) -> None:
     systemctl("start", UNIT)
     assert_locked()
     assert 'command="start --boot"' in logged_changes()[-1]
+
+
+@EBPF
+def test_a_stop_beside_the_service_says_how_to_lock_again(backend: str) -> None:
+    """systemd counts the unit as started all the same, so a start would do nothing. status knows what boot does."""
+    found = json.loads(done("status", "--json"))
+    assert (found["boot"], found["file"]["in_force"]) == ({"unit": "enabled"}, True)
+    stopped = command("stop")
+    assert (stopped.returncode, "systemctl restart imds-guard locks again" in stopped.stderr) == (0, True), stopped
+    systemctl("restart", UNIT)
+    assert_locked()
 
 
 @EBPF

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from vagrant.guest import world
@@ -23,6 +24,8 @@ def test_the_emergency_lock_is_in_force(backend: str) -> None:
         DEGRADED,
         "imds-guard: degraded: emergency lock (ebpf)",
     )
+    assert f"file: unusable: {FILE}:" in status.stdout
+    assert re.search(r"^  line [0-9]+: broken$", status.stdout, re.MULTILINE), status.stdout
     assert reach(0) == everywhere("connected")
     for uid in (ONE, STRANGER):
         world.assert_denied("ebpf", reach(uid))
