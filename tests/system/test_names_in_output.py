@@ -85,7 +85,7 @@ def test_what_a_process_chose_is_escaped_in_every_output(guard: Guard, name: byt
         assert f"pid={pid} " in watched
         assert "comm=" in watched
         assert "cmdline=" in watched
-        assert "default" in output_of(guard, "report")
+        assert "not-listed" in output_of(guard, "report")
         found = json.loads(output_of(guard, "report", "--json"))
         assert [row["uid"] for row in found["rows"]] == [STRANGER]
         assert found["rows"][0]["comm"].startswith(name[:1].decode())
