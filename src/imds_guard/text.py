@@ -26,6 +26,16 @@ def escaped(text: str) -> str:
     return "".join(_escape(one) if unicodedata.category(one) in _UNSAFE else one for one in text)
 
 
+def columns(text: str) -> int:
+    """The columns of a text on a terminal: characters of East Asia take two, and marks that join others none.
+
+    Source: https://www.unicode.org/reports/tr11/, "Wide" and "Fullwidth".
+    """
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF") for one in text)
+
+
 def _escape(character: str) -> str:
     code = ord(character)
     if code <= 0xFF:

@@ -126,6 +126,25 @@ def test_an_error(words: tuple[str, ...]) -> None:
     check(shown(words))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "--cgroup", "/nonexistent\x1b[31mred"),
+        ("start", "--config", "/tmp/\x1b]0;title\x07no"),
+        ("start", "--user", "root", "--cgroup", "/nonexistent\r\x9b2J"),
+        ("check", "--config", "/nonexistent\nimds-guard: active"),
+        ("start", "--user", "\x1b[2Jnobody"),
+        ("\x1b[2J",),
+    ],
+    ids=repr,
+)
+def test_an_error_does_not_move_the_cursor(words: tuple[str, ...]) -> None:
+    """Names of cgroups and files come from others, too. A line end must not begin a sentence of ours."""
+    text = shown(words)
+    check(text)
+    assert not text.splitlines()[-1].startswith("imds-guard: active")
+
+
 @pytest.fixture(scope="module")
 def guard() -> Iterator[Guard]:
     """A guard with long names, many entries and denials to show."""

@@ -14,7 +14,7 @@ from imds_guard.policy.decide import Reason
 from imds_guard.policy.model import Mode, Protocol
 from imds_guard.present.report import MAX_ROWS, report_lines, report_values
 from imds_guard.present.wrap import WIDTH
-from imds_guard.text import escaped, host_port
+from imds_guard.text import columns, escaped, host_port
 
 UID = 61_001
 
@@ -59,6 +59,16 @@ def test_a_row_is_one_line_where_it_fits() -> None:
     assert head.split("  ")[0] == "WHO"
     (line,) = table
     assert line.split()[:5] == [str(UID), "curl", "192.0.2.1:80", "not-listed", "1,234"]
+
+
+@pytest.mark.parametrize("lock", ["default", "a-lock-with-a-name-of-34-characters", "\u9396" * 20])
+@pytest.mark.parametrize("comm", ["curl", "\u76ee" * 5, "e\u0301" * 5])
+def test_wide_characters_count_as_two_columns(lock: str, comm: str) -> None:
+    """The address stays in one piece: people copy it."""
+    one = row(lock=lock, address="169.254.169.254", comm=comm.encode())._replace(reason=Reason.NOT_LISTED)
+    lines = lines_of(one, one._replace(lock="other", uid=1_000_000_000))
+    assert max(map(columns, lines)) <= WIDTH
+    assert sum("169.254.169.254:80" in line for line in lines) == 2
 
 
 def test_the_lock_is_shown_where_there_are_several() -> None:

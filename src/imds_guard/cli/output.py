@@ -40,7 +40,10 @@ def _to_paste(text: str) -> str:
 
 def print_lines(lines: Iterable[str]) -> None:
     """Prints the answer to standard output."""
-    text = _to_paste("".join(f"{line}\n" for line in lines))
+    from imds_guard.text import escaped  # noqa: PLC0415 -- start-up time
+
+    # What has no escape of its own yet, such as a path, must not move the cursor or change colours.
+    text = _to_paste("".join(f"{escaped(part)}\n" for line in lines for part in line.split("\n")))
     if sys.stdout.isatty():
         from imds_guard.cli import colour  # noqa: PLC0415 -- start-up time
 
@@ -76,7 +79,9 @@ def print_warnings(sentences: Iterable[str]) -> None:
 
 def _print_error(sentence: str, priority: str) -> None:
     """Prints to standard error: wrapped between words on a terminal, else one line for programs to read."""
-    sentence = _to_paste(sentence)
+    from imds_guard.text import escaped  # noqa: PLC0415 -- start-up time
+
+    sentence = escaped(_to_paste(sentence))
     if sys.stderr is not None and streams.is_journal(sys.stderr):
         sentence = priority + sentence
     if sys.stderr is not None and sys.stderr.isatty():

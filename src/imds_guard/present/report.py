@@ -14,7 +14,7 @@ from imds_guard.policy.model import Mode, Protocol
 from imds_guard.present.forwarded import count_texts, forwarding_values
 from imds_guard.present.refusals import refusal_lines, refusal_values
 from imds_guard.present.wrap import WIDTH, named, wrapped
-from imds_guard.text import and_more, count_of, escaped, host_port
+from imds_guard.text import and_more, columns, count_of, escaped, host_port
 from imds_guard.watch.process_info import NameCache, decoded
 from imds_guard.watch.timestamps import iso_time_of, wall_clock
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 40
 """More rows or commands are only in the JSON."""
-_MIN_COLUMN = 12
+_MIN_COLUMN = 7
+_NARROWED = (0, 1, 3, 6)
+"""WHO, BY, WHY and LOCK: an address that is broken can't be copied."""
 _GAP = "  "
 _AUDIT_NOTE = "audit mode denies nobody: when everyone who needs access is on an allowlist, run imds-guard mode enforce"
 _HEAD = ("WHO", "BY", "FIRST TO", "WHY", "TIMES", "FIRST, LAST")
@@ -189,20 +191,31 @@ def _table(rows: list[tuple[str, ...]], head: tuple[str, ...]) -> list[str]:
 
 
 def _widths(lines: Sequence[Sequence[str]]) -> list[int]:
-    """The widths of the columns. In a table that is too wide, the widest column but the last is narrowed."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    while sum(widths) + len(_GAP) * (len(widths) - 1) > WIDTH:
-        widest = max(range(len(widths) - 1), key=widths.__getitem__)
-        if widths[widest] <= _MIN_COLUMN:
-            break
-        widths[widest] -= 1
+    """The widths of the columns. In a table that is too wide, the widest of some is narrowed, at last that of all."""
+    widths = [max(map(columns, column)) for column in zip(*lines)]
+    for narrowed in (_NARROWED, range(len(widths))):
+        while sum(widths) + len(_GAP) * (len(widths) - 1) > WIDTH:
+            widest = max((one for one in narrowed if one < len(widths)), key=widths.__getitem__)
+            if widths[widest] <= _MIN_COLUMN:
+                break
+            widths[widest] -= 1
     return widths
 
 
 def _broken(line: Sequence[str], widths: list[int]) -> list[tuple[str, ...]]:
-    pieces = [[cell[at : at + width] for at in range(0, len(cell), width)] for cell, width in zip(line, widths)]
-    return list(zip_longest(*pieces, fillvalue=""))
+    return list(zip_longest(*map(_pieces, line, widths), fillvalue=""))
+
+
+def _pieces(cell: str, width: int) -> list[str]:
+    """The cell in parts that fit. One character at least is in each."""
+    pieces = [""]
+    for character in cell:
+        if pieces[-1] and columns(pieces[-1] + character) > width:
+            pieces.append("")
+        pieces[-1] += character
+    return pieces
 
 
 def _joined(parts: Sequence[str], widths: list[int]) -> str:
-    return _GAP.join(part.ljust(width) for part, width in zip(parts, widths)).rstrip()
+    filled = (part + " " * (width - columns(part)) for part, width in zip(parts, widths))
+    return _GAP.join(filled).rstrip()
