@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ EBPF = pytest.mark.parametrize("backend", ["ebpf"], indirect=False)
 RESTARTS = 20
 """A restart takes five seconds on an emulated processor, and two more where the log of denials restarts, too."""
 RESTARTS_WITH_LOG = 3
+TEXTFILES = Path("/var/lib/textfiles")
 BY_HAND = Path("/sys/fs/cgroup/by-hand")
 QUIET = Path("/run/systemd/system/rescue.service.d/quiet.conf")
 """Without a shell on the console, whose end would isolate the default target."""
@@ -156,6 +158,26 @@ def test_allow_for_a_time_takes_itself_back(backend: str) -> None:
     assert [line.rpartition(": ")[2] for line in lines] == [f"+ user {STRANGER}", f"- user {STRANGER}"]
     assert 'command="allow --for 60s"' in lines[0]
     assert 'command="revoke --timer ' in lines[1]
+
+
+def is_active_in(metrics: Path) -> str:
+    """The value of imds_guard_active in a file of metrics; empty where there is none yet."""
+    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+    return "".join(re.findall(r"^imds_guard_active ([01])", text, re.MULTILINE))
+
+
+@EBPF
+def test_metrics_are_written_and_go_on_while_nothing_is_locked(backend: str) -> None:
+    """Into the folder of another user, as that of node_exporter is."""
+    TEXTFILES.mkdir()
+    os.chown(TEXTFILES, ONE, ONE)
+    done("install-service", "--textfile", str(TEXTFILES), "--now")
+    metrics = TEXTFILES / "imds-guard.prom"
+    wait_until(lambda: is_active_in(metrics) == "1", lambda: show("imds-guard-metrics.service", "Result"), PATIENCE_S)
+    systemctl("stop", UNIT)
+    wait_until(lambda: is_active_in(metrics) == "0", lambda: show("imds-guard-metrics.service", "Result"), PATIENCE_S)
+    systemctl("start", UNIT)
+    assert_locked()
 
 
 @EBPF
