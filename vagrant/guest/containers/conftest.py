@@ -78,7 +78,9 @@ def docker_remapped(docker: None, image: Path) -> None:
         "--containerd-plugins-namespace=plugins.remapped",
     )  # fmt: skip
     unit = Path("/run/systemd/system/docker-remapped.service")
-    unit.write_text(f"[Service]\nType=notify\nExecStart={' '.join(dockerd)}\n", encoding="ascii")
+    unit.write_text(
+        f"[Service]\nType=notify\nTimeoutStartSec=infinity\nExecStart={' '.join(dockerd)}\n", encoding="ascii"
+    )
     scene.run("systemctl", "daemon-reload")
     scene.start(unit.name)
     scene.run("docker", "--host=unix:///run/remapped.sock", "import", str(image), "client")

@@ -34,7 +34,7 @@ _CLIENT = """\
 # Then it stays for LINGER seconds, so that its cgroup can be looked up. (wget of Debian 12's static busybox crashes.)
 linger=$1 address=$2
 shift 2
-get="/bin/busybox nc -w 15 $address 80"
+get="/bin/busybox nc -w 90 $address 80"
 for user; do
     if [ "$user" = self ]; then said=$($get 2>&1 </dev/null)
     else said=$(/bin/busybox su -s /bin/sh "$user" -c "$get" 2>&1 </dev/null); fi
@@ -53,7 +53,7 @@ def serve(family, address):
         while True:
             one, _ = listener.accept()
             with one:
-                one.settimeout(15)
+                one.settimeout(90)
                 try:
                     one.recv(4096)
                     one.sendall(b"metadata\\n")
