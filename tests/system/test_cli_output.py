@@ -82,7 +82,7 @@ def test_every_json_parses_and_has_its_keys(guard: Guard) -> None:
     assert set(checked) == {"schema", "backends", "configuration", "taken", "shut_out", "not_inspected", "connections"}
     assert checked["backends"] == [{"name": "ebpf", "works": True, "reason": None}]
     guard("stop")
-    status = guard.status()
+    status = guard("status", "--json").values
     assert set(status.pop("file")) == {"path", "exists", "error", "line", "in_force"}
     assert (status.pop("since"), set(status.pop("boot"))) == (None, {"unit"})
     assert not [one for one in status.pop("guards") if one["cgroup"] == guard.sandbox.cgroup]
