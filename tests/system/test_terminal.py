@@ -183,6 +183,29 @@ def test_the_check_of_this_machine() -> None:
     check(shown(["check", "--user", "root"]))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace and a cgroup")
+def test_the_demonstration() -> None:
+    check(shown(["demo"]))
+
+
+FOR_PROGRAMS = {
+    "export",
+    "metrics",
+    "filter",
+    "ip-lockdown",
+    "install-service",
+    "uninstall-service",
+    "endpoints",
+    "demo",
+}
+"""Rules, metrics and a service, or a test of their own here; the two that install units change the machine."""
+
+
+def test_no_command_is_forgotten() -> None:
+    """Each has an answer or an error here, beside its help."""
+    assert set(every_command()) - {words[0] for words in (*TABLES, *ERRORS)} <= FOR_PROGRAMS
+
+
 def test_the_built_in_endpoints() -> None:
     check(shown(["endpoints"]))
 

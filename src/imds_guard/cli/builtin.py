@@ -33,7 +33,7 @@ def demo(backend: str | None, as_json: bool) -> None:
     from imds_guard.present import answers  # noqa: PLC0415
 
     require_root("demo")
-    print_progress("making a network namespace with a fake metadata service, and trying to reach it ...")
+    print_progress("making a network namespace with a fake metadata service, and connecting ...")
     result = demonstration.demo(backend or "auto")
     if not as_json:
         print_lines([demonstration.render(result.rows), demonstration.LEGEND])
